@@ -1,0 +1,159 @@
+"""The specification of every kernel, in plain torch: the other backends equal it bit for bit.
+
+Written to be read, not to be fast. Each fp32 operation is rounded on its own (nothing is contracted into a
+fused multiply-add) and every sum has a fixed order, so any CPU and any GPU gives the same bytes. The one
+freedom left to a backend is which of the NaNs a decoded NaN is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from distcomp.kernels.packing import block_bytes, levels, parts
+
+MASK = 0xFFFFFFFF
+SMALLEST_SCALE = 2.0**-120  # below it s / scale could overflow; such a block is sent as zeros
+LANES = 16
+
+
+def uniform(count: int, key: int, first: int, device: torch.device) -> Tensor:
+    """u_j = (hash(key, first + j mod 2^32) >> 8) / 2^24, in [0, 1).
+
+    The hash is lowbias32 (C. Wellons' integer hash) with the low half of the 64-bit key added to its input and
+    the high half mixed in between its two multiplications. int64 arithmetic stands in for uint32.
+    """
+    x = torch.arange(count, dtype=torch.int64, device=device) + ((first & MASK) + (key & MASK))
+    x &= MASK
+    x ^= x >> 16
+    x = (x * 0x7FEB352D) & MASK
+    x ^= (key >> 32) & MASK
+    x ^= x >> 15
+    x = (x * 0x846CA68B) & MASK
+    x ^= x >> 16
+    return (x >> 8).to(torch.float32) * 2.0**-24
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(rows, m) integers in 0 .. 2^bits - 1 -> (rows, bytes) uint8, each row one block."""
+    rows, m = codes.shape
+    planes, shift = [], 0
+    for width in parts(bits):
+        per_byte = 8 // width
+        height = -(-m // per_byte)
+        part = (codes >> shift) & (2**width - 1)
+        part = torch.nn.functional.pad(part, (0, height * per_byte - m)).view(rows, per_byte, height)
+        place = torch.arange(0, 8, width, device=codes.device).view(1, per_byte, 1)
+        planes.append((part << place).sum(1).to(torch.uint8))
+        shift += width
+    return torch.cat(planes, dim=1)
+
+
+def unpack(packed: Tensor, m: int, bits: int) -> Tensor:
+    """(rows, bytes) uint8 -> (rows, m) int64: what :func:`pack` was given."""
+    rows = packed.shape[0]
+    codes = torch.zeros(rows, m, dtype=torch.int64, device=packed.device)
+    shift = start = 0
+    for width in parts(bits):
+        per_byte = 8 // width
+        height = -(-m // per_byte)
+        plane = packed[:, start : start + height].to(torch.int64).view(rows, 1, height)
+        place = torch.arange(0, 8, width, device=packed.device).view(1, per_byte, 1)
+        part = (plane >> place) & (2**width - 1)
+        codes |= part.view(rows, per_byte * height)[:, :m] << shift
+        shift, start = shift + width, start + height
+    return codes
+
+
+def block_max(x: Tensor) -> Tensor:
+    """(rows, m) -> (rows,): max |x| by the integer order of the bits, so that inf and NaN win; tiny -> 0."""
+    scale = (x.view(torch.int32) & 0x7FFFFFFF).amax(1).view(torch.float32)
+    return torch.where(scale < SMALLEST_SCALE, torch.zeros_like(scale), scale)
+
+
+def block_mean(x: Tensor) -> Tensor:
+    """(rows, m) -> (rows,): mean |x|, added in 16 lanes (element j in lane j % 16), then folded."""
+    rows, m = x.shape
+    lanes = torch.nn.functional.pad(x.abs(), (0, -m % LANES)).view(rows, -1, LANES)
+    total = lanes[:, 0].clone()
+    for i in range(1, lanes.shape[1]):
+        total += lanes[:, i]
+    half = LANES // 2
+    while half:
+        total = total[:, :half] + total[:, half : 2 * half]
+        half //= 2
+    return _divide(total[:, 0], float(m))
+
+
+def quantize(
+    x: Tensor, codes: Tensor, scales: Tensor, *,
+    block: int, bits: int, key: int, first: int, stochastic: bool, given: bool,
+) -> None:  # fmt: skip
+    """See :func:`distcomp.kernels.quantize`."""
+    for start, x_rows, code_rows, scale in _blocks(x, codes, scales, block, bits):
+        if not given:
+            scale.copy_(block_mean(x_rows) if bits == 1 else block_max(x_rows))
+        if bits == 1:
+            integers = (x_rows >= 0).to(torch.int64)
+        else:
+            noise = uniform(x_rows.numel(), key, first + start, x.device).view_as(x_rows)
+            integers = round_to_levels(x_rows, scale, levels(bits), noise if stochastic else None)
+        code_rows.copy_(pack(integers, bits))
+
+
+def round_to_levels(x: Tensor, scale: Tensor, s: int, noise: Tensor | None) -> Tensor:
+    """clamp(floor(x * (s / scale) + u), -s, s) + s; half to even without noise; NaN takes the top code."""
+    safe = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
+    inverse = torch.where(scale < SMALLEST_SCALE, torch.zeros_like(scale), torch.full_like(scale, s) / safe)
+    y = x * inverse.view(-1, 1)
+    y = torch.round(y) if noise is None else torch.floor(y + noise)
+    y = torch.where(y < s, y, torch.full_like(y, s))
+    return y.clamp(min=-s).to(torch.int64) + s
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, out: Tensor, *, block: int, bits: int, sign: int, times: float
+) -> None:
+    """See :func:`distcomp.kernels.dequantize`; ``sign`` is 0 to overwrite, +1 to add, -1 to subtract."""
+    for _, out_rows, code_rows, scale in _blocks(out, codes, scales, block, bits):
+        integers = unpack(code_rows, out_rows.shape[1], bits)
+        centred = 2 * integers - 1 if bits == 1 else integers - levels(bits)
+        value = centred.to(torch.float32) * _divide(scale, float(levels(bits))).view(-1, 1)
+        if sign:
+            value = out_rows + value if sign > 0 else out_rows - value
+        out_rows.copy_(value * times)
+
+
+def all_finite(x: Tensor) -> bool:
+    """See :func:`distcomp.kernels.all_finite`."""
+    return bool(torch.isfinite(x).all())
+
+
+def checksum(data: Tensor) -> int:
+    """See :func:`distcomp.kernels.checksum`; products are split in halves so that int64 cannot overflow."""
+    padded = torch.nn.functional.pad(data, (0, -data.numel() % 4)).view(-1, 4).to(torch.int64)
+    place = torch.tensor([0, 8, 16, 24], device=data.device)
+    words = (padded << place).sum(1)
+    index = torch.arange(1, words.numel() + 1, device=data.device) & MASK
+    products = index * (words & 0xFFFF) + ((index * (words >> 16) & 0xFFFF) << 16)
+    total, weighted = int(words.sum()) & MASK, int((products & MASK).sum()) & MASK
+    return weighted << 32 | total
+
+
+def _divide(numerator: Tensor, denominator: float) -> Tensor:
+    """A true fp32 division: by a Python number, torch on CUDA multiplies with a rounded reciprocal."""
+    return numerator / torch.full_like(numerator, denominator)
+
+
+def _blocks(
+    x: Tensor, codes: Tensor, scales: Tensor, block: int, bits: int
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(start, values, codes, scales): all whole blocks as rows of one matrix, then the short one, if any."""
+    whole, rest = divmod(x.numel(), block)
+    start, code_start = whole * block, whole * block_bytes(block, bits)
+    if whole:
+        yield 0, x[:start].view(whole, block), codes[:code_start].view(whole, -1), scales[:whole]
+    if rest:
+        yield start, x[start:].view(1, rest), codes[code_start:].view(1, -1), scales[whole:]
