@@ -1,0 +1,1 @@
+"""distcomp: train with fewer bits. Communication compression for distributed PyTorch."""

@@ -1,0 +1,57 @@
+"""Half-width floats: bfloat16 and float16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distcomp.compressors.base import Compressor
+from distcomp.errors import DistcompError
+from distcomp.layout import Layout
+from distcomp.payload import Part, Parts, Payload
+from distcomp.randomness import Key
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Cast(Compressor):
+    """``C(x) = round(x)`` to the nearest value of a 16-bit float. 2 bytes per value.
+
+    float16 clamps finite values to its range (65504) and lets an infinity through: an overflow must not look like
+    a number, and a number must not look like an overflow. Payloads may be added on the wire; every hop of the ring
+    then rounds once more, which is why the lifting divides by the world size *before* it encodes.
+
+    Raises DistcompError for a dtype other than ``bf16`` and ``fp16``.
+    """
+
+    dtype: str = "bf16"
+
+    summable = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise DistcompError(f"cast knows no dtype {self.dtype!r}; use one of {', '.join(DTYPES)}")
+
+    def parts(self, layout: Layout) -> Parts:
+        return (Part("values", DTYPES[self.dtype], layout.numel),)
+
+    def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
+        payload = Payload.empty(self.parts(layout), x.device)
+        values = payload["values"].copy_(x)
+        if self.dtype == "fp16":
+            overflowed = values.isinf() & x.isfinite()
+            values.copy_(torch.where(overflowed, x.clamp(-65504.0, 65504.0), x))
+        return payload
+
+    def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
+        if add:
+            out.add_(payload["values"])
+        else:
+            out.copy_(payload["values"])
+
+    def delta(self, numel: int) -> float:
+        """Relative rounding error of a normal number: 2^-9 (bf16, 8 significant bits), 2^-12 (fp16, 11)."""
+        return 1 - 2.0 ** (-18 if self.dtype == "bf16" else -24)

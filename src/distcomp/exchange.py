@@ -1,0 +1,93 @@
+"""What one worker may ask of the others: a closed set of frozen requests.
+
+A method is a generator that *yields* requests and is *sent* the answers. It does no I/O. Who carries a request
+(torch.distributed, MPI, or N workers stepped in one process) is decided by a transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from distcomp.payload import Parts, Payload
+
+Group = tuple[int, ...]
+"""Ranks that take part in a request, in rising order; None stands for all of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """Ask for the sum of ``x`` over the ranks: a plain all-reduce. Answer: a tensor like ``x``.
+
+    The transport may use ``x`` as its buffer: the asker gives it away. On the wire: ``2 (n-1)/n`` times the tensor.
+    """
+
+    x: Tensor
+    kind: str = "values"
+    group: Group | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Gather:
+    """Send ``payload`` to every rank. Answer: the payloads of all ranks, in rank order.
+
+    ``parts`` names what each rank sends where that differs from rank to rank. On the wire: ``(n-1)`` payloads.
+    """
+
+    payload: Payload
+    parts: tuple[Parts, ...] | None = None
+    group: Group | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """Send ``payloads[i]`` to rank *i* (all-to-all). Answer: what each rank sent here, in rank order.
+
+    Everything sent here has the parts of ``payloads[own rank]``. On the wire: all payloads but one's own.
+    """
+
+    payloads: tuple[Payload, ...]
+    group: Group | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """Exchange ``payload`` with some neighbours only. Answer: their payloads, in the order of ``neighbours``.
+
+    Neighbourhood is mutual. On the wire: one payload per neighbour, however many workers there are.
+    """
+
+    payload: Payload
+    neighbours: tuple[int, ...]
+    group: Group | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Broadcast:
+    """Take ``payload`` from rank ``source``. Answer: its payload (on every rank, the source included)."""
+
+    payload: Payload
+    source: int
+    group: Group | None = None
+
+
+Request = Sum | Gather | Swap | Mix | Broadcast
+
+T = TypeVar("T")
+Talk = Generator[Request, Any, T]
+"""A conversation: yields requests, is sent their answers, returns a T."""
+
+
+def within(group: Group, talk: Talk[T]) -> Talk[T]:
+    """The same conversation, held inside a group of ranks only."""
+    try:
+        request = next(talk)
+        while True:
+            answer = yield replace(request, group=group)
+            request = talk.send(answer)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value

@@ -1,0 +1,147 @@
+"""What the workers say to each other, round by round.
+
+A method is a conversation, written as a generator that does no I/O. It reads like the paper::
+
+    def talk(self, x, state, turn):
+        p = yield from mean(x @ q, turn)
+        ...
+        return Outcome(estimate, contribution, state)
+
+**The law.** A method returns its *estimate* of the mean of ``x`` over the ranks, equal on every rank, and its own
+*contribution* to it, such that *the contributions of all ranks sum to n times the estimate*. That is what makes error
+feedback six lines that work for every method: keep input minus contribution.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distcomp.exchange import Sum, Talk
+from distcomp.layout import Layout, Slab
+from distcomp.randomness import Key
+
+State = Mapping[str, Any]
+"""What a method remembers: a tree of dicts whose leaves are :class:`distcomp.layout.Slab` (one number per element, cut and
+joined by its layout) or :class:`PerParameter`. Returned, never mutated."""
+
+
+class PerParameter(dict[str, Tensor]):
+    """A leaf of the state that holds one tensor of any shape per parameter name."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Who is talking, about what, and when. ``rank`` and ``size`` are those of the group that talks."""
+
+    rank: int
+    size: int
+    layout: Layout
+    step: int
+    shared: Key
+    """The same on every rank in this step."""
+
+    @property
+    def private(self) -> Key:
+        """Different on every rank."""
+        return self.shared.fold("rank", self.rank)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a conversation comes to. ``contribution`` is a function, because only error feedback asks for it."""
+
+    estimate: Tensor
+    contribution: Callable[[], Tensor]
+    state: State
+
+
+class Method(ABC):
+    """A conversation and the state it keeps between steps. Subclasses are frozen dataclasses."""
+
+    transparent: bool = False
+    """Whether a NaN or an infinity in ``x`` reaches the estimate by itself (nothing needs to look for it)."""
+
+    def init(self, layout: Layout) -> State:
+        """The state before the first step, for the parameters of ``layout``."""
+        return {}
+
+    @abstractmethod
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        """Agree on the mean of ``x`` (float32, ``[turn.layout.numel]``). Does not change ``x`` or ``state``."""
+
+    @abstractmethod
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        """Bytes that one rank sends in one step, headers of payloads included (the formula, before any is sent)."""
+
+
+def mean(x: Tensor, turn: Turn) -> Talk[Tensor]:
+    """The mean of ``x`` over the ranks. Multiplies by 1/n before the sum, as DistributedDataParallel does."""
+    total: Tensor = yield Sum(x * (1.0 / turn.size))
+    return total
+
+
+def all_reduce_bytes(nbytes: float, size: int) -> int:
+    """What each rank sends in a ring all-reduce of a tensor."""
+    return round(2 * (size - 1) / size * nbytes)
+
+
+def map_state(
+    state: State, slab: Callable[[str, Slab], object], each: Callable[[str, PerParameter], object]
+) -> dict[str, Any]:
+    """The tree with its leaves replaced; both functions see the leaf's path (``inner/residual``)."""
+
+    def walk(node: State, prefix: str) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for name, leaf in node.items():
+            path = f"{prefix}{name}"
+            if isinstance(leaf, PerParameter):
+                out[name] = each(path, leaf)
+            elif isinstance(leaf, Slab):
+                out[name] = slab(path, leaf)
+            else:
+                out[name] = walk(leaf, path + "/")
+        return out
+
+    return walk(state, "")
+
+
+ByParameter = Mapping[str, Mapping[str, Tensor]]
+"""Parameter name -> path of the leaf -> that parameter's tensor: state apart from any slab."""
+
+
+def cut_state(state: State) -> dict[str, dict[str, Tensor]]:
+    """The state by parameter. The tensors are views: nothing is copied."""
+    cut: dict[str, dict[str, Tensor]] = {}
+
+    def slab(path: str, leaf: Slab) -> None:
+        for segment, piece in leaf.layout.pieces(leaf.data):
+            cut.setdefault(segment.name, {})[path] = piece
+
+    def each(path: str, leaf: PerParameter) -> None:
+        for name, value in leaf.items():
+            cut.setdefault(name, {})[path] = value
+
+    map_state(state, slab, each)
+    return cut
+
+
+def join_state(cut: ByParameter, template: State) -> dict[str, Any]:
+    """The state of a slab put together again. ``template``, a fresh state, gives the shape and what ``cut`` lacks."""
+
+    def slab(path: str, leaf: Slab) -> Slab:
+        pieces = [
+            cut.get(segment.name, {}).get(path, fresh).reshape(-1).to(fresh)
+            for segment, fresh in leaf.layout.pieces(leaf.data)
+        ]
+        return Slab(torch.cat(pieces) if pieces else leaf.data, leaf.layout)
+
+    def each(path: str, leaf: PerParameter) -> PerParameter:
+        return PerParameter({name: cut.get(name, {}).get(path, fresh).to(fresh) for name, fresh in leaf.items()})
+
+    return map_state(template, slab, each)

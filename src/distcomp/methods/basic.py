@@ -1,0 +1,117 @@
+"""The methods that need nothing but a compressor: none at all, half-width floats, QSGD, and the control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distcomp.compressors import Cast, Compressor, Identity, Quantize
+from distcomp.exchange import Talk
+from distcomp.layout import Layout
+from distcomp.methods.base import Method, Outcome, State, Turn
+from distcomp.methods.choose import Choose, Rule
+from distcomp.methods.feedback import ErrorFeedback
+from distcomp.methods.lift import lift
+from distcomp.methods.registry import register
+
+PLAIN = Rule(roles=("bias", "norm"))
+"""What goes uncompressed unless asked otherwise: biases and norms are few, and training is sensitive to them."""
+
+
+def except_small(method: Method) -> Method:
+    """``method`` for everything but biases and norms, which ride a float32 all-reduce."""
+    return Choose(PLAIN, lift(Identity()), method)
+
+
+def with_feedback(compressor: Compressor, pattern: str = "auto", error_feedback: bool | None = None) -> Method:
+    """The lifted compressor, with error feedback where it is biased (or where it is asked for)."""
+    method = lift(compressor, pattern)
+    wanted = not compressor.unbiased if error_feedback is None else error_feedback
+    return ErrorFeedback(method) if wanted else method
+
+
+@register(
+    paper="none: the exact mean, as DistributedDataParallel computes it",
+    wire="2 (n-1)/n 4d",
+    summable=True,
+    biased=False,
+)
+def identity() -> Method:
+    """Send float32: bit-equal to DistributedDataParallel at two ranks."""
+    return lift(Identity())
+
+
+@register(
+    paper="none: rounding to the nearest bfloat16",
+    wire="2 (n-1)/n 2d",
+    summable=True,
+    biased=True,
+    differs="PyTorch's bf16_compress_hook refuses the CPU; this one runs on any backend",
+)
+def bf16() -> Method:
+    """Send bfloat16: half the bytes, the range of float32, 8 significant bits."""
+    return lift(Cast("bf16"))
+
+
+@register(
+    paper="none: rounding to the nearest float16",
+    wire="2 (n-1)/n 2d",
+    summable=True,
+    biased=True,
+    differs="divides by n before it rounds, clamps finite values to 65504 and lets an infinity through",
+)
+def fp16() -> Method:
+    """Send float16: half the bytes, 11 significant bits, values above 65504 are clamped."""
+    return lift(Cast("fp16"))
+
+
+@register(
+    paper="Alistarh et al., QSGD, NeurIPS 2017; one bit: Karimireddy et al., ICML 2019",
+    wire="2 (n-1)/n (d bits/8 + 4 d/block), or (n-1) payloads where that is less",
+    summable=False,
+    biased=False,
+    differs="bits count the sign; fixed-width codes; one bit is sign times the block's mean magnitude, with error feedback; "
+    "biases and norms are sent in float32",
+)
+def qsgd(
+    bits: int = 4,
+    block: int = 512,
+    norm: str = "max",
+    rounding: str = "stochastic",
+    pattern: str = "auto",
+    error_feedback: bool | None = None,
+) -> Method:
+    """Round each value to one of a few levels of its block, at random so that the mean is right.
+
+    See :class:`distcomp.compressors.Quantize` for the equation. ``error_feedback=None`` adds it where the quantizer is
+    biased: at one bit, and with rounding to nearest. ``pattern`` forces ``gather`` or ``scatter``.
+    """
+    return except_small(with_feedback(Quantize(bits, block, norm, rounding), pattern, error_feedback))
+
+
+@dataclass(frozen=True)
+class Silence(Method):
+    """Say nothing: each rank's own tensor is its estimate. Replicas drift apart: a control, not a method."""
+
+    transparent = True
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        yield from ()
+        return Outcome(x, lambda: x, state)
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        return 0
+
+
+@register(
+    paper="none: the control that shows what communication is worth",
+    wire="0",
+    summable=True,
+    biased=True,
+    differs="does not communicate",
+    control=True,
+)
+def none() -> Method:
+    """Do not communicate at all: every rank trains alone on its shard."""
+    return Silence()

@@ -1,0 +1,176 @@
+"""From a compressor to a method: choose how its payloads meet.
+
+=================  ===========================================  ============================================
+pattern            what happens                                 bytes each rank sends, payload P, n ranks
+=================  ===========================================  ============================================
+``all_reduce``     payloads are added on the wire               2 (n-1)/n P
+``gather``         every rank decodes and adds all payloads     (n-1) P
+``scatter``        the owner of a chunk decodes, adds, encodes  2 (n-1)/n P
+=================  ===========================================  ============================================
+
+Sums of decoded payloads are added in rank order, so that every rank holds the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distcomp.compressors.base import Compressor
+from distcomp.compressors.identity import Identity
+from distcomp.errors import DistcompError
+from distcomp.exchange import Gather, Sum, Swap, Talk
+from distcomp.layout import Layout, chunk_views
+from distcomp.methods.base import Method, Outcome, State, Turn, all_reduce_bytes
+from distcomp.payload import Payload, body_bytes
+
+PATTERNS = ("auto", "all_reduce", "gather", "scatter")
+
+SMALL_BYTES = 4096
+"""Below this a payload's cost is latency: one round of gathering beats two rounds of scatter-reduce."""
+
+
+def lift(compressor: Compressor, pattern: str = "auto") -> Method:
+    """The method in which ``compressor``'s payloads meet by ``pattern``; ``auto`` takes the cheapest legal one.
+
+    Raises DistcompError where the pairing is illegal: payloads that cannot be added cannot ride an all-reduce.
+    """
+    if pattern not in PATTERNS:
+        raise DistcompError(f"there is no pattern {pattern!r}; use one of {', '.join(PATTERNS)}")
+    if pattern == "all_reduce" and not compressor.summable:
+        raise DistcompError(
+            f"payloads of {compressor} cannot be added on the wire; use pattern='gather' or 'scatter'"
+        )
+    if pattern == "all_reduce" or (pattern == "auto" and compressor.summable):
+        return AllReduce(compressor)
+    if pattern == "gather":
+        return GatherAndSum(compressor)
+    if pattern == "scatter":
+        return ScatterReduce(compressor)
+    return Cheapest(compressor)
+
+
+@dataclass(frozen=True)
+class AllReduce(Method):
+    """Summable payloads ride a plain all-reduce: ``estimate = decode(sum_i encode(x_i / n))``.
+
+    We divide by n before encoding, so that a narrow type neither overflows nor rounds the sum a second time.
+    """
+
+    compressor: Compressor
+
+    @property
+    def transparent(self) -> bool:  # type: ignore[override]
+        return isinstance(self.compressor, Identity) or bool(getattr(self.compressor, "dtype", None))
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        scaled = x * (1.0 / turn.size)
+        if isinstance(self.compressor, Identity):
+            total = yield Sum(scaled)
+            return Outcome(total, lambda: x, state)
+        payload = self.compressor.encode(scaled, turn.layout, turn.shared)
+        sent = self.compressor.decode(payload, turn.layout)
+        (part,) = payload.parts
+        total = yield Sum(payload[part.kind], kind=part.kind)
+        payload[part.kind].copy_(total)
+        return Outcome(
+            self.compressor.decode(payload, turn.layout), lambda: sent.mul_(turn.size), state
+        )
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        return all_reduce_bytes(body_bytes(self.compressor.parts(layout)), size)
+
+
+@dataclass(frozen=True)
+class GatherAndSum(Method):
+    """Every rank sends its payload to all: ``estimate = 1/n sum_i decode(payload_i)``, added in rank order."""
+
+    compressor: Compressor
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        own = self.compressor.encode(x, turn.layout, turn.private.fold("gather"))
+        payloads: list[Payload] = yield Gather(own)
+        estimate = mean_of(self.compressor, payloads, turn.layout)
+        return Outcome(estimate, lambda: self.compressor.decode(own, turn.layout), state)
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        return (size - 1) * self.compressor.wire_bytes(layout)
+
+
+@dataclass(frozen=True)
+class ScatterReduce(Method):
+    """Two stages: each rank owns a chunk, adds up what the others send of it, and sends the re-encoded mean to all.
+
+    ::
+
+        stage 1   c_ij = encode(chunk j of x_i), swapped all to all;   m_j = 1/n sum_i decode(c_ij)
+        stage 2   a_j  = encode(m_j), gathered by all;                 estimate = decode(a_0) ... decode(a_{n-1})
+
+    The second encoding errs too. Its error belongs to the owner of the chunk, whose contribution is
+    ``decode(c_jj) + n (decode(a_j) - m_j)`` there: the law holds and error feedback loses nothing.
+    """
+
+    compressor: Compressor
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        c = self.compressor
+        chunks = turn.layout.split(turn.size, c.grain)
+        mine = chunks[turn.rank]
+
+        key = turn.private.fold("scatter")
+        sent = tuple(
+            c.encode(view, chunk, key) for view, chunk in zip(chunk_views(x, chunks), chunks, strict=True)
+        )
+        received: list[Payload] = yield Swap(sent)
+        chunk_mean = mean_of(c, received, mine)
+
+        answer = c.encode(chunk_mean, mine, turn.private.fold("reduce"))
+        answers: list[Payload] = yield Gather(answer, parts=tuple(c.parts(chunk) for chunk in chunks))
+        estimate = torch.empty_like(x)
+        for view, chunk, payload in zip(chunk_views(estimate, chunks), chunks, answers, strict=True):
+            c.decode_into(view, payload, chunk)
+
+        def contribution() -> Tensor:
+            given = torch.empty_like(x)
+            for view, chunk, payload in zip(chunk_views(given, chunks), chunks, sent, strict=True):
+                c.decode_into(view, payload, chunk)
+            own_estimate = chunk_views(estimate, chunks)[turn.rank]
+            chunk_views(given, chunks)[turn.rank].add_(own_estimate - chunk_mean, alpha=turn.size)
+            return given
+
+        return Outcome(estimate, contribution, state)
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        """The mean over the ranks: chunks differ by a block at most."""
+        sizes = [self.compressor.wire_bytes(chunk) for chunk in layout.split(size, self.compressor.grain)]
+        swapped = sum(sizes) * (size - 1) / size
+        return round(swapped + max(sizes) * (size - 1))
+
+
+@dataclass(frozen=True)
+class Cheapest(Method):
+    """Gather-and-sum or scatter-reduce, whichever sends fewer bytes for this layout and world size."""
+
+    compressor: Compressor
+
+    def chosen(self, layout: Layout, size: int) -> Method:
+        gather, scatter = GatherAndSum(self.compressor), ScatterReduce(self.compressor)
+        small = self.compressor.wire_bytes(layout) <= SMALL_BYTES
+        cheaper = gather.payload_bytes(layout, size) <= scatter.payload_bytes(layout, size)
+        return gather if small or cheaper else scatter
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        return (yield from self.chosen(turn.layout, turn.size).talk(x, state, turn))
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        return self.chosen(layout, size).payload_bytes(layout, size)
+
+
+def mean_of(compressor: Compressor, payloads: list[Payload], layout: Layout) -> Tensor:
+    """The mean of what the payloads decode to, added in the order given."""
+    out = torch.empty(layout.numel, dtype=torch.float32, device=payloads[0].wire.device)
+    for index, payload in enumerate(payloads):
+        compressor.decode_into(out, payload, layout, add=index > 0)
+    return out.mul_(1.0 / len(payloads))

@@ -1,0 +1,111 @@
+"""Every method by name: what the shell lists, the docs tabulate, the tests run, and a config string names.
+
+A method joins by decorating its recipe (a function whose parameters are the method's settings) with :func:`register` and by
+one import line in ``distcomp/methods/__init__.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from distcomp.errors import DistcompError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a method without running it."""
+
+    name: str
+    recipe: Callable[..., Any]
+    paper: str
+    wire: str
+    """Bytes per step and rank, as a formula of d parameters and n ranks."""
+    summable: bool
+    """Whether its payloads are added on the wire (a plain all-reduce)."""
+    biased: bool
+    differs: str
+    """Where it differs from the paper."""
+    kind: str = "gradient"
+    """``gradient`` (every step), ``periodic`` (models, every H steps) or ``gossip`` (models, neighbours)."""
+    control: bool = False
+    """A control, not a method to train with: it is known not to keep the law of contributions."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Each setting with its default."""
+        return {
+            name: None if parameter.default is inspect.Parameter.empty else parameter.default
+            for name, parameter in inspect.signature(self.recipe).parameters.items()
+        }
+
+    @property
+    def law(self) -> str:
+        """The first sentence of the recipe's docstring."""
+        return (inspect.getdoc(self.recipe) or "").split("\n\n")[0].replace("\n", " ")
+
+
+METHODS: dict[str, Entry] = {}
+
+Recipe = TypeVar("Recipe", bound=Callable[..., Any])
+
+
+def register(
+    *,
+    paper: str,
+    wire: str,
+    summable: bool,
+    biased: bool,
+    differs: str = "nowhere",
+    kind: str = "gradient",
+    control: bool = False,
+) -> Callable[[Recipe], Recipe]:
+    """Enter a recipe under its own name."""
+
+    def enter(recipe: Recipe) -> Recipe:
+        name = recipe.__name__.rstrip("_")
+        METHODS[name] = Entry(name, recipe, paper, wire, summable, biased, differs, kind, control)
+        return recipe
+
+    return enter
+
+
+def parse(text: str) -> Any:
+    """The method that a config string names: ``qsgd``, ``qsgd:bits=4,block=128``.
+
+    Raises DistcompError for a name that is not registered, or a setting the method does not have.
+    """
+    name, _, settings = text.partition(":")
+    entry = METHODS.get(name.strip())
+    if entry is None:
+        raise DistcompError(f"there is no method {name!r}; known are: {', '.join(sorted(METHODS))}")
+    arguments: dict[str, Any] = {}
+    for setting in filter(None, (part.strip() for part in _split(settings))):
+        key, equals, value = setting.partition("=")
+        if not equals or key.strip() not in entry.parameters:
+            known = ", ".join(entry.parameters) or "none"
+            raise DistcompError(f"{name} has no setting {setting!r}; its settings are: {known}")
+        arguments[key.strip()] = _literal(value.strip())
+    return entry.recipe(**arguments)
+
+
+def _split(settings: str) -> list[str]:
+    """At commas that are outside brackets."""
+    parts, depth = [""], 0
+    for character in settings:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(value.lower(), value)

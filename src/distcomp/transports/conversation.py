@@ -1,0 +1,59 @@
+"""A method's generator under way: what it asks next, what it came to, and whether every rank's tensor was finite."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from distcomp.exchange import Request, Talk
+from distcomp.methods.base import Method, Outcome, State, Turn
+from distcomp.transports.base import TRUE, Answer, finite_flag
+
+
+class Conversation:
+    """One talk about one slab. ``ask`` gives the next request until ``outcome`` is there."""
+
+    def __init__(self, method: Method, x: Tensor, state: State, turn: Turn) -> None:
+        self.watch = not method.transparent
+        self._x = x
+        self._method = method
+        self._state = state
+        self._turn = turn
+        self._talk: Talk[Outcome] | None = None
+        self._outcome: Outcome | None = None
+        self.own_finite: Tensor = TRUE
+        self.finite: Tensor = TRUE
+        """Of all ranks, as far as the exchanges so far have told."""
+
+    @property
+    def outcome(self) -> Outcome | None:
+        return self._outcome
+
+    def ask(self, answer: Answer | None) -> Request | None:
+        """Take in the answer to the last request; return the next one, or None when the talk is over."""
+        try:
+            if self._talk is None:
+                if self.watch:
+                    self.own_finite = self.finite = finite_flag(self._x)
+                self._talk = self._method.talk(self._x, self._state, self._turn)
+                return next(self._talk)
+            assert answer is not None
+            self.finite = self.finite & answer.finite
+            return self._talk.send(answer.value)
+        except StopIteration as stop:
+            self._outcome = self._poisoned(stop.value)
+            return None
+
+    def _poisoned(self, outcome: Outcome) -> Outcome:
+        """A non-finite value anywhere becomes a non-finite estimate everywhere, so that every scaler sees it."""
+        if not self.watch:
+            return outcome
+        estimate = outcome.estimate
+        if estimate.device.type == "cpu":
+            if not self.finite:
+                estimate = estimate.fill_(float("nan"))
+        else:
+            estimate = torch.where(self.finite, estimate, torch.full_like(estimate, float("nan")))
+        return replace(outcome, estimate=estimate)

@@ -1,0 +1,52 @@
+"""Counts what passes the door: bytes by kind, and requests."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from distcomp.exchange import Broadcast, Gather, Mix, Request, Sum, Swap
+from distcomp.payload import HEADER, Parts
+
+
+class Ledger:
+    """Bytes that this rank has sent, by kind (values, codes, scales, indices, header), and how often it asked.
+
+    A Sum is counted as a ring all-reduce, ``2 (n-1)/n`` of the tensor; a Gather as ``n-1`` payloads; a Broadcast as
+    ``(n-1)/n`` payloads on every rank (a tree: the ranks together send n-1).
+    """
+
+    def __init__(self) -> None:
+        self.sent_bytes: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.sent_bytes.values())
+
+    def count(self, request: Request, rank: int, size: int) -> None:
+        members = len(request.group) if request.group else size
+        self.requests[type(request).__name__] += 1
+        if isinstance(request, Sum):
+            sent = request.x.numel() * request.x.element_size() * 2 * (members - 1) / members
+            self.sent_bytes[request.kind] += round(sent)
+        elif isinstance(request, Gather):
+            parts = max(request.parts, key=_weight) if request.parts else request.payload.parts
+            self._add(parts, members - 1)
+        elif isinstance(request, Swap):
+            own = request.group.index(rank) if request.group else rank
+            for index, payload in enumerate(request.payloads):
+                if index != own:
+                    self._add(payload.parts, 1)
+        elif isinstance(request, Mix):
+            self._add(request.payload.parts, len(request.neighbours))
+        elif isinstance(request, Broadcast):
+            self._add(request.payload.parts, (members - 1) / members)
+
+    def _add(self, parts: Parts, times: float) -> None:
+        self.sent_bytes["header"] += round(HEADER.size * times)
+        for part in parts:
+            self.sent_bytes[part.kind] += round(part.nbytes * times)
+
+
+def _weight(parts: Parts) -> int:
+    return sum(part.nbytes for part in parts)
