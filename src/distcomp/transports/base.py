@@ -18,6 +18,9 @@ from distcomp.transports.ledger import Ledger
 class Pending(Protocol):
     """A request under way."""
 
+    finished_s: float
+    """When the wire was done with it (``time.perf_counter``); 0 where the carrier does not tell."""
+
     def wait(self) -> Any:
         """Block until the answer is there. Raises PeerLost if it never will be."""
 
@@ -54,41 +57,48 @@ class Channel:
         self.ledger = ledger
         self.exchange = 0
 
-    def start(self, request: Request, finite: Tensor) -> OpenExchange:
-        """Seal and send. ``finite`` tells of the tensor that is talked about on this rank."""
+    def prepare(self, request: Request, finite: Tensor) -> OpenExchange:
+        """Seal and count, off the wire's time. ``finite`` tells of the tensors that this rank talks about."""
         self.exchange = (self.exchange + 1) % 2**32
         for payload in _payloads(request):
             seal(payload, Seal(self.transport.rank, self.fingerprint, self.exchange), finite)
         if isinstance(request, Sum):
             request = replace(request, x=_poisoned(request.x, finite))
         self.ledger.count(request, self.transport.rank, self.transport.size)
-        return OpenExchange(self, request, self.transport.start(request), self.exchange)
+        return OpenExchange(self, request, self.exchange)
 
 
 class OpenExchange:
-    """A request under way; ``wait`` opens what comes back."""
+    """A sealed request: ``start`` it, ``wait`` for the wire, ``open`` what came back."""
 
-    def __init__(self, channel: Channel, request: Request, pending: Pending, number: int) -> None:
+    def __init__(self, channel: Channel, request: Request, number: int) -> None:
         self._channel = channel
         self._request = request
-        self._pending = pending
         self._number = number
+        self._pending: Pending | None = None
+        self._waited: Any = None
+        self.started_s = 0.0
+        self.finished_s = 0.0
+
+    def start(self) -> None:
         self.started_s = time.perf_counter()
-        self.waited: Any = None
+        self._pending = self._channel.transport.start(self._request)
 
     def wait(self) -> None:
         """Block until the wire is done with it; opening is left to :meth:`open`, off the wire's time."""
-        self.waited = self._pending.wait()
+        assert self._pending is not None
+        self._waited = self._pending.wait()
+        self.finished_s = self._pending.finished_s or time.perf_counter()
 
     def open(self, watch: bool) -> Answer:
         """Check and unpack. ``watch``: look for non-finite values in sums, too (payloads always tell)."""
         request = self._request
         if isinstance(request, Sum):
-            total: Tensor = self.waited
+            total: Tensor = self._waited
             return Answer(total, finite_flag(total) if watch else TRUE)
         senders, parts = _senders(request, self._channel.transport)
         payloads, finite = [], None
-        for sender, expected, wire in zip(senders, parts, self.waited, strict=True):
+        for sender, expected, wire in zip(senders, parts, self._waited, strict=True):
             payload = Payload(wire[: wire_bytes(expected)], expected)
             good = unseal(payload, Seal(sender, self._channel.fingerprint, self._number))
             finite = good if finite is None else finite & good

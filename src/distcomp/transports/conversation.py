@@ -23,9 +23,8 @@ class Conversation:
         self._turn = turn
         self._talk: Talk[Outcome] | None = None
         self._outcome: Outcome | None = None
-        self.own_finite: Tensor = TRUE
         self.finite: Tensor = TRUE
-        """Of all ranks, as far as the exchanges so far have told."""
+        """Of this rank and of all others, as far as the exchanges so far have told."""
 
     @property
     def outcome(self) -> Outcome | None:
@@ -36,7 +35,7 @@ class Conversation:
         try:
             if self._talk is None:
                 if self.watch:
-                    self.own_finite = self.finite = finite_flag(self._x)
+                    self.finite = finite_flag(self._x)
                 self._talk = self._method.talk(self._x, self._state, self._turn)
                 return next(self._talk)
             assert answer is not None

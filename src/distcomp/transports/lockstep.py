@@ -21,6 +21,7 @@ class _Ready:
     """A pending request whose answer the switchboard fills in."""
 
     value: Any = None
+    finished_s = 0.0
 
     def wait(self) -> Any:
         return self.value
@@ -66,7 +67,8 @@ class Lockstep:
             exchanges: list[OpenExchange] = []
             for channel, request, talk in zip(self._channels, requests, conversations, strict=True):
                 assert request is not None
-                exchanges.append(channel.start(request, talk.own_finite))
+                exchanges.append(channel.prepare(request, talk.finite))
+                exchanges[-1].start()
             self._answer()
             for exchange in exchanges:
                 exchange.wait()

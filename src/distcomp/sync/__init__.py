@@ -1,0 +1,1 @@
+"""When, and over which tensors, do workers agree?"""

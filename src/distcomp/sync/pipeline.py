@@ -1,0 +1,128 @@
+"""The order in which the buckets of one iteration talk.
+
+One request is on the wire at a time, in an order that is a pure function of (bucket, round): every rank starts the same
+collectives in the same order, whatever its timing. While a request of one bucket is on the wire, the arithmetic of the
+next request is done: the order runs along diagonals, ``b0.r0, b1.r0, b0.r1, b2.r0, b1.r1, b0.r2, ...``, so that encoding
+of the next bucket and re-encoding of the last hide behind the wire.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+
+from distcomp.transports.base import Channel, OpenExchange
+from distcomp.transports.conversation import Conversation
+
+
+@dataclass
+class Timeline:
+    """When what was done in one iteration, in seconds of :func:`time.perf_counter`."""
+
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+    """(phase, begin, end); phases are encode, recode, wait, decode, and wire (a request under way)."""
+
+    def seconds(self, phase: str, after_s: float = float("-inf")) -> float:
+        """Total time of a phase, counting only what lies after a moment."""
+        return sum(max(0.0, end - max(begin, after_s)) for name, begin, end in self.spans if name == phase)
+
+    @property
+    def exchange_s(self) -> float:
+        """From the first encode to the last decode."""
+        if not self.spans:
+            return 0.0
+        return max(end for _, _, end in self.spans) - min(begin for _, begin, _ in self.spans)
+
+    @property
+    def wire_idle_s(self) -> float:
+        """Time between the first and the last request during which nothing was on the wire."""
+        wire = [(begin, end) for name, begin, end in self.spans if name == "wire"]
+        if not wire:
+            return 0.0
+        return max(e for _, e in wire) - min(b for b, _ in wire) - sum(e - b for b, e in wire)
+
+
+@dataclass
+class Running:
+    """A conversation in the pipeline, and what to do when it is over."""
+
+    conversation: Conversation
+    done: Callable[[], None]
+    exchange: OpenExchange | None = None
+    rounds: int = 0
+
+    @property
+    def over(self) -> bool:
+        return self.conversation.outcome is not None
+
+
+Carrier = Generator[int, Running | None, None]
+
+
+def slots() -> Iterator[tuple[int, int]]:
+    """(bucket, round) along diagonals, without end."""
+    diagonal = 0
+    while True:
+        for round_ in range(diagonal + 1):
+            yield diagonal - round_, round_
+        diagonal += 1
+
+
+def carry(channel: Channel, timeline: Timeline) -> Carrier:
+    """Carry all conversations of an iteration.
+
+    A generator: it yields the index of a bucket when it needs it, and is sent its conversation, or None when there are no
+    more buckets. Whoever drives it decides how to wait (a thread blocks; a hook on a CUDA stream comes back later).
+    """
+    buckets: list[Running] = []
+    last: int | None = None
+    wire: Running | None = None
+
+    for bucket, round_ in slots():
+        if round_ == 0 and last is None:
+            running = yield bucket
+            if running is None:
+                last = bucket
+            else:
+                buckets.append(running)
+        if last is not None and all(running.over for running in buckets):
+            return
+        if bucket >= len(buckets) or buckets[bucket].over:
+            continue
+        current = buckets[bucket]
+        if current is wire:
+            _wait(current, timeline)
+            wire = None
+        if not _advance(current, channel, timeline):
+            continue
+        if wire is not None:
+            _wait(wire, timeline)
+        assert current.exchange is not None
+        current.exchange.start()
+        wire = current
+
+
+def _advance(current: Running, channel: Channel, timeline: Timeline) -> bool:
+    """The arithmetic between two rounds: take the answer in, make the next request. False when the talk is over."""
+    talk = current.conversation
+    begin_s = time.perf_counter()
+    answer = current.exchange.open(talk.watch) if current.exchange is not None else None
+    request = talk.ask(answer)
+    if request is not None:
+        current.exchange = channel.prepare(request, talk.finite)
+    else:
+        current.done()
+    phase = "decode" if request is None else "encode" if current.rounds == 0 else "recode"
+    current.rounds += 1
+    timeline.spans.append((phase, begin_s, time.perf_counter()))
+    return request is not None
+
+
+def _wait(current: Running, timeline: Timeline) -> None:
+    """Wait for the wire; from here on the answer lies ready."""
+    assert current.exchange is not None
+    begin_s = time.perf_counter()
+    current.exchange.wait()
+    timeline.spans.append(("wait", begin_s, time.perf_counter()))
+    timeline.spans.append(("wire", current.exchange.started_s, current.exchange.finished_s))

@@ -1,0 +1,140 @@
+"""Requests carried by torch.distributed, on a process group of distcomp's own (Gloo, NCCL, MPI)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distcomp.exchange import Broadcast, Gather, Group, Mix, Request, Sum, Swap
+from distcomp.payload import wire_bytes
+from distcomp.transports.liveness import Liveness
+
+
+class TorchDist:
+    """Carries requests over ``group``. Waits at most ``timeout_s``, then names who does not answer."""
+
+    def __init__(self, group: dist.ProcessGroup, liveness: Liveness, timeout_s: float) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self._liveness = liveness
+        self._timeout_s = timeout_s
+        self._subgroups: dict[Group, dist.ProcessGroup] = {}
+
+    def start(self, request: Request) -> PendingWork:
+        group = self._group(request.group)
+        if isinstance(request, Sum):
+            work = dist.all_reduce(request.x, group=group, async_op=True)
+            return self._pending([work], lambda: request.x, keep=request.x)
+        if isinstance(request, Gather):
+            return self._gather(request, group)
+        if isinstance(request, Swap):
+            return self._swap(request, group)
+        if isinstance(request, Mix):
+            return self._mix(request, group)
+        return self._broadcast(request, group)
+
+    def _gather(self, request: Gather, group: dist.ProcessGroup) -> PendingWork:
+        own = request.payload.wire
+        longest = max(map(wire_bytes, request.parts)) if request.parts else own.numel()
+        if own.numel() < longest:  # Gloo hangs in an all-gather of unequal lengths
+            own = torch.cat([own, own.new_zeros(longest - own.numel())])
+        everything = own.new_empty(dist.get_world_size(group) * longest)
+        buffers = list(everything.split(longest))
+        work = dist.all_gather(buffers, own, group=group, async_op=True)
+        return self._pending([work], lambda: buffers, keep=own)
+
+    def _swap(self, request: Swap, group: dist.ProcessGroup) -> PendingWork:
+        here = dist.get_rank(group)
+        outgoing = torch.cat([payload.wire for payload in request.payloads])
+        sizes = [payload.wire.numel() for payload in request.payloads]
+        incoming = outgoing.new_empty(len(sizes) * sizes[here])
+        work = dist.all_to_all_single(
+            incoming, outgoing, [sizes[here]] * len(sizes), sizes, group=group, async_op=True
+        )
+        return self._pending([work], lambda: list(incoming.split(sizes[here])), keep=outgoing)
+
+    def _mix(self, request: Mix, group: dist.ProcessGroup) -> PendingWork:
+        own = request.payload.wire
+        received = [torch.empty_like(own) for _ in request.neighbours]
+        operations = []
+        for neighbour, buffer in zip(request.neighbours, received, strict=True):
+            peer = dist.get_global_rank(group, neighbour)
+            operations.append(dist.P2POp(dist.isend, own, peer, group))
+            operations.append(dist.P2POp(dist.irecv, buffer, peer, group))
+        works = dist.batch_isend_irecv(operations) if operations else []
+        return self._pending(works, lambda: received, keep=own)
+
+    def _broadcast(self, request: Broadcast, group: dist.ProcessGroup) -> PendingWork:
+        wire = request.payload.wire
+        source = dist.get_global_rank(self.group, request.source)
+        work = dist.broadcast(wire, source, group=group, async_op=True)
+        return self._pending([work], lambda: [wire], keep=wire)
+
+    def _pending(self, works: list[Any], result: Callable[[], Any], keep: Tensor | None = None) -> PendingWork:
+        return PendingWork(works, result, self._liveness, self._timeout_s, keep)
+
+    def _group(self, members: Group | None) -> dist.ProcessGroup:
+        """The process group of some of our ranks; made when first asked for, which its members do together."""
+        if members is None or len(members) == self.size:
+            return self.group
+        if members not in self._subgroups:
+            ranks = [dist.get_global_rank(self.group, member) for member in members]
+            self._subgroups[members] = dist.new_group(
+                ranks, backend=dist.get_backend(self.group), use_local_synchronization=True
+            )
+        return self._subgroups[members]
+
+    def close(self) -> None:
+        for group in self._subgroups.values():
+            dist.destroy_process_group(group)
+        self._subgroups.clear()
+
+
+class PendingWork:
+    """A collective under way, its buffers kept alive."""
+
+    def __init__(
+        self,
+        works: list[Any],
+        result: Callable[[], Any],
+        liveness: Liveness,
+        timeout_s: float,
+        keep: Tensor | None,
+    ) -> None:
+        self._works = works
+        self._result = result
+        self._liveness = liveness
+        self._timeout_s = timeout_s
+        self._keep = keep
+        self.finished_s = 0.0
+        self._note_end()
+
+    def _note_end(self) -> None:
+        """Have the end of a collective on the CPU noted when it comes, not when somebody asks."""
+        if self._keep is not None and self._keep.device.type != "cpu":
+            return
+        try:
+            future = self._works[-1].get_future()
+        except (RuntimeError, IndexError):  # point-to-point work has no future on Gloo
+            return
+        future.add_done_callback(self._ended)
+
+    def _ended(self, _: object) -> None:
+        self.finished_s = time.perf_counter()
+
+    def wait(self) -> Any:
+        """Raises PeerLost, naming the rank, when a peer dies or does not answer within the timeout."""
+        patience = timedelta(seconds=max(1.0, self._timeout_s - self._liveness.diagnosis_s))
+        try:
+            for work in self._works:
+                work.wait(patience)
+        except RuntimeError as error:
+            raise self._liveness.diagnose(error) from error
+        return self._result()
