@@ -1,0 +1,272 @@
+"""How does a method meet *my* model and optimizer, and leave again?"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+import distcomp
+from distcomp.errors import DistcompError
+from distcomp.methods import METHODS, Method, parse
+from distcomp.sync.ddp import GradientSync, Scaler
+from distcomp.sync.link import Link
+from distcomp.sync.states import pack, unpack
+from distcomp.sync.stock import StockSync, is_stock
+from distcomp.sync.trampoline import Trampoline, trampoline_of
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    method: Method | str | None = None,
+    *,
+    scaler: Scaler | None = None,
+    seed: int = 0,
+    timeout_s: float = 60.0,
+) -> Handle:
+    """Let ``method`` carry the gradients of a DistributedDataParallel model. Call it on every rank.
+
+    Args:
+        model: the DDP model, also when ``torch.compile`` is wrapped around it.
+        optimizer: needed by some methods; gradient methods accept its absence.
+        method: what to say on the wire: an object such as ``distcomp.qsgd(bits=4)`` or a string such as
+            ``"qsgd:bits=4"``. ``"ddp"``, ``"torch:fp16"`` and ``"torch:powersgd"`` are PyTorch's own, for comparison;
+            ``"none"`` does not communicate (a control). None takes the environment variable ``DISTCOMP_METHOD``.
+        scaler: the run's GradScaler, if it has one: residuals are then kept in unscaled units.
+        seed: of all random rounding; must be the same on every rank.
+        timeout_s: how long to wait for a peer before naming it and giving up.
+
+    Returns:
+        A handle: ``stats()``, ``log()``, ``state_dict()``, ``load_state_dict()``, ``detach()``; also a context manager.
+
+    Raises:
+        DistcompError: what cannot be served, with the reason: a model that is not DDP, a hook of somebody else's, sparse
+            gradients, an optimizer that reduces gradients itself, an unknown method.
+        SettingsMismatch: ranks were attached with different settings; every rank names the difference.
+        PeerLost: a rank did not attach in time.
+    """
+    ddp = _ddp_of(model)
+    chosen = _method(method)
+    _refuse(ddp, optimizer)
+    trampoline = trampoline_of(ddp)
+    if trampoline.attached is not None:
+        raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
+    link = Link.open(ddp, _settings(ddp, chosen, seed), timeout_s)
+    sync: GradientSync | StockSync
+    if isinstance(chosen, str):
+        sync = StockSync(chosen, ddp.process_group)
+    else:
+        sync = GradientSync(ddp.module, chosen, link.channel, seed, scaler)
+    trampoline.attached = sync
+    return Handle(ddp, sync, trampoline, link)
+
+
+class Handle:
+    """What :func:`attach` gives back. Leaving its context detaches."""
+
+    def __init__(
+        self, model: DistributedDataParallel, sync: GradientSync | StockSync, trampoline: Trampoline, link: Link
+    ) -> None:
+        self._sync = sync
+        self._trampoline = trampoline
+        self._link = link
+        self._watch = _Watch(model, sync, link)
+        self._attached = True
+
+    @property
+    def method(self) -> str:
+        """The method, as all ranks agreed on it."""
+        return self._sync.name if isinstance(self._sync, StockSync) else repr(self._sync.method)
+
+    def stats(self) -> dict[str, Any]:
+        """Iterations, bytes sent by this rank (in all, by kind, in the last iteration) and where the last one's time went."""
+        self._sync.idle()
+        return {"method": self.method, "iterations": self._sync.iterations, **self._watch.totals()}
+
+    def log(self, **fields: Any) -> None:
+        """Write one line of metrics to the run's record, if there is one (``DISTCOMP_RUN_DIR``)."""
+        self._watch.log(fields)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Residuals, warm starts, counters of this rank, under one key that names the rank. Tensors and numbers only.
+
+        Save it on *every* rank: ``torch.save`` to a file per rank, or ``torch.distributed.checkpoint`` as it is.
+        """
+        return pack(self._link.rank, self._link.size, self._sync.state_dict())
+
+    def load_state_dict(self, saved: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Continue where a checkpoint stopped, bit for bit.
+
+        On another world size pass a list of all old ranks' state dicts: the mean of the residuals is kept.
+        """
+        self._sync.load_state_dict(unpack(saved, self._link.rank, self._link.size))
+
+    def detach(self) -> None:
+        """Leave the model: from now on it reduces gradients as plain DDP, bit for bit."""
+        if not self._attached:
+            return
+        self._attached = False
+        self._trampoline.attached = None
+        self._watch.close()
+        self._sync.close()
+        self._link.close()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+
+class _Watch:
+    """Looks at each optimizer step: raises what went wrong on the exchange's thread, verifies that the exchange ran, records."""
+
+    def __init__(self, model: DistributedDataParallel, sync: GradientSync | StockSync, link: Link) -> None:
+        self._sync = sync
+        self._link = link
+        self._parameters = {id(parameter) for parameter in model.parameters()}
+        self._recorded = 0
+        self._begin_s = 0.0
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._before_step),
+            model.register_forward_pre_hook(self._before_forward),
+        ]
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def totals(self) -> dict[str, Any]:
+        last = self._sync.last
+        fields: dict[str, Any] = {"payload_bytes": self._sent(), "payload_by_kind": self._by_kind()}
+        if last is not None:
+            fields["last"] = _describe(last)
+        return fields
+
+    def log(self, fields: Mapping[str, Any]) -> None:
+        if self._link.recorder is not None:
+            self._link.recorder.metric(**fields)
+
+    def _before_forward(self, module: nn.Module, arguments: object) -> None:
+        if self._sync.iterations == self._recorded and torch.is_grad_enabled() and not self._begin_s:
+            self._begin_s = time.perf_counter()
+
+    def _before_step(self, optimizer: Optimizer, arguments: object, options: object) -> None:
+        if not any(id(p) in self._parameters for group in optimizer.param_groups for p in group["params"]):
+            return
+        self._sync.idle()
+        if self._sync.iterations == 0:
+            raise DistcompError(
+                "the optimizer steps but no gradient went through the attached method: call the DistributedDataParallel "
+                "model itself (not model.module), outside no_sync(), before optimizer.step()"
+            )
+        self._record()
+
+    def _record(self) -> None:
+        last = self._sync.last
+        if last is None or self._sync.iterations == self._recorded:
+            return
+        self._recorded = self._sync.iterations
+        step_s = time.perf_counter() - self._begin_s if self._begin_s else None
+        self._begin_s = 0.0
+        if self._link.recorder is not None:
+            self._link.recorder.step(step_s=step_s, **_describe(last), payload_by_kind=self._by_kind())
+
+    def _sent(self) -> int:
+        return self._sync.sent_bytes if isinstance(self._sync, StockSync) else self._link.ledger.total_bytes
+
+    def _by_kind(self) -> dict[str, int]:
+        if isinstance(self._sync, StockSync):
+            return {"values": self._sync.sent_bytes}
+        return dict(self._link.ledger.sent_bytes)
+
+
+PHASES = ("encode", "recode", "wait", "decode")
+
+
+def _describe(last: Any) -> dict[str, Any]:
+    timeline = last.timeline
+    return {
+        "step": last.index,
+        "payload_bytes": last.payload_bytes,
+        "exchange_s": timeline.exchange_s,
+        "phases": {f"{phase}_s": timeline.seconds(phase) for phase in PHASES},
+        "exposed": {f"{phase}_s": timeline.seconds(phase, last.ready_s) for phase in PHASES},
+        "wire_idle_s": timeline.wire_idle_s,
+    }
+
+
+def _method(method: Method | str | None) -> Method | str:
+    """The method object; PyTorch's own stay strings."""
+    if method is None:
+        method = os.environ.get("DISTCOMP_METHOD")
+        if method is None:
+            raise DistcompError(
+                "no method was given; pass one, such as distcomp.qsgd(bits=4), or set DISTCOMP_METHOD"
+            )
+    if is_stock(method):
+        return method
+    if isinstance(method, str):
+        method = parse(method)
+    if not isinstance(method, Method):
+        raise DistcompError(
+            f"{method!r} is no method; pass one of {', '.join(f'distcomp.{name}(...)' for name in sorted(METHODS))}"
+        )
+    return method
+
+
+def _ddp_of(model: nn.Module) -> DistributedDataParallel:
+    """The DDP model, looked for under torch.compile's wrapper."""
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, DistributedDataParallel):
+        raise DistcompError(
+            f"attach needs a DistributedDataParallel model, not {type(inner).__name__}; wrap it first: "
+            "model = DistributedDataParallel(model)"
+        )
+    return inner
+
+
+def _refuse(model: DistributedDataParallel, optimizer: Optimizer | None) -> None:
+    """What cannot be served, named with its reason."""
+    for name, part in model.module.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+            raise DistcompError(
+                f"{name} has sparse gradients, which DDP reduces outside its buckets; make it sparse=False"
+            )
+    if getattr(model, "_use_python_reducer", False):
+        raise DistcompError(
+            "torch.compile's python_reducer bypasses communication hooks; set torch._dynamo.config.optimize_ddp = "
+            "'ddp_optimizer' before wrapping the model"
+        )
+    if optimizer is not None and getattr(optimizer, "_overlap_with_ddp", False):
+        raise DistcompError(
+            "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps inside a communication hook of its own; "
+            "set overlap_with_ddp=False"
+        )
+
+
+_COUNT = itertools.count()
+
+
+def _settings(model: DistributedDataParallel, method: Method | str, seed: int) -> dict[str, str]:
+    """What ranks must have in common."""
+    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.module.named_parameters()]
+    return {
+        "method": method if isinstance(method, str) else repr(method),
+        "seed": str(seed),
+        "parameters": f"{len(shapes)} tensors, digest {hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}",
+        "bucket_cap_bytes": str(model.bucket_bytes_cap),
+        "distcomp": distcomp.__version__,
+    }

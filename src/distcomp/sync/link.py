@@ -1,0 +1,80 @@
+"""The line between the ranks of one attached model: agreed settings, a process group of its own, heartbeat, ledger."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distcomp.recording import Recorder
+from distcomp.transports.base import Channel
+from distcomp.transports.ledger import Ledger
+from distcomp.transports.liveness import Liveness, agree
+from distcomp.transports.throttle import throttled
+from distcomp.transports.torchdist import TorchDist
+
+_ATTACHED = itertools.count()
+_GROUPS: WeakKeyDictionary[nn.Module, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+@dataclass
+class Link:
+    """Open while a method is attached."""
+
+    rank: int
+    size: int
+    channel: Channel
+    ledger: Ledger
+    recorder: Recorder | None
+    _liveness: Liveness
+    _transport: TorchDist
+
+    @staticmethod
+    def open(model: DistributedDataParallel, settings: Mapping[str, str], timeout_s: float) -> Link:
+        """Agree on the settings with every rank, then open the line.
+
+        Raises SettingsMismatch or PeerLost on every rank, within ``timeout_s``.
+        """
+        parent = model.process_group
+        rank, size = dist.get_rank(parent), dist.get_world_size(parent)
+        store = parent.get_group_store()
+        name = f"attach{next(_ATTACHED)}"
+        agree(store, rank, size, name, settings, timeout_s)
+        group = _own_group(model, timeout_s)
+        liveness = Liveness(store, rank, size, name)
+        transport = TorchDist(group, liveness, timeout_s)
+        digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).digest()
+        ledger = Ledger()
+        channel = Channel(throttled(transport), int.from_bytes(digest[:4], "little"), ledger)
+        atexit.register(liveness.close)
+        return Link(rank, size, channel, ledger, Recorder.from_env(rank), liveness, transport)
+
+    def close(self) -> None:
+        self._transport.close()
+        self._liveness.close()
+        atexit.unregister(self._liveness.close)
+
+
+def _own_group(model: DistributedDataParallel, timeout_s: float) -> dist.ProcessGroup:
+    """A process group for distcomp's exchanges alone, one per model: nobody else's collectives come between."""
+    if model not in _GROUPS:
+        parent = model.process_group
+        ranks = [dist.get_global_rank(parent, rank) for rank in range(dist.get_world_size(parent))]
+        group = dist.new_group(
+            ranks,
+            timeout=timedelta(seconds=timeout_s + 10),
+            backend=dist.get_backend(parent),
+            use_local_synchronization=True,
+        )
+        assert isinstance(group, dist.ProcessGroup)
+        _GROUPS[model] = group
+    return _GROUPS[model]
