@@ -56,8 +56,11 @@ def body_bytes(parts: Parts) -> int:
 
 
 def wire_bytes(parts: Parts) -> int:
-    """What a payload of these parts weighs on the wire, header included."""
-    return HEADER.size + body_bytes(parts)
+    """What a payload of these parts weighs on the wire: header, parts, and padding to a multiple of 8 bytes.
+
+    The padding keeps payloads aligned that arrive one behind another in one buffer.
+    """
+    return -(-(HEADER.size + body_bytes(parts)) // 8) * 8
 
 
 class Payload:
@@ -89,7 +92,7 @@ class Payload:
 
     @property
     def body(self) -> Tensor:
-        return self.wire[HEADER.size :]
+        return self.wire[HEADER.size : HEADER.size + body_bytes(self.parts)]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from distcomp.exchange import Broadcast, Gather, Mix, Request, Sum, Swap
-from distcomp.payload import HEADER, Parts
+from distcomp.payload import Parts, body_bytes, wire_bytes
 
 
 class Ledger:
@@ -30,7 +30,7 @@ class Ledger:
             sent = request.x.numel() * request.x.element_size() * 2 * (members - 1) / members
             self.sent_bytes[request.kind] += round(sent)
         elif isinstance(request, Gather):
-            parts = max(request.parts, key=_weight) if request.parts else request.payload.parts
+            parts = max(request.parts, key=wire_bytes) if request.parts else request.payload.parts
             self._add(parts, members - 1)
         elif isinstance(request, Swap):
             own = request.group.index(rank) if request.group else rank
@@ -43,10 +43,7 @@ class Ledger:
             self._add(request.payload.parts, (members - 1) / members)
 
     def _add(self, parts: Parts, times: float) -> None:
-        self.sent_bytes["header"] += round(HEADER.size * times)
+        self.sent_bytes["header"] += round((wire_bytes(parts) - body_bytes(parts)) * times)
         for part in parts:
             self.sent_bytes[part.kind] += round(part.nbytes * times)
 
-
-def _weight(parts: Parts) -> int:
-    return sum(part.nbytes for part in parts)

@@ -1,0 +1,118 @@
+"""Real processes for tests: ranks that stay up, import torch once, and run one job after another over Gloo on loopback."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+PATIENCE_S = 120.0
+"""After this a job counts as hung. Far above what any job takes: it is a verdict, not a measurement."""
+
+
+class JobFailed(AssertionError):
+    """A job raised; the message holds the rank and its traceback."""
+
+
+class Cluster:
+    """``size`` processes. ``run(job, *arguments)`` calls ``job(rank, size, *arguments)`` on each and returns the answers."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.size = size
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """The ranks' answers, in rank order. Raises JobFailed if any rank raised, died or hung."""
+        answers = self.outcomes(job, *arguments)
+        for rank, answer in enumerate(answers):
+            if isinstance(answer, Failure):
+                self.close()
+                raise JobFailed(f"rank {rank}: {answer.text}")
+        return answers
+
+    def outcomes(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """As :meth:`run`, but a rank that raised or died gives a Failure instead of an answer."""
+        port = _free_port()
+        for pipe in self.pipes:
+            pipe.send((job, arguments, port))
+        answers: list[Any] = [Failure("hung")] * self.size
+        waiting = dict(zip(self.pipes, range(self.size), strict=True))
+        while waiting:
+            ready = wait(list(waiting), PATIENCE_S)
+            if not ready:
+                self.close()
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    answers[rank] = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    answers[rank] = Failure("died")
+        return answers
+
+    @property
+    def usable(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+
+class Failure:
+    """What a rank has instead of an answer."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return f"Failure({self.text!r})"
+
+
+def _serve(rank: int, size: int, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job, arguments, port = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size)
+        )
+        try:
+            dist.init_process_group("gloo")
+            answer = job(rank, size, *arguments)
+            dist.barrier()
+        except BaseException as error:
+            answer = Failure(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        pipe.send(answer)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
