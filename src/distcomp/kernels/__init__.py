@@ -1,4 +1,4 @@
-"""The same numbers, faster: quantize, dequantize and check flat fp32 tensors, bit for bit alike on any device.
+"""The same numbers, faster: quantize, dequantize and check flat fp32 tensors, bit for bit alike anywhere.
 
 :mod:`distcomp.kernels.reference` is the specification in plain torch. ``_cpu.c`` (CPU) and
 :mod:`distcomp.kernels.triton` (GPU) equal it bit for bit. Which one serves a tensor is decided by its device;
@@ -114,7 +114,8 @@ def checksum(data: Tensor) -> int:
     """64-bit checksum: sum((i + 1) * w_i) mod 2^32 in the high half, sum(w_i) mod 2^32 in the low.
 
     w_i are the little-endian uint32 words of the uint8 ``data``, the tail padded with zeros (so send
-    the length too). Finds every changed word and any two exchanged ones; it guards against accidents, not an adversary.
+    the length too). Finds every changed word and any two exchanged ones; meant for accidents, not an
+    adversary.
     """
     if data.dtype != torch.uint8 or data.dim() != 1 or not data.is_contiguous():
         raise DistcompError(f"checksum takes contiguous 1-D uint8, not {_describe(data)}; view it as uint8")

@@ -1,8 +1,8 @@
 """Which backend serves which device: decided once per device, never silently.
 
 A CPU tensor goes to the C extension, a CUDA tensor to Triton. Where the one meant for a device is missing,
-the reference serves it and one warning says so and how to mend it. ``DISTCOMP_KERNELS`` forces a backend; then
-a missing one is an error.
+the reference serves it and one warning says so and how to mend it. ``DISTCOMP_KERNELS`` forces a backend;
+then a missing one is an error.
 """
 
 from __future__ import annotations

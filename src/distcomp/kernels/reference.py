@@ -22,8 +22,8 @@ LANES = 16
 def uniform(count: int, key: int, first: int, device: torch.device) -> Tensor:
     """u_j = (hash(key, first + j mod 2^32) >> 8) / 2^24, in [0, 1).
 
-    The hash is lowbias32 (C. Wellons' integer hash) with the low half of the 64-bit key added to its input and
-    the high half mixed in between its two multiplications. int64 arithmetic stands in for uint32.
+    The hash is lowbias32 (C. Wellons' integer hash) with the low half of the 64-bit key added to its input
+    and the high half mixed in between its two multiplications. int64 arithmetic stands in for uint32.
     """
     x = torch.arange(count, dtype=torch.int64, device=device) + ((first & MASK) + (key & MASK))
     x &= MASK

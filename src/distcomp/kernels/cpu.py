@@ -1,0 +1,109 @@
+"""The C extension ``_cpu``, and how a large tensor is shared between threads.
+
+Blocks do not depend on one another, so a tensor above :data:`ALONE_BYTES` is cut on block boundaries into one
+run of blocks per thread (``torch.get_num_threads()`` of them); C works with the interpreter lock released.
+However many threads there are, the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from distcomp.kernels import _cpu
+from distcomp.kernels.packing import block_bytes
+
+ALONE_BYTES = 1 << 20  # up to here one thread is done before another has woken
+MASK = 0xFFFFFFFF
+EXPONENTS = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
+
+T = TypeVar("T")
+
+
+def quantize(
+    x: Tensor, codes: Tensor, scales: Tensor, *,
+    block: int, bits: int, key: int, first: int, stochastic: bool, given: bool,
+) -> None:  # fmt: skip
+    """See :func:`distcomp.kernels.quantize`."""
+    x_at, codes_at, scales_at = x.data_ptr(), codes.data_ptr(), scales.data_ptr()
+    step = block_bytes(block, bits)
+
+    def run(start: int, count: int) -> None:
+        row = start // block
+        _cpu.quantize(
+            x_at + 4 * start, codes_at + step * row, scales_at + 4 * row,
+            count, block, bits, key, first + start & MASK, stochastic, given,
+        )  # fmt: skip
+
+    _shared(run, x.numel(), block, 4)
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, out: Tensor, *, block: int, bits: int, sign: int, times: float
+) -> None:
+    """See :func:`distcomp.kernels.dequantize`."""
+    codes_at, scales_at, out_at = codes.data_ptr(), scales.data_ptr(), out.data_ptr()
+    step = block_bytes(block, bits)
+
+    def run(start: int, count: int) -> None:
+        row = start // block
+        _cpu.dequantize(
+            codes_at + step * row, scales_at + 4 * row, out_at + 4 * start,
+            count, block, bits, sign, times,
+        )  # fmt: skip
+
+    _shared(run, out.numel(), block, 4)
+
+
+def all_finite(x: Tensor) -> bool:
+    """See :func:`distcomp.kernels.all_finite`."""
+    at, size, exponent = x.data_ptr(), x.element_size(), EXPONENTS[x.dtype]
+
+    def run(start: int, count: int) -> bool:
+        return _cpu.all_finite(at + size * start, count, exponent)
+
+    return all(_shared(run, x.numel(), 1, size))
+
+
+def checksum(data: Tensor) -> int:
+    """See :func:`distcomp.kernels.checksum`; a run from word k on adds k times its sum to the weighted one."""
+    at = data.data_ptr()
+
+    def run(start: int, count: int) -> tuple[int, int]:
+        total, weighted = _cpu.checksum(at + start, count)
+        return total, weighted + start // 4 * total
+
+    sums = _shared(run, data.numel(), 4, 1)
+    return (sum(w for _, w in sums) & MASK) << 32 | sum(s for s, _ in sums) & MASK
+
+
+def _shared(run: Callable[[int, int], T], numel: int, block: int, element_bytes: int) -> list[T]:
+    """run(start, count) for consecutive runs of whole blocks, a thread each; the results in order."""
+    threads = torch.get_num_threads() if numel * element_bytes > ALONE_BYTES else 1
+    pieces = list(_runs(numel, block, threads))
+    others = [_pool(threads).submit(run, *piece) for piece in pieces[1:]]
+    return [run(*pieces[0]), *(other.result() for other in others)]
+
+
+def _runs(numel: int, block: int, count: int) -> Iterator[tuple[int, int]]:
+    """(start, count) of at most ``count`` runs that cover 0 .. numel; all but the last are whole blocks."""
+    blocks = -(-numel // block)
+    edges = sorted({blocks * i // count for i in range(count)} | {0}) + [blocks]
+    for begin, end in pairwise(edges):
+        yield begin * block, min(end * block, numel) - begin * block
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="distcomp-kernels")
+
+
+if hasattr(os, "register_at_fork"):  # a forked child inherits the pool but not its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
