@@ -1,5 +1,7 @@
 """What must be equal, bit for bit: identity and DDP, detached and DDP, replicas, lock-step and Gloo."""
 
+import copy
+
 import jobs
 import pytest
 import torch
@@ -37,7 +39,7 @@ def attach_detach_attach(rank, size):
     twin = jobs.wrap(jobs.network())
     twin.load_state_dict(model.state_dict())
     other = jobs.sgd(twin)
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     jobs.train(model, optimizer, rank, 3, start=3)
     jobs.train(twin, other, rank, 3, start=3)
     detached_equal = torch.equal(jobs.flat(model), jobs.flat(twin))
