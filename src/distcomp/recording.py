@@ -168,7 +168,7 @@ def read(directory: Path) -> Run:
         ) from None
     if version != FORMAT:
         raise DistcompError(
-            f"{directory} was written in format {version} and this distcomp reads {FORMAT}; use a version that matches"
+            f"{directory} is in format {version}, this distcomp reads {FORMAT}; use the version that wrote it"
         )
     ranks: dict[int, tuple[Record, ...]] = {}
     for path in directory.glob("rank*.jsonl"):
@@ -202,9 +202,9 @@ def _latest(records: Iterable[Record]) -> tuple[Record, ...]:
     """Steps and metrics; a resumed run goes back, and what it repeats replaces what it had done before."""
     kept: list[Record] = []
     for record in records:
-        kind, step = record["kind"], record.get("step")
-        if kind == "note":
+        if record["kind"] == "note":
             continue
+        kind, step = record["kind"], record["step"]
         if kind == "metric" and kept and (kept[-1]["kind"], kept[-1]["step"]) == (kind, step):
             kept[-1] = {**kept[-1], **record}  # told in two halves
             continue
