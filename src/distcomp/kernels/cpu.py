@@ -73,7 +73,7 @@ def all_finite(x: Tensor) -> bool:
 
 
 def checksum(data: Tensor) -> int:
-    """See :func:`distcomp.kernels.checksum`; a run from word k on adds k times its sum to the weighted one."""
+    """See :func:`distcomp.kernels.checksum`; a run from word k on adds k sums to the weighted one."""
     at = data.data_ptr()
 
     def run(start: int, count: int) -> tuple[int, int]:
