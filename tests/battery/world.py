@@ -1,0 +1,207 @@
+"""A world of n workers in lock-step, with a record of what they asked of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distcomp.exchange import Sum, Talk
+from distcomp.layout import Layout, Slab
+from distcomp.methods import Method, Outcome, Turn
+from distcomp.methods.base import PerParameter, State, cut_state, join_state, map_state
+from distcomp.randomness import Key
+from distcomp.transports.conversation import Conversation
+from distcomp.transports.lockstep import Lockstep
+
+SEED = 7
+
+ORDINARY = Layout.of(
+    [("fc.weight", (40, 37)), ("fc.bias", (37,)), ("conv.weight", (8, 3, 3, 3)), ("norm.weight", (8,))],
+    roles={"norm.weight": "norm"},
+)
+"""Several blocks, a short last one, and roles of both kinds: big enough to be cut, small enough to be quick."""
+
+ODD = {
+    "nothing": Layout.of([]),
+    "empty": Layout.of([("e", (0,)), ("w", (4, 5)), ("f", (3, 0))]),
+    "only empty": Layout.of([("e", (0, 4))]),
+    "scalar": Layout.of([("s", ()), ("t", ())]),
+    "one short of a block": Layout.of([("w", (7, 73)), ("b", (511,))]),
+    "one past a block": Layout.of([("w", (27, 19)), ("b", (513,))]),
+    "eight dimensions": Layout.of([("w", (2, 1, 3, 2, 1, 2, 2, 3))]),
+    "many tiny": Layout.of([(f"p{i}", (3,) if i % 3 else (1, 2)) for i in range(40)]),
+    "only biases": Layout.of([("a", (9,)), ("b", (4,))]),
+    "one value": Layout.of([("w", (1, 1))]),
+}
+
+
+class Recorded(Method):
+    """A method whose requests are written down, and whose sums come back in the buffer that was given away.
+
+    A real all-reduce works in place; a method that keeps a tensor it has given away is found out here.
+    """
+
+    def __init__(self, inner: Method, asked: list[Any]) -> None:
+        self.inner = inner
+        self.asked = asked
+        self.transparent = inner.transparent
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        talk = self.inner.talk(x, state, turn)
+        try:
+            request = next(talk)
+            while True:
+                self.asked.append(request)
+                answer = yield request
+                if isinstance(request, Sum):
+                    answer = request.x.copy_(answer)
+                request = talk.send(answer)
+        except StopIteration as stop:
+            outcome: Outcome = stop.value
+            return outcome
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        return self.inner.payload_bytes(layout, size)
+
+
+@dataclass
+class Round:
+    """What one conversation of all workers came to."""
+
+    outcomes: list[Outcome]
+    finite: list[bool]
+    asked: list[Any]
+    sent_bytes: list[int]
+
+    @property
+    def estimates(self) -> list[Tensor]:
+        return [outcome.estimate for outcome in self.outcomes]
+
+    @property
+    def estimate(self) -> Tensor:
+        return self.outcomes[0].estimate
+
+    @property
+    def states(self) -> list[State]:
+        return [outcome.state for outcome in self.outcomes]
+
+    def contributions(self) -> list[Tensor]:
+        return [outcome.contribution() for outcome in self.outcomes]
+
+    @property
+    def rounding(self) -> float:
+        """Relative rounding, per addition, of the coarsest type that was summed on the wire."""
+        dtypes = [request.x.dtype for request in self.asked if isinstance(request, Sum)]
+        return max((torch.finfo(dtype).eps / 2 for dtype in dtypes if dtype.is_floating_point), default=0.0)
+
+
+def converse(
+    method: Method, xs: Sequence[Tensor], states: Sequence[State], layout: Layout = ORDINARY, step: int = 0
+) -> Round:
+    """All workers talk once about a slab."""
+    size = len(xs)
+    net = Lockstep(size)
+    asked: list[Any] = []
+    shared = Key.of(SEED, step)
+    talks = [
+        Conversation(Recorded(method, asked), x, state, Turn(rank, size, layout, step, shared))
+        for rank, (x, state) in enumerate(zip(xs, states, strict=True))
+    ]
+    net.run(talks)
+    outcomes = [talk.outcome for talk in talks]
+    assert all(outcome is not None for outcome in outcomes)
+    return Round(
+        [outcome for outcome in outcomes if outcome is not None],
+        [bool(talk.finite) for talk in talks],
+        asked,
+        [ledger.total_bytes for ledger in net.ledgers],
+    )
+
+
+def once(method: Method, xs: Sequence[Tensor], layout: Layout = ORDINARY, step: int = 0) -> Round:
+    """All workers talk about a slab for the first time."""
+    return converse(method, xs, [method.init(layout) for _ in xs], layout, step)
+
+
+def draw(size: int, layout: Layout = ORDINARY, seed: int = 0, scale: float = 1.0) -> list[Tensor]:
+    """One random slab per worker: each parameter with a magnitude of its own, as gradients have."""
+    generator = torch.Generator().manual_seed(1000 * seed + size)
+    slabs = []
+    for _ in range(size):
+        slab = torch.randn(layout.numel, generator=generator)
+        for index, (_, piece) in enumerate(layout.pieces(slab)):
+            piece.mul_(scale * 3.0 ** -(index % 4))
+        slabs.append(slab)
+    return slabs
+
+
+@dataclass
+class Grouping:
+    """Parameters in buckets, as DistributedDataParallel cuts them; state is kept by parameter between steps."""
+
+    method: Method
+    buckets: Sequence[Layout]
+    size: int
+    step: int = 0
+    states: list[dict[str, Any]] = field(default_factory=list)
+    """Per worker: parameter name -> path of the leaf -> tensor."""
+
+    def __post_init__(self) -> None:
+        self.states = self.states or [{} for _ in range(self.size)]
+
+    def talk(self, given: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """One step: ``given`` holds each worker's gradient by parameter; the estimates come back by parameter."""
+        out: dict[str, Tensor] = {}
+        for layout in self.buckets:
+            xs = [slab_of(named, layout) for named in given]
+            before = [join_state(states, self.method.init(layout)) for states in self.states]
+            round_ = converse(self.method, xs, before, layout, self.step)
+            for states, after in zip(self.states, round_.states, strict=True):
+                states.update(cut_state(after))
+            out.update({segment.name: piece for segment, piece in layout.pieces(round_.estimate)})
+        self.step += 1
+        return out
+
+    def regroup(self, buckets: Sequence[Layout]) -> Grouping:
+        return replace(self, buckets=buckets, states=[dict(states) for states in self.states])
+
+
+def slab_of(named: dict[str, Tensor], layout: Layout) -> Tensor:
+    return torch.cat([named[name] for name in layout.names]) if layout.names else torch.empty(0)
+
+
+def by_name(slab: Tensor, layout: Layout) -> dict[str, Tensor]:
+    return {segment.name: piece for segment, piece in layout.pieces(slab)}
+
+
+def groups(layout: Layout, *cuts: Iterable[int]) -> list[Layout]:
+    """Layouts of the segments with these indices."""
+    return [Layout(tuple(layout.segments[index] for index in cut)) for cut in cuts]
+
+
+def tensors(state: State) -> dict[str, Tensor]:
+    """Every tensor of a state by a flat name."""
+    return {f"{name}/{path}": value for name, leaves in cut_state(state).items() for path, value in leaves.items()}
+
+
+def alike(one: State, other: State) -> bool:
+    """Whether two states hold the same bits (a NaN equals itself)."""
+    a, b = tensors(one), tensors(other)
+    return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()], b[~b.isnan()])
+
+
+def copied(state: State) -> dict[str, Any]:
+    """A state that shares no memory with the one given."""
+    return map_state(
+        state,
+        lambda _, leaf: Slab(leaf.data.clone(), leaf.layout),
+        lambda _, leaf: PerParameter({name: value.clone() for name, value in leaf.items()}),
+    )
