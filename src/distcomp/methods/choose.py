@@ -83,4 +83,8 @@ class Choose(Method):
 
     def payload_bytes(self, layout: Layout, size: int) -> int:
         special, usual = self._layouts(layout)
+        if not special.segments:
+            return self.usual.payload_bytes(usual, size)
+        if not usual.segments:
+            return self.special.payload_bytes(special, size)
         return self.special.payload_bytes(special, size) + self.usual.payload_bytes(usual, size)
