@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -24,6 +25,9 @@ class Compressor(ABC):
 
     unbiased: bool = False
     """Whether ``E[decode(encode(x))] = x``."""
+
+    largest: float = math.inf
+    """The largest value that the type on the wire holds, where that is less than float32's."""
 
     grain: int = 1
     """A layout may be cut at multiples of this many elements of a parameter without changing any value."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,10 @@ class Cast(Compressor):
         if self.dtype not in DTYPES:
             raise DistcompError(f"cast knows no dtype {self.dtype!r}; use one of {', '.join(DTYPES)}")
 
+    @property
+    def largest(self) -> float:  # type: ignore[override]
+        return 65504.0 if self.dtype == "fp16" else math.inf
+
     def parts(self, layout: Layout) -> Parts:
         return (Part("values", DTYPES[self.dtype], layout.numel),)
 
@@ -43,7 +48,7 @@ class Cast(Compressor):
         values = payload["values"].copy_(x)
         if self.dtype == "fp16":
             overflowed = values.isinf() & x.isfinite()
-            values.copy_(torch.where(overflowed, x.clamp(-65504.0, 65504.0), x))
+            values.copy_(torch.where(overflowed, x.clamp(-self.largest, self.largest), x))
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:

@@ -13,6 +13,7 @@ Sums of decoded payloads are added in rank order, so that every rank holds the s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,8 @@ def lift(compressor: Compressor, pattern: str = "auto") -> Method:
 class AllReduce(Method):
     """Summable payloads ride a plain all-reduce: ``estimate = decode(sum_i encode(x_i / n))``.
 
-    We divide by n before encoding, so that a narrow type neither overflows nor rounds the sum a second time.
+    We divide by n before encoding, so that a narrow type neither overflows nor rounds the sum a second time. Finite values
+    beyond the n-th part of what the type holds are clamped to it (their sum would be an infinity); an infinity stays one.
     """
 
     compressor: Compressor
@@ -70,14 +72,21 @@ class AllReduce(Method):
         if isinstance(self.compressor, Identity):
             total = yield Sum(scaled)
             return Outcome(total, lambda: x, state)
-        payload = self.compressor.encode(scaled, turn.layout, turn.shared)
+        payload = self.compressor.encode(self._clamped(scaled, turn.size), turn.layout, turn.shared)
         sent = self.compressor.decode(payload, turn.layout)
         (part,) = payload.parts
         total = yield Sum(payload[part.kind], kind=part.kind)
         payload[part.kind].copy_(total)
         return Outcome(
-            self.compressor.decode(payload, turn.layout), lambda: sent.mul_(turn.size), state
+            self.compressor.decode(payload, turn.layout), lambda: sent * turn.size, state
         )
+
+    def _clamped(self, scaled: Tensor, size: int) -> Tensor:
+        """The n-th part, less the rounding of n-1 additions in a type of 11 significant bits."""
+        if self.compressor.largest == math.inf:
+            return scaled
+        limit = self.compressor.largest / size / (1 + (size - 1) * 2.0**-10)
+        return torch.where(scaled.isinf(), scaled, scaled.clamp(-limit, limit))
 
     def payload_bytes(self, layout: Layout, size: int) -> int:
         return all_reduce_bytes(body_bytes(self.compressor.parts(layout)), size)
