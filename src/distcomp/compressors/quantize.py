@@ -144,4 +144,7 @@ def _block_l2(x: Tensor, block: int) -> Tensor:
     blocks = -(-x.numel() // block)
     padded = torch.zeros(blocks * block, dtype=x.dtype, device=x.device)
     padded[: x.numel()] = x
-    return padded.view(blocks, block).norm(dim=1)
+    rows = padded.view(blocks, block)
+    largest = rows.abs().amax(1)
+    unit = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return (rows / unit[:, None]).norm(dim=1) * largest  # squares of the values themselves over- and underflow
