@@ -60,9 +60,13 @@ def flat(model: nn.Module) -> Tensor:
 def jitter(model: nn.Module, rank: int) -> None:
     """Random delays in every layer's backward, different on each rank."""
     rng, clock = random.Random(rank), threading.Event()
+
+    def delay(*_: object) -> None:
+        clock.wait(rng.random() * 0.004)
+
     for part in model.modules():
         if not list(part.children()):
-            part.register_full_backward_hook(lambda *_: clock.wait(rng.random() * 0.004) and None)
+            part.register_full_backward_hook(delay)
 
 
 def attached(spec: str, rank: int, **options: Any) -> tuple[Any, Any, Any]:
