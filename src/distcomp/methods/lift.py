@@ -29,8 +29,8 @@ from distcomp.payload import Payload, body_bytes
 
 PATTERNS = ("auto", "all_reduce", "gather", "scatter")
 
-SMALL_BYTES = 4096
-"""Below this a payload's cost is latency: one round of gathering beats two rounds of scatter-reduce."""
+YARDSTICK = Layout.of([("yardstick", (1024, 1024))])
+"""What the cost of two patterns is compared on."""
 
 
 def lift(compressor: Compressor, pattern: str = "auto") -> Method:
@@ -135,7 +135,8 @@ class ScatterReduce(Method):
         received: list[Payload] = yield Swap(sent)
         chunk_mean = mean_of(c, received, mine)
 
-        answer = c.encode(chunk_mean, mine, turn.private.fold("reduce"))
+        # The shared key: the noise of a block must not depend on who owns it, for other buckets make other owners.
+        answer = c.encode(chunk_mean, mine, turn.shared.fold("reduce"))
         answers: list[Payload] = yield Gather(answer, parts=tuple(c.parts(chunk) for chunk in chunks))
         estimate = torch.empty_like(x)
         for view, chunk, payload in zip(chunk_views(estimate, chunks), chunks, answers, strict=True):
@@ -160,21 +161,23 @@ class ScatterReduce(Method):
 
 @dataclass(frozen=True)
 class Cheapest(Method):
-    """Gather-and-sum or scatter-reduce, whichever sends fewer bytes for this layout and world size."""
+    """Gather-and-sum or scatter-reduce, whichever sends fewer bytes at this world size.
+
+    Decided on a large tensor instead of the bucket at hand, because cutting the buckets otherwise must change no value.
+    """
 
     compressor: Compressor
 
-    def chosen(self, layout: Layout, size: int) -> Method:
+    def chosen(self, size: int) -> Method:
         gather, scatter = GatherAndSum(self.compressor), ScatterReduce(self.compressor)
-        small = self.compressor.wire_bytes(layout) <= SMALL_BYTES
-        cheaper = gather.payload_bytes(layout, size) <= scatter.payload_bytes(layout, size)
-        return gather if small or cheaper else scatter
+        cheaper = gather.payload_bytes(YARDSTICK, size) <= scatter.payload_bytes(YARDSTICK, size)
+        return gather if cheaper else scatter
 
     def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
-        return (yield from self.chosen(turn.layout, turn.size).talk(x, state, turn))
+        return (yield from self.chosen(turn.size).talk(x, state, turn))
 
     def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.chosen(layout, size).payload_bytes(layout, size)
+        return self.chosen(size).payload_bytes(layout, size)
 
 
 def mean_of(compressor: Compressor, payloads: list[Payload], layout: Layout) -> Tensor:
