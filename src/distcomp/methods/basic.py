@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,16 +20,33 @@ PLAIN = Rule(roles=("bias", "norm"))
 """What goes uncompressed unless asked otherwise: biases and norms are few, and training is sensitive to them."""
 
 
+WHOLE_MODEL = 2**40
+"""Elements: more than any block holds, so that what is declared for it holds for every parameter."""
+
+
 def except_small(method: Method) -> Method:
     """``method`` for everything but biases and norms, which ride a float32 all-reduce."""
     return Choose(PLAIN, lift(Identity()), method)
 
 
 def with_feedback(compressor: Compressor, pattern: str = "auto", error_feedback: bool | None = None) -> Method:
-    """The lifted compressor, with error feedback where it is biased (or where it is asked for)."""
+    """The lifted compressor, with error feedback where it is biased (or where it is asked for).
+
+    Warns where error feedback meets a compressor that declares no contraction: its residuals may grow without end.
+    """
     method = lift(compressor, pattern)
     wanted = not compressor.unbiased if error_feedback is None else error_feedback
-    return ErrorFeedback(method) if wanted else method
+    if not wanted:
+        return method
+    if compressor.delta(WHOLE_MODEL) is None:
+        omega = compressor.omega(WHOLE_MODEL)
+        known = "" if omega is None else f" (its variance is bounded by {omega:.3g} times its input's square)"
+        warnings.warn(
+            f"error feedback needs a contraction, and {compressor} guarantees none{known}: residuals may grow without "
+            "end; use more bits or smaller blocks, or error_feedback=False where it is unbiased",
+            stacklevel=3,
+        )
+    return ErrorFeedback(method)
 
 
 @register(
