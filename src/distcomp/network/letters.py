@@ -1,0 +1,63 @@
+"""How the emulator and its holder process speak: each request is a letter with its own return envelope.
+
+The control socket only carries one end of a fresh socket pair, plus file descriptors that belong to the
+request. On that pair go length-prefixed JSON objects, so any thread may ask at any time and no answer is
+mistaken for another's.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+_LENGTH = struct.Struct("=I")
+_MOST_DESCRIPTORS = 8
+
+
+def post(control: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> socket.socket:
+    """Send a request with descriptors; the socket returned is where its answers arrive."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        socket.send_fds(control, [b"!"], [theirs.fileno(), *descriptors])
+    send(ours, message)
+    return ours
+
+
+def collect(control: socket.socket) -> tuple[socket.socket, dict[str, Any], list[int]] | None:
+    """The next request: its envelope, message and descriptors. None when the other side has closed."""
+    mark, descriptors, _, _ = socket.recv_fds(control, 1, _MOST_DESCRIPTORS)
+    if not mark:
+        return None
+    envelope = socket.socket(fileno=descriptors[0])
+    message = receive(envelope)
+    return None if message is None else (envelope, message, list(descriptors[1:]))
+
+
+def send(envelope: socket.socket, message: dict[str, Any]) -> None:
+    """Write one JSON object."""
+    data = json.dumps(message).encode()
+    envelope.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def receive(envelope: socket.socket) -> dict[str, Any] | None:
+    """Read one JSON object; None when the other side has closed."""
+    header = _exactly(envelope, _LENGTH.size)
+    data = _exactly(envelope, _LENGTH.unpack(header)[0]) if header else b""
+    message: dict[str, Any] | None = json.loads(data) if data else None
+    return message
+
+
+def _exactly(envelope: socket.socket, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        try:
+            piece = envelope.recv(length - len(data))
+        except ConnectionError:
+            return b""
+        if not piece:
+            return b""
+        data += piece
+    return data
