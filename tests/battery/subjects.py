@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -44,7 +45,17 @@ class Subject:
         return self.text.rstrip(":")
 
     def build(self) -> Any:
-        return self.make(**self.settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self.make(**self.settings)
+
+    @property
+    def warns(self) -> bool:
+        """Whether these settings are built under a warning: then they are not promised to converge."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.make(**self.settings)
+        return bool(caught)
 
 
 def methods() -> list[Subject]:
@@ -107,10 +118,12 @@ def words_of_refusal(make: Callable[..., Any], name: str) -> list[str]:
 
 
 def accepts(make: Callable[..., Any], settings: Settings) -> bool:
-    try:
-        make(**settings)
-    except DistcompError:
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            make(**settings)
+        except DistcompError:
+            return False
     return True
 
 

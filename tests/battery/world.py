@@ -149,6 +149,7 @@ class Grouping:
     step: int = 0
     states: list[dict[str, Any]] = field(default_factory=list)
     """Per worker: parameter name -> path of the leaf -> tensor."""
+    asked: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.states = self.states or [{} for _ in range(self.size)]
@@ -162,6 +163,7 @@ class Grouping:
             round_ = converse(self.method, xs, before, layout, self.step)
             for states, after in zip(self.states, round_.states, strict=True):
                 states.update(cut_state(after))
+            self.asked += round_.asked
             out.update({segment.name: piece for segment, piece in layout.pieces(round_.estimate)})
         self.step += 1
         return out
