@@ -159,6 +159,7 @@ class _Watch:
         if self._link.recorder is not None:
             self._link.recorder.metric(**fields)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, module: nn.Module, arguments: object) -> None:
         if self._sync.iterations == self._recorded and torch.is_grad_enabled() and not self._begin_s:
             self._begin_s = time.perf_counter()

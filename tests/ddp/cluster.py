@@ -44,13 +44,13 @@ class Cluster:
                 raise JobFailed(f"rank {rank}: {answer.text}")
         return answers
 
-    def outcomes(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """As :meth:`run`, but a rank that raised or died gives a Failure instead of an answer."""
+    def outcomes(self, job: Callable[..., Any], *arguments: Any, without: int | None = None) -> list[Any]:
+        """As :meth:`run`, but a rank that raised or died gives a Failure; nobody waits for rank ``without``."""
         port = _free_port()
         for pipe in self.pipes:
             pipe.send((job, arguments, port))
         answers: list[Any] = [Failure("hung")] * self.size
-        waiting = dict(zip(self.pipes, range(self.size), strict=True))
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank != without}
         while waiting:
             ready = wait(list(waiting), PATIENCE_S)
             if not ready:
@@ -103,7 +103,6 @@ def _serve(rank: int, size: int, pipe: Connection) -> None:
         try:
             dist.init_process_group("gloo")
             answer = job(rank, size, *arguments)
-            dist.barrier()
         except BaseException as error:
             answer = Failure(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         finally:

@@ -207,7 +207,7 @@ def test_gradient_clipping_sees_the_reduced_gradient(cluster):
 
 
 def compiled(rank, size):
-    model, optimizer, handle = jobs.attached("qsgd:bits=4", rank)
+    model, optimizer, handle = jobs.attached("qsgd:bits=4", rank, bucket_cap_mb=25)
     faster = torch.compile(model, backend="aot_eager")
     with handle:
         jobs.train(faster, optimizer, rank, 4)

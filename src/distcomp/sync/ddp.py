@@ -6,7 +6,6 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -31,16 +30,30 @@ class Scaler(Protocol):
         """``outputs`` times the loss scale."""
 
 
-@dataclass
 class Bucket:
-    """A bucket on its way."""
+    """A bucket on its way; DDP waits for its ``future``."""
 
-    layout: Layout
-    buffer: Tensor
-    scale: Tensor | None
-    future: torch.futures.Future[Tensor]
-    conversation: Conversation | None = None
-    before: State | None = None
+    def __init__(self, layout: Layout, buffer: Tensor, scale: Tensor | None) -> None:
+        self.layout = layout
+        self.buffer = buffer
+        self.scale = scale
+        self.conversation: Conversation | None = None
+        self.before: State | None = None
+        self._answer: Tensor | BaseException | None = None
+        devices = None if buffer.device.type == "cpu" else [buffer.device]
+        self._answered: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+        self.future: torch.futures.Future[Tensor] = self._answered.then(self._deliver)
+
+    def answer(self, answer: Tensor | BaseException) -> None:
+        """Let DDP go on, with the new bucket or with an error. The first answer counts."""
+        if self._answer is None:
+            self._answer = answer
+            self._answered.set_result(self.buffer if isinstance(answer, BaseException) else answer)
+
+    def _deliver(self, answered: torch.futures.Future[Tensor]) -> Tensor:
+        if isinstance(self._answer, BaseException):  # raised here it reaches backward; set_exception garbles it
+            raise self._answer
+        return answered.value()
 
 
 class GradientSync:
@@ -81,8 +94,7 @@ class GradientSync:
         if self._driver is None:
             self._driver = _Thread(self) if buffer.device.type == "cpu" else _Stream(self, buffer.device)
         scale = self._scaler.scale(torch.ones((), device=buffer.device)) if self._scaler is not None else None
-        devices = None if buffer.device.type == "cpu" else [buffer.device]
-        one = Bucket(self._layout(bucket), buffer, scale, torch.futures.Future(devices=devices))
+        one = Bucket(self._layout(bucket), buffer, scale)
         self._driver.submit(one, first=index == 0, last=bucket.is_last())
         self._expected = 0 if bucket.is_last() else index + 1
         return one.future
@@ -161,7 +173,7 @@ class IterationRun:
         estimate = bucket.conversation.outcome.estimate
         if bucket.scale is not None:
             estimate = estimate * bucket.scale
-        bucket.future.set_result(estimate.to(bucket.buffer.dtype))
+        bucket.answer(estimate.to(bucket.buffer.dtype))
 
     def commit(self) -> None:
         """Keep the new states if every rank was finite in every bucket."""
@@ -183,8 +195,7 @@ class IterationRun:
     def fail(self, error: BaseException) -> None:
         self._sync.error = error
         for bucket in self._buckets:
-            if not bucket.future.done():
-                bucket.future.set_exception(error)  # type: ignore[arg-type]
+            bucket.answer(error)
 
 
 class _Thread:
@@ -238,7 +249,7 @@ class _Thread:
                 run.commit()
         except BaseException as error:  # whatever it is, DDP is waiting for it on another thread
             run.fail(error)
-            item[0].future.done() or item[0].future.set_exception(error)  # type: ignore[arg-type]
+            item[0].answer(error)
         finally:
             for _ in range(taken):
                 self._inbox.task_done()
