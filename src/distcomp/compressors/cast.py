@@ -58,5 +58,5 @@ class Cast(Compressor):
             out.copy_(payload["values"])
 
     def delta(self, numel: int) -> float:
-        """Relative rounding error of a normal number: 2^-9 (bf16, 8 significant bits), 2^-12 (fp16, 11)."""
-        return 1 - 2.0 ** (-18 if self.dtype == "bf16" else -24)
+        """Relative rounding error of a normal number: 2^-8 (bf16, 8 significant bits), 2^-11 (fp16, 11)."""
+        return 1 - 2.0 ** (-16 if self.dtype == "bf16" else -22)
