@@ -7,6 +7,7 @@ import itertools
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 import distcomp
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Method, parse
+from distcomp.sync import checkpoint
 from distcomp.sync.ddp import GradientSync, Scaler
 from distcomp.sync.link import Link
 from distcomp.sync.states import pack, unpack
@@ -110,6 +112,13 @@ class Handle:
         On another world size pass a list of all old ranks' state dicts: the mean of the residuals is kept.
         """
         self._sync.load_state_dict(unpack(saved, self._link.rank, self._link.size))
+
+    def load_checkpoint(self, path: str | Path, key: str = "distcomp") -> None:
+        """As :meth:`load_state_dict`, from ``torch.distributed.checkpoint``: ``dcp.save({key: handle.state_dict()}, ...)``.
+
+        Reads all ranks' parts, so that the world size may have changed.
+        """
+        self.load_state_dict(checkpoint.read(path, key))
 
     def detach(self) -> None:
         """Leave the model: from now on it reduces gradients as plain DDP, bit for bit."""
