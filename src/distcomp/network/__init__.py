@@ -1,6 +1,6 @@
 """What would another network do? Describe it (:class:`Fabric`), or stand it up here (:func:`emulate`)."""
 
-from distcomp.network.emulate import Net, Traffic, emulate
+from distcomp.network.emulate import Net, Support, Traffic, emulate, support
 from distcomp.network.fabric import Fabric, Rack
 from distcomp.network.launch import Job, Outcome
 from distcomp.network.netns import Refused
@@ -17,6 +17,7 @@ __all__ = [
     "Outcome",
     "Rack",
     "Refused",
+    "Support",
     "Traffic",
     "emulate",
     "format_rate",
@@ -24,4 +25,5 @@ __all__ = [
     "parse_rate",
     "parse_time",
     "read_qdisc_bytes",
+    "support",
 ]

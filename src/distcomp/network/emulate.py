@@ -22,7 +22,7 @@ from typing import Any
 from distcomp.errors import DistcompError
 from distcomp.network import boot, letters, wiretest
 from distcomp.network.fabric import Fabric
-from distcomp.network.launch import Command, Job, Outcome, Show, answer, show_rank_0
+from distcomp.network.launch import Command, Job, Outcome, Show, show_rank_0
 from distcomp.network.netns import Refused
 from distcomp.network.qdisc import QueueCount
 from distcomp.network.shape import DEVICE, burst_bytes
@@ -192,7 +192,29 @@ class Net:
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
         with letters.post(self._control, message) as envelope:
-            return answer(envelope)
+            return letters.answer(envelope)
+
+
+@dataclass(frozen=True)
+class Support:
+    """What this machine allows: real packets or not (`refusal` says why, with the remedy), and how."""
+
+    refusal: str | None
+    rootless: bool
+    netem: bool
+
+
+def support(force_rootless: bool = False) -> Support:
+    """Try it: build a network of two ranks, tell what worked, and leave nothing behind."""
+    fabric = Fabric.uniform(2, "1mbit")
+    with _holder() as control:
+        message = {"ask": "build", "fabric": fabric.to_toml(), "delays": True, "rootless": force_rootless}
+        with letters.post(control, message) as envelope:
+            try:
+                built = letters.answer(envelope)
+            except Refused as refusal:
+                return Support(str(refusal), rootless=False, netem=False)
+            return Support(None, built["rootless"], built["netem"])
 
 
 @contextmanager
@@ -221,7 +243,7 @@ def _build(fabric: Fabric, control: socket.socket, packets: bool | None, force_r
     message = {"ask": "build", "fabric": text, "delays": delays, "rootless": force_rootless}
     with letters.post(control, message) as envelope:
         try:
-            return Net(fabric, control, answer(envelope), None)
+            return Net(fabric, control, letters.answer(envelope), None)
         except Refused as refusal:
             if packets:
                 raise

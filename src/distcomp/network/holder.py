@@ -124,8 +124,9 @@ class Holder:
         self._selector.register(envelope, selectors.EVENT_READ, lambda _: self._stop(program.pid))
 
     def _stop(self, pid: int) -> None:
-        self._selector.unregister(self._running[pid][1])
-        _kill_all([pid, *descendants(pid)])
+        if pid in self._running:  # else it has ended in this very moment
+            self._selector.unregister(self._running[pid][1])
+            _kill_all([pid, *descendants(pid)])
 
     def _reap(self, alarm: socket.socket) -> None:
         """Report who has ended. Once nobody is left, whatever they left running ends too."""

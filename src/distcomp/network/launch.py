@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import IO, Any, TextIO
+from typing import IO, TextIO
 
 from distcomp.errors import DistcompError
 from distcomp.network import letters
-from distcomp.network.netns import Refused
 
 _TAIL_BYTES = 1 << 20
 _TAIL_LINES = 40
@@ -144,7 +143,7 @@ class Job:
         finally:
             for writer in writers:
                 os.close(writer)
-        program = _Program(rank, answer(envelope)["pid"], envelope, readers)
+        program = _Program(rank, letters.answer(envelope)["pid"], envelope, readers)
         self._selector.register(envelope, selectors.EVENT_READ, lambda show: self._ended(program))
         for name, reader in zip(("stdout", "stderr"), readers, strict=True):
             self._selector.register(reader, selectors.EVENT_READ, self._reading(program, name, reader))
@@ -164,7 +163,7 @@ class Job:
 
     def _ended(self, program: _Program) -> None:
         self._selector.unregister(program.envelope)
-        program.exit_code = int(answer(program.envelope)["exit"])
+        program.exit_code = int(letters.answer(program.envelope)["exit"])
         if program.exit_code != 0 and self._first_failure is None and not self._stopped:
             self._first_failure, self._failed_s = program.rank, time.monotonic()
 
@@ -205,18 +204,6 @@ class Job:
             timed_out=bool(self._stopped) and self._first_failure is None,
             seconds=time.monotonic() - self._started_s,
         )
-
-
-def answer(envelope: socket.socket) -> dict[str, Any]:
-    """What the holder answers; DistcompError with its sentence if it could not do what was asked."""
-    message = letters.receive(envelope)
-    if message is None:
-        raise DistcompError("the process that holds the emulated network has died; start the emulation again")
-    if "refused" in message:
-        raise Refused(message["refused"])
-    if "error" in message:
-        raise DistcompError(message["error"])
-    return message
 
 
 def _show_failures(outcome: Outcome) -> None:

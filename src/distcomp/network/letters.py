@@ -13,17 +13,39 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+from distcomp.errors import DistcompError
+from distcomp.network.netns import Refused
+
 _LENGTH = struct.Struct("=I")
 _MOST_DESCRIPTORS = 8
+_ANSWER_S = 120.0  # building a thousand hosts takes a minute
+_DEAD = "the process that holds the emulated network has died; start the emulation again"
 
 
 def post(control: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> socket.socket:
     """Send a request with descriptors; the socket returned is where its answers arrive."""
     ours, theirs = socket.socketpair()
-    with theirs:
-        socket.send_fds(control, [b"!"], [theirs.fileno(), *descriptors])
-    send(ours, message)
+    ours.settimeout(_ANSWER_S)
+    try:
+        with theirs:
+            socket.send_fds(control, [b"!"], [theirs.fileno(), *descriptors])
+        send(ours, message)
+    except ConnectionError:
+        ours.close()
+        raise DistcompError(_DEAD) from None
     return ours
+
+
+def answer(envelope: socket.socket) -> dict[str, Any]:
+    """The answer to a request; if the holder could not do what was asked, an error with its sentence."""
+    message = receive(envelope)
+    if message is None:
+        raise DistcompError(_DEAD)
+    if "refused" in message:
+        raise Refused(message["refused"])
+    if "error" in message:
+        raise DistcompError(message["error"])
+    return message
 
 
 def collect(control: socket.socket) -> tuple[socket.socket, dict[str, Any], list[int]] | None:

@@ -10,6 +10,7 @@ rate::
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
 import ipaddress
 import os
@@ -215,5 +216,5 @@ def _needs(part: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (OSError, netlink_error) as error:
-        code = error.errno if isinstance(error, OSError) else error.code
+        code = (error.errno if isinstance(error, OSError) else error.code) or errno.EIO
         raise netns.Refused(f"this kernel gives no {part} ({os.strerror(code)}); {remedy}") from error
