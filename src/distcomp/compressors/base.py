@@ -50,6 +50,10 @@ class Compressor(ABC):
         self.decode_into(out, payload, layout)
         return out
 
+    def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
+        """Subtract the decoded slab from ``out``: what error feedback keeps."""
+        out.sub_(self.decode(payload, layout))
+
     def wire_bytes(self, layout: Layout) -> int:
         """Bytes of one payload, header included, known before anything is encoded."""
         return wire_bytes(self.parts(layout))

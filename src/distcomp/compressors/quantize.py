@@ -111,10 +111,16 @@ class Quantize(Compressor):
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
+        self._decode(out, payload, layout, add=add)
+
+    def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
+        self._decode(out, payload, layout, subtract=True)
+
+    def _decode(self, out: Tensor, payload: Payload, layout: Layout, **how: bool) -> None:
         for (_, piece), (codes, scales) in zip(
             layout.pieces(out), self._views(payload, layout), strict=True
         ):
-            kernels.dequantize(codes, scales, piece, block=self.block, bits=self.bits, add=add)
+            kernels.dequantize(codes, scales, piece, block=self.block, bits=self.bits, **how)
 
     def omega(self, numel: int) -> float | None:
         """``min(B/s^2, sqrt(B)/s)`` for the Euclidean norm (Lemma 3.1); the max norm is bounded by ``B/(4 s^2)``.

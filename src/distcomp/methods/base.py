@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,15 @@ class Outcome:
     estimate: Tensor
     contribution: Callable[[], Tensor]
     state: State
+    deduct: Callable[[Tensor], None] | None = None
+    """Subtracts the contribution from a tensor in place: the same numbers without making the contribution first."""
+
+    def owed(self, x: Tensor) -> Tensor:
+        """``x`` minus the contribution. Overwrites ``x``."""
+        if self.deduct is None:
+            return x.sub_(self.contribution())
+        self.deduct(x)
+        return x
 
 
 class Method(ABC):
@@ -77,7 +86,17 @@ class Method(ABC):
 
     @abstractmethod
     def payload_bytes(self, layout: Layout, size: int) -> int:
-        """Bytes that one rank sends in one step, headers of payloads included (the formula, before any is sent)."""
+        """Bytes that one rank sends in one step, headers of payloads included (the formula, before any is sent).
+
+        Where steps differ (schedules, phases): in step 0, and in step t of ``self.at(t)``.
+        """
+
+    def at(self, step: int) -> Method:
+        """This method, and those within, as :meth:`payload_bytes` should see them in ``step``."""
+        if not is_dataclass(self):
+            return self
+        inner = [(one.name, getattr(self, one.name)) for one in fields(self)]
+        return replace(self, **{name: one.at(step) for name, one in inner if isinstance(one, Method)})
 
 
 def mean(x: Tensor, turn: Turn) -> Talk[Tensor]:

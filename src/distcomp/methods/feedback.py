@@ -36,9 +36,12 @@ class ErrorFeedback(Method):
     def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
         corrected = x + state["residual"].data
         outcome = yield from self.inner.talk(corrected, state["inner"], turn)
-        contribution = outcome.contribution()
-        residual = Slab(corrected.sub_(contribution), turn.layout)
-        return Outcome(outcome.estimate, lambda: contribution, {"residual": residual, "inner": outcome.state})
+        residual = outcome.owed(corrected)
+        return Outcome(
+            outcome.estimate,
+            lambda: x + state["residual"].data - residual,
+            {"residual": Slab(residual, turn.layout), "inner": outcome.state},
+        )
 
     def payload_bytes(self, layout: Layout, size: int) -> int:
         return self.inner.payload_bytes(layout, size)

@@ -102,7 +102,12 @@ class GatherAndSum(Method):
         own = self.compressor.encode(x, turn.layout, turn.private.fold("gather"))
         payloads: list[Payload] = yield Gather(own)
         estimate = mean_of(self.compressor, payloads, turn.layout)
-        return Outcome(estimate, lambda: self.compressor.decode(own, turn.layout), state)
+        return Outcome(
+            estimate,
+            lambda: self.compressor.decode(own, turn.layout),
+            state,
+            lambda x: self.compressor.subtract_from(x, own, turn.layout),
+        )
 
     def payload_bytes(self, layout: Layout, size: int) -> int:
         return (size - 1) * self.compressor.wire_bytes(layout)
@@ -150,7 +155,13 @@ class ScatterReduce(Method):
             chunk_views(given, chunks)[turn.rank].add_(own_estimate - chunk_mean, alpha=turn.size)
             return given
 
-        return Outcome(estimate, contribution, state)
+        def deduct(x: Tensor) -> None:
+            for view, chunk, payload in zip(chunk_views(x, chunks), chunks, sent, strict=True):
+                c.subtract_from(view, payload, chunk)
+            own_estimate = chunk_views(estimate, chunks)[turn.rank]
+            chunk_views(x, chunks)[turn.rank].sub_(own_estimate - chunk_mean, alpha=turn.size)
+
+        return Outcome(estimate, contribution, state, deduct)
 
     def payload_bytes(self, layout: Layout, size: int) -> int:
         """The mean over the ranks: chunks differ by a block at most."""
