@@ -114,8 +114,8 @@ class Net:
     def run_on(self, commands: Mapping[int, Sequence[str]], env: Mapping[str, str] | None = None) -> Job:
         """Start one program on each of some hosts, such as a torchrun agent each, to be waited for together.
 
-        The environment is this process's, with OMP_NUM_THREADS=1 and PYTHONUNBUFFERED=1 unless it says
-        otherwise, then MASTER_ADDR (host 0), MASTER_PORT, GLOO_SOCKET_IFNAME, DISTCOMP_DEVICE (whose queue to
+        The environment is this process's, with OMP_NUM_THREADS=1, PYTHONUNBUFFERED=1 and a malloc that keeps its
+        memory unless it says otherwise, then MASTER_ADDR (host 0), MASTER_PORT, GLOO_SOCKET_IFNAME, DISTCOMP_DEVICE (whose queue to
         read with `read_qdisc_bytes`; with real packets only), DISTCOMP_THROTTLE_BPS and DISTCOMP_DELAY_S
         (what the transport must do itself; only where it must), then `env`.
         """
@@ -149,6 +149,8 @@ class Net:
     def _environment(self, host: int, port: int) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if name not in _OURS}
         return {
+            "MALLOC_MMAP_THRESHOLD_": str(2**30),  # or glibc gives each step's buffers back to the kernel and
+            "MALLOC_TRIM_THRESHOLD_": str(2**32),  # takes them again page by page: half of a codec's time
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
             **inherited,
