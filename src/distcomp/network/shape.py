@@ -159,7 +159,7 @@ def _shape(route: Any, name: str, rate_bps: float, delay_s: float) -> None:
             route.tc("add", "tbf", index, _ROOT, **bucket)
         place = {"handle": _INNER, "parent": _CHILD}
     if delay_s:
-        route.tc("add", "netem", index, delay=delay_s * 1e6, limit=_QUEUE_BYTES // FRAME_BYTES, **place)
+        route.tc("replace", "netem", index, delay=delay_s * 1e6, limit=_QUEUE_BYTES // FRAME_BYTES, **place)
     elif rate_bps == UNSHAPED:
         route.tc("add", "bfifo", index, limit=_QUEUE_BYTES, **place)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 
 from distcomp.errors import DistcompError
 
 UNSHAPED = math.inf
 """The rate of a link that nothing holds back: a byte takes ``8 / inf = 0`` seconds."""
 
-_RATE_UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-_TIME_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_RATE_UNITS = {"bit": 0, "kbit": 3, "mbit": 6, "gbit": 9}  # powers of ten
+_TIME_UNITS = {"us": -6, "ms": -3, "s": 0}
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z/]+)\s*")
 
 
@@ -41,15 +42,15 @@ def parse_time(text: str | float) -> float:
 
 def format_rate(rate_bps: float) -> str:
     """The shortest way to write a rate that :func:`parse_rate` reads back exactly."""
-    return "unshaped" if rate_bps == UNSHAPED else _format(rate_bps, _RATE_UNITS, "bit")
+    return "unshaped" if rate_bps == UNSHAPED else _format(rate_bps, _RATE_UNITS)
 
 
 def format_time(time_s: float) -> str:
     """The shortest way to write a time that :func:`parse_time` reads back exactly."""
-    return _format(time_s, _TIME_UNITS, "s")
+    return _format(time_s, _TIME_UNITS)
 
 
-def _parse(text: str | float, units: dict[str, float], what: str, remedy: str, suffix: str) -> float:
+def _parse(text: str | float, units: dict[str, int], what: str, remedy: str, suffix: str) -> float:
     if isinstance(text, bool) or not isinstance(text, (str, int, float)):
         raise DistcompError(f"the {what} {text!r} is a {type(text).__name__}; {remedy}")
     if not isinstance(text, str):
@@ -58,10 +59,9 @@ def _parse(text: str | float, units: dict[str, float], what: str, remedy: str, s
     unit = match[2].lower().removesuffix(suffix) if match else ""
     if match is None or unit not in units:
         raise DistcompError(f"the {what} {text!r} cannot be read; {remedy}")
-    return float(match[1]) * units[unit]
+    return float(Decimal(match[1]).scaleb(units[unit]))
 
 
-def _format(value: float, units: dict[str, float], base: str) -> str:
-    candidates = [f"{value / scale:.15g}{unit}" for unit, scale in units.items()]
-    exact = [text for text in candidates if "e" not in text and _parse(text, units, "", "", "") == value]
-    return min(exact, key=len, default=f"{value:.40f}".rstrip("0") + "0" + base)
+def _format(value: float, units: dict[str, int]) -> str:
+    exact = Decimal(repr(value)).normalize()
+    return min((f"{exact.scaleb(-power):f}{unit}" for unit, power in units.items()), key=len)
