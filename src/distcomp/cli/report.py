@@ -1,0 +1,83 @@
+"""``distcomp report``: what runs saved, as a table, as a page, or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distcomp import recording
+from distcomp.errors import DistcompError
+from distcomp.report import Comparison, as_json, as_text, compare, page
+from distcomp.report.table import rich_table
+
+DESCRIPTION = """\
+Compare runs of the same script on the same network. RUN is the directory of
+one run, or a directory that holds several. Runs of the same method (other
+seeds) become one row: their mean and spread.
+"""
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(
+        "report", help="compare runs: a table and a page", description=DESCRIPTION, formatter_class=plain
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run, or of runs")
+    parser.add_argument("-o", "--output", type=Path, help="where the page goes (default: report.html)")
+    parser.add_argument(
+        "--json", action="store_true", help="print figures as JSON; no page unless -o is given"
+    )
+    parser.add_argument(
+        "--target", type=float, metavar="LOSS", help="test loss to reach (default: DDP's final one plus 5 %%)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table and write the page."""
+    comparison = compare_directories(arguments.runs, arguments.target)
+    if arguments.json:
+        print(json.dumps(as_json(comparison), indent=2))
+    else:
+        show(comparison)
+    if arguments.output is not None or not arguments.json:
+        written = write_page(comparison, arguments.output or Path("report.html"))
+        print(f"wrote {written}", file=sys.stderr if arguments.json else sys.stdout)
+    return 0
+
+
+def compare_directories(directories: Sequence[Path], target_loss: float | None = None) -> Comparison:
+    """Read the runs in ``directories`` and compare them."""
+    return compare(
+        [recording.read(directory) for directory in recording.find(list(directories))], target_loss
+    )
+
+
+def show(comparison: Comparison) -> None:
+    """Print the table: with ``rich`` on a terminal where it is installed, in plain characters elsewhere."""
+    if sys.stdout.isatty():
+        try:
+            import rich
+            import rich.table
+        except ImportError:
+            print(as_text(comparison))
+        else:
+            rich.print(rich_table(comparison, rich.table))
+    else:
+        print(as_text(comparison))
+
+
+def write_page(comparison: Comparison, path: Path) -> Path:
+    """Write the page whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(page(comparison), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise DistcompError(f"{path} cannot be written ({error}); name another file with -o") from None
+    return path

@@ -1,0 +1,157 @@
+"""One warm process per rank: it imports torch and what the script imports once, then forks for each run.
+
+Importing takes seconds of processor time per rank, and seven methods on four ranks would do it 28 times. A fork
+takes milliseconds. The forked child has the environment, arguments, directory and output that a fresh process
+would have had; only what is imported is there already.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import random
+import runpy
+import select
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from distcomp.network import netns
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a rank is to run."""
+
+    argv: list[str]
+    environment: dict[str, str]
+    directory: str
+    outputs: tuple[int, int]
+
+
+def main(directory: str, script: str) -> None:
+    """Import, then fork for each request until killed. Returns in a forked child only, ready for the script."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address(Path(directory), int(os.environ["RANK"])))
+    listener.listen()
+    for module in imports(Path(script)):
+        importlib.import_module(module)
+    if threads := len(os.listdir("/proc/self/task")) - 1:
+        sys.exit(f"what {script} imports has started {threads} threads, which a fork would lose; use --cold")
+    while True:
+        connection, _ = listener.accept()
+        request = _receive(connection)
+        if request is None:
+            connection.close()
+            continue
+        child = os.fork()
+        if child == 0:
+            listener.close()
+            connection.close()
+            _become(request)
+            return
+        for output in request.outputs:
+            os.close(output)
+        _watch(child, connection)
+
+
+def address(directory: Path, rank: int) -> str:
+    """Where the warm process of a rank listens."""
+    return str(directory / f"rank{rank}")
+
+
+def imports(script: Path) -> Iterator[str]:
+    """What every rank needs, and what the script's first level imports, except modules that lie beside it."""
+    yield from ("torch", "torch.distributed", "torch.nn.parallel", "distcomp")
+    for node in ast.parse(script.read_bytes()).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module != "__future__":
+            names = [str(node.module)]
+        for name in names:
+            root = script.parent / name.partition(".")[0]
+            if not root.is_dir() and not root.with_suffix(".py").exists():
+                yield name
+
+
+def run_script() -> None:
+    """Run ``sys.argv`` as its own program, in the forked child."""
+    script = str(Path(sys.argv[0]).resolve())
+    sys.path.insert(0, str(Path(script).parent))
+    sys.excepthook = _only_below(script)
+    runpy.run_path(script, run_name="__main__")
+
+
+def _become(request: Request) -> None:
+    """Take on everything that a fresh process would have been given."""
+    os.setpgid(0, 0)
+    netns.die_with_parent(signal.SIGKILL)
+    for output, stream in zip(request.outputs, (1, 2), strict=True):
+        os.dup2(output, stream)
+        os.close(output)
+    os.environ.clear()
+    os.environ.update(request.environment)
+    os.chdir(request.directory)
+    sys.argv = request.argv
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+
+
+def _receive(connection: socket.socket) -> Request | None:
+    """A request with the descriptors of its outputs, or None from a client that was killed."""
+    header, descriptors, _, _ = socket.recv_fds(connection, 4, 2)
+    body = connection.recv(struct.unpack("=I", header)[0], socket.MSG_WAITALL) if len(header) == 4 else b""
+    if not body or len(body) < struct.unpack("=I", header)[0]:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return None
+    told = json.loads(body)
+    stdout, stderr = descriptors
+    return Request(told["argv"], told["env"], told["cwd"], (stdout, stderr))
+
+
+def _watch(child: int, connection: socket.socket) -> None:
+    """Wait for the child and tell its client how it ended; kill it if the client goes first."""
+    with connection:
+        process = os.pidfd_open(child)
+        ended = process in select.select([process, connection.fileno()], [], [])[0]
+        os.close(process)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        _end_group(child)
+        if ended:
+            connection.sendall(struct.pack("=i", status))
+
+
+def _end_group(leader: int) -> None:
+    """What the script left running ends with it."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _only_below(script: str) -> Callable[[type[BaseException], BaseException, TracebackType | None], Any]:
+    """Print a traceback from the script on, as if nothing had been above it."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        below = trace
+        while below is not None and below.tb_frame.f_code.co_filename != script:
+            below = below.tb_next
+        sys.__excepthook__(kind, error, below or trace)
+
+    return hook
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    run_script()

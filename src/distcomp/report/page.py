@@ -1,0 +1,335 @@
+"""One page that holds everything it shows: no script, style, font or picture from anywhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any
+
+from distcomp.recording import Run
+from distcomp.report import svg, words
+from distcomp.report.figures import BASELINE, CONTROLS, Comparison, Row, network_asked
+from distcomp.report.table import Column, columns
+
+WIDE, NARROW = (540, 320), (358, 270)
+RINGS = "A ring marks the evaluation at which a method first meets the target."
+PARTS = {
+    "compute": "forward, backward and whatever else the step did",
+    "encode": "compressing, not hidden behind backward",
+    "recode": "decoding, adding up and compressing again between two rounds",
+    "wait": "waiting for the network",
+    "decode": "decompressing",
+}
+
+
+def page(comparison: Comparison) -> str:
+    """The report as one HTML document."""
+    folder = resources.files("distcomp.report")
+    template = Template((folder / "page.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        style=(folder / "page.css").read_text(encoding="utf-8"),
+        script=(folder / "page.js").read_text(encoding="utf-8"),
+        title=escape(_headline(comparison)),
+        setting=escape(_setting(comparison)),
+        tiles="".join(_tiles(comparison)),
+        table=_table(comparison),
+        legend="".join(_legend(comparison)),
+        charts="".join(_charts(comparison)),
+        time=_time(comparison),
+        meaning=escape(" ".join(filter(None, (column.meaning for column in columns(comparison))))),
+        bytes=_bytes(comparison),
+        rings=RINGS if comparison.target_loss is not None else "",
+        environment="".join(_environment(comparison)),
+    )
+
+
+def _headline(comparison: Comparison) -> str:
+    best = comparison.best
+    if best is None or best.speed_up is None:
+        one = len(comparison.rows) == 1
+        return f"{comparison.rows[0].method}: what it took and sent" if one else "Methods side by side"
+    if best.speed_up > 1:
+        return f"{best.method} trains to the same test loss {words.speed_up(best)} sooner than DDP"
+    return f"Plain DDP is fastest on this network; {best.method} has {words.speed_up(best)} its speed"
+
+
+def _setting(comparison: Comparison) -> str:
+    about = comparison.runs[0].about
+    argv = about.get("argv") or []
+    ran = " ".join(argv) if argv else "a training script"
+    ranks = f"{about.get('ranks', 'an unknown number of')} workers"
+    return f"{ran}, {ranks}, network: {_network(comparison.runs[0])}."
+
+
+def _network(run: Run) -> str:
+    network = run.about.get("network") or {}
+    return str(network.get("summary") or network_asked(run))
+
+
+def _tiles(comparison: Comparison) -> Iterator[str]:
+    """The three figures that matter, of the soonest method beside the baseline."""
+    best, base = comparison.best, comparison.baseline
+    if best is None or base is None or best.to_target_s is None or base.to_target_s is None:
+        return
+    target = words.told(comparison.target_loss or 0.0, words.loss)
+    yield _tile(
+        f"Training time to a test loss of {target}",
+        words.told(best.to_target_s.mean, words.seconds),
+        f"DDP: {words.told(base.to_target_s.mean, words.seconds)}",
+    )
+    for title, figure, write in (
+        ("Sent on the wire by each worker in a step", "wire_bytes", words.size),
+        ("Payload of each worker in a step", "payload_bytes", words.size),
+        ("Test accuracy at the end", "test_accuracy", words.percent),
+    ):
+        mine, its = best.spread(figure), base.spread(figure)
+        if (
+            mine is not None
+            and its is not None
+            and not (figure == "payload_bytes" and best.spread("wire_bytes"))
+        ):
+            yield _tile(title, words.told(mine.mean, write), f"DDP: {words.told(its.mean, write)}")
+
+
+def _tile(title: str, value: str, beside: str) -> str:
+    return (
+        f'<div class="tile"><div class="tile-title">{escape(title)}</div>'
+        f'<div class="tile-value">{escape(value)}</div><div class="tile-beside">{escape(beside)}</div></div>'
+    )
+
+
+def _table(comparison: Comparison) -> str:
+    head = "".join(
+        f'<th scope="col">{escape(_heading(column.heading))}</th>' for column in columns(comparison)
+    )
+    body = "".join(_table_row(comparison, style, row) for style, row in enumerate(comparison.rows))
+    head = f'<tr><th scope="col">method</th>{head}</tr>'
+    return f'<table class="methods"><thead>{head}</thead><tbody>{body}</tbody></table>'
+
+
+def _heading(lines: tuple[str, str]) -> str:
+    first, second = lines
+    return first[:-1] + "\N{NON-BREAKING HYPHEN}" + second if first.endswith("-") else f"{first} {second}"
+
+
+def _table_row(comparison: Comparison, style: int, row: Row) -> str:
+    cells = "".join(_cell(column, row) for column in columns(comparison))
+    best = " best" if row is comparison.best else ""
+    return (
+        f'<tr class="row{best}" data-style="{style}"><th scope="row"><div>{svg.swatch(style)}'
+        f"<span>{_breakable(row.method)}{_role(row)}</span></div></th>{cells}</tr>"
+    )
+
+
+def _cell(column: Column, row: Row) -> str:
+    """A figure; its spread below it in small print, where there is one."""
+    label = escape(_heading(column.heading))
+    kind = "speed-up" if column.heading == ("speed-", "up") else "figure"
+    mean, plus_minus, rest = escape(column.cell(row)).partition(" ±")
+    return f'<td class="{kind}" data-label="{label}">{mean}{plus_minus and f"<small> ±{rest}</small>"}</td>'
+
+
+def _breakable(text: str) -> str:
+    """A method's name, which may be long, broken after a colon or a comma if it must be."""
+    return escape(text).replace(":", ":<wbr>").replace(",", ",<wbr>")
+
+
+def _role(row: Row) -> str:
+    role = "baseline" if row.method == BASELINE else "control" if row.method in CONTROLS else ""
+    several = f"{len(row.runs)} runs" if len(row.runs) > 1 else ""
+    told = ", ".join(filter(None, (role, several)))
+    return f" <small>{told}</small>" if told else ""
+
+
+def _legend(comparison: Comparison) -> Iterator[str]:
+    for style, row in enumerate(comparison.rows):
+        label = _breakable(row.method)
+        state = f'type="button" data-style="{style}" aria-pressed="false"'
+        yield f"<button {state}>{svg.swatch(style)}<span>{label}</span></button>"
+
+
+def _charts(comparison: Comparison) -> Iterator[str]:
+    """Accuracy and loss, each against seconds and against bytes."""
+    seconds, sent = "seconds of training", "bytes sent by each worker (logarithmic)"
+    for figure, what in (("test_accuracy", "Test accuracy"), ("test_loss", "Test loss")):
+        for over, label in (("train_s", seconds), ("sent_bytes", sent)):
+            chart = _chart(comparison, figure, over, f"{what} against {label.partition(' (')[0]}", label)
+            if chart is not None:
+                key = f"{figure}-{over}"
+                wide = f'<div class="wide">{chart.draw(*WIDE, key + "-wide")}</div>'
+                narrow = f'<div class="narrow">{chart.draw(*NARROW, key)}</div>'
+                silent = _silent(comparison) if over == "sent_bytes" else ""
+                dotted = (
+                    ""
+                    if chart.level is None
+                    else f" <small>dotted: {words.told(chart.level, words.loss)}</small>"
+                )
+                caption = f"<figcaption>{escape(chart.title)}{dotted}</figcaption>"
+                yield f"<figure>{caption}{wide}{narrow}{silent}</figure>"
+
+
+def _chart(comparison: Comparison, figure: str, over: str, title: str, label: str) -> svg.Chart | None:
+    lines = [
+        svg.Line(style, _label(row, run.seed), points)
+        for style, row in enumerate(comparison.rows)
+        for run in row.runs
+        if (points := _points(run.curve, over, figure))
+    ]
+    if not lines:
+        return None
+    log, loss = over == "sent_bytes", figure == "test_loss"
+    target = comparison.target_loss if loss else None
+    x = svg.span([x for line in lines for x, _ in line.points], _short_size if log else _short, log, not log)
+    values = [y for line in lines for _, y in line.points if not loss or y <= _ceiling(comparison)]
+    y = svg.span([*values, *([target] if target is not None else [])], _short if loss else _whole_percent)
+    rings = tuple(_rings(comparison, over)) if loss else ()
+    return svg.Chart(tuple(lines), x, y, label, title, target, rings)
+
+
+def _points(curve: Any, over: str, figure: str) -> tuple[tuple[float, float], ...]:
+    found = ((getattr(point, over), getattr(point, figure)) for point in curve)
+    return tuple(
+        (x, y) for x, y in found if y is not None and math.isfinite(y) and (over == "train_s" or x > 0)
+    )
+
+
+def _ceiling(comparison: Comparison) -> float:
+    """The highest loss worth showing: where training starts. What diverges leaves the picture."""
+    first = [
+        run.curve[0].test_loss
+        for row in comparison.rows
+        for run in row.runs
+        if run.curve and run.curve[0].test_loss
+    ]
+    return max((one for one in first if math.isfinite(one)), default=math.inf)
+
+
+def _rings(comparison: Comparison, over: str) -> Iterator[tuple[int, float, float]]:
+    for style, row in enumerate(comparison.rows):
+        for run in row.runs:
+            point = None if comparison.target_loss is None else run.reached(comparison.target_loss)
+            if point is not None and point.test_loss is not None and getattr(point, over) > 0:
+                yield style, getattr(point, over), point.test_loss
+
+
+def _label(row: Row, seed: object) -> str:
+    return row.method if len(row.runs) == 1 else f"{row.method}, seed {seed}"
+
+
+def _silent(comparison: Comparison) -> str:
+    """Who is not in a picture of bytes, having sent none."""
+    silent = [row.method for row in comparison.rows if all(run.payload_bytes == 0 for run in row.runs)]
+    return (
+        f'<p class="aside">Not shown: {escape(", ".join(silent))}, which sends nothing.</p>' if silent else ""
+    )
+
+
+def _short_size(nbytes: float) -> str:
+    return words.told(nbytes, words.size).replace(".00 ", " ").replace(".0 ", " ")
+
+
+def _short(value: float) -> str:
+    return f"{value:g}"
+
+
+def _whole_percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _time(comparison: Comparison) -> str:
+    """A bar per method, as long as its mean step; the parts of it in the order in which they happen."""
+    split = {row.method: row.spent_s() for row in comparison.rows}
+    longest = max((sum(parts.values()) for parts in split.values() if parts), default=0.0)
+    if not longest:
+        return '<p class="aside">The record of these runs holds no phases.</p>'
+    key = "".join(
+        f'<span title="{escape(PARTS[part])}"><i class="part {part}"></i>{part}</span>' for part in PARTS
+    )
+    bars = "".join(_bar(row, split[row.method], longest) for row in comparison.rows)
+    return f'<div class="parts">{key}</div><div class="bars">{bars}</div>'
+
+
+def _bar(row: Row, parts: Mapping[str, float] | None, longest: float) -> str:
+    if parts is None:
+        told = "not split: the record lacks phases, or they overlap"
+        return f'<div class="bar-name">{_breakable(row.method)}</div><div class="bar-cell aside">{told}</div>'
+    pieces = "".join(
+        f'<i class="part {part}" style="width:{100 * parts[part] / longest:.3f}%"></i>'
+        for part in PARTS
+        if parts[part]
+    )
+    told = " · ".join([*_parts_told(parts), *_wire_told(row)])
+    whole = words.told(sum(parts.values()), words.seconds)
+    bar = f'<div class="bar" role="img" aria-label="{escape(told)}">{pieces}<b>{whole}</b></div>'
+    return (
+        f'<div class="bar-name">{_breakable(row.method)}</div>'
+        f'<div class="bar-cell">{bar}<div class="bar-told">{escape(told)}</div></div>'
+    )
+
+
+def _parts_told(parts: Mapping[str, float]) -> list[str]:
+    return [f"{part} {words.told(parts[part], words.seconds)}" for part in PARTS if parts[part]]
+
+
+def _wire_told(row: Row) -> list[str]:
+    idle = row.spread("wire_idle")
+    return [] if idle is None else [f"wire idle {words.told(idle.mean, words.percent)} of the exchange"]
+
+
+def _bytes(comparison: Comparison) -> str:
+    """What arithmetic says must cross the wire, beside what the kernel counted."""
+    rows = [(row, row.spread("predicted_wire_bytes"), row.spread("wire_bytes")) for row in comparison.rows]
+    lines = [
+        f"<tr><th scope='row'>{_breakable(row.method)}</th><td>{words.told(predicted.mean, words.size)}</td>"
+        f"<td>{words.told(counted.mean, words.size)}</td>"
+        f"<td>{100 * (counted.mean / predicted.mean - 1):+.1f} %</td></tr>"
+        for row, predicted, counted in rows
+        if predicted is not None and counted is not None and predicted.mean
+    ]
+    if not lines:
+        return ""
+    head = "".join(
+        f"<th scope='col'>{text}</th>" for text in ("method", "predicted", "counted", "difference")
+    )
+    table = f"<table class='plain'><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f"<details><summary>Bytes on the wire, predicted and counted</summary>{table}</details>"
+
+
+def _environment(comparison: Comparison) -> Iterator[str]:
+    """What a reader needs to repeat this, and what to hold against it."""
+    runs = comparison.runs
+    about = partial(_told, runs)
+    network: dict[str, Any] = dict(runs[0].about.get("network") or {})
+    rows = [
+        ("Network asked for", network_asked(runs[0])),
+        ("Network achieved", about(lambda run: (run.about.get("network") or {}).get("achieved"))),
+        ("Packets", network.get("packets")),
+        ("Processor", about(lambda run: (run.about.get("host") or {}).get("cpu"))),
+        ("Cores", about(lambda run: (run.about.get("host") or {}).get("cores"))),
+        ("System", about(lambda run: (run.about.get("host") or {}).get("system"))),
+        ("torch", about(lambda run: (run.about.get("versions") or {}).get("torch"))),
+        ("Python", about(lambda run: (run.about.get("versions") or {}).get("python"))),
+        ("distcomp", about(lambda run: (run.about.get("versions") or {}).get("distcomp"))),
+        ("Commit", about(lambda run: run.about.get("commit"))),
+        ("Seed", about(lambda run: run.about.get("seed"))),
+        ("Command", about(lambda run: " ".join(run.about.get("argv") or []))),
+        ("Started", about(lambda run: run.about.get("started"))),
+        ("Steps", ", ".join(sorted({str(one.steps) for row in comparison.rows for one in row.runs}))),
+        (
+            "Did not finish",
+            ", ".join(run.directory.name for run in runs if run.about.get("exit_status")) or None,
+        ),
+    ]
+    for title, text in rows:
+        if text not in (None, ""):
+            yield f"<div><dt>{escape(title)}</dt><dd>{escape(str(text))}</dd></div>"
+
+
+def _told(runs: tuple[Run, ...], tell: Any) -> str:
+    """The same for all runs: once. Otherwise each of the different answers."""
+    answers = [str(answer) for answer in map(tell, runs) if answer not in (None, "")]
+    return "; ".join(dict.fromkeys(answers))
