@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from distcomp.exchange import Request, Talk
-from distcomp.methods.base import Method, Outcome, State, Turn
+from distcomp.methods.base import Outcome, State, Turn
 from distcomp.transports.base import TRUE, Answer, finite_flag
+
+
+class Talker(Protocol):
+    """Whoever converses about a slab: a Method, or an averaging of models."""
+
+    @property
+    def transparent(self) -> bool:
+        """Whether a NaN or an infinity in ``x`` reaches the estimate by itself."""
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        """The conversation."""
 
 
 class Conversation:
     """One talk about one slab. ``ask`` gives the next request until ``outcome`` is there."""
 
-    def __init__(self, method: Method, x: Tensor, state: State, turn: Turn) -> None:
+    def __init__(self, method: Talker, x: Tensor, state: State, turn: Turn) -> None:
         self.watch = not method.transparent
         self._x = x
         self._method = method
