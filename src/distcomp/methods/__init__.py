@@ -3,31 +3,69 @@
 from distcomp.methods.base import Method, Outcome, PerParameter, Turn
 from distcomp.methods.basic import bf16, except_small, fp16, identity, none, qsgd, with_feedback
 from distcomp.methods.choose import Choose, Rule
+from distcomp.methods.demo import DecoupledMomentum, demo
 from distcomp.methods.feedback import ErrorFeedback
+from distcomp.methods.integers import Rotate, SharedRange, TernGrad, shared_range, terngrad
 from distcomp.methods.lift import AllReduce, GatherAndSum, ScatterReduce, lift
+from distcomp.methods.majority_vote import MajorityVote, majority_vote
+from distcomp.methods.momentum import DeepGradient, Momentum, dgc
+from distcomp.methods.powersgd import PowerSGD, powersgd
+from distcomp.methods.quantizers import ef_signsgd, natural, nuqsgd, onebit
 from distcomp.methods.registry import METHODS, Entry, parse, register
+from distcomp.methods.sparsifiers import (
+    CyclicTopK,
+    LowPassFeedback,
+    SharedRandomK,
+    cyclic_topk,
+    random_k,
+    topk,
+)
 
 __all__ = [
     "METHODS",
     "AllReduce",
     "Choose",
+    "CyclicTopK",
+    "DecoupledMomentum",
+    "DeepGradient",
     "Entry",
     "ErrorFeedback",
     "GatherAndSum",
+    "LowPassFeedback",
+    "MajorityVote",
     "Method",
+    "Momentum",
     "Outcome",
     "PerParameter",
+    "PowerSGD",
+    "Rotate",
     "Rule",
     "ScatterReduce",
+    "SharedRandomK",
+    "SharedRange",
+    "TernGrad",
     "Turn",
     "bf16",
+    "cyclic_topk",
+    "demo",
+    "dgc",
+    "ef_signsgd",
     "except_small",
     "fp16",
     "identity",
     "lift",
+    "majority_vote",
+    "natural",
     "none",
+    "nuqsgd",
+    "onebit",
     "parse",
+    "powersgd",
     "qsgd",
+    "random_k",
     "register",
+    "shared_range",
+    "terngrad",
+    "topk",
     "with_feedback",
 ]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distcomp.exchange import Sum, Talk
+from distcomp.exchange import Sum, Talk, sum_bytes
 from distcomp.layout import Layout, Slab
 from distcomp.randomness import Key
 
@@ -106,8 +106,8 @@ def mean(x: Tensor, turn: Turn) -> Talk[Tensor]:
 
 
 def all_reduce_bytes(nbytes: float, size: int) -> int:
-    """What each rank sends in a ring all-reduce of a tensor."""
-    return round(2 * (size - 1) / size * nbytes)
+    """What each rank sends for the sum of a tensor of ``nbytes``; see :func:`distcomp.exchange.sum_bytes`."""
+    return sum_bytes(nbytes, size)
 
 
 def map_state(

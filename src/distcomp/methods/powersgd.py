@@ -1,0 +1,265 @@
+"""PowerSGD: matrices as the product of two thin ones, found by one step of power iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from distcomp.errors import DistcompError
+from distcomp.exchange import Talk
+from distcomp.layout import Layout, Segment
+from distcomp.methods.base import Method, Outcome, PerParameter, State, Turn, all_reduce_bytes, mean
+from distcomp.methods.feedback import ErrorFeedback
+from distcomp.methods.registry import register
+from distcomp.randomness import Key
+from distcomp.schedule import Schedule, extremes, varying, whole
+
+
+@dataclass(frozen=True)
+class PowerSGD(Method):
+    """Send each matrix as the product of two thin ones; warm start makes the steps a power iteration.
+
+    A gradient of shape ``(a, ...)`` is a matrix ``M_i`` of a rows and b columns on rank i; r is the rank::
+
+        Q = orthonormal(Q)                      # the last step's, the same on every rank
+        P = orthonormal(mean_i(M_i Q))          # a x r, first all-reduce
+        Q = mean_i(M_i^T P)                     # b x r, second all-reduce
+        estimate = P Q^T,   contribution_i = P (M_i^T P)^T
+
+    ``one_round=True`` takes the halves in turn, one in each step: ``P = mean_i(M_i Q)``, estimate ``P Q^T``
+    in even steps, ``Q = mean_i(M_i^T P)`` with an orthonormal P in odd ones.
+
+    All matrices of a slab share one all-reduce per round. What is not compressed rides the first one in
+    float32: parameters of one dimension or none, and matrices for which ``r (a+b) min_compression > a b``.
+    On the wire, per slab: ``2 (n-1)/n 4r(a+b)`` bytes summed over matrices (``one_round``: ``4ra`` and
+    ``4rb`` in turn).
+
+    A column of Q that is zero (in the first step, after a gradient that was zero, where ``rank`` has grown)
+    is drawn anew from the key that all ranks share. ``rank`` may be a
+    Schedule.
+
+    Source: Vogels, Karimireddy & Jaggi, NeurIPS 2019; one round: epfml/powersgd. We differ: Q is made
+    orthonormal before it is used (the span is the same, float32 holds it better); a dead column is drawn
+    anew, where theirs stays dead; the contribution is the rank's own product (theirs subtracts the mean's:
+    the sum over ranks is the same). The orthonormal P is computed by every rank from the same bits: ranks
+    need the same torch build and kind of CPU.
+
+    Raises DistcompError for a rank below 1, and for parameters that arrive in pieces (FSDP): their matrices
+    are unknown.
+    """
+
+    rank: int | Schedule = 4
+    min_compression: float = 2.0
+    one_round: bool = False
+    clock: int = field(default=0, repr=False)
+    """The step that ``payload_bytes`` speaks of."""
+
+    def __post_init__(self) -> None:
+        if extremes(self.rank)[0] < 1:
+            raise DistcompError(f"powersgd needs a rank of 1 or more, not {self.rank}; 4 is a good start")
+        if self.min_compression < 0:
+            raise DistcompError(
+                f"min_compression is a ratio of sizes, not {self.min_compression}; 0 compresses always"
+            )
+
+    def at(self, step: int) -> PowerSGD:
+        return replace(self, clock=step)
+
+    def init(self, layout: Layout) -> State:
+        most = round(extremes(self.rank)[1])
+        matrices = [segment for segment in layout.segments if _is_matrix(segment)]
+        state = {
+            "q": PerParameter({m.name: torch.zeros(min(most, *_sides(m)), _sides(m)[1]) for m in matrices})
+        }
+        if self.one_round:
+            state["p"] = PerParameter(
+                {m.name: torch.zeros(min(most, *_sides(m)), _sides(m)[0]) for m in matrices}
+            )
+        return state
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        ranks = self._ranks(turn.layout, turn.step)
+        matrices = {s.name: _matrix(piece, s) for s, piece in turn.layout.pieces(x) if s.name in ranks}
+        plain = [piece for segment, piece in turn.layout.pieces(x) if segment.name not in ranks]
+        exchange = self._one_round if self.one_round else self._two_rounds
+        return (yield from exchange(x, plain, matrices, state, turn))
+
+    def _two_rounds(
+        self, x: Tensor, plain: list[Tensor], matrices: dict[str, Tensor], state: State, turn: Turn
+    ) -> Talk[Outcome]:
+        q = _starts(state["q"], self._ranks(turn.layout, turn.step), turn)
+        p_own = [one @ m.T for one, m in zip(q, matrices.values(), strict=True)]
+        plain_mean, p = yield from _means(plain, p_own, turn)
+        p = [orthonormal(one) for one in p]
+
+        q_own = [one @ m for one, m in zip(p, matrices.values(), strict=True)]
+        _, q_mean = yield from _means([], q_own, turn)
+        return Outcome(
+            _together(turn.layout, x, plain_mean, matrices, p, q_mean),
+            lambda: _together(turn.layout, x, plain, matrices, p, q_own),
+            {**state, "q": _kept(state["q"], matrices, q_mean)},
+        )
+
+    def _one_round(
+        self, x: Tensor, plain: list[Tensor], matrices: dict[str, Tensor], state: State, turn: Turn
+    ) -> Talk[Outcome]:
+        even = turn.step % 2 == 0
+        given, made = ("q", "p") if even else ("p", "q")
+        fixed = _starts(state[given], self._ranks(turn.layout, turn.step), turn)
+        own = [f @ (m.T if even else m) for f, m in zip(fixed, matrices.values(), strict=True)]
+        plain_mean, found = yield from _means(plain, own, turn)
+
+        def product(values: Iterable[Tensor], free: list[Tensor]) -> Tensor:
+            p, q = (free, fixed) if even else (fixed, free)
+            return _together(turn.layout, x, values, matrices, p, q)
+
+        return Outcome(
+            product(plain_mean, found),
+            lambda: product(plain, own),
+            {**state, made: _kept(state[made], matrices, found)},
+        )
+
+    def _ranks(self, layout: Layout, step: int) -> dict[str, int]:
+        return _worth(layout, whole(self.rank, step), self.min_compression)
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        ranks = self._ranks(layout, self.clock)
+        sides = {s.name: _sides(s) for s in layout.segments if s.name in ranks}
+        plain = sum(segment.numel for segment in layout.segments if segment.name not in ranks)
+        p, q = (sum(rank * sides[name][side] for name, rank in ranks.items()) for side in (0, 1))
+        if self.one_round:
+            p, q = (q, 0) if self.clock % 2 else (p, 0)
+        return all_reduce_bytes(4 * (plain + p), size) + all_reduce_bytes(4 * q, size)
+
+
+@lru_cache(maxsize=256)
+def _worth(layout: Layout, rank: int, min_compression: float) -> dict[str, int]:
+    """The matrices that shrink enough, with their ranks."""
+    ranks = {}
+    for segment in filter(_is_matrix, layout.segments):
+        a, b = _sides(segment)
+        r = min(rank, a, b)
+        if r * (a + b) * min_compression <= a * b:
+            ranks[segment.name] = r
+    return ranks
+
+
+def _starts(factors: PerParameter, ranks: dict[str, int], turn: Turn) -> list[Tensor]:
+    """The orthonormal factors to multiply with; what is zero of them is drawn by all ranks alike."""
+    return [
+        orthonormal(_alive(factors[name][:rank], turn.shared.fold("powersgd", name)))
+        for name, rank in ranks.items()
+    ]
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal rows with the same span (r x n, r <= n). Householder: neither dependence nor zeros break
+    it."""
+    columns: Tensor = torch.linalg.qr(rows.T).Q
+    return columns.T.contiguous()
+
+
+def _alive(rows: Tensor, key: Key) -> Tensor:
+    """The rows, with fresh noise for those that are zero."""
+    alive = rows.any(dim=1, keepdim=True)
+    if rows.device.type == "cpu" and alive.all():
+        return rows
+    noise = torch.randn(rows.shape, generator=key.generator())
+    return torch.where(alive, rows, noise.to(rows.device, non_blocking=True))
+
+
+def _means(plain: list[Tensor], factors: list[Tensor], turn: Turn) -> Talk[tuple[list[Tensor], list[Tensor]]]:
+    """The means of both, by one all-reduce.
+
+    Factors get memory of their own: a product's last bits depend on how its operands are aligned.
+    """
+    pieces = plain + factors
+    if not pieces:
+        return [], []
+    total = yield from mean(torch.cat([piece.reshape(-1) for piece in pieces]), turn)
+    means = [
+        m.view_as(piece)
+        for m, piece in zip(torch.split(total, [piece.numel() for piece in pieces]), pieces, strict=True)
+    ]
+    return means[: len(plain)], [factor.clone() for factor in means[len(plain) :]]
+
+
+def _together(
+    layout: Layout,
+    like: Tensor,
+    plain: Iterable[Tensor],
+    matrices: Iterable[str],
+    p: Iterable[Tensor],
+    q: Iterable[Tensor],
+) -> Tensor:
+    """The slab of what went plainly and of the products ``P Q^T``."""
+    out = torch.empty_like(like)
+    values, factors = iter(plain), dict(zip(matrices, zip(p, q, strict=True), strict=True))
+    for segment, piece in layout.pieces(out):
+        if segment.name in factors:
+            left, right = factors[segment.name]
+            torch.mm(left.T, right, out=piece.view(_sides(segment)))
+        else:
+            piece.copy_(next(values))
+    return out
+
+
+def _kept(old: PerParameter, names: Iterable[str], factors: Iterable[Tensor]) -> PerParameter:
+    """The factors for the next step; rows beyond the present rank are zero, so that they are drawn when
+    they are needed."""
+    new = PerParameter(old)
+    for name, factor in zip(names, factors, strict=True):
+        new[name] = torch.nn.functional.pad(factor, (0, 0, 0, old[name].shape[0] - factor.shape[0]))
+    return new
+
+
+ALIGNED_BYTES = 64
+
+
+def _matrix(piece: Tensor, segment: Segment) -> Tensor:
+    """The gradient as a matrix, aligned: its products must not depend on where in a bucket it lies."""
+    matrix = piece.view(_sides(segment))
+    return matrix if matrix.data_ptr() % ALIGNED_BYTES == 0 else matrix.clone()
+
+
+def _sides(segment: Segment) -> tuple[int, int]:
+    """Rows and columns: convolutions (out, in, height, width) have one row per output channel."""
+    return segment.shape[0], segment.numel // segment.shape[0]
+
+
+def _is_matrix(segment: Segment) -> bool:
+    if not segment.whole:
+        raise DistcompError(
+            f"{segment.name} arrives in pieces, and powersgd needs whole matrices; use qsgd, topk or another "
+            "method that works element by element"
+        )
+    return len(segment.shape) >= 2 and segment.numel > 0
+
+
+@register(
+    paper="Vogels, Karimireddy & Jaggi, PowerSGD, NeurIPS 2019; one round: epfml/powersgd",
+    wire="2 (n-1)/n 4r(a+b) per matrix of a rows and b columns, r = rank; half of that with one_round",
+    summable=True,
+    biased=True,
+    differs="Q is made orthonormal before use; a column that is zero is drawn anew; each rank owes "
+    "against its own product",
+)
+def powersgd(
+    rank: int | str | Schedule = 4,
+    min_compression: float = 2.0,
+    one_round: bool = False,
+    error_feedback: bool = True,
+) -> Method:
+    """Send each matrix as the product of two thin ones; warm start makes the steps a power iteration.
+
+    See :class:`distcomp.methods.PowerSGD`. ``rank`` is a number or a schedule (``"8 -> 4 @ 1000"``);
+    ``min_compression``: a matrix that would not shrink by this factor is sent as it is; ``one_round`` sends
+    one factor per step instead of both; ``error_feedback=False`` forgets what was not sent.
+    """
+    number = varying(rank)
+    method = PowerSGD(number if isinstance(number, Schedule) else round(number), min_compression, one_round)
+    return ErrorFeedback(method) if error_feedback else method
