@@ -1,0 +1,192 @@
+"""Models, not gradients, are what workers agree on: rarely, with neighbours only, or both.
+
+An :class:`Averaging` is the algorithm: settings, and a conversation that does no I/O. A :class:`Track` is one
+worker's side of it for one fragment of the model: when it is due, and what it remembers. Who steps the tracks
+is decided elsewhere: a training loop (:class:`distcomp.sync.models.ModelSync`) or many workers in one process
+(:class:`distcomp.sync.together.Workers`).
+
+Step *t* is the iteration: a backward pass that finished, counted from 1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from distcomp.errors import DistcompError
+from distcomp.exchange import Group, Talk, within
+from distcomp.layout import Layout, Slab
+from distcomp.methods.base import Outcome, State, Turn, map_state
+from distcomp.randomness import Key
+from distcomp.schedule import Varying, extremes, whole
+from distcomp.transports.conversation import Conversation
+
+ON_FAILURE = ("stop", "continue")
+
+
+@dataclass(frozen=True)
+class Moment(Turn):
+    """A turn in an averaging. ``step`` counts the exchanges from 0; ``absent`` are ranks known to be dead."""
+
+    absent: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaging(ABC):
+    """An algorithm by which workers agree on models.
+
+    Subclasses are frozen dataclasses; their ``repr`` is what ranks compare. ``period`` is the number of steps
+    between two exchanges, or a Schedule of it. ``on_failure`` says what a dead worker means: ``"stop"``
+    raises PeerLost naming it; ``"continue"`` goes on without it (gossip only).
+    """
+
+    transparent: ClassVar[bool] = False
+    overlap: ClassVar[int] = 0
+    """Steps between the start of an exchange and the moment its result is used."""
+    optimizer_state: ClassVar[str] = "keep"
+    buffers: ClassVar[str] = "keep"
+
+    period: Varying = 1
+    on_failure: str = "stop"
+
+    def __post_init__(self) -> None:
+        if self.on_failure not in ON_FAILURE:
+            raise DistcompError(f"on_failure is 'stop' or 'continue', not {self.on_failure!r}")
+        if extremes(self.period)[0] < 1:
+            raise DistcompError(f"a period is at least 1 step, not {self.period}")
+
+    @abstractmethod
+    def init(self, x: Tensor, turn: Moment) -> State:
+        """The state before the first step; ``x`` is the model, equal on all ranks, and is not kept itself."""
+
+    @abstractmethod
+    def talk(self, x: Tensor, state: State, turn: Moment) -> Talk[Outcome]:
+        """Exchange ``x``, this worker's model (float32, ``[turn.layout.numel]``).
+
+        The outcome's estimate is its new model. Does not change ``x`` or ``state``.
+        """
+
+    @abstractmethod
+    def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
+        """The numbers on which theory depends; ``"warning"`` where a condition of the paper does not hold.
+
+        Raises DistcompError for settings that cannot serve this model or world size.
+        """
+
+    def levels(self) -> tuple[Averaging, ...]:
+        """The averagings this one consists of, in the order in which they talk."""
+        return (self,)
+
+    def group(self, rank: int, size: int) -> Group | None:
+        """The ranks that talk; None for all."""
+        return None
+
+    def cut(self, layout: Layout) -> tuple[Layout, ...]:
+        """The fragments of the model that take turns."""
+        return (layout,)
+
+    def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
+        """The model after an exchange, from the worker's model as it is by then and what was agreed."""
+        return estimate
+
+
+def agreed(model: Tensor, state: State) -> Outcome:
+    """The outcome of an averaging: the new model and the state. Nothing is owed."""
+    return Outcome(model, lambda: model, state)
+
+
+@dataclass
+class Track:
+    """One worker's side of one level of an averaging, for one fragment of the model."""
+
+    name: str
+    averaging: Averaging
+    layout: Layout
+    turn: Moment
+    group: Group | None
+    last: int
+    """The step of the last exchange; before the first it is set so that fragments take turns."""
+    exchanges: int = 0
+    state: State = field(default_factory=dict)
+    landing: Landing | None = None
+
+    def start(self, x: Tensor) -> None:
+        """Begin (anew) from a model that is equal on all ranks."""
+        self.state = map_state(
+            self.averaging.init(x, self.turn),
+            lambda _, slab: Slab(slab.data.to(x.device), slab.layout),
+            lambda _, leaf: leaf,
+        )
+        self.landing = None
+
+    def due(self, step: int) -> bool:
+        """Whether an exchange begins after step ``step``."""
+        return self.landing is None and step - self.last >= whole(self.averaging.period, step)
+
+    def talk(self, x: Tensor, step: int, seed: int, absent: frozenset[int] = frozenset()) -> Conversation:
+        """Begin the exchange that is due."""
+        shared = Key.of(seed, step).fold("averaging", self.name)
+        turn = Moment(self.turn.rank, self.turn.size, self.layout, self.exchanges, shared, absent)
+        self.last = step
+        self.exchanges += 1
+        return Conversation(_Within(self.averaging, self.group), x, self.state, turn)
+
+    def land(self, outcome: Outcome, now: Tensor) -> Tensor:
+        """Take the outcome in; return this worker's model."""
+        self.state = outcome.state
+        self.landing = None
+        return self.averaging.merge(now, outcome.estimate)
+
+
+@dataclass
+class Landing:
+    """An exchange under way. ``outcome`` waits for it; its result is used at step ``at``."""
+
+    at: int
+    outcome: Callable[[], Outcome]
+
+
+@dataclass(frozen=True)
+class _Within:
+    """The averaging's conversation, held inside a group where there is one."""
+
+    averaging: Averaging
+    group: Group | None
+    transparent: bool = False
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        assert isinstance(turn, Moment)
+        talk = self.averaging.talk(x, state, turn)
+        return talk if self.group is None else within(self.group, talk)
+
+
+def tracks_of(averaging: Averaging, layout: Layout, rank: int, size: int) -> list[Track]:
+    """One worker's tracks, level by level, fragment by fragment: in the same order on every rank."""
+    tracks = []
+    for number, level in enumerate(averaging.levels()):
+        group = level.group(rank, size)
+        here, many = (rank, size) if group is None else (group.index(rank), len(group))
+        fragments = level.cut(layout)
+        period = whole(level.period, 0)
+        for index, fragment in enumerate(fragments):
+            first = -(-period * (index + 1) // len(fragments))
+            turn = Moment(here, many, fragment, 0, Key.of(0))
+            tracks.append(Track(f"{number}.{index}", level, fragment, turn, group, last=first - period))
+    return tracks
+
+
+def gather(views: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """The slab of a layout, copied from flat tensors by name, in float32."""
+    pieces = [views[segment.name][segment.start : segment.stop] for segment in layout.segments]
+    return torch.cat(pieces).float() if pieces else torch.empty(0)
+
+
+def scatter(views: Mapping[str, Tensor], layout: Layout, slab: Tensor) -> None:
+    """Copy a slab back into the flat tensors."""
+    for segment, piece in layout.pieces(slab):
+        views[segment.name][segment.start : segment.stop].copy_(piece)
