@@ -11,10 +11,11 @@ from distcomp import recording
 from distcomp.recording import Recorder
 
 NETWORK = {
-    "asked": "4 ranks, 100mbit each",
-    "summary": "100 Mbit/s each way per worker",
-    "achieved": "95.7 Mbit/s, 95.1 Mbit/s after idle",
-    "packets": "real, through Linux network namespaces shaped with tc tbf",
+    "asked": "4 ranks at 100mbit",
+    "fabric": 'ranks = 4\nrate = "100mbit"\n',
+    "real": True,
+    "achieved": "asked 100mbit, achieved 95.7 Mbit/s, one message after idle 95.1 Mbit/s",
+    "packets": "real packets, network namespaces (root), tc tbf both ways, burst 12500 bytes",
 }
 EXPERIMENT = {
     # method: payload bytes, compute, encode, recode, wait, decode in seconds, final loss, final accuracy
@@ -84,7 +85,8 @@ def training(directory: Path, method: str, seed: int = 0, steps: int = 250, rank
             counted += int(payload * 1.046)
             records.append(
                 {
-                    "kind": "step", "step": step, "step_s": step_s, "exchange_s": waited + encode + recode + decode,
+                    "kind": "step", "step": step, "step_s": step_s,
+                    "exchange_s": waited + encode + recode + decode,
                     "phases": exposed, "exposed": exposed, "wire_idle_s": 0.02 * waited,
                     "payload_bytes": payload, "payload_by_kind": {"values": payload},
                     "predicted_wire_bytes": int(payload * 1.045), "qdisc_bytes": counted,

@@ -142,7 +142,7 @@ def _one(
         _tell_failure(method, outcome, directory)
     elif not (directory / "rank0.jsonl").exists():
         raise DistcompError(
-            f"{experiment.script} recorded nothing; let it call distcomp.attach(model, optimizer), no method given"
+            f"{experiment.script} recorded nothing; let it call distcomp.attach(model, optimizer)"
         )
     return status == 0
 

@@ -94,7 +94,7 @@ def compressors() -> Iterator[dict[str, Any]]:
         ):
             continue
         settings = _settings(kind)
-        told = {"name": name, "law": _first_sentence(kind), "settings": settings}
+        told: dict[str, Any] = {"name": name, "law": _first_sentence(kind), "settings": settings}
         if None not in settings.values():
             default = kind()
             bits = 8 * default.wire_bytes(layout) / layout.numel

@@ -1,13 +1,14 @@
 """One warm process per rank: it imports torch and what the script imports once, then forks for each run.
 
-Importing takes seconds of processor time per rank, and seven methods on four ranks would do it 28 times. A fork
-takes milliseconds. The forked child has the environment, arguments, directory and output that a fresh process
-would have had; only what is imported is there already.
+Importing takes seconds of processor time per rank, and seven methods on four ranks would do it 28 times.
+A fork takes milliseconds. The forked child has the environment, arguments, directory and output that a fresh
+process would have had; only what is imported is there already.
 """
 
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import json
 import os
@@ -38,7 +39,7 @@ class Request:
 
 
 def main(directory: str, script: str) -> None:
-    """Import, then fork for each request until killed. Returns in a forked child only, ready for the script."""
+    """Import, then fork for each request until killed. Returns only in a forked child."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address(Path(directory), int(os.environ["RANK"])))
     listener.listen()
@@ -46,6 +47,7 @@ def main(directory: str, script: str) -> None:
         importlib.import_module(module)
     if threads := len(os.listdir("/proc/self/task")) - 1:
         sys.exit(f"what {script} imports has started {threads} threads, which a fork would lose; use --cold")
+    gc.freeze()  # or each child would spend a second of processor time on taking it all down again
     while True:
         connection, _ = listener.accept()
         request = _receive(connection)

@@ -1,4 +1,4 @@
-"""Stands for one rank: gives its environment, output and arguments to the warm process, ends as the script ends.
+"""Stands for one rank: gives what it was given to the warm process, and ends as the script ends.
 
 Run as a file with ``python -I -S``: it imports nothing of distcomp and is there in milliseconds. When it is
 killed, the warm process sees its connection close and kills the script.

@@ -254,7 +254,12 @@ def _row(method: str, runs: tuple[Figures, ...], target: float | None, baseline_
 
 
 def _check_comparable(runs: Sequence[Run]) -> None:
-    for what, told in (("number of ranks", _ranks), ("script", _script), ("network", network_asked)):
+    for what, told in (
+        ("number of ranks", _ranks),
+        ("script", _script),
+        ("network", network_asked),
+        ("fabric", _fabric),
+    ):
         first = told(runs[0])
         for run in runs:
             if told(run) != first:
@@ -272,6 +277,12 @@ def _script(run: Run) -> object:
     return Path((run.about.get("argv") or ["unknown"])[0]).name
 
 
+def _fabric(run: Run) -> object:
+    return (run.about.get("network") or {}).get("fabric")
+
+
 def network_asked(run: Run) -> object:
-    """The network that was asked for, as it is written down."""
-    return (run.about.get("network") or {}).get("asked", "as it is")
+    """The network that was asked for, and whether packets really crossed it."""
+    network = run.about.get("network") or {}
+    kind = "" if network.get("real", True) else ", not real packets"
+    return f"{network.get('asked', 'as it is')}{kind}"

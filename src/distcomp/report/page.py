@@ -12,10 +12,11 @@ from typing import Any
 
 from distcomp.recording import Run
 from distcomp.report import svg, words
-from distcomp.report.figures import BASELINE, CONTROLS, Comparison, Row, network_asked
+from distcomp.report.figures import BASELINE, CONTROLS, Comparison, Row
 from distcomp.report.table import Column, columns
 
 WIDE, NARROW = (540, 320), (358, 270)
+NO_CHARTS = '<p class="aside">No evaluation was recorded.</p>'
 RINGS = "A ring marks the evaluation at which a method first meets the target."
 PARTS = {
     "compute": "forward, backward and whatever else the step did",
@@ -38,7 +39,7 @@ def page(comparison: Comparison) -> str:
         tiles="".join(_tiles(comparison)),
         table=_table(comparison),
         legend="".join(_legend(comparison)),
-        charts="".join(_charts(comparison)),
+        charts="".join(_charts(comparison)) or NO_CHARTS,
         time=_time(comparison),
         meaning=escape(" ".join(filter(None, (column.meaning for column in columns(comparison))))),
         bytes=_bytes(comparison),
@@ -58,16 +59,14 @@ def _headline(comparison: Comparison) -> str:
 
 
 def _setting(comparison: Comparison) -> str:
+    """What ran, on how many ranks, over which network, and whether that was one."""
     about = comparison.runs[0].about
-    argv = about.get("argv") or []
-    ran = " ".join(argv) if argv else "a training script"
-    ranks = f"{about.get('ranks', 'an unknown number of')} workers"
-    return f"{ran}, {ranks}, network: {_network(comparison.runs[0])}."
-
-
-def _network(run: Run) -> str:
-    network = run.about.get("network") or {}
-    return str(network.get("summary") or network_asked(run))
+    script = " ".join(about.get("argv") or []) or "a training script"
+    network = about.get("network")
+    if not network:
+        return f"{script}, {about.get('ranks') or 'an unknown number of'} ranks, on the network as it is"
+    real = "real packets" if network.get("real") else "simulated: these are not real packets"
+    return f"{script}, {network.get('asked')}, {real}"
 
 
 def _tiles(comparison: Comparison) -> Iterator[str]:
@@ -112,8 +111,9 @@ def _table(comparison: Comparison) -> str:
 
 
 def _heading(lines: tuple[str, str]) -> str:
+    """Two lines, or one word that needs no break."""
     first, second = lines
-    return first[:-1] + "\N{NON-BREAKING HYPHEN}" + second if first.endswith("-") else f"{first} {second}"
+    return first + second if first.endswith("-") else f"{first}\n{second}"
 
 
 def _table_row(comparison: Comparison, style: int, row: Row) -> str:
@@ -127,7 +127,7 @@ def _table_row(comparison: Comparison, style: int, row: Row) -> str:
 
 def _cell(column: Column, row: Row) -> str:
     """A figure; its spread below it in small print, where there is one."""
-    label = escape(_heading(column.heading))
+    label = escape(_heading(column.heading).replace("\n", " "))
     kind = "speed-up" if column.heading == ("speed-", "up") else "figure"
     mean, plus_minus, rest = escape(column.cell(row)).partition(" ±")
     return f'<td class="{kind}" data-label="{label}">{mean}{plus_minus and f"<small> ±{rest}</small>"}</td>'
@@ -305,7 +305,7 @@ def _environment(comparison: Comparison) -> Iterator[str]:
     about = partial(_told, runs)
     network: dict[str, Any] = dict(runs[0].about.get("network") or {})
     rows = [
-        ("Network asked for", network_asked(runs[0])),
+        ("Network asked for", network.get("asked")),
         ("Network achieved", about(lambda run: (run.about.get("network") or {}).get("achieved"))),
         ("Packets", network.get("packets")),
         ("Processor", about(lambda run: (run.about.get("host") or {}).get("cpu"))),
