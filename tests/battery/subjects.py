@@ -1,7 +1,7 @@
 """What the battery is run on: everything registered, at its defaults and at every pair of other settings.
 
-Nothing here names a method. Which values a setting may take is found out by trying: numbers and booleans from a short
-list; for words, a nonsense word is offered and the refusal, which must name what is allowed, is read.
+Nothing here names a method. Which values a setting may take is found out by trying: numbers and booleans from
+a short list; for words, a nonsense word is offered and the refusal, which must name what is allowed, is read.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def every_compressor() -> list[Subject]:
 
 
 def choices(make: Callable[..., Any]) -> list[Settings]:
-    """The default, then settings in which every legal pair of values of two parameters occurs (up to a limit)."""
+    """The default, then settings that cover every legal pair of two values, up to a limit."""
     domains = {
         name: [parameter.default, *alternatives(make, name, parameter.default)]
         for name, parameter in inspect.signature(make).parameters.items()
@@ -173,7 +173,8 @@ def _cover(
 
 def _covered(settings: Settings) -> set[frozenset[Any]]:
     return {
-        frozenset([(a, repr(x)), (b, repr(y))]) for (a, x), (b, y) in itertools.combinations(settings.items(), 2)
+        frozenset([(a, repr(x)), (b, repr(y))])
+        for (a, x), (b, y) in itertools.combinations(settings.items(), 2)
     }
 
 

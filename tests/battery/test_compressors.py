@@ -91,7 +91,9 @@ def test_each_parameter_comes_back_the_same_in_any_company(subject: Subject) -> 
     whole = through(c, x, ORDINARY)
     for index, (segment, piece) in enumerate(ORDINARY.pieces(x)):
         alone = Layout((segment,))
-        assert torch.equal(through(c, piece.clone(), alone), dict(enumerate(ORDINARY.pieces(whole)))[index][1])
+        assert torch.equal(
+            through(c, piece.clone(), alone), dict(enumerate(ORDINARY.pieces(whole)))[index][1]
+        )
 
 
 @subjects

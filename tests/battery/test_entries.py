@@ -1,4 +1,4 @@
-"""What is written of every method: its law, paper, bytes, settings; and that its name in a config finds it."""
+"""What is written of every method: law, paper, bytes, settings; and that its name in a config finds it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def test_an_entry_says_what_the_tables_need(entry: Entry) -> None:
     assert entry.wire.strip()
     assert entry.differs.strip()
     assert entry.kind in ("gradient", "periodic", "gossip")
-    assert re.fullmatch(r"[A-Z][^\n]*[.:]", entry.law), f"the first paragraph is not one sentence: {entry.law!r}"
+    assert re.fullmatch(r"[A-Z][^\n]*[.:]", entry.law), (
+        f"the first paragraph is not one sentence: {entry.law!r}"
+    )
     assert "|" not in entry.law + entry.wire + entry.paper + entry.differs or "`" in entry.wire
 
 

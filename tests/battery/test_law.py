@@ -20,7 +20,7 @@ sizes = pytest.mark.parametrize("size", [1, 3])
 
 
 def law_error(round_: Round) -> tuple[float, float]:
-    """How far the contributions are from summing to n times the estimate, and how far rounding may put them."""
+    """How far the contributions sum to from n times the estimate, and how far rounding may put them."""
     parts = round_.contributions()
     size = len(parts)
     gap = torch.stack(parts).double().sum(0) - size * round_.estimate.double()
@@ -46,7 +46,9 @@ def check_one_conversation(method: Method, size: int, layout: Layout = ORDINARY)
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @subjects
-def test_one_estimate_that_the_contributions_sum_to_for_the_bytes_declared(subject: Subject, size: int) -> None:
+def test_one_estimate_that_the_contributions_sum_to_for_the_bytes_declared(
+    subject: Subject, size: int
+) -> None:
     round_ = check_one_conversation(subject.build(), size)
     assert all(round_.finite)
     assert round_.estimate.isfinite().all()
@@ -62,7 +64,7 @@ def test_odd_shapes(subject: Subject, shape: str) -> None:
 @pytest.mark.parametrize("scale", [1e30, 1e5, 1e-20, 1e-30, 1e-40])
 @subjects
 def test_every_finite_magnitude_stays_finite(subject: Subject, scale: float) -> None:
-    """From the far end of float32 to the denormals. What is too large for a narrow type may be clamped, not lost."""
+    """From the far end of float32 to the denormals. What a narrow type cannot hold is clamped, not lost."""
     round_ = once(subject.build(), draw(3, scale=scale))
     assert round_.estimate.isfinite().all()
     assert all(contribution.isfinite().all() for contribution in round_.contributions())

@@ -31,8 +31,8 @@ def estimates(method: Method, xs: list[Tensor]) -> Tensor:
 def test_the_estimates_of_an_unbiased_method_scatter_around_the_mean(subject: Subject) -> None:
     """The mean of T draws misses by a T-th of the scatter; 3 times that is out of reach without a bias.
 
-    With k independent errors the ratio is a chi-square of k over k: beyond 3 with a chance of 1e-6 at k = 20, and
-    here k is in the hundreds. A bias of a tenth of the scatter makes it 3 or more.
+    With k independent errors the ratio is a chi-square of k over k: beyond 3 with a chance of 1e-6 at k = 20,
+    and here k is in the hundreds. A bias of a fifth of the scatter makes it 3 or more.
     """
     xs = draw(2)
     error = estimates(subject.build(), xs) - torch.stack(xs).double().mean(0)
@@ -51,9 +51,7 @@ def test_what_is_unbiased_and_not_exact_is_random_and_anew_in_each_step(subject:
     assert exact or not torch.equal(drawn[1], drawn[2])
 
 
-@pytest.mark.parametrize(
-    "subject", [s for s in methods() if inside(s.build(), ErrorFeedback)], ids=str
-)
+@pytest.mark.parametrize("subject", [s for s in methods() if inside(s.build(), ErrorFeedback)], ids=str)
 def test_what_was_sent_and_what_is_owed_is_what_came_in(subject: Subject) -> None:
     """sum_t n estimate_t + sum_i e_i = sum_t sum_i x_i, for each parameter."""
     method, size, steps = subject.build(), 3, 12

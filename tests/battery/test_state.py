@@ -33,10 +33,11 @@ def gradients(step: int) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("buckets", OTHER_BUCKETS.values(), ids=OTHER_BUCKETS)
 @subjects
 def test_buckets_cut_otherwise_change_no_value(subject: Subject, buckets) -> None:
-    """Grown in one grouping and continued in another: DistributedDataParallel does this after its first step.
+    """Grown in one grouping, continued in another: DistributedDataParallel does this after its first step.
 
-    Where chunks of a bucket have owners (a Swap), other buckets make other owners, and what the owner's re-encoding
-    errs by is owed by another rank from then on. The step itself is the same; of state, only the sum over the ranks is.
+    Where chunks of a bucket have owners (a Swap), other buckets make other owners, and what the owner's
+    re-encoding errs by is owed by another rank from then on. The step itself is the same; of the state, only
+    the sum over the ranks is.
     """
     straight = Grouping(subject.build(), ONE_BUCKET, SIZE)
     for step in range(2):
@@ -65,11 +66,16 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(subject: Subjec
     for step in range(STEPS):
         states = converse(method, draw(SIZE, seed=step), states, step=step).states
 
-    resumed = [join_state(through_a_file(cut_state(state)), subject.build().init(ORDINARY)) for state in states]
+    resumed = [
+        join_state(through_a_file(cut_state(state)), subject.build().init(ORDINARY)) for state in states
+    ]
     assert all(alike(a, b) for a, b in zip(states, resumed, strict=True))
     for step in range(STEPS, 2 * STEPS):
         xs = draw(SIZE, seed=step)
-        one, other = converse(method, xs, states, step=step), converse(subject.build(), xs, resumed, step=step)
+        one, other = (
+            converse(method, xs, states, step=step),
+            converse(subject.build(), xs, resumed, step=step),
+        )
         assert same_bits(one.estimate, other.estimate)
         states, resumed = one.states, other.states
     assert all(alike(a, b) for a, b in zip(states, resumed, strict=True))

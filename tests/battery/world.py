@@ -23,7 +23,7 @@ ORDINARY = Layout.of(
     [("fc.weight", (40, 37)), ("fc.bias", (37,)), ("conv.weight", (8, 3, 3, 3)), ("norm.weight", (8,))],
     roles={"norm.weight": "norm"},
 )
-"""Several blocks, a short last one, and roles of both kinds: big enough to be cut, small enough to be quick."""
+"""Several blocks, a short last one, roles of both kinds: big enough to be cut, small enough to be quick."""
 
 ODD = {
     "nothing": Layout.of([]),
@@ -141,7 +141,7 @@ def draw(size: int, layout: Layout = ORDINARY, seed: int = 0, scale: float = 1.0
 
 @dataclass
 class Grouping:
-    """Parameters in buckets, as DistributedDataParallel cuts them; state is kept by parameter between steps."""
+    """Parameters in buckets, as DistributedDataParallel cuts them; state is kept by parameter."""
 
     method: Method
     buckets: Sequence[Layout]
@@ -155,7 +155,7 @@ class Grouping:
         self.states = self.states or [{} for _ in range(self.size)]
 
     def talk(self, given: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One step: ``given`` holds each worker's gradient by parameter; the estimates come back by parameter."""
+        """One step: ``given`` holds each worker's gradient by parameter, and so is the answer."""
         out: dict[str, Tensor] = {}
         for layout in self.buckets:
             xs = [slab_of(named, layout) for named in given]
@@ -187,7 +187,9 @@ def groups(layout: Layout, *cuts: Iterable[int]) -> list[Layout]:
 
 def tensors(state: State) -> dict[str, Tensor]:
     """Every tensor of a state by a flat name."""
-    return {f"{name}/{path}": value for name, leaves in cut_state(state).items() for path, value in leaves.items()}
+    return {
+        f"{name}/{path}": value for name, leaves in cut_state(state).items() for path, value in leaves.items()
+    }
 
 
 def alike(one: State, other: State) -> bool:
@@ -197,7 +199,9 @@ def alike(one: State, other: State) -> bool:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()], b[~b.isnan()])
+    return (
+        a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()], b[~b.isnan()])
+    )
 
 
 def copied(state: State) -> dict[str, Any]:
