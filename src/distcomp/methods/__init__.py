@@ -11,7 +11,8 @@ from distcomp.methods.majority_vote import MajorityVote, majority_vote
 from distcomp.methods.momentum import DeepGradient, Momentum, dgc
 from distcomp.methods.powersgd import PowerSGD, powersgd
 from distcomp.methods.quantizers import ef_signsgd, natural, nuqsgd, onebit
-from distcomp.methods.registry import METHODS, Entry, parse, register
+from distcomp.methods.registry import METHODS, Entry, method_of, parse, register
+from distcomp.methods.scheduled import Scheduled, Warmup
 from distcomp.methods.sparsifiers import (
     CyclicTopK,
     LowPassFeedback,
@@ -20,6 +21,7 @@ from distcomp.methods.sparsifiers import (
     random_k,
     topk,
 )
+from distcomp.methods.warmup import warmup
 
 __all__ = [
     "METHODS",
@@ -41,10 +43,12 @@ __all__ = [
     "Rotate",
     "Rule",
     "ScatterReduce",
+    "Scheduled",
     "SharedRandomK",
     "SharedRange",
     "TernGrad",
     "Turn",
+    "Warmup",
     "bf16",
     "cyclic_topk",
     "demo",
@@ -55,6 +59,7 @@ __all__ = [
     "identity",
     "lift",
     "majority_vote",
+    "method_of",
     "natural",
     "none",
     "nuqsgd",
@@ -67,5 +72,6 @@ __all__ = [
     "shared_range",
     "terngrad",
     "topk",
+    "warmup",
     "with_feedback",
 ]

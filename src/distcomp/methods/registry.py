@@ -1,7 +1,8 @@
 """Every method by name: what the shell lists, the docs tabulate, the tests run, and a config string names.
 
-A method joins by decorating its recipe (a function whose parameters are the method's settings) with :func:`register` and by
-one import line in ``distcomp/methods/__init__.py``.
+A method joins by decorating its recipe (a function whose parameters are the method's settings) with
+:func:`register` and by one import line in ``distcomp/methods/__init__.py``. Every numeric setting may then
+be a schedule.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from distcomp.errors import DistcompError
+from distcomp.methods.base import Method
+from distcomp.methods.scheduled import with_schedules
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def register(
     """Enter a recipe under its own name."""
 
     def enter(recipe: Recipe) -> Recipe:
+        recipe = with_schedules(recipe)
         name = recipe.__name__.rstrip("_")
         METHODS[name] = Entry(name, recipe, paper, wire, summable, biased, differs, kind, control)
         return recipe
@@ -90,6 +94,18 @@ def parse(text: str) -> Any:
             raise DistcompError(f"{name} has no setting {setting!r}; its settings are: {known}")
         arguments[key.strip()] = _literal(value.strip())
     return entry.recipe(**arguments)
+
+
+def method_of(given: Method | str) -> Method:
+    """A method within another, given as one or as the text of one; in brackets where it holds commas.
+
+    Raises DistcompError for anything else.
+    """
+    text = given.strip() if isinstance(given, str) else ""
+    method = parse(text.removeprefix("(").removesuffix(")")) if text else given
+    if not isinstance(method, Method):
+        raise DistcompError(f"{given!r} is no method for gradients; give one such as 'qsgd:bits=4'")
+    return method
 
 
 def _split(settings: str) -> list[str]:
