@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,12 +45,6 @@ class Averaging(ABC):
     raises PeerLost naming it; ``"continue"`` goes on without it (gossip only).
     """
 
-    transparent: ClassVar[bool] = False
-    overlap: ClassVar[int] = 0
-    """Steps between the start of an exchange and the moment its result is used."""
-    optimizer_state: ClassVar[str] = "keep"
-    buffers: ClassVar[str] = "keep"
-
     period: Varying = 1
     on_failure: str = "stop"
 
@@ -78,15 +72,30 @@ class Averaging(ABC):
         Raises DistcompError for settings that cannot serve this model or world size.
         """
 
+    @property
+    def overlap(self) -> int:
+        """Steps between the start of an exchange and the moment its result is used."""
+        return 0
+
+    @property
+    def optimizer_state(self) -> str:
+        """What becomes of the optimizer's state at an exchange: ``keep``, ``reset`` or ``average``."""
+        return "keep"
+
+    @property
+    def buffers(self) -> str:
+        """What becomes of floating-point buffers at an exchange: ``keep`` or ``average``."""
+        return "keep"
+
     def levels(self) -> tuple[Averaging, ...]:
-        """The averagings this one consists of, in the order in which they talk."""
+        """Averagings of different periods that this one consists of: itself."""
         return (self,)
 
     def group(self, rank: int, size: int) -> Group | None:
         """The ranks that talk; None for all."""
         return None
 
-    def cut(self, layout: Layout) -> tuple[Layout, ...]:
+    def fragments_of(self, layout: Layout) -> tuple[Layout, ...]:
         """The fragments of the model that take turns."""
         return (layout,)
 
@@ -98,6 +107,21 @@ class Averaging(ABC):
 def agreed(model: Tensor, state: State) -> Outcome:
     """The outcome of an averaging: the new model and the state. Nothing is owed."""
     return Outcome(model, lambda: model, state)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Several averagings of one model, each with a period of its own: in a machine often, across rarely."""
+
+    parts: tuple[Averaging, ...]
+
+    def levels(self) -> tuple[Averaging, ...]:
+        """The averagings, in the order in which they talk where several are due."""
+        return self.parts
+
+    def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
+        """Each level's."""
+        return {f"level {number}": part.conditions(layout, size) for number, part in enumerate(self.parts)}
 
 
 @dataclass
@@ -165,13 +189,13 @@ class _Within:
         return talk if self.group is None else within(self.group, talk)
 
 
-def tracks_of(averaging: Averaging, layout: Layout, rank: int, size: int) -> list[Track]:
+def tracks_of(averaging: Averaging | Levels, layout: Layout, rank: int, size: int) -> list[Track]:
     """One worker's tracks, level by level, fragment by fragment: in the same order on every rank."""
     tracks = []
     for number, level in enumerate(averaging.levels()):
         group = level.group(rank, size)
         here, many = (rank, size) if group is None else (group.index(rank), len(group))
-        fragments = level.cut(layout)
+        fragments = level.fragments_of(layout)
         period = whole(level.period, 0)
         for index, fragment in enumerate(fragments):
             first = -(-period * (index + 1) // len(fragments))

@@ -48,7 +48,7 @@ class ECD(Gossip):
         super().__post_init__()
         if not isinstance(self.compressor, GrowingGrid | FixedGrid | Identity) and not self.allow_relative:
             raise DistcompError(
-                f"the error of {self.compressor} grows with what is sent, and ECD sends ever larger values: it "
+                f"the error of {self.compressor} grows with what is sent, and ECD sends ever more: it "
                 "diverges; leave the compressor at its default (an absolute grid), use choco, or pass "
                 "allow_relative=True"
             )
@@ -96,6 +96,5 @@ class ECD(Gossip):
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
         numbers = super().conditions(layout, size)
-        if isinstance(self.compressor, GrowingGrid):
-            return {**numbers, "spacing": self.compressor.spacing, "bits_at_1000": self.compressor.at(1000).bits}
-        return numbers
+        grid = self.compressor
+        return {**numbers, "bits_at_1000": grid.at(1000).bits} if isinstance(grid, GrowingGrid) else numbers

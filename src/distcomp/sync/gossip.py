@@ -71,8 +71,8 @@ class Gossip(Averaging):
         topology = resolve(self.topology, size)
         if self.replicas and topology.changes:
             raise DistcompError(
-                f"{type(self).__name__} keeps replicas of its neighbours' models, so neighbours must not change, "
-                f"and those of {topology.name} do; use a fixed topology, or dpsgd or deepsqueeze"
+                f"{type(self).__name__} keeps replicas of its neighbours' models, so they must stay the same, and "
+                f"those of {topology.name} change; use a fixed topology, or dpsgd or deepsqueeze"
             )
         numbers = {"topology": topology.name, "rho": topology.rho, "spectral_gap": topology.spectral_gap}
         return numbers if topology.changes else {**numbers, "mu": topology.mu}
@@ -155,8 +155,8 @@ class DCD(Gossip):
         if alpha >= limit:
             numbers["warning"] = (
                 "DCD is proven to converge where the compressor's relative error alpha is below "
-                f"(1-rho)/(2 mu) = {limit:.3g} on {numbers['topology']}, and on Gaussian data {self.compressor} "
-                f"has {alpha:.3g}; use more bits, a denser topology, or choco"
+                f"(1-rho)/(2 mu) = {limit:.3g} on {numbers['topology']}; on Gaussian data {self.compressor} has "
+                f"{alpha:.3g}; use more bits, a denser topology, or choco"
             )
         return numbers
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distcomp.layout import Layout
 from distcomp.methods.base import Outcome
-from distcomp.sync.averaging import Averaging, Landing, gather, scatter, tracks_of
+from distcomp.sync.averaging import Averaging, Landing, Levels, gather, scatter, tracks_of
 from distcomp.transports.lockstep import Lockstep
 
 
@@ -19,7 +19,7 @@ class Workers:
     """
 
     def __init__(
-        self, averaging: Averaging, x: Tensor, size: int, layout: Layout | None = None, seed: int = 0
+        self, averaging: Averaging | Levels, x: Tensor, size: int, layout: Layout | None = None, seed: int = 0
     ) -> None:
         self.layout = layout or Layout.of([("x", (x.numel(),))])
         self.seed = seed

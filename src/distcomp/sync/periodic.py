@@ -1,0 +1,194 @@
+"""Models, rarely: every H steps send what was learnt since the last time, through any method.
+
+Periodic averaging is one class. What the papers call local SGD, sparse parameter averaging, PQASGD, DiLoCo
+and their quantized or sparse relatives are its settings (:mod:`distcomp.sync.recipes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distcomp.compressors import Identity
+from distcomp.errors import DistcompError
+from distcomp.exchange import Group, Talk
+from distcomp.layout import Layout, Segment, Slab
+from distcomp.methods.base import Method, Outcome, State, Turn, cut_state
+from distcomp.methods.lift import lift
+from distcomp.schedule import extremes
+from distcomp.sync.averaging import Averaging, Moment, agreed
+from distcomp.sync.outer import Outer
+
+POLICIES = ("keep", "reset", "average")
+GRAIN = 512
+"""Fragments made of blocks are cut at multiples of this many elements of a parameter."""
+
+
+@dataclass(frozen=True)
+class Periodic(Averaging):
+    """Every ``period`` steps, average what the workers have learnt and start again from there.
+
+    ::
+
+        Delta_i = anchor - x_i                       the sum of the local updates since the last time
+        anchor  = outer(anchor, mean_i Delta_i)      the mean as ``method`` estimates it
+        x_i     = anchor                             on every rank, bit for bit
+
+    What is sent is the *difference*: a quantized model instead looks fine at 8 bits and fails below. Local
+    updates may come from any optimizer; weight decay, clipping, momentum and learning-rate changes between
+    two exchanges are in them.
+
+    ``fragments > 1``: a part of the model each time, in turns, each every ``period`` steps: ``cut="blocks"``
+    by blocks of 512 elements, ``cut="parameters"`` by whole parameters, every ``fragments``-th to the same
+    one. ``overlap``: the exchange goes on during so many steps of computing, and ``x_i = alpha x_i + (1 -
+    alpha) anchor`` when it is over.
+
+    ``optimizer_state``: ``keep`` it, ``reset`` it at an exchange, or ``average`` it (its tensors of the
+    parameters' shapes, in float32). ``buffers``: floating-point buffers (BatchNorm) are ``average``-d at an
+    exchange, or ``keep``-t.
+
+    Memory: one model (the anchor), one for outer momentum, and the method's state.
+    """
+
+    method: Method = field(default_factory=lambda: lift(Identity()))
+    outer: Outer = field(default_factory=Outer)
+    fragments: int = 1
+    cut: str = "blocks"
+    overlap: int = 0
+    alpha: float = 0.0
+    optimizer_state: str = "keep"
+    buffers: str = "average"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shortest = extremes(self.period)[0]
+        self._refuse(self.fragments < 1, f"there is at least 1 fragment, not {self.fragments}")
+        self._refuse(self.cut not in CUTS, f"fragments are cut by {' or '.join(CUTS)}, not {self.cut!r}")
+        self._refuse(
+            not 0 <= self.overlap < shortest, f"the overlap is below the period, and {self.overlap} is not"
+        )
+        self._refuse(not 0 <= self.alpha < 1, f"alpha is in [0, 1), not {self.alpha}")
+        self._refuse(
+            self.optimizer_state not in POLICIES or self.buffers not in ("keep", "average"),
+            "optimizer_state is 'keep', 'reset' or 'average' and buffers 'keep' or 'average', "
+            f"not {self.optimizer_state!r} and {self.buffers!r}",
+        )
+        self._refuse(
+            (self.fragments > 1 or self.overlap > 0) and self.optimizer_state != "keep",
+            "fragments and overlap go with optimizer_state='keep' only: the model is never averaged all at once",
+        )
+        self._refuse(
+            self.on_failure != "stop",
+            "periodic averaging asks all workers, so it stops when one dies; on_failure='continue' is gossip's",
+        )
+
+    def _refuse(self, wrong: bool, sentence: str) -> None:
+        if wrong:
+            raise DistcompError(sentence)
+
+    def init(self, x: Tensor, turn: Moment) -> State:
+        return {
+            "anchor": Slab(x.clone(), turn.layout),
+            "outer": self.outer.init(turn.layout),
+            "method": self.method.init(turn.layout),
+        }
+
+    def talk(self, x: Tensor, state: State, turn: Moment) -> Talk[Outcome]:
+        anchor = state["anchor"].data
+        outcome = yield from self.method.talk(anchor - x, state["method"], turn)
+        anchor, outer = self.outer.step(anchor, outcome.estimate, state["outer"])
+        state = {"anchor": Slab(anchor, turn.layout), "outer": outer, "method": outcome.state}
+        return agreed(anchor.clone(), state)
+
+    def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
+        return torch.lerp(estimate, now, self.alpha) if self.alpha else estimate
+
+    def fragments_of(self, layout: Layout) -> tuple[Layout, ...]:
+        pieces = CUTS[self.cut](layout, self.fragments) if self.fragments > 1 else (layout,)
+        return tuple(piece for piece in pieces if piece.segments)
+
+    def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
+        sent = [self.method.payload_bytes(fragment, size) for fragment in self.fragments_of(layout)]
+        shortest, longest = extremes(self.period)
+        return {"bytes_per_step": sum(sent) / longest, "bytes_per_step_at_most": sum(sent) / shortest}
+
+
+def _blocks(layout: Layout, fragments: int) -> tuple[Layout, ...]:
+    return layout.split(fragments, GRAIN)
+
+
+def _parameters(layout: Layout, fragments: int) -> tuple[Layout, ...]:
+    """Whole parameters, dealt out in turn (the pattern with strides of the paper)."""
+    return tuple(Layout(layout.segments[first::fragments]) for first in range(fragments))
+
+
+CUTS = {"blocks": _blocks, "parameters": _parameters}
+
+
+@dataclass(frozen=True)
+class Mean(Averaging):
+    """Replace a share of the coordinates, drawn anew each time and alike on all ranks, by their mean.
+
+    ::
+
+        x_i[drawn] = mean_i x_i[drawn]
+
+    ``share=1`` is the plain mean of the models. ``ranks_per_group > 0`` averages inside consecutive groups of
+    so many ranks (the workers of one machine). There is no anchor: what is sent is the model, so a method
+    that quantizes errs in proportion to the model, not to what it learnt (a control).
+
+    Memory: none. Bytes: the method's, for ``share d`` values.
+    """
+
+    method: Method = field(default_factory=lambda: lift(Identity()))
+    share: float = 1.0
+    ranks_per_group: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.share <= 1:
+            raise DistcompError(f"a share of the coordinates is above 0 and at most 1, not {self.share}")
+        if cut_state(self.method.init(Layout.of([("x", (1,))]))):
+            raise DistcompError(
+                f"{self.method} keeps state between exchanges, and other coordinates are sent each time; "
+                "use a method without error feedback"
+            )
+
+    def group(self, rank: int, size: int) -> Group | None:
+        if not self.ranks_per_group:
+            return None
+        if size % self.ranks_per_group:
+            raise DistcompError(
+                f"{size} ranks make no whole number of groups of {self.ranks_per_group}; use a divisor of {size}"
+            )
+        first = rank - rank % self.ranks_per_group
+        return tuple(range(first, first + self.ranks_per_group))
+
+    def init(self, x: Tensor, turn: Moment) -> State:
+        return {}
+
+    def talk(self, x: Tensor, state: State, turn: Moment) -> Talk[Outcome]:
+        if self.share == 1:
+            outcome = yield from self.method.talk(x, self.method.init(turn.layout), turn)
+            return agreed(outcome.estimate, state)
+        drawn = torch.cat(list(self._drawn(turn)))
+        some = Layout((Segment("drawn", (drawn.numel(),), 0, drawn.numel()),))
+        about = Turn(turn.rank, turn.size, some, turn.step, turn.shared)
+        outcome = yield from self.method.talk(x[drawn], self.method.init(some), about)
+        model = x.clone()
+        model[drawn.to(x.device)] = outcome.estimate
+        return agreed(model, state)
+
+    def _drawn(self, turn: Moment) -> Iterator[Tensor]:
+        """Places in the slab: ``share`` of each parameter, rounded at random so that small ones have a turn."""
+        for segment, at in zip(turn.layout.segments, turn.layout.offsets, strict=True):
+            generator = turn.shared.fold(segment.name, segment.start).generator()
+            count = int(self.share * segment.numel + torch.rand((), generator=generator).item())
+            yield at + torch.randperm(segment.numel, generator=generator)[:count]
+
+    def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
+        return {}
