@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 import distcomp
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Method, parse
+from distcomp.network.qdisc import read_qdisc_bytes
 from distcomp.sync import checkpoint
 from distcomp.sync.ddp import GradientSync, Scaler
 from distcomp.sync.link import Link
@@ -70,6 +71,8 @@ def attach(
     else:
         sync = GradientSync(ddp.module, chosen, link.channel, seed, scaler)
     trampoline.attached = sync
+    if link.recorder is not None:
+        link.recorder.note(seed=seed, parameters=sum(parameter.numel() for parameter in ddp.parameters()))
     return Handle(ddp, sync, trampoline, link)
 
 
@@ -192,7 +195,12 @@ class _Watch:
         step_s = time.perf_counter() - self._begin_s if self._begin_s else None
         self._begin_s = 0.0
         if self._link.recorder is not None:
-            self._link.recorder.step(step_s=step_s, **_describe(last), payload_by_kind=self._by_kind())
+            self._link.recorder.step(
+                step_s=step_s,
+                **_describe(last),
+                payload_by_kind=self._by_kind(),
+                qdisc_bytes=_qdisc_bytes(),
+            )
 
     def _sent(self) -> int:
         return self._sync.sent_bytes if isinstance(self._sync, StockSync) else self._link.ledger.total_bytes
@@ -201,6 +209,12 @@ class _Watch:
         if isinstance(self._sync, StockSync):
             return {"values": self._sync.sent_bytes}
         return dict(self._link.ledger.sent_bytes)
+
+
+def _qdisc_bytes() -> int | None:
+    """What the kernel's queue has counted for this rank, where the emulator says which queue it is."""
+    device = os.environ.get("DISTCOMP_DEVICE")
+    return read_qdisc_bytes(device) if device else None
 
 
 PHASES = ("encode", "recode", "wait", "decode")

@@ -120,6 +120,8 @@ def write_about(directory: Path, about: Record) -> None:
 
 def surroundings(where: Path) -> dict[str, Any]:
     """The host, the versions, the time, and the git commit of ``where`` (with + if there are changes)."""
+    from distcomp import __version__
+
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": {
@@ -130,7 +132,7 @@ def surroundings(where: Path) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": _version("torch"),
-            "distcomp": _version("distcomp"),
+            "distcomp": __version__,
         },
         "commit": _commit(where),
     }

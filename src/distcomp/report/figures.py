@@ -37,7 +37,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Figures:
-    """One run in numbers: bytes and seconds of one rank in one step. What was not recorded is None."""
+    """One run in numbers: bytes of one rank in one step, seconds of rank 0. What was not recorded is None."""
 
     method: str
     seed: Any
@@ -48,7 +48,8 @@ class Figures:
     """By the kernel's queue counters, headers and retransmissions included: mean over ranks and steps."""
     predicted_wire_bytes: float | None
     step_s: float | None
-    """Median over ranks and steps. Times leave out each rank's first step, in which buckets are built."""
+    """Median. Times are those of rank 0, which evaluates between steps while the others already wait in the next
+    one; they leave out its first step, in which buckets are built."""
     exchange_s: float | None
     """From the first encode to the last decode: median."""
     wire_idle: float | None
@@ -151,7 +152,8 @@ def compare(runs: Sequence[Run], target_loss: float | None = None) -> Comparison
 def figures(run: Run) -> Figures:
     """What one run comes to."""
     steps = [run.of_kind("step", rank) for rank in run.ranks]
-    later = [one for rank in steps for one in (rank[1:] or rank)]
+    first, *rest = run.of_kind("step", 0) or [{}]
+    later = rest or [first]
     return Figures(
         method=run.method,
         seed=run.about.get("seed"),
