@@ -1,14 +1,17 @@
 """Methods and compressors that each break one law. The battery must find every one of them.
 
-``BROKEN`` says which test is to fail for which. Loaded as a pytest plugin, it takes the place of everything
-registered. One method is sound, for comparison.
+``BROKEN`` (written to the file ``MUTANTS``) says which test is to fail for which. Loaded as a pytest plugin,
+it takes the place of everything registered. One method is sound, for comparison.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -443,6 +446,7 @@ class Silent(Plain):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Each mutant is run on the test that must find it, and on no other; the sound toy on all."""
+    Path(os.environ["MUTANTS"]).write_text(json.dumps(BROKEN))
     wanted = [("averaging_toy", "test"), *BROKEN.items()]
     items[:] = [
         item for item in items if any(who in item.name and item.name.startswith(t) for who, t in wanted)
