@@ -4,8 +4,8 @@
 offset    bytes  what
 ========  =====  ==============================================================
 0         4      magic ``dcp1``
-4         1      flags; bit 0: the sender's tensor held a NaN or an infinity
-5         1      unused, 0
+4         1      1 if the sender's tensor held a NaN or an infinity, 0 if not
+5         1      1 minus that: the checksum does not cover it
 6         2      rank of the sender
 8         4      fingerprint of the settings both sides were attached with
 12        4      number of the exchange
@@ -31,8 +31,8 @@ from distcomp.kernels import checksum
 
 HEADER = struct.Struct("<4sBBHIIQQ")
 MAGIC = b"dcp1"
-NON_FINITE = 1
-FLAGS_AT = 4
+NON_FINITE_AT = 4
+FINITE_AT = 5
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,10 @@ def seal(payload: Payload, agreed: Seal, finite: Tensor) -> None:
     """Write the header. ``finite`` (a bool of no dimensions) lies on the payload's device."""
     body = payload.body
     check = checksum(body) if body.device.type == "cpu" else 0
-    header = HEADER.pack(MAGIC, 0, 0, agreed.rank, agreed.fingerprint, agreed.exchange, body.numel(), check)
+    header = HEADER.pack(MAGIC, 0, 1, agreed.rank, agreed.fingerprint, agreed.exchange, body.numel(), check)
     payload.wire[: HEADER.size] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-    payload.wire[FLAGS_AT] = ~finite
+    payload.wire[NON_FINITE_AT] = ~finite
+    payload.wire[FINITE_AT] = finite
 
 
 def unseal(payload: Payload, expected: Seal) -> Tensor:
@@ -122,11 +123,12 @@ def unseal(payload: Payload, expected: Seal) -> Tensor:
     body = payload.body
     if body.device.type != "cpu":
         return _unseal_on_device(payload, expected)
-    magic, flags, _, rank, fingerprint, exchange, length, check = HEADER.unpack(
+    magic, non_finite, finite, rank, fingerprint, exchange, length, check = HEADER.unpack(
         payload.wire[: HEADER.size].numpy().tobytes()
     )
     found: Iterable[tuple[str, object, object]] = (
         ("magic", magic, MAGIC),
+        ("finite flag", (non_finite, finite), (0, 1) if finite else (1, 0)),
         ("rank", rank, expected.rank),
         ("settings fingerprint", fingerprint, expected.fingerprint),
         ("exchange number", exchange, expected.exchange),
@@ -139,12 +141,12 @@ def unseal(payload: Payload, expected: Seal) -> Tensor:
                 f"the payload from rank {expected.rank} in exchange {expected.exchange} is corrupt: {what} is {got!r}, "
                 f"expected {wanted!r}; no gradient was changed: restart from the last checkpoint and check the network"
             )
-    return torch.tensor(not flags & NON_FINITE)
+    return torch.tensor(bool(finite))
 
 
 def _unseal_on_device(payload: Payload, expected: Seal) -> Tensor:
     header = HEADER.pack(
-        MAGIC, 0, 0, expected.rank, expected.fingerprint, expected.exchange, payload.body.numel(), 0
+        MAGIC, 0, 1, expected.rank, expected.fingerprint, expected.exchange, payload.body.numel(), 0
     )
     wanted = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(payload.wire.device, non_blocking=True)
     return (payload.wire[: HEADER.size] == wanted).all()
