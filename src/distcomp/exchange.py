@@ -22,7 +22,7 @@ Group = tuple[int, ...]
 class Sum:
     """Ask for the sum of ``x`` over the ranks: a plain all-reduce. Answer: a tensor like ``x``.
 
-    The transport may use ``x`` as its buffer: the asker gives it away. On the wire: ``2 (n-1)/n`` times the tensor.
+    The transport may use ``x`` as its buffer: the asker gives it away. On the wire: :func:`sum_bytes`.
     """
 
     x: Tensor
@@ -75,6 +75,22 @@ class Broadcast:
 
 
 Request = Sum | Gather | Swap | Mix | Broadcast
+
+DIRECT_BYTES = 8192
+"""A tensor up to this size is summed by sending it to everyone: its cost is hops, not bytes."""
+
+
+def sums_directly(nbytes: float, members: int) -> bool:
+    """Whether a Sum of this size is carried in one hop, by everyone to everyone, instead of around a ring."""
+    return nbytes <= DIRECT_BYTES and members <= 8
+
+
+def sum_bytes(nbytes: float, members: int) -> int:
+    """What each rank sends for the sum of a tensor: ``2 (n-1)/n`` of it around a ring, ``n-1`` times it directly."""
+    if sums_directly(nbytes, members):
+        return round((members - 1) * nbytes)
+    return round(2 * (members - 1) / members * nbytes)
+
 
 T = TypeVar("T")
 Talk = Generator[Request, Any, T]

@@ -166,8 +166,7 @@ class ScatterReduce(Method):
     def payload_bytes(self, layout: Layout, size: int) -> int:
         """The mean over the ranks: chunks differ by a block at most."""
         sizes = [self.compressor.wire_bytes(chunk) for chunk in layout.split(size, self.compressor.grain)]
-        swapped = sum(sizes) * (size - 1) / size
-        return round(swapped + max(sizes) * (size - 1))
+        return round(2 * sum(sizes) * (size - 1) / size)
 
 
 @dataclass(frozen=True)

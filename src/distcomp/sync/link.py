@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distcomp.recording import Recorder
 from distcomp.transports.base import Channel
+from distcomp.transports.direct import Direct
 from distcomp.transports.ledger import Ledger
 from distcomp.transports.liveness import Liveness, agree
 from distcomp.transports.throttle import throttled
@@ -36,7 +37,7 @@ class Link:
     ledger: Ledger
     recorder: Recorder | None
     _liveness: Liveness
-    _transport: TorchDist
+    _transport: TorchDist | Direct
 
     @staticmethod
     def open(model: DistributedDataParallel, settings: Mapping[str, str], timeout_s: float) -> Link:
@@ -51,7 +52,8 @@ class Link:
         agree(store, rank, size, name, settings, timeout_s)
         group = _own_group(model, timeout_s)
         liveness = Liveness(store, rank, size, name)
-        transport = TorchDist(group, liveness, timeout_s)
+        carrier = Direct if dist.get_backend(group) == "gloo" else TorchDist
+        transport = carrier(group, liveness, timeout_s)
         digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).digest()
         ledger = Ledger()
         channel = Channel(throttled(transport), int.from_bytes(digest[:4], "little"), ledger)

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 from distcomp.errors import DistcompError
-from distcomp.methods.base import all_reduce_bytes
 from distcomp.sync.pipeline import Timeline
 from distcomp.sync.record import Iteration
 from distcomp.sync.trampoline import all_reduce_as_ddp
@@ -54,7 +53,7 @@ class StockSync:
             return future.value()
 
         future: torch.futures.Future[Tensor] = self._hook(bucket).then(finished)
-        self.sent_bytes += all_reduce_bytes(self._bytes_of(bucket), self._size)
+        self.sent_bytes += round(2 * (self._size - 1) / self._size * self._bytes_of(bucket))
         if bucket.is_last():
             sent = self.sent_bytes - self._begin_bytes
             self.last = Iteration(self.iterations, timeline, time.perf_counter(), sent)

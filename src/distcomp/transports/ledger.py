@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from distcomp.exchange import Broadcast, Gather, Mix, Request, Sum, Swap
+from distcomp.exchange import Broadcast, Gather, Mix, Request, Sum, Swap, sum_bytes
 from distcomp.payload import Parts, body_bytes, wire_bytes
 
 
 class Ledger:
     """Bytes that this rank has sent, by kind (values, codes, scales, indices, header), and how often it asked.
 
-    A Sum is counted as a ring all-reduce, ``2 (n-1)/n`` of the tensor; a Gather as ``n-1`` payloads; a Broadcast as
+    A Sum is counted as :func:`distcomp.exchange.sum_bytes`; a Gather as ``n-1`` payloads; a Broadcast as
     ``(n-1)/n`` payloads on every rank (a tree: the ranks together send n-1).
     """
 
@@ -27,11 +27,9 @@ class Ledger:
         members = len(request.group) if request.group else size
         self.requests[type(request).__name__] += 1
         if isinstance(request, Sum):
-            sent = request.x.numel() * request.x.element_size() * 2 * (members - 1) / members
-            self.sent_bytes[request.kind] += round(sent)
+            self.sent_bytes[request.kind] += sum_bytes(request.x.numel() * request.x.element_size(), members)
         elif isinstance(request, Gather):
-            parts = max(request.parts, key=wire_bytes) if request.parts else request.payload.parts
-            self._add(parts, members - 1)
+            self._add(request.payload.parts, members - 1)
         elif isinstance(request, Swap):
             own = request.group.index(rank) if request.group else rank
             for index, payload in enumerate(request.payloads):

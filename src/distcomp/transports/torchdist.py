@@ -16,8 +16,31 @@ from distcomp.payload import wire_bytes
 from distcomp.transports.liveness import Liveness
 
 
+class Subgroups:
+    """The process groups of some of a group's ranks; each is made when first asked for, which its members do together."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._whole = group
+        self._made: dict[Group, dist.ProcessGroup] = {}
+
+    def of(self, members: Group | None) -> dist.ProcessGroup:
+        if members is None or len(members) == dist.get_world_size(self._whole):
+            return self._whole
+        if members not in self._made:
+            ranks = [dist.get_global_rank(self._whole, member) for member in members]
+            self._made[members] = dist.new_group(
+                ranks, backend=dist.get_backend(self._whole), use_local_synchronization=True
+            )
+        return self._made[members]
+
+    def close(self) -> None:
+        for group in self._made.values():
+            dist.destroy_process_group(group)
+        self._made.clear()
+
+
 class TorchDist:
-    """Carries requests over ``group``. Waits at most ``timeout_s``, then names who does not answer."""
+    """Carries requests by the collectives of ``group``. Waits at most ``timeout_s``, then names who does not answer."""
 
     def __init__(self, group: dist.ProcessGroup, liveness: Liveness, timeout_s: float) -> None:
         self.group = group
@@ -25,10 +48,10 @@ class TorchDist:
         self.size = dist.get_world_size(group)
         self._liveness = liveness
         self._timeout_s = timeout_s
-        self._subgroups: dict[Group, dist.ProcessGroup] = {}
+        self._groups = Subgroups(group)
 
     def start(self, request: Request) -> PendingWork:
-        group = self._group(request.group)
+        group = self._groups.of(request.group)
         if isinstance(request, Sum):
             work = dist.all_reduce(request.x, group=group, async_op=True)
             return self._pending([work], lambda: request.x, keep=request.x)
@@ -80,21 +103,8 @@ class TorchDist:
     def _pending(self, works: list[Any], result: Callable[[], Any], keep: Tensor | None = None) -> PendingWork:
         return PendingWork(works, result, self._liveness, self._timeout_s, keep)
 
-    def _group(self, members: Group | None) -> dist.ProcessGroup:
-        """The process group of some of our ranks; made when first asked for, which its members do together."""
-        if members is None or len(members) == self.size:
-            return self.group
-        if members not in self._subgroups:
-            ranks = [dist.get_global_rank(self.group, member) for member in members]
-            self._subgroups[members] = dist.new_group(
-                ranks, backend=dist.get_backend(self.group), use_local_synchronization=True
-            )
-        return self._subgroups[members]
-
     def close(self) -> None:
-        for group in self._subgroups.values():
-            dist.destroy_process_group(group)
-        self._subgroups.clear()
+        self._groups.close()
 
 
 class PendingWork:

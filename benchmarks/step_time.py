@@ -1,0 +1,165 @@
+"""How long does an exchange take, against the bytes it must send? Methods and DDP in turn, in one run, on one network.
+
+    python benchmarks/step_time.py --rate 100mbit --ranks 4        # writes results/step_time_100mbit.json
+
+Each rank's gradient is about 17 MB in several buckets. The exchange's time runs from the first encode to the last decode;
+the prediction is what the queue must be charged (payloads and headers) over the rate. Bytes are counted three times: by the ledger
+(payloads), by the prediction (with headers), and by the kernel's queue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import distcomp
+from distcomp.network import parse_rate, read_qdisc_bytes
+from distcomp.network.framing import exchanged_bytes
+
+METHODS = (
+    "ddp", "torch:fp16", "identity", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=2", "qsgd:bits=1",
+    "qsgd:bits=4,pattern=gather",
+)  # fmt: skip
+SIDE, LAYERS = 1024, 4
+
+
+def model() -> DistributedDataParallel:
+    """Matrices that cost little to go through, next to what they weigh."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(SIDE, SIDE) for _ in range(LAYERS)]
+    return DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=4)
+
+
+def queue_bytes() -> int | None:
+    """What this rank's queue has sent so far, where there is one."""
+    device = os.environ.get("DISTCOMP_DEVICE")
+    if not device:
+        return None
+    try:
+        return read_qdisc_bytes(device)
+    except OSError:  # an unshaped network has no queue that counts
+        return None
+
+
+def measure(ddp: DistributedDataParallel, method: str, steps: int) -> list[dict[str, float | None]]:
+    """Some steps with ``method``; the first is a warm-up and is not reported."""
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
+    x = torch.randn(4, SIDE)
+    found: list[dict[str, float | None]] = []
+    with distcomp.attach(ddp, optimizer, method) as handle:
+        for step in range(steps + 1):
+            optimizer.zero_grad()
+            dist.barrier()
+            before = queue_bytes()
+            ddp(x).square().mean().backward()
+            optimizer.step()
+            dist.barrier()
+            after, last = queue_bytes(), handle.stats()["last"]
+            if step:
+                sent = after - before if before is not None and after is not None else None
+                found.append(
+                    {
+                        "exchange_s": last["exchange_s"],
+                        "payload_bytes": last["payload_bytes"],
+                        "queue_bytes": sent,
+                        "wire_idle_s": last["wire_idle_s"],
+                        **last["phases"],
+                    }
+                )
+    return found
+
+
+def rank_main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    ddp = model()
+    settings = json.loads(os.environ["STEP_TIME"])
+    mine: dict[str, list[dict[str, float | None]]] = {method: [] for method in settings["methods"]}
+    for _ in range(settings["turns"]):
+        for method in settings["methods"]:
+            mine[method] += measure(ddp, method, settings["steps"])
+    everyone: list[dict[str, list[dict[str, float | None]]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    if dist.get_rank() == 0:
+        numel = sum(p.numel() for p in ddp.parameters())
+        print(json.dumps({"gradient_bytes": 4 * numel, "ranks": everyone}))
+    dist.destroy_process_group()
+
+
+def summarize(raw: dict[str, object], rate_bps: float) -> dict[str, dict[str, float | None]]:
+    """Per method: medians over steps of the slowest rank's exchange, bytes as means over ranks."""
+    from _common import median
+
+    ranks = raw["ranks"]
+    assert isinstance(ranks, list)
+    rows: dict[str, dict[str, float | None]] = {}
+    for method in ranks[0]:
+        steps = list(zip(*(rank[method] for rank in ranks), strict=True))
+        exchange_s = median([max(one["exchange_s"] for one in step) for step in steps])
+        payload = median([sum(one["payload_bytes"] for one in step) / len(step) for step in steps])
+        queued = [[one["queue_bytes"] for one in step] for step in steps]
+        queue = median([sum(step) / len(step) for step in queued]) if queued[0][0] is not None else None
+        predicted = exchanged_bytes(payload)
+        rows[method] = {
+            "exchange_s": exchange_s,
+            "predicted_s": 8 * predicted / rate_bps,
+            "ratio": exchange_s / (8 * predicted / rate_bps),
+            "payload_bytes": payload,
+            "predicted_bytes": predicted,
+            "queue_bytes": queue,
+            "queue_over_predicted": queue / predicted if queue else None,
+            **{
+                name: median([step[0][name] for step in steps])
+                for name in ("wire_idle_s", "encode_s", "recode_s", "wait_s", "decode_s")
+            },
+        }
+    for row in rows.values():
+        fastest = rows["ddp"]["exchange_s"]
+        assert fastest is not None
+        assert row["exchange_s"] is not None
+        row["speed_up_over_ddp"] = fastest / row["exchange_s"]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--rate", default="100mbit")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--json", action="store_true", help="print the result instead of a table")
+    arguments = parser.parse_args()
+    from _common import on_network, write
+
+    settings = {"methods": list(arguments.methods), "turns": arguments.turns, "steps": arguments.steps}
+    raw = on_network(__file__, arguments.ranks, arguments.rate, {"STEP_TIME": json.dumps(settings)})
+    rows = summarize(raw, parse_rate(arguments.rate))
+    result = {
+        "what": "exchange time, first encode to last decode, median over steps of the slowest rank",
+        "ranks": arguments.ranks, "rate": arguments.rate, "network": raw["network"],
+        "gradient_bytes": raw["gradient_bytes"], "methods": rows,
+    }  # fmt: skip
+    path = write(f"step_time_{arguments.rate}", result)
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+        return
+    print(f"{'method':<28}{'exchange':>10}{'predicted':>11}{'ratio':>7}{'queue/pred':>11}{'speed-up':>9}")
+    for method, row in rows.items():
+        queue = f"{row['queue_over_predicted']:.3f}" if row["queue_over_predicted"] else "-"
+        print(
+            f"{method:<28}{row['exchange_s']:>9.3f}s{row['predicted_s']:>10.3f}s{row['ratio']:>7.2f}"
+            f"{queue:>11}{row['speed_up_over_ddp']:>8.1f}x"
+        )
+    print(f"written to {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    rank_main() if "STEP_TIME" in os.environ else main()
