@@ -37,7 +37,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Figures:
-    """One run in numbers: bytes of one rank in one step, seconds of rank 0. What was not recorded is None."""
+    """One run in numbers: bytes of a rank in a step, seconds of rank 0. What was not recorded is None."""
 
     method: str
     seed: Any

@@ -24,8 +24,12 @@ class Timeline:
     """(phase, begin, end); phases are encode, recode, wait, decode, and wire (a request under way)."""
 
     def seconds(self, phase: str, after_s: float = float("-inf")) -> float:
-        """Total time of a phase, counting only what lies after a moment."""
-        return sum(max(0.0, end - max(begin, after_s)) for name, begin, end in self.spans if name == phase)
+        """Time during which a phase was under way after a moment; what overlaps itself counts once."""
+        total_s, reached_s = 0.0, after_s
+        for begin, end in sorted((begin, end) for name, begin, end in self.spans if name == phase):
+            total_s += max(0.0, end - max(begin, reached_s))
+            reached_s = max(reached_s, end)
+        return total_s
 
     @property
     def exchange_s(self) -> float:
@@ -40,7 +44,7 @@ class Timeline:
         wire = [(begin, end) for name, begin, end in self.spans if name == "wire"]
         if not wire:
             return 0.0
-        return max(e for _, e in wire) - min(b for b, _ in wire) - sum(e - b for b, e in wire)
+        return max(e for _, e in wire) - min(b for b, _ in wire) - self.seconds("wire")
 
 
 @dataclass
