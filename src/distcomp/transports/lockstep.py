@@ -21,7 +21,7 @@ class _Ready:
     """A pending request whose answer the switchboard fills in."""
 
     value: Any = None
-    finished_s = 0.0
+    started_s = finished_s = 0.0
 
     def wait(self) -> Any:
         return self.value
@@ -117,20 +117,31 @@ def _signature(request: Request | None) -> tuple[object, ...]:
     if isinstance(request, Swap):
         return (kind, tuple(payload.parts for payload in request.payloads), request.group)
     if isinstance(request, Mix):
-        return (kind, request.payload.parts)
+        return (kind, request.payload.parts, request.group)
     return (kind, request.payload.parts, request.source, request.group)
 
 
 def _check_alike(requests: Sequence[Request | None]) -> None:
-    """Ranks of one group must ask alike; ranks of different groups may differ in the group alone."""
-    first: dict[object, tuple[int, tuple[object, ...]]] = {}
+    """All members of a group that somebody asks within must ask the same, of the same group."""
+    everyone = tuple(range(len(requests)))
+    groups = {(request and request.group) or everyone: None for request in requests}
+    for group in groups:
+        first = _signature(requests[group[0]])
+        for rank in group:
+            if _signature(requests[rank]) != first:
+                raise Mismatch(
+                    f"rank {group[0]} asks {first} while rank {rank} asks {_signature(requests[rank])}; "
+                    "every rank must run the same method with the same settings"
+                )
     for rank, request in enumerate(requests):
-        signature = _signature(request)
-        group = request.group if request is not None else None
-        key = group if group is not None and rank in group else None
-        seen_rank, seen = first.setdefault(key, (rank, signature))
-        if seen != signature:
+        if isinstance(request, Mix):
+            _check_mutual(rank, request, requests)
+
+
+def _check_mutual(rank: int, request: Mix, requests: Sequence[Any]) -> None:
+    for neighbour in request.neighbours:
+        if rank not in requests[neighbour].neighbours:
             raise Mismatch(
-                f"rank {seen_rank} asks {seen} while rank {rank} asks {signature}; "
-                "every rank must run the same method with the same settings"
+                f"rank {rank} mixes with rank {neighbour}, which does not mix with rank {rank}; "
+                "neighbourhood must be mutual: give every rank the same topology"
             )
