@@ -11,7 +11,8 @@ import ast
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from distcomp.errors import DistcompError
 from distcomp.methods.base import Method
@@ -80,7 +81,7 @@ def register(
 def parse(text: str) -> Any:
     """The method that a config string names: ``qsgd``, ``qsgd:bits=4,block=128``.
 
-    Raises DistcompError for a name that is not registered, or a setting the method does not have.
+    Raises DistcompError for a name that is not registered, a setting the method does not have, or a value of another kind.
     """
     name, _, settings = text.partition(":")
     entry = METHODS.get(name.strip())
@@ -93,7 +94,26 @@ def parse(text: str) -> Any:
             known = ", ".join(entry.parameters) or "none"
             raise DistcompError(f"{name} has no setting {setting!r}; its settings are: {known}")
         arguments[key.strip()] = _literal(value.strip())
+    kinds = get_type_hints(entry.recipe)
+    for key, value in arguments.items():
+        if not _fits(value, kinds.get(key, Any)):
+            wanted, default = getattr(kinds[key], "__name__", kinds[key]), entry.parameters[key]
+            raise DistcompError(f"{name.strip()}: {key} takes {wanted}, not {value!r}; the default is {default!r}")
     return entry.recipe(**arguments)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated kind; the text of a schedule fits any, a whole number fits where a float does."""
+    if isinstance(value, str) and "@" in value:
+        return True
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return any(_fits(value, one) for one in get_args(kind))
+    plain = get_origin(kind) or kind
+    if not isinstance(plain, type):
+        return True
+    if isinstance(value, bool):
+        return plain in (bool, object)
+    return isinstance(value, (int, float) if plain is float else plain)
 
 
 def method_of(given: Method | str) -> Method:
