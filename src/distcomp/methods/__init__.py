@@ -5,6 +5,7 @@ from distcomp.methods.basic import bf16, except_small, fp16, identity, none, qsg
 from distcomp.methods.choose import Choose, Rule
 from distcomp.methods.demo import DecoupledMomentum, demo
 from distcomp.methods.feedback import ErrorFeedback
+from distcomp.methods.gradiveq import Cycle, GradiVeQ, gradiveq
 from distcomp.methods.integers import Rotate, SharedRange, TernGrad, shared_range, terngrad
 from distcomp.methods.lift import AllReduce, GatherAndSum, ScatterReduce, lift
 from distcomp.methods.majority_vote import MajorityVote, majority_vote
@@ -21,18 +22,21 @@ from distcomp.methods.sparsifiers import (
     random_k,
     topk,
 )
+from distcomp.methods.subspace import Slicing, Subspace
 from distcomp.methods.warmup import warmup
 
 __all__ = [
     "METHODS",
     "AllReduce",
     "Choose",
+    "Cycle",
     "CyclicTopK",
     "DecoupledMomentum",
     "DeepGradient",
     "Entry",
     "ErrorFeedback",
     "GatherAndSum",
+    "GradiVeQ",
     "LowPassFeedback",
     "MajorityVote",
     "Method",
@@ -46,6 +50,8 @@ __all__ = [
     "Scheduled",
     "SharedRandomK",
     "SharedRange",
+    "Slicing",
+    "Subspace",
     "TernGrad",
     "Turn",
     "Warmup",
@@ -56,6 +62,7 @@ __all__ = [
     "ef_signsgd",
     "except_small",
     "fp16",
+    "gradiveq",
     "identity",
     "lift",
     "majority_vote",

@@ -1,0 +1,402 @@
+"""GradiVeQ: gradients of convolutions by their coefficients in a subspace that all ranks found in earlier
+gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distcomp.compressors import Cast, Identity, Quantize
+from distcomp.errors import DistcompError
+from distcomp.exchange import Broadcast, Talk
+from distcomp.layout import Layout, Segment
+from distcomp.methods.base import (
+    Method,
+    Outcome,
+    PerParameter,
+    State,
+    Turn,
+    cut_state,
+    join_state,
+)
+from distcomp.methods.choose import Choose, Rule
+from distcomp.methods.feedback import ErrorFeedback
+from distcomp.methods.lift import lift
+from distcomp.methods.registry import method_of, register
+from distcomp.methods.scheduled import EXACT
+from distcomp.methods.subspace import (
+    Slicing,
+    Subspace,
+    compress,
+    decompress,
+    from_slices,
+    relative_loss,
+    to_slices,
+)
+from distcomp.payload import Part, Parts, Payload, body_bytes, wire_bytes
+
+VOTES = "votes"
+"""The name under which votes ride behind the coefficients: a segment of its own, exact through any
+quantizer."""
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """``learn`` steps in which gradients are sent plainly and remembered, then ``compressed`` ones, and
+    again.
+
+    ``retrain``: learn anew as soon as, on most ranks, the relative loss of what is sent passes this many
+    times what it was on the rank's own first compressed gradients; 0: never before its time.
+    """
+
+    learn: int = 100
+    compressed: int = 400
+    retrain: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.learn < 5 or self.compressed < 1:
+            raise DistcompError(
+                "a cycle learns for 5 steps or more and compresses for 1 or more, "
+                f"not {self.learn} and {self.compressed}"
+            )
+        if self.retrain and self.retrain <= 1:
+            raise DistcompError(f"retrain is a factor above 1, not {self.retrain}; 0 switches it off")
+
+    @property
+    def length(self) -> int:
+        return self.learn + self.compressed
+
+    @property
+    def watch(self) -> int:
+        """Compressed steps that set the reference."""
+        return max(1, min(20, self.compressed // 5))
+
+
+@dataclass(frozen=True)
+class GradiVeQ(Method):
+    """Send the coefficients of a gradient in a subspace that all ranks know; they add up in an all-reduce.
+
+    A convolution's gradient is cut into slices of K elements (:class:`Slicing`). In each cycle
+    (:class:`Cycle`), over all ranks i, with mean gradients throughout (the paper sums; with ``mu`` for its
+    ``mu/N`` that is the same)::
+
+        learn       estimate = plain(x);  remember its slices;  sum them up for the means
+        at its end  rank 0: mu_m = mean of slice m;  U = the d leading principal directions;  tells all
+        compressed  c = mean_i(U^T (g_im - mu_m));   estimate = U c + mu_m
+                    contribution_i = U U^T (g_im - mu_m) + mu_m
+
+    d is chosen on gradients that U was not found from (:class:`Subspace`). A layer whose loss has grown on
+    most ranks begins its next cycle at once; every layer counts its own steps, so any may be ahead of the
+    others.
+
+    On the wire, in the mean of a cycle: ``plain``'s bytes while it learns; then those of ``coefficients``
+    for ``d/K`` as many elements; once, from rank 0 in a tree, ``4 d_max K`` bytes per basis and 4 per
+    element for the means. ``payload_bytes`` takes d at its most. Memory: ``learn + d_max`` slices per basis
+    and two elements per element.
+
+    Source: Yu et al., "GradiVeQ", NeurIPS 2018. We differ: U and the means come from rank 0, for
+    eigenvectors differ from machine to machine; d is chosen on held-out gradients (in-sample energy
+    flatters: noise reaches the paper's bound); every slice has its own mean; the rule for learning anew is
+    spelled out (the paper names it only); any ``plain`` method may carry the learning phase and any
+    stateless one the coefficients. Without error feedback what lies outside of the subspace stays at the
+    means for a whole cycle, as in the paper.
+
+    Raises DistcompError for parameters that cannot be sliced, and for ``coefficients`` that keep a state.
+    """
+
+    slicing: Slicing = field(default=Slicing())
+    subspace: Subspace = field(default=Subspace())
+    cycle: Cycle = field(default=Cycle())
+    plain: Method = field(default=lift(Quantize(4)))
+    coefficients: Method = field(default=EXACT)
+    clock: int = field(default=0, repr=False)
+    """The step that ``payload_bytes`` speaks of."""
+
+    def __post_init__(self) -> None:
+        if self.coefficients.init(Layout.of([("c", (8,))])):
+            raise DistcompError(
+                f"{self.coefficients} keeps a state, and coefficients mean something else in each cycle; "
+                "send them by a method that keeps none, such as qsgd:bits=8,error_feedback=false"
+            )
+
+    def at(self, step: int) -> GradiVeQ:
+        return replace(self, clock=step)
+
+    def init(self, layout: Layout) -> State:
+        shapes = {segment.name: self._shape(segment) for segment in layout.segments}
+
+        def each(*shape_of: str) -> PerParameter:
+            return PerParameter(
+                {name: torch.zeros([one[axis] for axis in shape_of]) for name, one in shapes.items()}
+            )
+
+        counters = {name: torch.zeros((), dtype=torch.int64) for name in shapes}
+        return {
+            "age": PerParameter(counters),
+            "dims": PerParameter(counters),
+            "basis": each("bases", "most", "k"),
+            "mean": each("slices", "k"),
+            "total": each("slices", "k"),
+            "samples": {_row(age): each("bases", "k") for age in range(self.cycle.learn)},
+            "reference": PerParameter({name: torch.zeros(2) for name in shapes}),
+            "plain": self.plain.init(layout),
+        }
+
+    def _shape(self, segment: Segment) -> dict[str, int]:
+        if self.slicing.length(segment) is None or not segment.whole:
+            raise DistcompError(
+                f"gradiveq slices whole convolutions of at most {self.slicing.cap} filters times depth, "
+                f"which {segment.name} {segment.shape} is not; send it by another method, such as powersgd"
+            )
+        bases, _, k = self.slicing.shape(segment)
+        return {
+            "bases": bases,
+            "slices": segment.numel // k,
+            "k": k,
+            "most": self.subspace.most(k, self.cycle.learn),
+        }
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        learning = frozenset(n for n in turn.layout.names if int(state["age"][n]) < self.cycle.learn)
+        if len(learning) == len(turn.layout.names):
+            return (yield from self._learn(x, state, turn))
+        if not learning:
+            return (yield from self._compressed(x, state, turn))
+        return (yield from self._some_learn(x, state, turn, learning))
+
+    def _learn(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        """Send plainly; remember what came of it; at the end of the phase, find the bases."""
+        outcome = yield from self.plain.talk(x, state["plain"], turn)
+        total, ages = PerParameter(state["total"]), PerParameter(state["age"])
+        samples = {row: PerParameter(leaf) for row, leaf in state["samples"].items()}
+        due = []
+        for segment, piece in turn.layout.pieces(outcome.estimate):
+            name, age = segment.name, int(ages[segment.name])
+            _, share, k = self.slicing.shape(segment)
+            slices = to_slices(piece, segment, k)
+            samples[_row(age)][name] = slices[::share].clone()
+            total[name] = slices + total[name] if age else slices
+            ages[name] = ages[name] + 1
+            if age + 1 == self.cycle.learn:
+                due.append(segment)
+        new = {**state, "plain": outcome.state, "total": total, "samples": samples, "age": ages}
+        if due:
+            new = yield from self._found(new, tuple(due), turn)
+        return replace(outcome, state=new)
+
+    def _found(self, state: dict[str, Any], due: tuple[Segment, ...], turn: Turn) -> Talk[dict[str, Any]]:
+        """Bases and means of the layers whose learning is over: rank 0's, on all ranks."""
+        payload = Payload.empty(self._parts(due), state["total"][due[0].name].device)
+        if turn.rank == 0:
+            for place, segment in enumerate(due):
+                name = segment.name
+                basis, mean, dims = self._views(payload, due)[place]
+                rows = [state["samples"][_row(age)][name] for age in range(self.cycle.learn)]
+                found, count = self.subspace.find(torch.stack(rows, dim=1))
+                basis.copy_(found)
+                dims.fill_(count)
+                if self.subspace.centred:
+                    mean.copy_(state["total"][name] / self.cycle.learn)
+                else:
+                    mean.zero_()
+        answer: Payload = yield Broadcast(payload, source=0)
+        new = {key: PerParameter(state[key]) for key in ("basis", "mean", "dims", "reference")}
+        for segment, (basis, mean, dims) in zip(due, self._views(answer, due), strict=True):
+            new["basis"][segment.name] = basis.clone()
+            new["mean"][segment.name] = mean.clone()
+            new["dims"][segment.name] = dims.long()
+            new["reference"][segment.name] = torch.zeros_like(state["reference"][segment.name])
+        return {**state, **new}
+
+    def _parts(self, due: tuple[Segment, ...]) -> Parts:
+        shapes = [self._shape(segment) for segment in due]
+        values = sum((one["bases"] * one["most"] + one["slices"]) * one["k"] for one in shapes)
+        return (Part("values", torch.float32, values), Part("indices", torch.int32, len(due)))
+
+    def _views(self, payload: Payload, due: tuple[Segment, ...]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Basis, mean and d of each layer, as they lie in a payload."""
+        views, at = [], 0
+        for segment, dims in zip(due, payload["indices"], strict=True):
+            one = self._shape(segment)
+            basis, mean = (one["bases"], one["most"], one["k"]), (one["slices"], one["k"])
+            middle, end = at + math.prod(basis), at + math.prod(basis) + math.prod(mean)
+            values = payload["values"]
+            views.append((values[at:middle].view(basis), values[middle:end].view(mean), dims))
+            at = end
+        return views
+
+    def _compressed(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        """Send coefficients, and behind them a vote of each layer for learning anew."""
+        known = [_Known.of(segment, state) for segment in turn.layout.segments]
+        coefficients, votes = [], []
+        reference, ages = PerParameter(state["reference"]), PerParameter(state["age"])
+        for one, (segment, piece) in zip(known, turn.layout.pieces(x), strict=True):
+            slices = to_slices(piece, segment, one.mean.shape[1])
+            coefficients.append(compress(slices, one.basis, one.mean).reshape(-1))
+            if self.cycle.retrain:
+                loss = relative_loss(slices, coefficients[-1], one.mean)
+                vote, reference[segment.name] = self._judge(loss, ages[segment.name], reference[segment.name])
+                votes.append(vote)
+        layout = _coefficients(turn.layout.names, tuple(c.numel() for c in coefficients), len(votes))
+        own = torch.cat([*coefficients, x.new_tensor(votes)])
+        outcome = yield from self.coefficients.talk(own, {}, replace(turn, layout=layout))
+        anew = outcome.estimate[own.numel() - len(votes) :].tolist() or [0.0] * len(known)
+        for one, share in zip(known, anew, strict=True):
+            ages[one.segment.name] = (ages[one.segment.name] + 1) % self.cycle.length * (share <= 0.5)
+        return Outcome(
+            _restored(outcome.estimate, known, x),
+            lambda: _restored(outcome.contribution(), known, x),
+            {**state, "age": ages, "reference": reference},
+        )
+
+    def _judge(self, loss: float, age: Tensor, reference: Tensor) -> tuple[float, Tensor]:
+        """This rank's vote for learning anew; what it compares with is gathered in the first steps."""
+        if int(age) - self.cycle.learn < self.cycle.watch:
+            return 0.0, reference + reference.new_tensor([loss, 1.0])
+        total, count = reference.tolist()
+        return float(loss * count > self.cycle.retrain * total), reference
+
+    def _some_learn(self, x: Tensor, state: State, turn: Turn, learning: frozenset[str]) -> Talk[Outcome]:
+        """Layers that began to learn anew at different times: one part after the other."""
+        whole, outcomes = cut_state(state), []
+        for phase, inside in ((self._learn, True), (self._compressed, False)):
+            part = _part(turn.layout, learning, inside)
+            pieces = [piece for s, piece in turn.layout.pieces(x) if (s.name in learning) is inside]
+            before = join_state(whole, self.init(part))
+            outcome = yield from phase(torch.cat(pieces), before, replace(turn, layout=part))
+            whole.update(cut_state(outcome.state))
+            outcomes.append((part, outcome))
+
+        def together(parts: list[tuple[Layout, Tensor]]) -> Tensor:
+            views = {s.name: piece for part, slab in parts for s, piece in part.pieces(slab)}
+            return torch.cat([views[name] for name in turn.layout.names])
+
+        return Outcome(
+            together([(part, outcome.estimate) for part, outcome in outcomes]),
+            lambda: together([(part, outcome.contribution()) for part, outcome in outcomes]),
+            join_state(whole, state),
+        )
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        age = self.clock % self.cycle.length
+        if age >= self.cycle.learn:
+            most = {s.name: self._shape(s)["slices"] * self._shape(s)["most"] for s in layout.segments}
+            votes = len(most) if self.cycle.retrain else 0
+            sent = _coefficients(tuple(most), tuple(most.values()), votes)
+            return self.coefficients.payload_bytes(sent, size)
+        plain = self.plain.payload_bytes(layout, size)
+        if age + 1 < self.cycle.learn or not layout.segments:
+            return plain
+        parts, tree = self._parts(layout.segments), (size - 1) / size
+        header = wire_bytes(parts) - body_bytes(parts)
+        return plain + round(header * tree) + sum(round(part.nbytes * tree) for part in parts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What all ranks know of a layer while it is compressed."""
+
+    segment: Segment
+    basis: Tensor
+    mean: Tensor
+
+    @staticmethod
+    def of(segment: Segment, state: State) -> _Known:
+        dims = int(state["dims"][segment.name])
+        return _Known(segment, state["basis"][segment.name][:, :dims], state["mean"][segment.name])
+
+
+def _restored(coefficients: Tensor, known: list[_Known], like: Tensor) -> Tensor:
+    """The slab that coefficients stand for."""
+    out = torch.empty_like(like)
+    layout = Layout(tuple(one.segment for one in known))
+    at = 0
+    for one, (segment, piece) in zip(known, layout.pieces(out), strict=True):
+        slices, dims = one.mean.shape[0], one.basis.shape[1]
+        own = coefficients[at : at + slices * dims].view(slices, dims)
+        from_slices(decompress(own, one.basis, one.mean), segment, piece)
+        at += slices * dims
+    return out
+
+
+def _row(age: int) -> str:
+    return f"{age:04}"
+
+
+@lru_cache(maxsize=64)
+def _part(layout: Layout, names: frozenset[str], inside: bool) -> Layout:
+    return layout.select(lambda segment: (segment.name in names) is inside)
+
+
+@lru_cache(maxsize=64)
+def _coefficients(names: tuple[str, ...], numels: tuple[int, ...], votes: int) -> Layout:
+    """Coefficients of each layer, then the votes."""
+    sent = list(zip(names, numels, strict=True)) + ([(VOTES, votes)] if votes else [])
+    return Layout.of([(name, (numel,)) for name, numel in sent])
+
+
+@dataclass(frozen=True)
+class Unsliced(Rule):
+    """What GradiVeQ does not apply to: all but convolutions, and those too wide to slice."""
+
+    slicing: Slicing = field(default=Slicing())
+
+    def __call__(self, segment: Segment) -> bool:
+        if len(segment.shape) == 4 and not segment.whole:
+            raise DistcompError(
+                f"{segment.name} arrives in pieces, and gradiveq needs whole convolutions; use qsgd, topk "
+                "or another method that works element by element"
+            )
+        return self.slicing.length(segment) is None
+
+
+def _lifted(bits: int, what: str) -> Method:
+    """A stateless, unbiased (or nearly so) way to send numbers at a width."""
+    if bits not in (*range(2, 9), 16, 32):
+        raise DistcompError(f"{what} takes 2 to 8 bits, 16 (bfloat16) or 32, not {bits}")
+    return lift({32: Identity(), 16: Cast("bf16")}.get(bits) or Quantize(bits))
+
+
+@register(
+    paper="Yu et al., GradiVeQ: vector quantization for bandwidth-efficient aggregation, NeurIPS 2018",
+    wire="learning 2 (n-1)/n d plain_bits/8; compressed 2 (n-1)/n 4d/ratio at most; bases, means once",
+    summable=False,
+    biased=True,
+    differs="bases are broadcast from rank 0; their size is chosen on held-out gradients; a mean for "
+    "every slice; the rule for learning anew is spelled out",
+)
+def gradiveq(
+    ratio: float = 8.0,
+    loss: float = 0.01,
+    learn: int = 100,
+    compressed: int = 400,
+    mean: str = "pca",
+    plain_bits: int = 4,
+    coefficient_bits: int = 32,
+    retrain: float = 1.5,
+    error_feedback: bool = False,
+    others: Method | str = EXACT,
+) -> Method:
+    """Send convolutions by their gradients' coefficients in a subspace found in earlier gradients.
+
+    See :class:`distcomp.methods.GradiVeQ`. ``ratio``: at least so many elements to a coefficient; ``loss``:
+    energy that may be lost for fewer; ``learn`` steps at ``plain_bits`` and ``compressed`` ones at
+    ``coefficient_bits`` make a cycle; ``mean``: ``pca`` or ``zero`` for what lies outside; ``retrain``:
+    growth of the loss at which most ranks cut a cycle short (0: never); ``error_feedback``: owe what was
+    not sent; ``others``: how all that is no convolution, or one of over 4096 filters times depth, is
+    sent (``"powersgd"``). The paper begins after 2500 plain steps: ``warmup("gradiveq", 2500)``.
+    """
+    if mean not in ("pca", "zero"):
+        raise DistcompError(f"gradiveq takes the mean pca or zero, not {mean!r}")
+    method = GradiVeQ(
+        subspace=Subspace(ratio, loss, centred=mean == "pca"),
+        cycle=Cycle(learn, compressed, retrain),
+        plain=_lifted(plain_bits, "plain_bits"),
+        coefficients=_lifted(coefficient_bits, "coefficient_bits"),
+    )
+    return Choose(Unsliced(), method_of(others), ErrorFeedback(method) if error_feedback else method)
