@@ -105,7 +105,7 @@ class Net:
         for rank, mine in enumerate(own):
             variables = {**shared, "RANK": str(rank), **(env or {}), **mine}
             commands[rank] = Command(argv, {**self._environment(rank, port), **variables})
-        return self._job(commands)
+        return Job(self._control, commands)
 
     def run_in(self, host: int, argv: Sequence[str], env: Mapping[str, str] | None = None) -> Job:
         """Start one program on one host; see :meth:`run_on`."""
@@ -114,18 +114,15 @@ class Net:
     def run_on(self, commands: Mapping[int, Sequence[str]], env: Mapping[str, str] | None = None) -> Job:
         """Start one program on each of some hosts, such as a torchrun agent each, to be waited for together.
 
-        The environment is this process's, with OMP_NUM_THREADS=1, PYTHONUNBUFFERED=1 and a malloc that keeps its
-        memory unless it says otherwise, then MASTER_ADDR (host 0), MASTER_PORT, GLOO_SOCKET_IFNAME, DISTCOMP_DEVICE (whose queue to
-        read with `read_qdisc_bytes`; with real packets only), DISTCOMP_THROTTLE_BPS and DISTCOMP_DELAY_S
-        (what the transport must do itself; only where it must), then `env`.
+        The environment is this process's, with OMP_NUM_THREADS=1, PYTHONUNBUFFERED=1 and a malloc that keeps
+        its memory unless it says otherwise, then MASTER_ADDR (host 0), MASTER_PORT, GLOO_SOCKET_IFNAME,
+        DISTCOMP_DEVICE (whose queue to read with `read_qdisc_bytes`; with real packets only),
+        DISTCOMP_THROTTLE_BPS and DISTCOMP_DELAY_S (what the transport must do itself; only where it must),
+        then `env`.
         """
-        port, extra = self._port(), env or {}
-        return self._job(
-            {
-                host: Command(argv, {**self._environment(host, port), **extra})
-                for host, argv in commands.items()
-            }
-        )
+        port = self._port()
+        told = {host: {**self._environment(host, port), **(env or {})} for host in commands}
+        return Job(self._control, {host: Command(argv, told[host]) for host, argv in commands.items()})
 
     def counters(self) -> list[Traffic]:
         """What has crossed each rank's cable so far: the figures of `tc -s qdisc`."""
@@ -147,6 +144,7 @@ class Net:
         return [_describe_making(self), *_describe_delay(self), *wiretest.describe(self.links)]
 
     def _environment(self, host: int, port: int) -> dict[str, str]:
+        self._check_host(host)
         inherited = {name: value for name, value in os.environ.items() if name not in _OURS}
         return {
             "MALLOC_MMAP_THRESHOLD_": str(2**30),  # or glibc gives each step's buffers back to the kernel and
@@ -178,11 +176,6 @@ class Net:
             return _FIRST_PORT + self._launches % 10_000
         with socket.create_server(("127.0.0.1", 0)) as server:
             return int(server.getsockname()[1])
-
-    def _job(self, commands: Mapping[int, Command]) -> Job:
-        for host in commands:
-            self._check_host(host)
-        return Job(self._control, commands)
 
     def _check_host(self, host: int) -> None:
         if not 0 <= host < self.fabric.ranks:

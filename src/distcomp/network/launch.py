@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import IO, TextIO
 
@@ -70,7 +70,7 @@ class _Program:
     rank: int
     pid: int
     envelope: socket.socket
-    pipes: list[IO[bytes]]
+    pipes: Sequence[IO[bytes]]
     exit_code: int | None = None
     tail: bytearray = field(default_factory=bytearray)
 
@@ -131,21 +131,21 @@ class Job:
         self._selector.close()
 
     def _start(self, control: socket.socket, rank: int, command: Command) -> _Program:
-        pipes = [os.pipe() for _ in range(2)]
-        readers: list[IO[bytes]] = [os.fdopen(reader, "rb", buffering=0) for reader, _ in pipes]
-        writers = [writer for _, writer in pipes]
-        message = {
-            "ask": "start", "host": rank, "argv": list(command.argv), "env": dict(command.environment),
-            "cwd": os.getcwd(),
-        }  # fmt: skip
-        try:
-            envelope = letters.post(control, message, writers)
-        finally:
-            for writer in writers:
-                os.close(writer)
-        program = _Program(rank, letters.answer(envelope)["pid"], envelope, readers)
+        message = {"ask": "start", "host": rank, "argv": list(command.argv), "cwd": os.getcwd()}
+        message["env"] = dict(command.environment)
+        with ExitStack() as undo:
+            readers, writers = zip(*(os.pipe() for _ in range(2)), strict=True)
+            pipes = [undo.enter_context(os.fdopen(reader, "rb", buffering=0)) for reader in readers]
+            try:
+                envelope = undo.enter_context(letters.post(control, message, writers))
+            finally:
+                for writer in writers:
+                    os.close(writer)
+            pid = int(letters.answer(envelope)["pid"])
+            undo.pop_all()
+        program = _Program(rank, pid, envelope, pipes)
         self._selector.register(envelope, selectors.EVENT_READ, lambda show: self._ended(program))
-        for name, reader in zip(("stdout", "stderr"), readers, strict=True):
+        for name, reader in zip(("stdout", "stderr"), pipes, strict=True):
             self._selector.register(reader, selectors.EVENT_READ, self._reading(program, name, reader))
         return program
 

@@ -33,7 +33,7 @@ def _check(status: int, call: str) -> None:
         raise OSError(number, f"{call}: {os.strerror(number)}")
 
 
-class Refused(DistcompError):  # noqa: N818 - named for what the machine did, as its siblings in distcomp.errors
+class Refused(DistcompError):
     """This machine lacks or forbids a part that emulation needs; the message says which, and the remedy."""
 
 

@@ -1,0 +1,147 @@
+"""However it ends, an emulation leaves no process and no network behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distcomp.errors import DistcompError
+from distcomp.network import Fabric, emulate
+
+from .processes import light_python, living, wait_for_death
+
+NOBODY: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+WHO = """
+import os, re
+print(os.getuid(), re.search("CapEff:(.*)", open("/proc/self/status").read())[1])
+"""
+PAUSE = "import signal; signal.pause()"
+REPORT = """
+import os, signal
+os.write(1, f"{os.getpid()} {os.getppid()} {os.readlink('/proc/self/ns/net')}\\n".encode())
+signal.pause()
+"""
+EMULATOR = f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+from distcomp.network import Fabric, emulate
+with emulate(Fabric.uniform(2, "10mbit"), True, False, sys.argv[1] == "rootless") as net:
+    def show(rank, stream, data):
+        print(data.decode().strip(), flush=True)
+    net.launch([sys.executable, "-c", {REPORT!r}], show=show)
+"""
+
+
+def networks() -> set[str]:
+    """The network namespaces in which any process lives."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                found.add(os.readlink(entry / "ns/net"))
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+    return found
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_outlives_an_emulator_that_is_ended(end: signal.Signals, rootless: bool) -> None:
+    command = light_python(EMULATOR, "rootless" if rootless else "root")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **pipes, text=True) as emulator, ExitStack() as stack:
+        stack.callback(emulator.kill)
+        assert emulator.stdout is not None
+        ranks = [emulator.stdout.readline().split() for _ in range(2)]
+        theirs = {network for _, _, network in ranks}
+        pids = {int(pid) for line in ranks for pid in line[:2]}
+        assert len(pids) == 3, "two ranks and their holder"
+        assert living(pids) == list(pids)
+        assert theirs <= networks()
+        emulator.send_signal(end)
+        wait_for_death([*pids, emulator.pid])
+    assert emulator.returncode == -end
+    assert not theirs & networks()
+
+
+def test_nothing_outlives_a_body_that_raises(any_way: bool) -> None:
+    pids: list[int] = []
+
+    def body() -> None:
+        with emulate(Fabric.uniform(2), True, False, any_way) as net:
+            pids.extend(net.start([sys.executable, "-c", PAUSE]).pids.values())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        body()
+    assert len(pids) == 2
+    assert living(pids) == []
+
+
+def test_a_killed_rank_is_reported_and_the_network_stands(any_way: bool) -> None:
+    with emulate(Fabric.uniform(3), True, False, any_way) as net:
+        job = net.start([sys.executable, "-c", PAUSE])
+        os.kill(job.pids[2], signal.SIGKILL)
+        outcome = job.wait(grace_s=0.1)
+        assert outcome.first_failure == 2
+        assert outcome.stopped == {0, 1}
+        assert net.launch(["true"]).ok
+
+
+def test_without_its_holder_an_emulation_is_over_and_says_so(any_way: bool) -> None:
+    with emulate(Fabric.uniform(2), True, False, any_way) as net:
+        job = net.start([sys.executable, "-c", REPORT])
+
+        def kill_holder(rank: int, stream: str, data: bytes) -> None:
+            holder = int(data.split()[1])
+            if living([holder]):
+                os.kill(holder, signal.SIGKILL)
+
+        with pytest.raises(DistcompError, match="has died; start the emulation again"):
+            job.wait(show=kill_holder)
+        wait_for_death(job.pids.values())
+        with pytest.raises(DistcompError, match="has died; start the emulation again"):
+            net.launch(["true"])
+
+
+def _python_for_all() -> str:
+    """This interpreter, or the system's of the same version where only root may run this one."""
+    for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
+        allowed = ["test", "-x", os.path.realpath(python)]
+        if subprocess.run(allowed, check=False, **NOBODY).returncode == 0:
+            return python
+    pytest.skip("an ordinary user may not run this Python")
+
+
+def test_an_ordinary_user_needs_no_root(tmp_path: Path) -> None:
+    """As root, become nobody; as anybody else, just do it."""
+    import pyroute2
+
+    program = """
+import os, sys
+from distcomp.network import Fabric, emulate, support
+if support().refusal: sys.exit(77)
+with emulate(Fabric.uniform(2, "10mbit"), True, selftest=False) as net:
+    outcome = net.launch([sys.executable, "-c", sys.argv[1]])
+    print(net.describe()[0], outcome.ok)
+"""
+    paths = [Path(sys.modules["distcomp"].__file__ or "").parents[1], Path(pyroute2.__file__).parents[1]]
+    environment = {"PYTHONPATH": ":".join(map(str, paths)), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    command = light_python(program, WHO, python=_python_for_all())
+    found = subprocess.run(
+        command, cwd="/", env=environment, capture_output=True, text=True, check=False, **NOBODY
+    )
+    if found.returncode == 77:
+        pytest.skip("this machine refuses namespaces to ordinary users")
+    assert found.returncode == 0, found.stderr
+    uid, capabilities = found.stdout.splitlines()[0].split()
+    assert int(uid) == (65534 if NOBODY else os.getuid())
+    assert int(capabilities, 16) == 0
+    assert "user namespace, no root" in found.stdout
+    assert found.stdout.endswith("True\n")
