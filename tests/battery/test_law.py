@@ -112,6 +112,28 @@ def test_a_contribution_asked_for_twice_is_the_same(subject: Subject) -> None:
     assert torch.equal(round_.estimate, estimate)
 
 
+@subjects
+def test_what_is_owed_is_what_was_given_less_the_contribution(subject: Subject) -> None:
+    xs = draw(3)
+    for x, outcome in zip(xs, once(subject.build(), xs).outcomes, strict=True):
+        wanted = x.double() - outcome.contribution().double()
+        owed = outcome.owed(x.clone()).double()
+        largest = float(x.abs().max() + outcome.contribution().abs().max())
+        assert float((owed - wanted).abs().max()) <= ARITHMETIC * largest
+
+
+@defaults
+def test_the_bytes_of_every_step_are_those_declared_for_it(subject: Subject) -> None:
+    method, size = subject.build(), 3
+    states = [method.init(ORDINARY) for _ in range(size)]
+    for step in range(6):
+        declared = method.at(step).payload_bytes(ORDINARY, size)
+        round_ = converse(method, draw(size, seed=step), states, step=step)
+        states = round_.states
+        requests = len(round_.asked) // size
+        assert sum(round_.sent_bytes) / size == pytest.approx(declared, abs=2 * requests), f"step {step}"
+
+
 @sizes
 @subjects
 def test_the_same_conversation_twice_gives_the_same_bits(subject: Subject, size: int) -> None:

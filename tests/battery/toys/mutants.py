@@ -160,6 +160,25 @@ class GivesOnce(Mean):
         return replace(outcome, contribution=lambda: half.mul_(2))
 
 
+@breaks("test_what_is_owed_is_what_was_given_less_the_contribution")
+class DeductsHalf(Mean):
+    """Deduct less in place than was contributed."""
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        outcome = yield from super().talk(x, state, turn)
+        return replace(outcome, deduct=lambda owed: owed.sub_(x / 2))
+
+
+@breaks("test_the_bytes_of_every_step_are_those_declared_for_it")
+class SendsTwiceLater(Mean):
+    """Ask again in the third step."""
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        if turn.step == 2:
+            yield Sum(x.clone())
+        return (yield from super().talk(x, state, turn))
+
+
 @breaks("test_neither_x_nor_the_state_is_changed")
 class UpdatesItsStateInPlace(Mean):
     """Keep a running sum in the tensor that was given."""
