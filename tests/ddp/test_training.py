@@ -114,7 +114,7 @@ def rebuilt_buckets(rank, size, spec):
                 given[name] += dict(twin.named_parameters())[name].grad
             optimizer.step()
             layouts.append(tuple(sorted(one.names for one in handle._sync.states._slabs)))
-        owed = {n: leaves.get("usual/residual") for n, leaves in handle.state_dict()[f"rank{rank}"]["state"].items()}
+        owed = {n: leaves.get("residual") for n, leaves in handle.state_dict()[f"rank{rank}"]["state"].items()}
     for name, mine in given.items():
         debt = owed.get(name)
         mine -= 0 if debt is None else debt.view_as(mine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,8 @@ class Quantize(Compressor):
     block: int = 512
     norm: str = "max"
     rounding: str = "stochastic"
+    plain: tuple[str, ...] = ()
+    """Roles of parameters that travel in the same payload as float32, uncompressed."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -66,28 +69,29 @@ class Quantize(Compressor):
         return 2 ** (self.bits - 1) - 1
 
     def parts(self, layout: Layout) -> Parts:
-        code_bytes = sum(
-            kernels.packed_bytes(segment.numel, self.block, self.bits) for segment in layout.segments
-        )
-        return (
-            Part("scales", torch.float32, layout.block_count(self.block)),
-            Part("codes", torch.uint8, code_bytes),
-        )
-
-    def _views(self, payload: Payload, layout: Layout) -> list[tuple[Tensor, Tensor]]:
-        """The codes and scales of each segment."""
-        views, code_at, scale_at = [], 0, 0
+        plain, code_bytes, scales = 0, 0, 0
         for segment in layout.segments:
-            code_count = kernels.packed_bytes(segment.numel, self.block, self.bits)
-            scale_count = kernels.scale_count(segment.numel, self.block)
-            views.append(
-                (
-                    payload["codes"][code_at : code_at + code_count],
-                    payload["scales"][scale_at : scale_at + scale_count],
-                )
-            )
-            code_at, scale_at = code_at + code_count, scale_at + scale_count
-        return views
+            if segment.role in self.plain:
+                plain += segment.numel
+            else:
+                code_bytes += kernels.packed_bytes(segment.numel, self.block, self.bits)
+                scales += kernels.scale_count(segment.numel, self.block)
+        first = (Part("plain", torch.float32, plain),) if self.plain else ()
+        return (*first, Part("scales", torch.float32, scales), Part("codes", torch.uint8, code_bytes))
+
+    def _views(self, payload: Payload, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
+        """The codes and scales of each segment; of a plain one its values, and no scales."""
+        plain_at = code_at = scale_at = 0
+        codes, scales = payload["codes"], payload["scales"]
+        for segment in layout.segments:
+            if segment.role in self.plain:
+                yield payload["plain"][plain_at : plain_at + segment.numel], scales[:0]
+                plain_at += segment.numel
+                continue
+            code_stop = code_at + kernels.packed_bytes(segment.numel, self.block, self.bits)
+            scale_stop = scale_at + kernels.scale_count(segment.numel, self.block)
+            yield codes[code_at:code_stop], scales[scale_at:scale_stop]
+            code_at, scale_at = code_stop, scale_stop
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
@@ -95,6 +99,9 @@ class Quantize(Compressor):
         for (segment, piece), (codes, scales) in zip(
             layout.pieces(x), self._views(payload, layout), strict=True
         ):
+            if segment.role in self.plain:
+                codes.copy_(piece)
+                continue
             if given:
                 scales.copy_(_block_l2(piece, self.block))
             kernels.quantize(
@@ -116,11 +123,22 @@ class Quantize(Compressor):
     def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
         self._decode(out, payload, layout, subtract=True)
 
-    def _decode(self, out: Tensor, payload: Payload, layout: Layout, **how: bool) -> None:
-        for (_, piece), (codes, scales) in zip(
+    def _decode(
+        self, out: Tensor, payload: Payload, layout: Layout, add: bool = False, subtract: bool = False
+    ) -> None:
+        for (segment, piece), (codes, scales) in zip(
             layout.pieces(out), self._views(payload, layout), strict=True
         ):
-            kernels.dequantize(codes, scales, piece, block=self.block, bits=self.bits, **how)
+            if segment.role not in self.plain:
+                kernels.dequantize(
+                    codes, scales, piece, block=self.block, bits=self.bits, add=add, subtract=subtract
+                )
+            elif subtract:
+                piece.sub_(codes)
+            elif add:
+                piece.add_(codes)
+            else:
+                piece.copy_(codes)
 
     def omega(self, numel: int) -> float | None:
         """``min(B/s^2, sqrt(B)/s)`` for the Euclidean norm (Lemma 3.1); the max norm is bounded by ``B/(4 s^2)``.

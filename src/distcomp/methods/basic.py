@@ -105,7 +105,7 @@ def qsgd(
     See :class:`distcomp.compressors.Quantize` for the equation. ``error_feedback=None`` adds it where the quantizer is
     biased: at one bit, and with rounding to nearest. ``pattern`` forces ``gather`` or ``scatter``.
     """
-    return except_small(with_feedback(Quantize(bits, block, norm, rounding), pattern, error_feedback))
+    return with_feedback(Quantize(bits, block, norm, rounding, PLAIN.roles), pattern, error_feedback)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """The order in which the buckets of one iteration talk.
 
-One request is on the wire at a time, in an order that is a pure function of (bucket, round): every rank starts the same
-collectives in the same order, whatever its timing. While a request of one bucket is on the wire, the arithmetic of the
-next request is done: the order runs along diagonals, ``b0.r0, b1.r0, b0.r1, b2.r0, b1.r1, b0.r2, ...``, so that encoding
-of the next bucket and re-encoding of the last hide behind the wire.
+Requests are started in an order that is a pure function of (bucket, round), so every rank starts the same ones in the same order,
+whatever its timing; the transport carries them in that order. The order runs along diagonals, ``b0.r0, b1.r0, b0.r1, b2.r0, b1.r1,
+b0.r2, ...``: while a request of one bucket is on the wire, the next bucket is encoded and the last one re-encoded.
 """
 
 from __future__ import annotations
@@ -81,7 +80,6 @@ def carry(channel: Channel, timeline: Timeline) -> Carrier:
     """
     buckets: list[Running] = []
     last: int | None = None
-    wire: Running | None = None
 
     for bucket, round_ in slots():
         if round_ == 0 and last is None:
@@ -95,16 +93,11 @@ def carry(channel: Channel, timeline: Timeline) -> Carrier:
         if bucket >= len(buckets) or buckets[bucket].over:
             continue
         current = buckets[bucket]
-        if current is wire:
+        if current.exchange is not None:
             _wait(current, timeline)
-            wire = None
-        if not _advance(current, channel, timeline):
-            continue
-        if wire is not None:
-            _wait(wire, timeline)
-        assert current.exchange is not None
-        current.exchange.start()
-        wire = current
+        if _advance(current, channel, timeline):
+            assert current.exchange is not None
+            current.exchange.start()
 
 
 def _advance(current: Running, channel: Channel, timeline: Timeline) -> bool:
@@ -115,11 +108,11 @@ def _advance(current: Running, channel: Channel, timeline: Timeline) -> bool:
     request = talk.ask(answer)
     if request is not None:
         current.exchange = channel.prepare(request, talk.finite)
-    else:
-        current.done()
     phase = "decode" if request is None else "encode" if current.rounds == 0 else "recode"
     current.rounds += 1
     timeline.spans.append((phase, begin_s, time.perf_counter()))
+    if request is None:
+        current.done()
     return request is not None
 
 

@@ -18,8 +18,9 @@ from distcomp.transports.ledger import Ledger
 class Pending(Protocol):
     """A request under way."""
 
+    started_s: float
     finished_s: float
-    """When the wire was done with it (``time.perf_counter``); 0 where the carrier does not tell."""
+    """When the wire began with it and was done (``time.perf_counter``; known once it has been waited for)."""
 
     def wait(self) -> Any:
         """Block until the answer is there. Raises PeerLost if it never will be."""
@@ -81,14 +82,13 @@ class OpenExchange:
         self.finished_s = 0.0
 
     def start(self) -> None:
-        self.started_s = time.perf_counter()
         self._pending = self._channel.transport.start(self._request)
 
     def wait(self) -> None:
         """Block until the wire is done with it; opening is left to :meth:`open`, off the wire's time."""
         assert self._pending is not None
         self._waited = self._pending.wait()
-        self.finished_s = self._pending.finished_s or time.perf_counter()
+        self.started_s, self.finished_s = self._pending.started_s, self._pending.finished_s
 
     def open(self, watch: bool) -> Answer:
         """Check and unpack. ``watch``: look for non-finite values in sums, too (payloads always tell)."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,11 @@ from distcomp.transports.torchdist import Subgroups
 
 
 class Direct:
-    """Carries requests over the Gloo process group ``group``. Waits at most ``timeout_s``, then names who does not answer."""
+    """Carries requests over the Gloo process group ``group``. Waits at most ``timeout_s``, then names who does not answer.
+
+    Receives are posted when a request is started, sends follow one another on the thread: the next request's sends begin when this
+    one's are out, whether or not its answers are in.
+    """
 
     def __init__(self, group: dist.ProcessGroup, liveness: Liveness, timeout_s: float) -> None:
         self.rank = dist.get_rank(group)
@@ -36,109 +41,112 @@ class Direct:
         self._patience = timedelta(seconds=max(1.0, timeout_s - liveness.diagnosis_s))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="distcomp-wire")
 
-    def start(self, request: Request) -> PendingFuture:
-        return PendingFuture(self._thread.submit(self._carry, request))
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=True)
-        self._groups.close()
-
-    def _carry(self, request: Request) -> tuple[Any, float]:
-        try:
-            answer = self._answer(request)
-        except RuntimeError as error:
-            raise self._liveness.diagnose(error) from error
-        return answer, time.perf_counter()
-
-    def _answer(self, request: Request) -> Any:
+    def start(self, request: Request) -> UnderWay:
         group = self._groups.of(request.group)
         members = request.group or tuple(range(self.size))
         if isinstance(request, Sum):
             return self._sum(request, group, members)
         if isinstance(request, Gather):
-            return self._gather(request, group, members)
+            parts = request.parts or (request.payload.parts,) * len(members)
+            sizes = [wire_bytes(one) for one in parts]
+            return self._exchange(group, members, [request.payload.wire] * len(members), sizes)
         if isinstance(request, Swap):
-            return self._swap(request, group, members)
+            wires = [payload.wire for payload in request.payloads]
+            return self._exchange(group, members, wires, [wires[members.index(self.rank)].numel()] * len(members))
         if isinstance(request, Mix):
             return self._mix(request, group)
-        return self._broadcast(request, group)
+        return self._broadcast(request, group, members)
 
-    def _sum(self, request: Sum, group: dist.ProcessGroup, members: Group) -> Tensor:
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+        self._groups.close()
+
+    def _sum(self, request: Sum, group: dist.ProcessGroup, members: Group) -> UnderWay:
         x = request.x
-        if not sums_directly(x.numel() * x.element_size(), len(members)):
-            self._wait(dist.all_reduce(x, group=group, async_op=True))
-            return x
-        received = self._exchange(
-            group, members, lambda _: x.reshape(-1).view(torch.uint8), lambda _: x.numel() * x.element_size()
-        )
-        total = torch.zeros_like(x)
-        for index, buffer in enumerate(received):  # in rank order, so that every rank holds the same bits
-            term = buffer.view(x.dtype).view_as(x)
-            total = term.clone() if index == 0 else total.add_(term)
-        return total
-
-    def _gather(self, request: Gather, group: dist.ProcessGroup, members: Group) -> list[Tensor]:
-        sizes = [wire_bytes(parts) for parts in request.parts or [request.payload.parts] * len(members)]
-        return self._exchange(group, members, lambda _: request.payload.wire, lambda index: sizes[index])
-
-    def _swap(self, request: Swap, group: dist.ProcessGroup, members: Group) -> list[Tensor]:
-        own = request.payloads[members.index(self.rank)].wire.numel()
-        return self._exchange(group, members, lambda index: request.payloads[index].wire, lambda _: own)
+        nbytes = x.numel() * x.element_size()
+        if not sums_directly(nbytes, len(members)):
+            return self._under_way([lambda: dist.all_reduce(x, group=group, async_op=True)], [], lambda: x)
+        mine = x.reshape(-1).view(torch.uint8)
+        everyone = self._exchange(group, members, [mine] * len(members), [nbytes] * len(members))
+        everyone.result = _sum_in_order(everyone.result(), x)
+        return everyone
 
     def _exchange(
-        self,
-        group: dist.ProcessGroup,
-        members: Group,
-        outgoing: Callable[[int], Tensor],
-        incoming_bytes: Callable[[int], int],
-    ) -> list[Tensor]:
-        """Send ``outgoing(i)`` to member i and receive from each: what came, in rank order, one's own included."""
+        self, group: dist.ProcessGroup, members: Group, outgoing: list[Tensor], incoming_bytes: list[int]
+    ) -> UnderWay:
+        """Send ``outgoing[i]`` to member i, receive from each; the answer is in rank order, one's own included."""
         count, here = len(members), members.index(self.rank)
         received = [torch.empty(0)] * count
-        received[here] = outgoing(here)
-        works = []
+        received[here] = outgoing[here]
+        sends, receives = [], []
         for shift in range(1, count):
-            left = (here - shift) % count
-            received[left] = torch.empty(incoming_bytes(left), dtype=torch.uint8)
-            works.append(dist.irecv(received[left], group=group, group_src=left))
-        for shift in range(1, count):
-            right = (here + shift) % count
-            self._wait(dist.isend(outgoing(right), group=group, group_dst=right))
-        for work in works:
-            self._wait(work)
-        return received
+            left, right = (here - shift) % count, (here + shift) % count
+            received[left] = torch.empty(incoming_bytes[left], dtype=torch.uint8)
+            receives.append(dist.irecv(received[left], group=group, group_src=left))
+            sends.append(partial(dist.isend, outgoing[right], group=group, group_dst=right))
+        return self._under_way(sends, receives, lambda: received)
 
-    def _mix(self, request: Mix, group: dist.ProcessGroup) -> list[Tensor]:
+    def _mix(self, request: Mix, group: dist.ProcessGroup) -> UnderWay:
         wire = request.payload.wire
         received = [torch.empty_like(wire) for _ in request.neighbours]
-        works = [
+        receives = [
             dist.irecv(buffer, group=group, group_src=neighbour)
             for neighbour, buffer in zip(request.neighbours, received, strict=True)
         ]
-        for neighbour in request.neighbours:
-            self._wait(dist.isend(wire, group=group, group_dst=neighbour))
-        for work in works:
-            self._wait(work)
-        return received
+        sends = [partial(dist.isend, wire, group=group, group_dst=one) for one in request.neighbours]
+        return self._under_way(sends, receives, lambda: received)
 
-    def _broadcast(self, request: Broadcast, group: dist.ProcessGroup) -> list[Tensor]:
+    def _broadcast(self, request: Broadcast, group: dist.ProcessGroup, members: Group) -> UnderWay:
         wire = request.payload.wire
-        source = (request.group or tuple(range(self.size))).index(request.source)
-        self._wait(dist.broadcast(wire, group=group, group_src=source, async_op=True))
-        return [wire]
+        source = members.index(request.source)
+        work = partial(dist.broadcast, wire, group=group, group_src=source, async_op=True)
+        return self._under_way([work], [], lambda: [wire])
 
-    def _wait(self, work: Any) -> None:
-        work.wait(self._patience)
+    def _under_way(
+        self, sends: list[Callable[[], Any]], receives: list[Any], result: Callable[[], Any]
+    ) -> UnderWay:
+        sent = self._thread.submit(self._send, sends)
+        return UnderWay(sent, receives, result, self._liveness, self._patience)
+
+    def _send(self, sends: list[Callable[[], Any]]) -> float:
+        begin_s = time.perf_counter()
+        for send in sends:
+            send().wait(self._patience)
+        return begin_s
+
+
+def _sum_in_order(buffers: list[Tensor], like: Tensor) -> Callable[[], Tensor]:
+    """Added in rank order, so that every rank holds the same bits."""
+
+    def total() -> Tensor:
+        terms = [buffer.view(like.dtype).view_as(like) for buffer in buffers]
+        sum_ = terms[0].clone()
+        for term in terms[1:]:
+            sum_ += term
+        return sum_
+
+    return total
 
 
 @dataclass
-class PendingFuture:
-    """A request under way on the wire's thread."""
+class UnderWay:
+    """A request whose sends are on the wire's thread and whose receives are posted."""
 
-    future: Future[tuple[Any, float]]
+    sent: Future[float]
+    receives: list[Any]
+    result: Callable[[], Any]
+    liveness: Liveness
+    patience: timedelta
+    started_s: float = 0.0
     finished_s: float = 0.0
 
     def wait(self) -> Any:
         """Raises PeerLost, naming the rank, when a peer dies or does not answer within the timeout."""
-        answer, self.finished_s = self.future.result()
-        return answer
+        try:
+            self.started_s = self.sent.result()
+            for work in self.receives:
+                work.wait(self.patience)
+        except RuntimeError as error:
+            raise self.liveness.diagnose(error) from error
+        self.finished_s = time.perf_counter()
+        return self.result()

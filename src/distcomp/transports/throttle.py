@@ -45,6 +45,7 @@ class _Throttled:
 class _Held:
     pending: Pending
     until_s: float
+    started_s: float = 0.0
     finished_s: float = 0.0
 
     def wait(self) -> Any:
@@ -52,5 +53,6 @@ class _Held:
         left_s = self.until_s - time.perf_counter()
         if left_s > 0:
             threading.Event().wait(left_s)
+        self.started_s = self.pending.started_s
         self.finished_s = max(self.until_s, self.pending.finished_s)
         return answer

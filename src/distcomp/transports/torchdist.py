@@ -123,6 +123,7 @@ class PendingWork:
         self._liveness = liveness
         self._timeout_s = timeout_s
         self._keep = keep
+        self.started_s = time.perf_counter()
         self.finished_s = 0.0
         self._note_end()
 
