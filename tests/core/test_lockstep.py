@@ -198,7 +198,7 @@ def test_ranks_with_different_settings_do_not_hang(mine: str, theirs: str) -> No
         )
         for rank, method in enumerate([parse(mine), parse(mine), parse(theirs)])
     ]
-    with pytest.raises(Mismatch, match="rank 0 asks .* while rank 2 asks"):
+    with pytest.raises(Mismatch, match=r"rank 0 asks .* while rank 2 asks"):
         Lockstep(3).run(talks)
 
 

@@ -59,7 +59,7 @@ def test_settings_are_read_from_text(probe: str, text: str, changed: dict[str, o
 
 
 def test_a_name_that_is_not_registered_is_refused_with_those_that_are(probe: str) -> None:
-    with pytest.raises(DistcompError, match="there is no method 'nosuch'; known are: .*probe"):
+    with pytest.raises(DistcompError, match=r"there is no method 'nosuch'; known are: .*probe"):
         parse("nosuch:a=1")
     with pytest.raises(DistcompError, match="there is no method ''"):
         parse("")
@@ -67,7 +67,7 @@ def test_a_name_that_is_not_registered_is_refused_with_those_that_are(probe: str
 
 @pytest.mark.parametrize("setting", ["c=1", "a", "=1", "A=1"])
 def test_a_setting_that_does_not_exist_is_refused_with_those_that_do(probe: str, setting: str) -> None:
-    with pytest.raises(DistcompError, match="probe has no setting .*; its settings are: a, b, word"):
+    with pytest.raises(DistcompError, match=r"probe has no setting .*; its settings are: a, b, word"):
         parse(f"probe:{setting}")
 
 
@@ -81,7 +81,7 @@ def test_a_value_of_the_wrong_kind_is_refused_in_one_sentence(text: str) -> None
     "text", ["qsgd:bits=0", "qsgd:bits=9", "qsgd:block=0", "qsgd:norm=l7", "qsgd:pattern=x"]
 )
 def test_a_value_out_of_range_is_refused_in_one_sentence(text: str) -> None:
-    with pytest.raises(DistcompError, match=".+; .+|.+, not .+"):
+    with pytest.raises(DistcompError, match=r".+; .+|.+, not .+"):
         parse(text)
 
 

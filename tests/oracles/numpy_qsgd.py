@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -113,7 +114,7 @@ def chunks(params: Params, parts: int, grain: int) -> list[list[Piece]]:
         (name, start, min(grain, numel - start)) for name, numel in params for start in range(0, numel, grain)
     ]
     bounds = [len(blocks) * i // parts for i in range(parts + 1)]
-    return [blocks[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [blocks[low:high] for low, high in pairwise(bounds)]
 
 
 def over_slab(params: Params, slab: np.ndarray, f: Callable[[str, np.ndarray], np.ndarray]) -> np.ndarray:
