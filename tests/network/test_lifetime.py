@@ -17,15 +17,18 @@ from distcomp.network import Fabric, emulate
 
 from .processes import light_python, living, wait_for_death
 
+PAUSE = "import signal; signal.pause()"
 NOBODY: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
 WHO = """
 import os, re
 print(os.getuid(), re.search("CapEff:(.*)", open("/proc/self/status").read())[1])
 """
-PAUSE = "import signal; signal.pause()"
-REPORT = """
-import os, signal
-os.write(1, f"{os.getpid()} {os.getppid()} {os.readlink('/proc/self/ns/net')}\\n".encode())
+
+REPORT = f"""
+import os, signal, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", {PAUSE!r}], start_new_session=True)
+told = (os.getpid(), os.getppid(), child.pid, os.readlink("/proc/self/ns/net"))
+os.write(1, " ".join(map(str, told)).encode() + bytes([10]))
 signal.pause()
 """
 EMULATOR = f"""
@@ -59,9 +62,9 @@ def test_nothing_outlives_an_emulator_that_is_ended(end: signal.Signals, rootles
         stack.callback(emulator.kill)
         assert emulator.stdout is not None
         ranks = [emulator.stdout.readline().split() for _ in range(2)]
-        theirs = {network for _, _, network in ranks}
-        pids = {int(pid) for line in ranks for pid in line[:2]}
-        assert len(pids) == 3, "two ranks and their holder"
+        theirs = {line[3] for line in ranks}
+        pids = {int(pid) for line in ranks for pid in line[:3]}
+        assert len(pids) == 5, "two ranks, what they started, and their holder"
         assert living(pids) == list(pids)
         assert theirs <= networks()
         emulator.send_signal(end)

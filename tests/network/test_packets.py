@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distcomp.network import UNSHAPED, Fabric, Net, Rack, emulate, shape
+from distcomp.network import UNSHAPED, Fabric, Net, Rack, emulate, parse_rate, shape
 from distcomp.network.launch import show_nothing
 from distcomp.network.shape import FRAME_BYTES, FRAME_PAYLOAD_BYTES, burst_bytes
 
@@ -45,11 +45,24 @@ try: knock.connect(("10.0.0.2", 9))
 except ConnectionRefusedError: print("somebody refused")
 except OSError: print("nobody there")
 """
+OFFLOADS = """
+import array, fcntl, socket, struct
+from pyroute2 import IPRoute
+for question in (0x1E, 0x23, 0x2B):  # ETHTOOL_GTSO, ETHTOOL_GGSO, ETHTOOL_GGRO
+    value = array.array("I", [question, 7])
+    fcntl.ioctl(socket.socket(), 0x8946, struct.pack("16sQ8x", b"eth0", value.buffer_info()[0]))
+    print(value[1], end=" ")
+with IPRoute() as route:
+    print(route.get_links(ifname="eth0")[0].get_attr("IFLA_GSO_MAX_SIZE"))
+"""
 SURROUNDINGS = """
 import json, os, re, socket, sys
 caps = re.search("CapEff:\\t(.*)", open("/proc/self/status").read())[1]
 devices = sorted(name for _, name in socket.if_nameindex())
 told = {"devices": devices, "network": os.readlink("/proc/self/ns/net"), "caps": int(caps, 16)}
+told["ipv6"] = "eth0" in open("/proc/net/if_inet6").read()
+told["tcp"] = open("/proc/sys/net/ipv4/tcp_congestion_control").read().strip()
+told["window"] = int(open("/proc/sys/net/ipv4/tcp_rmem").read().split()[2])
 json.dump({**told, "uid": os.getuid(), "env": dict(os.environ)}, sys.stdout)
 """
 
@@ -74,6 +87,8 @@ def test_each_rank_has_a_network_of_its_own_in_which_it_is_itself(rootless: bool
     for rank in told:
         assert rank["devices"] == ["eth0", "lo"]
         assert rank["uid"] == os.getuid()
+        assert (rank["ipv6"], rank["tcp"]) == (False, "reno")
+        assert rank["window"] <= 1 << 18, "what stands in a queue of 10 Mbit/s is late by 0.2 s and no more"
         assert (rank["env"]["DISTCOMP_DEVICE"], rank["env"]["GLOO_SOCKET_IFNAME"]) == ("eth0", "eth0")
         assert rank["env"]["MASTER_ADDR"] == one.addresses[0] == "10.0.0.1"
         assert "DISTCOMP_THROTTLE_BPS" not in rank["env"]
@@ -90,7 +105,7 @@ def test_no_message_beats_its_rate_in_bulk_or_after_idle(rootless: bool) -> None
 
 
 def test_racks_share_an_uplink_that_no_message_beats(any_way: bool) -> None:
-    racks = (Rack((0, 1), 10e6), Rack((2,), 10e6))
+    racks = (Rack((0, 1), 10e6), Rack((2,)))
     with emulate(Fabric((UNSHAPED,) * 3, racks=racks), True, force_rootless=any_way) as net:
         inside, out, back = net.links
         assert (inside.asked_bps, out.asked_bps, back.asked_bps) == (UNSHAPED, 10e6, 10e6)
@@ -118,6 +133,14 @@ def test_the_queue_counts_frames_with_their_headers(rate: str, any_way: bool) ->
     )
     assert receiver.sent.sent_bytes == sender.received.sent_bytes < 0.05 * sent_bytes
     assert sender.sent.dropped_packets == receiver.received.dropped_packets == 0
+
+
+@pytest.mark.parametrize(("rate", "bundled"), [("10mbit", False), ("100mbit", False), ("1gbit", True)])
+def test_what_crosses_in_one_piece_is_small_against_the_rate(rate: str, bundled: bool, any_way: bool) -> None:
+    with emulate(Fabric.uniform(1, rate), True, selftest=False, force_rootless=any_way) as net:
+        tso, gso, gro, largest_bytes = map(int, ask(net, OFFLOADS)[0].split())
+    assert (tso, gso, gro) == (bundled, bundled, False)
+    assert not bundled or 2 * FRAME_BYTES <= largest_bytes <= burst_bytes(parse_rate(rate)) / 8
 
 
 def test_a_cable_can_be_pulled_and_pushed_in_again(rootless: bool) -> None:
