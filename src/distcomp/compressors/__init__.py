@@ -2,7 +2,27 @@
 
 from distcomp.compressors.base import Compressor
 from distcomp.compressors.cast import Cast
+from distcomp.compressors.dct import DctTopK
 from distcomp.compressors.identity import Identity
+from distcomp.compressors.natural import Natural, NonUniform
 from distcomp.compressors.quantize import Quantize
+from distcomp.compressors.sign import OneBit, ScaledSign
+from distcomp.compressors.sparse import IndexCode
+from distcomp.compressors.topk import Chain, RandomK, Sparsifier, TopK
 
-__all__ = ["Cast", "Compressor", "Identity", "Quantize"]
+__all__ = [
+    "Cast",
+    "Chain",
+    "Compressor",
+    "DctTopK",
+    "Identity",
+    "IndexCode",
+    "Natural",
+    "NonUniform",
+    "OneBit",
+    "Quantize",
+    "RandomK",
+    "ScaledSign",
+    "Sparsifier",
+    "TopK",
+]

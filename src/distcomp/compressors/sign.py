@@ -1,0 +1,161 @@
+"""One bit per value, and as few scales as the papers have: one per parameter, or two per unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distcomp.compressors.base import Compressor
+from distcomp.compressors.grid import (
+    WHOLE,
+    pack_signs,
+    per_parameter_mean,
+    sign_bytes,
+    spread,
+    unpack_signs,
+)
+from distcomp.layout import Layout, Segment
+from distcomp.payload import Part, Parts, Payload
+from distcomp.randomness import Key
+
+
+@dataclass(frozen=True)
+class ScaledSign(Compressor):
+    """Each parameter as its signs and one mean magnitude::
+
+        C(x) = (|x|_1 / d) sign(x),    sign(0) = +1;    |C(x) - x|^2 = (1 - |x|_1^2 / (d |x|_2^2)) |x|^2
+
+    Biased: contracts by ``|x|_1^2 / (d |x|_2^2)`` (about 0.64 for Gaussian values, 1/d at worst); needs error
+    feedback. On the wire: 1/8 byte per value and 4 bytes per parameter. With a scale per block instead:
+    ``Quantize(bits=1)``.
+
+    Source: Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019. We differ: the paper's sign(0) is
+    not said.
+    """
+
+    grain = WHOLE
+
+    def parts(self, layout: Layout) -> Parts:
+        return (
+            Part("scales", torch.float32, len(layout.segments)),
+            Part("codes", torch.uint8, sign_bytes(layout.numel)),
+        )
+
+    def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
+        payload = Payload.empty(self.parts(layout), x.device)
+        payload["scales"].copy_(per_parameter_mean(x, layout))
+        pack_signs(x, payload["codes"])
+        return payload
+
+    def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
+        signs = torch.empty_like(out)
+        unpack_signs(payload["codes"], signs)
+        scale = spread(payload["scales"], layout)
+        if add:
+            out += signs * scale
+        else:
+            torch.mul(signs, scale, out=out)
+
+    def delta(self, numel: int) -> float:
+        return 1 / max(1, numel)
+
+
+@dataclass(frozen=True)
+class OneBit(Compressor):
+    """Each value as one bit: the mean of its unit's non-negative values, or the mean of its negative ones.
+
+    For the weights ``v`` that enter one output unit (a row of ``weight.view(out, -1)``)::
+
+        C(v)_k = mean{v_j : v_j >= 0}  if v_k >= 0,    else  mean{v_j : v_j < 0}
+
+    The two values are the least-squares fit for the threshold 0. Biased: contracts by one over the length of
+    the longer side at worst; needs error feedback. On the wire: 1/8 byte per value and 8 bytes per unit.
+
+    Source: Seide et al., "1-bit stochastic gradient descent", Interspeech 2014. The paper has two values per
+    *column*; its layers compute ``W^T v``, so a column of its W is what enters one unit: a row of torch's
+    weight. We differ: a vector (a bias) is one unit.
+    """
+
+    grain = WHOLE
+
+    def parts(self, layout: Layout) -> Parts:
+        units = sum(_unit_count(segment) for segment in layout.segments)
+        return (
+            Part("scales", torch.float32, 2 * units),
+            Part("codes", torch.uint8, sign_bytes(layout.numel)),
+        )
+
+    def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
+        payload = Payload.empty(self.parts(layout), x.device)
+        for units, means in self._units(x, payload, layout):
+            means[0] = _mean_where(units, units >= 0)
+            means[1] = _mean_where(units, units < 0)
+        pack_signs(x, payload["codes"])
+        return payload
+
+    def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
+        decoded = torch.empty_like(out)
+        unpack_signs(payload["codes"], decoded)
+        for segment, piece, means in self._pieces(decoded, payload, layout):
+            high, low = (_per_value(mean, segment) for mean in means)
+            piece.copy_(torch.where(piece >= 0, high, low))
+        if add:
+            out += decoded
+        else:
+            out.copy_(decoded)
+
+    def _units(self, x: Tensor, payload: Payload, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter's units as rows, and where their two means go. What a piece lacks of a unit is NaN."""
+        for segment, piece, means in self._pieces(x, payload, layout):
+            length = _unit_length(segment)
+            before = segment.start % length
+            after = -(before + segment.numel) % length
+            padded = torch.nn.functional.pad(piece, (before, after), value=float("nan"))
+            yield padded.view(-1, length), means
+
+    def _pieces(
+        self, slab: Tensor, payload: Payload, layout: Layout
+    ) -> Iterator[tuple[Segment, Tensor, Tensor]]:
+        at = 0
+        for segment, piece in layout.pieces(slab):
+            count = 2 * _unit_count(segment)
+            if count:
+                yield segment, piece, payload["scales"][at : at + count].view(2, -1)
+            at += count
+
+    def delta(self, numel: int) -> float:
+        return 1 / max(1, numel)
+
+
+def _unit_length(segment: Segment) -> int:
+    """Elements that enter one output unit."""
+    if len(segment.shape) < 2:
+        return max(1, *segment.shape) if segment.shape else 1
+    length = 1
+    for side in segment.shape[1:]:
+        length *= side
+    return max(1, length)
+
+
+def _unit_count(segment: Segment) -> int:
+    """How many units a segment touches, also where it is a piece that begins or ends within one."""
+    if segment.numel == 0:
+        return 0
+    length = _unit_length(segment)
+    return (segment.stop - 1) // length - segment.start // length + 1
+
+
+def _mean_where(units: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of the chosen values of each row; 0 where none is chosen."""
+    total = torch.where(chosen, units, 0.0).sum(1)
+    return total / chosen.sum(1).clamp(min=1)
+
+
+def _per_value(means: Tensor, segment: Segment) -> Tensor:
+    """One number per unit, for each value of the segment."""
+    length = _unit_length(segment)
+    before = segment.start % length
+    return means.repeat_interleave(length)[before : before + segment.numel]

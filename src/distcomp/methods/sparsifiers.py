@@ -1,0 +1,234 @@
+"""A few elements instead of all: the largest of each rank's own, random ones, or those that one rank in turn finds largest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distcomp.compressors import Cast, Compressor, Identity, RandomK, TopK
+from distcomp.compressors.topk import place, with_values
+from distcomp.errors import DistcompError
+from distcomp.exchange import Broadcast, Talk
+from distcomp.layout import Layout, Slab
+from distcomp.methods.base import Method, Outcome, State, Turn
+from distcomp.methods.basic import except_small, with_feedback
+from distcomp.methods.feedback import ErrorFeedback
+from distcomp.methods.integers import SharedRange
+from distcomp.methods.lift import lift
+from distcomp.methods.registry import register
+from distcomp.payload import Parts, Payload, body_bytes, wire_bytes
+
+SUMMED = {
+    "fp32": lift(Identity()),
+    "bf16": lift(Cast("bf16")),
+    "fp16": lift(Cast("fp16")),
+    "int8": SharedRange(8),
+    "int4": SharedRange(4),
+}
+"""How values at places that all ranks share may be summed, by name."""
+
+
+@register(
+    paper="Aji & Heafield, EMNLP 2017; Stich et al., Sparsified SGD with memory, NeurIPS 2018",
+    wire="(n-1) k (4 + (2 + log2(d/k))/8), k = ratio d; values narrower than fp32: 2, 1, 1/2, ... in the place of 4",
+    summable=False,
+    biased=True,
+    differs="indices packed to within half a bit of the least possible; biases and norms in float32",
+)
+def topk(
+    ratio: float = 0.01,
+    values: str | Compressor = "fp32",
+    chunk: int = 0,
+    pattern: str = "gather",
+    error_feedback: bool = True,
+) -> Method:
+    """Send each parameter's k largest magnitudes, and owe the rest.
+
+    See :class:`distcomp.compressors.TopK`. ``values``: ``fp32``, ``bf16``, ``fp16``, ``int8``, ``int4``,
+    ``int2``, ``sign``, or any compressor. ``chunk`` takes the largest of every so many elements instead of
+    every parameter, which is faster; ``pattern="scatter"`` selects again, from the sum, at the owner of each
+    chunk, so that traffic does not grow with n.
+    """
+    return except_small(with_feedback(with_values(TopK(ratio, chunk), values), pattern, error_feedback))
+
+
+@dataclass(frozen=True)
+class SharedRandomK(Method):
+    """Every rank sends the same k random elements of each parameter: their sums ride an all-reduce, without indices.
+
+    ::
+
+        S: k places drawn without replacement from a key that all ranks share
+        estimate_j = f/n sum_i (x_i)_j  for j in S, else 0;      f = d/k (unbiased) or 1 (scaled=False)
+
+    Unbiased with ``omega = d/k - 1``; unscaled it contracts by ``k/d`` in the mean, for error feedback. On
+    the wire: that of ``inner`` for k values; ``2 (n-1)/n 4k`` bytes in float32.
+
+    Source: Stich et al., NeurIPS 2018; Konečný & Richtárik 2018. We differ: without replacement, by a
+    counter-based key that leaves the global generator alone; ``inner`` may be any method, so that values may
+    be narrow, too.
+
+    Raises DistcompError for a ratio outside (0, 1].
+    """
+
+    select: RandomK
+    inner: Method
+
+    def init(self, layout: Layout) -> State:
+        return self.inner.init(self.select.kept(layout))
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        where = self.select.drawn(turn.layout, turn.shared).to(x.device)
+        factors = self.select.factors(turn.layout, x.device)
+        kept = self.select.kept(turn.layout)
+        outcome = yield from self.inner.talk(x[where] * factors, state, replace(turn, layout=kept))
+        return _placed(outcome, where, x)
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        return self.inner.payload_bytes(self.select.kept(layout), size)
+
+
+@dataclass(frozen=True)
+class CyclicTopK(Method):
+    """Rank ``t mod n`` chooses: its k largest elements are the places at which all ranks send, and sums ride an all-reduce.
+
+    ::
+
+        S_t = the k largest magnitudes of x_{t mod n}, told to all
+        estimate_j = 1/n sum_i (x_i)_j  for j in S_t, else 0
+
+    Because all ranks send the same places, traffic does not grow with n as top-k's does. Contracts for the
+    leader by ``k/d``, for the others as far as ranks agree on what is large. On the wire: ``inner``'s bytes
+    for k values, and ``(n-1)/n`` times about ``k (2 + log2(d/k))/8`` bytes of indices, from the leader to
+    all.
+
+    Source: Chen et al., "ScaleCom: scalable sparsified gradient compression", NeurIPS 2020.
+
+    Raises DistcompError for a ratio outside (0, 1] or a negative chunk.
+    """
+
+    select: TopK
+    inner: Method
+
+    def init(self, layout: Layout) -> State:
+        return self.inner.init(self.select.kept(layout))
+
+    def _parts(self, layout: Layout) -> Parts:
+        return (self.select.index_part(layout),)
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        leader = turn.step % turn.size
+        choice = Payload.empty(self._parts(turn.layout), x.device)
+        if turn.rank == leader:
+            _, codes = self.select.select(x, turn.layout)
+            choice["indices"].copy_(codes)
+        choice = yield Broadcast(choice, source=leader)
+
+        where = self.select.positions(choice, turn.layout)
+        kept = self.select.kept(turn.layout)
+        outcome = yield from self.inner.talk(x[where], state, replace(turn, layout=kept))
+        return _placed(outcome, where, x)
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        parts = self._parts(layout)
+        tree = (size - 1) / size
+        sent = round((wire_bytes(parts) - body_bytes(parts)) * tree) + round(body_bytes(parts) * tree)
+        return sent + self.inner.payload_bytes(self.select.kept(layout), size)
+
+
+def _placed(outcome: Outcome, where: Tensor, like: Tensor) -> Outcome:
+    """What was agreed about a few values, put where they belong among zeros."""
+
+    def spread_out(values: Tensor) -> Tensor:
+        out = torch.empty_like(like)
+        place(out, where, values, add=False)
+        return out
+
+    return Outcome(spread_out(outcome.estimate), lambda: spread_out(outcome.contribution()), outcome.state)
+
+
+@dataclass(frozen=True)
+class LowPassFeedback(Method):
+    """Error feedback through a low-pass filter: ``e_{t+1} = (1 - beta) e_t + beta (x_t + e_t - c_t)``.
+
+    ``beta = 1`` is plain error feedback. Below 1 the residual follows the gradient slowly, which keeps the
+    ranks' residuals alike under a large learning rate; part of what was not sent is then forgotten, not owed
+    (nothing is conserved).
+
+    Source: Chen et al., ScaleCom, NeurIPS 2020 (their filter for scaled learning rates).
+
+    Raises DistcompError for a beta outside (0, 1].
+    """
+
+    inner: Method
+    beta: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta <= 1:
+            raise DistcompError(
+                f"beta lies above 0 and at most at 1, not {self.beta}; 1 is plain error feedback"
+            )
+
+    def init(self, layout: Layout) -> State:
+        return {"residual": Slab(torch.zeros(layout.numel), layout), "inner": self.inner.init(layout)}
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        e = state["residual"].data
+        outcome = yield from self.inner.talk(x + e, state["inner"], turn)
+        contribution = outcome.contribution()
+        e = (1 - self.beta) * e + self.beta * (x + e - contribution)
+        return Outcome(
+            outcome.estimate, lambda: contribution, {"residual": Slab(e, turn.layout), "inner": outcome.state}
+        )
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        return self.inner.payload_bytes(layout, size)
+
+
+def _summed(values: str | Method) -> Method:
+    if isinstance(values, str):
+        if values not in SUMMED:
+            raise DistcompError(
+                f"values cannot be summed as {values!r}; use one of {', '.join(SUMMED)}, or a Method"
+            )
+        return SUMMED[values]
+    return values
+
+
+@register(
+    paper="Stich et al., Sparsified SGD with memory, NeurIPS 2018",
+    wire="2 (n-1)/n 4k, k = ratio d",
+    summable=True,
+    biased=True,
+    differs="without replacement, from a key that all ranks share; biases and norms in float32",
+)
+def random_k(ratio: float = 0.01, values: str | Method = "fp32", error_feedback: bool = True) -> Method:
+    """Send the same k random elements of each parameter on every rank: an all-reduce of k values, and no indices.
+
+    With ``error_feedback`` values are sent as they are and the rest is owed; without it they are multiplied
+    by d/k, so that the mean is right. ``values``: ``fp32``, ``bf16``, ``fp16``, or integers that add exactly,
+    ``int8``, ``int4``. See :class:`SharedRandomK`.
+    """
+    method = SharedRandomK(RandomK(ratio, scaled=not error_feedback), _summed(values))
+    return except_small(ErrorFeedback(method) if error_feedback else method)
+
+
+@register(
+    paper="Chen et al., ScaleCom, NeurIPS 2020",
+    wire="2 (n-1)/n 4k + (n-1)/n k (2 + log2(d/k))/8, k = ratio d",
+    summable=False,
+    biased=True,
+    differs="exact top-k in the place of the chunk-wise quasi-sort; beta=1 (plain error feedback) is the default; packed indices; "
+    "biases and norms in float32",
+)
+def cyclic_topk(
+    ratio: float = 0.01, values: str | Method = "fp32", chunk: int = 0, beta: float = 1.0
+) -> Method:
+    """Send, on every rank, the elements that are largest on rank t mod n: an all-reduce of k values, and owe the rest.
+
+    ``beta < 1`` is the paper's low-pass filter (:class:`LowPassFeedback`). See :class:`CyclicTopK`.
+    """
+    method = CyclicTopK(TopK(ratio, chunk), _summed(values))
+    return except_small(ErrorFeedback(method) if beta == 1 else LowPassFeedback(method, beta))
