@@ -6,14 +6,15 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 import distcomp
@@ -21,71 +22,99 @@ from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Method, parse
 from distcomp.network.qdisc import read_qdisc_bytes
 from distcomp.sync import checkpoint
+from distcomp.sync.averaging import Averaging, Levels
 from distcomp.sync.ddp import GradientSync, Scaler
 from distcomp.sync.link import Link
+from distcomp.sync.models import ModelSync, refuse_averaging
 from distcomp.sync.states import pack, unpack
 from distcomp.sync.stock import StockSync, is_stock
+from distcomp.sync.target import Target
 from distcomp.sync.trampoline import Trampoline, trampoline_of
 
 
 def attach(
     model: nn.Module,
     optimizer: Optimizer | None = None,
-    method: Method | str | None = None,
+    method: Chosen | None = None,
     *,
     scaler: Scaler | None = None,
     seed: int = 0,
     timeout_s: float = 60.0,
 ) -> Handle:
-    """Let ``method`` carry the gradients of a DistributedDataParallel model. Call it on every rank.
+    """Let ``method`` carry the gradients of a DistributedDataParallel model, or average models. Call it on
+    every rank.
 
     Args:
-        model: the DDP model, also when ``torch.compile`` is wrapped around it.
+        model: the DDP model, also when ``torch.compile`` is wrapped around it. Methods that average models,
+        such as
+            ``distcomp.diloco()`` or ``distcomp.choco()``, leave gradients local and take a plain module, too.
         optimizer: needed by some methods; gradient methods accept its absence.
         method: what to say on the wire: an object such as ``distcomp.qsgd(bits=4)`` or a string such as
-            ``"qsgd:bits=4"``. ``"ddp"``, ``"torch:fp16"`` and ``"torch:powersgd"`` are PyTorch's own, for comparison;
-            ``"none"`` does not communicate (a control). None takes the environment variable ``DISTCOMP_METHOD``.
+            ``"qsgd:bits=4"``. ``"ddp"``, ``"torch:fp16"`` and ``"torch:powersgd"`` are PyTorch's own, for
+            comparison; ``"none"`` does not communicate (a control). None takes the environment variable
+            ``DISTCOMP_METHOD``.
         scaler: the run's GradScaler, if it has one: residuals are then kept in unscaled units.
         seed: of all random rounding; must be the same on every rank.
         timeout_s: how long to wait for a peer before naming it and giving up.
 
     Returns:
-        A handle: ``stats()``, ``log()``, ``state_dict()``, ``load_state_dict()``, ``detach()``; also a context manager.
+        A handle: ``stats()``, ``log()``, ``state_dict()``, ``load_state_dict()``, ``detach()``; also a
+        context manager.
 
     Raises:
-        DistcompError: what cannot be served, with the reason: a model that is not DDP, a hook of somebody else's, sparse
+        DistcompError: what cannot be served, with the reason: a model that is not DDP, a hook of somebody
+        else's, sparse
             gradients, an optimizer that reduces gradients itself, an unknown method.
         SettingsMismatch: ranks were attached with different settings; every rank names the difference.
         PeerLost: a rank did not attach in time.
     """
-    ddp = _ddp_of(model)
     chosen = _method(method)
-    _refuse(ddp, optimizer)
-    trampoline = trampoline_of(ddp)
-    if trampoline.attached is not None:
+    target = Target.of(model)
+    if target.key in _ATTACHED:
         raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
-    link = Link.open(ddp, _settings(ddp, chosen, seed), timeout_s)
-    sync: GradientSync | StockSync
-    if isinstance(chosen, str):
-        sync = StockSync(chosen, ddp.process_group)
-    else:
-        sync = GradientSync(ddp.module, chosen, link.channel, seed, scaler)
-    trampoline.attached = sync
+    _refuse(target, chosen, optimizer)
+    trampoline = trampoline_of(target.ddp) if target.ddp is not None else None
+    link = Link.open(target, _settings(target, chosen, optimizer, seed), timeout_s)
+    sync = _open(chosen, target, link, optimizer=optimizer, scaler=scaler, seed=seed)
+    if trampoline is not None:
+        trampoline.attached = sync
+    _ATTACHED.add(target.key)
     if link.recorder is not None:
-        link.recorder.note(seed=seed, parameters=sum(parameter.numel() for parameter in ddp.parameters()))
-    return Handle(ddp, sync, trampoline, link)
+        link.recorder.note(seed=seed, parameters=sum(parameter.numel() for parameter in model.parameters()))
+    return Handle(target, sync, trampoline, link)
+
+
+Sync = GradientSync | StockSync | ModelSync
+
+_ATTACHED: WeakSet[nn.Module] = WeakSet()
+
+
+def _open(
+    chosen: Chosen,
+    target: Target,
+    link: Link,
+    *,
+    optimizer: Optimizer | None,
+    scaler: Scaler | None,
+    seed: int,
+) -> Sync:
+    """What serves the choice: where gradients or models meet it."""
+    if isinstance(chosen, str):
+        return StockSync(chosen, target.group)
+    if isinstance(chosen, Method):
+        return GradientSync(target.module, chosen, link.channel, seed, scaler)
+    return ModelSync(target, chosen, link.channel, optimizer, seed)
 
 
 class Handle:
     """What :func:`attach` gives back. Leaving its context detaches."""
 
-    def __init__(
-        self, model: DistributedDataParallel, sync: GradientSync | StockSync, trampoline: Trampoline, link: Link
-    ) -> None:
+    def __init__(self, target: Target, sync: Sync, trampoline: Trampoline | None, link: Link) -> None:
+        self._target = target
         self._sync = sync
         self._trampoline = trampoline
         self._link = link
-        self._watch = _Watch(model, sync, link)
+        self._watch = _Watch(target.called, sync, link)
         self._attached = True
 
     @property
@@ -94,18 +123,22 @@ class Handle:
         return self._sync.name if isinstance(self._sync, StockSync) else repr(self._sync.method)
 
     def stats(self) -> dict[str, Any]:
-        """Iterations, bytes sent by this rank (in all, by kind, in the last iteration) and where the last one's time went."""
+        """Iterations, bytes sent by this rank (in all, by kind, in the last iteration) and where the last
+        one's time went."""
         self._sync.idle()
-        return {"method": self.method, "iterations": self._sync.iterations, **self._watch.totals()}
+        report = self._sync.report() if isinstance(self._sync, ModelSync) else {}
+        return {"method": self.method, "iterations": self._sync.iterations, **self._watch.totals(), **report}
 
     def log(self, **fields: Any) -> None:
         """Write one line of metrics to the run's record, if there is one (``DISTCOMP_RUN_DIR``)."""
         self._watch.log(fields)
 
     def state_dict(self) -> dict[str, Any]:
-        """Residuals, warm starts, counters of this rank, under one key that names the rank. Tensors and numbers only.
+        """Residuals, warm starts, counters of this rank, under one key that names the rank. Tensors and
+        numbers only.
 
-        Save it on *every* rank: ``torch.save`` to a file per rank, or ``torch.distributed.checkpoint`` as it is.
+        Save it on *every* rank: ``torch.save`` to a file per rank, or ``torch.distributed.checkpoint`` as it
+        is.
         """
         return pack(self._link.rank, self._link.size, self._sync.state_dict())
 
@@ -117,21 +150,60 @@ class Handle:
         self._sync.load_state_dict(unpack(saved, self._link.rank, self._link.size))
 
     def load_checkpoint(self, path: str | Path, key: str = "distcomp") -> None:
-        """As :meth:`load_state_dict`, from ``torch.distributed.checkpoint``: ``dcp.save({key: handle.state_dict()}, ...)``.
+        """As :meth:`load_state_dict`, from ``torch.distributed.checkpoint``: ``dcp.save({key:
+        handle.state_dict()}, ...)``.
 
         Reads all ranks' parts, so that the world size may have changed.
         """
         self.load_state_dict(checkpoint.read(path, key))
 
+    @contextmanager
+    def averaged_model(self) -> Iterator[float]:
+        """The model holds the mean of all ranks' weights and buffers, to be evaluated or saved; afterwards
+        its own again.
+
+        Yields how far the workers are apart: the root mean square distance of a worker's weights from the
+        mean. Enter it on every rank. Under gradient methods all replicas are alike: nothing happens, and the
+        distance is 0.
+        """
+        if not isinstance(self._sync, ModelSync):
+            yield 0.0
+            return
+        with self._sync.averaged() as spread:
+            yield spread
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let gradients accumulate: a backward in this context is no iteration. With DDP it is DDP's own."""
+        quiet = self._sync.no_sync() if isinstance(self._sync, ModelSync) else nullcontext()
+        with quiet, self._target.ddp.no_sync() if self._target.ddp is not None else nullcontext():
+            yield
+
+    def finish(self) -> None:
+        """Where models are averaged: once more, in float32. Every rank then holds the same."""
+        if isinstance(self._sync, ModelSync):
+            self._sync.finish()
+            self._watch.record()
+
     def detach(self) -> None:
-        """Leave the model: from now on it reduces gradients as plain DDP, bit for bit."""
+        """Leave the model: from now on it reduces gradients as plain DDP, bit for bit. Calls :meth:`finish`
+        first."""
+        self._leave(agree=True)
+
+    def _leave(self, agree: bool) -> None:
         if not self._attached:
             return
         self._attached = False
-        self._trampoline.attached = None
-        self._watch.close()
-        self._sync.close()
-        self._link.close()
+        try:
+            if agree and self._sync.error is None and self._sync.iterations:
+                self.finish()
+        finally:
+            if self._trampoline is not None:
+                self._trampoline.attached = None
+            _ATTACHED.discard(self._target.key)
+            self._watch.close()
+            self._sync.close()
+            self._link.close()
 
     def __enter__(self) -> Handle:
         return self
@@ -139,13 +211,14 @@ class Handle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.detach()
+        self._leave(agree=kind is None)
 
 
 class _Watch:
-    """Looks at each optimizer step: raises what went wrong on the exchange's thread, verifies that the exchange ran, records."""
+    """Looks at each optimizer step: raises what went wrong on the exchange's thread, verifies that the
+    exchange ran, records."""
 
-    def __init__(self, model: DistributedDataParallel, sync: GradientSync | StockSync, link: Link) -> None:
+    def __init__(self, model: nn.Module, sync: Sync, link: Link) -> None:
         self._sync = sync
         self._link = link
         self._parameters = {id(parameter) for parameter in model.parameters()}
@@ -173,6 +246,7 @@ class _Watch:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, module: nn.Module, arguments: object) -> None:
+        self.record()
         if self._sync.iterations == self._recorded and torch.is_grad_enabled() and not self._begin_s:
             self._begin_s = time.perf_counter()
 
@@ -182,16 +256,17 @@ class _Watch:
         self._sync.idle()
         if self._sync.iterations == 0:
             raise DistcompError(
-                "the optimizer steps but no gradient went through the attached method: call the DistributedDataParallel "
-                "model itself (not model.module), outside no_sync(), before optimizer.step()"
+                "the optimizer steps but no gradient went through the attached method: call the attached model itself "
+                "(not model.module), outside no_sync(), before optimizer.step()"
             )
-        self._record()
+        self.record()
 
-    def _record(self) -> None:
+    def record(self) -> None:
+        """Write down the last iteration, once."""
         last = self._sync.last
-        if last is None or self._sync.iterations == self._recorded:
+        if last is None or last.index < self._recorded:
             return
-        self._recorded = self._sync.iterations
+        self._recorded = last.index + 1
         step_s = time.perf_counter() - self._begin_s if self._begin_s else None
         self._begin_s = 0.0
         if self._link.recorder is not None:
@@ -232,7 +307,10 @@ def _describe(last: Any) -> dict[str, Any]:
     }
 
 
-def _method(method: Method | str | None) -> Method | str:
+Chosen = Method | Averaging | Levels | str
+
+
+def _method(method: Chosen | None) -> Chosen:
     """The method object; PyTorch's own stay strings."""
     if method is None:
         method = os.environ.get("DISTCOMP_METHOD")
@@ -244,26 +322,19 @@ def _method(method: Method | str | None) -> Method | str:
         return method
     if isinstance(method, str):
         method = parse(method)
-    if not isinstance(method, Method):
+    if not isinstance(method, Method | Averaging | Levels):
         raise DistcompError(
             f"{method!r} is no method; pass one of {', '.join(f'distcomp.{name}(...)' for name in sorted(METHODS))}"
         )
     return method
 
 
-def _ddp_of(model: nn.Module) -> DistributedDataParallel:
-    """The DDP model, looked for under torch.compile's wrapper."""
-    inner = getattr(model, "_orig_mod", model)
-    if not isinstance(inner, DistributedDataParallel):
-        raise DistcompError(
-            f"attach needs a DistributedDataParallel model, not {type(inner).__name__}; wrap it first: "
-            "model = DistributedDataParallel(model)"
-        )
-    return inner
-
-
-def _refuse(model: DistributedDataParallel, optimizer: Optimizer | None) -> None:
+def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None:
     """What cannot be served, named with its reason."""
+    if isinstance(chosen, Averaging | Levels):
+        refuse_averaging(target, chosen, optimizer)
+        return
+    model = target.as_ddp()
     for name, part in model.module.named_modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
             raise DistcompError(
@@ -284,13 +355,14 @@ def _refuse(model: DistributedDataParallel, optimizer: Optimizer | None) -> None
 _COUNT = itertools.count()
 
 
-def _settings(model: DistributedDataParallel, method: Method | str, seed: int) -> dict[str, str]:
+def _settings(target: Target, method: Chosen, optimizer: Optimizer | None, seed: int) -> dict[str, str]:
     """What ranks must have in common."""
-    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.module.named_parameters()]
+    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in target.module.named_parameters()]
     return {
         "method": method if isinstance(method, str) else repr(method),
         "seed": str(seed),
         "parameters": f"{len(shapes)} tensors, digest {hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}",
-        "bucket_cap_bytes": str(model.bucket_bytes_cap),
+        "bucket_cap_bytes": str(getattr(target.ddp, "bucket_bytes_cap", None)),
+        "optimizer": type(optimizer).__name__,
         "distcomp": distcomp.__version__,
     }

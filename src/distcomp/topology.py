@@ -44,9 +44,7 @@ class Row:
         if gone.isdisjoint(self.neighbours):
             return self
         kept = [(j, w) for j, w in zip(self.neighbours, self.weights, strict=True) if j not in gone]
-        own = self.own + sum(
-            w for j, w in zip(self.neighbours, self.weights, strict=True) if j in gone
-        )
+        own = self.own + sum(w for j, w in zip(self.neighbours, self.weights, strict=True) if j in gone)
         return Row(self.rank, tuple(j for j, _ in kept), tuple(w for _, w in kept), own)
 
 

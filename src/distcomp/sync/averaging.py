@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distcomp.compressors import Identity
 from distcomp.errors import DistcompError
-from distcomp.exchange import Group, Talk, within
+from distcomp.exchange import Broadcast, Group, Talk, within
 from distcomp.layout import Layout, Slab
 from distcomp.methods.base import Outcome, State, Turn, map_state
+from distcomp.payload import Payload
 from distcomp.randomness import Key
 from distcomp.schedule import Varying, extremes, whole
 from distcomp.transports.conversation import Conversation
@@ -87,6 +89,15 @@ class Averaging(ABC):
         """What becomes of floating-point buffers at an exchange: ``keep`` or ``average``."""
         return "keep"
 
+    def report(self, state: State) -> dict[str, Any]:
+        """What the algorithm has counted."""
+        return {}
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether on another world size the state begins anew from the mean of the models."""
+        return False
+
     def levels(self) -> tuple[Averaging, ...]:
         """Averagings of different periods that this one consists of: itself."""
         return (self,)
@@ -124,7 +135,19 @@ class Levels:
         return {f"level {number}": part.conditions(layout, size) for number, part in enumerate(self.parts)}
 
 
-@dataclass
+@dataclass(frozen=True)
+class FromFirst:
+    """Everybody takes what rank 0 has."""
+
+    transparent: bool = True
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        identity = Identity()
+        payload: Payload = yield Broadcast(identity.encode(x, turn.layout, turn.shared), source=0)
+        return agreed(identity.decode(payload, turn.layout), state)
+
+
+@dataclass(eq=False)
 class Track:
     """One worker's side of one level of an averaging, for one fragment of the model."""
 
@@ -133,6 +156,8 @@ class Track:
     layout: Layout
     turn: Moment
     group: Group | None
+    first: bool
+    """Whether this is the level's first fragment: what goes along with an exchange goes with this one."""
     last: int
     """The step of the last exchange; before the first it is set so that fragments take turns."""
     exchanges: int = 0
@@ -200,7 +225,9 @@ def tracks_of(averaging: Averaging | Levels, layout: Layout, rank: int, size: in
         for index, fragment in enumerate(fragments):
             first = -(-period * (index + 1) // len(fragments))
             turn = Moment(here, many, fragment, 0, Key.of(0))
-            tracks.append(Track(f"{number}.{index}", level, fragment, turn, group, last=first - period))
+            tracks.append(
+                Track(f"{number}.{index}", level, fragment, turn, group, index == 0, last=first - period)
+            )
     return tracks
 
 

@@ -94,6 +94,10 @@ class ECD(Gossip):
         outside = {one.name: piece.abs() > self.compressor.limit for one, piece in layout.pieces(z)}
         return PerParameter({name: counted[name] + where.sum() for name, where in outside.items()})
 
+    def report(self, state: State) -> dict[str, Any]:
+        """Values that the grid had to clamp, by parameter."""
+        return {"overflow": {name: int(count) for name, count in state["overflow"].items() if count}}
+
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
         numbers = super().conditions(layout, size)
         grid = self.compressor

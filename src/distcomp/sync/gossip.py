@@ -45,6 +45,10 @@ class Gossip(Averaging):
     compressor: Compressor = field(default_factory=Identity)
     topology: str | Topology = "ring"
 
+    @property
+    def starts_anew(self) -> bool:
+        return True
+
     def row(self, turn: Moment) -> Row:
         """This worker's neighbours and weights, the dead left out."""
         return resolve(self.topology, turn.size).row(turn.rank, turn.step).without(turn.absent)
@@ -71,8 +75,8 @@ class Gossip(Averaging):
         topology = resolve(self.topology, size)
         if self.replicas and topology.changes:
             raise DistcompError(
-                f"{type(self).__name__} keeps replicas of its neighbours' models, so they must stay the same, and "
-                f"those of {topology.name} change; use a fixed topology, or dpsgd or deepsqueeze"
+                f"{type(self).__name__} keeps replicas of its neighbours' models; they must not change, "
+                f"and those of {topology.name} do; use a fixed topology, or dpsgd or deepsqueeze"
             )
         numbers = {"topology": topology.name, "rho": topology.rho, "spectral_gap": topology.spectral_gap}
         return numbers if topology.changes else {**numbers, "mu": topology.mu}
@@ -155,8 +159,8 @@ class DCD(Gossip):
         if alpha >= limit:
             numbers["warning"] = (
                 "DCD is proven to converge where the compressor's relative error alpha is below "
-                f"(1-rho)/(2 mu) = {limit:.3g} on {numbers['topology']}; on Gaussian data {self.compressor} has "
-                f"{alpha:.3g}; use more bits, a denser topology, or choco"
+                f"(1-rho)/(2 mu) = {limit:.3g} on {numbers['topology']}; on Gaussian data {self.compressor} "
+                f"has {alpha:.3g}; use more bits, a denser topology, or choco"
             )
         return numbers
 

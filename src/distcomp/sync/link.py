@@ -1,4 +1,5 @@
-"""The line between the ranks of one attached model: agreed settings, a process group of its own, heartbeat, ledger."""
+"""The line between the ranks of one attached model: agreed settings, a process group of its own, heartbeat,
+ledger."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from distcomp.recording import Recorder
+from distcomp.sync.target import Target
 from distcomp.transports.base import Channel
 from distcomp.transports.direct import Direct
 from distcomp.transports.ledger import Ledger
@@ -40,17 +41,17 @@ class Link:
     _transport: TorchDist | Direct
 
     @staticmethod
-    def open(model: DistributedDataParallel, settings: Mapping[str, str], timeout_s: float) -> Link:
+    def open(target: Target, settings: Mapping[str, str], timeout_s: float) -> Link:
         """Agree on the settings with every rank, then open the line.
 
         Raises SettingsMismatch or PeerLost on every rank, within ``timeout_s``.
         """
-        parent = model.process_group
+        parent = target.group
         rank, size = dist.get_rank(parent), dist.get_world_size(parent)
         store = parent.get_group_store()
         name = f"attach{next(_ATTACHED)}"
         agree(store, rank, size, name, settings, timeout_s)
-        group = _own_group(model, timeout_s)
+        group = _own_group(target, timeout_s)
         liveness = Liveness(store, rank, size, name)
         carrier = Direct if dist.get_backend(group) == "gloo" else TorchDist
         transport = carrier(group, liveness, timeout_s)
@@ -66,10 +67,11 @@ class Link:
         atexit.unregister(self._liveness.close)
 
 
-def _own_group(model: DistributedDataParallel, timeout_s: float) -> dist.ProcessGroup:
-    """A process group for distcomp's exchanges alone, one per model: nobody else's collectives come between."""
-    if model not in _GROUPS:
-        parent = model.process_group
+def _own_group(target: Target, timeout_s: float) -> dist.ProcessGroup:
+    """A process group for distcomp's exchanges alone, one per model: nobody else's collectives come
+    between."""
+    if target.key not in _GROUPS:
+        parent = target.group
         ranks = [dist.get_global_rank(parent, rank) for rank in range(dist.get_world_size(parent))]
         group = dist.new_group(
             ranks,
@@ -78,5 +80,5 @@ def _own_group(model: DistributedDataParallel, timeout_s: float) -> dist.Process
             use_local_synchronization=True,
         )
         assert isinstance(group, dist.ProcessGroup)
-        _GROUPS[model] = group
-    return _GROUPS[model]
+        _GROUPS[target.key] = group
+    return _GROUPS[target.key]

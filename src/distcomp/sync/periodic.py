@@ -79,11 +79,11 @@ class Periodic(Averaging):
         )
         self._refuse(
             (self.fragments > 1 or self.overlap > 0) and self.optimizer_state != "keep",
-            "fragments and overlap go with optimizer_state='keep' only: the model is never averaged all at once",
+            "fragments and overlap go with optimizer_state='keep' only: it is never averaged all at once",
         )
         self._refuse(
             self.on_failure != "stop",
-            "periodic averaging asks all workers, so it stops when one dies; on_failure='continue' is gossip's",
+            "periodic averaging asks all workers, and stops when one dies; on_failure='continue' is gossip's",
         )
 
     def _refuse(self, wrong: bool, sentence: str) -> None:
@@ -163,7 +163,7 @@ class Mean(Averaging):
             return None
         if size % self.ranks_per_group:
             raise DistcompError(
-                f"{size} ranks make no whole number of groups of {self.ranks_per_group}; use a divisor of {size}"
+                f"{size} ranks make no whole number of groups of {self.ranks_per_group}; use a divisor"
             )
         first = rank - rank % self.ranks_per_group
         return tuple(range(first, first + self.ranks_per_group))
@@ -184,7 +184,7 @@ class Mean(Averaging):
         return agreed(model, state)
 
     def _drawn(self, turn: Moment) -> Iterator[Tensor]:
-        """Places in the slab: ``share`` of each parameter, rounded at random so that small ones have a turn."""
+        """Places in the slab: ``share`` of each parameter, rounded at random: small ones have a turn."""
         for segment, at in zip(turn.layout.segments, turn.layout.offsets, strict=True):
             generator = turn.shared.fold(segment.name, segment.start).generator()
             count = int(self.share * segment.numel + torch.rand((), generator=generator).item())

@@ -1,0 +1,350 @@
+"""Models in training: when they are averaged, what else is, and how a run is saved and resumed.
+
+The clock is the *iteration*: a training forward and the backward that followed it, outside ``no_sync()``. It
+is never the optimizer's step, which a GradScaler may skip on one rank while others take it. An iteration's
+exchange happens at the next forward that builds a graph, when the optimizer has stepped (or not) on every
+rank; or when somebody asks for the models: :meth:`ModelSync.state_dict`, :meth:`ModelSync.averaged`,
+:meth:`ModelSync.finish`.
+
+Under DistributedDataParallel gradients stay local: the hook hands each bucket back as it is.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.optim.optimizer import Optimizer
+
+from distcomp.compressors import Identity
+from distcomp.errors import DistcompError
+from distcomp.layout import Layout, Slab
+from distcomp.methods.base import Outcome, State, Turn, cut_state, join_state
+from distcomp.methods.lift import lift
+from distcomp.randomness import Key
+from distcomp.sync.averaging import Averaging, FromFirst, Landing, Levels, Track, tracks_of
+from distcomp.sync.lane import Lane
+from distcomp.sync.optimizers import average, forget, needed
+from distcomp.sync.pipeline import Timeline
+from distcomp.sync.record import Iteration
+from distcomp.sync.target import Target
+from distcomp.sync.weights import Weights
+from distcomp.transports.base import Channel
+from distcomp.transports.conversation import Conversation, Talker
+
+
+class ModelSync:
+    """Averages a model's weights as ``averaging`` says, over ``channel``.
+
+    All ranks start from rank 0's weights and buffers.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        averaging: Averaging | Levels,
+        channel: Channel,
+        optimizer: Optimizer | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.method = averaging
+        self.iterations = 0
+        self.last: Iteration | None = None
+        self.error: DistcompError | None = None
+        self._channel = channel
+        self._optimizer = optimizer
+        self._seed = seed
+        self._weights = Weights(target.module)
+        self._ddp = target.ddp
+        rank, size = channel.transport.rank, channel.transport.size
+        self._tracks = tracks_of(averaging, self._weights.layout, rank, size)
+        beside = any(track.averaging.overlap for track in self._tracks)
+        self._lane = Lane(channel, self._weights.device, beside)
+        self._timeline = Timeline()
+        self._forwards = 0
+        self._fresh = self._pending = self._quiet = False
+        self._hooks: list[Any] = []
+        self._broadcast_buffers = target.ddp is not None and target.ddp.broadcast_buffers
+        if target.ddp is not None:
+            target.ddp.broadcast_buffers = False  # a global call in every forward
+        self._begin_alike()
+        self._listen(target)
+
+    # ----------------------------------------------------------------------------------------- the clock
+
+    def _listen(self, target: Target) -> None:
+        """Count forwards; and backwards, where no DDP hook tells of them."""
+        self._hooks.append(target.called.register_forward_pre_hook(self._before_forward))
+        if target.ddp is None:
+            parameters = list(self._weights.parameters.values())
+            self._hooks.append(register_multi_grad_hook(parameters, self._after_gradient, mode="any"))
+
+    def hook(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Give a bucket back to DDP as it is; its last one ends a backward."""
+        if bucket.is_last():
+            self._after_gradient(None)
+        buffer = bucket.buffer()
+        devices: list[int | str | torch.device] | None = [buffer.device] if buffer.is_cuda else None
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+        future.set_result(buffer)
+        return future
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards in this context are no iterations: gradients accumulate."""
+        self._quiet = True
+        try:
+            yield
+        finally:
+            self._quiet = False
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_forward(self, module: nn.Module, arguments: object) -> None:
+        if torch.is_grad_enabled():
+            self.settle()
+            self._forwards += 1
+            self._fresh = True
+
+    def _after_gradient(self, gradient: object) -> None:
+        if self._fresh and not self._quiet:
+            self._fresh = False
+            self._pending = True
+            self.iterations += 1
+
+    def settle(self) -> None:
+        """Make the exchange that the last iteration left to be made, if it did."""
+        if self.error is not None:
+            raise self.error
+        if not self._pending:
+            return
+        self._pending = False
+        begin_s, sent_before = time.perf_counter(), self._channel.ledger.total_bytes
+        self._timeline = Timeline()
+        try:
+            for track in self._tracks:
+                self._land(track)
+                self._begin(track)
+        except DistcompError as error:
+            self.error = error
+            raise
+        sent = self._channel.ledger.total_bytes - sent_before
+        self.last = Iteration(self.iterations - 1, self._timeline, begin_s, sent)
+
+    def idle(self) -> None:
+        """Raises what went wrong, also that the model is trained without being called."""
+        if self.error is not None:
+            raise self.error
+        if not self._forwards:
+            raise DistcompError(
+                "the optimizer steps but the attached model was never called; call the model that was "
+                "attached, not what it wraps"
+            )
+
+    # ----------------------------------------------------------------------------------------- exchanges
+
+    def _begin(self, track: Track) -> None:
+        """Start the exchange that is due, and finish it unless it overlaps."""
+        if not track.due(self.iterations):
+            return
+        talk = track.talk(self._weights.read(track.layout), self.iterations, self._seed)
+        track.landing = Landing(self.iterations + track.averaging.overlap, self._carry(talk))
+        self._land(track)
+
+    def _land(self, track: Track, early: bool = False) -> None:
+        """Use the result of an exchange if its step has come."""
+        if track.landing is None or (track.landing.at > self.iterations and not early):
+            return
+        outcome = track.landing.outcome()
+        self._weights.write(track.layout, track.land(outcome, self._weights.read(track.layout)))
+        if not track.first:
+            return
+        if track.averaging.buffers == "average":
+            self._weights.write_buffers(self._mean(self._weights.read_buffers(), self._weights.buffers))
+        if track.averaging.optimizer_state == "reset":
+            forget(self._optimizer, self._weights.parameters)
+        elif track.averaging.optimizer_state == "average":
+            average(self._optimizer, self._weights.parameters, self._mean)
+
+    def _carry(self, talk: Conversation) -> Callable[[], Outcome]:
+        """Carry a conversation; the function waits for its outcome."""
+        wait = self._lane.start(talk)
+        step = self.iterations
+
+        @cache
+        def outcome() -> Outcome:
+            self._timeline.spans += wait().spans
+            if not talk.finite:
+                raise DistcompError(
+                    f"a worker's model held a NaN or an infinity after iteration {step}: training diverged; "
+                    "lower the learning rate, and restart from the last checkpoint"
+                )
+            assert talk.outcome is not None
+            return talk.outcome
+
+        return outcome
+
+    def _ask(self, talker: Talker, x: Tensor, layout: Layout) -> Tensor:
+        """The estimate of a conversation that keeps no state."""
+        transport = self._channel.transport
+        turn = Turn(
+            transport.rank, transport.size, layout, self.iterations, Key.of(self._seed, self.iterations)
+        )
+        return self._carry(Conversation(talker, x, {}, turn))().estimate if x.numel() else x
+
+    def _mean(self, x: Tensor, layout: Layout) -> Tensor:
+        return self._ask(lift(Identity()), x, layout)
+
+    def _begin_alike(self) -> None:
+        """Take rank 0's weights and buffers, and start all tracks from them."""
+        weights = self._weights
+        weights.write(weights.layout, self._ask(FromFirst(), weights.read(weights.layout), weights.layout))
+        weights.write_buffers(self._ask(FromFirst(), weights.read_buffers(), weights.buffers))
+        self._start_tracks()
+
+    def _start_tracks(self) -> None:
+        for track in self._tracks:
+            track.start(self._weights.read(track.layout))
+
+    # ----------------------------------------------------------------------------- what all agree on now
+
+    @contextmanager
+    def averaged(self) -> Iterator[float]:
+        """The module holds the mean of all workers' weights and buffers; afterwards each its own again.
+
+        Yields the root mean square distance of a worker's weights from the mean.
+        """
+        self.settle()
+        weights = self._weights
+        own, own_buffers = weights.read(weights.layout), weights.read_buffers()
+        mean = self._mean(own, weights.layout)
+        square = self._mean((own - mean).square().sum().view(1), Layout.of([("square", (1,))]))
+        weights.write(weights.layout, mean)
+        weights.write_buffers(self._mean(own_buffers, weights.buffers))
+        try:
+            yield (square.item() / weights.layout.numel) ** 0.5
+        finally:
+            weights.write(weights.layout, own)
+            weights.write_buffers(own_buffers)
+
+    def finish(self) -> None:
+        """Average all weights and buffers in float32 once more; all ranks start again from the same."""
+        self.settle()
+        for track in self._tracks:
+            self._land(track, early=True)
+        weights = self._weights
+        weights.write(weights.layout, self._mean(weights.read(weights.layout), weights.layout))
+        weights.write_buffers(self._mean(weights.read_buffers(), weights.buffers))
+        self._start_tracks()
+
+    def report(self) -> dict[str, Any]:
+        """What the theory depends on, in numbers, and what the algorithm has counted."""
+        size = self._channel.transport.size
+        counts: dict[str, Any] = {}
+        for track in self._tracks:
+            counts |= track.averaging.report(track.state)
+        return {"conditions": self.method.conditions(self._weights.layout, size), **counts}
+
+    def close(self) -> None:
+        """Leave the model as it is."""
+        if self._ddp is not None:
+            self._ddp.broadcast_buffers = self._broadcast_buffers
+        for hook in self._hooks:
+            hook.remove()
+        self._lane.close()
+
+    # --------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's weights and buffers too: between exchanges they are its own."""
+        self.settle()
+        tracks = {
+            track.name: {
+                "last": track.last,
+                "exchanges": track.exchanges,
+                "lands_at": track.landing.at if track.landing else -1,
+            }
+            for track in self._tracks
+        }
+        return {
+            "iterations": self.iterations,
+            "seed": self._seed,
+            "tracks": tracks,
+            "state": cut_state(self._tree()),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what was saved. On another world size, weights, anchors and residuals are means.
+
+        Gossip then starts anew from the mean of the models: replicas of workers that are gone mean nothing.
+        """
+        self.settle()
+        self.iterations, self._seed = int(saved["iterations"]), int(saved["seed"])
+        resized = int(saved.get("world_size", self._channel.transport.size)) != self._channel.transport.size
+        for track in self._tracks:
+            counts = saved["tracks"][track.name]
+            track.last, track.exchanges = int(counts["last"]), int(counts["exchanges"])
+            if int(counts["lands_at"]) >= 0:
+                blank = Outcome(self._weights.read(track.layout), lambda: torch.empty(0), track.state)
+                track.landing = Landing(int(counts["lands_at"]), _known(blank))
+        tree = join_state(saved["state"], self._tree())
+        self._weights.write(self._weights.layout, tree["weights"].data)
+        self._weights.write_buffers(tree["buffers"].data)
+        for track in self._tracks:
+            track.state = tree["tracks"][track.name]
+            if track.landing is not None:
+                arrived = tree["landing"][track.name]
+                outcome = Outcome(arrived["model"].data, lambda: torch.empty(0), arrived["state"])
+                track.landing = Landing(track.landing.at, _known(outcome))
+            if resized and track.averaging.starts_anew:
+                track.start(self._weights.read(track.layout))
+                track.exchanges = 0
+
+    def _tree(self) -> State:
+        """Everything that is remembered, as one state."""
+        weights = self._weights
+        arriving = {track: track.landing.outcome() for track in self._tracks if track.landing is not None}
+        return {
+            "weights": Slab(weights.read(weights.layout), weights.layout),
+            "buffers": Slab(weights.read_buffers(), weights.buffers),
+            "tracks": {track.name: track.state for track in self._tracks},
+            "landing": {
+                track.name: {"model": Slab(outcome.estimate, track.layout), "state": outcome.state}
+                for track, outcome in arriving.items()
+            },
+        }
+
+
+def _known(outcome: Outcome) -> Callable[[], Outcome]:
+    return lambda: outcome
+
+
+def refuse_averaging(target: Target, averaging: Averaging | Levels, optimizer: Optimizer | None) -> None:
+    """What cannot be served, named with its reason; warns where a condition of the paper does not hold."""
+    if target.ddp is not None and target.ddp.find_unused_parameters:
+        raise DistcompError(
+            "find_unused_parameters=True makes DDP ask all ranks in every backward, which averaging is to avoid; "
+            "wrap the model with find_unused_parameters=False, or attach to the plain module"
+        )
+    for name, part in target.module.named_modules():
+        if isinstance(part, nn.SyncBatchNorm):
+            raise DistcompError(
+                f"{name} is a SyncBatchNorm, which asks all ranks in every forward; use BatchNorm"
+            )
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise DistcompError(
+            "ZeroRedundancyOptimizer hands out parameters that now differ between ranks; use the one inside"
+        )
+    if any(level.optimizer_state != "keep" for level in averaging.levels()):
+        needed(optimizer)
+    size = dist.get_world_size(target.group)
+    warning = averaging.conditions(Weights(target.module).layout, size).get("warning")
+    if warning and dist.get_rank(target.group) == 0:
+        warnings.warn(warning, stacklevel=4)
