@@ -70,7 +70,7 @@ def register(
     """Enter a recipe under its own name."""
 
     def enter(recipe: Recipe) -> Recipe:
-        recipe = with_schedules(recipe)
+        recipe = with_schedules(recipe, everywhere=kind == "gradient")
         name = recipe.__name__.rstrip("_")
         METHODS[name] = Entry(name, recipe, paper, wire, summable, biased, differs, kind, control)
         return recipe
@@ -81,7 +81,8 @@ def register(
 def parse(text: str) -> Any:
     """The method that a config string names: ``qsgd``, ``qsgd:bits=4,block=128``.
 
-    Raises DistcompError for a name that is not registered, a setting the method does not have, or a value of another kind.
+    Raises DistcompError for a name that is not registered, a setting the method does not have, or a value of
+    another kind.
     """
     name, _, settings = text.partition(":")
     entry = METHODS.get(name.strip())
@@ -98,12 +99,15 @@ def parse(text: str) -> Any:
     for key, value in arguments.items():
         if not _fits(value, kinds.get(key, Any)):
             wanted, default = getattr(kinds[key], "__name__", kinds[key]), entry.parameters[key]
-            raise DistcompError(f"{name.strip()}: {key} takes {wanted}, not {value!r}; the default is {default!r}")
+            raise DistcompError(
+                f"{name.strip()}: {key} takes {wanted}, not {value!r}; the default is {default!r}"
+            )
     return entry.recipe(**arguments)
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated kind; the text of a schedule fits any, a whole number fits where a float does."""
+    """Whether a value is of an annotated kind; the text of a schedule fits any, a whole number fits where a
+    float does."""
     if isinstance(value, str) and "@" in value:
         return True
     if isinstance(kind, UnionType) or get_origin(kind) is Union:

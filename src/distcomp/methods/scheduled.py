@@ -93,8 +93,11 @@ def _form(state: State) -> dict[tuple[str, str], tuple[int, ...]]:
 Recipe = TypeVar("Recipe", bound=Callable[..., Any])
 
 
-def with_schedules(recipe: Recipe) -> Recipe:
-    """The recipe, whose settings may now also be schedules or the text of one (``bits="8 -> 4 @ 1000"``)."""
+def with_schedules(recipe: Recipe, everywhere: bool = True) -> Recipe:
+    """The recipe, whose settings may now also be schedules or the text of one (``bits="8 -> 4 @ 1000"``).
+
+    Without ``everywhere`` only those annotated as such may; others are refused with a DistcompError.
+    """
     signature = inspect.signature(recipe)
     native = {name for name, one in signature.parameters.items() if "Schedule" in str(one.annotation)}
 
@@ -102,7 +105,13 @@ def with_schedules(recipe: Recipe) -> Recipe:
     def build(*arguments: Any, **settings: Any) -> Any:
         given = dict(signature.bind(*arguments, **settings).arguments)
         read = {name: one if name in native else _read(one) for name, one in given.items()}
-        if any(isinstance(one, Schedule) for name, one in read.items() if name not in native):
+        changing = [name for name, one in read.items() if isinstance(one, Schedule) and name not in native]
+        if changing and not everywhere:
+            raise DistcompError(
+                f"{recipe.__name__}: {changing[0]} cannot change with the step; give a number"
+                + (f" (a schedule may be given for {', '.join(sorted(native))})" if native else "")
+            )
+        if changing:
             return Scheduled(recipe.__name__.rstrip("_"), tuple(read.items()), recipe)
         return recipe(**given)
 
