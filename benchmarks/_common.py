@@ -1,4 +1,5 @@
-"""What the benchmarks share: an emulated network of ranks, and a result file that says where its numbers come from."""
+"""What the benchmarks share: an emulated network of ranks, and a result file that says where its numbers come
+from."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from distcomp.recording import surroundings
 RESULTS = Path(__file__).parent / "results"
 
 
-def on_network(script: str, ranks: int, rate: str, env: Mapping[str, str], delay: str = "0ms") -> dict[str, Any]:
+def on_network(
+    script: str, ranks: int, rate: str, env: Mapping[str, str], delay: str = "0ms"
+) -> dict[str, Any]:
     """Run ``script`` on every rank of an emulated network; what rank 0 prints as its last line is JSON.
 
     Returns that, with what the network's self-test measured.
@@ -29,7 +32,9 @@ def on_network(script: str, ranks: int, rate: str, env: Mapping[str, str], delay
         outcome = net.launch([sys.executable, script], env=dict(env), show=show_nothing)
         if not outcome.ok:
             failed = outcome.first_failure or 0
-            raise distcomp.DistcompError(f"{script} failed on rank {failed}: {outcome.outputs[failed][-3000:]}")
+            raise distcomp.DistcompError(
+                f"{script} failed on rank {failed}: {outcome.outputs[failed][-3000:]}"
+            )
         lines = [line for line in outcome.outputs[0].splitlines() if line.startswith("{")]
         found: dict[str, Any] = json.loads(lines[-1])
         return {"network": net.describe(), "real_packets": net.real_packets, **found}

@@ -2,8 +2,9 @@
 
     python benchmarks/digit_pairs.py            # writes results/digit_pairs.json
 
-Four workers, an unshaped network (the loss does not depend on its speed). Differences to DDP are paired by seed, because seeds
-differ more than methods do. Two controls are known to be worse: no communication, and one bit without error feedback.
+Four workers, an unshaped network (the loss does not depend on its speed). Differences to DDP are paired by
+seed, because seeds differ more than methods do. Two controls are known to be worse: no communication, and one
+bit without error feedback.
 """
 
 from __future__ import annotations
@@ -59,13 +60,17 @@ def summarize(by_seed: list[dict[str, tuple[float, float]]], methods: tuple[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
     by_seed = [final_losses(seed, arguments.steps, METHODS) for seed in range(arguments.seeds)]
     rows = summarize(by_seed, METHODS)
-    path = write("digit_pairs", {"ranks": 4, "steps": arguments.steps, "seeds": arguments.seeds, "methods": rows})
+    path = write(
+        "digit_pairs", {"ranks": 4, "steps": arguments.steps, "seeds": arguments.seeds, "methods": rows}
+    )
     for method, row in rows.items():
         print(f"{method:<36}{json.dumps({k: v for k, v in row.items() if k != 'test_loss'})}")
     print(f"written to {path}", file=sys.stderr)

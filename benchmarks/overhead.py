@@ -1,8 +1,10 @@
-"""What does attaching cost where the network is not the bottleneck? Steps of bare DDP and of DDP with identity, in turn.
+"""What does attaching cost where the network is not the bottleneck? Steps of bare DDP and of DDP with
+identity, in turn.
 
     python benchmarks/overhead.py               # writes results/overhead.json
 
-Two ranks on an unshaped network, a gradient of about 17 MB, batches large enough that compute is most of a step.
+Two ranks on an unshaped network, a gradient of about 17 MB, batches large enough that compute is most of a
+step.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ SIDE, LAYERS = 1024, 4
 
 def model() -> DistributedDataParallel:
     torch.manual_seed(0)
-    return DistributedDataParallel(nn.Sequential(*(nn.Linear(SIDE, SIDE) for _ in range(LAYERS))), bucket_cap_mb=4)
+    return DistributedDataParallel(
+        nn.Sequential(*(nn.Linear(SIDE, SIDE) for _ in range(LAYERS))), bucket_cap_mb=4
+    )
 
 
 def step_s(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> float:
@@ -58,7 +62,9 @@ def rank_main() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=512)
     arguments = parser.parse_args()

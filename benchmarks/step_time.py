@@ -1,10 +1,11 @@
-"""How long does an exchange take, against the bytes it must send? Methods and DDP in turn, in one run, on one network.
+"""How long does an exchange take, against the bytes it must send? Methods and DDP in turn, in one run, on one
+network.
 
     python benchmarks/step_time.py --rate 100mbit --ranks 4        # writes results/step_time_100mbit.json
 
-Each rank's gradient is about 17 MB in several buckets. The exchange's time runs from the first encode to the last decode;
-the prediction is what the queue must be charged (payloads and headers) over the rate. Bytes are counted three times: by the ledger
-(payloads), by the prediction (with headers), and by the kernel's queue.
+Each rank's gradient is about 17 MB in several buckets. The exchange's time runs from the first encode to the
+last decode; the prediction is what the queue must be charged (payloads and headers) over the rate. Bytes are
+counted three times: by the ledger (payloads), by the prediction (with headers), and by the kernel's queue.
 """
 
 from __future__ import annotations
@@ -129,7 +130,9 @@ def summarize(raw: dict[str, object], rate_bps: float) -> dict[str, dict[str, fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rate", default="100mbit")
     parser.add_argument("--turns", type=int, default=3)

@@ -256,7 +256,8 @@ class _Watch:
         self._sync.idle()
         if self._sync.iterations == 0:
             raise DistcompError(
-                "the optimizer steps but no gradient went through the attached method: call the attached model itself "
+                "the optimizer steps but no gradient went through the attached method: call the attached "
+                "model itself "
                 "(not model.module), outside no_sync(), before optimizer.step()"
             )
         self.record()
@@ -324,7 +325,8 @@ def _method(method: Chosen | None) -> Chosen:
         method = parse(method)
     if not isinstance(method, Method | Averaging | Levels):
         raise DistcompError(
-            f"{method!r} is no method; pass one of {', '.join(f'distcomp.{name}(...)' for name in sorted(METHODS))}"
+            f"{method!r} is no method; pass one of "
+            f"{', '.join(f'distcomp.{name}(...)' for name in sorted(METHODS))}"
         )
     return method
 
@@ -342,7 +344,8 @@ def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None
             )
     if getattr(model, "_use_python_reducer", False):
         raise DistcompError(
-            "torch.compile's python_reducer bypasses communication hooks; set torch._dynamo.config.optimize_ddp = "
+            "torch.compile's python_reducer bypasses communication hooks; set "
+            "torch._dynamo.config.optimize_ddp = "
             "'ddp_optimizer' before wrapping the model"
         )
     if optimizer is not None and getattr(optimizer, "_overlap_with_ddp", False):
@@ -361,7 +364,8 @@ def _settings(target: Target, method: Chosen, optimizer: Optimizer | None, seed:
     return {
         "method": method if isinstance(method, str) else repr(method),
         "seed": str(seed),
-        "parameters": f"{len(shapes)} tensors, digest {hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}",
+        "parameters": f"{len(shapes)} tensors, digest "
+        "{hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}",
         "bucket_cap_bytes": str(getattr(target.ddp, "bucket_bytes_cap", None)),
         "optimizer": type(optimizer).__name__,
         "distcomp": distcomp.__version__,

@@ -1,6 +1,7 @@
 """What goes wrong, in one sentence and with a remedy.
 
-Every error a user can cause is a :class:`DistcompError`; the shell prints its sentence and exits with status 2.
+Every error a user can cause is a :class:`DistcompError`; the shell prints its sentence and exits with status
+2.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class PeerLost(DistcompError):
 
 
 class CorruptPayload(DistcompError):
-    """Bytes that arrived are not the bytes that were sent; the message says which check failed and from whom."""
+    """Bytes that arrived are not the bytes that were sent; the message says which check failed and from
+    whom."""
 
 
 class Mismatch(DistcompError):

@@ -1,7 +1,7 @@
 """What one worker may ask of the others: a closed set of frozen requests.
 
-A method is a generator that *yields* requests and is *sent* the answers. It does no I/O. Who carries a request
-(torch.distributed, MPI, or N workers stepped in one process) is decided by a transport.
+A method is a generator that *yields* requests and is *sent* the answers. It does no I/O. Who carries a
+request (torch.distributed, MPI, or N workers stepped in one process) is decided by a transport.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Sum:
 class Gather:
     """Send ``payload`` to every rank. Answer: the payloads of all ranks, in rank order.
 
-    ``parts`` names what each rank sends where that differs from rank to rank. On the wire: ``(n-1)`` payloads.
+    ``parts`` names what each rank sends where that differs from rank to rank. On the wire: ``(n-1)``
+    payloads.
     """
 
     payload: Payload
@@ -86,7 +87,8 @@ def sums_directly(nbytes: float, members: int) -> bool:
 
 
 def sum_bytes(nbytes: float, members: int) -> int:
-    """What each rank sends for the sum of a tensor: ``2 (n-1)/n`` of it around a ring, ``n-1`` times it directly."""
+    """What each rank sends for the sum of a tensor: ``2 (n-1)/n`` of it around a ring, ``n-1`` times it
+    directly."""
     if sums_directly(nbytes, members):
         return round((members - 1) * nbytes)
     return round(2 * (members - 1) / members * nbytes)

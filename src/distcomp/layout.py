@@ -1,13 +1,14 @@
 """What is being sent: which parameter lies where in a flat tensor.
 
 A *slab* is a flat tensor; its :class:`Layout` is the frozen record of the parameters in it. State is keyed by
-parameter name, never by bucket index, because DistributedDataParallel rebuilds its buckets after the first step.
-Blocks (of a quantizer, of a sparsifier) lie on a grid that starts at element 0 of each parameter, so that cutting or
-regrouping a slab changes no value.
+parameter name, never by bucket index, because DistributedDataParallel rebuilds its buckets after the first
+step. Blocks (of a quantizer, of a sparsifier) lie on a grid that starts at element 0 of each parameter, so
+that cutting or regrouping a slab changes no value.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +48,9 @@ class Layout:
     segments: tuple[Segment, ...]
 
     @staticmethod
-    def of(named_shapes: Iterable[tuple[str, tuple[int, ...]]], roles: dict[str, str] | None = None) -> Layout:
+    def of(
+        named_shapes: Iterable[tuple[str, tuple[int, ...]]], roles: dict[str, str] | None = None
+    ) -> Layout:
         """The layout of whole parameters laid end to end."""
         segments = []
         for name, shape in named_shapes:
@@ -113,7 +116,7 @@ class Layout:
 def _split(segments: tuple[Segment, ...], parts: int, grain: int) -> Iterator[Layout]:
     blocks = sum(-(-segment.numel // grain) for segment in segments)
     bounds = [blocks * i // parts for i in range(parts + 1)]
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         chunk, first = [], 0
         for segment in segments:
             count = -(-segment.numel // grain)

@@ -13,8 +13,8 @@ offset    bytes  what
 24        8      checksum of what follows the header (:func:`distcomp.kernels.checksum`)
 ========  =====  ==============================================================
 
-The parts lie behind it in order of falling item size, so that each is aligned without padding. Nothing in a payload is
-ever unpickled; the receiver knows every length before a byte arrives and refuses anything else.
+The parts lie behind it in order of falling item size, so that each is aligned without padding. Nothing in a
+payload is ever unpickled; the receiver knows every length before a byte arrives and refuses anything else.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def seal(payload: Payload, agreed: Seal, finite: Tensor) -> None:
 def unseal(payload: Payload, expected: Seal) -> Tensor:
     """Check the header against what was agreed; return whether the sender's tensor was finite.
 
-    Raises :class:`CorruptPayload` naming the first check that fails. On a GPU nothing waits for the device: a header
-    that is not the expected one makes the answer count as non-finite, and there is no checksum.
+    Raises :class:`CorruptPayload` naming the first check that fails. On a GPU nothing waits for the device: a
+    header that is not the expected one makes the answer count as non-finite, and there is no checksum.
     """
     body = payload.body
     if body.device.type != "cpu":
@@ -138,8 +138,10 @@ def unseal(payload: Payload, expected: Seal) -> Tensor:
     for what, got, wanted in found:
         if got != wanted:
             raise CorruptPayload(
-                f"the payload from rank {expected.rank} in exchange {expected.exchange} is corrupt: {what} is {got!r}, "
-                f"expected {wanted!r}; no gradient was changed: restart from the last checkpoint and check the network"
+                f"the payload from rank {expected.rank} in exchange {expected.exchange} is corrupt: "
+                f"{what} is {got!r}, "
+                f"expected {wanted!r}; no gradient was changed: restart from the last checkpoint and "
+                "check the network"
             )
     return torch.tensor(bool(finite))
 

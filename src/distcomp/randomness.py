@@ -1,7 +1,10 @@
-"""Counter-based random keys: a function of seed, step, round, parameter and rank, never of the global generator.
+"""Counter-based random keys: a function of seed, step, round, parameter and rank, never of the global
+generator.
 
-A :class:`Key` is 64 bits. ``key.fold("scatter", 3)`` gives an independent key; element *i* of a tensor then takes the
-*i*-th number of its key (see :mod:`distcomp.kernels`). A resumed run repeats itself, and no two rounds share noise.
+A :class:`Key` is 64 bits. ``key.fold("scatter", 3)`` gives an independent key; element *i* of a tensor then
+takes the
+*i*-th number of its key (see :mod:`distcomp.kernels`). A resumed run repeats itself, and no two rounds share
+noise.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import torch
 
 @dataclass(frozen=True)
 class Key:
-    """A 64-bit key; folding names into it gives new ones (BLAKE2b, so that streams do not overlap by design)."""
+    """A 64-bit key; folding names into it gives new ones (BLAKE2b, so that streams do not overlap by
+    design)."""
 
     bits: int
 
@@ -28,5 +32,6 @@ class Key:
         return Key(int.from_bytes(digest, "little"))
 
     def generator(self) -> torch.Generator:
-        """A CPU generator seeded by this key, for draws that no kernel makes (permutations, start matrices)."""
+        """A CPU generator seeded by this key, for draws that no kernel makes (permutations, start
+        matrices)."""
         return torch.Generator().manual_seed(self.bits & (2**63 - 1))

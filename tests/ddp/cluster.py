@@ -1,4 +1,5 @@
-"""Real processes for tests: ranks that stay up, import torch once, and run one job after another over Gloo on loopback."""
+"""Real processes for tests: ranks that stay up, import torch once, and run one job after another over Gloo on
+loopback."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class JobFailed(AssertionError):
 
 
 class Cluster:
-    """``size`` processes. ``run(job, *arguments)`` calls ``job(rank, size, *arguments)`` on each and returns the answers."""
+    """``size`` processes. ``run(job, *arguments)`` calls ``job(rank, size, *arguments)`` on each and returns
+    the answers."""
 
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -45,7 +47,8 @@ class Cluster:
         return answers
 
     def outcomes(self, job: Callable[..., Any], *arguments: Any, without: int | None = None) -> list[Any]:
-        """As :meth:`run`, but a rank that raised or died gives a Failure; nobody waits for rank ``without``."""
+        """As :meth:`run`, but a rank that raised or died gives a Failure; nobody waits for rank
+        ``without``."""
         port = _free_port()
         for pipe in self.pipes:
             pipe.send((job, arguments, port))

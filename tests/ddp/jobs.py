@@ -19,7 +19,12 @@ def network(seed: int = 0, width: int = 48) -> nn.Sequential:
     """Weights, biases, a norm; several buckets when DDP's cap is small."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Linear(16, width), nn.ReLU(), nn.LayerNorm(width), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 5)
+        nn.Linear(16, width),
+        nn.ReLU(),
+        nn.LayerNorm(width),
+        nn.Linear(width, width),
+        nn.Tanh(),
+        nn.Linear(width, 5),
     )
 
 

@@ -72,7 +72,8 @@ def test_a_run_whose_scale_changes_equals_one_whose_scale_does_not(cluster, spec
 
 
 def skipped_on_one_rank(rank, size):
-    """Without the exchange telling, rank 0 would step where rank 1 skips. The exchange's clock does not care who steps."""
+    """Without the exchange telling, rank 0 would step where rank 1 skips. The exchange's clock does not care
+    who steps."""
     model, optimizer, handle = jobs.attached("qsgd:bits=1", rank)
     with handle:
         for step, (x, y) in enumerate(jobs.batches(rank, 4)):

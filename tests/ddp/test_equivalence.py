@@ -32,13 +32,16 @@ def test_identity_equals_ddp_bit_for_bit(cluster, size):
 
 
 def attach_detach_attach(rank, size):
-    """qsgd for 3 steps, detached for 3, identity for 3; the detached part must be what plain DDP would have done."""
+    """qsgd for 3 steps, detached for 3, identity for 3; the detached part must be what plain DDP would have
+    done."""
     model, optimizer, handle = jobs.attached("qsgd:bits=4", rank)
     jobs.train(model, optimizer, rank, 3)
     handle.detach()
     twin = jobs.wrap(jobs.network())
     other = jobs.sgd(twin)
-    jobs.train(twin, other, rank, 2)  # DDP rebuilds its buckets: a ring's sums depend on where buffers are cut
+    jobs.train(
+        twin, other, rank, 2
+    )  # DDP rebuilds its buckets: a ring's sums depend on where buffers are cut
     twin.load_state_dict(model.state_dict())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     jobs.train(model, optimizer, rank, 3, start=3)
@@ -91,9 +94,7 @@ def lockstep_estimates(spec, size):
     optimizers = [jobs.sgd(model) for model in models]
     method = distcomp.parse(spec)
     named = list(models[0].named_parameters())[::-1]
-    layout = Layout.of(
-        [(n, tuple(p.shape)) for n, p in named], {"2.weight": "norm", "2.bias": "norm"}
-    )
+    layout = Layout.of([(n, tuple(p.shape)) for n, p in named], {"2.weight": "norm", "2.bias": "norm"})
     states = [method.init(layout) for _ in range(size)]
     net = Lockstep(size)
     feeds = [list(jobs.batches(rank, 4)) for rank in range(size)]

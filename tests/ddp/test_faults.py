@@ -1,4 +1,5 @@
-"""What goes wrong on a network: every rank gets an error with a name, within the timeout, and no wrong gradient."""
+"""What goes wrong on a network: every rank gets an error with a name, within the timeout, and no wrong
+gradient."""
 
 import os
 import signal
@@ -71,7 +72,7 @@ def struck(rank, size, how, victim):
     """The victim stops or dies in the middle of training; the others say what they see."""
     model = jobs.wrap(jobs.network())
     optimizer = jobs.sgd(model)
-    handle = distcomp.attach(model, optimizer, "qsgd:bits=4", timeout_s=8)
+    distcomp.attach(model, optimizer, "qsgd:bits=4", timeout_s=8)
     jobs.train(model, optimizer, rank, 3)
     if rank == victim:
         os.kill(os.getpid(), how)
@@ -103,7 +104,7 @@ def test_a_lost_rank_is_named(doomed, how, victim):
 
 def corrupted(rank, size, where):
     """Rank 1 flips one byte of what it sends in step 2. No rank may apply the gradient."""
-    model, optimizer, handle = jobs.attached("qsgd:bits=4", rank)
+    model, optimizer, _ = jobs.attached("qsgd:bits=4", rank)
     jobs.train(model, optimizer, rank, 2)
     before = jobs.flat(model).clone()
     original = torchdist.TorchDist.start
@@ -145,8 +146,9 @@ def test_a_corrupted_payload_is_an_error_and_never_a_gradient(cluster, where, wh
 
 
 def interrupted(rank, size):
-    """A backward that raises half-way on every rank: what follows is refused, not mixed up with the old one's buckets."""
-    model, optimizer, handle = jobs.attached("qsgd:bits=4", rank)
+    """A backward that raises half-way on every rank: what follows is refused, not mixed up with the old one's
+    buckets."""
+    model, optimizer, _ = jobs.attached("qsgd:bits=4", rank)
     jobs.train(model, optimizer, rank, 3)
     fail = {"on": True}
 

@@ -1,4 +1,5 @@
-"""Save at step k, kill, restart: the trajectory is bit-equal to the uninterrupted one. On another world size the debt is kept."""
+"""Save at step k, kill, restart: the trajectory is bit-equal to the uninterrupted one. On another world size
+the debt is kept."""
 
 import io
 
@@ -56,9 +57,7 @@ def second_half(rank, size, spec, saved):
 def test_resume_is_bit_equal(cluster, spec):
     whole = cluster(2).run(uninterrupted, spec)
     saved = cluster(2).run(first_half, spec)
-    for expected, (resumed, iterations) in zip(
-        whole, cluster(2).run(second_half, spec, saved), strict=True
-    ):
+    for expected, (resumed, iterations) in zip(whole, cluster(2).run(second_half, spec, saved), strict=True):
         assert torch.equal(expected, resumed)
         assert iterations == 10
 

@@ -1,4 +1,5 @@
-"""The ways people train: accumulation, unused and tied and frozen parameters, mixed types, uneven inputs, clipping, compile."""
+"""The ways people train: accumulation, unused and tied and frozen parameters, mixed types, uneven inputs,
+clipping, compile."""
 
 from contextlib import nullcontext
 
@@ -89,9 +90,7 @@ def ordinary(rank, size, spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_gradient_as_bucket_view_changes_nothing(cluster, spec):
-    for viewed, copied in zip(
-        cluster(2).run(bucket_view, spec), cluster(2).run(ordinary, spec), strict=True
-    ):
+    for viewed, copied in zip(cluster(2).run(bucket_view, spec), cluster(2).run(ordinary, spec), strict=True):
         assert torch.equal(viewed, copied)
 
 
@@ -114,7 +113,9 @@ def rebuilt_buckets(rank, size, spec):
                 given[name] += dict(twin.named_parameters())[name].grad
             optimizer.step()
             layouts.append(tuple(sorted(one.names for one in handle._sync.states._slabs)))
-        owed = {n: leaves.get("residual") for n, leaves in handle.state_dict()[f"rank{rank}"]["state"].items()}
+        owed = {
+            n: leaves.get("residual") for n, leaves in handle.state_dict()[f"rank{rank}"]["state"].items()
+        }
     for name, mine in given.items():
         debt = owed.get(name)
         mine -= 0 if debt is None else debt.view_as(mine)

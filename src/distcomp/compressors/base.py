@@ -16,8 +16,8 @@ from distcomp.randomness import Key
 class Compressor(ABC):
     """A local, pure pair of functions: ``encode`` a slab into a payload, ``decode`` it back.
 
-    Subclasses are frozen dataclasses: their fields are their settings, and their ``repr`` is what ranks compare when
-    they are attached. All numbers are float32 inside; a caller converts before and after.
+    Subclasses are frozen dataclasses: their fields are their settings, and their ``repr`` is what ranks
+    compare when they are attached. All numbers are float32 inside; a caller converts before and after.
     """
 
     summable: bool = False
@@ -59,7 +59,8 @@ class Compressor(ABC):
         return wire_bytes(self.parts(layout))
 
     def omega(self, numel: int) -> float | None:
-        """A bound of the variance: ``E|C(x)-x|^2 <= omega |x|^2``, for unbiased compressors; None if not unbiased."""
+        """A bound of the variance: ``E|C(x)-x|^2 <= omega |x|^2``, for unbiased compressors; None if not
+        unbiased."""
         return None
 
     def delta(self, numel: int) -> float | None:

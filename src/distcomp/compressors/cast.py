@@ -21,9 +21,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Cast(Compressor):
     """``C(x) = round(x)`` to the nearest value of a 16-bit float. 2 bytes per value.
 
-    float16 clamps finite values to its range (65504) and lets an infinity through: an overflow must not look like
-    a number, and a number must not look like an overflow. Payloads may be added on the wire; every hop of the ring
-    then rounds once more, which is why the lifting divides by the world size *before* it encodes.
+    float16 clamps finite values to its range (65504) and lets an infinity through: an overflow must not look
+    like a number, and a number must not look like an overflow. Payloads may be added on the wire; every hop
+    of the ring then rounds once more, which is why the lifting divides by the world size *before* it encodes.
 
     Raises DistcompError for a dtype other than ``bf16`` and ``fp16``.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,18 +23,21 @@ class Quantize(Compressor):
 
     For a block ``v`` of ``block`` values and ``s = 2^(bits-1) - 1`` levels on either side of zero::
 
-        C(v)_k = |v| / s * sign(v_k) * xi_k,    xi_k in {l, l+1},  l = floor(s |v_k| / |v|),  E[xi_k] = s |v_k| / |v|
+        C(v)_k = |v| / s * sign(v_k) * xi_k,    xi_k in {l, l+1},  l = floor(s |v_k| / |v|),  E[xi_k] = s
+        |v_k| / |v|
 
-    where ``|v|`` is the largest magnitude (``norm="max"``) or the Euclidean norm (``norm="l2"``). With ``bits=1`` there
-    is no room for a zero: ``C(v)_k = sign(v_k) * mean|v|`` (sign(0) = +1), which is biased and needs error feedback.
+    where ``|v|`` is the largest magnitude (``norm="max"``) or the Euclidean norm (``norm="l2"``). With
+    ``bits=1`` there is no room for a zero: ``C(v)_k = sign(v_k) * mean|v|`` (sign(0) = +1), which is biased
+    and needs error feedback.
 
-    ``bits`` is the whole width of a value on the wire, sign included, and values are packed: a block of 512 at 3 bits
-    takes 192 bytes. On the wire: ``bits/8`` bytes per value and 4 bytes per block. A block whose scale is below
-    ``2^-120`` is sent as zeros.
+    ``bits`` is the whole width of a value on the wire, sign included, and values are packed: a block of 512
+    at 3 bits takes 192 bytes. On the wire: ``bits/8`` bytes per value and 4 bytes per block. A block whose
+    scale is below ``2^-120`` is sent as zeros.
 
-    Source: Alistarh et al., "QSGD", NeurIPS 2017, section 3 and the practical variant of section 4 (blocks, max norm,
-    fixed-width codes); one bit: Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019.
-    We differ: the paper's *s* counts levels without the sign and its codes are Elias-coded; here ``bits`` counts all.
+    Source: Alistarh et al., "QSGD", NeurIPS 2017, section 3 and the practical variant of section 4 (blocks,
+    max norm, fixed-width codes); one bit: Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019. We
+    differ: the paper's *s* counts levels without the sign and its codes are Elias-coded; here ``bits`` counts
+    all.
 
     Raises DistcompError for bits outside 1..8, a block below 1, or an unknown norm or rounding.
     """
@@ -66,7 +70,7 @@ class Quantize(Compressor):
     @property
     def levels(self) -> int:
         """Levels on either side of zero."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def parts(self, layout: Layout) -> Parts:
         plain, code_bytes, scales = 0, 0, 0
@@ -141,19 +145,21 @@ class Quantize(Compressor):
                 piece.copy_(codes)
 
     def omega(self, numel: int) -> float | None:
-        """``min(B/s^2, sqrt(B)/s)`` for the Euclidean norm (Lemma 3.1); the max norm is bounded by ``B/(4 s^2)``.
+        """``min(B/s^2, sqrt(B)/s)`` for the Euclidean norm (Lemma 3.1); the max norm is bounded by ``B/(4
+        s^2)``.
 
-        With the max norm each value errs by a variance of at most ``(|v|_max/s)^2 / 4`` and ``|v|_2 >= |v|_max``.
+        With the max norm each value errs by a variance of at most ``(|v|_max/s)^2 / 4`` and ``|v|_2 >=
+        |v|_max``.
         """
         if not self.unbiased:
             return None
         length = max(1, min(self.block, numel))
         if self.norm == "max":
             return length / (4 * self.levels**2)
-        return min(length / self.levels**2, length**0.5 / self.levels)
+        return min(length / self.levels**2, math.sqrt(length) / self.levels)
 
     def delta(self, numel: int) -> float | None:
-        """One bit: ``|v|_1^2 / (B |v|_2^2) >= 1/B``. Rounding to nearest with the max norm: half a level per value."""
+        """One bit: ``|v|_1^2 / (B |v|_2^2) >= 1/B``. To nearest with the max norm: half a level per value."""
         length = max(1, min(self.block, numel))
         if self.bits == 1:
             return 1 / length
@@ -171,4 +177,5 @@ def _block_l2(x: Tensor, block: int) -> Tensor:
     rows = padded.view(blocks, block)
     largest = rows.abs().amax(1)
     unit = torch.where(largest > 0, largest, torch.ones_like(largest))
-    return (rows / unit[:, None]).norm(dim=1) * largest  # squares of the values themselves over- and underflow
+    # Squares of the values themselves over- and underflow.
+    return torch.linalg.vector_norm(rows / unit[:, None], dim=1) * largest

@@ -7,9 +7,10 @@ A method is a conversation, written as a generator that does no I/O. It reads li
         ...
         return Outcome(estimate, contribution, state)
 
-**The law.** A method returns its *estimate* of the mean of ``x`` over the ranks, equal on every rank, and its own
-*contribution* to it, such that *the contributions of all ranks sum to n times the estimate*. That is what makes error
-feedback six lines that work for every method: keep input minus contribution.
+**The law.** A method returns its *estimate* of the mean of ``x`` over the ranks, equal on every rank, and its
+own
+*contribution* to it, such that *the contributions of all ranks sum to n times the estimate*. That is what
+makes error feedback six lines that work for every method: keep input minus contribution.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from distcomp.layout import Layout, Slab
 from distcomp.randomness import Key
 
 State = Mapping[str, Any]
-"""What a method remembers: a tree of dicts whose leaves are :class:`distcomp.layout.Slab` (one number per element, cut and
+"""What a method remembers: a tree of dicts whose leaves are :class:`distcomp.layout.Slab` (one number per
+element, cut and
 joined by its layout) or :class:`PerParameter`. Returned, never mutated."""
 
 
@@ -54,13 +56,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a conversation comes to. ``contribution`` is a function, because only error feedback asks for it."""
+    """What a conversation comes to. ``contribution`` is a function, because only error feedback asks for
+    it."""
 
     estimate: Tensor
     contribution: Callable[[], Tensor]
     state: State
     deduct: Callable[[Tensor], None] | None = None
-    """Subtracts the contribution from a tensor in place: the same numbers without making the contribution first."""
+    """Subtracts the contribution from a tensor in place: the same numbers without making the contribution
+    first."""
 
     def owed(self, x: Tensor) -> Tensor:
         """``x`` minus the contribution. Overwrites ``x``."""
@@ -82,11 +86,13 @@ class Method(ABC):
 
     @abstractmethod
     def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
-        """Agree on the mean of ``x`` (float32, ``[turn.layout.numel]``). Does not change ``x`` or ``state``."""
+        """Agree on the mean of ``x`` (float32, ``[turn.layout.numel]``). Does not change ``x`` or
+        ``state``."""
 
     @abstractmethod
     def payload_bytes(self, layout: Layout, size: int) -> int:
-        """Bytes that one rank sends in one step, headers of payloads included (the formula, before any is sent).
+        """Bytes that one rank sends in one step, headers of payloads included (the formula, before any is
+        sent).
 
         Where steps differ (schedules, phases): in step 0, and in step t of ``self.at(t)``.
         """
@@ -151,7 +157,8 @@ def cut_state(state: State) -> dict[str, dict[str, Tensor]]:
 
 
 def join_state(cut: ByParameter, template: State) -> dict[str, Any]:
-    """The state of a slab put together again. ``template``, a fresh state, gives the shape and what ``cut`` lacks."""
+    """The state of a slab put together again. ``template``, a fresh state, gives the shape and what ``cut``
+    lacks."""
 
     def slab(path: str, leaf: Slab) -> Slab:
         pieces = [
@@ -161,6 +168,8 @@ def join_state(cut: ByParameter, template: State) -> dict[str, Any]:
         return Slab(torch.cat(pieces) if pieces else leaf.data, leaf.layout)
 
     def each(path: str, leaf: PerParameter) -> PerParameter:
-        return PerParameter({name: cut.get(name, {}).get(path, fresh).to(fresh) for name, fresh in leaf.items()})
+        return PerParameter(
+            {name: cut.get(name, {}).get(path, fresh).to(fresh) for name, fresh in leaf.items()}
+        )
 
     return map_state(template, slab, each)

@@ -17,7 +17,8 @@ from distcomp.methods.lift import lift
 from distcomp.methods.registry import register
 
 PLAIN = Rule(roles=("bias", "norm"))
-"""What goes uncompressed unless asked otherwise: biases and norms are few, and training is sensitive to them."""
+"""What goes uncompressed unless asked otherwise: biases and norms are few, and training is sensitive to
+them."""
 
 
 WHOLE_MODEL = 2**40
@@ -29,10 +30,13 @@ def except_small(method: Method) -> Method:
     return Choose(PLAIN, lift(Identity()), method)
 
 
-def with_feedback(compressor: Compressor, pattern: str = "auto", error_feedback: bool | None = None) -> Method:
+def with_feedback(
+    compressor: Compressor, pattern: str = "auto", error_feedback: bool | None = None
+) -> Method:
     """The lifted compressor, with error feedback where it is biased (or where it is asked for).
 
-    Warns where error feedback meets a compressor that declares no contraction: its residuals may grow without end.
+    Warns where error feedback meets a compressor that declares no contraction: its residuals may grow without
+    end.
     """
     method = lift(compressor, pattern)
     wanted = not compressor.unbiased if error_feedback is None else error_feedback
@@ -42,7 +46,8 @@ def with_feedback(compressor: Compressor, pattern: str = "auto", error_feedback:
         omega = compressor.omega(WHOLE_MODEL)
         known = "" if omega is None else f" (its variance is bounded by {omega:.3g} times its input's square)"
         warnings.warn(
-            f"error feedback needs a contraction, and {compressor} guarantees none{known}: residuals may grow without "
+            f"error feedback needs a contraction, and {compressor} guarantees none{known}: residuals may "
+            "grow without "
             "end; use more bits or smaller blocks, or error_feedback=False where it is unbiased",
             stacklevel=3,
         )
@@ -89,7 +94,8 @@ def fp16() -> Method:
     wire="2 (n-1)/n (d bits/8 + 4 d/block), or (n-1) payloads where that is less",
     summable=False,
     biased=False,
-    differs="bits count the sign; fixed-width codes; one bit is sign times the block's mean magnitude, with error feedback; "
+    differs="bits count the sign; fixed-width codes; one bit is sign times the block's mean magnitude, "
+    "with error feedback; "
     "biases and norms are sent in float32",
 )
 def qsgd(
@@ -102,8 +108,9 @@ def qsgd(
 ) -> Method:
     """Round each value to one of a few levels of its block, at random so that the mean is right.
 
-    See :class:`distcomp.compressors.Quantize` for the equation. ``error_feedback=None`` adds it where the quantizer is
-    biased: at one bit, and with rounding to nearest. ``pattern`` forces ``gather`` or ``scatter``.
+    See :class:`distcomp.compressors.Quantize` for the equation. ``error_feedback=None`` adds it where the
+    quantizer is biased: at one bit, and with rounding to nearest. ``pattern`` forces ``gather`` or
+    ``scatter``.
     """
     return with_feedback(Quantize(bits, block, norm, rounding, PLAIN.roles), pattern, error_feedback)
 

@@ -15,7 +15,8 @@ from distcomp.methods.base import Method, Outcome, State, Turn
 
 @dataclass(frozen=True)
 class Rule:
-    """Which parameters: any of these roles, fewer elements than this, or names that match one of these patterns."""
+    """Which parameters: any of these roles, fewer elements than this, or names that match one of these
+    patterns."""
 
     roles: tuple[str, ...] = ()
     below_numel: int = 0
@@ -32,9 +33,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Choose(Method):
-    """Parameters that ``rule`` accepts go through ``special``, the others through ``usual``, one after the other.
+    """Parameters that ``rule`` accepts go through ``special``, the others through ``usual``, one after the
+    other.
 
-    The parameters of each are laid end to end, so that each method talks once however many parameters there are.
+    The parameters of each are laid end to end, so that each method talks once however many parameters there
+    are.
     """
 
     rule: Rule
@@ -61,8 +64,13 @@ class Choose(Method):
             outcome = yield from self.special.talk(x, state["special"], turn)
             return replace(outcome, state={**state, "special": outcome.state})
 
-        apart = [[piece for segment, piece in turn.layout.pieces(x) if self.rule(segment) is side] for side in (True, False)]
-        one = yield from self.special.talk(torch.cat(apart[0]), state["special"], replace(turn, layout=special))
+        apart = [
+            [piece for segment, piece in turn.layout.pieces(x) if self.rule(segment) is side]
+            for side in (True, False)
+        ]
+        one = yield from self.special.talk(
+            torch.cat(apart[0]), state["special"], replace(turn, layout=special)
+        )
         two = yield from self.usual.talk(torch.cat(apart[1]), state["usual"], replace(turn, layout=usual))
         return Outcome(
             self._together(one.estimate, two.estimate, turn.layout),

@@ -20,12 +20,12 @@ class ErrorFeedback(Method):
 
         p_t = x_t + e_t;    estimate, c_t = inner(p_t);    e_{t+1} = p_t - c_t
 
-    By the law of contributions, the sum over ranks of what was sent and of what is owed equals the sum of what came
-    in, for every method. Costs one tensor of the model's size per rank.
+    By the law of contributions, the sum over ranks of what was sent and of what is owed equals the sum of
+    what came in, for every method. Costs one tensor of the model's size per rank.
 
-    Source: Seide et al. 2014; Karimireddy et al. 2019. We differ: residuals are in units of the *unscaled* gradient and
-    the learning rate is not inside (at a constant rate the two are the same); on a step that a GradScaler skips,
-    nothing changes.
+    Source: Seide et al. 2014; Karimireddy et al. 2019. We differ: residuals are in units of the *unscaled*
+    gradient and the learning rate is not inside (at a constant rate the two are the same); on a step that a
+    GradScaler skips, nothing changes.
     """
 
     inner: Method

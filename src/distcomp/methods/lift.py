@@ -34,9 +34,11 @@ YARDSTICK = Layout.of([("yardstick", (1024, 1024))])
 
 
 def lift(compressor: Compressor, pattern: str = "auto") -> Method:
-    """The method in which ``compressor``'s payloads meet by ``pattern``; ``auto`` takes the cheapest legal one.
+    """The method in which ``compressor``'s payloads meet by ``pattern``; ``auto`` takes the cheapest legal
+    one.
 
-    Raises DistcompError where the pairing is illegal: payloads that cannot be added cannot ride an all-reduce.
+    Raises DistcompError where the pairing is illegal: payloads that cannot be added cannot ride an
+    all-reduce.
     """
     if pattern not in PATTERNS:
         raise DistcompError(f"there is no pattern {pattern!r}; use one of {', '.join(PATTERNS)}")
@@ -57,8 +59,9 @@ def lift(compressor: Compressor, pattern: str = "auto") -> Method:
 class AllReduce(Method):
     """Summable payloads ride a plain all-reduce: ``estimate = decode(sum_i encode(x_i / n))``.
 
-    We divide by n before encoding, so that a narrow type neither overflows nor rounds the sum a second time. Finite values
-    beyond the n-th part of what the type holds are clamped to it (their sum would be an infinity); an infinity stays one.
+    We divide by n before encoding, so that a narrow type neither overflows nor rounds the sum a second time.
+    Finite values beyond the n-th part of what the type holds are clamped to it (their sum would be an
+    infinity); an infinity stays one.
     """
 
     compressor: Compressor
@@ -77,9 +80,7 @@ class AllReduce(Method):
         (part,) = payload.parts
         total = yield Sum(payload[part.kind], kind=part.kind)
         payload[part.kind].copy_(total)
-        return Outcome(
-            self.compressor.decode(payload, turn.layout), lambda: sent * turn.size, state
-        )
+        return Outcome(self.compressor.decode(payload, turn.layout), lambda: sent * turn.size, state)
 
     def _clamped(self, scaled: Tensor, size: int) -> Tensor:
         """The n-th part, less the rounding of n-1 additions in a type of 11 significant bits."""
@@ -94,7 +95,8 @@ class AllReduce(Method):
 
 @dataclass(frozen=True)
 class GatherAndSum(Method):
-    """Every rank sends its payload to all: ``estimate = 1/n sum_i decode(payload_i)``, added in rank order."""
+    """Every rank sends its payload to all: ``estimate = 1/n sum_i decode(payload_i)``, added in rank
+    order."""
 
     compressor: Compressor
 
@@ -115,12 +117,13 @@ class GatherAndSum(Method):
 
 @dataclass(frozen=True)
 class ScatterReduce(Method):
-    """Two stages: each rank owns a chunk, adds up what the others send of it, and sends the re-encoded mean to all.
+    """Two stages: each rank owns a chunk, adds up what the others send of it, and sends the re-encoded mean
+    to all.
 
     ::
 
-        stage 1   c_ij = encode(chunk j of x_i), swapped all to all;   m_j = 1/n sum_i decode(c_ij)
-        stage 2   a_j  = encode(m_j), gathered by all;                 estimate = decode(a_0) ... decode(a_{n-1})
+        stage 1   c_ij = encode(chunk j of x_i), swapped all to all;  m_j = 1/n sum_i decode(c_ij)
+        stage 2   a_j  = encode(m_j), gathered by all;                estimate = decode(a_0) .. decode(a_n-1)
 
     The second encoding errs too. Its error belongs to the owner of the chunk, whose contribution is
     ``decode(c_jj) + n (decode(a_j) - m_j)`` there: the law holds and error feedback loses nothing.
@@ -140,7 +143,8 @@ class ScatterReduce(Method):
         received: list[Payload] = yield Swap(sent)
         chunk_mean = mean_of(c, received, mine)
 
-        # The shared key: the noise of a block must not depend on who owns it, for other buckets make other owners.
+        # The shared key: the noise of a block must not depend on who owns it, for other buckets make other
+        # owners.
         answer = c.encode(chunk_mean, mine, turn.shared.fold("reduce"))
         answers: list[Payload] = yield Gather(answer, parts=tuple(c.parts(chunk) for chunk in chunks))
         estimate = torch.empty_like(x)
@@ -173,7 +177,8 @@ class ScatterReduce(Method):
 class Cheapest(Method):
     """Gather-and-sum or scatter-reduce, whichever sends fewer bytes at this world size.
 
-    Decided on a large tensor instead of the bucket at hand, because cutting the buckets otherwise must change no value.
+    Decided on a large tensor instead of the bucket at hand, because cutting the buckets otherwise must change
+    no value.
     """
 
     compressor: Compressor

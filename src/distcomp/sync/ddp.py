@@ -21,6 +21,7 @@ from distcomp.sync.record import Iteration
 from distcomp.sync.states import States, select
 from distcomp.transports.base import Channel
 from distcomp.transports.conversation import Conversation
+from distcomp.transports.types import GradBucket
 
 
 class Scaler(Protocol):
@@ -40,7 +41,9 @@ class Bucket:
         self.conversation: Conversation | None = None
         self.before: State | None = None
         self._answer: Tensor | BaseException | None = None
-        devices = None if buffer.device.type == "cpu" else [buffer.device]
+        devices: list[int | str | torch.device] | None = (
+            None if buffer.device.type == "cpu" else [buffer.device]
+        )
         self._answered: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         self.future: torch.futures.Future[Tensor] = self._answered.then(self._deliver)
 
@@ -51,7 +54,9 @@ class Bucket:
             self._answered.set_result(self.buffer if isinstance(answer, BaseException) else answer)
 
     def _deliver(self, answered: torch.futures.Future[Tensor]) -> Tensor:
-        if isinstance(self._answer, BaseException):  # raised here it reaches backward; set_exception garbles it
+        if isinstance(
+            self._answer, BaseException
+        ):  # raised here it reaches backward; set_exception garbles it
             raise self._answer
         return answered.value()
 
@@ -59,9 +64,10 @@ class Bucket:
 class GradientSync:
     """Carries the buckets of each backward through ``method``.
 
-    On the CPU one thread of its own carries them, so that compression and exchange overlap with backward; on a GPU the hook does,
-    on a side stream. State is committed once an iteration, after its last bucket, and only if every rank's gradients
-    were finite; otherwise the iteration leaves no trace but the non-finite gradient itself.
+    On the CPU one thread of its own carries them, so that compression and exchange overlap with backward; on
+    a GPU the hook does, on a side stream. State is committed once an iteration, after its last bucket, and
+    only if every rank's gradients were finite; otherwise the iteration leaves no trace but the non-finite
+    gradient itself.
     """
 
     def __init__(
@@ -80,14 +86,15 @@ class GradientSync:
         self._expected = 0
         self._driver: _Thread | _Stream | None = None
 
-    def hook(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Take a bucket from DDP; the future will hold the estimate of its mean."""
         if self.error is not None:
             raise self.error
         index, buffer = bucket.index(), bucket.buffer()
         if index != self._expected:
             self.error = DistcompError(
-                f"bucket {index} came where bucket {self._expected} was due: an earlier backward did not finish; "
+                f"bucket {index} came where bucket {self._expected} was due: an earlier backward did not "
+                "finish; "
                 "restart from the last checkpoint"
             )
             raise self.error
@@ -124,14 +131,15 @@ class GradientSync:
     def run(self) -> IterationRun:
         return IterationRun(self)
 
-    def _layout(self, bucket: dist.GradBucket) -> Layout:
+    def _layout(self, bucket: GradBucket) -> Layout:
         parameters = bucket.parameters()
         key = tuple(id(parameter) for parameter in parameters)
         if key not in self._layouts:
             layout = Layout(tuple(self._segments[one] for one in key))
             if layout.numel != bucket.buffer().numel():
                 raise DistcompError(
-                    f"a bucket of {bucket.buffer().numel()} elements holds parameters of {layout.numel}: padded buckets are "
+                    f"a bucket of {bucket.buffer().numel()} elements holds parameters of {layout.numel}: "
+                    "padded buckets are "
                     "not supported; please report the module and the torch version"
                 )
             self._layouts[key] = layout
@@ -261,7 +269,7 @@ class _Stream:
     def __init__(self, sync: GradientSync, device: torch.device) -> None:
         self._sync = sync
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._run: IterationRun | None = None
 
     def submit(self, bucket: Bucket, first: bool, last: bool) -> None:

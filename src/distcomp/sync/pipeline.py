@@ -1,8 +1,9 @@
 """The order in which the buckets of one iteration talk.
 
-Requests are started in an order that is a pure function of (bucket, round), so every rank starts the same ones in the same order,
-whatever its timing; the transport carries them in that order. The order runs along diagonals, ``b0.r0, b1.r0, b0.r1, b2.r0, b1.r1,
-b0.r2, ...``: while a request of one bucket is on the wire, the next bucket is encoded and the last one re-encoded.
+Requests are started in an order that is a pure function of (bucket, round), so every rank starts the same
+ones in the same order, whatever its timing; the transport carries them in that order. The order runs along
+diagonals, ``b0.r0, b1.r0, b0.r1, b2.r0, b1.r1, b0.r2, ...``: while a request of one bucket is on the wire,
+the next bucket is encoded and the last one re-encoded.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ def slots() -> Iterator[tuple[int, int]]:
 def carry(channel: Channel, timeline: Timeline) -> Carrier:
     """Carry all conversations of an iteration.
 
-    A generator: it yields the index of a bucket when it needs it, and is sent its conversation, or None when there are no
-    more buckets. Whoever drives it decides how to wait (a thread blocks; a hook on a CUDA stream comes back later).
+    A generator: it yields the index of a bucket when it needs it, and is sent its conversation, or None when
+    there are no more buckets. Whoever drives it decides how to wait (a thread blocks; a hook on a CUDA stream
+    comes back later).
     """
     buckets: list[Running] = []
     last: int | None = None
@@ -101,7 +103,8 @@ def carry(channel: Channel, timeline: Timeline) -> Carrier:
 
 
 def _advance(current: Running, channel: Channel, timeline: Timeline) -> bool:
-    """The arithmetic between two rounds: take the answer in, make the next request. False when the talk is over."""
+    """The arithmetic between two rounds: take the answer in, make the next request. False when the talk is
+    over."""
     talk = current.conversation
     begin_s = time.perf_counter()
     answer = current.exchange.open(talk.watch) if current.exchange is not None else None

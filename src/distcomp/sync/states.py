@@ -1,4 +1,5 @@
-"""A method's state between steps: by parameter, so that buckets may come and go; saved by rank, so that worlds may."""
+"""A method's state between steps: by parameter, so that buckets may come and go; saved by rank, so that
+worlds may."""
 
 from __future__ import annotations
 
@@ -89,8 +90,9 @@ def pack(rank: int, size: int, fields: Mapping[str, Any]) -> dict[str, Any]:
 def unpack(saved: Mapping[str, Any] | Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:
     """This rank's part of a checkpoint.
 
-    For the same world size it is what this rank saved. For another, parts of *all* old ranks are needed, and every floating
-    tensor becomes their mean: DistributedDataParallel averages, so what n workers owe together is the mean of what they owe.
+    For the same world size it is what this rank saved. For another, parts of *all* old ranks are needed, and
+    every floating tensor becomes their mean: DistributedDataParallel averages, so what n workers owe together
+    is the mean of what they owe.
 
     Raises DistcompError when a rank is missing or the format is unknown.
     """
@@ -98,7 +100,9 @@ def unpack(saved: Mapping[str, Any] | Sequence[Mapping[str, Any]], rank: int, si
     for one in [saved] if isinstance(saved, Mapping) else saved:
         parts.update(one)
     if not parts:
-        raise DistcompError("the checkpoint holds no state of any rank; pass what handle.state_dict() returned")
+        raise DistcompError(
+            "the checkpoint holds no state of any rank; pass what handle.state_dict() returned"
+        )
     first = next(iter(parts.values()))
     if not isinstance(first, Mapping) or first.get("format") != FORMAT:
         raise DistcompError(
@@ -110,7 +114,8 @@ def unpack(saved: Mapping[str, Any] | Sequence[Mapping[str, Any]], rank: int, si
     missing = [old for old in range(old_size) if f"rank{old}" not in parts]
     if missing:
         raise DistcompError(
-            f"the checkpoint was saved by {old_size} ranks and this is rank {rank} of {size}; the parts of ranks {missing} are "
+            f"the checkpoint was saved by {old_size} ranks and this is rank {rank} of {size}; the parts "
+            f"of ranks {missing} are "
             "missing: pass a list of all ranks' state dicts"
         )
     return {**first, "state": _mean([parts[f"rank{old}"]["state"] for old in range(old_size)])}
@@ -121,7 +126,9 @@ def _mean(states: list[Mapping[str, Mapping[str, Tensor]]]) -> dict[str, dict[st
     first = states[0]
     return {
         name: {
-            path: torch.stack([state[name][path] for state in states]).mean(0) if value.is_floating_point() else value
+            path: torch.stack([state[name][path] for state in states]).mean(0)
+            if value.is_floating_point()
+            else value
             for path, value in leaves.items()
         }
         for name, leaves in first.items()

@@ -1,4 +1,5 @@
-"""PyTorch's own reductions behind the same handle: what distcomp is compared with, in one run and with one clock."""
+"""PyTorch's own reductions behind the same handle: what distcomp is compared with, in one run and with one
+clock."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from distcomp.errors import DistcompError
 from distcomp.sync.pipeline import Timeline
 from distcomp.sync.record import Iteration
 from distcomp.sync.trampoline import all_reduce_as_ddp
+from distcomp.transports.types import GradBucket
 
-Hook = Callable[[dist.GradBucket], torch.futures.Future[Tensor]]
+Hook = Callable[[GradBucket], torch.futures.Future[Tensor]]
 
 
 def is_stock(method: object) -> bool:
@@ -25,7 +27,8 @@ def is_stock(method: object) -> bool:
 
 
 class StockSync:
-    """``ddp`` (plain all-reduce), ``torch:fp16`` or ``torch:powersgd`` (``torch:powersgd:rank=2``), timed alike.
+    """``ddp`` (plain all-reduce), ``torch:fp16`` or ``torch:powersgd`` (``torch:powersgd:rank=2``), timed
+    alike.
 
     Keeps no state that could be saved: PyTorch's PowerSGD hook starts anew after a restart.
     """
@@ -41,7 +44,7 @@ class StockSync:
         self._timeline = Timeline()
         self._begin_bytes = 0
 
-    def hook(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         if bucket.index() == 0:
             self._timeline, self._begin_bytes = Timeline(), self.sent_bytes
         begin_s = time.perf_counter()
@@ -73,7 +76,7 @@ class StockSync:
         self.iterations = int(saved["iterations"])
 
 
-def _hook(name: str, group: dist.ProcessGroup) -> tuple[Hook, Callable[[dist.GradBucket], int]]:
+def _hook(name: str, group: dist.ProcessGroup) -> tuple[Hook, Callable[[GradBucket], int]]:
     """The hook, and the bytes that it all-reduces for a bucket."""
     kind, _, options = name.removeprefix("torch:").partition(":")
     if kind == "ddp":
@@ -88,16 +91,18 @@ def _hook(name: str, group: dist.ProcessGroup) -> tuple[Hook, Callable[[dist.Gra
         )
     if kind == "powersgd":
         return _powersgd(group, int(options.removeprefix("rank=") or 1))
-    raise DistcompError(f"{name!r} is none of PyTorch's hooks that run here; use ddp, torch:fp16 or torch:powersgd")
+    raise DistcompError(
+        f"{name!r} is none of PyTorch's hooks that run here; use ddp, torch:fp16 or torch:powersgd"
+    )
 
 
-def _powersgd(group: dist.ProcessGroup, rank: int) -> tuple[Hook, Callable[[dist.GradBucket], int]]:
+def _powersgd(group: dist.ProcessGroup, rank: int) -> tuple[Hook, Callable[[GradBucket], int]]:
     state = powerSGD_hook.PowerSGDState(
         process_group=group, matrix_approximation_rank=rank, start_powerSGD_iter=2
     )
     counted = 0
 
-    def sent(bucket: dist.GradBucket) -> int:
+    def sent(bucket: GradBucket) -> int:
         nonlocal counted
         before, counted = counted, int(state.total_numel_after_compression)
         numel = counted - before if counted > before else bucket.buffer().numel()

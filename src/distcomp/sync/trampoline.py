@@ -1,7 +1,7 @@
 """The one communication hook of a DistributedDataParallel model.
 
-DDP refuses a second ``register_comm_hook`` and cannot take one off. So distcomp registers one hook per model, once and for ever;
-it passes each bucket to whatever is attached, or does what DDP itself does, bit for bit.
+DDP refuses a second ``register_comm_hook`` and cannot take one off. So distcomp registers one hook per model,
+once and for ever; it passes each bucket to whatever is attached, or does what DDP itself does, bit for bit.
 """
 
 # No "from __future__ import annotations" here: DDP compares the hook's annotations with the types themselves.
@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from distcomp.errors import DistcompError
+from distcomp.transports.types import GradBucket
 
 
 class BucketHook(Protocol):
     """Whatever reduces buckets."""
 
-    def hook(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def hook(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Start reducing a bucket; the future holds the new bucket."""
 
 
@@ -36,19 +37,18 @@ class Trampoline:
             model.register_comm_hook(None, self.hook)
         except RuntimeError as error:
             raise DistcompError(
-                "this DistributedDataParallel model already has a communication hook and DDP allows only one; "
+                "this DistributedDataParallel model already has a communication hook and DDP allows only "
+                "one; "
                 "wrap the module again without register_comm_hook, then attach"
             ) from error
 
-    def hook(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def hook(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         if self.attached is not None:
             return self.attached.hook(bucket)
         return all_reduce_as_ddp(self._group, bucket)
 
 
-def all_reduce_as_ddp(
-    group: dist.ProcessGroup, bucket: dist.GradBucket
-) -> torch.futures.Future[torch.Tensor]:
+def all_reduce_as_ddp(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """What DDP does without a hook. It multiplies by 1/n (it does not divide), then sums: the same bits."""
     buffer = bucket.buffer().mul_(1.0 / dist.get_world_size(group))
     future = dist.all_reduce(buffer, group=group, async_op=True).get_future()

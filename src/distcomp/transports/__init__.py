@@ -1,1 +1,2 @@
-"""Who carries a question? torch.distributed, or N workers stepped in one process; a ledger counts for any of them."""
+"""Who carries a question? torch.distributed, or N workers stepped in one process; a ledger counts for any of
+them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -33,7 +32,8 @@ class Transport(Protocol):
     size: int
 
     def start(self, request: Request) -> Pending:
-        """Begin to carry a request. Sum answers with a tensor; the others with raw buffers (uint8), in rank order."""
+        """Begin to carry a request. Sum answers with a tensor; the others with raw buffers (uint8), in rank
+        order."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Answer:
 class Channel:
     """A transport with payloads sealed and opened, non-finite values announced, and bytes counted.
 
-    A rank whose tensor holds a NaN or an infinity says so with everything it sends: payloads carry a flag in their
-    header, and what is summed is replaced by NaN. So every rank learns it from the same exchange, also through masks
-    and selections that would have hidden it.
+    A rank whose tensor holds a NaN or an infinity says so with everything it sends: payloads carry a flag in
+    their header, and what is summed is replaced by NaN. So every rank learns it from the same exchange, also
+    through masks and selections that would have hidden it.
     """
 
     def __init__(self, transport: Transport, fingerprint: int, ledger: Ledger) -> None:
@@ -103,7 +103,9 @@ class OpenExchange:
             good = unseal(payload, Seal(sender, self._channel.fingerprint, self._number))
             finite = good if finite is None else finite & good
             payloads.append(payload)
-        return Answer(payloads[0] if isinstance(request, Broadcast) else payloads, TRUE if finite is None else finite)
+        return Answer(
+            payloads[0] if isinstance(request, Broadcast) else payloads, TRUE if finite is None else finite
+        )
 
 
 TRUE = torch.tensor(True)
@@ -122,7 +124,9 @@ def _payloads(request: Request) -> tuple[Payload, ...]:
     return () if isinstance(request, Sum) else (request.payload,)
 
 
-def _senders(request: Gather | Swap | Mix | Broadcast, transport: Transport) -> tuple[tuple[int, ...], list[Parts]]:
+def _senders(
+    request: Gather | Swap | Mix | Broadcast, transport: Transport
+) -> tuple[tuple[int, ...], list[Parts]]:
     """Who sent each buffer of the answer, and what must be in it."""
     group = request.group or tuple(range(transport.size))
     if isinstance(request, Gather):

@@ -1,4 +1,5 @@
-"""A method's generator under way: what it asks next, what it came to, and whether every rank's tensor was finite."""
+"""A method's generator under way: what it asks next, what it came to, and whether every rank's tensor was
+finite."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ class Conversation:
             return None
 
     def _poisoned(self, outcome: Outcome) -> Outcome:
-        """A non-finite value anywhere becomes a non-finite estimate everywhere, so that every scaler sees it."""
+        """A non-finite value anywhere becomes a non-finite estimate everywhere, so that every scaler
+        sees it."""
         if not self.watch:
             return outcome
         estimate = outcome.estimate

@@ -1,15 +1,16 @@
 """Requests carried point to point over Gloo: one message out at a time, on a thread of its own.
 
-Gloo's all-to-all starts all its messages at once: three senders then crowd one receiver's link while others idle. Sent one after
-another, each rank beginning with its right-hand neighbour, messages pair up, and both directions of every link stay busy:
-at 100 Mbit/s between 4 ranks 2 MB take 1.03 times the time of their bytes instead of 1.4 times. A tensor of a few kilobytes is summed
-by sending it to everyone: one hop instead of the ring's ``2 (n-1)``.
+Gloo's all-to-all starts all its messages at once: three senders then crowd one receiver's link while others
+idle. Sent one after another, each rank beginning with its right-hand neighbour, messages pair up, and both
+directions of every link stay busy: at 100 Mbit/s between 4 ranks 2 MB take 1.03 times the time of their bytes
+instead of 1.4 times. A tensor of a few kilobytes is summed by sending it to everyone: one hop instead of the
+ring's ``2 (n-1)``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,10 +28,11 @@ from distcomp.transports.torchdist import Subgroups
 
 
 class Direct:
-    """Carries requests over the Gloo process group ``group``. Waits at most ``timeout_s``, then names who does not answer.
+    """Carries requests over the Gloo process group ``group``. Waits at most ``timeout_s``, then names who
+    does not answer.
 
-    Receives are posted when a request is started, sends follow one another on the thread: the next request's sends begin when this
-    one's are out, whether or not its answers are in.
+    Receives are posted when a request is started, sends follow one another on the thread: the next request's
+    sends begin when this one's are out, whether or not its answers are in.
     """
 
     def __init__(self, group: dist.ProcessGroup, liveness: Liveness, timeout_s: float) -> None:
@@ -52,7 +54,9 @@ class Direct:
             return self._exchange(group, members, [request.payload.wire] * len(members), sizes)
         if isinstance(request, Swap):
             wires = [payload.wire for payload in request.payloads]
-            return self._exchange(group, members, wires, [wires[members.index(self.rank)].numel()] * len(members))
+            return self._exchange(
+                group, members, wires, [wires[members.index(self.rank)].numel()] * len(members)
+            )
         if isinstance(request, Mix):
             return self._mix(request, group)
         return self._broadcast(request, group, members)
@@ -74,7 +78,8 @@ class Direct:
     def _exchange(
         self, group: dist.ProcessGroup, members: Group, outgoing: list[Tensor], incoming_bytes: list[int]
     ) -> UnderWay:
-        """Send ``outgoing[i]`` to member i, receive from each; the answer is in rank order, one's own included."""
+        """Send ``outgoing[i]`` to member i, receive from each; the answer is in rank order, one's own
+        included."""
         count, here = len(members), members.index(self.rank)
         received = [torch.empty(0)] * count
         received[here] = outgoing[here]
@@ -103,12 +108,12 @@ class Direct:
         return self._under_way([work], [], lambda: [wire])
 
     def _under_way(
-        self, sends: list[Callable[[], Any]], receives: list[Any], result: Callable[[], Any]
+        self, sends: Sequence[Callable[[], Any]], receives: list[Any], result: Callable[[], Any]
     ) -> UnderWay:
         sent = self._thread.submit(self._send, sends)
         return UnderWay(sent, receives, result, self._liveness, self._patience)
 
-    def _send(self, sends: list[Callable[[], Any]]) -> float:
+    def _send(self, sends: Sequence[Callable[[], Any]]) -> float:
         begin_s = time.perf_counter()
         for send in sends:
             send().wait(self._patience)

@@ -9,7 +9,8 @@ from distcomp.payload import Parts, body_bytes, wire_bytes
 
 
 class Ledger:
-    """Bytes that this rank has sent, by kind (values, codes, scales, indices, header), and how often it asked.
+    """Bytes that this rank has sent, by kind (values, codes, scales, indices, header), and how often it
+    asked.
 
     A Sum is counted as :func:`distcomp.exchange.sum_bytes`; a Gather as ``n-1`` payloads; a Broadcast as
     ``(n-1)/n`` payloads on every rank (a tree: the ranks together send n-1).
@@ -44,4 +45,3 @@ class Ledger:
         self.sent_bytes["header"] += round((wire_bytes(parts) - body_bytes(parts)) * times)
         for part in parts:
             self.sent_bytes[part.kind] += round(part.nbytes * times)
-

@@ -11,9 +11,9 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
-import torch.distributed as dist
 
 from distcomp.errors import PeerLost, SettingsMismatch
+from distcomp.transports.types import Store
 
 LEFT = b"left"
 
@@ -25,8 +25,9 @@ class Liveness:
     :attr:`diagnosis_s` is lost. A rank that detaches or ends in order says so.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, name: str, interval_s: float = 1.0) -> None:
-        self._store = store.clone()  # its own connection: a blocked wait elsewhere must not stop the beat
+    def __init__(self, store: Store, rank: int, size: int, name: str, interval_s: float = 1.0) -> None:
+        # Its own connection: a blocked wait elsewhere must not stop the beat.
+        self._store: Store = store.clone()  # type: ignore[attr-defined]
         self._rank = rank
         self._size = size
         self._name = name
@@ -60,7 +61,8 @@ class Liveness:
             after = self._read()
         except RuntimeError:
             return PeerLost(
-                "the rendezvous store does not answer: the process that hosts it (rank 0, or the launcher's agent) is lost; "
+                "the rendezvous store does not answer: the process that hosts it (rank 0, or the "
+                "launcher's agent) is lost; "
                 f"restart from the last checkpoint ({_first_line(error)})"
             )
         others = [rank for rank in range(self._size) if rank != self._rank]
@@ -76,7 +78,8 @@ class Liveness:
                 f"{'; '.join(sentences)}; restart from the last checkpoint ({_first_line(error)})"
             )
         return PeerLost(
-            "an exchange failed or timed out while every rank is alive: some rank does not take part in it (did its "
+            "an exchange failed or timed out while every rank is alive: some rank does not take part in "
+            "it (did its "
             f"backward run?), or the network is cut; restart from the last checkpoint ({_first_line(error)})"
         )
 
@@ -100,7 +103,7 @@ class Liveness:
 
 
 def agree(
-    store: dist.Store, rank: int, size: int, name: str, settings: Mapping[str, str], timeout_s: float
+    store: Store, rank: int, size: int, name: str, settings: Mapping[str, str], timeout_s: float
 ) -> None:
     """Compare every rank's settings; return on all ranks or raise on all ranks.
 
@@ -121,7 +124,8 @@ def agree(
         theirs[other] = json.loads(store.get(key))
     if missing:
         raise PeerLost(
-            f"{_ranks(missing)} did not attach within {timeout_s:g} s; call distcomp.attach on every rank, in the same order"
+            f"{_ranks(missing)} did not attach within {timeout_s:g} s; call distcomp.attach on every "
+            "rank, in the same order"
         )
     for other in range(1, size):
         for setting in dict.fromkeys([*theirs[0], *theirs[other]]):

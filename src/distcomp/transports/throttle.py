@@ -1,4 +1,5 @@
-"""A slower network without a network: where the system allows no real shaping, requests are held back for as long as they would take.
+"""A slower network without a network: where the system allows no real shaping, requests are held back for as
+long as they would take.
 
 Not real packets, and reported as such. ``DISTCOMP_THROTTLE_BPS`` (bits per second of this rank's link) and
 ``DISTCOMP_DELAY_S`` (one way, per hop) are set by ``distcomp emulate``.

@@ -17,7 +17,8 @@ from distcomp.transports.liveness import Liveness
 
 
 class Subgroups:
-    """The process groups of some of a group's ranks; each is made when first asked for, which its members do together."""
+    """The process groups of some of a group's ranks; each is made when first asked for, which its members do
+    together."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._whole = group
@@ -40,7 +41,8 @@ class Subgroups:
 
 
 class TorchDist:
-    """Carries requests by the collectives of ``group``. Waits at most ``timeout_s``, then names who does not answer."""
+    """Carries requests by the collectives of ``group``. Waits at most ``timeout_s``, then names who does not
+    answer."""
 
     def __init__(self, group: dist.ProcessGroup, liveness: Liveness, timeout_s: float) -> None:
         self.group = group
@@ -69,7 +71,7 @@ class TorchDist:
         if own.numel() < longest:  # Gloo hangs in an all-gather of unequal lengths
             own = torch.cat([own, own.new_zeros(longest - own.numel())])
         everything = own.new_empty(dist.get_world_size(group) * longest)
-        buffers = list(everything.split(longest))
+        buffers = list(torch.split(everything, longest))
         work = dist.all_gather(buffers, own, group=group, async_op=True)
         return self._pending([work], lambda: buffers, keep=own)
 
@@ -81,7 +83,7 @@ class TorchDist:
         work = dist.all_to_all_single(
             incoming, outgoing, [sizes[here]] * len(sizes), sizes, group=group, async_op=True
         )
-        return self._pending([work], lambda: list(incoming.split(sizes[here])), keep=outgoing)
+        return self._pending([work], lambda: list(torch.split(incoming, sizes[here])), keep=outgoing)
 
     def _mix(self, request: Mix, group: dist.ProcessGroup) -> PendingWork:
         own = request.payload.wire
@@ -100,7 +102,9 @@ class TorchDist:
         work = dist.broadcast(wire, source, group=group, async_op=True)
         return self._pending([work], lambda: [wire], keep=wire)
 
-    def _pending(self, works: list[Any], result: Callable[[], Any], keep: Tensor | None = None) -> PendingWork:
+    def _pending(
+        self, works: list[Any], result: Callable[[], Any], keep: Tensor | None = None
+    ) -> PendingWork:
         return PendingWork(works, result, self._liveness, self._timeout_s, keep)
 
     def close(self) -> None:
