@@ -23,7 +23,7 @@ from distcomp.methods import (
     parse,
 )
 from distcomp.methods.base import cut_state, join_state
-from distcomp.methods.subspace import compress, decompress, principal, to_slices
+from distcomp.methods.subspace import compress, decompress, mixed, principal, to_slices
 
 NET = Layout.of([("one", (4, 3, 3, 3)), ("two", (6, 4, 3, 3))])
 SHORT = Cycle(learn=10, compressed=6, retrain=0)
@@ -40,6 +40,10 @@ def gradients(
     weights[:, 0] = 0.5  # a mean that is not zero
     noise = 0.05 * torch.randn(size, layout.numel, generator=fresh)
     return list(weights @ directions + noise)
+
+
+def directions(samples: torch.Tensor, most: int) -> torch.Tensor:
+    return torch.bmm(principal(samples, most), samples)
 
 
 def run(method: Method, steps: int, layout: Layout = NET, size: int = 3) -> list[Round]:
@@ -84,7 +88,7 @@ def test_it_is_the_papers_algorithm(name: str, k: int) -> None:
     method = GradiVeQ(Slicing(aim=36), Subspace(ratio=4), SHORT, plain=identity())
     rounds = run(method, 16)
     means = [torch.stack(gradients(step)).mean(0) for step in range(16)]
-    u, mu = paper_cycle([paper_slices(mean, name, k) for mean in means[:10]], 0.01, min(k // 4, 8))
+    u, mu = paper_cycle([paper_slices(mean, name, k) for mean in means[:10]], 0.01, min(k // 4, 7))
     assert len(u) == int(rounds[9].states[0]["dims"][name]) == 3
     for step in range(16):
         expected = paper_slices(means[step], name, k)
@@ -103,7 +107,7 @@ def test_what_the_parts_compress_to_adds_up_to_what_the_sum_compresses_to(
     bases = min(bases, slices)
     parts = torch.randn(size, slices, 12, generator=generator, dtype=torch.float64)
     mean = torch.randn(slices, 12, generator=generator, dtype=torch.float64)
-    basis = principal(torch.randn(bases, 9, 12, generator=generator, dtype=torch.float64), 4)
+    basis = directions(torch.randn(bases, 9, 12, generator=generator, dtype=torch.float64), 4)
     summed = sum(compress(part, basis, mean / size) for part in parts)
     torch.testing.assert_close(summed, compress(parts.sum(0), basis, mean), atol=1e-12, rtol=1e-12)
 
@@ -131,6 +135,14 @@ def test_slices_share_bases_as_they_are_told(reuse: int, bases: int) -> None:
         torch.testing.assert_close(basis @ basis.T, torch.eye(6, dtype=torch.float64), atol=1e-5, rtol=0)
     for step in range(10, 14):
         check_law(rounds[step])
+    learnt = [paper_slices(torch.stack(gradients(step)).mean(0), "two", 24) for step in range(10)]
+    for base in range(bases):  # each from its own first slice
+        first = np.stack([slices[base * -(-9 // bases)] for slices in learnt])
+        u, found = (
+            np.linalg.svd(first - first.mean(0))[2][:3],
+            state["basis"]["two"][base, :3].double().numpy(),
+        )
+        np.testing.assert_allclose(found.T @ found, u.T @ u, atol=1e-4)
     dims = int(state["dims"]["two"])
     mean = torch.stack(gradients(13)).mean(0)
     slices = paper_slices(mean, "two", 24)
@@ -336,8 +348,8 @@ def held_out_loss(
     """The relative error of gradients after those that were learnt from, in the subspace (or another)."""
     segment = Segment("w", (16, 16, 3, 3), 0, 2304)
     slices = torch.stack([to_slices(grad, segment, 768) for grad in grads])
-    found, dims = Subspace(ratio=8).find(slices[:learn, 0].unsqueeze(0))
-    used = found[:, :dims] if basis is None else basis[:, :dims]
+    mixture, dims = Subspace(ratio=8).find(slices[:learn, 0].unsqueeze(0))
+    used = mixed(mixture, slices[:learn, 0].unsqueeze(0))[:, :dims] if basis is None else basis[:, :dims]
     mean = slices[:learn].mean(0)
     back = torch.stack([decompress(compress(one, used, mean), used, mean) for one in slices[learn:]])
     return float((back - slices[learn:]).norm() / slices[learn:].norm()), dims
@@ -347,9 +359,8 @@ def test_subspaces_hold_gradients_to_come_better_than_noise_or_chance() -> None:
     """On gradients it was not found from: its own, independent noise in its place, and a random basis."""
     grads = recorded(90)
     noise = list(torch.randn(90, 2304, generator=torch.Generator().manual_seed(1)))
-    chance = principal(
-        torch.randn(1, 200, 768, generator=torch.Generator().manual_seed(2)).double(), 96
-    ).float()
+    seeded = torch.Generator().manual_seed(2)
+    chance = directions(torch.randn(1, 200, 768, generator=seeded).double(), 96).float()
     own, dims = held_out_loss(grads, 60)
     assert own < 0.5
     assert held_out_loss(noise, 60)[0] > 0.9

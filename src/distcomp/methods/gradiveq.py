@@ -35,6 +35,7 @@ from distcomp.methods.subspace import (
     compress,
     decompress,
     from_slices,
+    mixed,
     relative_loss,
     to_slices,
 )
@@ -85,8 +86,8 @@ class GradiVeQ(Method):
     (:class:`Cycle`), over all ranks i, with mean gradients throughout (the paper sums; with ``mu`` for its
     ``mu/N`` that is the same)::
 
-        learn       estimate = plain(x);  remember its slices;  sum them up for the means
-        at its end  rank 0: mu_m = mean of slice m;  U = the d leading principal directions;  tells all
+        learn       estimate = plain(x);  remember some of its slices;  sum all of them up
+        at its end  mu_m = mean of slice m;  U = the d leading principal directions of the slices remembered
         compressed  c = mean_i(U^T (g_im - mu_m));   estimate = U c + mu_m
                     contribution_i = U U^T (g_im - mu_m) + mu_m
 
@@ -94,17 +95,18 @@ class GradiVeQ(Method):
     most ranks begins its next cycle at once; every layer counts its own steps, so any may be ahead of the
     others.
 
-    On the wire, in the mean of a cycle: ``plain``'s bytes while it learns; then those of ``coefficients``
-    for ``d/K`` as many elements; once, from rank 0 in a tree, ``4 d_max K`` bytes per basis and 4 per
-    element for the means. ``payload_bytes`` takes d at its most. Memory: ``learn + d_max`` slices per basis
-    and two elements per element.
+    On the wire: ``plain``'s bytes while it learns; then those of ``coefficients`` for ``d/K`` as many
+    elements; at the end of learning ``8 d_max learn`` bytes per basis, from rank 0 in a tree.
+    ``payload_bytes`` takes d at its most. Memory: ``learn + d_max`` slices per basis and two elements per
+    element.
 
-    Source: Yu et al., "GradiVeQ", NeurIPS 2018. We differ: U and the means come from rank 0, for
-    eigenvectors differ from machine to machine; d is chosen on held-out gradients (in-sample energy
-    flatters: noise reaches the paper's bound); every slice has its own mean; the rule for learning anew is
-    spelled out (the paper names it only); any ``plain`` method may carry the learning phase and any
-    stateless one the coefficients. Without error feedback what lies outside of the subspace stays at the
-    means for a whole cycle, as in the paper.
+    Source: Yu et al., "GradiVeQ", NeurIPS 2018. We differ: eigenvectors are rank 0's, for they differ from
+    machine to machine, as a mixture of the samples, which all ranks hold to the same bit (K/learn times
+    smaller than U); d is chosen on held-out gradients (in-sample energy flatters: noise reaches the paper's
+    bound); every slice has its own mean; the rule for learning anew is spelled out (the paper names it
+    only); any ``plain`` method may carry the learning phase and any stateless one the coefficients. Without
+    error feedback what lies outside of the subspace stays at the means for a whole cycle, as in the paper.
+    Applied to convolutions only, as there.
 
     Raises DistcompError for parameters that cannot be sliced, and for ``coefficients`` that keep a state.
     """
@@ -190,45 +192,38 @@ class GradiVeQ(Method):
         return replace(outcome, state=new)
 
     def _found(self, state: dict[str, Any], due: tuple[Segment, ...], turn: Turn) -> Talk[dict[str, Any]]:
-        """Bases and means of the layers whose learning is over: rank 0's, on all ranks."""
-        payload = Payload.empty(self._parts(due), state["total"][due[0].name].device)
+        """Bases and means of the layers whose learning is over: what all remember, mixed as rank 0 says."""
+        rows = range(self.cycle.learn)
+        samples = [torch.stack([state["samples"][_row(age)][s.name] for age in rows], dim=1) for s in due]
+        payload = Payload.empty(self._parts(due), samples[0].device)
         if turn.rank == 0:
-            for place, segment in enumerate(due):
-                name = segment.name
-                basis, mean, dims = self._views(payload, due)[place]
-                rows = [state["samples"][_row(age)][name] for age in range(self.cycle.learn)]
-                found, count = self.subspace.find(torch.stack(rows, dim=1))
-                basis.copy_(found)
+            for own, mixture, dims in zip(samples, *self._views(payload, due), strict=True):
+                found, count = self.subspace.find(own)
+                mixture.copy_(found)
                 dims.fill_(count)
-                if self.subspace.centred:
-                    mean.copy_(state["total"][name] / self.cycle.learn)
-                else:
-                    mean.zero_()
         answer: Payload = yield Broadcast(payload, source=0)
         new = {key: PerParameter(state[key]) for key in ("basis", "mean", "dims", "reference")}
-        for segment, (basis, mean, dims) in zip(due, self._views(answer, due), strict=True):
-            new["basis"][segment.name] = basis.clone()
-            new["mean"][segment.name] = mean.clone()
-            new["dims"][segment.name] = dims.long()
-            new["reference"][segment.name] = torch.zeros_like(state["reference"][segment.name])
+        for segment, own, mixture, dims in zip(due, samples, *self._views(answer, due), strict=True):
+            name = segment.name
+            new["basis"][name] = mixed(mixture, own)
+            new["mean"][name] = state["total"][name] * (self.subspace.centred / self.cycle.learn)
+            new["dims"][name] = dims.long()
+            new["reference"][name] = torch.zeros_like(state["reference"][name])
         return {**state, **new}
 
-    def _parts(self, due: tuple[Segment, ...]) -> Parts:
+    def _mixtures(self, due: tuple[Segment, ...]) -> list[tuple[int, int, int]]:
         shapes = [self._shape(segment) for segment in due]
-        values = sum((one["bases"] * one["most"] + one["slices"]) * one["k"] for one in shapes)
-        return (Part("values", torch.float32, values), Part("indices", torch.int32, len(due)))
+        return [(one["bases"], one["most"], self.cycle.learn) for one in shapes]
 
-    def _views(self, payload: Payload, due: tuple[Segment, ...]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Basis, mean and d of each layer, as they lie in a payload."""
-        views, at = [], 0
-        for segment, dims in zip(due, payload["indices"], strict=True):
-            one = self._shape(segment)
-            basis, mean = (one["bases"], one["most"], one["k"]), (one["slices"], one["k"])
-            middle, end = at + math.prod(basis), at + math.prod(basis) + math.prod(mean)
-            values = payload["values"]
-            views.append((values[at:middle].view(basis), values[middle:end].view(mean), dims))
-            at = end
-        return views
+    def _parts(self, due: tuple[Segment, ...]) -> Parts:
+        values = sum(math.prod(shape) for shape in self._mixtures(due))
+        return (Part("values", torch.float64, values), Part("indices", torch.int32, len(due)))
+
+    def _views(self, payload: Payload, due: tuple[Segment, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        """The mixture and d of each layer, as they lie in a payload."""
+        shapes = self._mixtures(due)
+        flat = torch.split(payload["values"], [math.prod(shape) for shape in shapes])
+        return [one.view(shape) for one, shape in zip(flat, shapes, strict=True)], list(payload["indices"])
 
     def _compressed(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
         """Send coefficients, and behind them a vote of each layer for learning anew."""
@@ -364,10 +359,10 @@ def _lifted(bits: int, what: str) -> Method:
 
 @register(
     paper="Yu et al., GradiVeQ: vector quantization for bandwidth-efficient aggregation, NeurIPS 2018",
-    wire="learning 2 (n-1)/n d plain_bits/8; compressed 2 (n-1)/n 4d/ratio at most; bases, means once",
+    wire="learning 2 (n-1)/n d plain_bits/8; compressed 2 (n-1)/n 4d/ratio at most; bases once a cycle",
     summable=False,
     biased=True,
-    differs="bases are broadcast from rank 0; their size is chosen on held-out gradients; a mean for "
+    differs="which basis, rank 0 tells the others; its size is chosen on held-out gradients; a mean for "
     "every slice; the rule for learning anew is spelled out",
 )
 def gradiveq(

@@ -124,25 +124,31 @@ class Subspace:
 
     def most(self, k: int, samples: int) -> int:
         """The largest d: samples that d is chosen from cannot span more."""
-        return max(1, min(int(k / self.ratio), k, samples - held_out(samples)))
+        return max(1, min(int(k / self.ratio), k, samples - held_out(samples) - self.centred))
 
     def find(self, samples: Tensor) -> tuple[Tensor, int]:
-        """Bases ``[B, d_max, K]`` from samples ``[B, T, K]``, and d. One d for all bases of a layer.
+        """How to mix samples ``[B, T, K]`` into bases, ``[B, d_max, T]`` (float64), and d, one for all of a
+        layer.
 
-        d is chosen with bases of the first four fifths, by their loss on the last fifth; the bases returned
-        are those of all samples.
+        d is chosen with bases of the first four fifths, by their loss on the last fifth; the mixture returned
+        is that of all samples.
         """
+        samples = torch.nan_to_num(samples.double(), 0.0, 0.0, 0.0)
         count, k = samples.shape[1:]
         most = self.most(k, count)
-        samples = torch.nan_to_num(samples.double(), 0.0, 0.0, 0.0)
         early, late = samples[:, : count - held_out(count)], samples[:, count - held_out(count) :]
-        centre = early.mean(1, keepdim=True) if self.centred else early.new_zeros(())
-        found = torch.bmm(late - centre, principal(early - centre, most).mT).square().sum((0, 1))
-        left = (late - centre).square().sum() - found.cumsum(0)
+        basis = torch.bmm(self._mixture(early, most), early)
+        apart = late - early.mean(1, keepdim=True) if self.centred else late
+        left = apart.square().sum() - torch.bmm(apart, basis.mT).square().sum((0, 1)).cumsum(0)
         enough = left <= left[-1] + self.loss * late.square().sum()
-        dims = int(enough.int().argmax()) + 1
-        centre = samples.mean(1, keepdim=True) if self.centred else centre
-        return principal(samples - centre, most).float(), dims
+        return self._mixture(samples, most), int(enough.int().argmax()) + 1
+
+    def _mixture(self, samples: Tensor, most: int) -> Tensor:
+        """``principal`` of what is left when the mean is taken off, in terms of the samples themselves."""
+        if not self.centred:
+            return principal(samples, most)
+        rows = principal(samples - samples.mean(1, keepdim=True), most)
+        return rows - rows.mean(-1, keepdim=True)
 
 
 def held_out(samples: int) -> int:
@@ -150,19 +156,26 @@ def held_out(samples: int) -> int:
     return max(1, samples // 5)
 
 
-def principal(samples: Tensor, most: int) -> Tensor:
-    """The ``most`` leading principal directions ``[B, most, K]`` (orthonormal) of samples ``[B, T, K]``
-    (float64).
+def mixed(mixture: Tensor, samples: Tensor) -> Tensor:
+    """The bases ``[B, d_max, K]`` that a mixture ``[B, d_max, T]`` makes of samples ``[B, T, K]``."""
+    return torch.bmm(mixture, samples.double()).float()
 
-    By the eigenvectors of the T x T matrix of inner products: T is a hundred where K is thousands. Where
-    the samples span less, any directions orthogonal to those follow.
+
+def principal(samples: Tensor, most: int) -> Tensor:
+    """Mixtures ``[B, most, T]`` of samples ``[B, T, K]`` (float64) into their leading principal directions.
+
+    ``principal(X) X`` has orthonormal rows. By the eigenvectors of the T x T matrix of inner products: T is a
+    hundred where K is thousands. Where the samples span less, zeros follow.
     """
     largest = samples.abs().amax((1, 2), keepdim=True)
-    samples = samples / torch.where(largest > 0, largest, 1.0)
-    values, vectors = torch.linalg.eigh(torch.bmm(samples, samples.mT))
+    scale = torch.where(largest > 0, largest, 1.0)
+    values, vectors = torch.linalg.eigh(torch.bmm(samples / scale, samples.mT / scale))
     values, vectors = values[:, -most:].flip(-1), vectors[..., -most:].flip(-1)
-    real = values > 1e-12 * values[:, :1].clamp(min=1e-300)
-    rows = torch.bmm(vectors.mT, samples) * real.unsqueeze(-1)
-    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    columns: Tensor = torch.linalg.qr((rows / torch.where(lengths > 0, lengths, 1.0)).mT).Q
-    return columns.mT.contiguous()
+    real = values > SMALLEST * values[:, :1].clamp(min=1e-300)
+    factors = torch.where(real, values.clamp(min=1e-300).rsqrt(), 0.0)
+    mixture: Tensor = factors.unsqueeze(-1) * vectors.mT / scale
+    return mixture
+
+
+SMALLEST = 1e-10
+"""Directions with less than this part of the leading one's energy are rounding."""
