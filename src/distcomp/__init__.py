@@ -4,12 +4,13 @@
 >>> handle = distcomp.attach(model, optimizer, distcomp.qsgd(bits=4))   # doctest: +SKIP
 """
 
-__version__ = "0.1.0"
-
 from distcomp.attach import Handle, attach
 from distcomp.errors import CorruptPayload, DistcompError, Mismatch, PeerLost, SettingsMismatch
 from distcomp.methods import *  # noqa: F403  (every registered recipe is distcomp.<name>)
 from distcomp.methods import __all__ as _methods
+from distcomp.sync.recipes import *  # noqa: F403
+from distcomp.sync.recipes import __all__ as _averagings
+from distcomp.version import __version__ as __version__
 
 __all__ = [
     "CorruptPayload",
@@ -19,5 +20,6 @@ __all__ = [
     "PeerLost",
     "SettingsMismatch",
     "attach",
+    *_averagings,
     *_methods,
 ]

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-import distcomp
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Method, parse
 from distcomp.network.qdisc import read_qdisc_bytes
@@ -30,6 +29,7 @@ from distcomp.sync.states import pack, unpack
 from distcomp.sync.stock import StockSync, is_stock
 from distcomp.sync.target import Target
 from distcomp.sync.trampoline import Trampoline, trampoline_of
+from distcomp.version import __version__
 
 
 def attach(
@@ -361,12 +361,12 @@ _COUNT = itertools.count()
 def _settings(target: Target, method: Chosen, optimizer: Optimizer | None, seed: int) -> dict[str, str]:
     """What ranks must have in common."""
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in target.module.named_parameters()]
+    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     return {
         "method": method if isinstance(method, str) else repr(method),
         "seed": str(seed),
-        "parameters": f"{len(shapes)} tensors, digest "
-        "{hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}",
+        "parameters": f"{len(shapes)} tensors, digest {digest}",
         "bucket_cap_bytes": str(getattr(target.ddp, "bucket_bytes_cap", None)),
         "optimizer": type(optimizer).__name__,
-        "distcomp": distcomp.__version__,
+        "distcomp": __version__,
     }

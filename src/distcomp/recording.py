@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from distcomp.errors import DistcompError
+from distcomp.version import __version__
 
 RUN_DIR = "DISTCOMP_RUN_DIR"
 METHOD = "DISTCOMP_METHOD"
@@ -120,8 +121,6 @@ def write_about(directory: Path, about: Record) -> None:
 
 def surroundings(where: Path) -> dict[str, Any]:
     """The host, the versions, the time, and the git commit of ``where`` (with + if there are changes)."""
-    from distcomp import __version__
-
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": {

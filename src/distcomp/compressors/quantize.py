@@ -178,4 +178,5 @@ def _block_l2(x: Tensor, block: int) -> Tensor:
     largest = rows.abs().amax(1)
     unit = torch.where(largest > 0, largest, torch.ones_like(largest))
     # Squares of the values themselves over- and underflow.
-    return torch.linalg.vector_norm(rows / unit[:, None], dim=1) * largest
+    norms: Tensor = torch.linalg.vector_norm(rows / unit[:, None], dim=1) * largest
+    return norms

@@ -11,11 +11,10 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
-
 from distcomp.errors import PeerLost, SettingsMismatch
 from distcomp.transports.types import Store
 
-LEFT = b"left"
+LEFT = "left"
 
 
 class Liveness:
@@ -93,13 +92,13 @@ class Liveness:
                 return
 
     def _beat(self, count: int) -> None:
-        self._store.set(self._key(self._rank), str(count).encode())
+        self._store.set(self._key(self._rank), str(count))
 
     def _key(self, rank: int) -> str:
         return f"distcomp/{self._name}/beat/{rank}"
 
-    def _read(self) -> list[bytes]:
-        return [self._store.get(self._key(rank)) for rank in range(self._size)]
+    def _read(self) -> list[str]:
+        return [self._store.get(self._key(rank)).decode() for rank in range(self._size)]
 
 
 def agree(
