@@ -47,7 +47,7 @@ class DctTopK(Sparsifier):
     def __post_init__(self) -> None:
         if self.k < 1 or self.side < 1:
             raise DistcompError(
-                f"chunks of side {self.side} cannot send {self.k} values; both are at least 1 (the paper: 64 and 32)"
+                f"chunks of side {self.side} cannot send {self.k} values; the paper has 64 and 32"
             )
 
     def kept(self, layout: Layout) -> Layout:
@@ -151,7 +151,7 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def dct(side: int, device: torch.device) -> Tensor:
-    """The orthonormal DCT-II: ``C_kj = sqrt(2/s) cos(pi (2j+1) k / 2s)``, the first row divided by ``sqrt(2)``."""
+    """The orthonormal DCT-II: ``C_kj = sqrt(2/s) cos(pi (2j+1) k / 2s)``, row 0 times ``sqrt(1/2)``."""
     return _dct(side).to(device)
 
 

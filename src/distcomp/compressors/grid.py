@@ -1,4 +1,4 @@
-"""What several compressors share: blocks as rows of a matrix, one number spread over a parameter, noise, packed signs."""
+"""What several compressors share: blocks as rows, numbers per parameter, noise, packed signs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _stack(scalars: list[Tensor], like: Tensor) -> Tensor:
 
 
 def uniform(layout: Layout, key: Key, device: torch.device) -> Tensor:
-    """A number in [0, 1) for each element: a function of key, parameter and place in the parameter, nothing else."""
+    """A number in [0, 1) for each element: a function of key, parameter name and place in the parameter."""
     pieces = [
         reference.uniform(segment.numel, key.fold(segment.name).bits, segment.start, device)
         for segment in layout.segments

@@ -74,7 +74,7 @@ class Natural(Compressor):
 
 @dataclass(frozen=True)
 class NonUniform(Compressor):
-    """Round ``|x|/norm`` to one of the levels ``0, 2^(1-s), ..., 1/2, 1`` around it, at random so that the mean is right.
+    """Round ``|x|/norm`` at random to a level beside it, ``0, 2^(1-s), ..., 1/2, 1``: the mean is right.
 
     For a block ``v`` of ``block`` values, ``s = 2^(bits-1) - 1`` levels above zero, and ``l <= |v_k|/|v| <=
     u`` neighbours::
@@ -101,7 +101,7 @@ class NonUniform(Compressor):
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise DistcompError(
-                f"codes of a sign and a power of two take 2 to 8 bits, not {self.bits}; without a scale: 9 (natural)"
+                f"a sign and a power of two take 2 to 8 bits, not {self.bits}; without a scale 9 (natural)"
             )
         if self.block < 1:
             raise DistcompError(f"a block holds at least one value, not {self.block}; the default is 512")
@@ -162,7 +162,7 @@ class NonUniform(Compressor):
             out.copy_(value)
 
     def omega(self, numel: int) -> float:
-        """``1/8`` from the smallest level ``l`` up; below it ``|x| (l|v| - |x|)``, at most ``l^2/4`` or ``l |x|`` of a norm."""
+        """``1/8`` from the smallest level l up; below it ``|x| (l|v| - |x|)``, at most ``l^2 |v|^2 / 4``."""
         length = max(1, min(self.block, numel))
         smallest = 2.0 ** (1 - self.levels)
         return 1 / 8 + min(length * smallest**2 / 4, smallest * math.sqrt(length))

@@ -108,7 +108,7 @@ class OneBit(Compressor):
             out.copy_(decoded)
 
     def _units(self, x: Tensor, payload: Payload, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter's units as rows, and where their two means go. What a piece lacks of a unit is NaN."""
+        """Each parameter's units as rows, and where their two means go. A piece's missing values are NaN."""
         for segment, piece, means in self._pieces(x, payload, layout):
             length = _unit_length(segment)
             before = segment.start % length

@@ -46,7 +46,7 @@ def kept_layout(layout: Layout, counts: list[int]) -> Layout:
     )
 
 
-# --------------------------------------------------------------------------------------------- how to say which
+# ------------------------------------------------------------------------------------------- how to say which
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class IndexCode:
         return torch.cat([reference.pack(indices & (2**width - 1), width), high], dim=1)
 
     def decode(self, code: Tensor) -> Tensor:
-        """``[rows, nbytes]`` -> ``[rows, count]``. Bytes that no encoder made give wrong indices, never illegal ones."""
+        """``[rows, nbytes]`` -> ``[rows, count]``. Bytes that no encoder made give legal indices, too."""
         width = self.width
         place = torch.arange(self.count, device=code.device)
         if self.nbytes == 0:
@@ -140,7 +140,7 @@ def _places_of_ones(packed: Tensor, length: int, count: int) -> Tensor:
     return places[:, :count]
 
 
-# ------------------------------------------------------------------------------------------------------- which
+# ------------------------------------------------------------------------------------------------------ which
 
 
 @dataclass(frozen=True)
@@ -232,11 +232,11 @@ def _top_of_candidates(magnitude: Tensor, count: int) -> Tensor:
     return candidates[_top_exactly(magnitude[candidates][None], count)[0]]
 
 
-# ---------------------------------------------------------------------------------------------- random selection
+# ------------------------------------------------------------------------------------------- random selection
 
 
 def sample_indices(numel: int, count: int, key: Key) -> Tensor:
-    """``count`` different places below ``numel``, every one equally likely: a function of the key alone (CPU).
+    """``count`` different places below ``numel``, each equally likely: a function of the key alone (CPU).
 
     Short rows are sorted by a keyed hash. Long ones are the images of 0, 1, ..., count-1 under a keyed
     permutation (six rounds of a Feistel network, walked until they fall below ``numel``), so that the cost is

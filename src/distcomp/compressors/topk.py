@@ -50,7 +50,7 @@ class Sparsifier(Compressor):
 
 
 def place(out: Tensor, where: Tensor, values: Tensor, add: bool) -> None:
-    """Write values where they belong, and zeros elsewhere unless ``add``. No place occurs twice: nothing races."""
+    """Write values where they belong, and zeros elsewhere unless ``add``. No place occurs twice."""
     if add:
         out[where] += values
     else:
@@ -139,7 +139,7 @@ class TopK(Sparsifier):
 
 @dataclass(frozen=True)
 class RandomK(Sparsifier):
-    """``k = max(1, round(ratio d))`` elements of each parameter, drawn without replacement; the payload holds the seed.
+    """``k = max(1, round(ratio d))`` random elements of each parameter, without replacement; sends the seed.
 
     ::
 
@@ -231,7 +231,7 @@ class Chain(Compressor):
 
     @property
     def grain(self) -> int:  # type: ignore[override]
-        """Blocks of values must not be cut either, and values lie on a grid of their own: whole parameters."""
+        """Blocks of values must not be cut either, and those lie on a grid of their own."""
         return self.sparsifier.grain if self.quantizer.grain == 1 else WHOLE
 
     def parts(self, layout: Layout) -> Parts:

@@ -93,12 +93,12 @@ class DecoupledMomentum(Method):
     wire="(n-1) d/4096 k (4 + 9/8)",
     summable=False,
     biased=True,
-    differs="the learning rate is not inside the momentum; packed indices; biases and norms in float32; set the optimizer's "
-    "momentum to 0",
+    differs="the learning rate is not inside the momentum; packed indices; biases and norms in float32",
 )
 def demo(k: int = 32, side: int = 64, decay: float = 0.999, sign: bool = True) -> Method:
-    """Send the k largest cosine coefficients per chunk of a local momentum; step by the sign of what was agreed.
+    """Send the largest cosine coefficients of a local momentum; step by the sign of what was agreed.
 
-    See :class:`DecoupledMomentum`.
+    ``k`` per chunk of ``side`` by ``side``, ``decay`` of the momentum, ``sign`` or not. Set the optimizer's
+    momentum to 0. See :class:`DecoupledMomentum`.
     """
     return except_small(DecoupledMomentum(DctTopK(k, side), decay, sign))

@@ -26,11 +26,11 @@ LARGEST_LEVEL = 2**22
 """Integers up to here are rounded right in float32, with two bits to spare."""
 
 
-# ------------------------------------------------------------------------------------- exact sums of small integers
+# ------------------------------------------------------------------------------- exact sums of small integers
 
 
 def field_bits(largest: int, size: int) -> int:
-    """Bits of a signed field that holds the sum of ``size`` integers of magnitude ``largest``: head-room included."""
+    """Bits of a signed field for the sum of ``size`` integers of magnitude ``largest``: with head-room."""
     return (size * largest).bit_length() + 1
 
 
@@ -40,7 +40,7 @@ def word_count(numel: int, bits: int) -> int:
 
 
 def sum_integers(codes: Tensor, bits: int) -> Talk[Tensor]:
-    """The sum of int32 ``codes`` over the ranks, exact in any order; each sum must fit a signed field of ``bits``.
+    """The sum of int32 ``codes`` over the ranks, exact in any order; sums must fit signed fields of ``bits``.
 
     ``32 // bits`` numbers ride side by side in one 32-bit word, ``w = sum_j c_j 2^(bits j)``: every transport
     adds int32, few add anything narrower. With balanced digits, ``|sum of c_j| < 2^(bits-1)``, neither a
@@ -51,7 +51,7 @@ def sum_integers(codes: Tensor, bits: int) -> Talk[Tensor]:
 
 
 def pack_fields(codes: Tensor, bits: int) -> Tensor:
-    """int32 ``[numel]`` -> int32 ``[word_count]``; field j of the words holds the j-th stretch of the codes."""
+    """int32 ``[numel]`` -> int32 ``[word_count]``; field j holds the j-th stretch of the codes."""
     fields = WORD_BITS // bits
     words = word_count(codes.numel(), bits)
     planes = torch.nn.functional.pad(codes, (0, fields * words - codes.numel())).view(fields, words)
@@ -96,7 +96,7 @@ def _round_at_random(x: Tensor, layout: Layout, key: Key, largest: int) -> Tenso
     return torch.nan_to_num(rounded).clamp_(-largest, largest).to(torch.int32)
 
 
-# ------------------------------------------------------------------------------------------------------- the methods
+# ------------------------------------------------------------------------------------------------ the methods
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class TernGrad(Method):
 
 @dataclass(frozen=True)
 class Rotate(Method):
-    """Speak of a randomly rotated slab: ``y = H D x`` block by block, with random signs D and the Hadamard matrix H.
+    """Speak of a randomly rotated slab: ``y = H D x`` by blocks; random signs D, Hadamard's matrix H.
 
     A rotation spreads outliers over their block, so that the largest magnitude is near the typical one.
     ``estimate = D H estimate'``; the inverse is linear, so the law holds for any inner method. Signs are the
@@ -284,7 +284,7 @@ class Rotate(Method):
 
 
 def hadamard(rows: Tensor) -> Tensor:
-    """The orthonormal Walsh-Hadamard transform of each row: its own inverse. Additions in one order on every machine."""
+    """The orthonormal Walsh-Hadamard transform of each row: its own inverse, and the same bits everywhere."""
     count, side = rows.shape
     half = 1
     while half < side:
@@ -299,7 +299,7 @@ def hadamard(rows: Tensor) -> Tensor:
     wire="2 (n-1)/n 4d / (32 // (bits + ceil(log2 n))) + 2 (n-1) d/block",
     summable=False,
     biased=False,
-    differs="one width both ways; the range is the largest magnitude, so nothing is clamped and no error feedback is needed",
+    differs="one width both ways; the range is the largest magnitude, so that nothing is clamped",
 )
 def shared_range(
     bits: int = 4, block: int = 512, hadamard: bool = False, error_feedback: bool = False
@@ -307,7 +307,7 @@ def shared_range(
     """Agree on a range per block, then all-reduce small integers: the sum is exact in any order.
 
     See :class:`SharedRange` for the equation. ``hadamard`` rotates each block at random first
-    (:class:`Rotate`), which spreads outliers.
+    (:class:`Rotate`), which spreads outliers. ``error_feedback`` is not needed, but may be had.
     """
     method: Method = SharedRange(bits, block)
     if hadamard:
@@ -320,7 +320,8 @@ def shared_range(
     wire="2 (n-1)/n d (bit_length(n)+1)/8 + 4 (n-1) per parameter",
     summable=False,
     biased=True,
-    differs="the sum stays integer; unbiased only with clip=0; biases and norms in float32 instead of the last layer",
+    differs="the sum stays integer; unbiased only with clip=0; biases and norms, not the last layer, in "
+    "float32",
 )
 def terngrad(clip: float = 2.5) -> Method:
     """Send -1, 0 or +1 times a magnitude that all ranks share, at random so that the mean is right.

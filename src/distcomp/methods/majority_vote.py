@@ -82,8 +82,7 @@ class MajorityVote(Method):
     def payload_bytes(self, layout: Layout, size: int) -> int:
         """The mean over the ranks: chunks differ by a block at most."""
         sizes = [wire_bytes(_parts(chunk.numel)) for chunk in layout.split(size, SIGNS)]
-        votes = sum(sizes) * (size - 1) / size + max(sizes) * (size - 1)
-        return round(votes) + all_reduce_bytes(4 * len(layout.segments), size)
+        return round(2 * sum(sizes) * (size - 1) / size) + all_reduce_bytes(4 * len(layout.segments), size)
 
 
 def _parts(numel: int) -> Parts:
@@ -102,8 +101,8 @@ def _ballot(x: Tensor) -> Payload:
     wire="2 (n-1)/n (d/8 + 4 per parameter)",
     summable=False,
     biased=True,
-    differs="the vote is multiplied by the mean magnitude of each parameter (magnitude='one' does not); biases and norms in "
-    "float32; momentum before the sign (Signum) is not here",
+    differs="the vote is multiplied by the mean magnitude of each parameter (magnitude='one' does not); "
+    "biases and norms in float32; momentum before the sign (Signum) is not here",
 )
 def majority_vote(magnitude: str = "mean") -> Method:
     """Send signs; every element takes the sign that most ranks hold.

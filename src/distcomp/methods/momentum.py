@@ -101,7 +101,7 @@ class DeepGradient(Method):
 
 @dataclass(frozen=True)
 class Momentum(Method):
-    """Momentum on the estimate: ``u <- m u + estimate`` (Nesterov: ``m u + estimate`` again), for an optimizer without.
+    """Momentum on the estimate, ``u <- m u + estimate`` (Nesterov: ``m u + estimate`` again).
 
     For parameters that are sent whole beside :class:`DeepGradient`. A rank's contribution is the inner one
     plus the part of the momentum that was there before, so the law holds. Source: Lin et al., ICLR 2018
@@ -135,22 +135,21 @@ class Momentum(Method):
     wire="(n-1) k (4 + (2 + log2(d/k))/8), k = ratio d",
     summable=False,
     biased=True,
-    differs="exactly k elements per parameter; packed indices; clipping per parameter; set the optimizer's momentum to 0",
+    differs="exactly k elements per parameter; packed indices; clipping per parameter",
 )
 def dgc(
     ratio: float = 0.001,
     momentum: float = 0.9,
     nesterov: bool = False,
     clip: float = 0.0,
-    warmup_steps: int = 0,
     values: str = "fp32",
 ) -> Method:
-    """Send the k largest elements of accumulated momentum, and clear what was sent. The optimizer's momentum must be 0.
+    """Send the k largest elements of accumulated momentum, and clear what was sent.
 
-    See :class:`DeepGradient`. Biases and norms are sent in float32 and get their momentum after the exchange.
-    The paper's warm-up of the density is a schedule of ``ratio``, over its first four epochs of 500 steps,
-    say: ``"0.25 -> 0.0625 @ 500 -> 0.015625 @ 1000 -> 0.004 @ 1500 -> 0.001 @ 2000"``, or ``"0.25 *> 0.001 @
-    2000"``.
+    Set the optimizer's momentum to 0. See :class:`DeepGradient`. Biases and norms are sent in float32 and get
+    their momentum after the exchange. The paper's warm-up of the density is a schedule of ``ratio``, over its
+    first four epochs of 500 steps, say: ``"0.25 -> 0.0625 @ 500 -> 0.015625 @ 1000 -> 0.004 @ 1500 -> 0.001 @
+    2000"``, or ``"0.25 *> 0.001 @ 2000"``.
     """
     sparse = DeepGradient(ratio, momentum, nesterov, clip, values)
     return Choose(PLAIN, Momentum(lift(Identity()), momentum, nesterov), sparse)

@@ -10,13 +10,13 @@ from distcomp.methods.registry import register
 
 @register(
     paper="Horváth et al., Natural compression for distributed deep learning, 2019",
-    wire="2 (n-1)/n 9d/8, or (n-1) payloads where that is less; bits <= 8: d bits/8 + 4 d/block in the place of 9d/8",
+    wire="2 (n-1)/n 9d/8 (up to 8 bits: d bits/8 + 4 d/block), or (n-1) payloads where that is less",
     summable=False,
     biased=False,
-    differs="8 bits or fewer count exponents from the block's largest magnitude down, and round to 0 below them",
+    differs="up to 8 bits count exponents from the block's largest magnitude down, and round to 0 below",
 )
 def natural(bits: int = 9, block: int = 512) -> Method:
-    """Round each value to a power of two beside it, at random so that the mean is right: sign and exponent, 9 bits.
+    """Round each value at random to a power of two beside it: sign and exponent, 9 bits, the mean is right.
 
     See :class:`distcomp.compressors.Natural`; with fewer ``bits`` (2 to 8) natural dithering with the max
     norm of each ``block``, :class:`distcomp.compressors.NonUniform`.
@@ -33,7 +33,7 @@ def natural(bits: int = 9, block: int = 512) -> Method:
     differs="fixed-width codes in the place of Huffman's; bits count the sign; blocks",
 )
 def nuqsgd(bits: int = 4, block: int = 512, norm: str = "l2") -> Method:
-    """Round each value to one of the levels 0, 2^(1-s), ..., 1/2, 1 of its block's norm, at random so that the mean is right.
+    """Round each value at random to a level beside it, 0, 2^(1-s), ..., 1/2, 1 of its block's norm.
 
     See :class:`distcomp.compressors.NonUniform` for the equation.
     """
@@ -45,12 +45,14 @@ def nuqsgd(bits: int = 4, block: int = 512, norm: str = "l2") -> Method:
     wire="2 (n-1)/n (d/8 + 4 per parameter), or (n-1) payloads where that is less",
     summable=False,
     biased=True,
-    differs="residuals in gradient units (the learning rate is not inside); sign(0) = +1; biases and norms in float32",
+    differs="residuals in gradient units (no learning rate inside); sign(0) = +1; biases and norms in "
+    "float32",
 )
 def ef_signsgd(block: int = 0, error_feedback: bool = True) -> Method:
-    """Send signs and each parameter's mean magnitude, and owe the rest: sign(x) |x|_1 / d with error feedback.
+    """Send signs and each parameter's mean magnitude, and owe the rest.
 
-    ``block > 0`` takes one magnitude per so many values instead of one per parameter. See
+    ``block > 0`` takes one magnitude per so many values instead of one per parameter. Without
+    ``error_feedback`` the rest is forgotten: a control. See
     :class:`distcomp.compressors.ScaledSign`.
     """
     compressor: Compressor = Quantize(1, block) if block else ScaledSign()
@@ -62,12 +64,13 @@ def ef_signsgd(block: int = 0, error_feedback: bool = True) -> Method:
     wire="2 (n-1)/n (d/8 + 8 per output unit), or (n-1) payloads where that is less",
     summable=False,
     biased=True,
-    differs="the second quantization's error is owed by the owner of the chunk; biases and norms in float32; the paper's "
-    "cold start without quantization is a warm-up wrapper",
+    differs="the second quantization's error is owed by the owner of the chunk; biases and norms in float32; "
+    "for the paper's cold start see warmup",
 )
 def onebit(error_feedback: bool = True) -> Method:
-    """Send one bit per value, decoded to the mean of its unit's non-negative or of its negative values, and owe the rest.
+    """Send one bit per value, decoded to the mean of its unit's values of that sign, and owe the rest.
 
-    See :class:`distcomp.compressors.OneBit` for the equation.
+    See :class:`distcomp.compressors.OneBit` for the equation. Without ``error_feedback`` training soon
+    diverges.
     """
     return except_small(with_feedback(OneBit(), error_feedback=error_feedback))

@@ -1,4 +1,4 @@
-"""A few elements instead of all: the largest of each rank's own, random ones, or those that one rank in turn finds largest."""
+"""A few elements instead of all: each rank's largest, random ones, or those that are largest on one rank."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SUMMED = {
 
 @register(
     paper="Aji & Heafield, EMNLP 2017; Stich et al., Sparsified SGD with memory, NeurIPS 2018",
-    wire="(n-1) k (4 + (2 + log2(d/k))/8), k = ratio d; values narrower than fp32: 2, 1, 1/2, ... in the place of 4",
+    wire="(n-1) k (4 + (2 + log2(d/k))/8), k = ratio d; narrower values: 2, 1, 1/2, ... for the 4",
     summable=False,
     biased=True,
     differs="indices packed to within half a bit of the least possible; biases and norms in float32",
@@ -49,14 +49,14 @@ def topk(
     See :class:`distcomp.compressors.TopK`. ``values``: ``fp32``, ``bf16``, ``fp16``, ``int8``, ``int4``,
     ``int2``, ``sign``, or any compressor. ``chunk`` takes the largest of every so many elements instead of
     every parameter, which is faster; ``pattern="scatter"`` selects again, from the sum, at the owner of each
-    chunk, so that traffic does not grow with n.
+    chunk, so that traffic does not grow with n. Without ``error_feedback`` what is left out is forgotten.
     """
     return except_small(with_feedback(with_values(TopK(ratio, chunk), values), pattern, error_feedback))
 
 
 @dataclass(frozen=True)
 class SharedRandomK(Method):
-    """Every rank sends the same k random elements of each parameter: their sums ride an all-reduce, without indices.
+    """Every rank sends the same k random elements of each parameter: an all-reduce of k values, no indices.
 
     ::
 
@@ -92,7 +92,7 @@ class SharedRandomK(Method):
 
 @dataclass(frozen=True)
 class CyclicTopK(Method):
-    """Rank ``t mod n`` chooses: its k largest elements are the places at which all ranks send, and sums ride an all-reduce.
+    """Rank ``t mod n`` chooses: where its k largest elements are, all ranks send, by an all-reduce.
 
     ::
 
@@ -205,7 +205,7 @@ def _summed(values: str | Method) -> Method:
     differs="without replacement, from a key that all ranks share; biases and norms in float32",
 )
 def random_k(ratio: float = 0.01, values: str | Method = "fp32", error_feedback: bool = True) -> Method:
-    """Send the same k random elements of each parameter on every rank: an all-reduce of k values, and no indices.
+    """Send the same k random elements of each parameter on every rank: an all-reduce, without indices.
 
     With ``error_feedback`` values are sent as they are and the rest is owed; without it they are multiplied
     by d/k, so that the mean is right. ``values``: ``fp32``, ``bf16``, ``fp16``, or integers that add exactly,
@@ -220,13 +220,13 @@ def random_k(ratio: float = 0.01, values: str | Method = "fp32", error_feedback:
     wire="2 (n-1)/n 4k + (n-1)/n k (2 + log2(d/k))/8, k = ratio d",
     summable=False,
     biased=True,
-    differs="exact top-k in the place of the chunk-wise quasi-sort; beta=1 (plain error feedback) is the default; packed indices; "
-    "biases and norms in float32",
+    differs="exact top-k, not the chunk-wise quasi-sort; beta=1 (plain error feedback) is the default; "
+    "packed indices; biases and norms in float32",
 )
 def cyclic_topk(
     ratio: float = 0.01, values: str | Method = "fp32", chunk: int = 0, beta: float = 1.0
 ) -> Method:
-    """Send, on every rank, the elements that are largest on rank t mod n: an all-reduce of k values, and owe the rest.
+    """Send, on every rank, the elements that are largest on rank t mod n, by an all-reduce, and owe the rest.
 
     ``beta < 1`` is the paper's low-pass filter (:class:`LowPassFeedback`). See :class:`CyclicTopK`.
     """
