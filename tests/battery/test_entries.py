@@ -80,8 +80,8 @@ def test_a_setting_that_does_not_exist_is_refused_by_name(entry: Entry) -> None:
 @entries
 def test_a_recipe_is_exported_under_its_name(entry: Entry) -> None:
     if entry.recipe.__module__.startswith("distcomp."):
-        assert getattr(distcomp.methods, entry.recipe.__name__) is entry.recipe
-        assert entry.recipe.__name__ in distcomp.methods.__all__
+        assert getattr(distcomp, entry.recipe.__name__) is entry.recipe
+        assert entry.recipe.__name__ in distcomp.__all__
 
 
 @entries

@@ -11,6 +11,7 @@ A neighbour that does not answer, or is known to be dead, is left out and its we
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -153,7 +154,7 @@ class DCD(Gossip):
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
         numbers = super().conditions(layout, size)
-        alpha = relative_error(self.compressor, layout.numel)
+        alpha = relative_error(self.compressor, layout)
         limit = (1 - numbers["rho"]) / (2 * numbers["mu"]) if numbers["mu"] else 1.0
         numbers |= {"alpha": alpha, "alpha_limit": limit}
         if alpha >= limit:
@@ -206,14 +207,14 @@ class Choco(Gossip):
 
     def tuned(self, layout: Layout) -> tuple[float, float]:
         """``gamma`` and the damping ``a``."""
-        error = relative_error(self.compressor, layout.numel) ** 2
+        error = relative_error(self.compressor, layout) ** 2
         a = 1 / (1 + error) if self.compressor.unbiased else 1.0
-        delta = contraction(self.compressor, layout.numel)
+        delta = contraction(self.compressor, layout)
         return default_gamma(delta) if self.gamma is None else self.gamma, a
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
         numbers = super().conditions(layout, size)
-        delta = contraction(self.compressor, layout.numel)
+        delta = contraction(self.compressor, layout)
         gap, beta = numbers["spectral_gap"], numbers["mu"]
         proven = gap**2 * delta / (16 * gap + gap**2 + 4 * beta**2 + 2 * gap * beta**2 - 8 * gap * delta)
         gamma, a = self.tuned(layout)
@@ -274,27 +275,26 @@ def slabs(replicas: Mapping[int, Tensor], layout: Layout) -> dict[str, Slab]:
     return {str(j): Slab(replica, layout) for j, replica in replicas.items()}
 
 
-SAMPLE = 1 << 16
-
-
-def relative_error(compressor: Compressor, numel: int) -> float:
-    """``alpha = |C(z) - z| / |z|`` on Gaussian data, measured once. The same on every rank."""
-    return _measured(compressor, min(numel, SAMPLE))
+SAMPLE = 1 << 20
+"""Parameters that hold so many elements between them tell how a compressor fares."""
 
 
 @lru_cache
-def _measured(compressor: Compressor, numel: int) -> float:
-    if not numel:
-        return 0.0
-    key, layout = Key.of("relative error"), Layout.of([("z", (numel,))])
-    z = torch.randn(numel, generator=key.generator())
-    error = compressor.decode(compressor.encode(z, layout, key), layout) - z
-    return float(error.norm() / z.norm())
+def relative_error(compressor: Compressor, layout: Layout) -> float:
+    """``alpha = |C(z) - z| / |z|`` on Gaussian data in the model's shapes: the same on every rank."""
+    ends = itertools.accumulate(segment.numel for segment in layout.segments)
+    some = Layout(
+        tuple(one for one, end in zip(layout.segments, ends, strict=True) if end - one.numel < SAMPLE)
+    )
+    key = Key.of("relative error")
+    z = torch.randn(some.numel, generator=key.generator())
+    error = compressor.decode(compressor.encode(z, some, key), some) - z
+    return float(error.norm() / z.norm()) if some.numel else 0.0
 
 
-def contraction(compressor: Compressor, numel: int) -> float:
+def contraction(compressor: Compressor, layout: Layout) -> float:
     """``delta`` with ``|C(z) - z|^2 <= (1 - delta) |z|^2`` on Gaussian data; damped, if unbiased."""
-    omega = relative_error(compressor, numel) ** 2
+    omega = relative_error(compressor, layout) ** 2
     return 1 / (1 + omega) if compressor.unbiased else 1 - omega
 
 

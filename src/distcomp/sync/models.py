@@ -39,6 +39,7 @@ from distcomp.sync.target import Target
 from distcomp.sync.weights import Weights
 from distcomp.transports.base import Channel
 from distcomp.transports.conversation import Conversation, Talker
+from distcomp.transports.types import GradBucket
 
 
 class ModelSync:
@@ -87,7 +88,7 @@ class ModelSync:
             parameters = list(self._weights.parameters.values())
             self._hooks.append(register_multi_grad_hook(parameters, self._after_gradient, mode="any"))
 
-    def hook(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Give a bucket back to DDP as it is; its last one ends a backward."""
         if bucket.is_last():
             self._after_gradient(None)
@@ -330,7 +331,8 @@ def refuse_averaging(target: Target, averaging: Averaging | Levels, optimizer: O
     """What cannot be served, named with its reason; warns where a condition of the paper does not hold."""
     if target.ddp is not None and target.ddp.find_unused_parameters:
         raise DistcompError(
-            "find_unused_parameters=True makes DDP ask all ranks in every backward, which averaging is to avoid; "
+            "find_unused_parameters=True makes DDP ask all ranks in every backward, which averaging is "
+            "to avoid; "
             "wrap the model with find_unused_parameters=False, or attach to the plain module"
         )
     for name, part in target.module.named_modules():
