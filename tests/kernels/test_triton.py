@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed (pip install triton): no GPU kernels to test")
+triton = pytest.importorskip("triton", reason="triton is not installed (pip install triton): no GPU kernels")
+OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 
 if torch.cuda.is_available():
     from .equality import *  # noqa: F403  (its tests become this file's)
 else:
 
+    @pytest.mark.skipif(OLD, reason="this Triton's interpreter lets NaN through minimum(), unlike its compiler")
     def test_in_the_interpreter() -> None:
         tests = Path(__file__).parent / "equality.py"
         environment = {**os.environ, "TRITON_INTERPRET": "1"}

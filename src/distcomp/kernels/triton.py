@@ -44,7 +44,7 @@ def _uniform_24(counter, key_low, key_high):
 
 @triton.jit
 def _codes(x, inverse, counter, key_low, key_high, bits: tl.constexpr, stochastic: tl.constexpr):
-    """The integers of ``x``, 0 .. 2s, in the low bytes; NaN becomes 2s as minimum() prefers the number."""
+    """The integers of ``x``, 0 .. 2s, in the low bytes; NaN becomes 2s: minimum() is the other one."""
     if bits == 1:
         return (x >= 0).to(tl.int32)
     s: tl.constexpr = (1 << (bits - 1)) - 1
@@ -322,8 +322,8 @@ def _add_sums(data_at, sums_at, size_bytes, tile: tl.constexpr):
         byte = tl.load(data_at + 4 * index + i, mask=4 * index + i < size_bytes, other=0)
         word |= byte.to(tl.uint32) << (8 * i)
     weighted = (index + 1).to(tl.uint32) * word
-    tl.atomic_add(sums_at, tl.sum(word.to(tl.int32, bitcast=True), 0))
-    tl.atomic_add(sums_at + 1, tl.sum(weighted.to(tl.int32, bitcast=True), 0))
+    tl.atomic_add(sums_at, tl.sum(word.to(tl.int64), 0).to(tl.int32))
+    tl.atomic_add(sums_at + 1, tl.sum(weighted.to(tl.int64), 0).to(tl.int32))
 
 
 def quantize(
