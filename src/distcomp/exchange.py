@@ -100,10 +100,13 @@ Talk = Generator[Request, Any, T]
 
 
 def within(group: Group, talk: Talk[T]) -> Talk[T]:
-    """The same conversation, held inside a group of ranks only."""
+    """The same conversation, held inside a group of ranks only. A source that it names is a place in the
+    group."""
     try:
         request = next(talk)
         while True:
+            if isinstance(request, Broadcast):
+                request = replace(request, source=group[request.source])
             answer = yield replace(request, group=group)
             request = talk.send(answer)
     except StopIteration as stop:

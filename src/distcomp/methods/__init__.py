@@ -6,6 +6,7 @@ from distcomp.methods.choose import Choose, Rule
 from distcomp.methods.demo import DecoupledMomentum, demo
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.gradiveq import Cycle, GradiVeQ, gradiveq
+from distcomp.methods.hierarchical import Hierarchical, nodes_of, two_level
 from distcomp.methods.integers import Rotate, SharedRange, TernGrad, shared_range, terngrad
 from distcomp.methods.lift import AllReduce, GatherAndSum, ScatterReduce, lift
 from distcomp.methods.majority_vote import MajorityVote, majority_vote
@@ -37,6 +38,7 @@ __all__ = [
     "ErrorFeedback",
     "GatherAndSum",
     "GradiVeQ",
+    "Hierarchical",
     "LowPassFeedback",
     "MajorityVote",
     "Method",
@@ -68,6 +70,7 @@ __all__ = [
     "majority_vote",
     "method_of",
     "natural",
+    "nodes_of",
     "none",
     "nuqsgd",
     "onebit",
@@ -79,6 +82,7 @@ __all__ = [
     "shared_range",
     "terngrad",
     "topk",
+    "two_level",
     "warmup",
     "with_feedback",
 ]

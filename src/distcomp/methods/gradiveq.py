@@ -117,7 +117,7 @@ class GradiVeQ(Method):
     plain: Method = field(default=lift(Quantize(4)))
     coefficients: Method = field(default=EXACT)
     clock: int = field(default=0, repr=False)
-    """The step that ``payload_bytes`` speaks of."""
+    """The step that ``payload_bytes`` speaks of, and whose phase a fresh state is in."""
 
     def __post_init__(self) -> None:
         if self.coefficients.init(Layout.of([("c", (8,))])):
@@ -137,10 +137,11 @@ class GradiVeQ(Method):
                 {name: torch.zeros([one[axis] for axis in shape_of]) for name, one in shapes.items()}
             )
 
-        counters = {name: torch.zeros((), dtype=torch.int64) for name in shapes}
+        age = self.clock % self.cycle.length
+        known = {name: one["most"] * (age >= self.cycle.learn) for name, one in shapes.items()}
         return {
-            "age": PerParameter(counters),
-            "dims": PerParameter(counters),
+            "age": PerParameter({name: torch.tensor(age) for name in shapes}),
+            "dims": PerParameter({name: torch.tensor(dims) for name, dims in known.items()}),
             "basis": each("bases", "most", "k"),
             "mean": each("slices", "k"),
             "total": each("slices", "k"),
