@@ -11,7 +11,7 @@ from cluster import Cluster, Failure
 from torch import nn
 
 import distcomp
-from distcomp.transports import torchdist
+from distcomp.transports.direct import Direct
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def corrupted(rank, size, where):
     model, optimizer, _ = jobs.attached("qsgd:bits=4", rank)
     jobs.train(model, optimizer, rank, 2)
     before = jobs.flat(model).clone()
-    original = torchdist.TorchDist.start
+    original = Direct.start
 
     def spoil(self, request):
         if hasattr(request, "payload"):
@@ -115,7 +115,7 @@ def corrupted(rank, size, where):
         return original(self, request)
 
     if rank == 1:
-        torchdist.TorchDist.start = spoil
+        Direct.start = spoil
     try:
         x, y = next(jobs.batches(rank, 1, 7))
         optimizer.zero_grad()
@@ -131,7 +131,7 @@ def corrupted(rank, size, where):
             return said, str(error), torch.equal(before, jobs.flat(model))
         return said, "stepped", torch.equal(before, jobs.flat(model))
     finally:
-        torchdist.TorchDist.start = original
+        Direct.start = original
 
 
 @pytest.mark.parametrize(
