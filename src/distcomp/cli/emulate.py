@@ -108,9 +108,10 @@ def run(arguments: argparse.Namespace) -> int:
                 one for one in chosen if not _one(experiment, one, net, command, shown, arguments.verbose)
             ]
     comparison = report.compare_directories([experiment.directory], arguments.target)
+    report.write_page(comparison, directory / "report.html")
     print()
     report.show(comparison)
-    print(f"\nwrote {report.write_page(comparison, directory / 'report.html')}")
+    print(f"\nwrote {directory / 'report.html'}")
     return 1 if failed else 0
 
 

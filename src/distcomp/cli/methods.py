@@ -95,11 +95,17 @@ def compressors() -> Iterator[dict[str, Any]]:
             continue
         settings = _settings(kind)
         told: dict[str, Any] = {"name": name, "law": _first_sentence(kind), "settings": settings}
-        if None not in settings.values():
+        if inspect.signature(kind).parameters.keys() <= _defaults(kind):
             default = kind()
             bits = 8 * default.wire_bytes(layout) / layout.numel
             told |= {"summable": default.summable, "biased": not default.unbiased, "bits_per_value": bits}
         yield told
+
+
+def _defaults(kind: Any) -> set[str]:
+    """The settings that may be left out."""
+    parameters = inspect.signature(kind).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty}
 
 
 def _settings(kind: Any) -> dict[str, Any]:

@@ -41,13 +41,14 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the table and write the page."""
     comparison = compare_directories(arguments.runs, arguments.target)
+    path = arguments.output or (None if arguments.json else Path("report.html"))
+    if path is not None:
+        write_page(comparison, path)
     if arguments.json:
         print(json.dumps(as_json(comparison), indent=2))
     else:
         show(comparison)
-    if arguments.output is not None or not arguments.json:
-        written = write_page(comparison, arguments.output or Path("report.html"))
-        print(f"wrote {written}", file=sys.stderr if arguments.json else sys.stdout)
+        print(f"\nwrote {path}")
     return 0
 
 
@@ -72,7 +73,7 @@ def show(comparison: Comparison) -> None:
         print(as_text(comparison))
 
 
-def write_page(comparison: Comparison, path: Path) -> Path:
+def write_page(comparison: Comparison, path: Path) -> None:
     """Write the page whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -80,4 +81,3 @@ def write_page(comparison: Comparison, path: Path) -> Path:
         partial.replace(path)
     except OSError as error:
         raise DistcompError(f"{path} cannot be written ({error}); name another file with -o") from None
-    return path

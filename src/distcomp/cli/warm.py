@@ -8,6 +8,7 @@ process would have had; only what is imported is there already.
 from __future__ import annotations
 
 import ast
+import atexit
 import gc
 import importlib
 import json
@@ -19,11 +20,10 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from distcomp.network import netns
 
@@ -47,7 +47,7 @@ def main(directory: str, script: str) -> None:
         importlib.import_module(module)
     if threads := len(os.listdir("/proc/self/task")) - 1:
         sys.exit(f"what {script} imports has started {threads} threads, which a fork would lose; use --cold")
-    gc.freeze()  # or each child would spend a second of processor time on taking it all down again
+    gc.freeze()  # what is here stays here: no child need look through it
     while True:
         connection, _ = listener.accept()
         request = _receive(connection)
@@ -87,8 +87,42 @@ def run_script() -> None:
     """Run ``sys.argv`` as its own program, in the forked child."""
     script = str(Path(sys.argv[0]).resolve())
     sys.path.insert(0, str(Path(script).parent))
-    sys.excepthook = _only_below(script)
-    runpy.run_path(script, run_name="__main__")
+    ending = _Ending(script)
+    sys.excepthook = ending.by_exception
+    atexit.register(ending.leave)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as request:
+        code = request.code
+        ending.status = 0 if code is None else code if isinstance(code, int) else 1
+        raise
+
+
+class _Ending:
+    """Ends the child once the script's own exit handlers have run.
+
+    Python would now take down every module, object by object: a second of processor time on memory that the warm
+    process still shares, and complaints of libraries that do not like it.
+    """
+
+    def __init__(self, script: str) -> None:
+        self.status = 0
+        self._script = script
+
+    def by_exception(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        """Print a traceback from the script on, as if nothing had been above it."""
+        self.status = 1
+        below = trace
+        while below is not None and below.tb_frame.f_code.co_filename != self._script:
+            below = below.tb_next
+        sys.__excepthook__(kind, error, below or trace)
+
+    def leave(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(self.status & 0xFF)
 
 
 def _become(request: Request) -> None:
@@ -140,18 +174,6 @@ def _end_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
     except ProcessLookupError:
         return
-
-
-def _only_below(script: str) -> Callable[[type[BaseException], BaseException, TracebackType | None], Any]:
-    """Print a traceback from the script on, as if nothing had been above it."""
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        below = trace
-        while below is not None and below.tb_frame.f_code.co_filename != script:
-            below = below.tb_next
-        sys.__excepthook__(kind, error, below or trace)
-
-    return hook
 
 
 if __name__ == "__main__":

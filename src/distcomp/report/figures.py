@@ -48,8 +48,8 @@ class Figures:
     """By the kernel's queue counters, headers and retransmissions included: mean over ranks and steps."""
     predicted_wire_bytes: float | None
     step_s: float | None
-    """Median. Times are those of rank 0, which evaluates between steps while the others already wait in the next
-    one; they leave out its first step, in which buckets are built."""
+    """Median. Times are those of rank 0, which evaluates between steps while the others already wait in the
+    next one; they leave out its first step, in which buckets are built."""
     exchange_s: float | None
     """From the first encode to the last decode: median."""
     wire_idle: float | None

@@ -1,0 +1,186 @@
+"""A comparison on real processes: what is run, recorded, reported, and left behind when it is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distcomp import recording
+from distcomp.cli import main
+
+LEARNER = """\
+import os, sys, time
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import distcomp
+import beside
+
+assert __name__ == "__main__"
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = DistributedDataParallel(torch.nn.Linear(64, 8))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+handle = distcomp.attach(model, optimizer, seed=int(sys.argv[2]))
+for step in range(1, 5):
+    optimizer.zero_grad()
+    model(torch.ones(4, 64)).square().mean().backward()
+    optimizer.step()
+    if dist.get_rank() == 0:
+        handle.log(step=step, train_s=step / 10, test_loss=1 / step, test_accuracy=step / 4)
+print("method", os.environ["DISTCOMP_METHOD"], "argv", sys.argv[1:], beside.NAME, os.path.isabs(__file__))
+print("at", os.getcwd(), file=sys.stderr)
+handle.detach()
+dist.destroy_process_group()
+if os.environ["DISTCOMP_METHOD"] == "bf16" and os.environ["RANK"] == "1":
+    raise RuntimeError("boom")
+"""
+
+ENDLESS = """\
+import os, signal, sys
+with open(sys.argv[1], "w") as fifo:
+    fifo.write(f"{os.getpid()}\\n")
+signal.pause()
+"""
+
+
+SOURCE = str(Path(recording.__file__).parent.parent)
+
+
+def distcomp(*argv: str, where: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "distcomp", *argv],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=where, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": SOURCE},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[[], ["--cold", "--no-packets"]], ids=["warm", "cold-without-packets"])
+def compared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str, str]:
+    where = tmp_path_factory.mktemp("compared")
+    (where / "learner.py").write_text(LEARNER)
+    (where / "beside.py").write_text("NAME = 'beside'")
+    process = distcomp(
+        "emulate", *request.param, "--ranks", "2", "--rate", "1gbit", "--methods", "ddp; bf16", "-o", "out",
+        "learner.py", "--seed", "3", where=where,
+    )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, (out, err)  # bf16 fails, on purpose
+    return where, out, err
+
+
+def test_the_network_is_told_before_and_the_table_after(compared: tuple[Path, str, str]) -> None:
+    where, out, _ = compared
+    assert out.startswith("2 ranks at 1gbit: ")
+    assert re.search(r"^ddp +0\.2500 +100\.0 % ", out, flags=re.MULTILINE)
+    assert re.search(r"^bf16 +0\.2500 +100\.0 % ", out, flags=re.MULTILINE)
+    assert out.endswith("wrote out/report.html\n")
+    assert (where / "out" / "report.html").exists()
+
+
+def test_each_method_ran_in_the_script_s_own_environment(compared: tuple[Path, str, str]) -> None:
+    where, _, _ = compared
+    for directory, method in (("01-ddp", "ddp"), ("02-bf16", "bf16")):
+        for rank in range(2):
+            said = (where / "out" / directory / f"output{rank}.txt").read_text()
+            assert f"method {method} argv ['--seed', '3'] beside True\n" in said
+            assert f"at {where}\n" in said
+
+
+def test_the_record_says_what_was_run_and_how_it_ended(compared: tuple[Path, str, str]) -> None:
+    where, out, _ = compared
+    runs = [recording.read(path) for path in recording.find([where / "out"])]
+    assert [run.method for run in runs] == ["ddp", "bf16"]
+    assert [run.about["exit_status"] for run in runs] == [0, 1]
+    for run in runs:
+        assert run.about["ranks"] == 2
+        assert run.about["argv"] == ["learner.py", "--seed", "3"]
+        assert run.about["seed"] == 3
+        assert run.about["network"]["asked"] == "2 ranks at 1gbit"
+        assert run.about["network"]["real"] == ("NOT REAL PACKETS" not in out)
+        assert [len(run.of_kind("step", rank)) for rank in (0, 1)] == [4, 4]
+        sent = {one["payload_bytes"] for one in run.of_kind("step", 0)}
+        assert sent == {520 * 4 if run.method == "ddp" else 520 * 2}
+
+
+def test_a_method_that_fails_is_named_with_what_it_said(compared: tuple[Path, str, str]) -> None:
+    _, _, err = compared
+    assert "bf16 failed: rank 1 ended with status 1" in err
+    assert "RuntimeError: boom" in err
+    said = err[err.index("Traceback") :]
+    assert "learner.py" in said
+    assert "warm.py" not in said
+    assert "runpy" not in said
+
+
+def test_report_reads_it_again(compared: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    where, _, _ = compared
+    assert main(["report", "--json", str(where / "out")]) == 0
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["ddp"]["speed_up"] == 1.0
+    assert rows["bf16"]["payload_bytes"]["mean"] * 2 == rows["ddp"]["payload_bytes"]["mean"]
+
+
+def test_ctrl_c_ends_everything_quietly(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    os.mkfifo(tmp_path / "fifo")
+    fifo = os.open(tmp_path / "fifo", os.O_RDWR)
+    process = distcomp(
+        "emulate", "--ranks", "2", "--method", "ddp", "-o", "out", "endless.py", "fifo", where=tmp_path
+    )
+    told = b""
+    while told.count(b"\n") < 2:
+        assert select.select([fifo], [], [], 60)[0], "the ranks never started"
+        told += os.read(fifo, 100)
+    os.close(fifo)
+    pids = [int(line) for line in told.split()]
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert out.count("\n") <= 3
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_run_is_torchrun_with_the_method_and_a_record(tmp_path: Path) -> None:
+    (tmp_path / "learner.py").write_text(LEARNER)
+    (tmp_path / "beside.py").write_text("NAME = 'beside'")
+    process = distcomp(
+        "run",
+        "--nproc",
+        "2",
+        "--method",
+        "qsgd:bits=4",
+        "-o",
+        "out",
+        "learner.py",
+        "--seed",
+        "5",
+        where=tmp_path,
+    )
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("method qsgd:bits=4 argv ['--seed', '5'] beside True") == 2
+    assert out.endswith("see it with: distcomp report out\n")
+    run = recording.read(tmp_path / "out")
+    assert (run.method, run.about["ranks"], run.about["seed"]) == ("qsgd:bits=4", 2, 5)
+    assert len(run.of_kind("step", 1)) == 4
+
+
+def test_run_passes_a_failure_on(tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text("raise SystemExit(7)")
+    process = distcomp("run", "fails.py", where=tmp_path)
+    process.communicate(timeout=120)
+    assert process.returncode == 1  # torchrun's own status for a script that failed
