@@ -119,6 +119,15 @@ def test_two_exact_methods_are_the_exact_mean(nodes) -> None:
         torch.testing.assert_close(contribution, x, atol=1e-6, rtol=1e-5)
 
 
+def test_nodes_round_independently() -> None:
+    """Two nodes with the same gradients: noise that they shared would not average out between them."""
+    xs = draw(2) * 2
+    method = two_level("(qsgd:bits=2,error_feedback=false)", "identity", NODES["2 of 2"])
+    assert not torch.equal(once(method, xs).estimate, once(parse("qsgd:bits=2"), xs[:2]).estimate)
+    contributions = once(method, xs).contributions()
+    assert not torch.equal(contributions[0], contributions[2])
+
+
 def test_error_feedback_around_it_loses_nothing() -> None:
     xs = draw(4)
     method = ErrorFeedback(
