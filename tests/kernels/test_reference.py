@@ -92,12 +92,27 @@ def test_no_value_is_off_by_more_than_a_level(case: Case) -> None:
         assert (error <= bound * (1 if case.stochastic else 0.5) * (1 + 1e-5)).all()
 
 
+@given(cases(finite=True), st.sampled_from([1.0, 0.25]))
+def test_decoded_values_are_added_or_subtracted_and_then_scaled(case: Case, times: float) -> None:
+    codes, scales = case.encode(reference)
+    decoded, before = case.decode(reference, codes, scales), case.x.flip(0)
+    assert same_bits(case.decode(reference, codes, scales, 0, times), decoded * times)
+    assert same_bits(case.decode(reference, codes, scales, 1, times), (before + decoded) * times)
+    assert same_bits(case.decode(reference, codes, scales, -1, times), (before - decoded) * times)
+
+
 @given(cases(finite=True))
-def test_subtracting_leaves_the_residual(case: Case) -> None:
+def test_subtracting_what_was_sent_leaves_the_residual(case: Case) -> None:
     codes, scales = case.encode(reference)
     decoded, residual = case.decode(reference, codes, scales), case.x.clone()
     kernels.dequantize(codes, scales, residual, block=case.block, bits=case.bits, subtract=True)
     assert same_bits(residual, case.x - decoded)
+
+
+def test_a_nan_takes_the_top_code() -> None:
+    x = torch.tensor([float("nan"), 0.0])
+    codes, _ = Case(x, 2, 4, given=torch.ones(1), stochastic=False).encode(reference)
+    assert codes.item() == 14 | 7 << 4
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

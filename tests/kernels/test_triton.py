@@ -20,7 +20,7 @@ if torch.cuda.is_available():
     from .equality import *  # noqa: F403  (its tests become this file's)
 else:
 
-    @pytest.mark.skipif(OLD, reason="this Triton's interpreter lets NaN through minimum(), unlike its compiler")
+    @pytest.mark.skipif(OLD, reason="this interpreter lets NaN through minimum(), unlike the compiler")
     def test_in_the_interpreter() -> None:
         tests = Path(__file__).parent / "equality.py"
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
