@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from distcomp.transports.liveness import Liveness, agree
 from distcomp.transports.throttle import throttled
 from distcomp.transports.torchdist import TorchDist
 
-_ATTACHED = itertools.count()
 _GROUPS: WeakKeyDictionary[nn.Module, dist.ProcessGroup] = WeakKeyDictionary()
 
 
@@ -49,7 +47,7 @@ class Link:
         parent = target.group
         rank, size = dist.get_rank(parent), dist.get_world_size(parent)
         store = parent.get_group_store()
-        name = f"attach{next(_ATTACHED)}"
+        name = f"attach{store.add(f'distcomp/attached/{rank}', 1)}"  # every rank counts alike in a group
         agree(store, rank, size, name, settings, timeout_s)
         group = _own_group(target, timeout_s)
         liveness = Liveness(store, rank, size, name)
