@@ -184,3 +184,14 @@ def test_run_passes_a_failure_on(tmp_path: Path) -> None:
     process = distcomp("run", "fails.py", where=tmp_path)
     process.communicate(timeout=120)
     assert process.returncode == 1  # torchrun's own status for a script that failed
+
+
+def test_a_script_that_python_refuses_is_told_as_python_tells_it(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import os\nimport os nonsense\n")
+    process = distcomp("emulate", "--ranks", "1", "--method", "ddp", "-o", "out", "broken.py", where=tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert out.count("\n") <= 3  # the network, and no table
+    assert "SyntaxError" in err
+    assert 'broken.py", line 2' in err
+    assert "warm.py" not in err

@@ -107,6 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
             failed = [
                 one for one in chosen if not _one(experiment, one, net, command, shown, arguments.verbose)
             ]
+    if len(failed) == len(chosen):
+        return 1
     comparison = report.compare_directories([experiment.directory], arguments.target)
     report.write_page(comparison, directory / "report.html")
     print()

@@ -97,6 +97,7 @@ class _Bars:
     def method(self, name: str, directory: Path) -> Iterator[None]:
         task, tail, over = self._tasks[name], Tail(directory), threading.Event()
         self._shown.start_task(task)
+        self._shown.update(task, learnt="starting")
         watcher = threading.Thread(target=self._follow, args=(task, tail, over), daemon=True)
         watcher.start()
         try:
@@ -113,7 +114,9 @@ class _Bars:
             ending = over.wait(POLL_S)
             tail.read()
             of_steps = tail.of_steps or self._steps
-            self._shown.update(task, completed=tail.steps, total=of_steps, learnt=tail.learnt)
+            self._shown.update(task, completed=tail.steps, total=of_steps)
+            if tail.steps:
+                self._shown.update(task, learnt=tail.learnt)
             if ending:
                 return
 

@@ -21,6 +21,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +38,11 @@ class Request:
     directory: str
     outputs: tuple[int, int]
 
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for output in self.outputs:
+            os.close(output)
+
 
 def main(directory: str, script: str) -> None:
     """Import, then fork for each request until killed. Returns only in a forked child."""
@@ -44,9 +50,9 @@ def main(directory: str, script: str) -> None:
     listener.bind(address(Path(directory), int(os.environ["RANK"])))
     listener.listen()
     for module in imports(Path(script)):
-        importlib.import_module(module)
-    if threads := len(os.listdir("/proc/self/task")) - 1:
-        sys.exit(f"what {script} imports has started {threads} threads, which a fork would lose; use --cold")
+        with suppress(ImportError):  # the script will meet it again, and say where
+            importlib.import_module(module)
+    threads = len(os.listdir("/proc/self/task")) - 1
     gc.freeze()  # what is here stays here: no child need look through it
     while True:
         connection, _ = listener.accept()
@@ -54,14 +60,16 @@ def main(directory: str, script: str) -> None:
         if request is None:
             connection.close()
             continue
+        if threads:
+            _refuse(request, connection, f"what {script} imports has started {threads} threads")
+            continue
         child = os.fork()
         if child == 0:
             listener.close()
             connection.close()
             _become(request)
             return
-        for output in request.outputs:
-            os.close(output)
+        request.close()
         _watch(child, connection)
 
 
@@ -73,7 +81,11 @@ def address(directory: Path, rank: int) -> str:
 def imports(script: Path) -> Iterator[str]:
     """What every rank needs, and what the script's first level imports, except modules that lie beside it."""
     yield from ("torch", "torch.distributed", "torch.nn.parallel", "distcomp")
-    for node in ast.parse(script.read_bytes()).body:
+    try:
+        statements = ast.parse(script.read_bytes()).body
+    except SyntaxError:  # Python will say so, better, when the script is run
+        return
+    for node in statements:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module != "__future__":
             names = [str(node.module)]
@@ -101,8 +113,8 @@ def run_script() -> None:
 class _Ending:
     """Ends the child once the script's own exit handlers have run.
 
-    Python would now take down every module, object by object: a second of processor time on memory that the warm
-    process still shares, and complaints of libraries that do not like it.
+    Python would now take down every module, object by object: a second of processor time on memory that is
+    shared with the warm process, and complaints of libraries that do not like it.
     """
 
     def __init__(self, script: str) -> None:
@@ -117,7 +129,7 @@ class _Ending:
         below = trace
         while below is not None and below.tb_frame.f_code.co_filename != self._script:
             below = below.tb_next
-        sys.__excepthook__(kind, error, below or trace)
+        sys.__excepthook__(kind, error.with_traceback(below), below)
 
     def leave(self) -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -131,7 +143,7 @@ def _become(request: Request) -> None:
     netns.die_with_parent(signal.SIGKILL)
     for output, stream in zip(request.outputs, (1, 2), strict=True):
         os.dup2(output, stream)
-        os.close(output)
+    request.close()
     os.environ.clear()
     os.environ.update(request.environment)
     os.chdir(request.directory)
@@ -152,6 +164,14 @@ def _receive(connection: socket.socket) -> Request | None:
     told = json.loads(body)
     stdout, stderr = descriptors
     return Request(told["argv"], told["env"], told["cwd"], (stdout, stderr))
+
+
+def _refuse(request: Request, connection: socket.socket, reason: str) -> None:
+    """Tell the rank's own output why its script does not run."""
+    os.write(request.outputs[1], f"{reason}, which a fork would lose; use --cold\n".encode())
+    request.close()
+    with connection:
+        connection.sendall(struct.pack("=i", 2))
 
 
 def _watch(child: int, connection: socket.socket) -> None:

@@ -47,7 +47,7 @@ def _columns(comparison: Comparison) -> list[Column]:
         ),
         Column(("seconds", "per step"), figure("step_s", words.number), "Seconds per step are the median."),
         Column(
-            ("seconds to", "loss" if target is None else f"loss ≤ {words.told(target, words.loss)}"),
+            ("s to loss", "" if target is None else f"≤ {words.told(target, words.loss)}"),
             lambda row: words.to_target(row, comparison),
             "Seconds to a loss are of training, until the first evaluation at or below it "
             + ("(it was given)." if comparison.target_given else "(what DDP ends with, plus 5 %)."),
@@ -74,7 +74,7 @@ def as_text(comparison: Comparison) -> str:
 def rich_table(comparison: Comparison, rich_table_module: Any) -> Any:
     """The table as ``rich`` draws it; the soonest method stands out."""
     table = rich_table_module.Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("\nmethod", no_wrap=True)
+    table.add_column("\nmethod", overflow="fold")
     for column in columns(comparison):
         table.add_column("\n".join(column.heading), justify="right", no_wrap=True)
     for row in comparison.rows:
