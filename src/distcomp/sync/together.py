@@ -21,7 +21,7 @@ class Workers:
     def __init__(
         self, averaging: Averaging | Levels, x: Tensor, size: int, layout: Layout | None = None, seed: int = 0
     ) -> None:
-        self.layout = layout or Layout.of([("x", (x.numel(),))])
+        self.layout = layout or Layout.of([("x", (1, x.numel()))])
         self.seed = seed
         self.steps = 0
         self.net = Lockstep(size)

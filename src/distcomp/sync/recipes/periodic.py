@@ -224,7 +224,7 @@ def sparse_loco(
     optimizer_state: str = "keep",
     buffers: str = "average",
 ) -> Averaging:
-    """DiLoCo, every ``period`` steps, whose outer gradient is sparse, coarse and fed back: ``e = decay e + Delta - sent``.
+    """DiLoCo, every ``period`` steps, with a sparse, coarse outer gradient: ``e = decay e + Delta - sent``.
 
     The largest ``ratio`` of each ``chunk`` is sent, its values as ``values`` (see ``topk``). ``decay`` lets
     old residuals fade. ``outer_lr`` and ``outer_momentum`` are the outer SGD's. ``optimizer_state``:

@@ -1,0 +1,91 @@
+"""The algorithms once more, in NumPy and float64, written from the papers in matrix form: row i is worker i.
+
+``step(x)`` gives every worker's local update, ``C`` compresses each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+Rows = Callable[[Matrix], Matrix]
+
+
+def dpsgd(x: Matrix, W: Matrix, step: Rows, steps: int, adapt_first: bool = False) -> Matrix:
+    for _ in range(steps):
+        x = W @ (x - step(x)) if adapt_first else W @ x - step(x)
+    return x
+
+
+def dcd(x: Matrix, W: Matrix, step: Rows, C: Rows, steps: int) -> Matrix:
+    replicas = x.copy()
+    for _ in range(steps):
+        half = W @ replicas - step(x)
+        sent = C(half - x)
+        x, replicas = x + sent, replicas + sent
+    return x
+
+
+def ecd(x: Matrix, W: Matrix, step: Rows, C: Rows, steps: int) -> Matrix:
+    estimates = x.copy()
+    for t in range(2, 2 + steps):
+        new = W @ estimates - step(x)
+        z = (1 - 0.5 * t) * x + 0.5 * t * new
+        estimates = (1 - 2 / t) * estimates + (2 / t) * C(z)
+        x = new
+    return x
+
+
+def choco(x: Matrix, W: Matrix, step: Rows, C: Rows, gamma: float, steps: int) -> Matrix:
+    """With the weighted sum ``s`` of public copies, as the paper's memory-efficient form keeps it."""
+    public = x.copy()
+    s = W @ public
+    for _ in range(steps):
+        x = x - step(x)
+        x = x + gamma * (s - public)
+        q = C(x - public)
+        public = public + q
+        s = s + W @ q
+    return x
+
+
+def deepsqueeze(x: Matrix, W: Matrix, step: Rows, C: Rows, eta: float, steps: int) -> Matrix:
+    error = np.zeros_like(x)
+    for _ in range(steps):
+        half = x - step(x)
+        v = half + error
+        c = C(v)
+        error = v - c
+        x = half + eta * (W @ c - c)
+    return x
+
+
+def periodic(
+    x: Matrix, step: Rows, C: Rows, period: int, steps: int, lr: float = 1.0, momentum: float = 0.0
+) -> Matrix:
+    """Local steps; the mean of compressed differences; an outer Nesterov step."""
+    anchor, m = x[0].copy(), np.zeros_like(x[0])
+    for t in range(1, steps + 1):
+        x = x - step(x)
+        if t % period == 0:
+            g = C(anchor - x).mean(axis=0)
+            m = momentum * m + g
+            anchor = anchor - lr * (g + momentum * m)
+            x = np.repeat(anchor[None], len(x), axis=0)
+    return x
+
+
+def top(k: int) -> Rows:
+    """The k largest magnitudes of each row."""
+
+    def compress(z: Matrix) -> Matrix:
+        kept = np.zeros_like(z)
+        for row, out in zip(z, kept, strict=True):
+            largest = np.argsort(-np.abs(row), kind="stable")[:k]
+            out[largest] = row[largest]
+        return kept
+
+    return compress
