@@ -23,8 +23,8 @@ from distcomp.methods import METHODS, Entry, Method
 Settings = dict[str, Any]
 
 NUMBERS = (1, 3, 7)
-MOST_PAIRED = 6
-"""How many settings beside the default are tried at most of one method: the whole must stay quick."""
+MOST_PAIRED = 4
+"""How many choices beside the default are tried at most of one method: the whole must stay quick."""
 
 
 @dataclass(frozen=True)

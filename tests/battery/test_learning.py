@@ -22,9 +22,9 @@ def claims_to_be_unbiased(subject: Subject) -> bool:
     return not subject.entry.biased and all(c.unbiased for c in inside(subject.build(), Compressor))
 
 
-def estimates(method: Method, xs: list[Tensor]) -> Tensor:
+def estimates(method: Method, xs: list[Tensor], draws: int) -> Tensor:
     """Estimates of the same mean with fresh randomness in each row."""
-    return torch.stack([once(method, xs, step=step).estimate for step in range(DRAWS)]).double()
+    return torch.stack([once(method, xs, step=step).estimate for step in range(draws)]).double()
 
 
 @pytest.mark.parametrize("subject", list(filter(claims_to_be_unbiased, methods())), ids=str)
@@ -35,7 +35,7 @@ def test_the_estimates_of_an_unbiased_method_scatter_around_the_mean(subject: Su
     and here k is in the hundreds. A bias of a fifth of the scatter makes it 3 or more.
     """
     xs = draw(2)
-    error = estimates(subject.build(), xs) - torch.stack(xs).double().mean(0)
+    error = estimates(subject.build(), xs, DRAWS) - torch.stack(xs).double().mean(0)
     scatter = float(error.square().sum(1).mean())
     missed = float(error.mean(0).square().sum())
     floor = 1e-12 * float(torch.stack(xs).double().mean(0).square().sum())
@@ -45,7 +45,7 @@ def test_the_estimates_of_an_unbiased_method_scatter_around_the_mean(subject: Su
 @pytest.mark.parametrize("subject", list(filter(claims_to_be_unbiased, methods())), ids=str)
 def test_what_is_unbiased_and_not_exact_is_random_and_anew_in_each_step(subject: Subject) -> None:
     xs = draw(2)
-    drawn = estimates(subject.build(), xs)[:3]
+    drawn = estimates(subject.build(), xs, 3)
     exact = torch.allclose(drawn[0], torch.stack(xs).double().mean(0), rtol=1e-5, atol=1e-6)
     assert exact or not torch.equal(drawn[0], drawn[1])
     assert exact or not torch.equal(drawn[1], drawn[2])
@@ -132,23 +132,26 @@ def test_replicas_are_identical_after_200_steps_and_have_learnt(subject: Subject
     assert sum(losses[-20:]) < 0.6 * sum(losses[:20])
 
 
-def promised_to_converge(subject: Subject) -> bool:
-    """Not where the user took error feedback from a biased method, or was warned."""
-    kept = claims_to_be_unbiased(subject) or inside(subject.build(), ErrorFeedback)
-    return not subject.settings or (bool(kept) and not subject.warns)
+PROBLEM = Layout.of([("w", (2, 4)), ("b", (5,)), ("c", (2, 3, 1, 1))])
+"""Small, so that a method that sends one value in a hundred of a matrix sends one of a few here."""
 
 
-@pytest.mark.parametrize("subject", list(filter(promised_to_converge, methods())), ids=str)
+@pytest.mark.parametrize("subject", default_methods(), ids=str)
 def test_a_convex_problem_is_solved(subject: Subject) -> None:
-    """Worker i pulls towards its own c_i; the optimum is their mean, where no worker's gradient is zero."""
-    method, size, steps = subject.build(), 3, 100
-    centres = draw(size, seed=5)
+    """Worker i pulls towards its own c_i; the optimum is their mean, where no worker's gradient is zero.
+
+    What is biased and owes nothing finds a point between the c_i, if not their mean: it is given c_i that
+    differ by little, and more time: signs alone move a large coordinate no faster than a small one.
+    """
+    method, size, steps = subject.build(), 3, 200
+    exact = claims_to_be_unbiased(subject) or inside(method, ErrorFeedback)
+    centres = draw(size, PROBLEM, seed=5, scale=1.0 if exact else 0.05)
     optimum = torch.stack(centres).mean(0)
-    w = optimum + 10 * draw(1, seed=6)[0]
+    w = optimum + 2 * draw(1, PROBLEM, seed=6)[0]
     start = float((w - optimum).norm())
-    states = [method.init(ORDINARY) for _ in range(size)]
+    states = [method.init(PROBLEM) for _ in range(size)]
     for step in range(steps):
-        round_ = converse(method, [w - centre for centre in centres], states, step=step)
+        round_ = converse(method, [w - centre for centre in centres], states, PROBLEM, step)
         states = round_.states
-        w = w - round_.estimate * (2.0 / (step + 8))
-    assert float((w - optimum).norm()) <= 0.02 * start
+        w = w - round_.estimate * (4.0 / (step + 16))
+    assert float((w - optimum).norm()) <= (0.05 if exact else 0.25) * start

@@ -14,14 +14,13 @@ from .subjects import Subject, methods
 from .world import ORDINARY, Grouping, alike, by_name, converse, draw, groups, once, same_bits
 
 SIZE = 3
-STEPS = 4
+STEPS = 2
 
 subjects = pytest.mark.parametrize("subject", methods(), ids=str)
 
 ONE_BUCKET = groups(ORDINARY, range(4))
 OTHER_BUCKETS = {
-    "backwards": groups(ORDINARY, (3, 2, 1, 0)),
-    "two": groups(ORDINARY, (2, 3), (0, 1)),
+    "backwards in two": groups(ORDINARY, (3, 2), (1, 0)),
     "each alone": groups(ORDINARY, (1,), (0,), (3,), (2,)),
 }
 
@@ -40,10 +39,10 @@ def test_buckets_cut_otherwise_change_no_value(subject: Subject, buckets) -> Non
     the sum over the ranks is.
     """
     straight = Grouping(subject.build(), ONE_BUCKET, SIZE)
-    for step in range(2):
+    for step in range(STEPS):
         straight.talk(gradients(step))
     moved = straight.regroup(buckets)
-    for step in range(2, STEPS):
+    for step in range(STEPS, 2 * STEPS):
         expected, found = straight.talk(gradients(step)), moved.talk(gradients(step))
         for name in ORDINARY.names:
             assert same_bits(found[name], expected[name]), f"{name} at step {step}"

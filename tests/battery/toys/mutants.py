@@ -293,11 +293,15 @@ class LeakyFeedback(ErrorFeedback):
 
 
 @breaks("test_a_convex_problem_is_solved", summable=False)
-class SignWithoutFeedback(GatherAndSum):
-    """One bit, and nothing is owed."""
+class ForgetsItsDebt(ErrorFeedback):
+    """One bit, and what is owed is dropped."""
 
     def __init__(self) -> None:
-        object.__setattr__(self, "compressor", Quantize(1))
+        object.__setattr__(self, "inner", GatherAndSum(Quantize(1)))
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        outcome = yield from super().talk(x, state, turn)
+        return replace(outcome, state=state)
 
 
 @breaks("test_replicas_are_identical_after_200_steps_and_have_learnt")
