@@ -15,7 +15,7 @@ def _refusal(rootless: bool) -> str | None:
     if not rootless and os.geteuid() != 0:
         return "root's own way needs root"
     found = support(force_rootless=rootless)
-    return found.refusal if found.refusal or found.rootless == rootless else "root without its capabilities"
+    return "root without its capabilities" if found.rootless and not rootless else found.refusal
 
 
 @pytest.fixture(params=[False, True], ids=["root", "rootless"])

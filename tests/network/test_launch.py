@@ -20,7 +20,8 @@ TELL = "import json, os; print(json.dumps(dict(os.environ)))"
 FOREVER = "import signal; signal.pause()"
 STRAY = f"""
 import subprocess
-print(subprocess.Popen([sys.executable, "-c", {FOREVER!r}], start_new_session=True).pid, flush=True)
+child = subprocess.Popen([sys.executable, "-c", {FOREVER!r}], start_new_session=True)
+os.write(1, str(child.pid).encode())
 """
 
 
@@ -93,6 +94,8 @@ def test_rank_0_is_shown_and_the_others_only_when_they_fail(
     assert "[rank 2] ended with status 7\n" in shown.err
     assert "[rank 1]" not in shown.err
     assert "word of 1" in outcome.outputs[1]
+    assert net.launch(python("sys.exit('complaint of 0' if rank == 0 else 0)")).first_failure == 0
+    assert capfd.readouterr().err == "complaint of 0\n", "not twice"
 
 
 def test_when_a_rank_dies_those_who_do_not_notice_are_killed(net: Net) -> None:

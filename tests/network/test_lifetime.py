@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -148,3 +149,34 @@ with emulate(Fabric.uniform(2, "10mbit"), True, selftest=False) as net:
     assert int(capabilities, 16) == 0
     assert "user namespace, no root" in found.stdout
     assert found.stdout.endswith("True\n")
+
+
+def test_where_namespaces_are_refused_the_transport_throttles_and_it_is_said(any_way: bool) -> None:
+    """In a user namespace that may have no network, nor user namespaces of its own."""
+    program = """
+import json, sys
+from pathlib import Path
+from distcomp.network import Fabric, Refused, emulate, netns, support
+netns.isolate(True)
+for limit in ("max_user_namespaces", "max_net_namespaces"):
+    Path("/proc/sys/user", limit).write_text("0")
+fabric = Fabric.uniform(2, "10mbit")
+with emulate(fabric) as net:
+    outcome = net.launch([sys.executable, "-c", "import os; print(os.environ['DISTCOMP_THROTTLE_BPS'])"])
+    print(json.dumps([net.real_packets, net.reason, net.describe(), outcome.outputs[1], support().refusal]))
+try:
+    with emulate(fabric, packets=True): pass
+except Refused as refusal:
+    print(refusal)
+"""
+    found = subprocess.run(light_python(program), capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    rank_0, told, refusal = found.stdout.splitlines()
+    real_packets, reason, lines, rank_1, unsupported = json.loads(told)
+    assert rank_0 == rank_1.strip() == "10000000.0"
+    assert not real_packets
+    assert "NOT REAL PACKETS" in lines[0]
+    assert reason in lines[0]
+    assert reason == refusal == unsupported
+    assert "network namespaces are refused here" in refusal
+    assert "run as root, or allow user namespaces" in refusal

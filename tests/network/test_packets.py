@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from distcomp.network import UNSHAPED, Fabric, Net, Rack, emulate, parse_rate, shape
+from distcomp.network import UNSHAPED, Fabric, Net, Rack, emulate, parse_rate, shape, wiretest
 from distcomp.network.launch import show_nothing
 from distcomp.network.shape import FRAME_BYTES, FRAME_PAYLOAD_BYTES, burst_bytes
 
@@ -102,6 +104,10 @@ def test_no_message_beats_its_rate_in_bulk_or_after_idle(rootless: bool) -> None
             assert link.achieved_bps <= 1.05 * link.asked_bps
             assert link.after_idle_bps <= 1.1 * link.asked_bps
         assert "asked 10mbit, achieved" in net.describe()[1]
+        facts = json.loads(json.dumps(net.facts(), allow_nan=False))
+        assert (facts["real_packets"], facts["rootless"], facts["delayed_by"]) == (True, rootless, "nobody")
+        assert Fabric.parse(facts["fabric"]) == net.fabric
+        assert facts["selftest"][1]["achieved_bps"] == net.links[1].achieved_bps
 
 
 def test_racks_share_an_uplink_that_no_message_beats(any_way: bool) -> None:
@@ -159,6 +165,15 @@ def test_a_delay_is_made_by_the_kernel_or_left_to_the_transport(any_way: bool) -
         told = [json.loads(text)["env"].get("DISTCOMP_DELAY_S") for text in ask(net, SURROUNDINGS)]
         assert (net.delayed_by, told) in (("netem", [None, None]), ("transport", ["0.005", "0.005"]))
         assert ("netem in the kernel" if net.netem else "added by the transport") in net.describe()[1]
+
+
+def test_a_rate_counts_frames_until_the_last_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 100.25])
+    monkeypatch.setattr(wiretest, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        rate_bps = wiretest.measure_link(ours, theirs, sends=SEND_BYTES, receives=SEND_BYTES)
+    assert rate_bps == pytest.approx(4 * 8 * SEND_BYTES * FRAME_BYTES / FRAME_PAYLOAD_BYTES)
 
 
 def test_shapes_are_as_deep_as_documented() -> None:

@@ -16,7 +16,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from distcomp.errors import DistcompError
@@ -138,6 +138,17 @@ class Net:
         self._demand_packets("there is no cable to pull")
         self._check_host(rank)
         self._ask({"ask": "link", "host": rank, "up": up})
+
+    def facts(self) -> dict[str, Any]:
+        """What :meth:`describe` says, as values for a result file; rates asked for as text."""
+        return {
+            "fabric": self.fabric.to_toml(),
+            "real_packets": self.real_packets,
+            "reason": self.reason,
+            "rootless": self.rootless,
+            "delayed_by": self.delayed_by,
+            "selftest": [{**asdict(link), "asked_bps": format_rate(link.asked_bps)} for link in self.links],
+        }
 
     def describe(self) -> list[str]:
         """Lines that say what network this is, how it is made, and what the self-test measured."""

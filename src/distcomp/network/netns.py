@@ -19,7 +19,7 @@ _CLONE_NEWNET = 0x40000000
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
-_REMEDY = (
+REMEDY = (  # where the kernel forbids namespaces, or what is done inside them
     "run as root, or allow user namespaces (sysctl user.max_user_namespaces above 0; on Ubuntu also "
     "kernel.apparmor_restrict_unprivileged_userns=0), or start the container with --privileged"
 )
@@ -48,7 +48,7 @@ def isolate(force_rootless: bool) -> bool:
         try:
             _check(_libc.unshare(_CLONE_NEWNET), "unshare(network)")
             return False
-        except PermissionError:
+        except OSError:
             pass  # not root, or a container's root: the kernel may still grant a user namespace
     uid, gid = os.geteuid(), os.getegid()
     try:
@@ -57,7 +57,7 @@ def isolate(force_rootless: bool) -> bool:
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
     except OSError as error:
-        raise Refused(f"network namespaces are refused here ({error}); {_REMEDY}") from error
+        raise Refused(f"network namespaces are refused here ({error}); {REMEDY}") from error
     return True
 
 

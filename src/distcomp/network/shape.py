@@ -217,4 +217,5 @@ def _needs(part: str, remedy: str) -> Iterator[None]:
         yield
     except (OSError, netlink_error) as error:
         code = (error.errno if isinstance(error, OSError) else error.code) or errno.EIO
+        remedy = netns.REMEDY if code in (errno.EPERM, errno.EACCES) else remedy
         raise netns.Refused(f"this kernel gives no {part} ({os.strerror(code)}); {remedy}") from error

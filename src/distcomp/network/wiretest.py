@@ -121,7 +121,7 @@ def main(plan: str) -> None:
     for index, idle_s in enumerate((0.0, _IDLE_S)):
         time.sleep(idle_s)
         _start_together(to_next, from_previous, told["first"])
-        rates_bps.append(_rate_bps(to_next, from_previous, told["sends"][index], told["receives"][index]))
+        rates_bps.append(measure_link(to_next, from_previous, told["sends"][index], told["receives"][index]))
     achieved_bps, after_idle_bps = rates_bps
     result = {"achieved_bps": achieved_bps, "after_idle_bps": after_idle_bps}
     json.dump({**result, "retransmitted_segments": retransmitted_segments()}, sys.stdout)
@@ -149,7 +149,7 @@ def _start_together(to_next: socket.socket, from_previous: socket.socket, first:
             to_next.sendall(b"?")
 
 
-def _rate_bps(to_next: socket.socket, from_previous: socket.socket, sends: int, receives: int) -> float:
+def measure_link(to_next: socket.socket, from_previous: socket.socket, sends: int, receives: int) -> float:
     """Send and receive at once. All ranks share a clock, so the receiver can say when it had the last."""
     with ThreadPoolExecutor(1) as pool:
         started_s = pool.submit(_send, to_next, bytes(sends))
