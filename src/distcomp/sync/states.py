@@ -122,7 +122,7 @@ def unpack(saved: Mapping[str, Any] | Sequence[Mapping[str, Any]], rank: int, si
 
 
 def _mean(states: list[Mapping[str, Mapping[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:
-    """Floating tensors averaged over ranks; anything else as rank 0 had it."""
+    """Floating tensors averaged over ranks; anything else as rank 0 had it. What some rank has not is left out."""
     first = states[0]
     return {
         name: {
@@ -130,6 +130,7 @@ def _mean(states: list[Mapping[str, Mapping[str, Tensor]]]) -> dict[str, dict[st
             if value.is_floating_point()
             else value
             for path, value in leaves.items()
+            if all(path in state[name] for state in states)
         }
         for name, leaves in first.items()
     }
