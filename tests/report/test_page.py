@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distcomp import recording
@@ -194,6 +194,8 @@ def test_simulated_networks_are_called_that(tmp_path: Path) -> None:
 numbers = st.floats(-1e6, 1e6, allow_nan=False)
 
 
+@example([1e6, 1e6 + 1e-9])
+@example([0.0, 5e-324])
 @given(st.lists(numbers, min_size=1, max_size=20))
 def test_linear_ticks_are_round_and_inside(values: list[float]) -> None:
     axis = svg.span(values, str)

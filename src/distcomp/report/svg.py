@@ -58,7 +58,8 @@ def span(
         low, high = low / 1.15, high * 1.15
     else:
         low = 0.0 if zero else low
-        room = 0.04 * (high - low) or 0.5
+        least = 1e-6 * max(1.0, abs(low), abs(high))  # nobody reads differences that are smaller
+        room = 0.04 * (high - low) if high - low > least else 0.5 * max(1.0, abs(high))
         low, high = low if zero else low - room, high + room
     return Axis(low, high, write, log)
 
@@ -192,7 +193,7 @@ def _linear_ticks(low: float, high: float, wanted: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(one * power for one in (1, 2, 5, 10) if one * power >= rough)
     first = math.ceil(low / step - 1e-9)
-    return [round(at * step, 12) for at in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{at * step:.12g}") for at in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _log_ticks(low: float, high: float, wanted: int) -> list[float]:
