@@ -39,7 +39,7 @@ def options():
     parser.add_argument("--method", default=method, help="what carries the gradients")
     parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--batch", type=int, default=128, help="pairs per worker and step")
-    parser.add_argument("--lr", type=float, default=0.3, help="highest learning rate")
+    parser.add_argument("--lr", type=float, default=0.5, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--eval-every", type=int, default=10, help="steps from one test to the next")
     return parser.parse_args()
@@ -100,7 +100,7 @@ def main():
 
     torch.manual_seed(wanted.seed)
     model = DistributedDataParallel(network())
-    optimizer = torch.optim.SGD(model.parameters(), wanted.lr, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(model.parameters(), wanted.lr, momentum=0.8, nesterov=True)
     schedule = LambdaLR(optimizer, lambda step: warm_up_then_cosine(step, wanted.steps))
     handle = distcomp.attach(model, optimizer, wanted.method, seed=wanted.seed)
 
