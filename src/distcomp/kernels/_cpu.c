@@ -73,7 +73,6 @@ static PyObject *py_quantize(PyObject *self, PyObject *args) {
     q.scales = (float *)(uintptr_t)scales;
     q.numel = (size_t)numel;
     q.block = (size_t)block;
-    q.s = levels(q.bits);
     q.key_low = (uint32_t)key;
     q.key_high = (uint32_t)(key >> 32);
     q.first = first;

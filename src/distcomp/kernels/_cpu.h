@@ -21,7 +21,6 @@ typedef struct {
     uint8_t *scratch; /* one block of unpacked codes */
     size_t numel, block;
     int bits, stochastic, given;
-    float s; /* levels(bits) by way of memory: a compiler that sees the constant branches instead of vectorizing */
     uint32_t key_low, key_high, first;
 } Quantize;
 
@@ -112,10 +111,10 @@ BODY void sign_codes(const float *restrict x, uint8_t *restrict code, size_t m) 
 }
 
 /* Adding 1.5 * 2^23 + s puts the finished code in the low byte of the sum. */
-BODY void stochastic_codes(const float *restrict x, uint8_t *restrict code, size_t m, float inverse, const Quantize *q,
-                           uint32_t counter, int modern) {
+BODY void stochastic_codes(const float *restrict x, uint8_t *restrict code, size_t m, float inverse, float s,
+                           const Quantize *q, uint32_t counter, int modern) {
     uint32_t key_high = q->key_high;
-    float s = q->s, to_low_byte = 0x1.8p23f + s;
+    float to_low_byte = 0x1.8p23f + s;
     counter += q->key_low;
     for (size_t j = 0; j < m; j++) {
         float y = plus_scaled(x[j] * inverse, uniform_24(counter + (uint32_t)j, key_high), modern);
@@ -136,19 +135,17 @@ BODY uint64_t load_8(const uint8_t *from) {
 
 BODY void store_8(uint8_t *to, uint64_t word) { memcpy(to, &word, 8); }
 
-BODY uint64_t moved(uint64_t word, int left) { return left >= 0 ? word << left : word >> -left; }
-
-BODY uint64_t mask_8(int width, int at) { return 0x0101010101010101u * (((1u << width) - 1) << at); }
+BODY uint64_t mask_8(int width) { return 0x0101010101010101u * ((1u << width) - 1); }
 
 /* One part of the planar layout: `width` bits at `shift` of each code; returns the bytes written. */
 BODY size_t pack_part(const uint8_t *restrict code, uint8_t *restrict out, size_t m, int width, int shift) {
     const size_t planes = (size_t)(8 / width), height = (m + planes - 1) / planes;
     size_t full = m > (planes - 1) * height ? m - (planes - 1) * height : 0; /* bytes with all their planes */
     full -= full % 8;
-#define PLANE(p) (moved(load_8(code + j + p * height), p * width - shift) & mask_8(width, p * width))
+#define PLANE(p) ((load_8(code + j + p * height) >> shift & mask_8(width)) << p * width)
 #define EACH(word) \
     for (size_t j = 0; j < full; j += 8) store_8(out + j, word)
-    if (width == 8) EACH(load_8(code + j));
+    if (width == 8) EACH(PLANE(0));
     if (width == 4) EACH(PLANE(0) | PLANE(1));
     if (width == 2) EACH(PLANE(0) | PLANE(1) | PLANE(2) | PLANE(3));
     if (width == 1)
@@ -164,18 +161,19 @@ BODY size_t pack_part(const uint8_t *restrict code, uint8_t *restrict out, size_
     return height;
 }
 
+/* The inverse, into codes whose lower `shift` bits are there already. */
 BODY size_t unpack_part(const uint8_t *restrict in, uint8_t *restrict code, size_t m, int width, int shift) {
     const size_t planes = (size_t)(8 / width), height = (m + planes - 1) / planes;
     for (size_t p = 0; p < planes; p++) {
-        int at = (int)p * width;
         size_t start = smaller(p * height, m), count = smaller(height, m - start), full = count - count % 8;
+        size_t place = p * (size_t)width;
         uint8_t *restrict to = code + start;
         for (size_t j = 0; j < full; j += 8) {
-            uint64_t word = moved(load_8(in + j), shift - at) & mask_8(width, shift);
+            uint64_t word = (load_8(in + j) >> place & mask_8(width)) << shift;
             store_8(to + j, shift ? load_8(to + j) | word : word);
         }
         for (size_t j = full; j < count; j++) {
-            uint8_t part = (uint8_t)((in[j] >> at & ((1 << width) - 1)) << shift);
+            uint8_t part = (uint8_t)((in[j] >> place & ((1 << width) - 1)) << shift);
             to[j] = shift ? to[j] | part : part;
         }
     }
@@ -185,88 +183,66 @@ BODY size_t unpack_part(const uint8_t *restrict in, uint8_t *restrict code, size
 /* A code of `bits` bits is laid down as its parts of 8, 4, 2 and 1 bits, low bits first. */
 BODY size_t pack(const uint8_t *code, uint8_t *out, size_t m, int bits) {
     size_t at = 0;
-    int shift = 0;
-    for (int width = 8; width > 0; width /= 2)
-        if (bits & width) {
-            at += pack_part(code, out + at, m, width, shift);
-            shift += width;
-        }
+    if (bits & 8) at += pack_part(code, out + at, m, 8, 0);
+    if (bits & 4) at += pack_part(code, out + at, m, 4, 0);
+    if (bits & 2) at += pack_part(code, out + at, m, 2, bits & 4);
+    if (bits & 1) at += pack_part(code, out + at, m, 1, bits & 6);
     return at;
 }
 
 BODY size_t unpack(const uint8_t *in, uint8_t *code, size_t m, int bits) {
     size_t at = 0;
-    int shift = 0;
-    for (int width = 8; width > 0; width /= 2)
-        if (bits & width) {
-            at += unpack_part(in + at, code, m, width, shift);
-            shift += width;
-        }
+    if (bits & 8) at += unpack_part(in + at, code, m, 8, 0);
+    if (bits & 4) at += unpack_part(in + at, code, m, 4, 0);
+    if (bits & 2) at += unpack_part(in + at, code, m, 2, bits & 4);
+    if (bits & 1) at += unpack_part(in + at, code, m, 1, bits & 6);
     return at;
 }
 
-BODY void quantize_bits(const Quantize *q, int bits, int stochastic, int modern) {
+BODY void quantize_body(const Quantize *q, int modern) {
     uint8_t *out = q->codes;
-    float s = q->s;
+    float s = levels(q->bits);
     for (size_t start = 0, row = 0; start < q->numel; start += q->block, row++) {
         const float *x = q->x + start;
         size_t m = smaller(q->block, q->numel - start);
-        if (!q->given) q->scales[row] = bits == 1 ? block_mean(x, m) : block_max(x, m);
-        if (bits == 1) {
+        if (!q->given) q->scales[row] = q->bits == 1 ? block_mean(x, m) : block_max(x, m);
+        if (q->bits == 1) {
             sign_codes(x, q->scratch, m);
         } else {
             float scale = q->scales[row], inverse = scale < SMALLEST_SCALE ? 0.0f : s / scale;
-            uint32_t first = q->first + (uint32_t)start;
-            if (stochastic)
-                stochastic_codes(x, q->scratch, m, inverse, q, first, modern);
+            if (q->stochastic)
+                stochastic_codes(x, q->scratch, m, inverse, s, q, q->first + (uint32_t)start, modern);
             else
                 nearest_codes(x, q->scratch, m, inverse, s);
         }
-        out += pack(q->scratch, out, m, bits);
+        out += pack(q->scratch, out, m, q->bits);
     }
 }
 
-BODY void dequantize_bits(const Dequantize *d, int bits, int sign) {
-    const uint8_t *in = d->codes;
-    float s = levels(bits), times = d->times;
-    int32_t step = bits == 1 ? 2 : 1, zero = (int32_t)s;
-    for (size_t start = 0, row = 0; start < d->numel; start += d->block, row++) {
-        size_t m = smaller(d->block, d->numel - start);
-        const uint8_t *restrict code = d->scratch;
-        float *restrict out = d->out + start;
-        float unit = d->scales[row] / s;
-        in += unpack(in, d->scratch, m, bits);
-        for (size_t j = 0; j < m; j++) {
-            float value = (float)(step * (int32_t)code[j] - zero) * unit;
-            out[j] = (sign > 0 ? out[j] + value : sign < 0 ? out[j] - value : value) * times;
-        }
+BODY void put(const uint8_t *restrict code, float *restrict out, size_t m, float unit, const Dequantize *d,
+              int sign) {
+    int doubled = d->bits == 1, zero = (int)levels(d->bits); /* one bit means -1 or +1 */
+    float times = d->times;
+    for (size_t j = 0; j < m; j++) {
+        float value = (float)(((int)code[j] << doubled) - zero) * unit;
+        out[j] = (sign > 0 ? out[j] + value : sign < 0 ? out[j] - value : value) * times;
     }
-}
-
-#define EACH_WIDTH(bits, CASE) \
-    switch (bits) { \
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) \
-    }
-
-BODY void quantize_body(const Quantize *q, int modern) {
-#define CASE(b) \
-    case b: \
-        if (q->stochastic) quantize_bits(q, b, 1, modern); \
-        else quantize_bits(q, b, 0, modern); \
-        break;
-    EACH_WIDTH(q->bits, CASE)
-#undef CASE
 }
 
 BODY void dequantize_body(const Dequantize *d) {
-#define CASE(b) \
-    case b: \
-        if (d->sign > 0) dequantize_bits(d, b, 1); \
-        else if (d->sign < 0) dequantize_bits(d, b, -1); \
-        else dequantize_bits(d, b, 0); \
-        break;
-    EACH_WIDTH(d->bits, CASE)
-#undef CASE
+    const uint8_t *in = d->codes;
+    float s = levels(d->bits);
+    for (size_t start = 0, row = 0; start < d->numel; start += d->block, row++) {
+        size_t m = smaller(d->block, d->numel - start);
+        float *out = d->out + start, unit = d->scales[row] / s;
+        in += unpack(in, d->scratch, m, d->bits);
+        if (d->sign > 0)
+            put(d->scratch, out, m, unit, d, 1);
+        else if (d->sign < 0)
+            put(d->scratch, out, m, unit, d, -1);
+        else
+            put(d->scratch, out, m, unit, d, 0);
+    }
 }
 
 /* All exponent bits set means inf or NaN. Looked at in stretches, so that a bad value ends the search early. */
