@@ -1,0 +1,104 @@
+"""Every biased method of the shelf arrives with error feedback and stops short without it.
+
+Worker i pulls towards its own centre; the optimum is the mean of the centres, where no worker's gradient is
+zero. A method without memory keeps forgetting the same part of every gradient there.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distcomp.compressors import (
+    Chain,
+    DctTopK,
+    Identity,
+    Natural,
+    NonUniform,
+    OneBit,
+    Quantize,
+    RandomK,
+    ScaledSign,
+    TopK,
+)
+from distcomp.methods import (
+    CyclicTopK,
+    DecoupledMomentum,
+    DeepGradient,
+    ErrorFeedback,
+    LowPassFeedback,
+    MajorityVote,
+    Method,
+    Rotate,
+    SharedRandomK,
+    SharedRange,
+    TernGrad,
+    lift,
+)
+
+from .world import World, layout_of, slab
+
+EXACT = lift(Identity())
+
+
+def distance(method: Method, size: int = 3, steps: int = 120, apart: float = 1.0) -> float:
+    """What is left of the distance to the optimum. Centres are ``apart``, steps shrink like 1/t."""
+    layout = layout_of((8, 8))
+    centres = [apart * slab(layout, rank) for rank in range(size)]
+    optimum = torch.stack(centres).mean(0)
+    w = optimum + 5 * slab(layout, 99)
+    start = float((w - optimum).norm())
+    world = World(method, size, layout)
+    for step in range(steps):
+        outcome = world.talk([w - centre for centre in centres])[0]
+        w = w - outcome.estimate / (8 + step / 4)
+    return float((w - optimum).norm()) / start
+
+
+BIASED: dict[str, Method] = {
+    "scaled sign": lift(ScaledSign()),
+    "one bit": lift(OneBit()),
+    "top-k": lift(TopK(0.1), "gather"),
+    "top-k in 8 bits": lift(Chain(TopK(0.1)), "gather"),
+    "top-k signs, selected again": lift(Chain(TopK(0.1, 8), Quantize(1)), "scatter"),
+    "cyclic top-k": CyclicTopK(TopK(0.1), EXACT),
+}
+
+
+@pytest.mark.parametrize("method", BIASED.values(), ids=BIASED)
+def test_error_feedback_is_what_makes_it_arrive(method: Method) -> None:
+    owed, forgotten = distance(ErrorFeedback(method)), distance(method)
+    assert owed < 0.03
+    assert forgotten > 0.1
+    assert forgotten > 10 * owed
+
+
+ARRIVING: dict[str, Method] = {
+    "random-k, owed": ErrorFeedback(SharedRandomK(RandomK(0.1, scaled=False), EXACT)),
+    "random-k, scaled": SharedRandomK(RandomK(0.1), EXACT),
+    "cyclic top-k through a filter": LowPassFeedback(CyclicTopK(TopK(0.1), EXACT), 0.5),
+    "deep gradient compression": DeepGradient(0.1, 0.5),
+    "natural": lift(Natural()),
+    "NUQSGD": lift(NonUniform(4, 512, "l2")),
+    "TernGrad": TernGrad(),
+    "shared range": SharedRange(4),
+    "shared range, rotated": Rotate(SharedRange(4, 64), 64),
+}
+
+
+@pytest.mark.parametrize("method", ARRIVING.values(), ids=ARRIVING)
+def test_unbiased_methods_and_those_with_a_memory_of_their_own_arrive(method: Method) -> None:
+    assert distance(method) < 0.06
+
+
+def test_a_vote_stops_short_and_error_feedback_does_not_mend_it() -> None:
+    """A vote does not weigh a debt: with four ranks, that can tie, what is outvoted stays and grows."""
+    assert distance(MajorityVote()) > 0.1
+    few, many = (distance(ErrorFeedback(MajorityVote()), size=4, steps=steps) for steps in (100, 300))
+    assert few > 0.2
+    assert many > 0.9 * few
+
+
+def test_demo_arrives_where_workers_agree() -> None:
+    method = DecoupledMomentum(DctTopK(6, 8), 0.5, sign=False)
+    assert distance(method, apart=0.0, steps=240) < 0.15
