@@ -129,6 +129,11 @@ def test_the_best_is_the_soonest_that_is_neither_baseline_nor_control(tmp_path: 
     comparison = compare(runs)
     assert comparison.best is not None
     assert comparison.best.method == "qsgd:bits=1"
+    easy = compare(runs, target_loss=2.0)
+    soonest = min(easy.rows, key=lambda row: row.to_target_s.mean if row.to_target_s else 1e9)
+    assert soonest.method == "none"
+    assert easy.best is not None
+    assert easy.best.method == "qsgd:bits=1"
     assert compare(runs, target_loss=-1.0).best is None
     assert compare([run for run in runs if run.method != "ddp"]).target_loss is None
 
