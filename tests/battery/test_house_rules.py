@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
@@ -23,21 +24,25 @@ HERE = Path(__file__).parent
 TOYS = HERE / "toys"
 
 
-@pytest.fixture
-def toy(tmp_path: Path) -> Iterator[str]:
-    """The name of a method that one file brings, for as long as a test lasts."""
-    file = shutil.copy(TOYS / "averaging_toy.py", tmp_path)
-    spec = importlib.util.spec_from_file_location("averaging_toy", file)
+def load(name: str, file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["averaging_toy"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Iterator[str]:
+    """The name of a method that one file brings, for as long as a test lasts."""
+    load("averaging_toy", Path(shutil.copy(TOYS / "averaging_toy.py", tmp_path)))
     yield "averaging_toy"
     del METHODS["averaging_toy"], sys.modules["averaging_toy"]
 
 
-def test_one_file_adds_a_method_to_the_config_the_battery_and_the_shell(
+def test_one_file_adds_a_method_to_the_config_the_battery_the_shell_and_the_docs(
     toy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert parse(f"{toy}:grid=0.5") == METHODS[toy].recipe(grid=0.5)
@@ -51,6 +56,10 @@ def test_one_file_adds_a_method_to_the_config_the_battery_and_the_shell(
 
     assert main(["methods"]) == 0
     assert toy in capsys.readouterr().out
+
+    page = load("catalogue", HERE.parent.parent / "docs" / "catalogue.py").page()
+    assert "| [`averaging_toy`](#method-averaging-toy) | Average what is rounded to" in page
+    assert "* Settings and their defaults: `grid=0.125`" in page
 
 
 def test_the_battery_passes_a_sound_toy_and_finds_every_mutant(tmp_path: Path) -> None:
