@@ -42,12 +42,15 @@ def _row(entry: Entry) -> str:
 
 
 def _section(entry: Entry) -> str:
-    return "\n".join([f"({_anchor(entry)})=", f"## {entry.name}", "", _prose(entry.law), "", *_facts(entry), ""])
+    return "\n".join(
+        [f"({_anchor(entry)})=", f"## {entry.name}", "", _prose(entry.law), "", *_facts(entry), ""]
+    )
 
 
 def _facts(entry: Entry) -> Iterator[str]:
     settings = ", ".join(f"`{name}={value}`" for name, value in entry.parameters.items())
-    yield f"* Agrees on: {KINDS[entry.kind]}" + (" (a control, not a method to train with)" if entry.control else "")
+    control = " (a control, not a method to train with)" if entry.control else ""
+    yield f"* Agrees on: {KINDS[entry.kind]}{control}"
     yield f"* Settings and their defaults: {settings or 'none'}"
     yield f"* Sends: {_prose(entry.wire)} bytes"
     yield f"* Payloads are {'' if entry.summable else 'not '}added on the wire"
@@ -61,7 +64,7 @@ def _anchor(entry: Entry) -> str:
 
 
 def _prose(text: str) -> str:
-    """Docstrings are reStructuredText: double backticks become single ones; bare Markdown signs are kept as they are."""
+    """reStructuredText as Markdown: code keeps its signs, and elsewhere a sign is only a sign."""
     text = text.replace("``", "`").replace(":class:", "").replace(":func:", "")
     parts = text.split("`")
     return "`".join(part if i % 2 else _escaped(part) for i, part in enumerate(parts))

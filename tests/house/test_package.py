@@ -1,0 +1,76 @@
+"""What setup.cfg declares is what the code needs, and an installed distcomp has every file it reads."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import distcomp
+
+ROOT = Path(__file__).parents[2]
+NOT_INSTALLED = {".c", ".h", ".so", ".pyc"}
+
+
+@pytest.fixture(scope="module")
+def declared() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def requirements(text: str) -> set[str]:
+    """The names in a list of requirements."""
+    lines = (line.strip() for line in text.splitlines())
+    return {re.split(r"[<>=!~\[; ]", line)[0] for line in lines if line and not line.startswith("#")}
+
+
+def test_the_core_needs_torch_and_numpy_alone(declared: configparser.ConfigParser) -> None:
+    assert requirements(declared["options"]["install_requires"]) == {"torch", "numpy"}
+
+
+def test_what_the_code_asks_of_an_extra_is_in_it(declared: configparser.ConfigParser) -> None:
+    extras = {name: requirements(text) for name, text in declared["options.extras_require"].items()}
+    asked = re.compile(r"\brequire\(\s*\"(\w+)[\w.]*\",\s*(?:extra=)?\"(\w+)\"")
+    found = [pair for path in (ROOT / "src").rglob("*.py") for pair in asked.findall(path.read_text())]
+    assert found
+    assert [(module, extra) for module, extra in found if module not in extras.get(extra, ())] == []
+
+
+def test_the_tested_torch_is_in_the_declared_range(declared: configparser.ConfigParser) -> None:
+    lowest = re.search(r"torch>=(\d+)\.(\d+)", declared["options"]["install_requires"])
+    tested = re.search(r"torch==(\d+)\.(\d+)", (ROOT / "scripts" / "_venv.sh").read_text())
+    assert lowest is not None
+    assert tested is not None
+    assert tuple(map(int, lowest.groups())) <= tuple(map(int, tested.groups()))
+
+
+def test_setup_cfg_holds_all_metadata() -> None:
+    """A [project] table would make setuptools ignore it."""
+    assert "[project]" not in (ROOT / "pyproject.toml").read_text()
+
+
+def test_an_installation_has_every_file(tmp_path: Path) -> None:
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    made = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=made)
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", "built"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    wanted = {path.relative_to(tmp_path / "src") for path in (tmp_path / "src" / "distcomp").rglob("*.*")}
+    wanted = {path for path in wanted if path.suffix not in NOT_INSTALLED}
+    built = {path.relative_to(tmp_path / "built") for path in (tmp_path / "built").rglob("*.*")}
+    assert Path("distcomp/py.typed") in wanted
+    assert wanted - built == set()
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == distcomp.__version__
