@@ -37,7 +37,7 @@ FRAME_PAYLOAD_BYTES = 1448
 """How much of it is a TCP stream's own: 20 bytes of IP, 20 of TCP and 12 of timestamps are not."""
 
 _BURST_S = 1e-3
-_WINDOW_S = 20e-3
+_WINDOW_S, _LEAST_WINDOW_BYTES = 20e-3, 64 << 10
 _QUEUE_BYTES = 256 << 20  # never full, for the ranks' windows are bounded: the switch loses nothing
 _LARGEST_BUNDLE_BYTES = 64 << 10
 _MOST_RANKS = 1000  # a Linux bridge has 1024 ports
@@ -120,7 +120,7 @@ def _host(route: Any, fabric: Fabric, rank: int, bridge: int, netem: bool) -> Ho
     _shape(route, host.plug, rate_bps, 0.0)
     with netns.inside(host.namespace), _netlink() as inner:
         _quiet(DEVICE)
-        _steady_tcp(rate_bps, fabric.delay_s)
+        _steady_tcp(*_way_to(fabric, rank, netem))
         index = socket.if_nametoindex(DEVICE)
         inner.addr("add", index=index, address=host.address, prefixlen=_SUBNET.prefixlen)
         for device in (socket.if_nametoindex("lo"), index):
@@ -181,8 +181,15 @@ def _segment(route: Any, name: str, rate_bps: float) -> None:
         route.link("set", index=socket.if_nametoindex(name), gso_max_size=bundle_bytes)
 
 
+def _way_to(fabric: Fabric, rank: int, netem: bool) -> tuple[float, float]:
+    """The rate at which a host can be reached from everywhere, and the longest delay that its packets meet."""
+    uplink_bps = fabric.racks[fabric.rack_of(rank)].uplink_bps if len(fabric.racks) > 1 else UNSHAPED
+    delays_s = [fabric.path_delay_s(other, rank) for other in range(fabric.ranks)] if netem else [0.0]
+    return min(fabric.rates_bps[rank], uplink_bps), max(delays_s)
+
+
 def _steady_tcp(rate_bps: float, delay_s: float) -> None:
-    """The same TCP on every machine, with a window no larger than keeps this host's link full.
+    """The same TCP on every machine, with a window no larger than keeps the way to this host full.
 
     The queues never drop, so a window of many megabytes would stand in them: at 10 Mbit/s each megabyte makes
     everybody's next message, heartbeats too, 0.8 s late.
@@ -191,10 +198,11 @@ def _steady_tcp(rate_bps: float, delay_s: float) -> None:
     with _needs("a TCP setting", "mount /proc/sys writable (in a container: --privileged)"):
         (settings / "tcp_congestion_control").write_text("reno")  # the only one allowed by every kernel
         if rate_bps != UNSHAPED:
-            smallest, initial, _ = (settings / "tcp_rmem").read_text().split()
-            window_bytes = rate_bps / 8 * (_WINDOW_S + 2 * delay_s)
-            largest = max(int(2 * window_bytes), int(initial))  # the kernel's bookkeeping takes half
-            (settings / "tcp_rmem").write_text(f"{smallest} {initial} {largest}")
+            window_bytes = max(rate_bps / 8 * (_WINDOW_S + 2 * delay_s), _LEAST_WINDOW_BYTES)
+            for name in ("tcp_rmem", "tcp_wmem"):
+                smallest, initial, _ = map(int, (settings / name).read_text().split())
+                largest = int(2 * window_bytes)  # the kernel's bookkeeping takes half
+                (settings / name).write_text(f"{smallest} {min(initial, largest)} {largest}")
 
 
 def _quiet(name: str) -> None:
