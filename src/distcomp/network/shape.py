@@ -182,7 +182,7 @@ def _segment(route: Any, name: str, rate_bps: float) -> None:
 
 
 def _way_to(fabric: Fabric, rank: int, netem: bool) -> tuple[float, float]:
-    """The rate at which a host can be reached from everywhere, and the longest delay that its packets meet."""
+    """The rate at which everybody can reach a host, and the longest delay that packets meet on the way."""
     uplink_bps = fabric.racks[fabric.rack_of(rank)].uplink_bps if len(fabric.racks) > 1 else UNSHAPED
     delays_s = [fabric.path_delay_s(other, rank) for other in range(fabric.ranks)] if netem else [0.0]
     return min(fabric.rates_bps[rank], uplink_bps), max(delays_s)
