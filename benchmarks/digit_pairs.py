@@ -36,7 +36,7 @@ def final_losses(seed: int, steps: int, methods: tuple[str, ...]) -> dict[str, t
             str(SCRIPT), "--steps", str(steps), "--seed", str(seed), "--eval-every", str(steps),
         ]  # fmt: skip
         subprocess.run(command, check=True, stdout=sys.stderr)
-        runs = {run.method: run for run in map(read, find([Path(directory)]))}
+        runs = {run.method: run for run in map(read, find([Path(directory) / "runs"]))}
         last = {method: runs[method].of_kind("metric")[-1] for method in methods}
         return {method: (one["test_loss"], one["test_accuracy"]) for method, one in last.items()}
 
