@@ -24,7 +24,7 @@ from distcomp.sync import checkpoint
 from distcomp.sync.averaging import Averaging, Levels
 from distcomp.sync.ddp import GradientSync, Scaler
 from distcomp.sync.link import Link
-from distcomp.sync.models import ModelSync, refuse_averaging
+from distcomp.sync.models import ModelSync, edges_of, refuse_averaging
 from distcomp.sync.states import pack, unpack
 from distcomp.sync.stock import StockSync, is_stock
 from distcomp.sync.target import Target
@@ -74,7 +74,8 @@ def attach(
         raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
     _refuse(target, chosen, optimizer)
     trampoline = trampoline_of(target.ddp) if target.ddp is not None else None
-    link = Link.open(target, _settings(target, chosen, optimizer, seed), timeout_s)
+    edges = edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
+    link = Link.open(target, _settings(target, chosen, optimizer, seed), timeout_s, edges)
     sync = _open(chosen, target, link, optimizer=optimizer, scaler=scaler, seed=seed)
     if trampoline is not None:
         trampoline.attached = sync
@@ -103,7 +104,7 @@ def _open(
         return StockSync(chosen, target.group)
     if isinstance(chosen, Method):
         return GradientSync(target.module, chosen, link.channel, seed, scaler)
-    return ModelSync(target, chosen, link.channel, optimizer, seed)
+    return ModelSync(target, chosen, link, optimizer, seed)
 
 
 class Handle:
@@ -336,6 +337,8 @@ def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None
     if isinstance(chosen, Averaging | Levels):
         refuse_averaging(target, chosen, optimizer)
         return
+    if isinstance(chosen, Method):
+        chosen.check(optimizer)
     model = target.as_ddp()
     for name, part in model.module.named_modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:

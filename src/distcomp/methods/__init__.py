@@ -3,7 +3,9 @@
 from distcomp.methods.base import Method, Outcome, PerParameter, Turn
 from distcomp.methods.basic import bf16, except_small, fp16, identity, none, qsgd, with_feedback
 from distcomp.methods.choose import Choose, Rule
+from distcomp.methods.correction import MomentumCorrection, momentum_correction
 from distcomp.methods.demo import DecoupledMomentum, demo
+from distcomp.methods.ef21 import EF21, ef21
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.gradiveq import Cycle, GradiVeQ, gradiveq
 from distcomp.methods.hierarchical import Hierarchical, nodes_of, two_level
@@ -11,9 +13,10 @@ from distcomp.methods.integers import Rotate, SharedRange, TernGrad, shared_rang
 from distcomp.methods.lift import AllReduce, GatherAndSum, ScatterReduce, lift
 from distcomp.methods.majority_vote import MajorityVote, majority_vote
 from distcomp.methods.momentum import DeepGradient, Momentum, dgc
+from distcomp.methods.onebit_adam import OneBitAdam, onebit_adam
 from distcomp.methods.powersgd import PowerSGD, powersgd
 from distcomp.methods.quantizers import ef_signsgd, natural, nuqsgd, onebit
-from distcomp.methods.registry import METHODS, Entry, method_of, parse, register
+from distcomp.methods.registry import METHODS, Entry, compressor_of, method_of, parse, register
 from distcomp.methods.scheduled import Scheduled, Warmup
 from distcomp.methods.sparsifiers import (
     CyclicTopK,
@@ -27,6 +30,7 @@ from distcomp.methods.subspace import Slicing, Subspace
 from distcomp.methods.warmup import warmup
 
 __all__ = [
+    "EF21",
     "METHODS",
     "AllReduce",
     "Choose",
@@ -43,6 +47,8 @@ __all__ = [
     "MajorityVote",
     "Method",
     "Momentum",
+    "MomentumCorrection",
+    "OneBitAdam",
     "Outcome",
     "PerParameter",
     "PowerSGD",
@@ -58,9 +64,11 @@ __all__ = [
     "Turn",
     "Warmup",
     "bf16",
+    "compressor_of",
     "cyclic_topk",
     "demo",
     "dgc",
+    "ef21",
     "ef_signsgd",
     "except_small",
     "fp16",
@@ -69,11 +77,13 @@ __all__ = [
     "lift",
     "majority_vote",
     "method_of",
+    "momentum_correction",
     "natural",
     "nodes_of",
     "none",
     "nuqsgd",
     "onebit",
+    "onebit_adam",
     "parse",
     "powersgd",
     "qsgd",

@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from torch import Tensor
 from distcomp.exchange import Sum, Talk, sum_bytes
 from distcomp.layout import Layout, Slab
 from distcomp.randomness import Key
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import Optimizer
 
 State = Mapping[str, Any]
 """What a method remembers: a tree of dicts whose leaves are :class:`distcomp.layout.Slab` (one number per
@@ -97,12 +100,19 @@ class Method(ABC):
         Where steps differ (schedules, phases): in step 0, and in step t of ``self.at(t)``.
         """
 
+    def check(self, optimizer: Optimizer | None) -> None:
+        """Raise DistcompError if this method, or one within, cannot serve the optimizer."""
+        for _, method in self._inner():
+            method.check(optimizer)
+
     def at(self, step: int) -> Method:
         """This method, and those within, as :meth:`payload_bytes` should see them in ``step``."""
-        if not is_dataclass(self):
-            return self
-        inner = [(one.name, getattr(self, one.name)) for one in fields(self)]
-        return replace(self, **{name: one.at(step) for name, one in inner if isinstance(one, Method)})
+        inner = {name: method.at(step) for name, method in self._inner()}
+        return replace(self, **inner) if inner else self  # type: ignore[type-var]
+
+    def _inner(self) -> list[tuple[str, Method]]:
+        names: list[str] = [one.name for one in fields(self)] if is_dataclass(self) else []
+        return [(name, getattr(self, name)) for name in names if isinstance(getattr(self, name), Method)]
 
 
 def mean(x: Tensor, turn: Turn) -> Talk[Tensor]:

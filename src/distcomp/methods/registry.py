@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from distcomp import compressors
+from distcomp.compressors import Compressor
 from distcomp.errors import DistcompError
 from distcomp.methods.base import Method
 from distcomp.methods.scheduled import with_schedules
@@ -37,6 +39,9 @@ class Entry:
     """``gradient`` (every step), ``periodic`` (models, every H steps) or ``gossip`` (models, neighbours)."""
     control: bool = False
     """A control, not a method to train with: it is known not to keep the law of contributions."""
+    direction: bool = False
+    """The estimate is a direction to step in, with momentum in it, not a mean of gradients: over many
+    steps, what came in and what was sent balance in its own terms only."""
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -66,13 +71,14 @@ def register(
     differs: str = "nowhere",
     kind: str = "gradient",
     control: bool = False,
+    direction: bool = False,
 ) -> Callable[[Recipe], Recipe]:
     """Enter a recipe under its own name."""
 
     def enter(recipe: Recipe) -> Recipe:
         recipe = with_schedules(recipe, everywhere=kind == "gradient")
         name = recipe.__name__.rstrip("_")
-        METHODS[name] = Entry(name, recipe, paper, wire, summable, biased, differs, kind, control)
+        METHODS[name] = Entry(name, recipe, paper, wire, summable, biased, differs, kind, control, direction)
         return recipe
 
     return enter
@@ -130,6 +136,30 @@ def method_of(given: Method | str) -> Method:
     if not isinstance(method, Method):
         raise DistcompError(f"{given!r} is no method for gradients; give one such as 'qsgd:bits=4'")
     return method
+
+
+def compressor_of(given: Compressor | str) -> Compressor:
+    """A compressor within a method, given as one or as the text of one: ``TopK:ratio=0.01``.
+
+    Raises DistcompError for a name that the package does not export, or settings that it does not have.
+    """
+    if isinstance(given, Compressor):
+        return given
+    name, _, settings = str(given).strip().removeprefix("(").removesuffix(")").partition(":")
+    known = {one: kind for one, kind in vars(compressors).items() if one in compressors.__all__}
+    kind = known.get(name.strip())
+    if kind is None or inspect.isabstract(kind) or not issubclass(kind, Compressor):
+        raise DistcompError(f"there is no compressor {name!r}; known are: {', '.join(sorted(known))}")
+    pairs = [part.partition("=") for part in _split(settings) if part.strip()]
+    arguments = {key.strip(): _literal(value.strip()) for key, _, value in pairs}
+    try:
+        inspect.signature(kind).bind(**arguments)
+    except TypeError as error:
+        raise DistcompError(
+            f"{name} with {settings!r}: {error}; see its settings in the documentation"
+        ) from error
+    made: Compressor = kind(**arguments)
+    return made
 
 
 def _split(settings: str) -> list[str]:

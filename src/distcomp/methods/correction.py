@@ -1,0 +1,99 @@
+"""Momentum before compression instead of after it, around any method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distcomp.compressors import TopK
+from distcomp.errors import DistcompError
+from distcomp.exchange import Talk
+from distcomp.layout import Layout, Slab
+from distcomp.methods.base import Method, Outcome, State, Turn
+from distcomp.methods.basic import PLAIN, with_feedback
+from distcomp.methods.choose import Choose
+from distcomp.methods.registry import method_of, register
+from distcomp.methods.scheduled import EXACT
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class MomentumCorrection(Method):
+    """Every rank's own momentum goes through ``inner`` in the place of its gradient.
+
+    ::
+
+        u_i <- m u_i + x_i;             inner(u_i)                  # nesterov: u_i <- m (u_i + x_i);
+        inner(u_i + x_i) u_i <- 0 where contribution_i is not 0                      # masking
+
+    What error feedback holds back then arrives with the momentum it would have gathered. ``masking`` (for
+    sparse methods) ends the momentum of what was sent, lest stale directions be pushed twice. The
+    optimizer's own momentum must be 0. On the wire: ``inner``'s bytes. Memory: one tensor of the model's
+    size, and inner's.
+
+    Source: Lin et al., "Deep gradient compression", ICLR 2018, sections 3.1 and 3.2. Around
+    ``ErrorFeedback`` over top-k it is that method.
+
+    Raises DistcompError for a momentum outside [0, 1).
+    """
+
+    inner: Method
+    momentum: float = 0.9
+    nesterov: bool = False
+    masking: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise DistcompError(f"a momentum lies in [0, 1), not {self.momentum}; the usual is 0.9")
+
+    def check(self, optimizer: Optimizer | None) -> None:
+        super().check(optimizer)
+        if optimizer is not None and any(group.get("momentum") for group in optimizer.param_groups):
+            raise DistcompError(
+                "the momentum would be applied twice; with momentum_correction give the optimizer momentum=0"
+            )
+
+    def init(self, layout: Layout) -> State:
+        return {"momentum": Slab(torch.zeros(layout.numel), layout), "inner": self.inner.init(layout)}
+
+    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        u = state["momentum"].data
+        u = self.momentum * (u + x) if self.nesterov else self.momentum * u + x
+        outcome = yield from self.inner.talk(u + x if self.nesterov else u, state["inner"], turn)
+        if self.masking:
+            sent = outcome.contribution()
+            u = torch.where(sent == 0, u, 0.0)
+            outcome = replace(outcome, contribution=lambda: sent)
+        return replace(outcome, state={"momentum": Slab(u, turn.layout), "inner": outcome.state})
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        return self.inner.payload_bytes(layout, size)
+
+
+SPARSE = with_feedback(TopK(0.01), "gather")
+
+
+@register(
+    paper="Lin et al., Deep gradient compression, ICLR 2018, momentum correction",
+    wire="that of the inner method",
+    summable=False,
+    biased=True,
+    direction=True,
+    differs="around any method; biases and norms have their momentum in float32 and keep it",
+)
+def momentum_correction(
+    inner: Method | str = SPARSE, momentum: float = 0.9, nesterov: bool = False, masking: bool = True
+) -> Method:
+    """Accumulate momentum on every rank before compression, for an optimizer without momentum of its own.
+
+    See :class:`distcomp.methods.MomentumCorrection`. ``inner`` is a method or the text of one; ``momentum``
+    and ``nesterov`` are those that the optimizer would have had; ``masking`` ends the momentum of elements
+    that were sent: for sparse methods only.
+    """
+    dense = MomentumCorrection(EXACT, momentum, nesterov)
+    return Choose(PLAIN, dense, MomentumCorrection(method_of(inner), momentum, nesterov, masking))
