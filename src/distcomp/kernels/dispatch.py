@@ -20,7 +20,7 @@ from distcomp.errors import DistcompError
 
 BACKENDS = ("reference", "cpu", "triton")
 REMEDIES = {
-    "cpu": "install a C compiler and Python's headers (Debian: gcc, python3-dev), then distcomp once more, with "
+    "cpu": "install a C compiler and Python's headers (gcc, python3-dev), then distcomp once more, with "
     "pip's --force-reinstall --no-deps --no-cache-dir",
     "triton": "pip install triton",
 }
