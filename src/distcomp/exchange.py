@@ -58,7 +58,8 @@ class Swap:
 class Mix:
     """Exchange ``payload`` with some neighbours only. Answer: their payloads, in the order of ``neighbours``.
 
-    Neighbourhood is mutual. On the wire: one payload per neighbour, however many workers there are.
+    A neighbour that is lost answers None, where the transport was opened to go on without it. Neighbourhood is
+    mutual. On the wire: one payload per neighbour, however many workers there are.
     """
 
     payload: Payload

@@ -361,7 +361,7 @@ def _lifted(bits: int, what: str) -> Method:
 @register(
     paper="Yu et al., GradiVeQ: vector quantization for bandwidth-efficient aggregation, NeurIPS 2018",
     wire="learning 2 (n-1)/n d plain_bits/8; compressed 2 (n-1)/n 4d/ratio at most; bases once a cycle",
-    summable=False,
+    summable=True,
     biased=True,
     differs="which basis, rank 0 tells the others; its size is chosen on held-out gradients; a mean for "
     "every slice; the rule for learning anew is spelled out",

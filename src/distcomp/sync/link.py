@@ -18,12 +18,16 @@ from distcomp.recording import Recorder
 from distcomp.sync.target import Target
 from distcomp.transports.base import Channel
 from distcomp.transports.direct import Direct
+from distcomp.transports.edges import Edges
 from distcomp.transports.ledger import Ledger
 from distcomp.transports.liveness import Liveness, agree
 from distcomp.transports.throttle import throttled
 from distcomp.transports.torchdist import TorchDist
 
 _GROUPS: WeakKeyDictionary[nn.Module, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+Carrier = TorchDist | Direct | Edges
 
 
 @dataclass
@@ -36,11 +40,18 @@ class Link:
     ledger: Ledger
     recorder: Recorder | None
     _liveness: Liveness
-    _transport: TorchDist | Direct
+    _transport: Carrier
 
     @staticmethod
-    def open(target: Target, settings: Mapping[str, str], timeout_s: float) -> Link:
+    def open(
+        target: Target,
+        settings: Mapping[str, str],
+        timeout_s: float,
+        edges: frozenset[tuple[int, int]] = frozenset(),
+    ) -> Link:
         """Agree on the settings with every rank, then open the line.
+
+        Neighbours along ``edges`` talk over connections of their own, and go on when one of them dies.
 
         Raises SettingsMismatch or PeerLost on every rank, within ``timeout_s``.
         """
@@ -52,12 +63,19 @@ class Link:
         group = _own_group(target, timeout_s)
         liveness = Liveness(store, rank, size, name)
         carrier = Direct if dist.get_backend(group) == "gloo" else TorchDist
-        transport = carrier(group, liveness, timeout_s)
+        transport: Carrier = carrier(group, liveness, timeout_s)
+        if edges:
+            transport = Edges(transport, edges, store, liveness, timeout_s)
         digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).digest()
         ledger = Ledger()
         channel = Channel(throttled(transport), int.from_bytes(digest[:4], "little"), ledger)
         atexit.register(liveness.close)
         return Link(rank, size, channel, ledger, Recorder.from_env(rank), liveness, transport)
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """Ranks that are known to be gone, where the line goes on without them."""
+        return frozenset(self._transport.lost) if isinstance(self._transport, Edges) else frozenset()
 
     def close(self) -> None:
         self._transport.close()

@@ -31,13 +31,15 @@ from distcomp.methods.base import Outcome, State, Turn, cut_state, join_state
 from distcomp.methods.lift import lift
 from distcomp.randomness import Key
 from distcomp.sync.averaging import Averaging, FromFirst, Landing, Levels, Track, tracks_of
+from distcomp.sync.gossip import Gossip
 from distcomp.sync.lane import Lane
+from distcomp.sync.link import Link
 from distcomp.sync.optimizers import average, forget, needed
 from distcomp.sync.pipeline import Timeline
 from distcomp.sync.record import Iteration
 from distcomp.sync.target import Target
 from distcomp.sync.weights import Weights
-from distcomp.transports.base import Channel
+from distcomp.topology import resolve
 from distcomp.transports.conversation import Conversation, Talker
 from distcomp.transports.types import GradBucket
 
@@ -52,7 +54,7 @@ class ModelSync:
         self,
         target: Target,
         averaging: Averaging | Levels,
-        channel: Channel,
+        link: Link,
         optimizer: Optimizer | None = None,
         seed: int = 0,
     ) -> None:
@@ -60,17 +62,18 @@ class ModelSync:
         self.iterations = 0
         self.last: Iteration | None = None
         self.error: DistcompError | None = None
-        self._channel = channel
+        self._link = link
+        self._channel = link.channel
+        self._lost: frozenset[int] = frozenset()
         self._optimizer = optimizer
         self._seed = seed
         self._weights = Weights(target.module)
         self._ddp = target.ddp
-        rank, size = channel.transport.rank, channel.transport.size
+        rank, size = link.rank, link.size
         self._tracks = tracks_of(averaging, self._weights.layout, rank, size)
         beside = any(track.averaging.overlap for track in self._tracks)
-        self._lane = Lane(channel, self._weights.device, beside)
+        self._lane = Lane(link.channel, self._weights.device, beside)
         self._timeline = Timeline()
-        self._forwards = 0
         self._fresh = self._pending = self._quiet = False
         self._hooks: list[Any] = []
         self._broadcast_buffers = target.ddp is not None and target.ddp.broadcast_buffers
@@ -111,7 +114,6 @@ class ModelSync:
     def _before_forward(self, module: nn.Module, arguments: object) -> None:
         if torch.is_grad_enabled():
             self.settle()
-            self._forwards += 1
             self._fresh = True
 
     def _after_gradient(self, gradient: object) -> None:
@@ -122,8 +124,7 @@ class ModelSync:
 
     def settle(self) -> None:
         """Make the exchange that the last iteration left to be made, if it did."""
-        if self.error is not None:
-            raise self.error
+        self.idle()
         if not self._pending:
             return
         self._pending = False
@@ -136,18 +137,20 @@ class ModelSync:
         except DistcompError as error:
             self.error = error
             raise
+        self._mourn()
         sent = self._channel.ledger.total_bytes - sent_before
         self.last = Iteration(self.iterations - 1, self._timeline, begin_s, sent)
 
+    def _mourn(self) -> None:
+        """Say once that a rank is lost and training goes on."""
+        for rank in sorted(self._link.lost - self._lost):
+            warnings.warn(f"rank {rank} is lost; training goes on without it", stacklevel=2)
+        self._lost = self._link.lost
+
     def idle(self) -> None:
-        """Raises what went wrong, also that the model is trained without being called."""
+        """Raises what went wrong."""
         if self.error is not None:
             raise self.error
-        if not self._forwards:
-            raise DistcompError(
-                "the optimizer steps but the attached model was never called; call the model that was "
-                "attached, not what it wraps"
-            )
 
     # ----------------------------------------------------------------------------------------- exchanges
 
@@ -155,7 +158,7 @@ class ModelSync:
         """Start the exchange that is due, and finish it unless it overlaps."""
         if not track.due(self.iterations):
             return
-        talk = track.talk(self._weights.read(track.layout), self.iterations, self._seed)
+        talk = track.talk(self._weights.read(track.layout), self.iterations, self._seed, self._link.lost)
         track.landing = Landing(self.iterations + track.averaging.overlap, self._carry(talk))
         self._land(track)
 
@@ -194,14 +197,16 @@ class ModelSync:
 
     def _ask(self, talker: Talker, x: Tensor, layout: Layout) -> Tensor:
         """The estimate of a conversation that keeps no state."""
-        transport = self._channel.transport
-        turn = Turn(
-            transport.rank, transport.size, layout, self.iterations, Key.of(self._seed, self.iterations)
-        )
+        key = Key.of(self._seed, self.iterations)
+        turn = Turn(self._link.rank, self._link.size, layout, self.iterations, key)
         return self._carry(Conversation(talker, x, {}, turn))().estimate if x.numel() else x
 
     def _mean(self, x: Tensor, layout: Layout) -> Tensor:
-        return self._ask(lift(Identity()), x, layout)
+        """The mean over the ranks that are there."""
+        mean = self._ask(lift(Identity()), x, layout)
+        self._mourn()
+        present = self._link.size - len(self._link.lost)
+        return mean * (self._link.size / present) if self._link.lost else mean
 
     def _begin_alike(self) -> None:
         """Take rank 0's weights and buffers, and start all tracks from them."""
@@ -247,11 +252,12 @@ class ModelSync:
 
     def report(self) -> dict[str, Any]:
         """What the theory depends on, in numbers, and what the algorithm has counted."""
-        size = self._channel.transport.size
+        size = self._link.size
         counts: dict[str, Any] = {}
         for track in self._tracks:
             counts |= track.averaging.report(track.state)
-        return {"conditions": self.method.conditions(self._weights.layout, size), **counts}
+        lost = {"lost": sorted(self._link.lost)} if self._link.lost else {}
+        return {"conditions": self.method.conditions(self._weights.layout, size), **lost, **counts}
 
     def close(self) -> None:
         """Leave the model as it is."""
@@ -288,7 +294,7 @@ class ModelSync:
         """
         self.settle()
         self.iterations, self._seed = int(saved["iterations"]), int(saved["seed"])
-        resized = int(saved.get("world_size", self._channel.transport.size)) != self._channel.transport.size
+        resized = int(saved.get("world_size", self._link.size)) != self._link.size
         for track in self._tracks:
             counts = saved["tracks"][track.name]
             track.last, track.exchanges = int(counts["last"]), int(counts["exchanges"])
@@ -347,6 +353,27 @@ def refuse_averaging(target: Target, averaging: Averaging | Levels, optimizer: O
     if any(level.optimizer_state != "keep" for level in averaging.levels()):
         needed(optimizer)
     size = dist.get_world_size(target.group)
+    _refuse_to_go_on(target, averaging)
     warning = averaging.conditions(Weights(target.module).layout, size).get("warning")
     if warning and dist.get_rank(target.group) == 0:
         warnings.warn(warning, stacklevel=4)
+
+
+def _refuse_to_go_on(target: Target, averaging: Averaging | Levels) -> None:
+    """Where one cannot go on without the dead."""
+    if all(level.on_failure == "stop" for level in averaging.levels()):
+        return
+    on_cpu = all(parameter.device.type == "cpu" for parameter in target.module.parameters())
+    if target.ddp is not None or not on_cpu or dist.get_backend(target.group) != "gloo":
+        raise DistcompError(
+            "on_failure='continue' needs a plain module on the CPU and Gloo: DDP and NCCL "
+            "stop when a rank dies"
+        )
+
+
+def edges_of(averaging: Averaging, target: Target) -> frozenset[tuple[int, int]]:
+    """The edges that need connections of their own: a gossip's that goes on when a neighbour dies."""
+    if averaging.on_failure == "stop":
+        return frozenset()
+    assert isinstance(averaging, Gossip)
+    return resolve(averaging.topology, dist.get_world_size(target.group)).edges

@@ -122,7 +122,7 @@ def unpack(saved: Mapping[str, Any] | Sequence[Mapping[str, Any]], rank: int, si
 
 
 def _mean(states: list[Mapping[str, Mapping[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:
-    """Floating tensors averaged over ranks; anything else as rank 0 had it. What some rank has not is left out."""
+    """Floating tensors averaged over ranks; others as rank 0 had them. What some rank lacks is left out."""
     first = states[0]
     return {
         name: {

@@ -29,7 +29,7 @@ class Liveness:
         self._store: Store = store.clone()  # type: ignore[attr-defined]
         self._rank = rank
         self._size = size
-        self._name = name
+        self.name = name
         self._interval_s = interval_s
         self._stop = threading.Event()
         self._beat(0)
@@ -51,6 +51,13 @@ class Liveness:
             self._store.set(self._key(self._rank), LEFT)
         except RuntimeError:  # the store's host has ended before us; nobody is left to read it
             return
+
+    def silent(self) -> set[int]:
+        """Other ranks whose heart stood still over :attr:`diagnosis_s`, or that have left. Takes as long."""
+        before = self._read()
+        self._stop.wait(self.diagnosis_s)
+        after = self._read()
+        return {rank for rank in range(self._size) if after[rank] == before[rank] and rank != self._rank}
 
     def diagnose(self, error: RuntimeError) -> PeerLost:
         """The error that names who is lost. Takes :attr:`diagnosis_s`."""
@@ -95,7 +102,7 @@ class Liveness:
         self._store.set(self._key(self._rank), str(count))
 
     def _key(self, rank: int) -> str:
-        return f"distcomp/{self._name}/beat/{rank}"
+        return f"distcomp/{self.name}/beat/{rank}"
 
     def _read(self) -> list[str]:
         return [self._store.get(self._key(rank)).decode() for rank in range(self._size)]
