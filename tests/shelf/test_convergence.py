@@ -24,7 +24,6 @@ from distcomp.compressors import (
 from distcomp.methods import (
     CyclicTopK,
     DecoupledMomentum,
-    DeepGradient,
     ErrorFeedback,
     LowPassFeedback,
     MajorityVote,
@@ -33,6 +32,7 @@ from distcomp.methods import (
     SharedRandomK,
     SharedRange,
     TernGrad,
+    dgc,
     lift,
 )
 
@@ -77,7 +77,7 @@ ARRIVING: dict[str, Method] = {
     "random-k, owed": ErrorFeedback(SharedRandomK(RandomK(0.1, scaled=False), EXACT)),
     "random-k, scaled": SharedRandomK(RandomK(0.1), EXACT),
     "cyclic top-k through a filter": LowPassFeedback(CyclicTopK(TopK(0.1), EXACT), 0.5),
-    "deep gradient compression": DeepGradient(0.1, 0.5),
+    "deep gradient compression": dgc(0.1, 0.5),
     "natural": lift(Natural()),
     "NUQSGD": lift(NonUniform(4, 512, "l2")),
     "TernGrad": TernGrad(),

@@ -12,13 +12,12 @@ from distcomp.compressors import DctTopK, Identity, RandomK, TopK
 from distcomp.compressors.dct import dct, largest_divisor
 from distcomp.errors import DistcompError
 from distcomp.methods import (
+    Clipped,
     CyclicTopK,
     DecoupledMomentum,
-    DeepGradient,
     LowPassFeedback,
     MajorityVote,
     Method,
-    Momentum,
     SharedRandomK,
     cyclic_topk,
     demo,
@@ -34,6 +33,7 @@ from distcomp.methods import (
     terngrad,
     topk,
 )
+from distcomp.methods.base import cut_state
 
 from . import oracles
 from .world import World, kinds, layout_of, layouts, once, seeds, slab
@@ -139,43 +139,30 @@ def test_the_low_pass_filter_follows_scalecom(seed, beta) -> None:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_deep_gradient_compression_follows_the_paper(size, nesterov) -> None:
     layout = layout_of((30, 10))
-    world = World(DeepGradient(0.05, 0.9, nesterov), size, layout)
+    world = World(dgc(0.05, 0.9, nesterov), size, layout)
     paper = oracles.DeepGradient(size, 300, 0.05, 0.9, nesterov)
     for step in range(12):
         xs = [slab(layout, 100 * step + rank) for rank in range(size)]
-        np.testing.assert_allclose(
-            world.mean(xs), paper.step([x.double().numpy() for x in xs]), rtol=1e-4, atol=1e-5
-        )
+        expected = paper.step([x.double().numpy() for x in xs])
+        np.testing.assert_allclose(world.mean(xs), expected, rtol=1e-4, atol=1e-5)
     for state, u, v in zip(world.states, paper.u, paper.v, strict=True):
-        np.testing.assert_allclose(state["momentum"].data, u, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(state["velocity"].data, v, rtol=1e-4, atol=1e-5)
+        kept = {path: leaf["p0"] for path, leaf in by_path(state).items()}
+        np.testing.assert_allclose(kept["usual/momentum"], u, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(kept["usual/inner/residual"], v, rtol=1e-4, atol=1e-5)
 
 
-def test_clipping_shrinks_a_parameter_to_the_share_of_one_rank() -> None:
-    layout = layout_of((50,), (50,))
-    xs = [torch.cat([torch.full((50,), 10.0), torch.full((50,), 1e-3)]) for _ in range(4)]
-    estimate = once(DeepGradient(1.0, 0.0, clip=3.0), xs, layout)
-    assert np.linalg.norm(estimate[:50]) == pytest.approx(3.0 / 4**0.5, rel=1e-5)
-    np.testing.assert_allclose(estimate[50:], 1e-3)
-    huge = [torch.full((100,), 1e30) for _ in range(4)]
-    assert np.linalg.norm(once(DeepGradient(1.0, 0.0, clip=3.0), huge, layout)[:50]) == pytest.approx(
-        1.5, rel=1e-5
-    )
-
-
-def test_all_of_it_sent_deep_gradient_compression_is_momentum_sgd_after_masking() -> None:
-    """With every element sent, both memories are cleared in each step: the gradient itself is left."""
-    layout = layout_of((20,))
-    world = World(DeepGradient(1.0, 0.9), 2, layout)
-    for step in range(3):
-        xs = [slab(layout, 10 * step + rank) for rank in range(2)]
-        np.testing.assert_allclose(world.mean(xs), torch.stack(xs).mean(0), rtol=1e-6, atol=1e-7)
+def by_path(state) -> dict[str, dict[str, torch.Tensor]]:
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, leaves in cut_state(state).items():
+        for path, leaf in leaves.items():
+            found.setdefault(path, {})[name] = leaf
+    return found
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_momentum_beside_it_is_torchs_momentum(nesterov) -> None:
+def test_biases_beside_it_get_torchs_momentum(nesterov) -> None:
     layout = layout_of((6,))
-    world = World(Momentum(EXACT, 0.9, nesterov), 3, layout)
+    world = World(dgc(0.05, 0.9, nesterov), 3, layout)
     weight = torch.zeros(6, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9, nesterov=nesterov)
     for step in range(5):
@@ -184,6 +171,24 @@ def test_momentum_beside_it_is_torchs_momentum(nesterov) -> None:
         weight.grad = torch.stack(xs).mean(0)
         optimizer.step()
         np.testing.assert_allclose(world.mean(xs), (before - weight).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_clipping_shrinks_a_parameter_to_the_share_of_one_rank() -> None:
+    layout = layout_of((50,), (50,), (0,))
+    xs = [torch.cat([torch.full((50,), 10.0), torch.full((50,), 1e-3)]) for _ in range(4)]
+    estimate = once(Clipped(EXACT, 3.0), xs, layout)
+    assert np.linalg.norm(estimate[:50]) == pytest.approx(3.0 / 4**0.5, rel=1e-5)
+    np.testing.assert_allclose(estimate[50:], 1e-3)
+    huge = [torch.full((100,), 1e30) for _ in range(4)]
+    assert np.linalg.norm(once(Clipped(EXACT, 3.0), huge, layout)[:50]) == pytest.approx(1.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [dgc, demo])
+def test_an_optimizer_with_momentum_of_its_own_is_refused(recipe) -> None:
+    weight = torch.zeros(3, requires_grad=True)
+    recipe().check(torch.optim.SGD([weight], lr=0.1))
+    with pytest.raises(DistcompError, match="momentum=0"):
+        recipe().check(torch.optim.SGD([weight], lr=0.1, momentum=0.9))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +285,7 @@ def test_what_cannot_be_is_refused_in_words() -> None:
         (lambda: topk(0.0), "density"),
         (lambda: cyclic_topk(beta=0.0), "beta"),
         (lambda: dgc(momentum=1.0), "momentum"),
-        (lambda: dgc(clip=-1.0), "clip"),
+        (lambda: dgc(clip=-1.0), "clipped"),
         (lambda: demo(k=0), "chunks of side"),
         (lambda: demo(decay=1.5), "decay"),
         (lambda: natural(bits=10), "2 to 8 bits"),

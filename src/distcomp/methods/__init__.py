@@ -1,9 +1,11 @@
 """What do the workers say to each other, round by round?"""
 
+from distcomp.methods.allocate import Allocate, allocate
 from distcomp.methods.base import Method, Outcome, PerParameter, Turn
 from distcomp.methods.basic import bf16, except_small, fp16, identity, none, qsgd, with_feedback
 from distcomp.methods.choose import Choose, Rule
 from distcomp.methods.correction import MomentumCorrection, momentum_correction
+from distcomp.methods.deep_gradient import Clipped, dgc
 from distcomp.methods.demo import DecoupledMomentum, demo
 from distcomp.methods.ef21 import EF21, ef21
 from distcomp.methods.feedback import ErrorFeedback
@@ -12,7 +14,6 @@ from distcomp.methods.hierarchical import Hierarchical, nodes_of, two_level
 from distcomp.methods.integers import Rotate, SharedRange, TernGrad, shared_range, terngrad
 from distcomp.methods.lift import AllReduce, GatherAndSum, ScatterReduce, lift
 from distcomp.methods.majority_vote import MajorityVote, majority_vote
-from distcomp.methods.momentum import DeepGradient, Momentum, dgc
 from distcomp.methods.onebit_adam import OneBitAdam, onebit_adam
 from distcomp.methods.powersgd import PowerSGD, powersgd
 from distcomp.methods.quantizers import ef_signsgd, natural, nuqsgd, onebit
@@ -33,11 +34,12 @@ __all__ = [
     "EF21",
     "METHODS",
     "AllReduce",
+    "Allocate",
     "Choose",
+    "Clipped",
     "Cycle",
     "CyclicTopK",
     "DecoupledMomentum",
-    "DeepGradient",
     "Entry",
     "ErrorFeedback",
     "GatherAndSum",
@@ -46,7 +48,6 @@ __all__ = [
     "LowPassFeedback",
     "MajorityVote",
     "Method",
-    "Momentum",
     "MomentumCorrection",
     "OneBitAdam",
     "Outcome",
@@ -63,6 +64,7 @@ __all__ = [
     "TernGrad",
     "Turn",
     "Warmup",
+    "allocate",
     "bf16",
     "compressor_of",
     "cyclic_topk",

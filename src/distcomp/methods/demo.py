@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from distcomp.methods.base import Method, Outcome, State, Turn
 from distcomp.methods.basic import except_small
 from distcomp.methods.registry import register
 from distcomp.payload import Payload
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import Optimizer
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,12 @@ class DecoupledMomentum(Method):
                 f"the momentum's decay lies in [0, 1), not {self.decay}; the paper takes 0.999"
             )
 
+    def check(self, optimizer: Optimizer | None) -> None:
+        if optimizer is not None and any(group.get("momentum") for group in optimizer.param_groups):
+            raise DistcompError(
+                "the momentum would be applied twice; with demo give the optimizer momentum=0"
+            )
+
     def init(self, layout: Layout) -> State:
         return {"momentum": Slab(torch.zeros(layout.numel), layout)}
 
@@ -93,6 +103,7 @@ class DecoupledMomentum(Method):
     wire="(n-1) d/4096 k (4 + 9/8)",
     summable=False,
     biased=True,
+    direction=True,
     differs="the learning rate is not inside the momentum; packed indices; biases and norms in float32",
 )
 def demo(k: int = 32, side: int = 64, decay: float = 0.999, sign: bool = True) -> Method:
