@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from battery.world import SEED, Grouping, by_name, converse, draw, groups, once
 from distcomp.errors import DistcompError
+from distcomp.exchange import sum_bytes
 from distcomp.layout import Layout, Segment
 from distcomp.methods import ErrorFeedback, PowerSGD, parse, powersgd
 from distcomp.randomness import Key
@@ -131,7 +132,8 @@ def test_two_rounds_however_many_matrices_and_bytes_by_the_formula() -> None:
     method = PowerSGD(2, min_compression=2.0)
     round_ = once(method, draw(4, NET), NET)
     assert [type(request).__name__ for request in round_.asked] == ["Sum"] * 8
-    sent = 2 * (3 / 4) * 4 * (2 * (24 + 18) + 2 * (16 + 36) + 18 + 4)  # tiny does not pay and goes as it is
+    # tiny does not pay and goes as it is, with the bias
+    sent = sum_bytes(4 * (2 * (24 + 16) + 18 + 4), 4) + sum_bytes(4 * 2 * (18 + 36), 4)
     assert round_.sent_bytes == [sent] * 4
     assert method.payload_bytes(NET, 4) == sent
 

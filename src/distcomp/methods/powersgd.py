@@ -102,6 +102,7 @@ class PowerSGD(Method):
             _together(turn.layout, x, plain_mean, matrices, p, q_mean),
             lambda: _together(turn.layout, x, plain, matrices, p, q_own),
             {**state, "q": _kept(state["q"], matrices, q_mean)},
+            lambda given: _deduct(given, turn.layout, matrices, p, q_own),
         )
 
     def _one_round(
@@ -113,14 +114,14 @@ class PowerSGD(Method):
         own = [f @ (m.T if even else m) for f, m in zip(fixed, matrices.values(), strict=True)]
         plain_mean, found = yield from _means(plain, own, turn)
 
-        def product(values: Iterable[Tensor], free: list[Tensor]) -> Tensor:
-            p, q = (free, fixed) if even else (fixed, free)
-            return _together(turn.layout, x, values, matrices, p, q)
+        def ordered(free: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            return (free, fixed) if even else (fixed, free)
 
         return Outcome(
-            product(plain_mean, found),
-            lambda: product(plain, own),
+            _together(turn.layout, x, plain_mean, matrices, *ordered(found)),
+            lambda: _together(turn.layout, x, plain, matrices, *ordered(own)),
             {**state, made: _kept(state[made], matrices, found)},
+            lambda given: _deduct(given, turn.layout, matrices, *ordered(own)),
         )
 
     def _ranks(self, layout: Layout, step: int) -> dict[str, int]:
@@ -206,6 +207,19 @@ def _together(
         else:
             piece.copy_(next(values))
     return out
+
+
+def _deduct(
+    given: Tensor, layout: Layout, matrices: Iterable[str], p: Iterable[Tensor], q: Iterable[Tensor]
+) -> None:
+    """Take the contribution off a slab: the products, and all of what went plainly."""
+    factors = dict(zip(matrices, zip(p, q, strict=True), strict=True))
+    for segment, piece in layout.pieces(given):
+        if segment.name in factors:
+            left, right = factors[segment.name]
+            piece.view(_sides(segment)).addmm_(left.T, right, alpha=-1)
+        else:
+            piece.zero_()
 
 
 def _kept(old: PerParameter, names: Iterable[str], factors: Iterable[Tensor]) -> PerParameter:
