@@ -115,8 +115,7 @@ def unpack(saved: Mapping[str, Any] | Sequence[Mapping[str, Any]], rank: int, si
     if missing:
         raise DistcompError(
             f"the checkpoint was saved by {old_size} ranks and this is rank {rank} of {size}; the parts "
-            f"of ranks {missing} are "
-            "missing: pass a list of all ranks' state dicts"
+            f"of ranks {missing} are missing: pass a list of all ranks' state dicts"
         )
     return {**first, "state": _mean([parts[f"rank{old}"]["state"] for old in range(old_size)])}
 

@@ -41,6 +41,13 @@ class Direct:
         self._patience = timedelta(seconds=max(1.0, timeout_s - liveness.diagnosis_s))
 
     def start(self, request: Request) -> UnderWay:
+        """Raises PeerLost where a connection is gone already."""
+        try:
+            return self._begin(request)
+        except RuntimeError as error:
+            raise self._liveness.diagnose(error) from error
+
+    def _begin(self, request: Request) -> UnderWay:
         group = self._groups.of(request.group)
         members = request.group or tuple(range(self.size))
         if isinstance(request, Sum):
