@@ -58,7 +58,7 @@ class Swap:
 class Mix:
     """Exchange ``payload`` with some neighbours only. Answer: their payloads, in the order of ``neighbours``.
 
-    A neighbour that is lost answers None, where the transport was opened to go on without it. Neighbourhood is
+    A neighbour that is lost answers None, where the transport was opened to go on without it. Neighbours are
     mutual. On the wire: one payload per neighbour, however many workers there are.
     """
 

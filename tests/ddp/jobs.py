@@ -54,8 +54,14 @@ def train(
     return losses
 
 
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+def sgd(model: nn.Module, spec: str = "identity") -> torch.optim.SGD:
+    """With momentum, unless the method brings its own and says so."""
+    usual = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    try:
+        distcomp.parse(spec).check(usual)
+    except distcomp.DistcompError:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+    return usual
 
 
 def flat(model: nn.Module) -> Tensor:
@@ -76,7 +82,7 @@ def jitter(model: nn.Module, rank: int) -> None:
 
 def attached(spec: str, rank: int, **options: Any) -> tuple[Any, Any, Any]:
     model = wrap(network(), **options)
-    optimizer = sgd(model)
+    optimizer = sgd(model, spec)
     return model, optimizer, distcomp.attach(model, optimizer, spec)
 
 

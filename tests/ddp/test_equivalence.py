@@ -91,7 +91,7 @@ def gloo_estimates(rank, size, spec):
 def lockstep_estimates(spec, size):
     """The same training, carried in one process."""
     models = [jobs.network() for _ in range(size)]
-    optimizers = [jobs.sgd(model) for model in models]
+    optimizers = [jobs.sgd(model, spec) for model in models]
     method = distcomp.parse(spec)
     named = list(models[0].named_parameters())[::-1]
     layout = Layout.of([(n, tuple(p.shape)) for n, p in named], {"2.weight": "norm", "2.bias": "norm"})

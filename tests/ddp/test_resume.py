@@ -44,7 +44,7 @@ def first_half(rank, size, spec):
 
 def second_half(rank, size, spec, saved):
     model = jobs.wrap(jobs.network(seed=99))
-    optimizer = jobs.sgd(model)
+    optimizer = jobs.sgd(model, spec)
     model.module.load_state_dict(saved[rank]["model"])
     optimizer.load_state_dict(saved[rank]["optimizer"])
     with distcomp.attach(model, optimizer, spec) as handle:

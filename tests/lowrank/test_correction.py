@@ -9,7 +9,6 @@ from battery.world import ORDINARY, converse, draw
 from distcomp.compressors import TopK
 from distcomp.errors import DistcompError
 from distcomp.methods import (
-    DeepGradient,
     ErrorFeedback,
     GatherAndSum,
     Method,
@@ -41,13 +40,11 @@ def test_around_an_exact_method_it_is_the_optimizers_momentum(nesterov: bool) ->
         torch.testing.assert_close(ours, w.detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_around_error_feedback_over_top_k_with_masking_it_is_deep_gradient_compression() -> None:
+def test_masking_changes_what_is_sent() -> None:
     inner = ErrorFeedback(GatherAndSum(TopK(0.05)))
-    ours = estimates(MomentumCorrection(inner, 0.9, masking=True), 8)
-    for one, other in zip(ours, estimates(DeepGradient(ratio=0.05, momentum=0.9), 8), strict=True):
-        torch.testing.assert_close(one, other)
+    masked = estimates(MomentumCorrection(inner, 0.9, masking=True), 8)
     unmasked = estimates(MomentumCorrection(inner, 0.9), 8)
-    assert not torch.allclose(ours[-1], unmasked[-1])
+    assert not torch.allclose(masked[-1], unmasked[-1])
 
 
 def test_biases_and_norms_keep_their_momentum() -> None:

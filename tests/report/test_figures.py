@@ -157,6 +157,13 @@ def test_runs_that_cannot_stand_side_by_side_are_refused(
         compare([recording.read(one), recording.read(two)])
 
 
+@pytest.mark.parametrize(("final", "target"), [(2.0, 2.1), (-2.0, -1.9)])
+def test_the_target_is_easier_than_what_ddp_ends_with(tmp_path: Path, final: float, target: float) -> None:
+    metric = {"kind": "metric", "step": 1, "train_s": 1.0, "test_loss": final}
+    run = recording.read(synthetic.write(tmp_path / "run", synthetic.about("ddp"), {0: [metric]}))
+    assert compare([run]).target_loss == pytest.approx(target)
+
+
 def test_no_run_is_an_error() -> None:
     with pytest.raises(DistcompError, match="no run"):
         compare([])

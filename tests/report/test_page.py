@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from html.parser import HTMLParser
@@ -203,6 +204,8 @@ def test_linear_ticks_are_round_and_inside(values: list[float]) -> None:
     assert all(axis.low - 1e-6 <= tick <= axis.high + 1e-6 for tick in ticks)
     assert 1 <= len(ticks) <= 11
     assert ticks == sorted(set(ticks))
+    for step in {float(f"{b - a:.3g}") for a, b in itertools.pairwise(ticks)}:
+        assert round(step / 10 ** math.floor(math.log10(step) + 1e-9), 6) in (1, 2, 5)
     assert all(0 <= axis.at(value) <= 1 for value in values)
 
 

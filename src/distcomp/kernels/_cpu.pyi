@@ -1,6 +1,14 @@
 def quantize(
-    x: int, codes: int, scales: int, numel: int, block: int, bits: int,
-    key: int, first: int, stochastic: bool, given: bool,
+    x: int,
+    codes: int,
+    scales: int,
+    numel: int,
+    block: int,
+    bits: int,
+    key: int,
+    first: int,
+    stochastic: bool,
+    given: bool,
     /,
 ) -> None: ...
 def dequantize(
