@@ -131,6 +131,15 @@ def test_report_reads_it_again(compared: tuple[Path, str, str], capsys: pytest.C
     assert rows["bf16"]["payload_bytes"]["mean"] * 2 == rows["ddp"]["payload_bytes"]["mean"]
 
 
+def running(pid: int) -> bool:
+    """A process that has ended may wait for init to take note of it."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
 def test_ctrl_c_ends_everything_quietly(tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text(ENDLESS)
     os.mkfifo(tmp_path / "fifo")
@@ -149,9 +158,7 @@ def test_ctrl_c_ends_everything_quietly(tmp_path: Path) -> None:
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert out.count("\n") <= 3
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert not any(running(pid) for pid in pids)
 
 
 def test_run_is_torchrun_with_the_method_and_a_record(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 class Wire:
     """A transport whose answers are given beforehand: ``waiting`` holds what the others sent."""
 
-    finished_s = 0.0
+    started_s = finished_s = 0.0
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank

@@ -13,7 +13,7 @@ import struct
 import sys
 import time
 
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 
 
 def main(directory: str, argv: list[str]) -> None:

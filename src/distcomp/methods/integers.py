@@ -297,7 +297,7 @@ def hadamard(rows: Tensor) -> Tensor:
 @register(
     paper="Li et al., THC: tensor homomorphic compression, NSDI 2024",
     wire="2 (n-1)/n 4d / (32 // (bits + ceil(log2 n))) + 2 (n-1) d/block",
-    summable=False,
+    summable=True,
     biased=False,
     differs="one width both ways; the range is the largest magnitude, so that nothing is clamped",
 )
@@ -318,7 +318,7 @@ def shared_range(
 @register(
     paper="Wen et al., TernGrad, NeurIPS 2017",
     wire="2 (n-1)/n d (bit_length(n)+1)/8 + 4 (n-1) per parameter",
-    summable=False,
+    summable=True,
     biased=True,
     differs="the sum stays integer; unbiased only with clip=0; biases and norms, not the last layer, in "
     "float32",

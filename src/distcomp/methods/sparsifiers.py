@@ -218,7 +218,7 @@ def random_k(ratio: float = 0.01, values: str | Method = "fp32", error_feedback:
 @register(
     paper="Chen et al., ScaleCom, NeurIPS 2020",
     wire="2 (n-1)/n 4k + (n-1)/n k (2 + log2(d/k))/8, k = ratio d",
-    summable=False,
+    summable=True,
     biased=True,
     differs="exact top-k, not the chunk-wise quasi-sort; beta=1 (plain error feedback) is the default; "
     "packed indices; biases and norms in float32",
