@@ -36,7 +36,8 @@ for step in range(1, 5):
     optimizer.step()
     if dist.get_rank() == 0:
         handle.log(step=step, train_s=step / 10, test_loss=1 / step, test_accuracy=step / 4)
-print("method", os.environ["DISTCOMP_METHOD"], "argv", sys.argv[1:], beside.NAME, os.path.isabs(__file__))
+told = ["method", os.environ["DISTCOMP_METHOD"], "argv", sys.argv[1:], beside.NAME, os.path.isabs(__file__)]
+sys.stdout.write(" ".join(map(str, told)) + "\\n")  # in one piece: ranks share the terminal
 print("at", os.getcwd(), file=sys.stderr)
 handle.detach()
 dist.destroy_process_group()
