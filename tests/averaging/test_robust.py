@@ -1,0 +1,53 @@
+"""A worker dies while models are exchanged: real processes, SIGKILL and SIGSTOP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cluster import Cluster, Failure
+
+import distcomp
+from distcomp.sync.gossip import Gossip
+
+from . import model_jobs as jobs
+
+
+@pytest.fixture
+def four() -> Iterator[Cluster]:
+    """Ranks of their own: one of them does not survive."""
+    cluster = Cluster(4)
+    yield cluster
+    cluster.close()
+
+
+@pytest.mark.parametrize(
+    ("gossip", "how"),
+    [
+        (distcomp.choco(on_failure="continue"), "SIGKILL"),
+        (distcomp.dcd(topology="complete", on_failure="continue"), "SIGKILL"),
+        (distcomp.dpsgd(topology="one_peer_exponential", on_failure="continue"), "SIGKILL"),
+        (distcomp.choco("topk:ratio=0.1", on_failure="continue"), "SIGSTOP"),
+    ],
+    ids=["choco-ring", "dcd-complete", "dpsgd-one-peer", "choco-hangs"],
+)
+def test_gossip_goes_on_without_a_dead_neighbour(gossip: Gossip, how: str, four: Cluster) -> None:
+    found = four.outcomes(jobs.mourning, gossip, 2, how, without=2)
+    survivors = [found[rank] for rank in (0, 1, 3)]
+    assert not any(isinstance(one, Failure) or "error" in one for one in survivors), survivors
+    own = torch.stack([one["own"] for one in survivors])
+    assert torch.isfinite(own).all()
+    for one in survivors:
+        torch.testing.assert_close(one["mean"], own.mean(0))
+        assert one["lost"] == [2]
+        assert torch.equal(one["end"], survivors[0]["end"])
+        assert one["warned"] == ["rank 2 is lost; training goes on without it"]
+    assert not torch.equal(own[0], own[1])
+
+
+@pytest.mark.parametrize("spec", ["choco", "local_sgd:period=2"])
+def test_by_default_training_stops_and_names_the_dead(spec: str, four: Cluster) -> None:
+    found = four.outcomes(jobs.mourning, spec, 2, "SIGKILL", 10.0, without=2)
+    for rank in (0, 1, 3):
+        assert found[rank]["error"].startswith("PeerLost: rank 2 died"), found[rank]
