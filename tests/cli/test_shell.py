@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import is_dataclass
@@ -182,15 +183,36 @@ def test_no_command_prints_help(capsys: Captured) -> None:
     assert "emulate" in capsys.readouterr().out
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+def test_a_reader_that_leaves_early_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """``distcomp methods | head -1``, where the pipe is closed before anything is written."""
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(
-        [sys.executable, "-m", "distcomp", "methods"], stdout=writing, stderr=subprocess.PIPE, text=True
-    )
-    os.close(writing)
-    assert (done.returncode, done.stderr) == (0, "")
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["methods"]) == 0
+
+
+@pytest.mark.parametrize(("status", "told"), [(0, 0), (1, 1), (-signal.SIGKILL, 137)])
+def test_run_gives_torchrun_its_options_and_passes_its_status_on(
+    status: int, told: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    asked: list[list[str]] = []
+
+    def torchrun(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        asked.append([*command, env["DISTCOMP_METHOD"]])
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(subprocess, "run", torchrun)
+    several = ["--nnodes", "2", "--node-rank", "1", "--master", "host0:29500"]
+    assert main(["run", "--nproc", "4", "--method", "bf16", "train.py", "--lr", "1"]) == told
+    assert main(["run", *several, "--method", "bf16", "train.py"]) == told
+    assert asked[0][3:] == ["--standalone", "--nproc-per-node=4", "train.py", "--lr", "1", "bf16"]
+    assert asked[1][3:] == [
+        "--nproc-per-node=1", "--nnodes=2", "--node-rank=1", "--master-addr=host0", "--master-port=29500",
+        "train.py", "bf16",
+    ]  # fmt: skip
 
 
 def test_methods_are_split_at_semicolons_and_named_once() -> None:
