@@ -1,6 +1,7 @@
 """The ways people train: accumulation, unused and tied and frozen parameters, mixed types, uneven inputs,
 clipping, compile."""
 
+import os
 from contextlib import nullcontext
 
 import jobs
@@ -287,3 +288,22 @@ def never_ran(rank, size):
 def test_a_step_whose_gradients_never_went_through_is_noticed(cluster):
     for sentence in cluster(2).run(never_ran):
         assert "no gradient went through the attached method" in sentence
+
+
+def throttled_stock(rank, size, spec):
+    """Seconds of the exchange, and the least that its bytes take at the pretended rate."""
+    os.environ["DISTCOMP_THROTTLE_BPS"] = "4e6"
+    try:
+        model, optimizer, handle = jobs.attached(spec, rank)
+    finally:
+        del os.environ["DISTCOMP_THROTTLE_BPS"]
+    with handle:
+        jobs.train(model, optimizer, rank, 2)
+        last = handle.stats()["last"]
+    return last["exchange_s"], 8 * last["payload_bytes"] / 4e6
+
+
+@pytest.mark.parametrize("spec", ["ddp", "torch:fp16", "torch:powersgd"])
+def test_where_the_link_is_pretended_pytorchs_own_reductions_pay_for_their_bytes_too(cluster, spec):
+    for exchange_s, least_s in cluster(2).run(throttled_stock, spec):
+        assert exchange_s >= least_s > 0

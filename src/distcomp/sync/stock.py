@@ -16,6 +16,7 @@ from distcomp.errors import DistcompError
 from distcomp.sync.pipeline import Timeline
 from distcomp.sync.record import Iteration
 from distcomp.sync.trampoline import all_reduce_as_ddp
+from distcomp.transports.throttle import SlowLink, hold_until
 from distcomp.transports.types import GradBucket
 
 Hook = Callable[[GradBucket], torch.futures.Future[Tensor]]
@@ -43,20 +44,25 @@ class StockSync:
         self._hook, self._bytes_of = _hook(name, group)
         self._timeline = Timeline()
         self._begin_bytes = 0
+        self._slow = SlowLink.from_env()
 
     def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         if bucket.index() == 0:
             self._timeline, self._begin_bytes = Timeline(), self.sent_bytes
         begin_s = time.perf_counter()
         timeline = self._timeline
+        reduced = self._hook(bucket)
+        sent_bytes = 2 * (self._size - 1) / self._size * self._bytes_of(bucket)
+        arrival_s = self._slow.arrival_s(sent_bytes, 2 * (self._size - 1)) if self._slow is not None else 0.0
 
         def finished(future: torch.futures.Future[Tensor]) -> Tensor:
+            hold_until(arrival_s)
             timeline.spans.append(("wire", begin_s, time.perf_counter()))
             timeline.spans.append(("wait", begin_s, time.perf_counter()))
             return future.value()
 
-        future: torch.futures.Future[Tensor] = self._hook(bucket).then(finished)
-        self.sent_bytes += round(2 * (self._size - 1) / self._size * self._bytes_of(bucket))
+        future: torch.futures.Future[Tensor] = reduced.then(finished)
+        self.sent_bytes += round(sent_bytes)
         if bucket.is_last():
             sent = self.sent_bytes - self._begin_bytes
             self.last = Iteration(self.iterations, timeline, time.perf_counter(), sent)

@@ -17,9 +17,13 @@ from distcomp.transports.ledger import Ledger
 class Pending(Protocol):
     """A request under way."""
 
-    started_s: float
-    finished_s: float
-    """When the wire began with it and was done (``time.perf_counter``; known once it has been waited for)."""
+    @property
+    def started_s(self) -> float:
+        """When the wire began with it (``time.perf_counter``); known once it has been waited for."""
+
+    @property
+    def finished_s(self) -> float:
+        """When the wire was done with it; known once it has been waited for."""
 
     def wait(self) -> Any:
         """Block until the answer is there. Raises PeerLost if it never will be."""
