@@ -58,6 +58,7 @@ class Swap:
 class Mix:
     """Exchange ``payload`` with some neighbours only. Answer: their payloads, in the order of ``neighbours``.
 
+    ``neighbours`` are ranks of the whole, also where a group is named: all of them belong to it.
     A neighbour that is lost answers None, where the transport was opened to go on without it. Neighbours are
     mutual. On the wire: one payload per neighbour, however many workers there are.
     """
@@ -101,13 +102,15 @@ Talk = Generator[Request, Any, T]
 
 
 def within(group: Group, talk: Talk[T]) -> Talk[T]:
-    """The same conversation, held inside a group of ranks only. A source that it names is a place in the
-    group."""
+    """The same conversation, held inside a group of ranks only. A source or a neighbour that it names is a
+    place in the group."""
     try:
         request = next(talk)
         while True:
             if isinstance(request, Broadcast):
                 request = replace(request, source=group[request.source])
+            elif isinstance(request, Mix):
+                request = replace(request, neighbours=tuple(group[place] for place in request.neighbours))
             answer = yield replace(request, group=group)
             request = talk.send(answer)
     except StopIteration as stop:

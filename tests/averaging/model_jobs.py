@@ -7,13 +7,21 @@ import math
 import os
 import signal
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
+from distcomp.exchange import Group, Mix
+from distcomp.payload import Part, Payload
+from distcomp.sync.gossip import DCD
+from distcomp.transports.direct import Direct
+from distcomp.transports.liveness import Liveness
+from distcomp.transports.torchdist import TorchDist
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -58,6 +66,28 @@ def start(
     model = wrapped(kind, seed=0 if kind == "ddp" else rank)
     optimizer = sgd(model)
     return model, optimizer, distcomp.attach(model, optimizer, spec, **options)
+
+
+@dataclass(frozen=True)
+class InPairs(DCD):
+    """Gossip in groups of two consecutive ranks."""
+
+    def group(self, rank: int, size: int) -> Group:
+        return (rank - rank % 2, rank - rank % 2 + 1)
+
+
+def mixed_in_groups(rank: int, size: int, carrier: type[Direct | TorchDist]) -> float:
+    """What the other one of groups (0, 3) and (1, 2) has sent."""
+    world = dist.group.WORLD
+    liveness = Liveness(world.get_group_store(), rank, size, carrier.__name__)
+    transport = carrier(world, liveness, 30.0)
+    payload = Payload.empty((Part("values", torch.float32, 1),))
+    payload["values"].fill_(rank)
+    other = 3 - rank
+    (wire,) = transport.start(Mix(payload, (other,), (min(rank, other), max(rank, other)))).wait()
+    transport.close()
+    liveness.close()
+    return float(Payload(wire, payload.parts)["values"])
 
 
 def trained(rank: int, size: int, kind: str, spec: Any, steps: int) -> tuple[Tensor, Tensor, dict[str, Any]]:

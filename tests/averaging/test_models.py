@@ -13,8 +13,11 @@ import distcomp
 from distcomp.compressors import Quantize
 from distcomp.layout import Layout
 from distcomp.sync.averaging import Averaging
+from distcomp.sync.gossip import DCD
 from distcomp.sync.together import Workers
 from distcomp.sync.weights import Weights
+from distcomp.transports.direct import Direct
+from distcomp.transports.torchdist import TorchDist
 
 from . import model_jobs as jobs
 
@@ -66,6 +69,19 @@ def test_on_a_ring_of_four_as_well(name: str, cluster: Clusters) -> None:
     found = cluster(4).run(jobs.trained, "plain", SAME[name], 5)
     for rank, (own, _, _) in enumerate(found):
         assert torch.equal(own[: expected[rank].numel()], expected[rank]), rank
+
+
+def test_gossip_inside_groups_talks_to_neighbours_of_its_own_group(cluster: Clusters) -> None:
+    expected = in_process(jobs.InPairs(Quantize(8)), 4, 3)
+    assert torch.equal(in_process(DCD(Quantize(8)), 2, 3)[1], expected[1])  # the first pair is alone
+    found = cluster(4).run(jobs.trained, "plain", jobs.InPairs(Quantize(8)), 3)
+    for rank, (own, _, _) in enumerate(found):
+        assert torch.equal(own[: expected[rank].numel()], expected[rank]), rank
+
+
+@pytest.mark.parametrize("carrier", [Direct, TorchDist])
+def test_neighbours_in_a_group_are_ranks_of_the_whole(carrier: type, cluster: Clusters) -> None:
+    assert cluster(4).run(jobs.mixed_in_groups, carrier) == [3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("name", ["choco", "pqasgd", "streaming"])

@@ -47,6 +47,16 @@ def test_within_a_group_the_same_is_asked_answered_and_returned() -> None:
     assert stop.value.value == "one two"
 
 
+def test_within_a_group_sources_and_neighbours_are_places_in_it() -> None:
+    def naming() -> Talk[None]:
+        yield Broadcast(PAYLOAD, 1)
+        yield Mix(PAYLOAD, (0, 2))
+
+    talk = within((3, 5, 8), naming())
+    assert next(talk).source == 5
+    assert talk.send(None).neighbours == (3, 8)
+
+
 def test_within_a_group_a_talk_that_asks_nothing_returns_at_once() -> None:
     def silent() -> Talk[int]:
         yield from ()

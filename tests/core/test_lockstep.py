@@ -116,7 +116,8 @@ def test_two_groups_talk_at_once() -> None:
             total = yield Sum(torch.tensor([float(turn.rank)]))
             others = yield Gather(payload(turn.rank))
             swapped = yield Swap(tuple(payload(10 * turn.rank + to) for to in range(2)))
-            return float(total), numbers(others), numbers(swapped)
+            mixed = yield Mix(payload(turn.rank), (1 - turn.rank % 2,))
+            return float(total), numbers(others), numbers(swapped), numbers(mixed)
 
         return (yield from within(group, inside()))
 
@@ -124,6 +125,7 @@ def test_two_groups_talk_at_once() -> None:
     heard = hear(lines, 4)
     assert [heard[rank][:2] for rank in range(4)] == [low, low, high, high]
     assert [heard[rank][2] for rank in range(4)] == [[0, 10], [1, 11], [20, 30], [21, 31]]
+    assert [heard[rank][3] for rank in range(4)] == [[1], [0], [3], [2]]
 
 
 def odd_one(usual: Callable[[], Any], odd: Callable[[], Any]) -> Callable[[Turn], Talk[Any]]:

@@ -62,7 +62,7 @@ class Direct:
                 group, members, wires, [wires[members.index(self.rank)].numel()] * len(members)
             )
         if isinstance(request, Mix):
-            return self._mix(request, group)
+            return self._mix(request, group, members)
         return self._broadcast(request, group, members)
 
     def close(self) -> None:
@@ -94,14 +94,15 @@ class Direct:
             sends.append(partial(dist.isend, outgoing[right], group=group, group_dst=right))
         return self._under_way(sends, receives, lambda: received)
 
-    def _mix(self, request: Mix, group: dist.ProcessGroup) -> UnderWay:
+    def _mix(self, request: Mix, group: dist.ProcessGroup, members: Group) -> UnderWay:
         wire = request.payload.wire
-        received = [torch.empty_like(wire) for _ in request.neighbours]
+        places = [members.index(neighbour) for neighbour in request.neighbours]
+        received = [torch.empty_like(wire) for _ in places]
         receives = [
-            dist.irecv(buffer, group=group, group_src=neighbour)
-            for neighbour, buffer in zip(request.neighbours, received, strict=True)
+            dist.irecv(buffer, group=group, group_src=place)
+            for place, buffer in zip(places, received, strict=True)
         ]
-        sends = [partial(dist.isend, wire, group=group, group_dst=one) for one in request.neighbours]
+        sends = [partial(dist.isend, wire, group=group, group_dst=place) for place in places]
         return self._under_way(sends, receives, lambda: received)
 
     def _broadcast(self, request: Broadcast, group: dist.ProcessGroup, members: Group) -> UnderWay:

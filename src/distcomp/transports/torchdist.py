@@ -90,7 +90,7 @@ class TorchDist:
         received = [torch.empty_like(own) for _ in request.neighbours]
         operations = []
         for neighbour, buffer in zip(request.neighbours, received, strict=True):
-            peer = dist.get_global_rank(group, neighbour)
+            peer = dist.get_global_rank(self.group, neighbour)
             operations.append(dist.P2POp(dist.isend, own, peer, group))
             operations.append(dist.P2POp(dist.irecv, buffer, peer, group))
         works = dist.batch_isend_irecv(operations) if operations else []

@@ -1,0 +1,271 @@
+"""Many workers trained in lock-step in one process, by any method: what the studies of convergence share.
+
+The workers' models are the rows of one tensor, and their gradients come from one batched backward. What they
+say to each other is what real ranks would say: bytes are counted where those are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distcomp.layout import Layout
+from distcomp.methods import Method
+from distcomp.methods.base import State, Turn
+from distcomp.randomness import Key
+from distcomp.recording import surroundings
+from distcomp.sync.averaging import Averaging, Levels
+from distcomp.sync.together import Workers
+from distcomp.sync.weights import Weights
+from distcomp.transports.conversation import Conversation
+from distcomp.transports.ledger import Ledger
+from distcomp.transports.lockstep import Lockstep
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt: a network, its loss (a mean), every worker's batches, and a test set."""
+
+    network: Callable[[], nn.Module]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    batches: Callable[[int, int], Iterator[Batch]]
+    """``(workers, seed)`` -> inputs and targets, each with a row per worker"""
+    test: Batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How it is learnt. ``rate`` scales the optimizer's learning rate by the step.
+
+    ``watch_every`` steps the test loss is taken; where it is at most ``target``, training ends.
+    """
+
+    workers: int
+    steps: int
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
+    rate: Callable[[int], float] = lambda _: 1.0
+    seed: int = 0
+    watch_every: int = 0
+    target: float = -math.inf
+
+
+class Gradients:
+    """Every worker's gradient replaced by the estimate of their mean, as DistributedDataParallel would."""
+
+    def __init__(self, method: Method, workers: int, layout: Layout, seed: int) -> None:
+        self.method, self.layout, self.seed = method, layout, seed
+        self.net = Lockstep(workers)
+        self.states: list[State] = [method.init(layout) for _ in range(workers)]
+        self.steps = 0
+
+    def exchange(self, gradients: Tensor) -> None:
+        key, size = Key.of(self.seed, self.steps), len(gradients)
+        talks = [
+            Conversation(self.method, row, state, Turn(rank, size, self.layout, self.steps, key))
+            for rank, (row, state) in enumerate(zip(gradients.unbind(), self.states, strict=True))
+        ]
+        self.net.run(talks)
+        self.steps += 1
+        for rank, talk in enumerate(talks):
+            assert talk.outcome is not None
+            self.states[rank] = talk.outcome.state
+            gradients[rank].copy_(talk.outcome.estimate)
+
+
+class Crowd:
+    """A task's workers, all alike at first, and what carries their gradients or models."""
+
+    def __init__(self, task: Task, plan: Plan, carrier: Averaging | Levels | Method) -> None:
+        torch.manual_seed(plan.seed)
+        self.task, self.plan = task, plan
+        self.net = task.network()
+        weights = Weights(self.net)
+        self.layout = weights.layout
+        start = weights.read(self.layout)
+        self.models = start.repeat(plan.workers, 1).requires_grad_()
+        self.optimizer = plan.optimizer([self.models])
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, plan.rate)
+        self.batches = task.batches(plan.workers, plan.seed)
+        self.gradients = self.workers = None
+        if isinstance(carrier, Method):
+            self.gradients = Gradients(carrier, plan.workers, self.layout, plan.seed)
+        else:
+            self.workers = Workers(carrier, start, plan.workers, self.layout, plan.seed)
+            self.workers.models = list(self.models.detach().unbind())
+
+    def step(self) -> bool:
+        """One iteration of all workers; False where a gradient is not finite any more."""
+        inputs, targets = next(self.batches)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernel knows no vmap
+            scores = vmap(self._call)(self.models, inputs).flatten(0, 1)
+        loss = self.plan.workers * self.task.loss(scores, targets.flatten(0, 1))
+        (gradients,) = torch.autograd.grad(loss, self.models)
+        if not math.isfinite(gradients.sum()):
+            return False
+        if self.gradients is not None:
+            self.gradients.exchange(gradients)
+        self.models.grad = gradients
+        self.optimizer.step()
+        self.schedule.step()
+        if self.workers is not None:
+            self.workers.step()
+        return True
+
+    def _call(self, flat: Tensor, inputs: Tensor) -> Tensor:
+        named = {segment.name: piece.view(segment.shape) for segment, piece in self.layout.pieces(flat)}
+        scores: Tensor = functional_call(self.net, named, (inputs,))
+        return scores
+
+    @torch.no_grad()
+    def test(self) -> tuple[float, float]:
+        """Test loss and accuracy of the averaged model."""
+        inputs, targets = self.task.test
+        scores = self._call(self.models.mean(0), inputs)
+        accuracy = (scores.argmax(-1) == targets).float().mean()
+        return float(self.task.loss(scores, targets)), float(accuracy)
+
+    @property
+    def ledgers(self) -> list[Ledger]:
+        talking = self.gradients or self.workers
+        assert talking is not None
+        return talking.net.ledgers
+
+    def result(self) -> dict[str, Any]:
+        """What the averaged model is worth, how far apart the workers are, and what each has sent."""
+        loss, accuracy = self.test()
+        apart = (self.models - self.models.mean(0)).detach()
+        return {
+            "test_loss": loss,
+            "test_accuracy": accuracy,
+            "spread": float(apart.square().mean() ** 0.5),
+            "sent_bytes": sum(ledger.total_bytes for ledger in self.ledgers) / self.plan.workers,
+        }
+
+
+def train(task: Task, plan: Plan, carrier: Averaging | Levels | Method) -> dict[str, Any]:
+    """Train to the end, or to the target; a run that is not finite any more says ``{"diverged": step}``."""
+    crowd = Crowd(task, plan, carrier)
+    curve = {}
+    for step in range(1, plan.steps + 1):
+        if not crowd.step():
+            return {"diverged": step}
+        if plan.watch_every and step % plan.watch_every == 0:
+            curve[step] = crowd.test()[0]
+            if curve[step] <= plan.target:
+                break
+    result = crowd.result()
+    if not math.isfinite(result["test_loss"]):
+        return {"diverged": plan.steps}
+    return {**result, "steps": step, **({"curve": curve} if curve else {})}
+
+
+def warm_up_then_cosine(steps: int) -> Callable[[int], float]:
+    """The share of the highest learning rate: up over the first tenth of the steps, then down to 0."""
+
+    def share(step: int) -> float:
+        return min(1, 10 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
+
+    return share
+
+
+def rows(draw: Callable[[int, torch.Generator], Batch], workers: int, seed: int) -> Iterator[Batch]:
+    """Batches of all workers, drawn by ``draw(worker, generator)`` from a stream of each worker's own."""
+    streams = [torch.Generator().manual_seed(seed * workers + worker) for worker in range(workers)]
+    while True:
+        drawn = [draw(worker, stream) for worker, stream in enumerate(streams)]
+        yield torch.stack([inputs for inputs, _ in drawn]), torch.stack([targets for _, targets in drawn])
+
+
+def digit_pairs(batch: int = 32, width: int = 80) -> Task:
+    """Two digits side by side, the last digit of their sum; every worker has images of its own."""
+    from digits import digits, pairs
+
+    (images, labels), held_out = digits()
+
+    def network() -> nn.Module:
+        net = nn.Sequential(
+            nn.Linear(128, width, bias=False), nn.GELU(),
+            nn.Linear(width, width, bias=False), nn.GELU(),
+            nn.Linear(width, 10, bias=False),
+        )  # fmt: skip
+        for layer in net[::2]:
+            nn.init.kaiming_normal_(layer.weight)
+        return net
+
+    def batches(workers: int, seed: int) -> Iterator[Batch]:
+        def draw(worker: int, stream: torch.Generator) -> Batch:
+            return pairs(images[worker::workers], labels[worker::workers], batch, stream)
+
+        return rows(draw, workers, seed)
+
+    test = pairs(*held_out, 4000, torch.Generator().manual_seed(0))
+    return Task(network, nn.functional.cross_entropy, batches, test)
+
+
+def byte_language_model(batch: int = 4, width: int = 48, layers: int = 2, context: int = 32) -> Task:
+    """The transformer of examples/bytes_lm.py, made smaller, on the source of Python's standard library."""
+    import bytes_lm
+
+    bytes_lm.WIDTH, bytes_lm.LAYERS, bytes_lm.CONTEXT = width, layers, context
+    library = bytes_lm.modules()
+    held_out = torch.cat(library[::10])
+    del library[::10]
+
+    def batches(workers: int, seed: int) -> Iterator[Batch]:
+        texts = [torch.cat(library[worker::workers]) for worker in range(workers)]
+
+        def draw(worker: int, stream: torch.Generator) -> Batch:
+            return bytes_lm.texts(texts[worker], batch, stream)
+
+        return rows(draw, workers, seed)
+
+    test = bytes_lm.texts(held_out, 512, torch.Generator().manual_seed(0))
+    return Task(bytes_lm.Reader, bytes_lm.loss_of, batches, test)
+
+
+class Cells:
+    """Results by key in one JSON file, written after each: a study that is stopped goes on where it was.
+
+    ``plan`` says what they were made with; a file with another plan is refused.
+    """
+
+    def __init__(self, name: str, plan: Mapping[str, Any]) -> None:
+        self.path = Path(__file__).parent / "results" / f"{name}.json"
+        self.path.parent.mkdir(exist_ok=True)
+        old = json.loads(self.path.read_text()) if self.path.exists() else {}
+        if old and old["plan"] != json.loads(json.dumps(plan)):
+            raise SystemExit(
+                f"{self.path} belongs to another plan ({old['plan']}); move it away to start anew"
+            )
+        begun = {**surroundings(Path(__file__).parent), "plan": dict(plan), "cells": {}}
+        self.document: dict[str, Any] = old or begun
+
+    def get(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of ``key``: from the file, or made and written."""
+        cells: dict[str, dict[str, Any]] = self.document["cells"]
+        if key not in cells:
+            cells[key] = make()
+            self.write()
+            shown = {name: value for name, value in cells[key].items() if name != "curve"}
+            print(key, shown, file=sys.stderr, flush=True)
+        return cells[key]
+
+    def write(self) -> None:
+        """Write whole or not at all."""
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.document, indent=1) + "\n")
+        partial.replace(self.path)

@@ -1,0 +1,167 @@
+"""PQASGD's claims: the loss of full SGD with 3.1 % of the data, and a linear speed-up.
+
+    python benchmarks/pqasgd.py            # some minutes; resumes; writes results/pqasgd.json
+
+*Loss*: digit pairs, eight workers in lock-step, momentum 0.9; every row's learning rate is the best of one
+grid on seed 0, then five seeds. The control quantizes the *model* instead of the difference. (The same on a
+language model: benchmarks/pareto.py.)
+
+*Speed-up*: steps to a fixed error against the number of workers, where the variance of gradients dominates.
+Quadratics of different curvatures and optima, 64 in all, dealt out to the workers: the objective is the
+same for any number of them. Each point's learning rate is the one of a grid that gets there first, median
+of three seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from _crowd import Cells, Plan, digit_pairs, train, warm_up_then_cosine
+
+from distcomp.methods import Method, identity, qsgd
+from distcomp.schedule import whole
+from distcomp.sync.averaging import Averaging
+from distcomp.sync.periodic import Mean, Periodic
+from distcomp.sync.recipes import local_sgd, pqasgd
+from distcomp.sync.together import Workers
+
+STEPS, SEEDS, RATES = 600, 5, (0.05, 0.1, 0.2)
+PAIRS = ((2, 2), (4, 4), (8, 8))
+LOSS: dict[str, Averaging | Method] = {
+    "full SGD": identity(),
+    **{f"PQASGD ({p},{b})": pqasgd(period=p, bits=b) for p, b in PAIRS},
+    **{f"model quantized ({p},{b})": Mean(qsgd(bits=b), period=p) for p, b in PAIRS},
+}
+
+NUMEL, SHARDS, NOISE, TARGET, MOST = 512, 64, 4.0, 0.02, 3000
+CROWDS = (1, 2, 4, 8, 16, 32, 64)
+DESCENTS = (2**-9, 2**-8, 2**-10, 2**-11)
+"""Learning rates, times the number of workers: the noise of their mean allows that."""
+SPEED: dict[str, Averaging] = {
+    "full SGD": local_sgd(period=1),
+    "PQASGD (4,4)": pqasgd(period=4, bits=4, pattern="gather"),
+    "PQASGD (8,8)": pqasgd(period=8, bits=8, pattern="gather"),
+    "period 64, 8 bits": Periodic(qsgd(bits=8, pattern="gather"), period=64),
+}
+
+
+def plan(rate: float, seed: int) -> Plan:
+    return Plan(
+        workers=8,
+        steps=STEPS,
+        optimizer=lambda weights: torch.optim.SGD(weights, rate, momentum=0.9),
+        rate=warm_up_then_cosine(STEPS),
+        seed=seed,
+    )
+
+
+def losses(cells: Cells) -> dict[str, dict[str, Any]]:
+    """Every row: its learning rate, its losses, and their differences to full SGD's, seed by seed."""
+    task = digit_pairs()
+    rows: dict[str, dict[str, Any]] = {}
+    for name, carrier in LOSS.items():
+
+        def run(rate: float, seed: int, name: str = name, carrier: Any = carrier) -> dict[str, Any]:
+            key = f"loss | {name} | rate {rate} | seed {seed}"
+            return cells.get(key, lambda: train(task, plan(rate, seed), carrier))
+
+        rate = min(RATES, key=lambda rate: run(rate, 0).get("test_loss", float("inf")))
+        runs = [run(rate, seed) for seed in range(SEEDS)]
+        through = [one for one in runs if "diverged" not in one]
+        rows[name] = {"rate": rate, "diverged": len(runs) - len(through)}
+        if through:
+            found = [one["test_loss"] for one in through]
+            rows[name] |= {
+                "test_loss": found,
+                "mean": statistics.mean(found),
+                "range": [min(found), max(found)],
+                "test_accuracy": statistics.mean(one["test_accuracy"] for one in through),
+                "sent_bytes": through[0]["sent_bytes"],
+            }
+    return rows
+
+
+class Shards:
+    """The mean of 64 noisy quadratics ``a (x - c)^2 / 2``, dealt out to any number of workers."""
+
+    def __init__(self, workers: int, seed: int) -> None:
+        of_task, self.noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+        curvatures = 0.1 + 1.8 * torch.rand(SHARDS, NUMEL, generator=of_task)
+        optima = 0.5 * torch.randn(SHARDS, NUMEL, generator=of_task)
+        self.optimum = (curvatures * optima).sum(0) / curvatures.sum(0)
+        self.curvatures = torch.stack([curvatures[i::workers].mean(0) for i in range(workers)])
+        pulls = torch.stack([(curvatures * optima)[i::workers].mean(0) for i in range(workers)])
+        self.centres = pulls / self.curvatures
+
+    def descend(self, models: torch.Tensor, rate: float) -> None:
+        noise = NOISE * torch.randn(models.shape, generator=self.noise)
+        models -= rate * (self.curvatures * (models - self.centres) + noise)
+
+
+def steps_to_target(averaging: Averaging, workers: int, rate: float, seed: int, most: int) -> int | None:
+    """Steps until the average model's mean squared error is at most the target; None where ``most`` are too
+    few."""
+    task = Shards(workers, seed)
+    crowd = Workers(averaging, torch.ones(NUMEL), workers, seed=seed)
+    models = torch.ones(workers, NUMEL)
+    crowd.models = list(models.unbind())
+    for step in range(1, most + 1):
+        task.descend(models, rate)
+        crowd.step()
+        if step % whole(averaging.period, step):
+            continue  # nobody holds the average model now
+        error = float((models.mean(0) - task.optimum).square().mean())
+        if error <= TARGET:
+            return step
+        if not error < 1e3:
+            return None
+    return None
+
+
+def fastest(averaging: Averaging, workers: int) -> dict[str, Any]:
+    """The steps with the best learning rate of the grid; one is given up when another was faster."""
+    best: dict[str, Any] = {"steps": None}
+    for rate in (workers * one for one in DESCENTS):
+        most = best["steps"] or max(MOST // workers, 320)
+        found = [steps_to_target(averaging, workers, rate, seed, most) for seed in range(3)]
+        arrived = [one for one in found if one is not None]
+        if len(arrived) == 3 and statistics.median(arrived) < (best["steps"] or most + 1):
+            best = {"steps": int(statistics.median(arrived)), "all": arrived, "rate": rate}
+    return best
+
+
+def speed(cells: Cells) -> dict[str, dict[str, Any]]:
+    """Steps to the target by number of workers."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, averaging in SPEED.items():
+        rows[name] = {
+            str(workers): cells.get(
+                f"speed | {name} | {workers} workers", lambda a=averaging, w=workers: fastest(a, w)
+            )
+            for workers in CROWDS
+        }
+    return rows
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    about = {
+        "loss": {"task": "digit pairs, 17,440 parameters", "workers": 8, "steps": STEPS, "seeds": SEEDS,
+                 "rates": list(RATES)},
+        "speed": {"task": f"{SHARDS} quadratics, {NUMEL} parameters, noise {NOISE}", "target": TARGET,
+                  "workers": list(CROWDS), "rates": list(DESCENTS)},
+    }  # fmt: skip
+    cells = Cells("pqasgd", about)
+    cells.document["speed"] = speed(cells)
+    cells.document["loss"] = losses(cells)
+    cells.write()
+    for name, row in cells.document["loss"].items():
+        print(f"{name:<24}{row}")
+    for name, points in cells.document["speed"].items():
+        print(f"{name:<24}{ {workers: point['steps'] for workers, point in points.items()} }")
+
+
+if __name__ == "__main__":
+    main()
