@@ -20,14 +20,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Method, parse
 from distcomp.network.qdisc import read_qdisc_bytes
-from distcomp.sync import checkpoint
 from distcomp.sync.averaging import Averaging, Levels
 from distcomp.sync.ddp import GradientSync, Scaler
 from distcomp.sync.link import Link
 from distcomp.sync.models import ModelSync, edges_of, refuse_averaging
 from distcomp.sync.states import pack, unpack
 from distcomp.sync.stock import StockSync, is_stock
-from distcomp.sync.target import Target
+from distcomp.sync.target import Target, uncompiled
 from distcomp.sync.trampoline import Trampoline, trampoline_of
 from distcomp.version import __version__
 
@@ -156,6 +155,8 @@ class Handle:
 
         Reads all ranks' parts, so that the world size may have changed.
         """
+        from distcomp.sync import checkpoint  # torch.distributed.checkpoint takes seconds to import
+
         self.load_state_dict(checkpoint.read(path, key))
 
     @contextmanager
@@ -227,7 +228,7 @@ class _Watch:
         self._begin_s = 0.0
         self._hooks = [
             register_optimizer_step_pre_hook(self._before_step),
-            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_pre_hook(uncompiled(self._before_forward)),
         ]
 
     def close(self) -> None:
@@ -245,7 +246,6 @@ class _Watch:
         if self._link.recorder is not None:
             self._link.recorder.metric(**fields)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, module: nn.Module, arguments: object) -> None:
         self.record()
         if self._sync.iterations == self._recorded and torch.is_grad_enabled() and not self._begin_s:

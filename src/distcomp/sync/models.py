@@ -37,7 +37,7 @@ from distcomp.sync.link import Link
 from distcomp.sync.optimizers import average, forget, needed
 from distcomp.sync.pipeline import Timeline
 from distcomp.sync.record import Iteration
-from distcomp.sync.target import Target
+from distcomp.sync.target import Target, uncompiled
 from distcomp.sync.weights import Weights
 from distcomp.topology import resolve
 from distcomp.transports.conversation import Conversation, Talker
@@ -86,7 +86,7 @@ class ModelSync:
 
     def _listen(self, target: Target) -> None:
         """Count forwards; and backwards, where no DDP hook tells of them."""
-        self._hooks.append(target.called.register_forward_pre_hook(self._before_forward))
+        self._hooks.append(target.called.register_forward_pre_hook(uncompiled(self._before_forward)))
         if target.ddp is None:
             parameters = list(self._weights.parameters.values())
             self._hooks.append(register_multi_grad_hook(parameters, self._after_gradient, mode="any"))
@@ -110,7 +110,6 @@ class ModelSync:
         finally:
             self._quiet = False
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, module: nn.Module, arguments: object) -> None:
         if torch.is_grad_enabled():
             self.settle()

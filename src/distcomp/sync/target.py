@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -50,3 +53,10 @@ class Target:
                 "wrap it first: model = DistributedDataParallel(model)"
             )
         return self.ddp
+
+
+def uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook``, which torch.compile leaves to Python. Said here and not by a decorator, for that would import
+    the compiler, which takes seconds, together with distcomp."""
+    left_alone: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return left_alone
