@@ -25,10 +25,13 @@ from typing import Any
 
 import torch
 from _crowd import Cells, Plan, digit_pairs, train, warm_up_then_cosine
+from torch import Tensor
 
 from distcomp.compressors import Cast, Compressor, Quantize, RandomK, ScaledSign, TopK
 from distcomp.compressors.fixed import GrowingGrid
+from distcomp.layout import Layout
 from distcomp.methods import Method, identity
+from distcomp.payload import Payload
 from distcomp.sync.averaging import Averaging
 from distcomp.sync.ecd import ECD
 from distcomp.sync.gossip import DCD, DPSGD, Choco, DeepSqueeze
@@ -44,13 +47,28 @@ class RandomOnce(RandomK):
     drawn = lru_cache(64)(RandomK.drawn)  # type: ignore[assignment]
 
 
+@dataclass(frozen=True)
+class TopOnce(TopK):
+    """Reads the indices of a payload once for all who decode it in this process."""
+
+    def positions(self, payload: Payload, layout: Layout) -> Tensor:
+        return _read_once(self, payload["indices"].numpy().tobytes(), layout)
+
+
+@lru_cache(64)
+def _read_once(sparsifier: TopOnce, indices: bytes, layout: Layout) -> Tensor:
+    payload = Payload.empty(sparsifier.parts(layout))
+    payload["indices"].copy_(torch.frombuffer(bytearray(indices), dtype=torch.uint8))
+    return TopK.positions(sparsifier, payload, layout)
+
+
 COLUMNS: dict[str, Compressor] = {
     "16 bits": Cast("fp16"),
     **{f"{bits} bits, L2": Quantize(bits, WHOLE_TENSOR, "l2") for bits in (8, 4, 2)},
     **{f"{bits} bits, max": Quantize(bits) for bits in (8, 4, 2)},
     "sign": ScaledSign(),
     **{f"random {share:.0%}": RandomOnce(share, scaled=False) for share in (0.5, 0.1, 0.01)},
-    **{f"top {share:.0%}": TopK(share) for share in (0.5, 0.1, 0.01)},
+    **{f"top {share:.0%}": TopOnce(share) for share in (0.5, 0.1, 0.01)},
 }
 ROWS: dict[str, Callable[[Compressor], Averaging]] = {
     "DCD": DCD,

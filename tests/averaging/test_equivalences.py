@@ -54,6 +54,18 @@ def test_on_a_complete_graph_gossip_is_an_all_reduce_bit_for_bit() -> None:
     assert all(torch.equal(row, everybody[0]) for row in everybody)
 
 
+def test_averaging_models_every_step_is_averaging_gradients() -> None:
+    """Plain SGD: what DistributedDataParallel computes, bit for bit."""
+    generator = torch.Generator().manual_seed(4)
+    expected = torch.zeros(24)
+    for _ in range(4):
+        expected += (
+            torch.stack([torch.randint(-8, 9, (24,), generator=generator) for _ in range(4)]).sum(0) / 4
+        )
+    found = exact_run(local_sgd(period=1))
+    assert all(torch.equal(row, expected) for row in found)
+
+
 def test_pqasgd_without_quantization_is_local_sgd_bit_for_bit() -> None:
     assert torch.equal(exact_run(Periodic(identity(), period=2)), exact_run(local_sgd(period=2)))
     assert repr(pqasgd(period=8)) == repr(Periodic(qsgd(bits=4), period=8))
@@ -131,3 +143,19 @@ def test_gossip_sends_degree_payloads_however_many_workers(size: int) -> None:
             workers.step()
         sent = [ledger.total_bytes for ledger in workers.net.ledgers]
         assert sent == [3 * degree * compressor.wire_bytes(workers.layout)] * size
+
+
+@pytest.mark.parametrize("order", ["combine_then_adapt", "adapt_then_combine"])
+def test_the_mean_of_all_models_moves_by_the_updates_alone(order: str) -> None:
+    """A third is not a float32, and three of them are more than 1: models must not grow by it."""
+    generator = torch.Generator().manual_seed(8)
+    workers = Workers(DPSGD(order=order), torch.ones(500), 4)
+    expected = torch.full((500,), 4.0, dtype=torch.float64)
+    for _ in range(300):
+        updates = 0.01 * torch.randn(4, 500, generator=generator)
+        expected += updates.double().sum(0)
+        for model, update in zip(workers.models, updates, strict=True):
+            model += update
+        workers.step()
+    moved = stacked(workers).double().sum(0) / expected - 1
+    assert abs(float(moved.mean())) < 1e-6

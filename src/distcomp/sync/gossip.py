@@ -252,11 +252,17 @@ class DeepSqueeze(Gossip):
 
 
 def weighted(row: Row, own: Tensor, theirs: Mapping[int, Tensor]) -> Tensor:
-    """``sum_j W_ij x_j``, added in rank order: on a complete graph everybody gets the same bits."""
+    """``sum_j W_ij x_j``, in rank order: on a complete graph everybody gets the same bits.
+
+    Summed as ``x_k + sum_j W_ij (x_j - x_k)`` with *k* the lowest rank, because weights need not sum to 1 in
+    float32: three times a third is more, and after a million steps models would have grown by some per cent.
+    """
     weights = dict(zip(row.neighbours, row.weights, strict=True)) | {row.rank: row.own}
-    total = torch.zeros_like(own)
-    for j in sorted(weights):
-        total.add_(own if j == row.rank else theirs[j], alpha=weights[j])
+    models = {**theirs, row.rank: own}
+    lowest, *others = sorted(weights)
+    total = models[lowest].clone()
+    for j in others:
+        total.add_(models[j] - models[lowest], alpha=weights[j])
     return total
 
 
