@@ -20,15 +20,22 @@ def result(name: str) -> dict[str, Any]:
     return found
 
 
-def exchange_row(method: str, label: str, steps: dict[str, Any]) -> str:
-    """One method: bytes and time of an exchange against DDP."""
+def exchange_row(method: str, label: str, steps: dict[str, Any], losses: dict[str, Any]) -> str:
+    """One method: bytes and time of an exchange, and the test loss it trains to, against DDP."""
     row, ddp = steps["methods"][method], steps["methods"]["ddp"]
     fewer = ddp["payload_bytes"] / row["payload_bytes"]
-    return f"| {label} | {fewer:.1f} × fewer | {row['speed_up_over_ddp']:.1f} × faster |"
+    faster = f"{row['speed_up_over_ddp']:.1f} × faster"
+    return f"| {label} | {fewer:.1f} × fewer | {faster} | {loss(losses['methods'][method])} |"
+
+
+def loss(row: dict[str, Any]) -> str:
+    """Relative to DDP, with the spread of the paired differences."""
+    spread = row["paired_difference_spread"] * row["relative_to_ddp"] / row["mean"]
+    return f"{100 * (row['relative_to_ddp'] - 1):+.1f} % ± {100 * spread:.1f}"
 
 
 def table() -> str:
-    steps, overhead = result("step_time_100mbit"), result("overhead")
+    steps, overhead, losses = result("step_time_100mbit"), result("overhead"), result("digit_pairs")
     loses = f"where it loses: `identity`, {overhead['ranks']} ranks, fast network"
     slower = f"a step takes {100 * (overhead['ratio'] - 1):+.1f} %"
     about = [
@@ -36,14 +43,17 @@ def table() -> str:
         f"{steps['versions']['torch']}, commit {steps['commit']}: the exchange of",
         f"{steps['gradient_bytes'] / 1e6:.0f} MB of gradients between {steps['ranks']} ranks on an",
         f"emulated {steps['rate']} network, against DDP's fp32 all-reduce in the same run",
-        f"(`benchmarks/step_time.py`, `benchmarks/overhead.py`, seed {steps['seed']}).",
+        f"(`benchmarks/step_time.py`, `benchmarks/overhead.py`, seed {steps['seed']}). Test loss: pairs of",
+        f"digits, {losses['ranks']} workers, {losses['steps']} steps, mean of {losses['seeds']} seeds ±",
+        "standard deviation of the differences to DDP seed by seed; training without communication:",
+        f"{loss(losses['methods']['none'])} (`benchmarks/digit_pairs.py`).",
     ]
     rows = [
-        "| | bytes sent | exchange |",
-        "|---|---|---|",
-        exchange_row("qsgd:bits=4", "`qsgd(bits=4)`", steps),
-        exchange_row("qsgd:bits=1", "`qsgd(bits=1)`, error feedback", steps),
-        f"| {loses} | as many | {slower} |",
+        "| | bytes sent | exchange | test loss |",
+        "|---|---|---|---|",
+        exchange_row("qsgd:bits=4", "`qsgd(bits=4)`", steps, losses),
+        exchange_row("qsgd:bits=1", "`qsgd(bits=1)`, error feedback", steps, losses),
+        f"| {loses} | as many | {slower} | same bits |",
     ]
     return "\n".join([*rows, "", *about])
 

@@ -62,6 +62,11 @@ def test_one_file_adds_a_method_to_the_config_the_battery_the_shell_and_the_docs
     assert "* Settings and their defaults: `grid=0.125`" in page
 
 
+def test_the_worked_example_that_contributors_read_is_the_file_that_is_tested() -> None:
+    contributing = (HERE.parent.parent / "CONTRIBUTING.md").read_text()
+    assert f"```python\n{(TOYS / 'averaging_toy.py').read_text()}```" in contributing
+
+
 def test_the_battery_passes_a_sound_toy_and_finds_every_mutant(tmp_path: Path) -> None:
     """Run on methods and compressors that each break a law (``toys/mutants.py``) and one that breaks none."""
     report, wanted = tmp_path / "report.xml", tmp_path / "wanted.json"
