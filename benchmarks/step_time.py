@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -58,8 +59,9 @@ def measure(ddp: DistributedDataParallel, method: str, steps: int) -> list[dict[
         for step in range(steps + 1):
             optimizer.zero_grad()
             dist.barrier()
-            before = queue_bytes()
+            before, cpu_before_s = queue_bytes(), time.process_time()
             ddp(x).square().mean().backward()
+            cpu_s = time.process_time() - cpu_before_s
             optimizer.step()
             dist.barrier()
             after, last = queue_bytes(), handle.stats()["last"]
@@ -70,6 +72,7 @@ def measure(ddp: DistributedDataParallel, method: str, steps: int) -> list[dict[
                         "exchange_s": last["exchange_s"],
                         "payload_bytes": last["payload_bytes"],
                         "queue_bytes": sent,
+                        "cpu_s": cpu_s,
                         "wire_idle_s": last["wire_idle_s"],
                         **last["phases"],
                     }
@@ -118,7 +121,7 @@ def summarize(raw: dict[str, object], rate_bps: float) -> dict[str, dict[str, fl
             "queue_over_predicted": queue / predicted if queue else None,
             **{
                 name: median([step[0][name] for step in steps])
-                for name in ("wire_idle_s", "encode_s", "recode_s", "wait_s", "decode_s")
+                for name in ("cpu_s", "wire_idle_s", "encode_s", "recode_s", "wait_s", "decode_s")
             },
         }
     for row in rows.values():
