@@ -6,7 +6,7 @@ these ways::
 
     python examples/digits.py                                                      # one worker
     torchrun --nproc-per-node 4 examples/digits.py --method qsgd:bits=4            # four, unhindered
-    distcomp emulate --ranks 4 --rate 100mbit examples/digits.py --steps 60        # four, on a slow network
+    distcomp emulate --ranks 4 --rate 100mbit examples/digits.py --steps 80        # four, on a slow network
 
 The images ship with scikit-learn: 1797 of them, of which 397 are kept for the test. (Plain digits prove
 nothing: there even a worker that trains alone reaches 95 %. Here a linear model gets 11 %.)
