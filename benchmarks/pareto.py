@@ -28,17 +28,20 @@ METHODS: dict[str, Averaging | Method] = {
     **{
         spec: parse(spec)
         for spec in (
-            "pqasgd:period=2,bits=2", "pqasgd:period=4,bits=4", "pqasgd:period=8,bits=8",
-            "diloco:period=50", "diloco:period=50,compressor=qsgd:bits=4",
+            "pqasgd:period=8,bits=8", "pqasgd:period=4,bits=4", "pqasgd:period=2,bits=2",
+            "diloco:period=50", "sparse_loco:period=30",
             "diloco:period=50,compressor=(topk:ratio=0.03,values=int2)",
             "diloco:period=50,compressor=qsgd:bits=1", "diloco:period=20,compressor=qsgd:bits=1",
-            "sparse_loco:period=30", "sparse_loco:period=15,outer_momentum=0.9,outer_lr=0.7",
-            "pqasgd:period=30,bits=4", "pqasgd:period=50,bits=1",
         )
     },
     **{f"model quantized ({p},{b})": Mean(qsgd(bits=b), period=p) for p, b in ((8, 8), (4, 4), (2, 2))},
-    "qsgd:bits=4": parse("qsgd:bits=4"),
-    "powersgd:rank=2": parse("powersgd:rank=2"),
+    **{
+        spec: parse(spec)
+        for spec in (
+            "qsgd:bits=4", "powersgd:rank=2", "sparse_loco:period=15,outer_momentum=0.9,outer_lr=0.7",
+            "diloco:period=50,compressor=qsgd:bits=4", "pqasgd:period=30,bits=4",
+        )
+    },
 }  # fmt: skip
 
 

@@ -1,0 +1,278 @@
+"""Writes the tables and plots of docs/averaging.md, from the committed result files and nothing else.
+
+    python benchmarks/averaging_docs.py
+
+A table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``. The topologies are drawn, and
+their spectral gaps computed, from distcomp.topology.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from distcomp.topology import TOPOLOGIES, Topology, resolve
+
+PAGE = Path(__file__).parents[1] / "docs" / "averaging.md"
+FIGURES = PAGE.parent / "figures"
+RESULTS = Path(__file__).parent / "results"
+SIZES = (8, 16, 64)
+
+mpl.use("svg")
+mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "distcomp", "font.size": 9})
+
+
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def source(found: dict[str, Any], script: str) -> str:
+    """Where the numbers come from."""
+    host = found["host"]
+    return (
+        f"Measured on {host['cpu']} ({host['cores']} cores), torch {found['versions']['torch']}, commit "
+        f"{found['commit']}, by `benchmarks/{script}`."
+    )
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ------------------------------------------------------------------------------------------- topologies
+
+
+def topologies() -> str:
+    """Degree, spectral gap and DCD's limit, by size."""
+    rows = []
+    for name in TOPOLOGIES:
+        found = [resolve(name, size) for size in SIZES]
+        degrees = ", ".join(f"{max(t.degree(rank) for rank in range(t.size)):.0f}" for t in found)
+        gaps = ", ".join(f"{t.spectral_gap:.3f}" for t in found)
+        limits = ", ".join("–" if t.changes else f"{t.spectral_gap / (2 * t.mu):.3f}" for t in found)
+        rows.append([f"`{name}`", degrees, gaps, limits])
+    sizes = ", ".join(map(str, SIZES))
+    return markdown(
+        ["topology", f"most neighbours ({sizes} ranks)", "spectral gap", "DCD: alpha below"], rows
+    )
+
+
+def draw_topologies() -> None:
+    figure, axes = plt.subplots(2, 4, figsize=(8, 4.4))
+    for axis, name in zip(axes.flat, TOPOLOGIES, strict=True):
+        _draw(axis, resolve(name, 8))
+    save(figure, "topologies")
+
+
+def _draw(axis: Any, topology: Topology) -> None:
+    """Workers on a circle; a line for each pair that talks, lighter for a pair whose turn comes later."""
+    angles = np.pi / 2 - 2 * np.pi * np.arange(topology.size) / topology.size
+    places = np.column_stack([np.cos(angles), np.sin(angles)])
+    for turn, matrix in enumerate(topology.matrices):
+        for i, j in np.argwhere(np.triu(matrix, 1)):
+            style = ["-", "--", ":"][turn]
+            axis.plot(*places[[i, j]].T, style, color="#4477aa", linewidth=1, zorder=1)
+    axis.scatter(*places.T, s=60, color="white", edgecolors="#222222", zorder=2)
+    for rank, place in enumerate(places):
+        axis.annotate(str(rank), place, ha="center", va="center", fontsize=6)
+    axis.set_title(f"{topology.name}\nspectral gap {topology.spectral_gap:.3f}", fontsize=8)
+    axis.set_aspect("equal")
+    axis.axis("off")
+
+
+# ------------------------------------------------------------------------------------------- studies
+
+
+def decentralized() -> str:
+    from decentralized_table import show
+
+    found = result("decentralized_table")
+    return f"{show(found['table'], found['published'])}\n\n{source(found, 'decentralized_table.py')}"
+
+
+def pqasgd_loss() -> str:
+    found = result("pqasgd")
+    base = found["loss"]["full SGD"]
+    rows = []
+    for name, row in found["loss"].items():
+        if "mean" not in row:
+            rows.append([name, "", "diverges", "", ""])
+            continue
+        low, high = row["range"]
+        rows.append(
+            [
+                name,
+                f"{100 * row['sent_bytes'] / base['sent_bytes']:.1f} %",
+                f"{row['mean']:.3f} ({low:.3f}–{high:.3f})"
+                + (f", {row['diverged']} diverge" * bool(row["diverged"])),
+                f"{100 * row['test_accuracy']:.1f} %",
+                f"{row['rate']}",
+            ]
+        )
+    head = ["", "bytes sent", "test loss (range of 5 seeds)", "accuracy", "learning rate"]
+    return f"{markdown(head, rows)}\n\n{source(found, 'pqasgd.py')}"
+
+
+def pqasgd_speed() -> str:
+    speed = result("pqasgd")["speed"]
+    workers = list(next(iter(speed.values())))
+    rows = [[name, *(str(points[n]["steps"] or "–") for n in workers)] for name, points in speed.items()]
+    return markdown(["steps to the target, workers:", *workers], rows)
+
+
+def draw_speed() -> None:
+    speed = result("pqasgd")["speed"]
+    figure, axis = plt.subplots(figsize=(5.5, 3.6))
+    for (name, points), mark in zip(speed.items(), "os^D", strict=True):
+        there = {int(n): point["steps"] for n, point in points.items() if point["steps"]}
+        axis.loglog(list(there), list(there.values()), marker=mark, markersize=4, linewidth=1, label=name)
+    workers = [int(n) for n in next(iter(speed.values()))]
+    first = speed["full SGD"]["1"]["steps"]
+    axis.loglog(workers, [first / n for n in workers], ":", color="grey", label="linear")
+    axis.set(xlabel="workers", ylabel="steps to the target", xticks=workers, xticklabels=map(str, workers))
+    axis.minorticks_off()
+    axis.legend(fontsize=7, frameon=False)
+    save(figure, "pqasgd_speed")
+
+
+def pareto() -> str:
+    found = result("pareto")
+    rows = []
+    for name, row in sorted(found["methods"].items(), key=lambda item: item[1].get("times_fewer_bytes", 0)):
+        if "mean" not in row:
+            rows.append([f"`{name}`", "", "diverges", "", f"{row['rate']}"])
+            continue
+        low, high = row["range"]
+        rows.append(
+            [
+                f"`{name}`",
+                f"{row['times_fewer_bytes']:,.0f} ×",
+                f"{row['mean']:.3f} ({low:.3f}–{high:.3f})",
+                f"{100 * (row['relative_loss'] - 1):+.1f} %",
+                f"{row['rate']}",
+            ]
+        )
+    head = ["", "fewer bytes than DDP", "test loss (range of 3 seeds)", "against DDP", "learning rate"]
+    return f"{markdown(head, rows)}\n\n{source(found, 'pareto.py')}"
+
+
+def draw_pareto() -> None:
+    found = {name: row for name, row in result("pareto")["methods"].items() if "mean" in row}
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    for name, row in found.items():
+        if name.startswith("model quantized"):
+            continue
+        low, high = row["range"]
+        error = [[row["mean"] - low], [high - row["mean"]]]
+        x = row["sent_bytes"]
+        axis.errorbar(x, row["mean"], yerr=error, fmt="o", markersize=4, capsize=2, color="#4477aa")
+        axis.annotate(name.replace("period=", "").replace("compressor=", ""), (x, high), fontsize=6,
+                      xytext=(2, 3), textcoords="offset points", rotation=20)  # fmt: skip
+    axis.axhspan(*found["DDP fp32"]["range"], color="grey", alpha=0.2, linewidth=0)
+    axis.set_xscale("log")
+    axis.set(xlabel="bytes sent per worker in the whole run", ylabel="test loss, nats per byte")
+    save(figure, "pareto")
+
+
+def seconds() -> str:
+    runs = [result("averaging_time_10mbit"), result("averaging_time_100mbit_20ms")]
+    rows = []
+    for name in runs[0]["methods"]:
+        cells = [str(runs[0]["methods"][name].get("steps", ""))]
+        for run in runs:
+            row = run["methods"][name]
+            cells.append(f"{1e3 * row['step_s_median']:.0f} ms")
+            cells.append(
+                f"{row['seconds_to_target']:.1f} s ({row['speed_up']:.1f} ×)" if "steps" in row else ""
+            )
+        rows.append([name, *cells])
+    head = [
+        "",
+        "steps",
+        "a step, 10 Mbit/s",
+        "to the target",
+        "a step, 100 Mbit/s and 20 ms",
+        "to the target",
+    ]
+    networks = " ".join(line for run in runs for line in run["network"][-1:])
+    return f"{markdown(head, rows)}\n\n{source(runs[0], 'averaging_time.py')} {networks}".strip()
+
+
+def sizes() -> str:
+    found = result("averaging_sizes")
+    names = list(next(iter(found["ranks"].values()))["methods"])
+    rows = [
+        [f"{ranks} ranks", *(f"{1e3 * raw['methods'][name]['step_s_median']:.0f} ms" for name in names)]
+        for ranks, raw in found["ranks"].items()
+    ]
+    return markdown([f"a step at {found['rate'].replace('mbit', ' Mbit/s')}", *names], rows)
+
+
+def drift() -> str:
+    found = result("gossip_drift")
+    rows = [
+        [
+            name,
+            f"{row['replicas_that_differed']}",
+            f"{row['mean_moved_besides']:.1e}",
+        ]
+        for name, row in found["methods"].items()
+    ]
+    head = [f"{found['steps']:,} steps", "replicas that differed", "mean of the models moved besides"]
+    return f"{markdown(head, rows)}\n\n{source(found, 'gossip_drift.py')}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "topologies": topologies,
+    "decentralized": decentralized,
+    "pqasgd-loss": pqasgd_loss,
+    "pqasgd-speed": pqasgd_speed,
+    "pareto": pareto,
+    "seconds": seconds,
+    "sizes": sizes,
+    "drift": drift,
+}
+
+
+def filled(page: str) -> str:
+    """The page with every block written anew."""
+    for name, write in BLOCKS.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin in page:
+            pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+            text = f"{begin}\n{write()}\n{end}"
+            page = pattern.sub(lambda _, text=text: text, page)
+    return page
+
+
+def save(figure: Figure, name: str) -> None:
+    FIGURES.mkdir(exist_ok=True)
+    figure.tight_layout(h_pad=1.5)
+    figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    PAGE.write_text(filled(page))
+    for name, draw in (
+        ("topologies", draw_topologies),
+        ("pqasgd_speed", draw_speed),
+        ("pareto", draw_pareto),
+    ):
+        if f"figures/{name}.svg" in page:
+            draw()
+
+
+if __name__ == "__main__":
+    main()
