@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distcomp import kernels
+from distcomp.errors import DistcompError
 from distcomp.kernels import reference
 
 from .draws import Case, cases, same_bits
@@ -152,3 +153,72 @@ def test_a_forked_child_has_threads_of_its_own(threads: None) -> None:
     if child.is_alive():
         child.kill()
     assert child.exitcode == 0
+
+
+def bit_patterns(numel: int, seed: int) -> torch.Tensor:
+    """Any float32 there is: denormals, infinities and NaNs among them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31, (numel,), generator=generator).to(torch.int32).view(torch.float32)
+
+
+@given(
+    numel=st.integers(0, 300),
+    seed=st.integers(0, 99),
+    threshold=st.integers(0, 2**31),
+    most=st.integers(0, 300),
+)
+def test_the_same_places_reach_a_threshold(
+    instruction_set: str, numel: int, seed: int, threshold: int, most: int
+) -> None:
+    x = bit_patterns(numel, seed)
+    magnitudes = x.view(torch.int32).numpy().astype("int64") & 0x7FFFFFFF
+    places = [place for place in range(numel) if magnitudes[place] >= threshold]
+    for backend in (cpu, reference):
+        found = backend.at_least(x, threshold, most)
+        assert found is None if len(places) > most else found is not None and found.tolist() == places
+
+
+@given(data=st.data(), numel=st.integers(1, 5000), seed=st.integers(0, 2**32))
+def test_the_same_places_are_drawn_and_none_twice(
+    instruction_set: str, data: st.DataObject, numel: int, seed: int
+) -> None:
+    count = data.draw(st.integers(0, numel))
+    keys = tuple((seed + 1) * (2 * number + 1) * 0x9E3779B97F4A7C15 % 2**64 for number in range(6))
+    places = cpu.permuted(count, numel, keys)
+    assert torch.equal(places, reference.permuted(count, numel, keys))
+    assert len(set(places.tolist())) == count
+    assert all(0 <= place < numel for place in places.tolist())
+
+
+@given(
+    numel=st.integers(0, 300),
+    seed=st.integers(0, 99),
+    key=st.integers(0, 2**64 - 1),
+    first=st.integers(0, 2**33),
+)
+def test_the_same_powers_of_two(instruction_set: str, numel: int, seed: int, key: int, first: int) -> None:
+    x = bit_patterns(numel, seed)
+    ours, theirs = (torch.empty(numel, dtype=torch.uint8) for _ in range(2))
+    cpu.exponents(x, ours, key=key, first=first)
+    reference.exponents(x, theirs, key=key, first=first)
+    assert torch.equal(ours, theirs)
+    signs = torch.where(x.view(torch.int32) < 0, -1.0, 1.0)
+    our_values, their_values = signs.clone(), signs.clone()
+    cpu.scale_by_exponents(ours, our_values)
+    reference.scale_by_exponents(theirs, their_values)
+    assert same_bits(our_values, their_values)
+
+
+def test_sharing_between_threads_changes_no_power_of_two(threads: None) -> None:
+    x = torch.randn(100_003)
+    ours, theirs = (torch.empty(x.numel(), dtype=torch.uint8) for _ in range(2))
+    cpu.exponents(x, ours, key=2**40 + 1, first=7)
+    reference.exponents(x, theirs, key=2**40 + 1, first=7)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_wrong_number_of_keys_or_places_is_refused() -> None:
+    with pytest.raises(DistcompError, match="six keys"):
+        kernels.permuted(3, 10, (1, 2))
+    with pytest.raises(DistcompError, match="count <= numel"):
+        kernels.permuted(11, 10, (1,) * 6)

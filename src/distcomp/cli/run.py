@@ -12,6 +12,7 @@ from typing import Any
 from distcomp import recording
 from distcomp.cli import methods
 from distcomp.errors import DistcompError
+from distcomp.network.launch import MEMORY_ENV
 
 DESCRIPTION = """\
 Start SCRIPT on this machine, one process per rank, as torchrun does. A script
@@ -48,7 +49,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run torchrun and pass its status on."""
-    environment = dict(os.environ)
+    environment = {**MEMORY_ENV, **os.environ}
     if arguments.method is not None:
         methods.check(arguments.method)
         environment[recording.METHOD] = arguments.method

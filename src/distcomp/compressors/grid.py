@@ -71,13 +71,19 @@ def sign_bytes(numel: int) -> int:
     return kernels.packed_bytes(numel, SIGNS, 1)
 
 
-def pack_signs(x: Tensor, out: Tensor) -> None:
-    """``[x >= 0]``, one bit each, into ``out`` (uint8, ``[sign_bytes(numel)]``): sign(0) = +1."""
-    unused = torch.empty(kernels.scale_count(x.numel(), SIGNS), device=x.device)
-    kernels.quantize(x, out, unused, block=SIGNS, bits=1, given_scales=True)
+def pack_signs(x: Tensor, out: Tensor) -> Tensor:
+    """``[x >= 0]``, one bit each, into ``out`` (uint8, ``[sign_bytes(numel)]``): sign(0) = +1.
+
+    Returns the mean of ``|x|``, which is found in the same pass; 0 where there is nothing.
+    """
+    means = torch.empty(kernels.scale_count(x.numel(), SIGNS), device=x.device)
+    kernels.quantize(x, out, means, block=SIGNS, bits=1)
+    sums = means.double() * SIGNS
+    sums[-1:] *= (x.numel() - (means.numel() - 1) * SIGNS) / SIGNS
+    return sums.sum() / max(1, x.numel())
 
 
-def unpack_signs(codes: Tensor, out: Tensor, add: bool = False) -> None:
-    """Write (or add) +1 and -1 into ``out`` (float32)."""
-    ones = torch.ones(kernels.scale_count(out.numel(), SIGNS), device=out.device)
-    kernels.dequantize(codes, ones, out, block=SIGNS, bits=1, add=add)
+def unpack_signs(codes: Tensor, out: Tensor, scale: Tensor | float = 1.0, add: bool = False) -> None:
+    """Write (or add) +scale and -scale into ``out`` (float32)."""
+    scales = torch.ones(kernels.scale_count(out.numel(), SIGNS), device=out.device) * scale
+    kernels.dequantize(codes, scales, out, block=SIGNS, bits=1, add=add)

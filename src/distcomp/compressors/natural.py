@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distcomp import kernels
 from distcomp.compressors.base import Compressor
 from distcomp.compressors.grid import from_rows, pack_signs, sign_bytes, to_rows, uniform, unpack_signs
 from distcomp.errors import DistcompError
@@ -17,8 +18,7 @@ from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
 
-MANTISSA = 23
-LARGEST_EXPONENT = 254
+MANTISSA = reference.MANTISSA
 SMALLEST_SCALE = reference.SMALLEST_SCALE
 
 
@@ -50,22 +50,20 @@ class Natural(Compressor):
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
-        magnitude = x.contiguous().view(torch.int32) & 0x7FFFFFFF
-        magnitude += (uniform(layout, key, x.device) * 2**MANTISSA).to(torch.int32)
-        magnitude >>= MANTISSA
-        payload["codes"][: x.numel()] = magnitude.clamp_(max=LARGEST_EXPONENT)
-        pack_signs(x, payload["codes"][x.numel() :])
+        codes = payload["codes"]
+        for (segment, piece), at in zip(layout.pieces(x), layout.offsets, strict=True):
+            bits = key.fold(segment.name).bits
+            kernels.exponents(piece, codes[at : at + segment.numel], key=bits, first=segment.start)
+        pack_signs(x, codes[x.numel() :])
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
         codes = payload["codes"]
-        magnitude = (codes[: out.numel()].to(torch.int32) << MANTISSA).view(torch.float32)
-        signs = torch.empty_like(magnitude)
-        unpack_signs(codes[out.numel() :], signs)
+        values = torch.empty_like(out) if add else out
+        unpack_signs(codes[out.numel() :], values)
+        kernels.scale_by_exponents(codes[: out.numel()], values)
         if add:
-            out += signs * magnitude
-        else:
-            torch.mul(signs, magnitude, out=out)
+            out += values
 
     def omega(self, numel: int) -> float:
         """``(x - 2^a)(2^(a+1) - x) <= x^2 / 8``, for values of ``2^-126`` and more."""

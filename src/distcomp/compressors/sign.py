@@ -12,9 +12,7 @@ from distcomp.compressors.base import Compressor
 from distcomp.compressors.grid import (
     WHOLE,
     pack_signs,
-    per_parameter_mean,
     sign_bytes,
-    spread,
     unpack_signs,
 )
 from distcomp.layout import Layout, Segment
@@ -29,8 +27,8 @@ class ScaledSign(Compressor):
         C(x) = (|x|_1 / d) sign(x),    sign(0) = +1;    |C(x) - x|^2 = (1 - |x|_1^2 / (d |x|_2^2)) |x|^2
 
     Biased: contracts by ``|x|_1^2 / (d |x|_2^2)`` (about 0.64 for Gaussian values, 1/d at worst); needs error
-    feedback. On the wire: 1/8 byte per value and 4 bytes per parameter. With a scale per block instead:
-    ``Quantize(bits=1)``.
+    feedback. On the wire: 1/8 byte per value, each parameter beginning a byte, and 4 bytes per
+    parameter. With a scale per block instead: ``Quantize(bits=1)``.
 
     Source: Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019. We differ: the paper's sign(0) is
     not said.
@@ -41,23 +39,28 @@ class ScaledSign(Compressor):
     def parts(self, layout: Layout) -> Parts:
         return (
             Part("scales", torch.float32, len(layout.segments)),
-            Part("codes", torch.uint8, sign_bytes(layout.numel)),
+            Part("codes", torch.uint8, sum(sign_bytes(segment.numel) for segment in layout.segments)),
         )
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
-        payload["scales"].copy_(per_parameter_mean(x, layout))
-        pack_signs(x, payload["codes"])
+        for piece, codes, scale in self._pieces(x, payload, layout):
+            scale.copy_(pack_signs(piece, codes))
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        signs = torch.empty_like(out)
-        unpack_signs(payload["codes"], signs)
-        scale = spread(payload["scales"], layout)
-        if add:
-            out += signs * scale
-        else:
-            torch.mul(signs, scale, out=out)
+        for piece, codes, scale in self._pieces(out, payload, layout):
+            unpack_signs(codes, piece, scale, add)
+
+    def _pieces(
+        self, slab: Tensor, payload: Payload, layout: Layout
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Each parameter's values, signs and scale."""
+        at = 0
+        for number, (segment, piece) in enumerate(layout.pieces(slab)):
+            stop = at + sign_bytes(segment.numel)
+            yield piece, payload["codes"][at:stop], payload["scales"][number]
+            at = stop
 
     def delta(self, numel: int) -> float:
         return 1 / max(1, numel)

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from distcomp import kernels
 from distcomp.errors import DistcompError
 from distcomp.kernels import reference
 from distcomp.kernels.packing import block_bytes
@@ -189,10 +190,11 @@ def top_indices(rows: Tensor, count: int) -> Tensor:
     """
     if count == rows.shape[1]:
         return torch.arange(count, device=rows.device).expand(rows.shape[0], -1)
-    magnitude = rows.contiguous().view(torch.int32) & 0x7FFFFFFF
     if rows.shape[0] == 1 and rows.shape[1] > SAMPLED_FROM and rows.device.type == "cpu":
-        return _top_of_candidates(magnitude[0], count)[None]
-    return _top_exactly(magnitude, count)
+        candidates = _candidates(rows[0].contiguous(), count)
+        if candidates is not None:
+            return candidates[_top_of_one(rows[0].index_select(0, candidates), count)][None]
+    return _top_exactly(reference.magnitudes(rows), count)
 
 
 def _top_exactly(magnitude: Tensor, count: int) -> Tensor:
@@ -215,21 +217,29 @@ def _top_by_keys(magnitude: Tensor, count: int) -> Tensor:
     return keys.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
 
 
-def _top_of_candidates(magnitude: Tensor, count: int) -> Tensor:
-    """The same answer, sooner: a threshold that a sample suggests leaves few candidates to sort.
+def _candidates(x: Tensor, count: int) -> Tensor | None:
+    """A few places, rising, among which the largest ``count`` are: those above a threshold that a sample
+    suggests. None where it suggested a wrong one.
 
-    If at least ``count`` pass the threshold, the largest ``count`` are among them; if fewer do, search them
-    all. Source of the sampling: Lin et al., "Deep Gradient Compression", ICLR 2018. We differ: the answer is
+    Source of the sampling: Lin et al., "Deep Gradient Compression", ICLR 2018. We differ: the answer is
     always exact.
     """
-    sample = magnitude[::STRIDE]
+    sample = reference.magnitudes(x[::STRIDE])
     expected = count / STRIDE
     rank = min(sample.numel(), int(expected + 4 * expected**0.5) + 4)
-    threshold = sample.topk(rank, sorted=False).values.amin()
-    candidates = (magnitude >= threshold).nonzero().view(-1)
-    if candidates.numel() < count:
-        return _top_exactly(magnitude[None], count)[0]
-    return candidates[_top_exactly(magnitude[candidates][None], count)[0]]
+    threshold = int(sample.topk(rank, sorted=False).values.amin())
+    candidates = kernels.at_least(x, threshold, 2 * count + STRIDE * 64)
+    return candidates if candidates is not None and candidates.numel() >= count else None
+
+
+def _top_of_one(x: Tensor, count: int) -> Tensor:
+    """The places of the ``count`` largest of one row, rising, without a sort."""
+    magnitude = reference.magnitudes(x)
+    edge = magnitude.kthvalue(magnitude.numel() - count + 1).values
+    chosen = magnitude > edge
+    ties = (magnitude == edge).nonzero().view(-1)
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.nonzero().view(-1)
 
 
 # ------------------------------------------------------------------------------------------- random selection
@@ -245,33 +255,10 @@ def sample_indices(numel: int, count: int, key: Key) -> Tensor:
     if numel <= SAMPLED_FROM:
         noise = reference.uniform(numel, key.bits, 0, torch.device("cpu"))
         return noise.sort(stable=True).indices[:count]
-    bits = (numel - 1).bit_length()
-    places = _permuted(torch.arange(count), bits, key)
-    outside = (places >= numel).nonzero().view(-1)
-    while outside.numel():
-        places[outside] = _permuted(places[outside], bits, key)
-        outside = outside[places[outside] >= numel]
-    return places
+    return kernels.permuted(count, numel, _keys(key))
 
 
-def _permuted(places: Tensor, bits: int, key: Key) -> Tensor:
-    """A permutation of the integers below ``2^bits``: each half in turn is xored with a hash of the other."""
-    low_bits = bits // 2
-    low, high = places & ((1 << low_bits) - 1), places >> low_bits
-    for number in range(3):
-        high = high ^ (_hash(low, key.fold("high", number)) & ((1 << (bits - low_bits)) - 1))
-        low = low ^ (_hash(high, key.fold("low", number)) & ((1 << low_bits) - 1))
-    permuted: Tensor = (high << low_bits) | low
-    return permuted
-
-
-def _hash(x: Tensor, key: Key) -> Tensor:
-    """lowbias32 of ``x`` and a key, as in :func:`distcomp.kernels.reference.uniform`."""
-    x = (x + (key.bits & reference.MASK)) & reference.MASK
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & reference.MASK
-    x = x ^ (key.bits >> 32)
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & reference.MASK
-    hashed: Tensor = x ^ (x >> 16)
-    return hashed
+def _keys(key: Key) -> tuple[int, ...]:
+    """Of the six half rounds."""
+    halves = ((half, number) for number in range(3) for half in ("high", "low"))
+    return tuple(key.fold(half, number).bits for half, number in halves)

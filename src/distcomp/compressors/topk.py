@@ -52,9 +52,9 @@ class Sparsifier(Compressor):
 def place(out: Tensor, where: Tensor, values: Tensor, add: bool) -> None:
     """Write values where they belong, and zeros elsewhere unless ``add``. No place occurs twice."""
     if add:
-        out[where] += values
+        out.index_add_(0, where, values)
     else:
-        out.zero_()[where] = values
+        out.zero_().index_copy_(0, where, values)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class RandomK(Sparsifier):
         seed = bytearray(key.bits.to_bytes(8, "little"))
         payload["indices"].copy_(torch.frombuffer(seed, dtype=torch.uint8))
         where = self.drawn(layout, key).to(x.device)
-        torch.mul(x[where], self.factors(layout, x.device), out=payload["values"])
+        torch.mul(x.index_select(0, where), self.factors(layout, x.device), out=payload["values"])
         return payload
 
     def positions(self, payload: Payload, layout: Layout) -> Tensor:

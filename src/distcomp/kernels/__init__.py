@@ -20,12 +20,16 @@ from distcomp.kernels.packing import levels, packed_bytes, scale_count
 
 __all__ = [
     "all_finite",
+    "at_least",
     "backend",
     "checksum",
     "dequantize",
+    "exponents",
     "levels",
     "packed_bytes",
+    "permuted",
     "quantize",
+    "scale_by_exponents",
     "scale_count",
 ]
 
@@ -120,6 +124,48 @@ def checksum(data: Tensor) -> int:
     if data.dtype != torch.uint8 or data.dim() != 1 or not data.is_contiguous():
         raise DistcompError(f"checksum takes contiguous 1-D uint8, not {_describe(data)}; view it as uint8")
     return implementation(data.device).checksum(data)
+
+
+def at_least(x: Tensor, threshold: int, most: int) -> Tensor | None:
+    """The places in ``x`` whose magnitude is at or above ``threshold``, rising (int64); None if there are
+    more than ``most``.
+
+    Magnitudes are compared as the integers that the bits of float32 are (``threshold`` is one): a NaN is
+    larger than an infinity. ``x`` is read once.
+    """
+    _check_flat("values", x, torch.float32, x.numel(), x)
+    return implementation(x.device).at_least(x, threshold, most)
+
+
+def permuted(count: int, numel: int, keys: tuple[int, ...]) -> Tensor:
+    """``count`` different places below ``numel``: the first images under a permutation that six 64-bit keys
+    choose.
+
+    int64, on the CPU. Costs what ``count`` costs, whatever ``numel`` is.
+    """
+    if not 0 <= count <= numel or len(keys) != 6:
+        raise DistcompError(
+            f"permuted({count}, {numel}) with {len(keys)} keys; give six keys and count <= numel"
+        )
+    return implementation(torch.device("cpu")).permuted(count, numel, keys)
+
+
+def exponents(x: Tensor, codes: Tensor, *, key: int, first: int) -> None:
+    """Write into ``codes`` (uint8) the exponent of each value after it was rounded to a power of two, at
+    random so that the mean is right: ``(magnitude bits + 23 random bits) >> 23``, at most 254.
+
+    ``key`` and ``first`` as in :func:`quantize`; ``first`` may be any place.
+    """
+    _check_flat("values", x, torch.float32, x.numel(), x)
+    _check_flat("codes", codes, torch.uint8, x.numel(), x)
+    implementation(x.device).exponents(x, codes, key=key, first=first)
+
+
+def scale_by_exponents(codes: Tensor, out: Tensor) -> None:
+    """Multiply ``out`` (float32) by the powers of two that ``codes`` (uint8) are the exponents of."""
+    _check_flat("values", out, torch.float32, out.numel(), out)
+    _check_flat("codes", codes, torch.uint8, out.numel(), out)
+    implementation(out.device).scale_by_exponents(codes, out)
 
 
 def _check(x: Tensor, codes: Tensor, scales: Tensor, block: int, bits: int) -> None:

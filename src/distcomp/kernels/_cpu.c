@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #include "_cpu.h"
+#include "_select.h"
 
 /* The bodies once more for each instruction set. */
 typedef struct {
@@ -17,6 +18,10 @@ typedef struct {
     int (*all_finite_32)(const uint32_t *, size_t);
     int (*all_finite_16)(const uint16_t *, size_t, uint16_t);
     Sums (*checksum)(const uint8_t *, size_t);
+    size_t (*at_least)(const uint32_t *, size_t, uint32_t, int64_t *, size_t);
+    void (*permuted)(int64_t *, size_t, uint64_t, int, const uint64_t *);
+    void (*exponents)(const uint32_t *, uint8_t *, size_t, uint32_t, uint32_t);
+    void (*scale_by_exponents)(const uint8_t *, float *, size_t);
 } Variant;
 
 #define VARIANT(name, TARGET, modern) \
@@ -27,8 +32,21 @@ typedef struct {
         return all_finite_16_body(x, n, e); \
     } \
     TARGET static Sums checksum_##name(const uint8_t *data, size_t n) { return checksum_body(data, n); } \
+    TARGET static size_t at_least_##name(const uint32_t *x, size_t n, uint32_t t, int64_t *p, size_t most) { \
+        return at_least_body(x, n, t, p, most); \
+    } \
+    TARGET static void permuted_##name(int64_t *p, size_t count, uint64_t n, int bits, const uint64_t *keys) { \
+        permuted_body(p, count, n, bits, keys); \
+    } \
+    TARGET static void exponents_##name(const uint32_t *x, uint8_t *codes, size_t n, uint32_t c, uint32_t k) { \
+        exponents_body(x, codes, n, c, k); \
+    } \
+    TARGET static void scale_by_exponents_##name(const uint8_t *codes, float *out, size_t n) { \
+        scale_by_exponents_body(codes, out, n); \
+    } \
     static const Variant name##_variant = { \
-        #name, quantize_##name, dequantize_##name, all_finite_32_##name, all_finite_16_##name, checksum_##name};
+        #name, quantize_##name, dequantize_##name, all_finite_32_##name, all_finite_16_##name, \
+        checksum_##name, at_least_##name, permuted_##name, exponents_##name, scale_by_exponents_##name};
 
 VARIANT(generic, , 0)
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -135,6 +153,60 @@ static PyObject *py_checksum(PyObject *self, PyObject *args) {
     return Py_BuildValue("II", (unsigned int)sums.sum, (unsigned int)sums.weighted);
 }
 
+static PyObject *py_at_least(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long x, places;
+    Py_ssize_t numel, most;
+    unsigned int threshold;
+    size_t found;
+    if (!PyArg_ParseTuple(args, "KnIKn", &x, &numel, &threshold, &places, &most)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    found = chosen->at_least((const uint32_t *)(uintptr_t)x, (size_t)numel, threshold,
+                             (int64_t *)(uintptr_t)places, (size_t)most);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromSize_t(found);
+}
+
+static PyObject *py_permuted(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long places, numel, given[HALF_ROUNDS];
+    Py_ssize_t count;
+    int bits;
+    uint64_t keys[HALF_ROUNDS];
+    if (!PyArg_ParseTuple(args, "KnKi(KKKKKK)", &places, &count, &numel, &bits, &given[0], &given[1], &given[2],
+                          &given[3], &given[4], &given[5]))
+        return NULL;
+    for (int i = 0; i < HALF_ROUNDS; i++) keys[i] = (uint64_t)given[i];
+    Py_BEGIN_ALLOW_THREADS
+    chosen->permuted((int64_t *)(uintptr_t)places, (size_t)count, (uint64_t)numel, bits, keys);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_exponents(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long x, codes, key;
+    Py_ssize_t numel;
+    unsigned int first;
+    if (!PyArg_ParseTuple(args, "KKnKI", &x, &codes, &numel, &key, &first)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    chosen->exponents((const uint32_t *)(uintptr_t)x, (uint8_t *)(uintptr_t)codes, (size_t)numel,
+                      first + (uint32_t)key, (uint32_t)(key >> 32));
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_scale_by_exponents(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long codes, out;
+    Py_ssize_t numel;
+    if (!PyArg_ParseTuple(args, "KKn", &codes, &out, &numel)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    chosen->scale_by_exponents((const uint8_t *)(uintptr_t)codes, (float *)(uintptr_t)out, (size_t)numel);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_use(PyObject *self, PyObject *args) {
     (void)self;
     const char *name;
@@ -156,6 +228,10 @@ static PyMethodDef methods[] = {
     {"dequantize", py_dequantize, METH_VARARGS, "codes, scales, out, numel, block, bits, sign, times"},
     {"all_finite", py_all_finite, METH_VARARGS, "x, numel, exponent mask -> bool"},
     {"checksum", py_checksum, METH_VARARGS, "data, bytes -> (sum, weighted sum)"},
+    {"at_least", py_at_least, METH_VARARGS, "x, numel, threshold, places, most -> how many"},
+    {"permuted", py_permuted, METH_VARARGS, "places, count, numel, bits, keys"},
+    {"exponents", py_exponents, METH_VARARGS, "x, codes, numel, key, first"},
+    {"scale_by_exponents", py_scale_by_exponents, METH_VARARGS, "codes, out, numel"},
     {"use", py_use, METH_VARARGS, "choose an instruction set by name: generic, avx2 or avx512"},
     {"instruction_set", py_instruction_set, METH_NOARGS, "the one in use"},
     {NULL, NULL, 0, NULL},

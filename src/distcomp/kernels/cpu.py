@@ -84,6 +84,42 @@ def checksum(data: Tensor) -> int:
     return (sum(w for _, w in sums) & MASK) << 32 | sum(s for s, _ in sums) & MASK
 
 
+def at_least(x: Tensor, threshold: int, most: int) -> Tensor | None:
+    """See :func:`distcomp.kernels.at_least`."""
+    places = torch.empty(most, dtype=torch.int64)
+    found = _cpu.at_least(x.data_ptr(), x.numel(), threshold, places.data_ptr(), most)
+    return places[:found] if found <= most else None
+
+
+def permuted(count: int, numel: int, keys: tuple[int, ...]) -> Tensor:
+    """See :func:`distcomp.kernels.permuted`."""
+    places = torch.empty(count, dtype=torch.int64)
+    first, second, third, fourth, fifth, sixth = keys
+    six = (first, second, third, fourth, fifth, sixth)
+    _cpu.permuted(places.data_ptr(), count, numel, (numel - 1).bit_length(), six)
+    return places
+
+
+def exponents(x: Tensor, codes: Tensor, *, key: int, first: int) -> None:
+    """See :func:`distcomp.kernels.exponents`."""
+    x_at, codes_at = x.data_ptr(), codes.data_ptr()
+
+    def run(start: int, count: int) -> None:
+        _cpu.exponents(x_at + 4 * start, codes_at + start, count, key, first + start & MASK)
+
+    _shared(run, x.numel(), 1, 4)
+
+
+def scale_by_exponents(codes: Tensor, out: Tensor) -> None:
+    """See :func:`distcomp.kernels.scale_by_exponents`."""
+    codes_at, out_at = codes.data_ptr(), out.data_ptr()
+
+    def run(start: int, count: int) -> None:
+        _cpu.scale_by_exponents(codes_at + start, out_at + 4 * start, count)
+
+    _shared(run, out.numel(), 1, 4)
+
+
 def _shared(run: Callable[[int, int], T], numel: int, block: int, element_bytes: int) -> list[T]:
     """run(start, count) for consecutive runs of whole blocks, a thread each; the results in order."""
     threads = torch.get_num_threads() if numel * element_bytes > ALONE_BYTES else 1

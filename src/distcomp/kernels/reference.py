@@ -157,3 +157,67 @@ def _blocks(
         yield 0, x[:start].view(whole, block), codes[:code_start].view(whole, -1), scales[:whole]
     if rest:
         yield start, x[start:].view(1, rest), codes[code_start:].view(1, -1), scales[whole:]
+
+
+def at_least(x: Tensor, threshold: int, most: int) -> Tensor | None:
+    """The places, rising, whose magnitudes as integers are at or above ``threshold``; None if there are more
+    than ``most``."""
+    places = (magnitudes(x) >= threshold).nonzero().view(-1)
+    return places if places.numel() <= most else None
+
+
+def magnitudes(x: Tensor) -> Tensor:
+    """The magnitudes of float32 as the integers that their bits are: an order without exceptions."""
+    return x.contiguous().view(torch.int32) & 0x7FFFFFFF
+
+
+def permuted(count: int, numel: int, keys: tuple[int, ...]) -> Tensor:
+    """The images of 0 .. count-1 under a keyed permutation of 0 .. numel-1.
+
+    A Feistel network permutes the integers of as many bits as numel - 1 has: each half in turn is xored with
+    a hash of the other. What falls outside is permuted again until it does not.
+    """
+    bits = (numel - 1).bit_length()
+    places = _permuted_once(torch.arange(count), bits, keys)
+    outside = (places >= numel).nonzero().view(-1)
+    while outside.numel():
+        places[outside] = _permuted_once(places[outside], bits, keys)
+        outside = outside[places[outside] >= numel]
+    return places
+
+
+def _permuted_once(places: Tensor, bits: int, keys: tuple[int, ...]) -> Tensor:
+    low_bits = bits // 2
+    low, high = places & ((1 << low_bits) - 1), places >> low_bits
+    for of_low, of_high in zip(keys[::2], keys[1::2], strict=True):
+        high = high ^ (_hashed(low, of_low) & ((1 << (bits - low_bits)) - 1))
+        low = low ^ (_hashed(high, of_high) & ((1 << low_bits) - 1))
+    return (high << low_bits) | low
+
+
+def _hashed(x: Tensor, key: int) -> Tensor:
+    """lowbias32 of ``x`` and a key, as in :func:`uniform`."""
+    x = (x + (key & MASK)) & MASK
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & MASK
+    x = x ^ (key >> 32)
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & MASK
+    hashed: Tensor = x ^ (x >> 16)
+    return hashed
+
+
+MANTISSA = 23
+LARGEST_EXPONENT = 254
+
+
+def exponents(x: Tensor, codes: Tensor, *, key: int, first: int) -> None:
+    """The byte of the exponent, after 23 random bits were added to the mantissa."""
+    # int64, for the sum of a NaN and noise may need 33 bits
+    noise = (uniform(x.numel(), key, first, x.device) * 2**MANTISSA).to(torch.int64)
+    codes.copy_(((magnitudes(x) + noise) >> MANTISSA).clamp_(max=LARGEST_EXPONENT))
+
+
+def scale_by_exponents(codes: Tensor, out: Tensor) -> None:
+    """``out`` times the powers of two that ``codes`` are the exponents of."""
+    out.mul_((codes.to(torch.int32) << MANTISSA).view(torch.float32))

@@ -22,6 +22,11 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found,unu
 from torch import Tensor
 
 from distcomp.kernels.packing import block_bytes
+from distcomp.kernels.reference import at_least, exponents, permuted, scale_by_exponents
+
+# A few torch operations, each one pass over memory that a GPU is fast at: no kernel of their own.
+__all__ = ["all_finite", "at_least", "checksum", "dequantize", "exponents", "permuted", "quantize"]
+__all__ += ["scale_by_exponents"]
 
 LARGEST_TILE = 8192
 TILE = 2048  # elements that one warp keeps in registers

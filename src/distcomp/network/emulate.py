@@ -22,7 +22,7 @@ from typing import Any
 from distcomp.errors import DistcompError
 from distcomp.network import boot, letters, wiretest
 from distcomp.network.fabric import Fabric
-from distcomp.network.launch import Command, Job, Outcome, Show, show_rank_0
+from distcomp.network.launch import MEMORY_ENV, Command, Job, Outcome, Show, show_rank_0
 from distcomp.network.netns import Refused
 from distcomp.network.qdisc import QueueCount
 from distcomp.network.shape import DEVICE, burst_bytes
@@ -158,8 +158,7 @@ class Net:
         self._check_host(host)
         inherited = {name: value for name, value in os.environ.items() if name not in _OURS}
         return {
-            "MALLOC_MMAP_THRESHOLD_": str(2**30),  # or glibc gives each step's buffers back to the kernel and
-            "MALLOC_TRIM_THRESHOLD_": str(2**32),  # takes them again page by page: half of a codec's time
+            **MEMORY_ENV,
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
             **inherited,
