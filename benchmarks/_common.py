@@ -21,11 +21,15 @@ RESULTS = Path(__file__).parent / "results"
 def on_network(
     script: str, ranks: int, rate: str, env: Mapping[str, str], delay: str = "0ms"
 ) -> dict[str, Any]:
+    """As :func:`on_fabric`, with equal links."""
+    return on_fabric(script, Fabric.uniform(ranks, rate, delay), env)
+
+
+def on_fabric(script: str, fabric: Fabric, env: Mapping[str, str]) -> dict[str, Any]:
     """Run ``script`` on every rank of an emulated network; what rank 0 prints as its last line is JSON.
 
     Returns that, with what the network's self-test measured.
     """
-    fabric = Fabric.uniform(ranks, rate, delay)
     with emulate(fabric) as net:
         for line in net.describe():
             print(line, file=sys.stderr)

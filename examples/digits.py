@@ -26,13 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 import distcomp
+from distcomp.advice import Problem
 
 HELD_OUT_IMAGES = 397
 TEST_PAIRS = 4000
-WIDTH = 896
 
 
-def options():
+def options(arguments=None):
     shown = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=shown)
     method = os.environ.get("DISTCOMP_METHOD", "qsgd:bits=4")
@@ -42,7 +42,8 @@ def options():
     parser.add_argument("--lr", type=float, default=0.5, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--eval-every", type=int, default=10, help="steps from one test to the next")
-    return parser.parse_args()
+    parser.add_argument("--width", type=int, default=896, help="of the hidden layers")
+    return parser.parse_args(arguments)
 
 
 def digits():
@@ -64,11 +65,11 @@ def pairs(images, labels, count, generator):
     return torch.cat([images[left], images[right]], dim=1), (labels[left] + labels[right]) % 10
 
 
-def network():
+def network(width):
     net = nn.Sequential(
-        nn.Linear(128, WIDTH), nn.GELU(),
-        nn.Linear(WIDTH, WIDTH), nn.GELU(),
-        nn.Linear(WIDTH, 10),
+        nn.Linear(128, width), nn.GELU(),
+        nn.Linear(width, width), nn.GELU(),
+        nn.Linear(width, 10),
     )  # fmt: skip
     for layer in net[::2]:
         nn.init.kaiming_normal_(layer.weight)
@@ -87,6 +88,31 @@ def evaluate(net, inputs, labels):
     return cross_entropy(scores, labels).item(), (scores.argmax(1) == labels).float().mean().item()
 
 
+def sgd(wanted, parameters):
+    return torch.optim.SGD(parameters, wanted.lr, momentum=0.8, nesterov=True)
+
+
+def problem(arguments):
+    """The same training for `distcomp advise` and `distcomp simulate`. Workers draw from all images."""
+    wanted = options(arguments)
+    train, held_out = digits()
+    test = pairs(*held_out, TEST_PAIRS, torch.Generator().manual_seed(0))
+    torch.manual_seed(wanted.seed)
+
+    def batch(worker, workers, step):
+        draw = torch.Generator().manual_seed((wanted.seed * workers + worker) * 1_000_003 + step)
+        return pairs(*train, wanted.batch, draw)
+
+    return Problem(
+        model=network(wanted.width),
+        batch=batch,
+        loss=cross_entropy,
+        optimizer=lambda parameters: sgd(wanted, parameters),
+        schedule=lambda optimizer: LambdaLR(optimizer, lambda step: warm_up_then_cosine(step, wanted.steps)),
+        evaluate=lambda model: dict(zip(("test_loss", "test_accuracy"), evaluate(model, *test), strict=True)),
+    )
+
+
 def main():
     wanted = options()
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -99,8 +125,8 @@ def main():
     draw = torch.Generator().manual_seed(wanted.seed * workers + rank)
 
     torch.manual_seed(wanted.seed)
-    model = DistributedDataParallel(network())
-    optimizer = torch.optim.SGD(model.parameters(), wanted.lr, momentum=0.8, nesterov=True)
+    model = DistributedDataParallel(network(wanted.width))
+    optimizer = sgd(wanted, model.parameters())
     schedule = LambdaLR(optimizer, lambda step: warm_up_then_cosine(step, wanted.steps))
     handle = distcomp.attach(model, optimizer, wanted.method, seed=wanted.seed)
 

@@ -6,7 +6,7 @@ request (torch.distributed, MPI, or N workers stepped in one process) is decided
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -97,6 +97,26 @@ def sum_bytes(nbytes: float, members: int) -> int:
 
 
 T = TypeVar("T")
+
+
+class Heard(list[Any]):
+    """What all of a group hear alike: one list for many workers in one process."""
+
+    def __init__(self, said: Iterable[Any]) -> None:
+        super().__init__(said)
+        self.made: dict[Hashable, Tensor] = {}
+
+
+def once(heard: Sequence[Any], name: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """``make()``, which every rank makes alike of what all have heard: in lock-step the first of them makes
+    it, and the others get copies."""
+    if not isinstance(heard, Heard):
+        return make()
+    if name not in heard.made:
+        heard.made[name] = make()
+    return heard.made[name].clone()
+
+
 Talk = Generator[Request, Any, T]
 """A conversation: yields requests, is sent their answers, returns a T."""
 

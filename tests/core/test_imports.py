@@ -18,6 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
     {"cli"},
     {"integrations"},
+    {"advice"},
     {"attach"},
     {"sync"},
     {"precision", "pruning"},

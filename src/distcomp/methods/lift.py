@@ -14,7 +14,9 @@ Sums of decoded payloads are added in rank order, so that every rank holds the s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,12 +24,14 @@ from torch import Tensor
 from distcomp.compressors.base import Compressor
 from distcomp.compressors.identity import Identity
 from distcomp.errors import DistcompError
-from distcomp.exchange import Gather, Sum, Swap, Talk
+from distcomp.exchange import Gather, Sum, Swap, Talk, once
 from distcomp.layout import Layout, chunk_views
 from distcomp.methods.base import Method, Outcome, State, Turn, all_reduce_bytes
 from distcomp.payload import Payload, body_bytes
 
 PATTERNS = ("auto", "all_reduce", "gather", "scatter")
+
+NOTHING = Layout(())
 
 YARDSTICK = Layout.of([("yardstick", (1024, 1024))])
 """What the cost of two patterns is compared on."""
@@ -103,7 +107,8 @@ class GatherAndSum(Method):
     def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
         own = self.compressor.encode(x, turn.layout, turn.private.fold("gather"))
         payloads: list[Payload] = yield Gather(own)
-        estimate = mean_of(self.compressor, payloads, turn.layout)
+        about = (self.compressor, turn.layout)
+        estimate = once(payloads, about, lambda: mean_of(self.compressor, payloads, turn.layout))
         return Outcome(
             estimate,
             lambda: self.compressor.decode(own, turn.layout),
@@ -137,8 +142,10 @@ class ScatterReduce(Method):
         mine = chunks[turn.rank]
 
         key = turn.private.fold("scatter")
+        empty = cache(lambda: c.encode(x[:0], NOTHING, key))  # with more ranks than blocks, most chunks are
         sent = tuple(
-            c.encode(view, chunk, key) for view, chunk in zip(chunk_views(x, chunks), chunks, strict=True)
+            c.encode(view, chunk, key) if chunk.segments else empty()
+            for view, chunk in zip(chunk_views(x, chunks), chunks, strict=True)
         )
         received: list[Payload] = yield Swap(sent)
         chunk_mean = mean_of(c, received, mine)
@@ -147,14 +154,10 @@ class ScatterReduce(Method):
         # owners.
         answer = c.encode(chunk_mean, mine, turn.shared.fold("reduce"))
         answers: list[Payload] = yield Gather(answer, parts=tuple(c.parts(chunk) for chunk in chunks))
-        estimate = torch.empty_like(x)
-        for view, chunk, payload in zip(chunk_views(estimate, chunks), chunks, answers, strict=True):
-            c.decode_into(view, payload, chunk)
+        estimate = once(answers, (c, turn.layout), lambda: _decoded(c, answers, chunks, x))
 
         def contribution() -> Tensor:
-            given = torch.empty_like(x)
-            for view, chunk, payload in zip(chunk_views(given, chunks), chunks, sent, strict=True):
-                c.decode_into(view, payload, chunk)
+            given = _decoded(c, sent, chunks, x)
             own_estimate = chunk_views(estimate, chunks)[turn.rank]
             chunk_views(given, chunks)[turn.rank].add_(own_estimate - chunk_mean, alpha=turn.size)
             return given
@@ -193,6 +196,14 @@ class Cheapest(Method):
 
     def payload_bytes(self, layout: Layout, size: int) -> int:
         return self.chosen(size).payload_bytes(layout, size)
+
+
+def _decoded(c: Compressor, payloads: Sequence[Payload], chunks: tuple[Layout, ...], like: Tensor) -> Tensor:
+    """The slab whose chunks the payloads decode to."""
+    slab = torch.empty_like(like)
+    for view, chunk, payload in zip(chunk_views(slab, chunks), chunks, payloads, strict=True):
+        c.decode_into(view, payload, chunk)
+    return slab
 
 
 def mean_of(compressor: Compressor, payloads: list[Payload], layout: Layout) -> Tensor:

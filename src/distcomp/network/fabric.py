@@ -118,6 +118,25 @@ class Fabric:
             text += f'\n[[rack]]\nranks = {list(rack.ranks)}\nuplink = "{uplink}"\ndelay = "{delay}"\n'
         return text
 
+    def of(self, ranks: int) -> Fabric:
+        """The same kind of fabric for another number of ranks: racks as large as the first, equal links.
+
+        DistcompError where links or racks differ, for then there is no saying what more of them would be.
+        """
+        alike = {(len(rack.ranks), rack.uplink_bps, rack.delay_s) for rack in self.racks}
+        if len(set(self.rates_bps)) > 1 or len(alike) > 1:
+            raise DistcompError(
+                f"the fabric has {self.ranks} ranks that are not alike, and cannot be made {_count(ranks)}; "
+                "write a fabric of that size"
+            )
+        rates_bps = self.rates_bps[:1] * _count(ranks)
+        if not self.racks:
+            return Fabric(rates_bps, self.delay_s)
+        size, uplink_bps, delay_s = alike.pop()
+        starts = range(0, ranks, size)
+        racks = (Rack(tuple(range(at, min(at + size, ranks))), uplink_bps, delay_s) for at in starts)
+        return Fabric(rates_bps, self.delay_s, tuple(racks))
+
     def rack_of(self, rank: int) -> int:
         """Which rack a rank is in; 0 for all where there are no racks."""
         return next((index for index, rack in enumerate(self.racks) if rank in rack.ranks), 0)
@@ -176,14 +195,15 @@ def _racks(tables: Any) -> tuple[Rack, ...]:
 
 
 def _check_partition(racks: tuple[Rack, ...], ranks: int) -> None:
-    placed = [rank for rack in racks for rank in rack.ranks]
     if any(not rack.ranks for rack in racks):
         raise DistcompError("a rack is empty; give it ranks or remove it")
-    for rank in placed:
+    placed: set[int] = set()
+    for rank in (rank for rack in racks for rank in rack.ranks):
         if not 0 <= rank < ranks:
             raise DistcompError(f"a rack names rank {rank}, which does not exist; ranks are 0 to {ranks - 1}")
-        if placed.count(rank) > 1:
+        if rank in placed:
             raise DistcompError(f"rank {rank} is in two racks; put it in one")
-    missing = sorted(set(range(ranks)) - set(placed))
+        placed.add(rank)
+    missing = sorted(set(range(ranks)) - placed)
     if missing:
         raise DistcompError(f"rank {missing[0]} is in no rack; with racks, each rank must be in one")

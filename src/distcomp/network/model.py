@@ -49,16 +49,33 @@ Edge = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Excess:
+    """Seconds per hop beyond the fluid model, against the bytes that a rank sends in the exchange: flows that
+    share a link unfairly, timers, threads that wake up late."""
+
+    nbytes: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def __call__(self, nbytes: float) -> float:
+        """Between two sizes by the logarithm of the size; beyond them as at the ends."""
+        return float(np.interp(np.log1p(nbytes), np.log1p(self.nbytes), self.seconds))
+
+
+@dataclass(frozen=True)
 class Host:
     """What ranks that share a machine share: ``cores`` for all ``ranks`` on it.
 
-    ``message_s`` and ``byte_s``: of a core, to send and receive a message, and a byte of it.
+    ``message_s`` and ``byte_s``: of a core, to send and receive a message, and a byte of it. ``direct`` and
+    ``around``, where :mod:`distcomp.network.probe` measured them, are what a hop of a direct exchange and of
+    a ring really took beyond the fluid model, and stand for messages, too.
     """
 
     ranks: int = 1
     cores: int = 1
     message_s: float = 0.0
     byte_s: float = 0.0
+    direct: Excess | None = None
+    around: Excess | None = None
 
     @property
     def crowd(self) -> float:
@@ -98,20 +115,35 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """What an exchange asks of a network: loads one behind the other, hops of ``delay_s``, messages per
-    rank."""
+    """What an exchange asks of a network: loads one behind the other, hops of ``delay_s``, messages per rank.
+    ``around``: its hops wait for each other, as on a ring."""
 
     stages: tuple[Load, ...] = ()
     hops: int = 0
     delay_s: float = 0.0
     messages: int = 0
+    around: bool = False
 
-    def cost(self, fabric: Fabric, host: Host = ALONE) -> Cost:
-        """Its seconds, with the network to itself."""
-        work_s = self.messages * host.message_s * host.crowd
-        return Cost(
-            sum(transfer_s(load, fabric, host) for load in self.stages), self.hops * self.delay_s + work_s
-        )
+    def cost(self, fabric: Fabric, host: Host = ALONE, burst_bytes: float = 0.0) -> Cost:
+        """Its seconds, with the network to itself.
+
+        ``burst_bytes``: that a rank sends in all direct exchanges between two pauses, of which this is one:
+        over a burst, flows that share links drift apart. A ring keeps whoever carries it busy throughout, so
+        its hops count as transfer.
+        """
+        moved_s = sum(transfer_s(load, fabric, host) for load in self.stages)
+        excess = host.around if self.around else host.direct
+        if excess is None:
+            late_s = self.messages * host.message_s * host.crowd
+        else:
+            late_s = self.hops * excess(max(self.sent_bytes, burst_bytes))
+        hops_s = self.hops * self.delay_s + late_s
+        return Cost(moved_s + hops_s, 0.0) if self.around else Cost(moved_s, hops_s)
+
+    @property
+    def sent_bytes(self) -> float:
+        """By a rank, on average."""
+        return sum(float(load.out.mean()) for load in self.stages)
 
 
 def together(exchanges: Iterable[Exchange]) -> Exchange:
@@ -123,6 +155,7 @@ def together(exchanges: Iterable[Exchange]) -> Exchange:
         max((one.hops for one in every), default=0),
         max((one.delay_s for one in every), default=0.0),
         max((one.messages for one in every), default=0),
+        any(one.around for one in every),
     )
 
 
@@ -228,14 +261,14 @@ def ring(nbytes: float, group: Group, fabric: Fabric) -> Exchange:
         return Exchange()
     edges = [(group[i], group[(i + 1) % n]) for i in range(n)]
     load = along(dict.fromkeys(edges, 2 * (n - 1) / n * nbytes), fabric)
-    return Exchange((load,), 2 * (n - 1), delay_s(edges, fabric), 2 * (n - 1))
+    return Exchange((load,), 2 * (n - 1), delay_s(edges, fabric), 2 * (n - 1), around=True)
 
 
 def tree(nbytes: float, group: Group, fabric: Fabric) -> Exchange:
     """A sum of ``nbytes`` up a binomial tree and down again; its levels do not overlap."""
     down = cast(nbytes, group, fabric)
     up = tuple(Load(load.into, load.out, load.down, load.up) for load in down.stages)
-    return Exchange(up[::-1] + down.stages, 2 * down.hops, down.delay_s, 2 * down.messages)
+    return Exchange(up[::-1] + down.stages, 2 * down.hops, down.delay_s, 2 * down.messages, around=True)
 
 
 def direct(nbytes: float, group: Group, fabric: Fabric) -> Exchange:
@@ -278,7 +311,7 @@ def cast(nbytes: float, group: Group, fabric: Fabric) -> Exchange:
         stages.append(along(dict.fromkeys(edges, nbytes), fabric))
         slowest_s = max(slowest_s, delay_s(edges, fabric))
         reached *= 2
-    return Exchange(tuple(stages), len(stages), slowest_s, len(stages))
+    return Exchange(tuple(stages), len(stages), slowest_s, len(stages), around=True)
 
 
 def _at_once(load: Load, group: Group, fabric: Fabric) -> Exchange:

@@ -25,8 +25,11 @@ class Workers:
         self.seed = seed
         self.steps = 0
         self.net = Lockstep(size)
-        self.models = [x.clone() for _ in range(size)]
-        """Each worker's model (float32, ``[layout.numel]``); update them in place."""
+        self.stacked = x.repeat(size, 1)
+        """Row i is worker i's model (float32, ``[size, layout.numel]``); update them in place."""
+        self.models = list(self.stacked.unbind())
+        self.absent: dict[int, frozenset[int]] = {}
+        """Whom a worker cannot reach in the next exchange, where its averaging goes on without them."""
         self.tracks = [tracks_of(averaging, self.layout, rank, size) for rank in range(size)]
         for tracks, model in zip(self.tracks, self.models, strict=True):
             for track in tracks:
@@ -44,8 +47,8 @@ class Workers:
         if not tracks[0].due(self.steps):
             return
         talks = [
-            track.talk(gather(self._views(model), track.layout), self.steps, self.seed)
-            for track, model in zip(tracks, self.models, strict=True)
+            track.talk(gather(self._views(model), track.layout), self.steps, self.seed, self._missed(rank))
+            for rank, (track, model) in enumerate(zip(tracks, self.models, strict=True))
         ]
         self.net.run(talks)
         for track, talk in zip(tracks, talks, strict=True):
@@ -58,18 +61,21 @@ class Workers:
             if track.landing is not None and track.landing.at <= self.steps:
                 scatter(views, track.layout, track.land(track.landing.outcome(), gather(views, track.layout)))
 
+    def _missed(self, rank: int) -> frozenset[int]:
+        return self.absent.get(rank, frozenset())
+
     def _views(self, model: Tensor) -> dict[str, Tensor]:
         return {segment.name: piece for segment, piece in self.layout.pieces(model)}
 
     @property
     def mean(self) -> Tensor:
         """The average of all workers' models."""
-        return sum(self.models[1:], self.models[0]) / len(self.models)
+        return self.stacked.mean(0)
 
     @property
     def spread(self) -> float:
         """The mean squared distance of a worker's model from the average."""
-        return sum(float((model - self.mean).square().mean()) for model in self.models) / len(self.models)
+        return float((self.stacked - self.mean).square().mean())
 
 
 def _known(outcome: Outcome | None) -> Callable[[], Outcome]:

@@ -65,7 +65,7 @@ class Channel:
     def prepare(self, request: Request, finite: Tensor) -> OpenExchange:
         """Seal and count, off the wire's time. ``finite`` tells of the tensors that this rank talks about."""
         self.exchange = (self.exchange + 1) % 2**32
-        for payload in _payloads(request):
+        for payload in dict.fromkeys(payloads_of(request)):  # one that goes to many is sealed once
             seal(payload, Seal(self.transport.rank, self.fingerprint, self.exchange), finite)
         if isinstance(request, Sum):
             request = replace(request, x=_poisoned(request.x, finite))
@@ -126,7 +126,8 @@ def finite_flag(x: Tensor) -> Tensor:
     return torch.isfinite(x).all()
 
 
-def _payloads(request: Request) -> tuple[Payload, ...]:
+def payloads_of(request: Request) -> tuple[Payload, ...]:
+    """What a request sends, sealed; a sum is not."""
     if isinstance(request, Swap):
         return request.payloads
     return () if isinstance(request, Sum) else (request.payload,)

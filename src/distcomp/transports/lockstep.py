@@ -5,41 +5,37 @@ Two workers that ask different things in the same round are an error naming both
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distcomp.errors import Mismatch
-from distcomp.exchange import Gather, Mix, Request, Sum, Swap
-from distcomp.transports.base import Answer, Channel, OpenExchange
+from distcomp.exchange import Broadcast, Gather, Group, Heard, Mix, Request, Sum, Swap
+from distcomp.payload import Seal, unseal
+from distcomp.transports.base import TRUE, Answer, Channel, finite_flag, payloads_of
 from distcomp.transports.conversation import Conversation
 from distcomp.transports.ledger import Ledger
 
 
-class _Ready:
-    """A pending request whose answer the switchboard fills in."""
-
-    value: Any = None
-    started_s = finished_s = 0.0
-
-    def wait(self) -> Any:
-        return self.value
-
-
 class _Seat:
-    """One worker's end of the switchboard, as a transport."""
+    """One worker's end of the line, as a transport that keeps what is asked; the answer comes from
+    :class:`_Mail`."""
+
+    started_s = finished_s = 0.0
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
         self.asked: Request | None = None
-        self.ready = _Ready()
 
-    def start(self, request: Request) -> _Ready:
+    def start(self, request: Request) -> _Seat:
         self.asked = request
-        self.ready = _Ready()
-        return self.ready
+        return self
+
+    def wait(self) -> Any:
+        raise NotImplementedError("in lock-step nobody waits")
 
 
 class Lockstep:
@@ -47,6 +43,8 @@ class Lockstep:
 
     def __init__(self, size: int, fingerprint: int = 0) -> None:
         self.size = size
+        self.listen: Callable[[Sequence[Request | None]], None] | None = None
+        """Is told what all ask, round by round."""
         self.ledgers = [Ledger() for _ in range(size)]
         self._seats = [_Seat(rank, size) for rank in range(size)]
         self._channels = [
@@ -64,38 +62,75 @@ class Lockstep:
             if all(request is None for request in requests):
                 return
             _check_alike(requests)
-            exchanges: list[OpenExchange] = []
+            if self.listen is not None:
+                self.listen(requests)
             for channel, request, talk in zip(self._channels, requests, conversations, strict=True):
                 assert request is not None
-                exchanges.append(channel.prepare(request, talk.finite))
-                exchanges[-1].start()
-            self._answer()
-            for exchange in exchanges:
-                exchange.wait()
-            answers = [
-                exchange.open(talk.watch) for exchange, talk in zip(exchanges, conversations, strict=True)
-            ]
+                channel.prepare(request, talk.finite).start()
+            answers = list(self._answers(conversations))
 
-    def _answer(self) -> None:
-        requests = [seat.asked for seat in self._seats]
-        for rank, seat in enumerate(self._seats):
-            seat.ready.value = _answer_for(rank, requests)
+    def _answers(self, conversations: Sequence[Conversation]) -> Iterator[Answer]:
+        """What each worker hears. What all of a group hear alike is opened and added up once for all."""
+        asked: list[Any] = [seat.asked for seat in self._seats]
+        mail = _Mail(asked, self._channels)
+        for rank, (request, talk) in enumerate(zip(asked, conversations, strict=True)):
+            if isinstance(request, Swap):
+                yield mail.swapped(rank)
+            elif isinstance(request, Mix):
+                yield mail.mixed(rank)
+            else:
+                yield mail.common(rank, talk.watch)
 
 
-def _answer_for(rank: int, requests: list[Any]) -> Any:
-    asked = requests[rank]
-    group = asked.group or range(len(requests))
-    members = [requests[other] for other in group]
-    if isinstance(asked, Sum):
-        return _sum_in_rank_order([member.x for member in members])
-    if isinstance(asked, Gather):
-        return [member.payload.wire for member in members]
-    if isinstance(asked, Swap):
-        place = list(group).index(rank)
-        return [member.payloads[place].wire for member in members]
-    if isinstance(asked, Mix):
-        return [requests[neighbour].payload.wire for neighbour in asked.neighbours]
-    return [requests[asked.source].payload.wire]
+class _Mail:
+    """All requests of one round, every payload opened and checked once."""
+
+    def __init__(self, asked: Sequence[Any], channels: Sequence[Channel]) -> None:
+        self._asked = asked
+        self._finite = {
+            id(payload): unseal(payload, Seal(rank, channel.fingerprint, channel.exchange))
+            for rank, (request, channel) in enumerate(zip(asked, channels, strict=True))
+            for payload in dict.fromkeys(payloads_of(request))
+        }
+        self._all_finite = all(self._finite.values())
+        self._common: dict[tuple[Group | None, bool], Answer] = {}
+
+    def swapped(self, rank: int) -> Answer:
+        members = self._members(rank)
+        place = members.index(rank)
+        return self._answer([self._asked[member].payloads[place] for member in members])
+
+    def mixed(self, rank: int) -> Answer:
+        return self._answer([self._asked[neighbour].payload for neighbour in self._asked[rank].neighbours])
+
+    def common(self, rank: int, watch: bool) -> Answer:
+        """A sum is a copy for each: it is the asker's buffer."""
+        request = self._asked[rank]
+        key = (request.group, watch)
+        if key not in self._common:
+            self._common[key] = self._shared(rank, watch)
+        answer = self._common[key]
+        return Answer(answer.value.clone(), answer.finite) if isinstance(request, Sum) else answer
+
+    def _shared(self, rank: int, watch: bool) -> Answer:
+        request = self._asked[rank]
+        if isinstance(request, Broadcast):
+            (payload,) = (answer := self._answer([self._asked[request.source].payload])).value
+            return Answer(payload, answer.finite)
+        members = [self._asked[member] for member in self._members(rank)]
+        if isinstance(request, Sum):
+            total = _sum_in_rank_order([member.x for member in members])
+            return Answer(total, finite_flag(total) if watch else TRUE)
+        return self._answer(Heard(member.payload for member in members))
+
+    def _members(self, rank: int) -> Sequence[int]:
+        group: Group | None = self._asked[rank].group
+        return group if group is not None else range(len(self._asked))
+
+    def _answer(self, payloads: list[Any]) -> Answer:
+        if self._all_finite:
+            return Answer(payloads, TRUE)
+        return Answer(payloads, torch.tensor(all(bool(self._finite[id(one)]) for one in payloads)))
 
 
 def _sum_in_rank_order(tensors: list[Tensor]) -> Tensor:

@@ -1,0 +1,221 @@
+"""How far is the predicted step time from the measured one? Prediction first, then emulation, in one run.
+
+    python benchmarks/model_error.py --ranks 4 --network 100mbit   # a cell; writes results/model_error.json
+    python benchmarks/model_error.py --json                           # what the cells say together
+
+A cell is a number of ranks and a network: ``10mbit``, ``100mbit``, ``1gbit``, or ``racks`` (100 Mbit/s in
+two racks behind uplinks of 50 Mbit/s). What the prediction knows: the network that was asked for; of the
+ranks, all at once and before any of what is predicted: how long a step computes, when its buckets are ready,
+how long each method thinks between two requests (an echo answers); and how long messages of a few sizes
+take, to all and around a ring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import distcomp
+from distcomp.advice.predict import Machine, predict, rehearse
+from distcomp.network import Fabric, Rack, parse_rate
+from distcomp.network.model import Host
+from distcomp.network.probe import excess_of
+from distcomp.sync.observe import observe
+from distcomp.transports.clocked import direct_seconds, ring_seconds
+
+METHODS = (
+    "ddp", "torch:fp16", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1", "qsgd:bits=4,pattern=gather",
+    "powersgd:rank=4", "topk:ratio=0.01", "random_k:ratio=0.05", "dcd", "choco",
+)  # fmt: skip
+RESULT = Path(__file__).parent / "results" / "model_error.json"
+LAYERS, BATCH = 4, 4
+SIDES = {"10mbit": 512}
+SIDE = 1024
+SIZES = (1 << 10, 16 << 10, 128 << 10, 512 << 10, 2 << 20)
+REPEATS = 5
+CORES = len(os.sched_getaffinity(0))
+
+
+def fabric_of(network: str, ranks: int) -> Fabric:
+    """The network by its short name."""
+    if network != "racks":
+        return Fabric.uniform(ranks, network)
+    half, uplink_bps = ranks // 2, parse_rate("50mbit")
+    racks = (Rack(tuple(range(half)), uplink_bps), Rack(tuple(range(half, ranks)), uplink_bps))
+    return Fabric((parse_rate("100mbit"),) * ranks, 0.0, racks)
+
+
+def model(side: int) -> DistributedDataParallel:
+    torch.manual_seed(0)
+    layers = [nn.Linear(side, side) for _ in range(LAYERS)]
+    return DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=side * side * 4 / 2**20)
+
+
+def stepper(ddp: DistributedDataParallel, side: int) -> Any:
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
+    x = torch.randn(BATCH, side)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        ddp(x).square().mean().backward()
+        optimizer.step()
+
+    return optimizer, step
+
+
+# ------------------------------------------------------------------------------------ on the emulated ranks
+
+
+def calibrate(settings: dict[str, Any], ddp: DistributedDataParallel) -> dict[str, Any]:
+    """All ranks at once: the machine, the network's messages, and what the model makes of it."""
+    ranks, here = dist.get_world_size(), dist.get_rank()
+    fabric = fabric_of(settings["network"], ranks)
+    _, step = stepper(ddp, settings["side"])
+    dist.barrier()
+    observed = observe(ddp, step, repeats=9)
+    direct, around = excess_of(SIZES, direct_seconds(SIZES, REPEATS), ring_seconds(SIZES, REPEATS), fabric)
+    machine = Machine(observed, Host(ranks, CORES, direct=direct, around=around))
+    found = {}
+    for method in settings["methods"]:
+        dist.barrier()
+        rehearsed = rehearse(method, machine.observed.layouts, ranks)
+        found[method] = asdict(predict(rehearsed, machine, fabric))
+    everyone: list[Any] = [None] * ranks
+    dist.all_gather_object(everyone, found)
+    mean = {
+        method: {key: sum(one[method][key] for one in everyone) / ranks for key in found[method]}
+        for method in found
+    }
+    told = {"step_s": observed.step_s, "ready_s": observed.ready_s, **asdict(machine.host)}
+    return {"machine": told, "predicted": mean} if here == 0 else {}
+
+
+def measure(settings: dict[str, Any], ddp: DistributedDataParallel) -> dict[str, Any]:
+    """Step times of every method, in turns, from the start of one step to the start of the next, by rank."""
+    mine: dict[str, list[float]] = {method: [] for method in settings["methods"]}
+    phases: dict[str, dict[str, float]] = {}
+    optimizer, step = stepper(ddp, settings["side"])
+    for _ in range(settings["turns"]):
+        for method in settings["methods"]:
+            with distcomp.attach(ddp, optimizer, method) as handle:
+                starts_s = []
+                for _ in range(settings["steps"] + 2):
+                    starts_s.append(time.perf_counter())
+                    step()
+                phases[method] = handle.stats()["last"]["phases"]
+            mine[method] += [b - a for a, b in itertools.pairwise(starts_s[1:])]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    steps_s = {method: [one[method] for one in everyone] for method in settings["methods"]}
+    return {"steps_s": steps_s, "phases": phases}
+
+
+def rank_main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    settings = json.loads(os.environ["MODEL_ERROR"])
+    ddp = model(settings["side"])
+    found = calibrate(settings, ddp)
+    found |= measure(settings, ddp)
+    if dist.get_rank() == 0:
+        print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------- in one place
+
+
+def cell(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Predict, then measure."""
+    from _common import median, on_fabric
+
+    settings = {
+        "network": arguments.network, "side": SIDES.get(arguments.network, SIDE),
+        "methods": list(arguments.methods), "steps": arguments.steps, "turns": arguments.turns,
+    }  # fmt: skip
+
+    fabric = fabric_of(arguments.network, arguments.ranks)
+    found = on_fabric(__file__, fabric, {"MODEL_ERROR": json.dumps(settings)})
+    rows = {}
+    for method, predicted in found["predicted"].items():
+        steps_s = [max(one) for one in zip(*found["steps_s"][method], strict=True)]
+        took_s = median(steps_s)
+        rows[method] = {
+            "predicted_s": predicted["step_s"], "measured_s": took_s,
+            "error": predicted["step_s"] / took_s - 1, "steps_s": steps_s, "prediction": predicted,
+            "phases_of_rank_0": found["phases"][method],
+        }  # fmt: skip
+    return {
+        "ranks": arguments.ranks, "network": arguments.network, "described": found["network"],
+        "gradient_bytes": 4 * LAYERS * settings["side"] * (settings["side"] + 1),
+        "machine": found["machine"], "methods": rows,
+    }  # fmt: skip
+
+
+def judge(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median and worst error, and pairs whose order is wrong though they differ by more than 15 %."""
+    from _common import median
+
+    errors = {
+        f"{one['ranks']} x {one['network']} {method}": row["error"]
+        for one in cells
+        for method, row in one["methods"].items()
+    }
+    worst = max(errors, key=lambda one: abs(errors[one]))
+    wrong, pairs = [], 0
+    for one in cells:
+        rows = list(one["methods"].items())
+        for index, (a, row) in enumerate(rows):
+            for b, other in rows[index + 1 :]:
+                slow, fast = sorted((row["measured_s"], other["measured_s"]), reverse=True)
+                if slow <= 1.15 * fast:
+                    continue
+                pairs += 1
+                if (row["measured_s"] < other["measured_s"]) != (row["predicted_s"] < other["predicted_s"]):
+                    wrong.append(f"{one['ranks']} x {one['network']}: {a} and {b}")
+    return {
+        "predictions": len(errors), "median_error": median([abs(e) for e in errors.values()]),
+        "worst_error": abs(errors[worst]), "worst": worst,
+        "pairs_apart_by_15_percent": pairs, "pairs_in_the_wrong_order": wrong,
+    }  # fmt: skip
+
+
+def main() -> None:
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--network", help="measure this cell; without it, judge those that were")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    from _common import write
+
+    cells = json.loads(RESULT.read_text())["cells"] if RESULT.exists() else []
+    if arguments.network:
+        new = cell(arguments)
+        key = (arguments.ranks, arguments.network)
+        cells = [one for one in cells if (one["ranks"], one["network"]) != key] + [new]
+        for method, row in new["methods"].items():
+            print(f"{method:<28}{row['predicted_s']:>9.4f}{row['measured_s']:>9.4f} s{row['error']:>+8.1%}")
+    judged = [one for one in cells if one["network"] != "1gbit"]
+    verdict = judge(judged) if judged else {}
+    write("model_error", {"what": __doc__.splitlines()[0], "verdict": verdict, "cells": cells})
+    print(json.dumps(verdict, indent=1), file=sys.stdout if arguments.json else sys.stderr)
+
+
+if __name__ == "__main__":
+    rank_main() if "MODEL_ERROR" in os.environ else main()

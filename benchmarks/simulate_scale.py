@@ -1,0 +1,110 @@
+"""How long do a thousand workers take in one process, and does it grow with their number?
+
+    python benchmarks/simulate_scale.py --method dcd --workers 1024 --steps 200   # a cell
+    python benchmarks/simulate_scale.py                                            # the fits over all cells
+
+Pairs of digits, 27,674 parameters, each worker with a model and data of its own (drawn with replacement).
+A cell is a process: its seconds of training and its peak memory, the interpreter's own included. The fit is
+``a + b n`` by least squares over all cells of a method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__)
+RESULT = HERE.parent / "results" / "simulate_scale.json"
+SCRIPT = HERE.parents[1] / "examples" / "digits.py"
+METHODS = ("dcd", "choco", "pqasgd", "qsgd:pattern=gather")
+WORKERS = (16, 64, 256, 1024)
+WIDTH, BATCH = 112, 16
+
+
+def cell(method: str, workers: int, steps: int) -> dict[str, Any]:
+    """Train; what it took."""
+    import torch
+
+    from distcomp.advice import Scenario, Setting, Simulation, problem_of
+    from distcomp.methods import parse
+    from distcomp.network import Fabric
+
+    given = ["--width", str(WIDTH), "--batch", str(BATCH), "--steps", str(steps)]
+    problem = problem_of(SCRIPT, given)
+    fabric = Fabric.uniform(workers, "200mbit", "40ms")
+    simulation = Simulation(problem, parse(method), Setting(fabric, Scenario(compute_s=0.02)))
+    begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        simulation.step()
+    taken_s, cpu_s = time.perf_counter() - begin_s, time.process_time() - begin_cpu_s
+    return {
+        "method": method, "workers": workers, "steps": steps, "parameters": simulation.layout.numel,
+        "seconds": taken_s, "cpu_seconds": cpu_s, "threads": torch.get_num_threads(),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "batched": simulation.batched, **simulation.evaluate(),
+    }  # fmt: skip
+
+
+def fit(workers: list[int], values: list[float]) -> dict[str, float]:
+    """``a + b n`` and how much of the variance it explains."""
+    slope, intercept = np.polyfit(workers, values, 1)
+    rest = np.array(values) - (intercept + slope * np.array(workers))
+    return {"a": intercept, "b": slope, "r_squared": 1 - float(rest.var() / np.var(values))}
+
+
+def fits(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Per method: CPU seconds of a step, and peak memory, against workers."""
+    found = {}
+    for method in dict.fromkeys(one["method"] for one in cells):
+        mine = sorted((one for one in cells if one["method"] == method), key=lambda one: one["workers"])
+        if len(mine) < 3:
+            continue
+        workers = [one["workers"] for one in mine]
+        found[method] = {
+            "cpu_seconds_per_step": fit(workers, [one["cpu_seconds"] / one["steps"] for one in mine]),
+            "peak_bytes": fit(workers, [one["peak_bytes"] for one in mine]),
+        }
+    return found
+
+
+def main() -> None:
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
+    parser.add_argument("--method", choices=METHODS)
+    parser.add_argument("--workers", type=int, nargs="+", default=[])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--one", action="store_true", help="print one cell (used by this script itself)")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(cell(arguments.method, arguments.workers[0], arguments.steps)))
+        return
+    from _common import write
+
+    cells = json.loads(RESULT.read_text())["cells"] if RESULT.exists() else []
+    for workers in arguments.workers:
+        command = [
+            sys.executable, str(HERE), "--one", "--method", arguments.method,
+            "--workers", str(workers), "--steps", str(arguments.steps),
+        ]  # fmt: skip
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        new = json.loads(done.stdout.splitlines()[-1])
+        cells = [one for one in cells if (one["method"], one["workers"]) != (new["method"], workers)] + [new]
+        result = {"what": HERE.read_text().splitlines()[0].strip('"'), "fits": fits(cells), "cells": cells}
+        write("simulate_scale", result)
+        print(
+            {key: new[key] for key in ("method", "workers", "steps", "seconds", "cpu_seconds", "peak_bytes")}
+        )
+    print(json.dumps(fits(cells), indent=1), file=sys.stdout if arguments.json else sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

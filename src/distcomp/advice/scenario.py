@@ -1,0 +1,126 @@
+"""What goes wrong while a thousand workers train: stragglers, and links that fail. As a file it is TOML::
+
+    seed = 0                      # of the draws below
+    compute = "20ms"              # of a step, on a worker that nothing slows down
+
+    [stragglers]                  # in every step, each worker is slow with this chance, by this factor
+    chance = 0.05
+    factor = 10
+
+    [[slow]]                      # workers that are always slow
+    ranks = [3, 17]
+    factor = 2.5
+
+    [[down]]                      # a link fails, in virtual time
+    ranks = [5]
+    begin = "10s"
+    end = "30s"
+
+While its link is down a worker computes and is not heard. Gossip with ``on_failure=continue`` that keeps no
+replicas goes on without it; whatever else is asked of it waits until the link is back.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distcomp.errors import DistcompError
+from distcomp.network.units import parse_time
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Workers that always compute ``factor`` times as long."""
+
+    ranks: tuple[int, ...]
+    factor: float
+
+
+@dataclass(frozen=True)
+class Down:
+    """Workers that are not heard from ``begin_s`` to ``end_s``."""
+
+    ranks: tuple[int, ...]
+    begin_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """How long a step computes on each worker, and which links fail when."""
+
+    compute_s: float = 0.0
+    seed: int = 0
+    straggler_chance: float = 0.0
+    straggler_factor: float = 1.0
+    slow: tuple[Slow, ...] = ()
+    down: tuple[Down, ...] = ()
+
+    def computing_s(self, step: int, workers: int) -> NDArray[np.float64]:
+        """Each worker's time for the computing of a step; the same whenever it is asked for."""
+        times = np.full(workers, self.compute_s)
+        for one in self.slow:
+            times[list(one.ranks)] *= one.factor
+        drawn = np.random.default_rng((self.seed, step)).random(workers)
+        times[drawn < self.straggler_chance] *= self.straggler_factor
+        return times
+
+    def back_s(self, rank: int, moment_s: float) -> float:
+        """When a worker's link is there: now, or when it comes back."""
+        for one in sorted(self.down, key=lambda one: one.begin_s):
+            if rank in one.ranks and one.begin_s <= moment_s < one.end_s:
+                moment_s = one.end_s
+        return moment_s
+
+    def check(self, workers: int) -> None:
+        """Raise DistcompError where a worker is named that there is none of."""
+        named = [rank for one in self.slow for rank in one.ranks]
+        named += [rank for one in self.down for rank in one.ranks]
+        for rank in named:
+            if not 0 <= rank < workers:
+                raise DistcompError(f"the scenario names worker {rank}; there are 0 to {workers - 1}")
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Scenario:
+        """The scenario in a file. Raises DistcompError where it cannot be read or makes no sense."""
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise DistcompError(f"the scenario {path} cannot be read ({error}); give a TOML file") from None
+        try:
+            return cls._of(table)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DistcompError(
+                f"{path}: {error!r} is missing or of another kind; see docs/advice.md"
+            ) from None
+
+    @classmethod
+    def _of(cls, table: dict[str, Any]) -> Scenario:
+        unknown = set(table) - {"seed", "compute", "stragglers", "slow", "down"}
+        if unknown:
+            raise DistcompError(
+                f"a scenario has no setting {min(unknown)!r}; see docs/advice.md for those it has"
+            )
+        stragglers = table.get("stragglers", {"chance": 0.0, "factor": 1.0})
+        chance, factor = float(stragglers["chance"]), float(stragglers["factor"])
+        if not 0 <= chance <= 1 or factor <= 0:
+            raise DistcompError(
+                f"stragglers have a chance in [0, 1] and a factor above 0, not {chance}, {factor}"
+            )
+        return cls(
+            parse_time(table.get("compute", 0.0)),
+            int(table.get("seed", 0)),
+            chance,
+            factor,
+            tuple(Slow(tuple(map(int, one["ranks"])), float(one["factor"])) for one in table.get("slow", [])),
+            tuple(
+                Down(tuple(map(int, one["ranks"])), parse_time(one["begin"]), parse_time(one["end"]))
+                for one in table.get("down", [])
+            ),
+        )

@@ -1,0 +1,73 @@
+"""How long does a step take without communication, and when is each bucket ready?"""
+
+# No "from __future__ import annotations" here: DDP compares the hook's annotations with the types themselves.
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from distcomp.errors import DistcompError
+from distcomp.layout import Layout
+from distcomp.sync.ddp import segments_of
+from distcomp.sync.trampoline import trampoline_of
+from distcomp.transports.types import GradBucket
+
+WARM_UP = 3  # the first step's buckets are not those of later ones
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Each bucket's layout and the moment it was ready, in seconds from a step's start; and when the step was
+    over."""
+
+    layouts: tuple[Layout, ...]
+    ready_s: tuple[float, ...]
+    step_s: float
+
+
+class _Watcher:
+    """Gives every bucket back as it is, and notes the time."""
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        self._segments = segments_of(ddp.module)
+        self.seen: list[tuple[Layout, float]] = []
+
+    def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        layout = Layout(tuple(self._segments[id(parameter)] for parameter in bucket.parameters()))
+        self.seen.append((layout, time.perf_counter()))
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+
+def observe(ddp: DistributedDataParallel, step: Callable[[], object], repeats: int = 5) -> Observed:
+    """Means over ``repeats`` of ``step``: one forward, one backward and the optimizer. Nothing is sent.
+
+    Raises DistcompError where a step's gradients do not come in one backward.
+    """
+    trampoline = trampoline_of(ddp)
+    watcher = _Watcher(ddp)
+    before, trampoline.attached = trampoline.attached, watcher
+    ready_s, steps_s = [], []
+    layouts: tuple[Layout, ...] = ()
+    try:
+        for index in range(WARM_UP + repeats):
+            watcher.seen.clear()
+            begin_s = time.perf_counter()
+            step()
+            end_s = time.perf_counter()
+            layouts = tuple(layout for layout, _ in watcher.seen)
+            if not layouts:
+                raise DistcompError("no gradient came out of a step; let it call the model and backward()")
+            if index >= WARM_UP:
+                steps_s.append(end_s - begin_s)
+                ready_s.append([moment_s - begin_s for _, moment_s in watcher.seen])
+    finally:
+        trampoline.attached = before
+    means_s = tuple(map(statistics.fmean, zip(*ready_s, strict=True)))
+    return Observed(layouts, means_s, statistics.fmean(steps_s))
