@@ -22,12 +22,14 @@ from distcomp.methods import METHODS, Method, parse
 from distcomp.network.qdisc import read_qdisc_bytes
 from distcomp.sync.averaging import Averaging, Levels
 from distcomp.sync.ddp import GradientSync, Scaler
+from distcomp.sync.fsdp import ShardSync, refuse_sharded
 from distcomp.sync.link import Link
 from distcomp.sync.models import ModelSync, edges_of, refuse_averaging
 from distcomp.sync.states import pack, unpack
 from distcomp.sync.stock import StockSync, is_stock
 from distcomp.sync.target import Target, uncompiled
 from distcomp.sync.trampoline import Trampoline, trampoline_of
+from distcomp.transports.types import ProcessGroup
 from distcomp.version import __version__
 
 
@@ -39,14 +41,15 @@ def attach(
     scaler: Scaler | None = None,
     seed: int = 0,
     timeout_s: float = 60.0,
+    replicas: ProcessGroup | None = None,
 ) -> Handle:
-    """Let ``method`` carry the gradients of a DistributedDataParallel model, or average models. Call it on
-    every rank.
+    """Let ``method`` carry the gradients of a DistributedDataParallel or FSDP2 model, or average models. Call
+    it on every rank.
 
     Args:
-        model: the DDP model, also when ``torch.compile`` is wrapped around it. Methods that average models,
-        such as
-            ``distcomp.diloco()`` or ``distcomp.choco()``, leave gradients local and take a plain module, too.
+        model: the DDP model or what ``fully_shard`` returned, also when ``torch.compile`` is wrapped around
+            it. Methods that average models, such as ``distcomp.diloco()`` or ``distcomp.choco()``, leave
+            gradients local and take a plain module, too.
         optimizer: needed by some methods; gradient methods accept its absence.
         method: what to say on the wire: an object such as ``distcomp.qsgd(bits=4)`` or a string such as
             ``"qsgd:bits=4"``. ``"ddp"``, ``"torch:fp16"`` and ``"torch:powersgd"`` are PyTorch's own, for
@@ -55,6 +58,8 @@ def attach(
         scaler: the run's GradScaler, if it has one: residuals are then kept in unscaled units.
         seed: of all random rounding; must be the same on every rank.
         timeout_s: how long to wait for a peer before naming it and giving up.
+        replicas: of an FSDP model sharded over one dimension of a mesh: the group of those that hold the same
+            shard. The method then talks across them, after FSDP's own reduce-scatter inside each.
 
     Returns:
         A handle: ``stats()``, ``log()``, ``state_dict()``, ``load_state_dict()``, ``detach()``; also a
@@ -68,7 +73,7 @@ def attach(
         PeerLost: a rank did not attach in time.
     """
     chosen = _method(method)
-    target = Target.of(model)
+    target = Target.of(model, replicas)
     if target.key in _ATTACHED:
         raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
     _refuse(target, chosen, optimizer)
@@ -76,7 +81,7 @@ def attach(
     edges = edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
     link = Link.open(target, _settings(target, chosen, optimizer, seed), timeout_s, edges)
     sync = _open(chosen, target, link, optimizer=optimizer, scaler=scaler, seed=seed)
-    if trampoline is not None:
+    if trampoline is not None and not isinstance(sync, ShardSync):
         trampoline.attached = sync
     _ATTACHED.add(target.key)
     if link.recorder is not None:
@@ -84,7 +89,7 @@ def attach(
     return Handle(target, sync, trampoline, link)
 
 
-Sync = GradientSync | StockSync | ModelSync
+Sync = GradientSync | StockSync | ModelSync | ShardSync
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
 
@@ -101,6 +106,8 @@ def _open(
     """What serves the choice: where gradients or models meet it."""
     if isinstance(chosen, str):
         return StockSync(chosen, target.group)
+    if isinstance(chosen, Method) and target.shards is not None:
+        return ShardSync(target, chosen, link, seed, scaler)
     if isinstance(chosen, Method):
         return GradientSync(target.module, chosen, link.channel, seed, scaler)
     return ModelSync(target, chosen, link, optimizer, seed)
@@ -126,7 +133,7 @@ class Handle:
         """Iterations, bytes sent by this rank (in all, by kind, in the last iteration) and where the last
         one's time went."""
         self._sync.idle()
-        report = self._sync.report() if isinstance(self._sync, ModelSync) else {}
+        report = self._sync.report() if isinstance(self._sync, ModelSync | ShardSync) else {}
         return {"method": self.method, "iterations": self._sync.iterations, **self._watch.totals(), **report}
 
     def log(self, **fields: Any) -> None:
@@ -140,14 +147,14 @@ class Handle:
         Save it on *every* rank: ``torch.save`` to a file per rank, or ``torch.distributed.checkpoint`` as it
         is.
         """
-        return pack(self._link.rank, self._link.size, self._sync.state_dict())
+        return pack(*self._target.place, self._sync.state_dict())
 
     def load_state_dict(self, saved: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Continue where a checkpoint stopped, bit for bit.
 
         On another world size pass a list of all old ranks' state dicts: the mean of the residuals is kept.
         """
-        self._sync.load_state_dict(unpack(saved, self._link.rank, self._link.size))
+        self._sync.load_state_dict(unpack(saved, *self._target.place))
 
     def load_checkpoint(self, path: str | Path, key: str = "distcomp") -> None:
         """As :meth:`load_state_dict`, from ``torch.distributed.checkpoint``: ``dcp.save({key:
@@ -177,7 +184,7 @@ class Handle:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Let gradients accumulate: a backward in this context is no iteration. With DDP it is DDP's own."""
-        quiet = self._sync.no_sync() if isinstance(self._sync, ModelSync) else nullcontext()
+        quiet = self._sync.no_sync() if isinstance(self._sync, ModelSync | ShardSync) else nullcontext()
         with quiet, self._target.ddp.no_sync() if self._target.ddp is not None else nullcontext():
             yield
 
@@ -188,8 +195,8 @@ class Handle:
             self._watch.record()
 
     def detach(self) -> None:
-        """Leave the model: from now on it reduces gradients as plain DDP, bit for bit. Calls :meth:`finish`
-        first."""
+        """Leave the model: from now on it reduces gradients as plain DDP or FSDP does, bit for bit. Calls
+        :meth:`finish` first."""
         self._leave(agree=True)
 
     def _leave(self, agree: bool) -> None:
@@ -334,11 +341,15 @@ def _method(method: Chosen | None) -> Chosen:
 
 def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None:
     """What cannot be served, named with its reason."""
+    if target.shards is not None:
+        refuse_sharded(chosen)
     if isinstance(chosen, Averaging | Levels):
         refuse_averaging(target, chosen, optimizer)
         return
     if isinstance(chosen, Method):
         chosen.check(optimizer)
+    if target.shards is not None:
+        return
     model = target.as_ddp()
     for name, part in model.module.named_modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
@@ -370,6 +381,7 @@ def _settings(target: Target, method: Chosen, optimizer: Optimizer | None, seed:
         "seed": str(seed),
         "parameters": f"{len(shapes)} tensors, digest {digest}",
         "bucket_cap_bytes": str(getattr(target.ddp, "bucket_bytes_cap", None)),
+        "replicas": str(target.replicas is not None),
         "optimizer": type(optimizer).__name__,
         "distcomp": __version__,
     }

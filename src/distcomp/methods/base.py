@@ -102,15 +102,16 @@ class Method(ABC):
 
     def check(self, optimizer: Optimizer | None) -> None:
         """Raise DistcompError if this method, or one within, cannot serve the optimizer."""
-        for _, method in self._inner():
+        for _, method in self.within():
             method.check(optimizer)
 
     def at(self, step: int) -> Method:
         """This method, and those within, as :meth:`payload_bytes` should see them in ``step``."""
-        inner = {name: method.at(step) for name, method in self._inner()}
+        inner = {name: method.at(step) for name, method in self.within()}
         return replace(self, **inner) if inner else self  # type: ignore[type-var]
 
-    def _inner(self) -> list[tuple[str, Method]]:
+    def within(self) -> list[tuple[str, Method]]:
+        """The methods that this one is made of, by the name of their field."""
         names: list[str] = [one.name for one in fields(self)] if is_dataclass(self) else []
         return [(name, getattr(self, name)) for name in names if isinstance(getattr(self, name), Method)]
 

@@ -125,9 +125,12 @@ def _read(setting: Any) -> Any:
     return setting
 
 
+EXACT = lift(Identity())
+
+
 @dataclass(frozen=True)
 class Warmup(Method):
-    """Send float32 in the first ``steps`` steps and go through ``inner`` afterwards.
+    """Send float32 (go through ``before``) in the first ``steps`` steps and through ``inner`` afterwards.
 
     ``estimate = mean(x)`` and ``contribution_i = x_i`` while it lasts; ``inner`` keeps the state it began
     with. A function of the step only: a run resumed in the middle goes on warming up. On the wire: ``2
@@ -138,6 +141,7 @@ class Warmup(Method):
 
     inner: Method
     steps: int
+    before: Method = field(default=EXACT, repr=False)
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -148,7 +152,7 @@ class Warmup(Method):
         return self.inner.transparent
 
     def at(self, step: int) -> Method:
-        return EXACT if step < self.steps else self.inner.at(step)
+        return self.before if step < self.steps else self.inner.at(step)
 
     def init(self, layout: Layout) -> State:
         return self.inner.init(layout)
@@ -156,11 +160,8 @@ class Warmup(Method):
     def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
         if turn.step >= self.steps:
             return (yield from self.inner.talk(x, state, turn))
-        outcome = yield from EXACT.talk(x, {}, turn)
+        outcome = yield from self.before.talk(x, {}, turn)
         return replace(outcome, state=state)
 
     def payload_bytes(self, layout: Layout, size: int) -> int:
         return self.at(0).payload_bytes(layout, size)
-
-
-EXACT = lift(Identity())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +23,27 @@ class Target:
     module: nn.Module
     ddp: DistributedDataParallel | None
     group: dist.ProcessGroup
+    """The ranks that talk."""
+    shards: dist.ProcessGroup | None = None
+    """The ranks that an FSDP model is sharded over."""
+    replicas: dist.ProcessGroup | None = None
+    """Across which a method talks about an FSDP model's shards: the whole of a hybrid mesh's other side."""
 
     @staticmethod
-    def of(model: nn.Module) -> Target:
-        """Looks under torch.compile's wrapper. A plain module talks over the default process group.
+    def of(model: nn.Module, replicas: dist.ProcessGroup | None = None) -> Target:
+        """Looks under torch.compile's wrapper. A plain module talks over the default process group, an FSDP
+        model over its mesh, or across ``replicas``.
 
-        Raises DistcompError where that group does not exist.
+        Raises DistcompError where that group does not exist, or where ``replicas`` mean nothing.
         """
         inner = getattr(model, "_orig_mod", model)
+        if is_sharded(inner):
+            return _sharded(model, inner, replicas)
+        if replicas is not None:
+            raise DistcompError(
+                f"replicas are those of an FSDP model's shards, and {type(inner).__name__} is none; leave "
+                "them out"
+            )
         if isinstance(inner, DistributedDataParallel):
             return Target(model, inner.module, inner, inner.process_group)
         if not dist.is_initialized():
@@ -45,12 +59,18 @@ class Target:
         """What belongs to the model for good, a process group for instance, is kept under this."""
         return self.ddp if self.ddp is not None else self.module
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """This rank's number, and of how many: names its part of a checkpoint."""
+        group = dist.group.WORLD if self.shards is not None else self.group
+        return dist.get_rank(group), dist.get_world_size(group)
+
     def as_ddp(self) -> DistributedDataParallel:
         """The DDP model. Raises DistcompError where there is none: gradients are taken from DDP's buckets."""
         if self.ddp is None:
             raise DistcompError(
-                f"a gradient method needs a DistributedDataParallel model, not {type(self.module).__name__}; "
-                "wrap it first: model = DistributedDataParallel(model)"
+                f"a gradient method needs a DistributedDataParallel or FSDP model, not "
+                f"{type(self.module).__name__}; wrap it first: model = DistributedDataParallel(model)"
             )
         return self.ddp
 
@@ -60,3 +80,37 @@ def uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     the compiler, which takes seconds, together with distcomp."""
     left_alone: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return left_alone
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether this is an FSDP2 module. FSDP takes seconds to import, and who has not imported it has none."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _sharded(called: nn.Module, inner: nn.Module, replicas: dist.ProcessGroup | None) -> Target:
+    """An FSDP model, whose parameters all lie on one mesh of one dimension."""
+    from torch.distributed.tensor import DTensor
+
+    parameters = list(inner.parameters())
+    meshes = {parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)}
+    if not all(isinstance(parameter, DTensor) for parameter in parameters) or len(meshes) != 1:
+        raise DistcompError(
+            f"the parameters lie on {len(meshes)} meshes, or some on none; call fully_shard on the model "
+            "itself, and with the same mesh for all its modules"
+        )
+    (mesh,) = meshes
+    if mesh.ndim != 1:
+        raise DistcompError(
+            f"the model lies on a mesh of {mesh.ndim} dimensions, whose replicas FSDP averages in full "
+            "precision before anybody is asked; shard over one dimension and name the other: "
+            "fully_shard(model, mesh=mesh['shard']), then "
+            "distcomp.attach(..., replicas=mesh.get_group('replicate'))"
+        )
+    shards = mesh.get_group()
+    if replicas is None and dist.get_world_size(shards) == 1:
+        replicas = shards  # FSDP scatters nothing on one rank; the hook after it is called all the same
+    return Target(called, inner, None, replicas or shards, shards, replicas)
