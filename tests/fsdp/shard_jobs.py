@@ -180,10 +180,16 @@ def poisoned(rank: int, size: int, replicas: int, hurt: int) -> tuple[bool, bool
         before = handle.state_dict()[f"rank{rank}"]
         x, y = batch(rank, 77)
         optimizer.zero_grad()
-        out = model(x)
-        loss = nn.functional.cross_entropy(out, y)
+        last: list[Tensor] = []
+
+        def again(part: nn.Module, given: tuple[Tensor], _: Tensor) -> None:
+            last.append(nn.functional.linear(given[0].detach(), part.weight, part.bias)[:, 4].sum())
+
+        hook = model[5].register_forward_hook(again, prepend=True)  # before FSDP takes the weights away
+        loss = nn.functional.cross_entropy(model(x), y)
+        hook.remove()
         if rank == hurt:  # the last row of the last layer: in one shard's piece alone
-            loss = loss + out[:, 4].sum() * float("nan")
+            loss = loss + last[0] * float("nan")
         loss.backward()
         seen = not all(p.grad.to_local().isfinite().all() for p in model.parameters())
         after = handle.state_dict()[f"rank{rank}"]
