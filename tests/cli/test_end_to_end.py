@@ -61,6 +61,7 @@ def distcomp(*argv: str, where: Path) -> subprocess.Popen[str]:
         [sys.executable, "-m", "distcomp", *argv],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=where, start_new_session=True,
         env=os.environ | {"PYTHONPATH": SOURCE},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's ignore it
     )  # fmt: skip
 
 
