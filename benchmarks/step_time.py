@@ -6,6 +6,10 @@ network.
 Each rank's gradient is about 17 MB in several buckets. The exchange's time runs from the first encode to the
 last decode; the prediction is what the queue must be charged (payloads and headers) over the rate. Bytes are
 counted three times: by the ledger (payloads), by the prediction (with headers), and by the kernel's queue.
+
+``--shelf`` takes other methods, and sets each against its bound: the larger of its wire time and of the CPU
+time of all ranks on the cores they share, plus the floor, which is the same exchange of a model of next to
+nothing (as many buckets and rounds).
 """
 
 from __future__ import annotations
@@ -29,14 +33,21 @@ METHODS = (
     "ddp", "torch:fp16", "identity", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=2", "qsgd:bits=1",
     "qsgd:bits=4,pattern=gather",
 )  # fmt: skip
-SIDE, LAYERS = 1024, 4
+SHELF = (
+    "ddp", "qsgd:bits=4", "qsgd:bits=1", "natural", "terngrad", "majority_vote", "ef_signsgd", "onebit",
+    "shared_range", "topk:ratio=0.01", "random_k:ratio=0.01", "demo", "powersgd:rank=4",
+)  # fmt: skip
+SIDE, LAYERS, TINY = 1024, 4, 32
 
 
-def model() -> DistributedDataParallel:
-    """Matrices that cost little to go through, next to what they weigh: ranks share the cores."""
+def model(side: int = SIDE) -> DistributedDataParallel:
+    """Matrices that cost little to go through, next to what they weigh: ranks share the cores. A bucket
+    each."""
     torch.manual_seed(0)
-    layers = [nn.Linear(SIDE, SIDE) for _ in range(LAYERS)]
-    return DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=4, gradient_as_bucket_view=True)
+    layers = [nn.Linear(side, side) for _ in range(LAYERS)]
+    return DistributedDataParallel(
+        nn.Sequential(*layers), bucket_cap_mb=4 * side**2 / 2**20, gradient_as_bucket_view=True
+    )
 
 
 def queue_bytes() -> int | None:
@@ -53,7 +64,7 @@ def queue_bytes() -> int | None:
 def measure(ddp: DistributedDataParallel, method: str, steps: int) -> list[dict[str, float | None]]:
     """Some steps with ``method``; the first is a warm-up and is not reported."""
     optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
-    x = torch.randn(1, SIDE)
+    x = torch.randn(1, ddp.module[0].in_features)
     found: list[dict[str, float | None]] = []
     with distcomp.attach(ddp, optimizer, method) as handle:
         for step in range(steps + 1):
@@ -83,17 +94,20 @@ def measure(ddp: DistributedDataParallel, method: str, steps: int) -> list[dict[
 def rank_main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    ddp = model()
+    ddp, tiny = model(), model(TINY)
     settings = json.loads(os.environ["STEP_TIME"])
     mine: dict[str, list[dict[str, float | None]]] = {method: [] for method in settings["methods"]}
+    floor: dict[str, list[float]] = {method: [] for method in settings["methods"]}
     for _ in range(settings["turns"]):
         for method in settings["methods"]:
             mine[method] += measure(ddp, method, settings["steps"])
+            if settings["floor"]:
+                floor[method] += [one["exchange_s"] or 0.0 for one in measure(tiny, method, 4)]
     everyone: list[dict[str, list[dict[str, float | None]]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:
         numel = sum(p.numel() for p in ddp.parameters())
-        print(json.dumps({"gradient_bytes": 4 * numel, "ranks": everyone}))
+        print(json.dumps({"gradient_bytes": 4 * numel, "ranks": everyone, "floor": floor}))
     dist.destroy_process_group()
 
 
@@ -124,6 +138,13 @@ def summarize(raw: dict[str, object], rate_bps: float) -> dict[str, dict[str, fl
                 for name in ("cpu_s", "wire_idle_s", "encode_s", "recode_s", "wait_s", "decode_s")
             },
         }
+    floor, cores = raw["floor"], os.cpu_count() or 1
+    assert isinstance(floor, dict)
+    for method, row in rows.items():
+        if floor[method]:
+            at_least_s = max(row["predicted_s"], len(ranks) * row["cpu_s"] / cores)
+            row["floor_s"] = median(floor[method])
+            row["over_bound"] = row["exchange_s"] / (at_least_s + row["floor_s"])
     for row in rows.values():
         fastest = rows["ddp"]["exchange_s"]
         assert fastest is not None
@@ -140,12 +161,18 @@ def main() -> None:
     parser.add_argument("--rate", default="100mbit")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--shelf", action="store_true", help="other methods, each against its bound")
     parser.add_argument("--json", action="store_true", help="print the result instead of a table")
     arguments = parser.parse_args()
     from _common import on_network, write
 
-    settings = {"methods": list(arguments.methods), "turns": arguments.turns, "steps": arguments.steps}
+    settings = {
+        "methods": list(arguments.methods or (SHELF if arguments.shelf else METHODS)),
+        "turns": arguments.turns,
+        "steps": arguments.steps,
+        "floor": arguments.shelf,
+    }
     raw = on_network(__file__, arguments.ranks, arguments.rate, {"STEP_TIME": json.dumps(settings)})
     rows = summarize(raw, parse_rate(arguments.rate))
     result = {
@@ -153,16 +180,18 @@ def main() -> None:
         "ranks": arguments.ranks, "rate": arguments.rate, "network": raw["network"],
         "gradient_bytes": raw["gradient_bytes"], "methods": rows,
     }  # fmt: skip
-    path = write(f"step_time_{arguments.rate}", result)
+    path = write(f"step_{'shelf' if arguments.shelf else 'time'}_{arguments.rate}", result)
     if arguments.json:
         print(json.dumps(result, indent=1))
         return
-    print(f"{'method':<28}{'exchange':>10}{'predicted':>11}{'ratio':>7}{'queue/pred':>11}{'speed-up':>9}")
+    print(
+        f"{'method':<28}{'exchange':>10}{'predicted':>11}{'ratio':>7}{'queue/pred':>11}{'speed-up':>9}{'bound':>7}"
+    )
     for method, row in rows.items():
         queue = f"{row['queue_over_predicted']:.3f}" if row["queue_over_predicted"] else "-"
         print(
             f"{method:<28}{row['exchange_s']:>9.3f}s{row['predicted_s']:>10.3f}s{row['ratio']:>7.2f}"
-            f"{queue:>11}{row['speed_up_over_ddp']:>8.1f}x"
+            f"{queue:>11}{row['speed_up_over_ddp']:>8.1f}x{row.get('over_bound') or 0:>7.2f}"
         )
     print(f"written to {path}", file=sys.stderr)
 
