@@ -160,6 +160,7 @@ class Net:
         return {
             **MEMORY_ENV,
             "OMP_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns that emulated hosts have no names
             "PYTHONUNBUFFERED": "1",
             **inherited,
             "MASTER_ADDR": self.addresses[0],

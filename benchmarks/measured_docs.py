@@ -1,0 +1,136 @@
+"""Writes the measured rows of README.md and docs/measured.md, from committed result files and nothing else.
+
+python benchmarks/measured_docs.py
+"""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from _tables import ROOT, fill, markdown, result, source
+
+Row = dict[str, Any]
+
+
+def loss(row: Row) -> str:
+    """Relative to DDP, with the spread of the paired differences."""
+    spread = row["paired_difference_spread"] * row["relative_to_ddp"] / row["mean"]
+    return f"{100 * (row['relative_to_ddp'] - 1):+.1f} % ± {100 * spread:.1f}"
+
+
+def readme() -> str:
+    steps, overhead, losses = result("step_time_100mbit"), result("overhead"), result("digit_pairs")
+
+    def exchange(method: str, label: str) -> list[str]:
+        row, ddp = steps["methods"][method], steps["methods"]["ddp"]
+        fewer = ddp["payload_bytes"] / row["payload_bytes"]
+        faster = f"{row['speed_up_over_ddp']:.1f} × faster"
+        return [label, f"{fewer:.1f} × fewer", faster, loss(losses["methods"][method])]
+
+    loses = f"where it loses: `identity`, {overhead['ranks']} ranks, fast network"
+    slower = f"a step takes {100 * (overhead['ratio'] - 1):+.1f} %"
+    table = markdown(
+        ["", "bytes sent", "exchange", "test loss"],
+        [
+            exchange("qsgd:bits=4", "`qsgd(bits=4)`"),
+            exchange("qsgd:bits=1", "`qsgd(bits=1)`, error feedback"),
+            [loses, "as many", slower, "same bits"],
+        ],
+    )
+    about = (
+        f"{source(steps, 'step_time.py')[:-1]} and `overhead.py`: the exchange of "
+        f"{steps['gradient_bytes'] / 1e6:.0f} MB of gradients between {steps['ranks']} ranks on an emulated "
+        f"{steps['rate']} network, against DDP's fp32 all-reduce in the same run. Test loss: pairs of "
+        f"digits, {losses['ranks']} workers, {losses['steps']} steps, mean of {losses['seeds']} seeds ± "
+        "standard deviation of the differences to DDP seed by seed; training without communication: "
+        f"{loss(losses['methods']['none'])} (`benchmarks/digit_pairs.py`)."
+    )
+    return f"{table}\n\n{textwrap.fill(about, 118, break_on_hyphens=False, break_long_words=False)}"
+
+
+def exchanges(rate: str) -> str:
+    """Each method's exchange against the time of its bytes, and against DDP."""
+    found = result(f"step_time_{rate}")
+    rows = [
+        [
+            f"`{method}`",
+            f"{row['payload_bytes'] / 1e6:.2f} MB",
+            f"{1e3 * row['predicted_s']:.0f} ms",
+            f"{1e3 * row['exchange_s']:.0f} ms",
+            f"{row['ratio']:.2f}",
+            f"{row['queue_over_predicted']:.3f}",
+            f"{row['speed_up_over_ddp']:.1f} ×",
+        ]
+        for method, row in found["methods"].items()
+    ]
+    head = ["method", "payload", "its bytes take", "exchange", "ratio", "queue / predicted bytes", "over DDP"]
+    return f"{markdown(head, rows)}\n\n{source(found, f'step_time.py --rate {rate}')}"
+
+
+def shelf() -> str:
+    """Each method's exchange against its bound."""
+    found = result("step_shelf_100mbit")
+    rows = [
+        [
+            f"`{method}`",
+            f"{row['payload_bytes'] / 1e6:.3f} MB",
+            f"{1e3 * row['predicted_s']:.0f} ms",
+            f"{1e3 * found['ranks'] * row['cpu_s'] / found['host']['cores']:.0f} ms",
+            f"{1e3 * row['floor_s']:.0f} ms",
+            f"{1e3 * row['exchange_s']:.0f} ms",
+            f"{row['over_bound']:.2f}",
+        ]
+        for method, row in found["methods"].items()
+    ]
+    head = ["method", "payload", "its bytes take", "its CPU takes", "floor", "exchange", "over the bound"]
+    return f"{markdown(head, rows)}\n\n{source(found, 'step_time.py --shelf')}"
+
+
+def losses() -> str:
+    found = result("digit_pairs")
+    rows = [
+        [
+            f"`{method}`",
+            f"{row['mean']:.4f} ± {row['spread']:.4f}",
+            f"{row['paired_difference_mean']:+.5f} ± {row['paired_difference_spread']:.5f}",
+            f"{row['test_accuracy_mean']:.1%}",
+        ]
+        for method, row in found["methods"].items()
+    ]
+    head = ["method", "test loss", "difference to DDP, seed by seed", "accuracy"]
+    return f"{markdown(head, rows)}\n\n{source(found, 'digit_pairs.py')}"
+
+
+def codecs() -> str:
+    """Encoding and decoding in units of a copy."""
+    found = result("compressors")
+    runs = [(key, found[key]) for key in found if key.startswith("cpu_")]
+    names = [name for name, row in runs[0][1]["rows"].items() if "encode" in row]
+    rows = [
+        [name]
+        + [f"{run['rows'][name][way]['copies']:.2f}" for _, run in runs for way in ("encode", "decode")]
+        for name in names
+    ]
+    head = ["compressor"] + [
+        f"{way}, {key.removeprefix('cpu_')} thread{'s' * (key != 'cpu_1')}"
+        for key, _ in runs
+        for way in ("encode", "decode")
+    ]
+    copies = ", ".join(f"{1e3 * run['copy_s']:.1f} ms" for _, run in runs)
+    gpu = found["gpu"] if isinstance(found["gpu"], str) else found["gpu"]["name"]
+    return f"{markdown(head, rows)}\n\nThe copy takes {copies}. GPU: {gpu}. {source(found, 'compressors.py')}"
+
+
+def main() -> None:
+    fill(ROOT / "README.md", "measured", readme())
+    page = ROOT / "docs" / "measured.md"
+    fill(page, "exchanges", exchanges("100mbit"))
+    fill(page, "exchanges 1gbit", exchanges("1gbit"))
+    fill(page, "shelf", shelf())
+    fill(page, "losses", losses())
+    fill(page, "codecs", codecs())
+
+
+if __name__ == "__main__":
+    main()
