@@ -51,8 +51,9 @@ def nuqsgd(bits: int = 4, block: int = 512, norm: str = "l2") -> Method:
 def ef_signsgd(block: int = 0, error_feedback: bool = True) -> Method:
     """Send signs and each parameter's mean magnitude, and owe the rest.
 
-    ``block > 0`` takes one magnitude per so many values instead of one per parameter. Without
-    ``error_feedback`` the rest is forgotten: a control. See
+    ``block > 0`` takes one magnitude per so many values instead of one per parameter, and lets a parameter be
+    cut: without it, a bucket of one large parameter has one owner, whose link carries what all ranks send.
+    Without ``error_feedback`` the rest is forgotten: a control. See
     :class:`distcomp.compressors.ScaledSign`.
     """
     compressor: Compressor = Quantize(1, block) if block else ScaledSign()
