@@ -199,7 +199,7 @@ def test_a_model_that_is_not_finite_is_an_error_on_every_rank(name: str, cluster
 
 def test_what_cannot_be_served_is_refused_with_the_reason(cluster: Clusters) -> None:
     expected = [
-        "needs a DistributedDataParallel model",
+        "needs a DistributedDataParallel or FSDP model",
         "find_unused_parameters",
         "SyncBatchNorm",
         "needs the optimizer",
