@@ -3,7 +3,7 @@
 Buckets are ready one after the other while backward goes on. The exchange's thread takes them in the order in
 which it really does (:func:`distcomp.sync.pipeline.slots`): it waits for the answer it needs next, thinks,
 and starts the next request. Requests under way share the wire; together they take as long as one behind the
-other.
+other. Where ranks have less than two cores each, the two threads take turns.
 """
 
 from __future__ import annotations
@@ -48,12 +48,8 @@ def gradient_step(
     timing: Timing, talks: Sequence[Talk], fabric: Fabric, host: Host = ALONE, slowness: float = 1.0
 ) -> StepTime:
     """A step in which every bucket is exchanged. ``slowness``: of arithmetic, against when it was timed."""
-    exchanges = [[one.ask.exchange(fabric) for one in talk.rounds] for talk in talks]
-    burst_bytes = sum(one.sent_bytes for talk in exchanges for one in talk if not one.around)
-    costs = [
-        [one.cost(fabric, host, 0.0 if one.around else burst_bytes) for one in talk] for talk in exchanges
-    ]
-    line = _Line()
+    costs = [[one.ask.exchange(fabric).cost(fabric, host) for one in talk.rounds] for talk in talks]
+    line = _Line(timing, shared=host.ranks > 1 and 2 * host.ranks > host.cores)
     finished = [False] * len(talks)
     for bucket, number in slots():
         if all(finished):
@@ -62,7 +58,7 @@ def gradient_step(
             continue
         talk = talks[bucket]
         if number == 0:
-            line.wait_until(timing.ready_s[bucket])
+            line.wait_until(line.ready_s(bucket))
         else:
             line.wait_until(line.arrived_s[bucket])
         if number < len(talk.rounds):
@@ -71,10 +67,10 @@ def gradient_step(
         else:
             line.work(slowness * talk.last_s)
             finished[bucket] = True
-    over_s = max(line.now_s, timing.backward_s)
-    return StepTime(
-        over_s + timing.step_s - timing.backward_s, over_s - timing.backward_s, line.wire_s, line.work_s
-    )
+    backward_s = line.backward_s
+    over_s = max(line.now_s, backward_s)
+    rest_s = timing.step_s - timing.backward_s
+    return StepTime(over_s + rest_s, over_s - backward_s, line.wire_s, line.work_s)
 
 
 def averaging_step(
@@ -88,17 +84,33 @@ def averaging_step(
 
 
 class _Line:
-    """The exchange's thread and its wire."""
+    """The exchange's thread and its wire. ``shared``: the thread and backward take each other's core."""
 
-    def __init__(self) -> None:
+    def __init__(self, timing: Timing, shared: bool) -> None:
         self.now_s = self.work_s = self.wire_s = 0.0
         self.arrived_s: dict[int, float] = {}
-        self._free_s = 0.0
+        self._free_s = self._held_up_s = 0.0
+        self._timing, self._shared = timing, shared
+
+    @property
+    def backward_s(self) -> float:
+        """When backward is over, which arithmetic during it held up."""
+        return self._timing.backward_s + self._held_up_s
+
+    def ready_s(self, bucket: int) -> float:
+        """When a bucket is there."""
+        return self._timing.ready_s[bucket] + self._held_up_s
 
     def wait_until(self, moment_s: float) -> None:
         self.now_s = max(self.now_s, moment_s)
 
     def work(self, seconds: float) -> None:
+        """Half as fast while backward needs the core, too; and backward ends later by what was taken from
+        it."""
+        if self._shared and self.now_s < self.backward_s:
+            taken_s = min(seconds, self.backward_s - self.now_s)
+            self._held_up_s += taken_s
+            self.now_s += taken_s
         self.now_s += seconds
         self.work_s += seconds
 

@@ -124,19 +124,15 @@ class Exchange:
     messages: int = 0
     around: bool = False
 
-    def cost(self, fabric: Fabric, host: Host = ALONE, burst_bytes: float = 0.0) -> Cost:
-        """Its seconds, with the network to itself.
-
-        ``burst_bytes``: that a rank sends in all direct exchanges between two pauses, of which this is one:
-        over a burst, flows that share links drift apart. A ring keeps whoever carries it busy throughout, so
-        its hops count as transfer.
-        """
+    def cost(self, fabric: Fabric, host: Host = ALONE) -> Cost:
+        """Its seconds, with the network to itself. A ring keeps whoever carries it busy throughout: its hops
+        count as transfer."""
         moved_s = sum(transfer_s(load, fabric, host) for load in self.stages)
         excess = host.around if self.around else host.direct
         if excess is None:
             late_s = self.messages * host.message_s * host.crowd
         else:
-            late_s = self.hops * excess(max(self.sent_bytes, burst_bytes))
+            late_s = self.hops * excess(self.sent_bytes)
         hops_s = self.hops * self.delay_s + late_s
         return Cost(moved_s + hops_s, 0.0) if self.around else Cost(moved_s, hops_s)
 

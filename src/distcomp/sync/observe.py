@@ -4,12 +4,15 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
@@ -71,3 +74,31 @@ def observe(ddp: DistributedDataParallel, step: Callable[[], object], repeats: i
         trampoline.attached = before
     means_s = tuple(map(statistics.fmean, zip(*ready_s, strict=True)))
     return Observed(layouts, means_s, statistics.fmean(steps_s))
+
+
+def observe_alone(
+    module: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    optimizer: Callable[[Iterable[Tensor]], Optimizer],
+) -> Observed:
+    """As :func:`observe`, of a module in a process that is no rank of anything; a copy of it is trained.
+
+    Raises DistcompError where there is a process group already.
+    """
+    if dist.is_initialized():
+        raise DistcompError("this process is a rank already; start it without torchrun")
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        ddp = DistributedDataParallel(deepcopy(module))
+        stepper, (inputs, targets) = optimizer(ddp.parameters()), batch
+
+        def step() -> None:
+            stepper.zero_grad()
+            loss(ddp(inputs), targets).backward()  # type: ignore[no-untyped-call]
+            stepper.step()
+
+        return observe(ddp, step)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,228 @@
+"""What a method asks for, a step on the clock, and whether to compress."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distcomp import cli
+from distcomp.advice import Problem
+from distcomp.advice.advise import advise, at_rate, break_even_bps
+from distcomp.advice.overlap import Timing, averaging_step, gradient_step
+from distcomp.advice.predict import Machine, predict, rehearse
+from distcomp.advice.scale import Rehearsals
+from distcomp.advice.talks import Round, Talk
+from distcomp.layout import Layout
+from distcomp.methods import METHODS, parse
+from distcomp.methods.base import Method
+from distcomp.network import Fabric, Rack
+from distcomp.network.asks import Ask
+from distcomp.network.model import Excess, Host
+from distcomp.sync.observe import Observed
+
+LAYOUT = Layout.of([("a", (96, 64)), ("bias", (96,)), ("b", (40, 33))])
+GRADIENT = sorted(name for name, entry in METHODS.items() if entry.kind == "gradient")
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("name", GRADIENT)
+def test_what_is_asked_for_weighs_what_the_method_declares(name: str, ranks: int) -> None:
+    """Two accounts of the same bytes: the requests of a rehearsal, and the formula, in the seventh step."""
+    method = parse(name)
+    assert isinstance(method, Method)
+    found = predict(rehearse(name, [LAYOUT], ranks), machine(), Fabric.uniform(ranks, "1gbit"))
+    declared = method.at(6).payload_bytes(LAYOUT, ranks)
+    assert found.sent_bytes == pytest.approx(declared, rel=0.02, abs=16)
+
+
+@pytest.mark.parametrize("name", ["dcd", "choco", "dpsgd", "local_sgd:period=1", "pqasgd:period=4"])
+def test_averagings_are_rehearsed_too(name: str) -> None:
+    found = predict(rehearse(name, [LAYOUT], 6), machine(), Fabric.uniform(6, "1gbit"))
+    exact = 2 * 4 * LAYOUT.numel
+    if name in ("dpsgd",):
+        assert found.sent_bytes == pytest.approx(exact, rel=0.01)
+    elif name == "local_sgd:period=1":
+        assert found.sent_bytes == pytest.approx(exact * 5 / 6, rel=0.01)
+    else:
+        assert 0 < found.sent_bytes < exact / 2
+
+
+def machine() -> Machine:
+    return Machine(Observed((LAYOUT,), (0.1,), 0.15))
+
+
+def sums(*sizes: float) -> tuple[Round, ...]:
+    return tuple(Round(0.01, Ask("ring", (size,))) for size in sizes)
+
+
+def test_a_step_by_hand() -> None:
+    """Two buckets over 2 ranks at 8 Mbit/s: a sum of 1448 kB is 1547 kB of frames, 1.547 s."""
+    fabric = Fabric.uniform(2, 8e6)
+    timing = Timing((1.0, 2.0), 2.5)
+    wire_s = 1.547
+    talks = [Talk(sums(1_448_000), 0.05), Talk(sums(1_448_000), 0.05)]
+    step = gradient_step(timing, talks, fabric)
+    first_sent = 1.0 + 0.01
+    second_sent = max(first_sent + wire_s, 2.0 + 0.01)  # the wire is busy
+    over = second_sent + wire_s + 0.05
+    assert step.step_s == pytest.approx(over + 0.5)
+    assert step.exposed_s == pytest.approx(over - 2.0)
+    assert step.wire_s == pytest.approx(2 * wire_s)
+    assert step.work_s == pytest.approx(0.12)
+
+
+def test_what_is_small_hides_behind_backward() -> None:
+    timing = Timing((0.1, 2.0), 2.5)
+    quick = gradient_step(timing, [Talk(sums(100), 0.0), Talk((), 0.0)], Fabric.uniform(2, 8e6))
+    assert quick.step_s == pytest.approx(2.5, abs=1e-3)
+
+
+def test_while_one_bucket_is_on_the_wire_the_next_is_encoded() -> None:
+    fabric, timing = Fabric.uniform(2, 8e6), Timing((0.0, 0.0), 0.0)
+    heavy = Talk((Round(0.5, Ask("ring", (1_448_000,))),), 0.0)
+    assert gradient_step(timing, [heavy, heavy], fabric).step_s == pytest.approx(0.5 + 2 * 1.547)
+
+
+def test_models_are_averaged_after_the_step_and_in_their_share_of_steps() -> None:
+    talk = Talk(sums(1_448_000), 0.03, share=0.25)
+    step = averaging_step(Timing((1.0,), 1.2), [talk], Fabric.uniform(2, 8e6), slowness=2.0)
+    assert step.step_s == pytest.approx(1.2 + 0.25 * (1.547 + 2 * 0.04))
+
+
+def test_what_was_measured_beyond_the_model_is_added_per_hop() -> None:
+    fabric = Fabric.uniform(4, "100mbit")
+    late = Host(direct=Excess((1e3, 1e6), (1e-3, 1e-3)), around=Excess((1.0,), (2e-3,)))
+    payload = Ask("gather", (1e5,) * 4).exchange(fabric)
+    assert payload.cost(fabric, late).latency_s == pytest.approx(1e-3)
+    ring = Ask("ring", (1e5,)).exchange(fabric)
+    assert ring.cost(fabric, late).seconds == pytest.approx(ring.cost(fabric).seconds + 6 * 2e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["ddp", "qsgd:bits=4", "qsgd:bits=4,pattern=gather", "topk:ratio=0.05", "dcd"]
+)
+def test_beyond_eight_ranks_requests_are_extended_as_if_rehearsed(name: str) -> None:
+    layout = Layout.of([("a", (512, 2400))])
+    extended = Rehearsals(name, [layout]).among(24)
+    rehearsed = rehearse(name, [layout], 24)
+    fabric = Fabric.uniform(24, "100mbit", "1ms")
+    for one, other in zip(extended.talks, rehearsed.talks, strict=True):
+        assert [r.ask.kind for r in one.rounds] == [r.ask.kind for r in other.rounds]
+        for mine, its in zip(one.rounds, other.rounds, strict=True):
+            assert mine.ask.sent_bytes(24) == pytest.approx(its.ask.sent_bytes(24), rel=0.05)
+            seconds = [ask.exchange(fabric).cost(fabric).seconds for ask in (mine.ask, its.ask)]
+            assert seconds[0] == pytest.approx(seconds[1], rel=0.05)
+
+
+def test_break_even_is_where_both_take_as_long() -> None:
+    fabric = Fabric.uniform(8, "1gbit", "50us")
+    one, plain = Rehearsals("qsgd:bits=4", [LAYOUT]), Rehearsals("ddp", [LAYOUT])
+    slow = Machine(Observed((LAYOUT,), (1e-5,), 2e-5), slowness=1.0)
+    even = break_even_bps(one, plain, slow, fabric)
+    assert 1e6 < even < 1e12
+    below, above = (
+        [predict(each.among(8), slow, at_rate(fabric, rate)).step_s for each in (one, plain)]
+        for rate in (even * 0.9, even * 1.1)
+    )
+    assert below[0] < below[1]
+    assert above[0] > above[1]
+
+
+def test_a_rate_scales_uplinks_in_proportion() -> None:
+    fabric = Fabric((1e8, 5e7), 1e-3, (Rack((0,), 2e7), Rack((1,), math.inf)))
+    faster = at_rate(fabric, 1e9)
+    assert faster.rates_bps == (1e9, 5e8)
+    assert [rack.uplink_bps for rack in faster.racks] == [2e8, math.inf]
+
+
+def test_on_a_shared_core_arithmetic_and_backward_hold_each_other_up() -> None:
+    """0.3 s of arithmetic while backward has 1 s to go take 0.6 s; backward then ends at 2.3 s."""
+    timing, talk = Timing((1.0, 2.0), 2.5), Talk((Round(0.3, Ask("gather", (0.0, 0.0))),), 0.0)
+    alone = gradient_step(timing, [talk, Talk((), 0.0)], Fabric.uniform(2))
+    assert alone.step_s == pytest.approx(2.5)
+    crowded = gradient_step(timing, [talk, Talk((), 0.0)], Fabric.uniform(2), Host(2, 2))
+    assert crowded.step_s == pytest.approx(2.3 + 0.5)
+
+
+def problem() -> Problem:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+
+    def batch(worker: int, workers: int, step: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(32, 64, generator=torch.Generator().manual_seed(worker))
+        return x, x.roll(1, 1)
+
+    return Problem(model, batch, nn.functional.mse_loss, lambda p: torch.optim.SGD(p, 0.1))
+
+
+def test_on_a_network_that_costs_nothing_the_advice_is_not_to_compress() -> None:
+    advice = advise(problem(), Fabric.uniform(4))
+    assert advice.best.method == "ddp"
+    assert advice.sentence.startswith("Do not compress")
+
+
+def test_on_a_slow_one_it_names_what_is_fastest() -> None:
+    advice = advise(problem(), Fabric.uniform(4, "2mbit", "1ms"), ("bf16", "qsgd:bits=4", "qsgd:bits=1"))
+    assert [row.method for row in advice.rows] == ["qsgd:bits=1", "qsgd:bits=4", "bf16", "ddp"]
+    assert advice.best.method == "qsgd:bits=1"
+    assert advice.rows[2].speed_up == pytest.approx(2.0, rel=0.1)
+    assert advice.rows[0].efficiency[2] > advice.rows[0].efficiency[4096]
+
+
+SCRIPT = """\
+import torch
+from distcomp.advice import Problem
+
+def problem(arguments):
+    model = torch.nn.Linear(256, 256)
+    def batch(worker, workers, step):
+        return torch.ones(4, 256), torch.ones(4, 256)
+    return Problem(model, batch, torch.nn.functional.mse_loss, lambda p: torch.optim.SGD(p, 0.1))
+"""
+
+
+def test_the_command_tells_plots_and_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    common = ["advise", "--ranks", "8", "--rate", "1mbit", "--methods", "bf16;qsgd:bits=8"]
+    plot = tmp_path / "plot.svg"
+    assert cli.main([*common, "--plot", str(plot), "--model", str(script)]) == 0
+    told = capsys.readouterr().out
+    assert "65,792 parameters" in told
+    assert "Use qsgd:bits=8" in told
+    assert plot.read_text().startswith("<?xml")
+    assert cli.main([*common, "--json", "--model", str(script)]) == 0
+    everything = json.loads(capsys.readouterr().out)
+    assert everything["recommended"] == "qsgd:bits=8"
+    assert {row["method"] for row in everything["methods"]} == {"ddp", "bf16", "qsgd:bits=8"}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--ranks", "4", "--methods", "torch:powersgd"], "not predicted"),
+        (["--ranks", "4", "--methods", "nothing"], "no method 'nothing'"),
+        ([], "say how many"),
+        (["--ranks", "4", "--ranks-here", "0"], "1 or more"),
+    ],
+)
+def test_mistakes_are_told_with_a_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], words: str
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    assert cli.main(["advise", *given, "--model", str(script)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_more_of_the_same_fabric() -> None:
+    racks = (Rack((0, 1), 1e8, 1e-3), Rack((2, 3), 1e8, 1e-3))
+    six = Fabric((1e9,) * 4, 1e-4, racks).of(6)
+    assert [rack.ranks for rack in six.racks] == [(0, 1), (2, 3), (4, 5)]
+    assert six.rates_bps == (1e9,) * 6
