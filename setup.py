@@ -6,8 +6,12 @@ setup(
     ext_modules=[
         Extension(
             "distcomp.kernels._cpu",
-            sources=["src/distcomp/kernels/_cpu.c"],
-            depends=["src/distcomp/kernels/_cpu.h", "src/distcomp/kernels/_select.h"],
+            sources=["src/distcomp/kernels/_cpu.c", "src/distcomp/kernels/_binary.c"],
+            depends=[
+                "src/distcomp/kernels/_cpu.h",
+                "src/distcomp/kernels/_select.h",
+                "src/distcomp/kernels/_binary.h",
+            ],
             # A contracted multiply-add gives other bits: replicas on unlike machines would drift apart.
             extra_compile_args=["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],

@@ -72,7 +72,7 @@ def test_a_shared_range_follows_its_equation(layout, seed, kind, bits, size) -> 
                 continue
             factor = np.float32(s) / r
             total = sum(
-                np.clip(np.floor(x.numpy()[part] * factor + u[part]), -s, s)
+                np.clip(np.floor((x.numpy()[part] * factor).astype(np.float64) + u[part]), -s, s)
                 for x, u in zip(xs, us, strict=True)
             )
             np.testing.assert_allclose(estimate[part], total * np.float64(r) / s / size, rtol=1e-6)

@@ -3,6 +3,7 @@
 from distcomp.compressors.base import Compressor
 from distcomp.compressors.cast import Cast
 from distcomp.compressors.dct import DctTopK
+from distcomp.compressors.fixed import FixedPoint
 from distcomp.compressors.identity import Identity
 from distcomp.compressors.natural import Natural, NonUniform
 from distcomp.compressors.quantize import Quantize
@@ -15,6 +16,7 @@ __all__ = [
     "Chain",
     "Compressor",
     "DctTopK",
+    "FixedPoint",
     "Identity",
     "IndexCode",
     "Natural",

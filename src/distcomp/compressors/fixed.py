@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,117 @@ from distcomp.compressors.grid import uniform
 from distcomp.errors import DistcompError
 from distcomp.kernels import reference
 from distcomp.kernels.packing import block_bytes
+from distcomp.kernels.reference import round_at_random
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
 
 MOST_BITS = 23
 """Integers of more bits than a float32 has would say nothing."""
+
+WIDEST_PLANES = 15
+"""Bits that the planar layout of the kernels holds (8 + 4 + 2 + 1)."""
+
+
+def integer_bytes(numel: int, bits: int) -> int:
+    """Bytes of ``numel`` packed codes of ``bits`` bits: ``numel bits / 8``, rounded up."""
+    low = _low_bytes(bits)
+    return low * numel + block_bytes(numel, bits - 8 * low)
+
+
+def pack_integers(codes: Tensor, bits: int) -> Tensor:
+    """int64 codes in ``0 .. 2^bits - 1``, ``[numel]`` -> uint8 ``[integer_bytes]``; up to 31 bits.
+
+    First the low bytes of all, one plane after the other, while more than 15 bits are left; then the rest
+    in the planar layout of the kernels.
+    """
+    low = _low_bytes(bits)
+    planes = [(codes >> (8 * byte) & 255).to(torch.uint8) for byte in range(low)]
+    rest = (codes >> (8 * low)).view(1, -1)
+    return torch.cat([*planes, reference.pack(rest, bits - 8 * low).view(-1)])
+
+
+def unpack_integers(packed: Tensor, numel: int, bits: int) -> Tensor:
+    """What :func:`pack_integers` was given: int64 ``[numel]``."""
+    low = _low_bytes(bits)
+    rest = packed[low * numel :].view(1, -1)
+    codes = reference.unpack(rest, numel, bits - 8 * low).view(-1) << (8 * low)
+    for byte in range(low):
+        codes |= packed[byte * numel : (byte + 1) * numel].to(torch.int64) << (8 * byte)
+    return codes
+
+
+def _low_bytes(bits: int) -> int:
+    return -(-max(0, bits - WIDEST_PLANES) // 8)
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """The numbers ``k 2^-F`` of Q(I).(F): I bits before the point, the sign among them, F after it.
+
+    ::
+
+        k = clamp(round(x 2^F), -2^(I+F-1), 2^(I+F-1) - 1)
+
+    ``round`` goes to the nearest multiple (ties to even) or, given random numbers, to one of the two around x
+    with the right mean. What lies on the grid stays. NaN and infinities stay what they are: an overflow must
+    not look like a number.
+
+    Source: Gupta et al., "Deep learning with limited numerical precision", ICML 2015, <IL, FL>.
+
+    Raises DistcompError for a width outside 2..23 bits.
+    """
+
+    integer_bits: int
+    fraction_bits: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= MOST_BITS or self.integer_bits > MOST_BITS or abs(self.fraction_bits) > 64:
+            raise DistcompError(
+                f"{self} has {self.bits} bits; fixed-point numbers have 2 to {MOST_BITS}, sign included, "
+                "such as Q4.12"
+            )
+
+    @staticmethod
+    def of(text: str | FixedPoint) -> FixedPoint:
+        """The format that a text such as ``Q4.12`` names. Raises DistcompError for any other text."""
+        if isinstance(text, FixedPoint):
+            return text
+        found = re.fullmatch(r"[Qq](-?\d+)\.(-?\d+)", text.strip())
+        if found is None:
+            raise DistcompError(
+                f"{text!r} is no fixed-point format; write Q, the bits before the point (sign included), a "
+                "point and the bits after it, such as Q4.12"
+            )
+        return FixedPoint(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"Q{self.integer_bits}.{self.fraction_bits}"
+
+    @property
+    def bits(self) -> int:
+        """The whole width, sign included."""
+        return self.integer_bits + self.fraction_bits
+
+    @property
+    def spacing(self) -> float:
+        """The distance of neighbours: 2^-F."""
+        return 2.0**-self.fraction_bits
+
+    @property
+    def half(self) -> int:
+        """Integers below zero: 2^(I+F-1)."""
+        return 1 << (self.bits - 1)
+
+    def integers(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """k as float32, where ``x`` is finite: to the nearest, or at random by ``u`` in [0, 1)."""
+        y = x * 2.0**self.fraction_bits
+        rounded = torch.round(y) if u is None else round_at_random(y, u)
+        return rounded.clamp(-self.half, self.half - 1)
+
+    def round(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """The number of the grid that stands for ``x``, of the type of ``x``."""
+        return torch.where(x.isfinite(), self.integers(x, u) * self.spacing, x)
 
 
 @dataclass(frozen=True)
@@ -54,34 +160,17 @@ class FixedGrid(Compressor):
         return self.spacing * self.levels
 
     def parts(self, layout: Layout) -> Parts:
-        packed = block_bytes(layout.numel, self._packed)
-        return (Part("codes", torch.uint8, self._wide(layout) + packed),)
-
-    def _wide(self, layout: Layout) -> int:
-        """Low bytes that lie before the packed bits: one per value where packing is too narrow for all."""
-        return layout.numel if self.bits > 15 else 0
-
-    @property
-    def _packed(self) -> int:
-        """Bits that are packed."""
-        return self.bits - 8 if self.bits > 15 else self.bits
+        return (Part("codes", torch.uint8, integer_bytes(layout.numel, self.bits)),)
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
-        rounded = torch.floor(x / self.spacing + uniform(layout, key, x.device))
+        rounded = round_at_random(x / self.spacing, uniform(layout, key, x.device))
         codes = rounded.clamp_(-self.levels, self.levels).to(torch.int64) + self.levels
-        if self.bits > 15:
-            payload["codes"][: self._wide(layout)] = (codes & 255).to(torch.uint8)
-            codes >>= 8
-        packed = payload["codes"][self._wide(layout) :]
-        packed.copy_(reference.pack(codes.view(1, -1), self._packed).view(-1))
+        payload["codes"].copy_(pack_integers(codes, self.bits))
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        low, packed = payload["codes"].tensor_split([self._wide(layout)])
-        codes = reference.unpack(packed.view(1, -1), layout.numel, self._packed).view(-1)
-        if self.bits > 15:
-            codes = (codes << 8) + low
+        codes = unpack_integers(payload["codes"], layout.numel, self.bits)
         values = (codes - self.levels).float() * self.spacing
         if add:
             out += values

@@ -7,6 +7,7 @@
 #include <Python.h>
 #include <stdlib.h>
 
+#include "_binary.h"
 #include "_cpu.h"
 #include "_select.h"
 
@@ -232,6 +233,10 @@ static PyMethodDef methods[] = {
     {"permuted", py_permuted, METH_VARARGS, "places, count, numel, bits, keys"},
     {"exponents", py_exponents, METH_VARARGS, "x, codes, numel, key, first"},
     {"scale_by_exponents", py_scale_by_exponents, METH_VARARGS, "codes, out, numel"},
+    {"pack_signs", py_pack_signs, METH_VARARGS, "x, words, samples, channels, places, plain"},
+    {"binary_conv", py_binary_conv, METH_VARARGS,
+     "x, weight, scale, bias, out, samples, (channels, height, width), (outputs, kh, kw, stride, padding), "
+     "(out_height, out_width), plain"},
     {"use", py_use, METH_VARARGS, "choose an instruction set by name: generic, avx2 or avx512"},
     {"instruction_set", py_instruction_set, METH_NOARGS, "the one in use"},
     {NULL, NULL, 0, NULL},

@@ -19,8 +19,8 @@ SMALLEST_SCALE = 2.0**-120  # below it s / scale could overflow; such a block is
 LANES = 16
 
 
-def uniform(count: int, key: int, first: int, device: torch.device) -> Tensor:
-    """u_j = (hash(key, first + j mod 2^32) >> 8) / 2^24, in [0, 1).
+def uniform(count: int, key: int | Tensor, first: int, device: torch.device) -> Tensor:
+    """u_j = (hash(key, first + j mod 2^32) >> 8) / 2^24, in [0, 1). A key may be an int64 tensor.
 
     The hash is lowbias32 (C. Wellons' integer hash) with the low half of the 64-bit key added to its input
     and the high half mixed in between its two multiplications. int64 arithmetic stands in for uint32.
@@ -34,6 +34,16 @@ def uniform(count: int, key: int, first: int, device: torch.device) -> Tensor:
     x = (x * 0x846CA68B) & MASK
     x ^= x >> 16
     return (x >> 8).to(torch.float32) * 2.0**-24
+
+
+def round_at_random(y: Tensor, u: Tensor) -> Tensor:
+    """One of the two integers around ``y``, the upper one where ``(y - floor(y)) + u >= 1``: E[result] = y.
+
+    An integer stays what it is, however large: ``floor(y + u)`` would round ``2^15 + 0.999`` up in float32.
+    Where the integers fit 8 bits, as in :func:`round_to_levels`, the two differ once in 2^17 at most.
+    """
+    below = torch.floor(y)
+    return below + ((y - below) + u >= 1)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -9,6 +9,7 @@ from distcomp.methods.deep_gradient import Clipped, dgc
 from distcomp.methods.demo import DecoupledMomentum, demo
 from distcomp.methods.ef21 import EF21, ef21
 from distcomp.methods.feedback import ErrorFeedback
+from distcomp.methods.fixed_point import OnGrid, fixed_point
 from distcomp.methods.gradiveq import Cycle, GradiVeQ, gradiveq
 from distcomp.methods.hierarchical import Hierarchical, nodes_of, two_level
 from distcomp.methods.integers import Rotate, SharedRange, TernGrad, shared_range, terngrad
@@ -49,6 +50,7 @@ __all__ = [
     "MajorityVote",
     "Method",
     "MomentumCorrection",
+    "OnGrid",
     "OneBitAdam",
     "Outcome",
     "PerParameter",
@@ -73,6 +75,7 @@ __all__ = [
     "ef21",
     "ef_signsgd",
     "except_small",
+    "fixed_point",
     "fp16",
     "gradiveq",
     "identity",

@@ -11,6 +11,7 @@ from torch import Tensor
 from distcomp.compressors.grid import from_rows, per_parameter_max, spread, to_rows, uniform
 from distcomp.errors import DistcompError
 from distcomp.exchange import Gather, Sum, Talk
+from distcomp.kernels.reference import round_at_random
 from distcomp.layout import Layout, Segment
 from distcomp.methods.base import Method, Outcome, State, Turn, all_reduce_bytes
 from distcomp.methods.basic import except_small
@@ -91,8 +92,8 @@ def _agreement_bytes(ranges: int, dtype: torch.dtype, words: int, size: int) -> 
 
 
 def _round_at_random(x: Tensor, layout: Layout, key: Key, largest: int) -> Tensor:
-    """``floor(x + u)`` as int32: right in the mean. A NaN becomes some legal integer."""
-    rounded = (x + uniform(layout, key, x.device)).floor_()
+    """One of the integers around x, as int32: right in the mean. A NaN becomes some legal integer."""
+    rounded = round_at_random(x, uniform(layout, key, x.device))
     return torch.nan_to_num(rounded).clamp_(-largest, largest).to(torch.int32)
 
 

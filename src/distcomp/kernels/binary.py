@@ -1,0 +1,126 @@
+"""Convolutions and products of signs, 64 of them to a word: xor and population count in the place of floats.
+
+Exact: the sum of n products of signs is ``n - 2 p``, where p of them differ. The C extension and the plain
+torch reference give the same bits, as all sums are integers below 2^24.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from distcomp.errors import DistcompError
+from distcomp.kernels.dispatch import backend
+
+WORD = 64
+LANES = 8
+
+
+def pack_filters(w: Tensor) -> Tensor:
+    """Signs of filters, ``[outputs, channels, kh, kw]`` -> int64 ``[groups, kh kw, words, 8]``: bit 1 for -1.
+
+    Outputs are padded to a multiple of 8, channels to one of 64; what is added is never looked at, or is the
+    same in inputs.
+    """
+    outputs, channels, kh, kw = w.shape
+    bits = (w < 0).permute(0, 2, 3, 1).reshape(outputs, kh * kw, channels)
+    bits = torch.nn.functional.pad(bits, (0, -channels % WORD, 0, 0, 0, -outputs % LANES))
+    words = _words(bits)
+    return words.view(-1, LANES, kh * kw, words.shape[-1]).permute(0, 2, 3, 1).contiguous()
+
+
+def unpack_filters(words: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """The signs that :func:`pack_filters` was given, as float32."""
+    outputs, channels, kh, kw = shape
+    rows = words.permute(0, 3, 1, 2).reshape(-1, kh * kw, words.shape[2], 1)
+    bits = (rows >> torch.arange(WORD, device=words.device)) & 1
+    bits = bits.reshape(-1, kh * kw, words.shape[2] * WORD)[:outputs, :, :channels]
+    return (1.0 - 2.0 * bits).view(outputs, kh, kw, channels).permute(0, 3, 1, 2).contiguous()
+
+
+def _words(bits: Tensor) -> Tensor:
+    return (bits.view(*bits.shape[:-1], -1, WORD).long() << torch.arange(WORD, device=bits.device)).sum(-1)
+
+
+def binary_conv2d(
+    x: Tensor,
+    words: Tensor,
+    shape: tuple[int, int, int, int],
+    scale: Tensor,
+    bias: Tensor,
+    stride: int = 1,
+    padding: int = 0,
+) -> Tensor:
+    """``conv2d(sign(x), signs) * scale + bias`` with zero padding; sign(0) = +1.
+
+    Args:
+        x: float32 ``[samples, channels, height, width]``; its signs count.
+        words: what :func:`pack_filters` made of filters of this ``shape``.
+        scale: float32 ``[outputs]``, as ``bias``.
+
+    Raises DistcompError where the shapes do not fit, or the output would be empty.
+    """
+    outputs, channels, kh, kw = shape
+    if x.dim() != 4 or x.shape[1] != channels or x.dtype != torch.float32:
+        raise DistcompError(
+            f"the input is {tuple(x.shape)} of {x.dtype}; pass float32 with {channels} channels, four "
+            "dimensions"
+        )
+    samples, _, height, width = x.shape
+    made = ((height + 2 * padding - kh) // stride + 1, (width + 2 * padding - kw) // stride + 1)
+    if min(made) < 1:
+        raise DistcompError(f"a kernel of {kh} x {kw} does not fit into {height} x {width}")
+    if backend(x.device) != "cpu":
+        signs = torch.where(x < 0, -1.0, 1.0)
+        y = torch.nn.functional.conv2d(signs, unpack_filters(words, shape), None, stride, padding)
+        return y * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
+    cpu = import_module("distcomp.kernels._cpu")
+    packed = _packed_signs(x, channels, height * width)
+    out = torch.empty(samples, outputs, *made)
+    cpu.binary_conv(
+        packed.data_ptr(), words.data_ptr(), scale.data_ptr(), bias.data_ptr(), out.data_ptr(), samples,
+        (channels, height, width), (outputs, kh, kw, stride, padding), made, _plain(cpu),
+    )  # fmt: skip
+    return out
+
+
+def binary_linear(
+    x: Tensor, words: Tensor, shape: tuple[int, int, int, int], scale: Tensor, bias: Tensor
+) -> Tensor:
+    """``sign(x) signs^T * scale + bias``; ``shape`` is ``(outputs, inputs, 1, 1)``.
+
+    x: float32 ``[..., inputs]``. Raises DistcompError where it has another size or type.
+    """
+    outputs, inputs = shape[:2]
+    if x.shape[-1] != inputs or x.dtype != torch.float32:
+        raise DistcompError(f"the input is {tuple(x.shape)} of {x.dtype}; pass float32 of {inputs} values")
+    rows = x.reshape(-1, inputs)
+    if not len(rows):
+        return x.new_empty(*x.shape[:-1], outputs)
+    if backend(x.device) != "cpu":
+        y = torch.where(rows < 0, -1.0, 1.0) @ unpack_filters(words, shape).flatten(1).T
+        return (y * scale + bias).view(*x.shape[:-1], outputs)
+    cpu = import_module("distcomp.kernels._cpu")
+    packed = _packed_signs(rows, inputs, 1)
+    out = torch.empty(outputs, len(rows))  # the rows are the places of one line of an image
+    cpu.binary_conv(
+        packed.data_ptr(), words.data_ptr(), scale.data_ptr(), bias.data_ptr(), out.data_ptr(), 1,
+        (inputs, 1, len(rows)), (outputs, 1, 1, 1, 0), (1, len(rows)), _plain(cpu),
+    )  # fmt: skip
+    return out.T.reshape(*x.shape[:-1], outputs)
+
+
+def _packed_signs(x: Tensor, channels: int, places: int) -> Tensor:
+    """int64 ``[samples, places, words]``."""
+    cpu = import_module("distcomp.kernels._cpu")
+    x = x.contiguous()
+    packed = torch.empty(len(x), places, -(-channels // WORD), dtype=torch.int64)
+    cpu.pack_signs(x.data_ptr(), packed.data_ptr(), len(x), channels, places, _plain(cpu))
+    return packed
+
+
+def _plain(cpu: object) -> bool:
+    """Whether the plain instruction set was asked for (``_cpu.use("generic")``)."""
+    return bool(cpu.instruction_set() == "generic")  # type: ignore[attr-defined]

@@ -1,0 +1,114 @@
+"""A recipe for compact binary networks: five measures, each of which may be left out (Tang 2017)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distcomp.errors import DistcompError
+from distcomp.precision.binary import BinaryWeight
+from distcomp.precision.convert import Quantizers, Widths, convert, converted, latent_of
+from distcomp.precision.noise import sign, straight_through
+
+
+def compact_binary(
+    model: nn.Module,
+    *,
+    prelu: bool = True,
+    scale_last: bool = True,
+    binarizations: int = 2,
+    keep: tuple[str, ...] = ("first",),
+) -> nn.Module:
+    """Compute with signs of weights and several signs of each input; the last layer is binary, too.
+
+    ::
+
+        W = sign(w);    a = sum_i beta_i h_i,   h_i = sign(r_i),  beta_i = mean|r_i| of a sample,
+                                                r_1 = x,  r_(i+1) = r_i - beta_i h_i
+
+    Of the paper's five measures: ``prelu`` puts a PReLU in the place of every ReLU (instead of scales on
+    weights), ``scale_last`` a learnable factor behind the last layer, ``binarizations`` is the number of
+    signs per input. The other two belong to the loop: a low learning rate for binary weights,
+    :func:`slow_groups`, and a loss that draws weights to +-1, :func:`bipolar_penalty`.
+
+    Source: Tang, Hua and Wang, "How to train a compact binary neural network with high accuracy?", AAAI 2017.
+    We differ: the form of the residual expansion of inputs is ours, of the paper's idea.
+
+    Raises DistcompError for fewer than one binarization.
+    """
+    if binarizations < 1:
+        raise DistcompError(f"an input is binarized at least once, not {binarizations} times")
+    last = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1:]
+
+    def plan(name: str, layer: nn.Module) -> Quantizers:
+        leaving = Scale(layer) if scale_last and layer in last else None
+        return Quantizers(
+            Widths(1, binarizations), {"weight": BinaryWeight(1.0, None)}, Residual(binarizations), leaving
+        )
+
+    convert(model, plan, keep)
+    if prelu:
+        _replace_relus(model)
+    return model
+
+
+class Residual(nn.Module):
+    """An input as a sum of signs with magnitudes; the gradient passes where |x| <= 1."""
+
+    def __init__(self, binarizations: int) -> None:
+        super().__init__()
+        self.binarizations = binarizations
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``sum_i beta_i sign(r_i)``; magnitudes are means over a sample."""
+        residual, total = x.detach(), torch.zeros_like(x)
+        for _ in range(self.binarizations):
+            beta = residual.abs().mean(dim=tuple(range(1, x.dim())), keepdim=True)
+            term = beta * sign(residual)
+            total, residual = total + term, residual - term
+        return straight_through(x, total, x.abs() <= 1)
+
+
+class Scale(nn.Module):
+    """A learnable factor; begins at ``1 / sqrt(n)`` of the layer's n products, which are +-1."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        self.factor = nn.Parameter(weight.new_tensor(weight[0].numel() ** -0.5))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """``factor y``."""
+        return y * self.factor
+
+
+def bipolar_penalty(model: nn.Module, strength: float = 1e-5) -> Tensor:
+    """``strength * sum (1 - w^2)^+`` over latent binary weights, to be added to the loss.
+
+    It draws them to +-1."""
+    parts = [
+        (1 - latent.square()).clamp(min=0).sum()
+        for _, layer in converted(model)
+        if (latent := latent_of(layer, "weight")) is not None
+    ]
+    if not parts:
+        raise DistcompError("no layer is binary; call distcomp.precision.compact_binary(model) first")
+    return strength * torch.stack(parts).sum()
+
+
+def slow_groups(model: nn.Module, lr: float, slower: float = 0.1) -> list[dict[str, Any]]:
+    """Groups for an optimizer: latent binary weights learn at ``slower * lr``, so that they seldom flip."""
+    slow = [one for _, layer in converted(model) if (one := latent_of(layer, "weight")) is not None]
+    ids = {id(one) for one in slow}
+    fast = [one for one in model.parameters() if id(one) not in ids]
+    return [{"params": fast, "lr": lr}, {"params": slow, "lr": slower * lr}]
+
+
+def _replace_relus(model: nn.Module) -> None:
+    """PReLU in the place of every ReLU module: a slope each, as in the paper's initial 1/4."""
+    for parent in model.modules():
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.ReLU:
+                setattr(parent, name, nn.PReLU())
