@@ -10,7 +10,7 @@ from distcomp.compressors import TopK
 from distcomp.errors import DistcompError
 from distcomp.exchange import sum_bytes
 from distcomp.layout import Layout
-from distcomp.methods import ErrorFeedback, lift, parse, qsgd
+from distcomp.methods import ErrorFeedback, lift, parse, qsgd, topk
 from distcomp.schedule import Schedule
 from distcomp.sync.averaging import Levels
 from distcomp.sync.outer import Outer
@@ -176,6 +176,9 @@ def test_the_papers_names_are_settings_of_one_class() -> None:
     assert isinstance(hierarchical(), Levels)
     assert parse("pqasgd:period=2,bits=2") == pqasgd(period=2, bits=2)
     assert parse("diloco:period=50,compressor=(topk:ratio=0.03,values=int2)").period == 50
+    assert diloco(50, topk(0.03, values="2bit")) == parse(
+        "diloco:period=50,compressor=(topk:ratio=0.03,values=int2)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,7 @@ VALUES: dict[str, Compressor] = {
     "int2": Quantize(2, rounding="nearest"),
     "sign": Quantize(1),
 }
+VALUES |= {f"{bits}bit": VALUES[f"int{bits}"] for bits in (8, 4, 2)}  # as the papers write it
 """What a sparsifier's values may be sent as, by name. Rounded to nearest: the chain is biased as it is."""
 
 
