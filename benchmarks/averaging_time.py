@@ -48,6 +48,7 @@ METHODS = {
     "DCD 8 bits": "dcd:compressor=qsgd:bits=8",
     "CHOCO 4 bits": "choco:compressor=qsgd:bits=4",
     "PQASGD (8,8)": "pqasgd:period=8,bits=8",
+    "PQASGD (16,4)": "pqasgd:period=16,bits=4",
     "DiLoCo 50": "diloco:period=50",
 }
 ALONE = "local_sgd:period=1000000"
@@ -168,8 +169,8 @@ def on_the_network(rate: str, delay: str) -> None:
     """Seconds to the target, and how often faster than all-reduce."""
     from _common import RESULTS, write
 
-    counted = json.loads((RESULTS / "averaging_steps.json").read_text())["methods"]
     raw = measure(RANKS, rate, delay, {**METHODS, "no exchange": ALONE})
+    counted = json.loads((RESULTS / "averaging_steps.json").read_text())["methods"]
     baseline = raw["methods"]["all-reduce fp32"]["step_s_median"]
     for name, row in raw["methods"].items():
         if name not in METHODS:

@@ -122,17 +122,36 @@ def plan(rate: float, seed: int) -> Plan:
 def study(cells: Cells) -> None:
     """Fill in what is missing."""
     task = digit_pairs()
-    table: dict[str, dict[str, Any]] = {}
     for key, carrier in all_cells().items():
 
         def run(rate: float, seed: int, key: str = key, carrier: Any = carrier) -> dict[str, Any]:
-            name = f"{key} | rate {rate} | seed {seed}"
-            return cells.get(name, lambda: train(task, plan(rate, seed), carrier))
+            return cells.get(_name(key, rate, seed), lambda: train(task, plan(rate, seed), carrier))
 
-        rate = min(RATES, key=lambda rate: run(rate, 0).get("test_loss", float("inf")))
-        table[key] = {"rate": rate, **summary([run(rate, seed) for seed in range(SEEDS)])}
-    cells.document |= {"table": table, "published": PUBLISHED}
-    cells.write()
+        best = min(RATES, key=lambda rate: _loss(run(rate, 0)))
+        for seed in range(SEEDS):
+            run(best, seed)
+
+
+def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The table, as far as it is there."""
+    table = {}
+    for key in all_cells():
+        tuned = {rate: cells.get(_name(key, rate, 0)) for rate in RATES}
+        if None in tuned.values():
+            continue
+        best = min(RATES, key=lambda rate: _loss(tuned[rate]))
+        runs = [cells.get(_name(key, best, seed)) for seed in range(SEEDS)]
+        if None not in runs:
+            table[key] = {"rate": best, **summary(runs)}
+    return table
+
+
+def _name(key: str, rate: float, seed: int) -> str:
+    return f"{key} | rate {rate} | seed {seed}"
+
+
+def _loss(run: dict[str, Any]) -> float:
+    return float(run.get("test_loss", float("inf")))
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -189,7 +208,9 @@ def main() -> None:
     cells = Cells("decentralized_table", about)
     if not arguments.show:
         study(cells)
-    print(show(cells.document["table"], cells.document["published"]))
+    cells.document |= {"table": tabulate(cells.document["cells"]), "published": PUBLISHED}
+    cells.write()
+    print(show(cells.document["table"], PUBLISHED))
 
 
 if __name__ == "__main__":

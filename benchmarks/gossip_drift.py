@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from _common import write
 
-from distcomp.compressors import Quantize, ScaledSign, TopK
+from distcomp.compressors import Quantize, ScaledSign
 from distcomp.sync.averaging import Averaging
 from distcomp.sync.ecd import ECD
 from distcomp.sync.gossip import DCD, DPSGD, Choco, DeepSqueeze
@@ -24,12 +24,9 @@ from distcomp.sync.together import Workers
 STEPS, WORKERS, NUMEL, EVERY = 10_000, 4, 600, 100
 METHODS: dict[str, Averaging] = {
     "D-PSGD": DPSGD(),
-    "D-PSGD, adapt then combine": DPSGD(order="adapt_then_combine"),
     "DCD 8 bits": DCD(Quantize(8)),
-    "DCD 4 bits": DCD(Quantize(4)),
     "ECD": ECD(),
     "CHOCO 2 bits": Choco(Quantize(2)),
-    "CHOCO top 10%": Choco(TopK(0.1)),
     "CHOCO sign": Choco(ScaledSign()),
     "DeepSqueeze 4 bits": DeepSqueeze(Quantize(4)),
 }

@@ -2,14 +2,14 @@
 
     python benchmarks/pqasgd.py            # some minutes; resumes; writes results/pqasgd.json
 
-*Loss*: digit pairs, eight workers in lock-step, momentum 0.9; every row's learning rate is the best of one
-grid on seed 0, then five seeds. The control quantizes the *model* instead of the difference. (The same on a
-language model: benchmarks/pareto.py.)
+*Loss*: digit pairs, eight workers in lock-step, momentum 0.9; one learning rate for all rows, full SGD's
+best of two on seed 0; three seeds. The control quantizes the *model* instead of the difference. (The same
+on a language model: benchmarks/pareto.py.)
 
 *Speed-up*: steps to a fixed error against the number of workers, where the variance of gradients dominates.
 Quadratics of different curvatures and optima, 64 in all, dealt out to the workers: the objective is the
-same for any number of them. Each point's learning rate is the one of a grid that gets there first, median
-of three seeds.
+same for any number of them. Each point's learning rate is the one of a grid that gets there first; one
+seed (the error is a mean over 512 parameters: another seed differs by a few per cent).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distcomp.sync.periodic import Mean, Periodic
 from distcomp.sync.recipes import local_sgd, pqasgd
 from distcomp.sync.together import Workers
 
-STEPS, SEEDS, RATES = 600, 5, (0.05, 0.1, 0.2)
+STEPS, SEEDS, RATES = 400, 3, (0.1, 0.2)
 PAIRS = ((2, 2), (4, 4), (8, 8))
 LOSS: dict[str, Averaging | Method] = {
     "full SGD": identity(),
@@ -41,7 +41,6 @@ DESCENTS = (2**-9, 2**-8, 2**-10, 2**-11)
 """Learning rates, times the number of workers: the noise of their mean allows that."""
 SPEED: dict[str, Averaging] = {
     "full SGD": local_sgd(period=1),
-    "PQASGD (4,4)": pqasgd(period=4, bits=4, pattern="gather"),
     "PQASGD (8,8)": pqasgd(period=8, bits=8, pattern="gather"),
     "period 64, 8 bits": Periodic(qsgd(bits=8, pattern="gather"), period=64),
 }
@@ -61,13 +60,15 @@ def losses(cells: Cells) -> dict[str, dict[str, Any]]:
     """Every row: its learning rate, its losses, and their differences to full SGD's, seed by seed."""
     task = digit_pairs()
     rows: dict[str, dict[str, Any]] = {}
+    rate = RATES[0]
     for name, carrier in LOSS.items():
 
         def run(rate: float, seed: int, name: str = name, carrier: Any = carrier) -> dict[str, Any]:
             key = f"loss | {name} | rate {rate} | seed {seed}"
             return cells.get(key, lambda: train(task, plan(rate, seed), carrier))
 
-        rate = min(RATES, key=lambda rate: run(rate, 0).get("test_loss", float("inf")))
+        if not rows:  # full SGD
+            rate = min(RATES, key=lambda rate: run(rate, 0)["test_loss"])
         runs = [run(rate, seed) for seed in range(SEEDS)]
         through = [one for one in runs if "diverged" not in one]
         rows[name] = {"rate": rate, "diverged": len(runs) - len(through)}
@@ -125,10 +126,9 @@ def fastest(averaging: Averaging, workers: int) -> dict[str, Any]:
     best: dict[str, Any] = {"steps": None}
     for rate in (workers * one for one in DESCENTS):
         most = best["steps"] or max(MOST // workers, 320)
-        found = [steps_to_target(averaging, workers, rate, seed, most) for seed in range(3)]
-        arrived = [one for one in found if one is not None]
-        if len(arrived) == 3 and statistics.median(arrived) < (best["steps"] or most + 1):
-            best = {"steps": int(statistics.median(arrived)), "all": arrived, "rate": rate}
+        found = steps_to_target(averaging, workers, rate, 0, most)
+        if found is not None and found < (best["steps"] or most + 1):
+            best = {"steps": found, "rate": rate}
     return best
 
 
@@ -154,8 +154,9 @@ def main() -> None:
                   "workers": list(CROWDS), "rates": list(DESCENTS)},
     }  # fmt: skip
     cells = Cells("pqasgd", about)
-    cells.document["speed"] = speed(cells)
     cells.document["loss"] = losses(cells)
+    cells.write()
+    cells.document["speed"] = speed(cells)
     cells.write()
     for name, row in cells.document["loss"].items():
         print(f"{name:<24}{row}")
