@@ -4,6 +4,7 @@
 >>> handle = distcomp.attach(model, optimizer, distcomp.qsgd(bits=4))   # doctest: +SKIP
 """
 
+from distcomp import pruning
 from distcomp.attach import Handle, attach
 from distcomp.errors import CorruptPayload, DistcompError, Mismatch, PeerLost, SettingsMismatch
 from distcomp.methods import *  # noqa: F403  (every registered recipe is distcomp.<name>)
@@ -20,6 +21,7 @@ __all__ = [
     "PeerLost",
     "SettingsMismatch",
     "attach",
+    "pruning",
     *_averagings,
     *_methods,
 ]

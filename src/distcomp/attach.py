@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Method, parse
 from distcomp.network.qdisc import read_qdisc_bytes
+from distcomp.sync import masks
 from distcomp.sync.averaging import Averaging, Levels
 from distcomp.sync.ddp import GradientSync, Scaler
 from distcomp.sync.fsdp import ShardSync, refuse_sharded
@@ -77,6 +78,7 @@ def attach(
     if target.key in _ATTACHED:
         raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
     _refuse(target, chosen, optimizer)
+    masks.check(chosen, target)
     trampoline = trampoline_of(target.ddp) if target.ddp is not None else None
     edges = edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
     link = Link.open(target, _settings(target, chosen, optimizer, seed), timeout_s, edges)
@@ -122,6 +124,8 @@ class Handle:
         self._trampoline = trampoline
         self._link = link
         self._watch = _Watch(target.called, sync, link)
+        agrees = isinstance(sync, GradientSync | ModelSync)
+        self._pruners = masks.join(sync.method, target.module, link, sync) if agrees else []
         self._attached = True
 
     @property
@@ -134,6 +138,8 @@ class Handle:
         one's time went."""
         self._sync.idle()
         report = self._sync.report() if isinstance(self._sync, ModelSync | ShardSync) else {}
+        if self._pruners:
+            report |= {"sparsity": {name: s for one in self._pruners for name, s in one.sparsity.items()}}
         return {"method": self.method, "iterations": self._sync.iterations, **self._watch.totals(), **report}
 
     def log(self, **fields: Any) -> None:
@@ -211,6 +217,8 @@ class Handle:
                 self._trampoline.attached = None
             _ATTACHED.discard(self._target.key)
             self._watch.close()
+            for pruner in self._pruners:
+                pruner.consensus = None
             self._sync.close()
             self._link.close()
 

@@ -18,8 +18,8 @@ from itertools import pairwise
 
 from distcomp.errors import DistcompError
 
-ARROWS = {"->": "step", "~>": "linear", "*>": "geometric"}
-_ARROW = re.compile(r"->|~>|\*>")
+ARROWS = {"->": "step", "~>": "linear", "*>": "geometric", "^>": "cubic"}
+_ARROW = re.compile(r"->|~>|\*>|\^>")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Schedule:
 
     ``points`` are pairs of a step and the value from there on, in rising order; the first counts from step
     0. Between two points the value holds (``shape="step"``), or runs ``linear`` or ``geometric`` to the
-    next; after the last it stays.
+    next, or ``cubic``: fast at first, ``high + (low - high) (1 - part)^3``; after the last it stays.
 
     Raises DistcompError for no points, steps that do not rise, an unknown shape, or a geometric one through
     zero.
@@ -56,7 +56,7 @@ class Schedule:
 
     @staticmethod
     def parse(text: str) -> Schedule:
-        """``value``, ``value -> value @ step``, and so on; ``~>`` is linear, ``*>`` geometric.
+        """``value``, ``value -> value @ step``, and so on; ``~>`` is linear, ``*>`` geometric, ``^>`` cubic.
 
         Raises DistcompError for anything else.
         """
@@ -73,8 +73,8 @@ class Schedule:
             points = []
         if not points or len(arrows) > 1:
             raise DistcompError(
-                f"{text!r} is no schedule; write '8 -> 4 @ 1000 -> 2 @ 5000', or ~> (linear) or "
-                "*> (geometric) throughout"
+                f"{text!r} is no schedule; write '8 -> 4 @ 1000 -> 2 @ 5000', or ~> (linear), "
+                "*> (geometric) or ^> (cubic) throughout"
             )
         return Schedule(tuple(points), ARROWS[arrows.pop()] if arrows else "step")
 
@@ -92,6 +92,8 @@ class Schedule:
                 part = (step - begin) / (end - begin)
                 if self.shape == "linear":
                     return low + (high - low) * part
+                if self.shape == "cubic":
+                    return high + (low - high) * (1 - part) ** 3
                 return low * (high / low) ** part if self.shape == "geometric" else float(low)
         return float(self.points[-1][1])
 

@@ -6,6 +6,7 @@ compressor. Within an averaging a method's steps are exchanges.
 """
 
 from distcomp.sync.recipes.gossip import choco, dcd, deepsqueeze, dpsgd, ecd
+from distcomp.sync.recipes.masked import masked
 from distcomp.sync.recipes.periodic import (
     diloco,
     hierarchical,
@@ -27,6 +28,7 @@ __all__ = [
     "ecd",
     "hierarchical",
     "local_sgd",
+    "masked",
     "post_local_sgd",
     "pqasgd",
     "sparse_averaging",

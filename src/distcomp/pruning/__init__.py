@@ -1,0 +1,41 @@
+"""Which weights exist while we train?
+
+A *criterion* decides which weights live, a :class:`Pruner` asks it at the right time on all ranks alike, and
+:class:`Masked` keeps what is dead off the wire.
+"""
+
+from distcomp.pruning.magnitude import (
+    affordable,
+    dsd,
+    fixed,
+    gradual,
+    magnitude,
+    nm,
+    retraining_dropout,
+    sensitivity,
+)
+from distcomp.pruning.masks import Mask, bake
+from distcomp.pruning.pruner import Criterion, Pruner, View
+from distcomp.pruning.regrowth import rigl
+from distcomp.pruning.surgery import dns
+from distcomp.pruning.wire import Masked, Support
+
+__all__ = [
+    "Criterion",
+    "Mask",
+    "Masked",
+    "Pruner",
+    "Support",
+    "View",
+    "affordable",
+    "bake",
+    "dns",
+    "dsd",
+    "fixed",
+    "gradual",
+    "magnitude",
+    "nm",
+    "retraining_dropout",
+    "rigl",
+    "sensitivity",
+]
