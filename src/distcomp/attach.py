@@ -124,8 +124,11 @@ class Handle:
         self._trampoline = trampoline
         self._link = link
         self._watch = _Watch(target.called, sync, link)
-        agrees = isinstance(sync, GradientSync | ModelSync)
-        self._pruners = masks.join(sync.method, target.module, link, sync) if agrees else []
+        self._pruners = (
+            masks.join(sync.method, target.module, link, sync)
+            if isinstance(sync, GradientSync | ModelSync)
+            else []
+        )
         self._attached = True
 
     @property

@@ -34,10 +34,10 @@ def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
     return x, x[:, :5].argmax(1)
 
 
-def made(maker: str, method: str | None, ddp: bool = True) -> tuple[Any, Any, Any, Any]:
+def made(maker: str, method: Any, ddp: bool = True, bucket_mb: float = 0.001) -> tuple[Any, Any, Any, Any]:
     model: nn.Module = network()
     if ddp:
-        model = DistributedDataParallel(model, bucket_cap_mb=0.001)
+        model = DistributedDataParallel(model, bucket_cap_mb=bucket_mb)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     pruner = MAKERS[maker](model, optimizer)
     method = distcomp.parse(method) if isinstance(method, str) else method
@@ -62,7 +62,7 @@ def flat(model: nn.Module) -> Tensor:
 
 def long_run(rank: int, size: int, maker: str, steps: int) -> tuple[list[int], bool, float]:
     """Digests after each change of masks, while every rank is held up now and then."""
-    model, optimizer, pruner, handle = made(maker, "qsgd:bits=4")
+    model, optimizer, pruner, handle = made(maker, "qsgd:bits=4", bucket_mb=25)
     rng, clock, digests = random.Random(rank), threading.Event(), []
     with handle:
         for step in range(steps):

@@ -10,11 +10,11 @@ from . import rank_jobs as jobs
 
 @pytest.mark.parametrize("maker", ["dns", "rigl"])
 def test_masks_are_identical_over_a_thousand_steps_with_random_delays(cluster, maker):
-    (digests, equal, density), *others = cluster(3).run(jobs.long_run, maker, 1000 if maker == "dns" else 200)
+    (digests, equal, density), *others = cluster(2).run(jobs.long_run, maker, 1000 if maker == "dns" else 120)
     assert equal
     assert 0.05 < density < 0.95
     assert len(set(digests)) > 20
-    assert [other[0] for other in others] == [digests, digests]
+    assert [other[0] for other in others] == [digests]
 
 
 @pytest.mark.parametrize("maker", ["gradual", "rigl"])

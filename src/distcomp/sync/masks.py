@@ -84,7 +84,7 @@ def pruners_of(method: Any) -> list[Pruner]:
 
 
 def check(method: Any, target: Target) -> None:
-    """Raise DistcompError for a pruner of another model, a sharded one, and averaging beside the computing."""
+    """Raise DistcompError for another model's pruner, a sharded one's, and averaging beside the computing."""
     parameters = {id(parameter) for parameter in target.module.parameters()}
     for pruner in pruners_of(method):
         if target.shards is not None:
