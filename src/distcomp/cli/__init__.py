@@ -8,10 +8,21 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from distcomp.cli import advise, doctor, emulate, methods, probe, report, run, simulate
+from distcomp.cli import (
+    advise,
+    compress,
+    decompress,
+    doctor,
+    emulate,
+    methods,
+    probe,
+    report,
+    run,
+    simulate,
+)
 from distcomp.errors import DistcompError
 
-COMMANDS = (run, emulate, probe, advise, simulate, report, methods, doctor)
+COMMANDS = (run, emulate, probe, advise, simulate, report, methods, compress, decompress, doctor)
 
 DESCRIPTION = """\
 Distributed training in fewer bits: compress what PyTorch workers say to each

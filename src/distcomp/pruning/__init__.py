@@ -4,6 +4,8 @@ A *criterion* decides which weights live, a :class:`Pruner` asks it at the right
 :class:`Masked` keeps what is dead off the wire.
 """
 
+from distcomp.pruning.coding import CorruptFile
+from distcomp.pruning.container import Size, compress, decompress, sizes
 from distcomp.pruning.magnitude import (
     affordable,
     dsd,
@@ -17,25 +19,34 @@ from distcomp.pruning.magnitude import (
 from distcomp.pruning.masks import Mask, bake
 from distcomp.pruning.pruner import Criterion, Pruner, View
 from distcomp.pruning.regrowth import rigl
+from distcomp.pruning.sharing import Codebook, plain_state, share
 from distcomp.pruning.surgery import dns
 from distcomp.pruning.wire import Masked, Support
 
 __all__ = [
+    "Codebook",
+    "CorruptFile",
     "Criterion",
     "Mask",
     "Masked",
     "Pruner",
+    "Size",
     "Support",
     "View",
     "affordable",
     "bake",
+    "compress",
+    "decompress",
     "dns",
     "dsd",
     "fixed",
     "gradual",
     "magnitude",
     "nm",
+    "plain_state",
     "retraining_dropout",
     "rigl",
     "sensitivity",
+    "share",
+    "sizes",
 ]

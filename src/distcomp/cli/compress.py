@@ -1,0 +1,80 @@
+"""``distcomp compress``: a trained model as a small file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from distcomp.errors import DistcompError
+
+DESCRIPTION = """\
+Deep Compression (Han et al. 2016): living weights share 2^bits values, and
+both values and places are coded. MODEL is a state dict that torch.save wrote.
+Prune first (distcomp.pruning): what is zero costs next to nothing.
+"""
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(
+        "compress", help="a model as a small file", description=DESCRIPTION, formatter_class=plain
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="state dict, as torch.save writes it")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="such as model.dcz")
+    parser.add_argument("--bits", type=int, default=5, help="2^bits shared values per tensor (default: 5)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the file and say what each tensor takes."""
+    from distcomp.pruning import compress, decompress, sizes
+
+    state = read_state(arguments.model)
+    data = compress(state, arguments.bits)
+    again = decompress(data, limit_bytes=1 << 62)
+    if compress(again, arguments.bits) != data:
+        raise DistcompError("what was coded does not read back as it was; please report this model")
+    write(arguments.output, data)
+    for size in sizes(data):
+        print(f"{size.name:<40}{size.dense_bytes:>12} ->{size.stored_bytes:>10}  {size.coding}")
+    dense = sum(size.dense_bytes for size in sizes(data))
+    smaller = f"{dense / len(data):.1f} x smaller"
+    print(f"{dense} bytes of tensors -> {len(data)} bytes, {smaller}: {arguments.output}")
+    return 0
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The tensors of a saved state dict. Nothing but tensors is read."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a file that is none of its own
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise DistcompError(
+            f"{path} is no saved state dict ({reason}); write one: torch.save(model.state_dict(), ...)"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(one, torch.Tensor) for one in state.values()):
+        raise DistcompError(
+            f"{path} holds more than tensors by name; save distcomp.pruning.plain_state(model) or "
+            "model.state_dict()"
+        )
+    masked = next((name for name in state if ".parametrizations." in f".{name}"), None)
+    if masked is not None:
+        raise DistcompError(
+            f"{masked} has a mask beside it; save distcomp.pruning.plain_state(model), which applies it"
+        )
+    return state
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise DistcompError(f"{path} cannot be written ({error}); name another file with -o") from None
