@@ -74,14 +74,18 @@ def predict(rehearsed: Rehearsed, machine: Machine, fabric: Fabric) -> Predictio
         time_ = averaging_step(machine.timing, talks, fabric, machine.host, machine.slowness)
     else:
         if rehearsed.method in STOCK:
-            talks = tuple(replace(talk, rounds=_around_a_ring(talk.rounds)) for talk in talks)
+            talks = around_a_ring(talks)
         time_ = gradient_step(machine.timing, talks, fabric, machine.host, machine.slowness)
     sent = sum(talk.share * one.ask.sent_bytes(fabric.ranks) for talk in talks for one in talk.rounds)
     return Prediction(**vars(time_), sent_bytes=sent)
 
 
-def _around_a_ring(rounds: tuple[Round, ...]) -> tuple[Round, ...]:
-    return tuple(replace(one, ask=replace(one.ask, kind="ring")) for one in rounds)
+def around_a_ring(talks: Sequence[Talk]) -> tuple[Talk, ...]:
+    """The talks with every sum around a ring, however small: PyTorch's own know no other way."""
+    return tuple(
+        replace(talk, rounds=tuple(replace(one, ask=replace(one.ask, kind="ring")) for one in talk.rounds))
+        for talk in talks
+    )
 
 
 def _stock_talk(method: str, layout: Layout) -> Talk:

@@ -6,12 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from distcomp import recording
 from distcomp.errors import DistcompError
 from distcomp.report import Comparison, as_json, as_text, compare, page
+from distcomp.report.predicted import Predicted, as_lines, pairs, read_advice
 from distcomp.report.table import rich_table
 
 DESCRIPTION = """\
@@ -35,19 +37,29 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--target", type=float, metavar="LOSS", help="test loss to reach (default: DDP's final one plus 5 %%)"
     )
+    parser.add_argument(
+        "--advice",
+        type=Path,
+        metavar="FILE",
+        help="of distcomp advise --json: lay it beside what was measured",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table and write the page."""
     comparison = compare_directories(arguments.runs, arguments.target)
+    predicted = read_advice(arguments.advice) if arguments.advice is not None else None
+    beside = pairs(comparison, predicted) if predicted is not None else []
     path = arguments.output or (None if arguments.json else Path("report.html"))
     if path is not None:
-        write_page(comparison, path)
+        write_page(comparison, path, predicted)
     if arguments.json:
-        print(json.dumps(as_json(comparison), indent=2))
+        told = [asdict(one) | {"error": one.error} for one in beside]
+        print(json.dumps(as_json(comparison) | ({"predicted": told} if told else {}), indent=2))
     else:
         show(comparison)
+        print("\n".join(["", *as_lines(beside)]) if beside else "", end="\n" if beside else "")
         print(f"\nwrote {path}")
     return 0
 
@@ -73,11 +85,11 @@ def show(comparison: Comparison) -> None:
         print(as_text(comparison))
 
 
-def write_page(comparison: Comparison, path: Path) -> None:
+def write_page(comparison: Comparison, path: Path, predicted: Predicted | None = None) -> None:
     """Write the page whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(page(comparison), encoding="utf-8")
+        partial.write_text(page(comparison, predicted), encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         raise DistcompError(f"{path} cannot be written ({error}); name another file with -o") from None

@@ -13,6 +13,7 @@ from typing import Any
 from distcomp.recording import Run
 from distcomp.report import svg, words
 from distcomp.report.figures import BASELINE, CONTROLS, Comparison, Row
+from distcomp.report.predicted import Predicted, pairs, section
 from distcomp.report.table import Column, columns
 
 WIDE, NARROW = (540, 320), (358, 270)
@@ -27,8 +28,8 @@ PARTS = {
 }
 
 
-def page(comparison: Comparison) -> str:
-    """The report as one HTML document."""
+def page(comparison: Comparison, predicted: Predicted | None = None) -> str:
+    """The report as one HTML document; with what was ``predicted`` of steps, where that is given."""
     folder = resources.files("distcomp.report")
     template = Template((folder / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
@@ -41,6 +42,7 @@ def page(comparison: Comparison) -> str:
         legend="".join(_legend(comparison)),
         charts="".join(_charts(comparison)) or NO_CHARTS,
         time=_time(comparison),
+        predicted=section(pairs(comparison, predicted)) if predicted is not None else "",
         meaning=escape(" ".join(filter(None, (column.meaning for column in columns(comparison))))),
         bytes=_bytes(comparison),
         rings=RINGS if comparison.target_loss is not None else "",
