@@ -135,7 +135,7 @@ ROWS: dict[str, Row] = {
     "few_multiplications": Row(
         lambda net: precision.few_multiplications(net, keep=("first", "last")), (2, 32, 32)
     ),
-    "ttq": Row(precision.ttq, (2, 32, 32)),
+    "ttq, rate 0.01": Row(precision.ttq, (2, 32, 32), rate=0.01),
     "weighted_entropy 3-32": Row(lambda net: precision.weighted_entropy(net, 3, every=10), (3, 32, 32)),
     "weighted_entropy 3-3": Row(lambda net: precision.weighted_entropy(net, 3, 3, every=10), (3, 3, 32)),
     "compact_binary": Row(
@@ -223,17 +223,36 @@ def summarize(runs: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[s
     """Mean and spread over the seeds, and the differences to float32 seed by seed."""
     through = [(one, base) for one, base in zip(runs, plain, strict=True) if "diverged" not in one]
     summary: dict[str, Any] = {"diverged": len(runs) - len(through)}
-    if len(through) > 1:
+    if through:
         losses = [one["test_loss"] for one, _ in through]
         differences = [one["test_loss"] - base["test_loss"] for one, base in through]
         summary |= {
             "mean": statistics.mean(losses),
-            "spread": statistics.stdev(losses),
+            "spread": statistics.stdev(losses) if len(losses) > 1 else None,
             "test_accuracy": statistics.mean(one["test_accuracy"] for one, _ in through),
             "paired_difference_mean": statistics.mean(differences),
-            "paired_difference_spread": statistics.stdev(differences),
+            "paired_difference_spread": statistics.stdev(differences) if len(losses) > 1 else None,
         }
     return summary
+
+
+def key(network: str, name: str, seed: int) -> str:
+    return f"{network} | {name} | seed {seed}"
+
+
+def tabulate(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Every network's rows over the seeds that are whole: all rows of them have run."""
+    table: dict[str, Any] = {}
+    for network in NETWORKS:
+        seeds = [s for s in range(SEEDS) if all(key(network, name, s) in done for name in ROWS)]
+        if not seeds:
+            continue
+        runs = {name: [done[key(network, name, s)] for s in seeds] for name in ROWS}
+        table[network] = {
+            name: {"bits": row.bits, "seeds": len(seeds), **summarize(runs[name], runs["fp32"])}
+            for name, row in ROWS.items()
+        }
+    return table
 
 
 def main() -> None:
@@ -250,27 +269,19 @@ def main() -> None:
         "hour of one core; fixed point accumulates in float32",
     }  # fmt: skip
     cells = Cells("precision_table", about)
-    table: dict[str, Any] = {}
     for network in NETWORKS:
         for seed in range(SEEDS):
             for name, row in ROWS.items():
-                cells.get(f"{network} | {name} | seed {seed}", lambda r=row, n=network, s=seed: cell(r, n, s))
-    for network in NETWORKS:
-        runs = {
-            name: [cells.document["cells"][f"{network} | {name} | seed {seed}"] for seed in range(SEEDS)]
-            for name in ROWS
-        }
-        table[network] = {
-            name: {"bits": row.bits, **summarize(runs[name], runs["fp32"])} for name, row in ROWS.items()
-        }
-    cells.document["table"] = table
-    cells.write()
+                cells.get(key(network, name, seed), lambda r=row, n=network, s=seed: cell(r, n, s))
+            cells.document["table"] = tabulate(cells.document["cells"])
+            cells.write()
+    table = cells.document["table"]
     if wanted.json:
         print(json.dumps(cells.document))
         return
     for network, rows in table.items():
         for name, row in rows.items():
-            shown = f"{row['mean']:8.3f} +- {row['spread']:.3f}" if "mean" in row else "  diverged"
+            shown = f"{row['mean']:8.3f} +- {row['spread'] or 0:.3f}" if "mean" in row else "  diverged"
             print(f"{network}  {name:<36}{shown}")
 
 

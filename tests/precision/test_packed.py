@@ -129,3 +129,38 @@ def test_what_cannot_be_packed_is_refused_in_words() -> None:
     ):  # fmt: skip
         with pytest.raises(DistcompError, match=said):
             wrong()
+
+
+@pytest.mark.parametrize(
+    ("convert", "fewer"),
+    [
+        (lambda net: precision.dorefa(net, 2, 2), 14),
+        (lambda net: precision.fixed_point(net, "Q2.6", keep=("first", "last")), 3.5),
+        (lambda net: precision.binary_connect(net, keep=("first", "last")), 25),
+        (lambda net: precision.ttq(net), 14),
+        (lambda net: net, 1),
+    ],
+    ids=["dorefa", "fixed_point", "binary_connect", "ttq", "plain"],
+)  # fmt: skip
+def test_a_packed_checkpoint_is_the_baked_model_bit_for_bit(convert, fewer, tmp_path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 96), nn.Linear(96, 96), nn.BatchNorm1d(96), nn.Linear(96, 2)]
+    net = convert(nn.Sequential(*layers))
+    packed = precision.packed_state_dict(net)
+    torch.save(packed, tmp_path / "packed.pt")
+    state = precision.unpacked_state_dict(torch.load(tmp_path / "packed.pt", weights_only=True))
+    baked = precision.remove(net).state_dict()
+    assert list(state) == list(baked)
+    assert all(torch.equal(one, two) for one, two in zip(state.values(), baked.values(), strict=True))
+    weight_bytes = sum(one.nbytes for name, one in packed.items() if name.startswith("1.weight"))
+    assert 4 * 96 * 96 / weight_bytes >= fewer
+
+
+def test_a_damaged_packed_checkpoint_is_refused() -> None:
+    packed = precision.packed_state_dict(precision.binary_connect(nn.Linear(40, 40)))
+    short = {**packed, "weight:codes": packed["weight:codes"][:-1]}
+    headless = {name: one for name, one in packed.items() if name != "weight:values"}
+    valueless = {**packed, "weight:values": packed["weight:values"][:1]}
+    for damaged in (short, headless, valueless):
+        with pytest.raises(DistcompError, match="save it again"):
+            precision.unpacked_state_dict(damaged)

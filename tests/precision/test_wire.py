@@ -189,3 +189,27 @@ def test_a_fixed_point_run_is_the_same_over_every_pattern_and_transport_and_twic
     assert weights == runs["scatter"][0]["weights"] == runs["gather"][0]["weights"] == again[0]["weights"]
     assert weights == in_lockstep(3)
     assert runs["scatter"][0]["sent"]["codes"] < runs["all_reduce"][0]["sent"]["codes"]
+
+
+def sharded(rank: int, size: int, name: str) -> tuple[list[float], bool]:
+    """Losses of a model under DDP, and whether FSDP2 had the same."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    losses = {}
+    for kind in ("ddp", "fsdp"):
+        net = getattr(precision, name)(jobs.network(), keep=())
+        if kind == "ddp":
+            net = jobs.wrap(net)
+        else:
+            fully_shard(net, mesh=init_device_mesh("cpu", (size,)))
+        losses[kind] = jobs.train(net, torch.optim.SGD(net.parameters(), 0.3), rank, 5)
+    return losses["ddp"], losses["ddp"] == losses["fsdp"]
+
+
+@pytest.mark.parametrize("name", ["binary_connect", "ttq"])
+def test_converted_models_are_sharded_as_others_are(cluster, name) -> None:
+    """Latent weights are clipped in every shard; the two magnitudes of a layer are sharded, too."""
+    for losses, same in cluster(2).run(sharded, name):
+        assert same
+        assert len(set(losses)) == 5

@@ -8,6 +8,7 @@ back. State dicts, DistributedDataParallel, ``torch.compile`` and ``distcomp.att
 """
 
 from distcomp.precision.binary import binary_connect, bnn, xnor_net
+from distcomp.precision.checkpoint import packed_state_dict, unpacked_state_dict
 from distcomp.precision.compact import bipolar_penalty, compact_binary, slow_groups
 from distcomp.precision.convert import Widths, project, remove
 from distcomp.precision.dorefa import dorefa
@@ -39,6 +40,7 @@ __all__ = [
     "fixed_point",
     "gradual",
     "pack",
+    "packed_state_dict",
     "project",
     "remove",
     "set_activations",
@@ -47,6 +49,7 @@ __all__ = [
     "summary",
     "top_layers",
     "ttq",
+    "unpacked_state_dict",
     "weighted_entropy",
     "xnor_net",
 ]

@@ -77,7 +77,9 @@ class Scale(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        self.factor = nn.Parameter(weight.new_tensor(weight[0].numel() ** -0.5))
+        self.factor = nn.Parameter(
+            weight.new_full((1,), weight[0].numel() ** -0.5)
+        )  # FSDP2 shards no scalars
 
     def forward(self, y: Tensor) -> Tensor:
         """``factor y``."""

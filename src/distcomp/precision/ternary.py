@@ -62,7 +62,7 @@ class Ternarize(torch.autograd.Function):
         above, below, positive, negative = ctx.saved_tensors
         (g,) = gradients
         latent = g * (positive * above + negative * below + (1 - above - below))
-        return latent, (g * above).sum(), -(g * below).sum(), None
+        return latent, (g * above).sum().view_as(positive), -(g * below).sum().view_as(negative), None
 
 
 class TrainedTernary(nn.Module):
@@ -88,6 +88,7 @@ class TrainedTernary(nn.Module):
 
 
 def _start(magnitudes: Tensor, initial: float | None, like: Tensor) -> Tensor:
-    if initial is not None:
-        return like.new_tensor(initial)
-    return magnitudes.mean() if magnitudes.numel() else like.new_tensor(1.0)
+    """One element, not a scalar: FSDP2 shards no scalars."""
+    if initial is None:
+        initial = float(magnitudes.mean()) if magnitudes.numel() else 1.0
+    return like.new_full((1,), initial)

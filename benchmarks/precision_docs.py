@@ -1,0 +1,92 @@
+"""Writes the measured tables of docs/precision.md, from committed result files and nothing else.
+
+python benchmarks/precision_docs.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from _tables import RESULTS, ROOT, fill, markdown, result, source
+
+NOT_YET = "Not measured yet."
+
+
+def about(found: dict[str, Any], script: str) -> str:
+    """Where the numbers come from; a study in cells has a seed per cell."""
+    return source({"seed": "per row", **found}, script)
+
+
+def spread(value: float | None) -> str:
+    return "" if value is None else f" ± {value:.3f}"
+
+
+def losses() -> str:
+    """Every method's test loss, and its difference to float32 seed by seed."""
+    found = result("precision_table")
+    tables = []
+    for network, rows in found["table"].items():
+        lines = [
+            [
+                name,
+                " / ".join(f"{bits:g}" for bits in row["bits"]),
+                f"{row['mean']:.3f}{spread(row['spread'])}" if "mean" in row else "diverged",
+                f"{row['paired_difference_mean']:+.3f}{spread(row['paired_difference_spread'])}"
+                if "mean" in row
+                else "",
+                str(row["seeds"] - row["diverged"]),
+            ]
+            for name, row in rows.items()
+        ]
+        head = [network, "bits: weights / activations / gradients", "test loss", "difference", "seeds"]
+        tables.append(markdown(head, lines))
+    return "\n\n".join([*tables, about(found, "precision_table.py")])
+
+
+def wire() -> str:
+    found = result("precision_wire")
+    lines = [
+        [
+            name,
+            f"{row['bytes_per_step']:,.0f}",
+            f"{row['times_fewer_bytes']:.1f} ×" if "times_fewer_bytes" in row else "",
+            f"{1e3 * row['exchange_s']:.1f} ms" if row["bytes_per_step"] else "",
+            f"{row['mean']:.3f}{spread(row['spread'])}",
+        ]
+        for name, row in found["table"].items()
+    ]
+    head = ["", "bytes sent per step", "fewer", "exchange", "test loss"]
+    return f"{markdown(head, lines)}\n\n{about(found, 'precision_wire.py')}"
+
+
+def binary() -> str:
+    found = result("binary_layers")
+    lines = [
+        [
+            name,
+            f"{1e3 * row['float32_s']:.2f} ms",
+            f"{1e3 * row['packed_s']:.2f} ms",
+            f"{row['ratio']:.1f} ×",
+            f"{row['weights_smaller']:.0f} ×",
+        ]
+        for name, row in found["layers"].items()
+    ]
+    head = ["layer", "torch, float32", "packed", "faster", "smaller weights"]
+    return f"{markdown(head, lines)}\n\n{about(found, 'binary_layers.py')}"
+
+
+def main() -> None:
+    page = ROOT / "docs" / "precision.md"
+    for name, place, text in (
+        ("precision_table", "losses", losses),
+        ("precision_wire", "wire", wire),
+        ("binary_layers", "binary", binary),
+    ):
+        measured = (RESULTS / f"{name}.json").exists() and (
+            name == "binary_layers" or "table" in result(name)
+        )
+        fill(page, place, text() if measured else NOT_YET)
+
+
+if __name__ == "__main__":
+    main()
