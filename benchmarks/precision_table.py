@@ -135,6 +135,7 @@ ROWS: dict[str, Row] = {
     "few_multiplications": Row(
         lambda net: precision.few_multiplications(net, keep=("first", "last")), (2, 32, 32)
     ),
+    "ttq": Row(precision.ttq, (2, 32, 32)),
     "ttq, rate 0.01": Row(precision.ttq, (2, 32, 32), rate=0.01),
     "weighted_entropy 3-32": Row(lambda net: precision.weighted_entropy(net, 3, every=10), (3, 32, 32)),
     "weighted_entropy 3-3": Row(lambda net: precision.weighted_entropy(net, 3, 3, every=10), (3, 3, 32)),
@@ -241,17 +242,18 @@ def key(network: str, name: str, seed: int) -> str:
 
 
 def tabulate(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Every network's rows over the seeds that are whole: all rows of them have run."""
+    """Every network's rows, over the seeds that they and float32 have run with."""
     table: dict[str, Any] = {}
     for network in NETWORKS:
-        seeds = [s for s in range(SEEDS) if all(key(network, name, s) in done for name in ROWS)]
-        if not seeds:
-            continue
-        runs = {name: [done[key(network, name, s)] for s in seeds] for name in ROWS}
-        table[network] = {
-            name: {"bits": row.bits, "seeds": len(seeds), **summarize(runs[name], runs["fp32"])}
-            for name, row in ROWS.items()
-        }
+        for name, row in ROWS.items():
+            seeds = [s for s in range(SEEDS) if {key(network, name, s), key(network, "fp32", s)} <= set(done)]
+            if seeds:
+                runs, plain = ([done[key(network, one, s)] for s in seeds] for one in (name, "fp32"))
+                table.setdefault(network, {})[name] = {
+                    "bits": row.bits,
+                    "seeds": len(seeds),
+                    **summarize(runs, plain),
+                }
     return table
 
 
