@@ -103,24 +103,24 @@ def decentralized() -> str:
 def pqasgd_loss() -> str:
     found = result("pqasgd")
     base = found["loss"]["full SGD"]
-    rows = []
-    for name, row in found["loss"].items():
-        if "mean" not in row:
-            rows.append([name, "", "diverges", "", ""])
-            continue
-        low, high = row["range"]
-        rows.append(
-            [
-                name,
-                f"{100 * row['sent_bytes'] / base['sent_bytes']:.1f} %",
-                f"{row['mean']:.3f} ({low:.3f}–{high:.3f})"
-                + (f", {row['diverged']} diverge" * bool(row["diverged"])),
-                f"{100 * row['test_accuracy']:.1f} %",
-                f"{row['rate']}",
-            ]
-        )
-    head = ["", "bytes sent", "test loss (range of 3 seeds)", "accuracy", "learning rate"]
+    rows = [
+        [name, f"{100 * row['sent_bytes'] / base['sent_bytes']:.1f} %", _losses(row), _percent(row)]
+        if "mean" in row
+        else [name, "", "diverges", ""]
+        for name, row in found["loss"].items()
+    ]
+    head = ["", "bytes sent", "test loss (range, seeds)", "accuracy"]
     return f"{markdown(head, rows)}\n\n{source(found, 'pqasgd.py')}"
+
+
+def _losses(row: dict[str, Any]) -> str:
+    low, high = row["range"]
+    lost = f", {row['diverged']} diverge" if row["diverged"] else ""
+    return f"{row['mean']:.3f} ({low:.3f}–{high:.3f}, {row['seeds']}{lost})"
+
+
+def _percent(row: dict[str, Any]) -> str:
+    return f"{100 * row['test_accuracy']:.1f} %"
 
 
 def pqasgd_speed() -> str:
@@ -147,22 +147,18 @@ def draw_speed() -> None:
 
 def pareto() -> str:
     found = result("pareto")
-    rows = []
-    for name, row in sorted(found["methods"].items(), key=lambda item: item[1].get("times_fewer_bytes", 0)):
-        if "mean" not in row:
-            rows.append([f"`{name}`", "", "diverges", "", f"{row['rate']}"])
-            continue
-        low, high = row["range"]
-        rows.append(
-            [
-                f"`{name}`",
-                f"{row['times_fewer_bytes']:,.0f} ×",
-                f"{row['mean']:.3f} ({low:.3f}–{high:.3f})",
-                f"{100 * (row['relative_loss'] - 1):+.1f} %",
-                f"{row['rate']}",
-            ]
-        )
-    head = ["", "fewer bytes than DDP", "test loss (range of 3 seeds)", "against DDP", "learning rate"]
+    rows = [
+        [
+            f"`{name}`",
+            f"{row['times_fewer_bytes']:,.0f} ×",
+            _losses(row),
+            f"{100 * row['relative_loss'] - 100:+.1f} %",
+        ]
+        if "mean" in row
+        else [f"`{name}`", "", "diverges", ""]
+        for name, row in found["methods"].items()
+    ]
+    head = ["", "fewer bytes than DDP", "test loss (range, seeds)", "against DDP, same seeds"]
     return f"{markdown(head, rows)}\n\n{source(found, 'pareto.py')}"
 
 

@@ -14,6 +14,7 @@ seed (the error is a mean over 512 parameters: another seed differs by a few per
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from typing import Any
 
@@ -56,22 +57,29 @@ def plan(rate: float, seed: int) -> Plan:
     )
 
 
-def losses(cells: Cells) -> dict[str, dict[str, Any]]:
-    """Every row: its learning rate, its losses, and their differences to full SGD's, seed by seed."""
+def losses(cells: Cells) -> None:
+    """Fill in what is missing."""
     task = digit_pairs()
+
+    def run(name: str, rate: float, seed: int) -> dict[str, Any]:
+        return cells.get(_name(name, rate, seed), lambda: train(task, plan(rate, seed), LOSS[name]))
+
+    best = min(RATES, key=lambda rate: run("full SGD", rate, 0)["test_loss"])
+    for name in LOSS:
+        for seed in range(SEEDS):
+            run(name, best, seed)
+
+
+def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Every row as far as it is there."""
+    best = min(RATES, key=lambda rate: cells[_name("full SGD", rate, 0)]["test_loss"])
     rows: dict[str, dict[str, Any]] = {}
-    rate = RATES[0]
-    for name, carrier in LOSS.items():
-
-        def run(rate: float, seed: int, name: str = name, carrier: Any = carrier) -> dict[str, Any]:
-            key = f"loss | {name} | rate {rate} | seed {seed}"
-            return cells.get(key, lambda: train(task, plan(rate, seed), carrier))
-
-        if not rows:  # full SGD
-            rate = min(RATES, key=lambda rate: run(rate, 0)["test_loss"])
-        runs = [run(rate, seed) for seed in range(SEEDS)]
+    for name in LOSS:
+        runs = [cells[key] for seed in range(SEEDS) if (key := _name(name, best, seed)) in cells]
         through = [one for one in runs if "diverged" not in one]
-        rows[name] = {"rate": rate, "diverged": len(runs) - len(through)}
+        if not runs:
+            continue
+        rows[name] = {"rate": best, "seeds": len(runs), "diverged": len(runs) - len(through)}
         if through:
             found = [one["test_loss"] for one in through]
             rows[name] |= {
@@ -82,6 +90,10 @@ def losses(cells: Cells) -> dict[str, dict[str, Any]]:
                 "sent_bytes": through[0]["sent_bytes"],
             }
     return rows
+
+
+def _name(name: str, rate: float, seed: int) -> str:
+    return f"loss | {name} | rate {rate} | seed {seed}"
 
 
 class Shards:
@@ -132,20 +144,29 @@ def fastest(averaging: Averaging, workers: int) -> dict[str, Any]:
     return best
 
 
-def speed(cells: Cells) -> dict[str, dict[str, Any]]:
-    """Steps to the target by number of workers."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name, averaging in SPEED.items():
-        rows[name] = {
-            str(workers): cells.get(
-                f"speed | {name} | {workers} workers", lambda a=averaging, w=workers: fastest(a, w)
-            )
-            for workers in CROWDS
-        }
-    return rows
+def speed(cells: Cells) -> None:
+    """Fill in what is missing."""
+    for workers in CROWDS:
+        for name, averaging in SPEED.items():
+            cells.get(_point(name, workers), lambda a=averaging, w=workers: fastest(a, w))
+
+
+def tabulate_speed(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Steps to the target by number of workers, as far as they are there."""
+    there = [workers for workers in CROWDS if all(_point(name, workers) in cells for name in SPEED)]
+    return {name: {str(workers): cells[_point(name, workers)] for workers in there} for name in SPEED}
+
+
+def _point(name: str, workers: int) -> str:
+    return f"speed | {name} | {workers} workers"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--show", action="store_true", help="print the tables and train nothing")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     about = {
         "loss": {"task": "digit pairs, 17,440 parameters", "workers": 8, "steps": STEPS, "seeds": SEEDS,
@@ -154,9 +175,11 @@ def main() -> None:
                   "workers": list(CROWDS), "rates": list(DESCENTS)},
     }  # fmt: skip
     cells = Cells("pqasgd", about)
-    cells.document["loss"] = losses(cells)
-    cells.write()
-    cells.document["speed"] = speed(cells)
+    if not arguments.show:
+        losses(cells)
+        speed(cells)
+    cells.document["loss"] = tabulate(cells.document["cells"])
+    cells.document["speed"] = tabulate_speed(cells.document["cells"])
     cells.write()
     for name, row in cells.document["loss"].items():
         print(f"{name:<24}{row}")
