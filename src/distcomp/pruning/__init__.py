@@ -6,6 +6,8 @@ A *criterion* decides which weights live, a :class:`Pruner` asks it at the right
 
 from distcomp.pruning.coding import CorruptFile
 from distcomp.pruning.container import Size, compress, decompress, sizes
+from distcomp.pruning.frequency import frequency
+from distcomp.pruning.groups import group_lasso, ssl
 from distcomp.pruning.magnitude import (
     affordable,
     dsd,
@@ -40,7 +42,9 @@ __all__ = [
     "dns",
     "dsd",
     "fixed",
+    "frequency",
     "gradual",
+    "group_lasso",
     "magnitude",
     "nm",
     "plain_state",
@@ -49,4 +53,5 @@ __all__ = [
     "sensitivity",
     "share",
     "sizes",
+    "ssl",
 ]

@@ -101,12 +101,12 @@ def dns(
     Source: Guo et al., Dynamic network surgery, NeurIPS 2016, and its public code. We differ: thresholds are
     of a layer's weights alone (there weights and bias are pooled).
     """
-    _check(gamma, power)
+    check_rarity(gamma, power)
     if isinstance(rate, Mapping) and names is None:
         names = list(rate)
     return Pruner(model, optimizer, Surgery(Draws(seed, gamma, power, until), frozen(rate)), names, seed)
 
 
-def _check(gamma: float, power: float) -> None:
+def check_rarity(gamma: float, power: float) -> None:
     if gamma < 0 or power < 0:
         raise DistcompError(f"gamma and power are 0 or more, not {gamma} and {power}: probabilities fall")

@@ -1,0 +1,146 @@
+"""Pruning in the frequency domain: surgery on the DCT coefficients of each kernel, band by band."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from distcomp.errors import DistcompError
+from distcomp.pruning.masks import Mask, unwrapped
+from distcomp.pruning.pruner import Criterion, Pruner, Tensors, View
+from distcomp.pruning.surgery import Draws, check_rarity, hysteresis
+
+LAWS = ("rising", "linear", "flat")
+
+
+def dct_basis(size: int) -> Tensor:
+    """The orthonormal DCT-II: ``B[k, i] = c_k cos(pi (2 i + 1) k / (2 n))``; ``B B^T = 1`` (float64)."""
+    k, i = torch.arange(size).double()[:, None], torch.arange(size).double()[None]
+    basis = torch.cos(math.pi * (2 * i + 1) * k / (2 * size)) * math.sqrt(2 / size)
+    basis[0] /= math.sqrt(2)
+    return basis
+
+
+class FrequencyMask(Mask):
+    """``w = B^T (F * mask) B`` for every kernel: what is trained, masked and sent are coefficients F.
+
+    The transform is orthonormal: the gradient of F is that of w, transformed, and SGD moves the same weights.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__(like)
+        for name, size in (("rows", like.shape[-2]), ("columns", like.shape[-1])):
+            self.register_buffer(name, dct_basis(size).to(like), persistent=False)
+
+    def forward(self, original: Tensor) -> Tensor:
+        return self.rows.T @ super().forward(original) @ self.columns
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The coefficients of a weight."""
+        return self.rows @ weight @ self.columns.T
+
+
+@dataclass(frozen=True)
+class Bands:
+    """How a layer's threshold grows with the frequency u = (i + j) / (k1 + k2 - 2) of a coefficient.
+
+    ::
+
+        factor(u) = low + (high - low) g(u);    rising: g = 1 - (1 - u^a)^b;    linear: g = u;    flat: g = 1
+
+    ``rising`` is the distribution of Kumaraswamy, a Beta-like curve in closed form. The paper's own law is
+    not public: the choice is ours.
+    """
+
+    law: str = "rising"
+    low: float = 0.5
+    high: float = 1.5
+    a: float = 1.0
+    b: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.law not in LAWS or not 0 <= self.low <= self.high or min(self.a, self.b) <= 0:
+            raise DistcompError(f"bands need a law of {', '.join(LAWS)}, 0 <= low <= high, a > 0 and b > 0")
+
+    def factors(self, height: int, width: int) -> Tensor:
+        """``[height, width]``, float32."""
+        i, j = torch.arange(height)[:, None], torch.arange(width)[None]
+        u = (i + j).float() / max(1, height + width - 2)
+        curves = {"rising": 1 - (1 - u**self.a) ** self.b, "linear": u, "flat": torch.ones_like(u)}
+        return self.low + (self.high - self.low) * curves[self.law]
+
+
+@dataclass(frozen=True)
+class FrequencySurgery(Criterion):
+    """Dynamic network surgery on coefficients: ``base factor(u)`` in place of a layer's base."""
+
+    wants_dense = True
+    holds = True
+    restarts = False
+
+    draws: Draws
+    rate: float
+    bands: Bands
+
+    def mask_for(self, parameter: Tensor) -> Mask:
+        return FrequencyMask(parameter)
+
+    def due(self, step: int, name: str) -> bool:
+        return self.draws(step, name)
+
+    def decide(self, view: View) -> Tensors:
+        masks: Tensors = {}
+        for name in view.due:
+            magnitudes = view.weights[name].abs().float()
+            if name not in view.memory:
+                base = magnitudes.mean() + self.rate * magnitudes.std(unbiased=False)
+                view.memory[name] = base.clamp(min=0)
+            bounds = view.memory[name] * self.bands.factors(*magnitudes.shape[-2:]).to(magnitudes)
+            masks[name] = hysteresis(magnitudes, view.masks[name], 0.9 * bounds, 1.1 * bounds)
+        return masks
+
+
+def frequency(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    rate: float = 0.5,
+    *,
+    law: str = "rising",
+    low: float = 0.5,
+    high: float = 1.5,
+    gamma: float = 1e-3,
+    power: float = 1.0,
+    until: int = 10_000,
+    names: Iterable[str] | None = None,
+    seed: int = 0,
+) -> Pruner:
+    """Prune the DCT coefficients of convolution kernels, high frequencies sooner, and splice them again.
+
+    ``rate``, ``gamma``, ``power``, ``until``: as for :func:`distcomp.pruning.dns`. ``law``, ``low``,
+    ``high``: see :class:`Bands`. Where ``names`` is None: all 2-D convolutions whose kernels are larger than
+    1 x 1.
+
+    Source: Liu et al., Frequency-domain dynamic pruning, NeurIPS 2018. No code is public; the law of the
+    bands is ours, and an option.
+    """
+    check_rarity(gamma, power)
+    module = unwrapped(model)
+    found = [
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, part in module.named_modules()
+        if isinstance(part, nn.Conv2d) and part.weight.shape[-1] * part.weight.shape[-2] > 1
+    ]
+    chosen = found if names is None else list(names)
+    flat = [name for name in chosen if name not in found]
+    if flat:  # named, but without a plane of frequencies
+        raise DistcompError(f"{flat[0]} is no 2-D convolution of kernels above 1 x 1; leave it out of names")
+    criterion = FrequencySurgery(Draws(seed, gamma, power, until), rate, Bands(law, low, high))
+    return Pruner(model, optimizer, criterion, chosen, seed)
