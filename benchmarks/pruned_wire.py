@@ -4,8 +4,8 @@
 
 Four ranks on an emulated network of 100 Mbit/s train the net of ``examples/digits.py`` at another width. DDP
 in float32, 4 bits, and 4 bits for living weights only while a cubic schedule prunes to 90 % in the first part
-of the run; afterwards the mask is frozen. Bytes are what each rank's queue was charged, acknowledgements and one
-barrier a step included.
+of the run; afterwards the mask is frozen. Bytes are what each rank's queue was charged, acknowledgements
+and one barrier a step included.
 """
 
 from __future__ import annotations
