@@ -65,8 +65,8 @@ def test_group_lasso_takes_the_proximal_step_after_each_step_of_sgd(sparse):
 
 def test_zeros_are_exact_whole_columns_and_stay():
     model = network()
-    optimizer = sgd(model, momentum=0.9)
-    pruner = pruning.ssl(model, optimizer, until=40, channels=1.0)
+    optimizer = sgd(model)
+    pruner = pruning.ssl(model, optimizer, until=40, channels=0.1)
     train(model, optimizer, 41)
     assert pruner.density == 1
     train(model, optimizer, 30, start=41)
