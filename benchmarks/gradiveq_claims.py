@@ -1,0 +1,283 @@
+"""What holds of GradiVeQ's claims here?
+
+    python benchmarks/gradiveq_claims.py structure    # do gradients lie in a subspace? against two controls
+    python benchmarks/gradiveq_claims.py loss         # test loss, five seeds, against no compression; resumes
+    python benchmarks/gradiveq_claims.py link         # aggregation time, 6 ranks at 100 Mbit/s, one run
+
+Each call adds its part to results/gradiveq_claims.json. A ResNet-style net with 3x3 convolutions of 16 to 64
+channels on pairs of digits, six workers, as in the paper (which trains ResNet-32 on CIFAR-100 for 45,000
+iterations: here hundreds, and cycles as much shorter).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, relu
+from torch.nn.parallel import DistributedDataParallel
+
+import distcomp
+from distcomp.methods.subspace import Slicing, Subspace, compress, relative_loss, to_slices
+
+WORKERS, BATCH, RATE = 6, 8, 0.1
+LEARN, LATER = 60, (30, 120)
+CYCLE = "gradiveq:learn=30,compressed=100"
+STEPS, SEEDS = 160, 5
+
+
+class Residual(nn.Module):
+    """Two convolutions and what came in."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(before, after, 3, stride=after // before, padding=1, bias=False)
+        self.second = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.GroupNorm(4, after), nn.GroupNorm(4, after)])
+        self.short = nn.Conv2d(before, after, 1, stride=2, bias=False) if after != before else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[1](self.second(relu(self.norms[0](self.first(x)))))
+        return relu(y + self.short(x))
+
+
+def network(blocks: int = 1) -> nn.Module:
+    """``blocks`` per stage; three stages of 16, 32 and 64 channels."""
+    stages: list[nn.Module] = []
+    before = 16
+    for width in (16, 32, 64):
+        for _ in range(blocks):
+            stages.append(Residual(before, width))
+            before = width
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 16)),
+        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.GroupNorm(4, 16), nn.ReLU(),
+        *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+def task() -> Any:
+    from _crowd import Task, rows
+    from digits import digits, pairs
+
+    (images, labels), held_out = digits()
+
+    def pictured(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        left, right = batch[0].view(-1, 2, 8, 8).unbind(1)
+        return torch.cat([left, right], dim=2).flatten(1), batch[1]
+
+    def batches(workers: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return rows(
+            lambda worker, stream: pictured(
+                pairs(images[worker::workers], labels[worker::workers], BATCH, stream)
+            ),
+            workers,
+            seed,
+        )
+
+    test = pictured(pairs(*held_out, 2000, torch.Generator().manual_seed(0)))
+    return Task(network, cross_entropy, batches, test)
+
+
+def plan(seed: int, steps: int = STEPS) -> Any:
+    from _crowd import Plan, warm_up_then_cosine
+
+    return Plan(
+        workers=WORKERS,
+        steps=steps,
+        optimizer=lambda weights: torch.optim.SGD(weights, RATE, momentum=0.9),
+        rate=warm_up_then_cosine(steps),
+        seed=seed,
+    )
+
+
+# ------------------------------------------------------------------------------------------ structure
+
+
+def recorded(steps: int, rate_steps: int = 1000) -> tuple[Any, list[Tensor]]:
+    """The aggregated gradients of an uncompressed run."""
+    from _crowd import Crowd
+
+    crowd = Crowd(task(), plan(0, rate_steps), distcomp.identity())
+    seen: list[Tensor] = []
+    assert crowd.gradients is not None
+    exchange = crowd.gradients.exchange
+
+    def watched(gradients: Tensor) -> None:
+        exchange(gradients)
+        seen.append(gradients[0].clone())
+
+    crowd.gradients.exchange = watched  # type: ignore[method-assign]
+    for _ in range(steps):
+        if not crowd.step():
+            raise distcomp.DistcompError("training diverged; lower RATE")
+    return crowd.layout, seen
+
+
+def structure() -> dict[str, Any]:
+    """Relative loss of reconstruction on gradients that the basis was not found from, layer by layer."""
+    warm, last = 100, LEARN + LATER[-1]
+    layout, seen = recorded(warm + last)
+    seen = seen[warm:]
+    slicing, subspace = Slicing(), Subspace(ratio=8.0, loss=0.01)
+    generator = torch.Generator().manual_seed(0)
+    rows = {}
+    for segment, at in zip(layout.segments, layout.offsets, strict=True):
+        k = slicing.length(segment)
+        if k is None or segment.numel < 2000:
+            continue
+        series = [to_slices(one[at : at + segment.numel], segment, k) for one in seen]
+        noise = [torch.randn(s.shape, generator=generator) * s.std() for s in series]
+        basis, mean, dims = found(series, subspace)
+        random = torch.linalg.qr(torch.randn(k, dims, generator=generator)).Q.T.unsqueeze(0).contiguous()
+        noise_basis, noise_mean, noise_dims = found(noise, replace(subspace, loss=0.0))
+        zero_basis, zero_mean, _ = found(series, replace(subspace, centred=False))
+        rows[segment.name] = {
+            "shape": list(segment.shape), "K": k, "d": dims, "ratio": k / dims,
+            "PCA": losses(series, basis, mean),
+            "PCA around zero": losses(series, zero_basis, zero_mean),
+            "random basis": losses(series, random, mean),
+            "noise": {"d": noise_dims, **losses(noise, noise_basis, noise_mean)},
+        }  # fmt: skip
+    return {"steps_before": warm, "learn": LEARN, "later": list(LATER), "layers": rows}
+
+
+def found(series: list[Tensor], subspace: Subspace) -> tuple[Tensor, Tensor, int]:
+    """Basis and means from the first gradients of a series."""
+    from distcomp.methods.subspace import mixed
+
+    first = torch.stack([slices[:1] for slices in series[:LEARN]], dim=1).flatten(2)
+    mixture, dims = subspace.find(first)
+    mean = torch.stack(series[:LEARN]).mean(0) * subspace.centred
+    return mixed(mixture, first)[:, :dims], mean, dims
+
+
+def losses(series: list[Tensor], basis: Tensor, mean: Tensor) -> dict[str, float]:
+    def over(part: list[Tensor]) -> float:
+        each = [relative_loss(s, compress(s, basis, mean).reshape(-1), mean) for s in part]
+        return statistics.mean(each)
+
+    near, far = LATER
+    return {
+        "in_sample": over(series[:LEARN]),
+        "held_out": over(series[LEARN : LEARN + near]),
+        "held_out_later": over(series[LEARN + near : LEARN + far]),
+    }
+
+
+# ----------------------------------------------------------------------------------------------- loss
+
+
+def test_losses() -> dict[str, Any]:
+    """Test loss over seeds, uncompressed and compressed, everything else the same."""
+    from _crowd import Cells, train
+
+    cells = Cells("gradiveq_loss", {"workers": WORKERS, "batch": BATCH, "steps": STEPS, "cycle": CYCLE})
+    arms = {"float32": distcomp.identity(), CYCLE: distcomp.parse(CYCLE)}
+    rows: dict[str, Any] = {}
+    for seed in range(SEEDS):
+        for name, method in arms.items():
+            make: Callable[[], dict[str, Any]] = lambda seed=seed, method=method: train(  # noqa: E731
+                task(), plan(seed), method
+            )
+            rows.setdefault(name, []).append(cells.get(f"{name} | seed {seed}", make))
+    table = {
+        name: {
+            "test_loss": [run.get("test_loss") for run in runs],
+            "mean": statistics.mean(run["test_loss"] for run in runs),
+            "spread": statistics.stdev(run["test_loss"] for run in runs),
+            "sent_bytes_per_step": runs[0]["sent_bytes"] / STEPS,
+        }
+        for name, runs in rows.items()
+        if all("test_loss" in run for run in runs)
+    }
+    plain, ours = table["float32"], table[CYCLE]
+    return {
+        "steps": STEPS, "arms": table,
+        "difference_over_spread": (ours["mean"] - plain["mean"]) / plain["spread"],
+        "within_the_range_of_float32": ours["mean"] <= max(plain["test_loss"]),
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------- link
+
+
+BLOCKS = 3
+
+
+def rank_main() -> None:
+    """Some steps by DDP, then a cycle by GradiVeQ: what each exchange took."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found: dict[str, Any] = {}
+    for method, steps in (("ddp", 15), (CYCLE, 30 + 25)):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(network(BLOCKS), bucket_cap_mb=1000)
+        optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+        mine, sent = [], []
+        with distcomp.attach(model, optimizer, method) as handle:
+            for step in range(steps):
+                g = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+                x, y = torch.randn(2, 128, generator=g), torch.randint(10, (2,), generator=g)
+                optimizer.zero_grad()
+                dist.barrier()
+                cross_entropy(model(x), y).backward()
+                optimizer.step()
+                last = handle.stats()["last"]
+                mine.append(last["exchange_s"])
+                sent.append(last["payload_bytes"])
+        everyone: list[list[float]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine)
+        found[method] = {"exchange_s": [max(one) for one in zip(*everyone, strict=True)], "bytes": sent}
+    if dist.get_rank() == 0:
+        parameters = sum(p.numel() for p in network(BLOCKS).parameters())
+        print(json.dumps({"parameters": parameters, "found": found}))
+    dist.destroy_process_group()
+
+
+def link() -> dict[str, Any]:
+    """Aggregation time of each phase against float32's, and of a whole cycle (30 and 100 steps)."""
+    from _common import median, on_network
+
+    raw = on_network(os.path.abspath(__file__), WORKERS, "100mbit", {"GRADIVEQ": "1"})
+    plain = raw["found"]["ddp"]["exchange_s"][3:]
+    ours = raw["found"][CYCLE]["exchange_s"]
+    learning, last_learning, compressed = ours[3:29], ours[29], ours[31:]
+    cycle_s = 29 * median(learning) + last_learning + 100 * median(compressed)
+    sent = raw["found"][CYCLE]["bytes"]
+    return {
+        "network": raw["network"], "parameters": raw["parameters"], "cycle": CYCLE,
+        "float32_s": median(plain), "learning_s": median(learning), "finding_the_bases_s": last_learning,
+        "compressed_s": median(compressed),
+        "compressed_phase_times_faster": median(plain) / median(compressed),
+        "whole_cycle_times_faster": 130 * median(plain) / cycle_s,
+        "bytes": {"float32": raw["found"]["ddp"]["bytes"][-1], "learning": sent[10], "compressed": sent[-1]},
+        "raw": raw["found"],
+    }  # fmt: skip
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"structure": structure, "loss": test_losses, "link": link}
+
+
+def main() -> None:
+    from _common import RESULTS, write
+
+    torch.set_num_threads(1)
+    path = RESULTS / "gradiveq_claims.json"
+    for name in sys.argv[1:] or PARTS:
+        part = PARTS[name]()
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        write("gradiveq_claims", {one: kept[one] for one in PARTS if one in kept} | {name: part})
+        print(f"{name}: written to {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    rank_main() if "GRADIVEQ" in os.environ else main()

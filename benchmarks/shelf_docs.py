@@ -1,0 +1,152 @@
+"""Writes the measured tables into docs/shelf.md, from the committed result files and nothing else.
+
+python benchmarks/shelf_docs.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from _common import RESULTS
+
+PAGE = Path(__file__).parents[1] / "docs" / "shelf.md"
+RATES = {"10mbit": "10 Mbit/s", "100mbit": "100 Mbit/s", "1gbit": "1 Gbit/s", "unshaped": "unshaped"}
+Found = dict[str, Any]
+
+
+def source(found: Found, script: str) -> str:
+    host = found["host"]
+    return (
+        f"{host['cpu']} ({host['cores']} cores), torch {found['versions']['torch']}, "
+        f"commit {found['commit']}; `benchmarks/{script}.py`."
+    )
+
+
+def table(head: list[str], body: list[list[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for row in body:
+        yield f"| {' | '.join(row)} |"
+
+
+def peers(found: Found) -> Iterator[str]:
+    rates = [rate for rate in RATES if rate in found["raw"]["step_s"]]
+    body = []
+    for label, row in found["rows"].items():
+        cells = [label, str(row["steps"] or "not reached"), f"{row['bytes'] / 1e6:.2f} MB"]
+        body.append(cells + [_seconds(row[rate]) if rate in row else "-" for rate in rates])
+    yield from table(["", "steps", "sent per step", *(RATES[rate] for rate in rates)], body)
+    yield ""
+    for rate, best in found["best"].items():
+        yield f"* {RATES[rate]}: the best of distcomp's is {best['best']}: {_against(best)}."
+    fate = found["raw"].get("torch_powersgd_on_several_buckets")
+    if fate:
+        yield f"* PyTorch's PowerSGD on several buckets over Gloo: `{fate}`."
+    yield ""
+    parameters = found["raw"]["parameters"]
+    yield f"{found['ranks']} ranks, {parameters:,} parameters. {source(found, 'peers')}"
+
+
+def _against(best: Found) -> str:
+    stock = best["over_best_stock_hook"]
+    over_stock = f", {stock:.2f} x faster than the best stock hook" if stock else ""
+    return f"{best['over_ddp']:.1f} x faster than DDP{over_stock}"
+
+
+def _seconds(one: Found) -> str:
+    if one.get("seconds") is None:
+        return f"{one['step_s'] * 1000:.0f} ms a step"
+    faster = f" ({one['over_ddp']:.1f} x)" if "over_ddp" in one else ""
+    return f"{one['seconds']:.1f} s{faster}"
+
+
+def gradiveq(found: Found) -> Iterator[str]:
+    if "structure" in found:
+        yield from _structure(found["structure"]["layers"])
+    if "link" in found:
+        yield from _link(found["link"])
+    if "loss" in found:
+        arms = found["loss"]["arms"]
+        body = [
+            [f"`{name}`", _loss(row), f"{row['sent_bytes_per_step'] / 1e3:.0f} kB"]
+            for name, row in arms.items()
+        ]
+        yield from table(["", f"test loss after {found['loss']['steps']} steps", "sent per step"], body)
+        yield ""
+    yield source(found, "gradiveq_claims")
+
+
+def _structure(layers: Found) -> Iterator[str]:
+    head = [
+        "layer", "shape", "K", "d (K/d)", "in sample", "held out", "later",
+        "random basis, held out", "noise, in sample", "noise, held out",
+    ]  # fmt: skip
+    body = []
+    for name, row in layers.items():
+        pca, random, noise = row["PCA"], row["random basis"], row["noise"]
+        numbers = [pca["in_sample"], pca["held_out"], pca["held_out_later"]]
+        numbers += [random["held_out"], noise["in_sample"], noise["held_out"]]
+        shape = "x".join(map(str, row["shape"]))
+        dims = f"{row['d']} ({row['ratio']:.0f})"
+        body.append([f"`{name}`", shape, str(row["K"]), dims, *(f"{one:.2f}" for one in numbers)])
+    yield from table(head, body)
+    yield ""
+
+
+def _link(link: Found) -> Iterator[str]:
+    ms = {key: f"{1000 * link[key]:.0f} ms" for key in link if key.endswith("_s")}
+    yield (
+        f"Aggregation on 6 ranks at 100 Mbit/s, {link['parameters']:,} parameters, `{link['cycle']}`: "
+        f"float32 {ms['float32_s']}, learning {ms['learning_s']}, finding the bases "
+        f"{ms['finding_the_bases_s']} once a cycle, compressed {ms['compressed_s']}: "
+        f"{link['compressed_phase_times_faster']:.1f} x faster in the compressed phase, "
+        f"{link['whole_cycle_times_faster']:.1f} x over a whole cycle."
+    )
+    yield ""
+
+
+def _loss(row: Found) -> str:
+    """Mean and spread over seeds."""
+    return f"{row['mean']:.3f} ± {row['spread']:.3f}"
+
+
+def allocation(found: Found) -> Iterator[str]:
+    body = []
+    for budget, row in found["budgets"].items():
+        alone = budget == "float32"
+        arms = {"float32": row} if alone else {"allocate": row["allocate"], **row["uniform"]}
+        for name, one in arms.items():
+            share = "-" if alone else budget
+            body.append([share, name, _loss(one), f"{one['sent_bytes_per_step']:,.0f}"])
+    yield from table(["budget", "", "test loss", "bytes sent per step"], body)
+    yield ""
+    yield (
+        f"Lower than the best uniform setting on {found['lower_on']}. Mean and spread of "
+        f"{found['plan']['seeds']} seeds. {source(found, 'allocation')}"
+    )
+
+
+TABLES: dict[str, Callable[[Found], Iterator[str]]] = {
+    "peers": peers,
+    "gradiveq_claims": gradiveq,
+    "allocation": allocation,
+}
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    for name, lines in TABLES.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+            head, rest = text.split(begin)
+            written = "\n".join(lines(json.loads(path.read_text())))
+            text = f"{head}{begin}\n\n{written}\n\n{end}{rest.split(end)[1]}"
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
