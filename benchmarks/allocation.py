@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from _crowd import Cells, Plan, Task, digit_pairs, train, warm_up_then_cosine
 
-from distcomp.compressors import Compressor, Quantize, TopK
+from distcomp.compressors import Compressor, Identity, Quantize, TopK
 from distcomp.compressors.topk import with_values
 from distcomp.layout import Layout
 from distcomp.methods import Allocate, ErrorFeedback, Method, identity, lift
@@ -27,6 +27,14 @@ from distcomp.sync.weights import Weights
 WORKERS, STEPS, SEEDS, PERIOD, RATE = 4, 150, 3, 25, 0.4
 BUDGETS = {"1/8": 1.02 / 8, "1/32": 1.07 / 32, "1/128": 1.02 / 128}
 """With what the scales of 4 bits and of 1 bit need, so that these fit."""
+
+LADDER: tuple[Compressor, ...] = (
+    Identity(),
+    *(Quantize(bits, rounding="nearest") for bits in (8, 4, 3, 2, 1)),
+    *(with_values(TopK(ratio), "int4") for ratio in (1 / 6, 1 / 10, 1 / 20, 1 / 40, 1 / 80, 1 / 160)),
+    *(with_values(TopK(ratio), "int4") for ratio in (1 / 320, 1 / 1000)),
+)
+"""Finer among the sparse than the default, whose 8-bit values lose to a uniform top-k of 4-bit ones."""
 
 
 def size_of(compressor: Compressor, layout: Layout) -> int:
@@ -87,7 +95,7 @@ def main() -> None:
             rival: row(cells, task, f"{name} | {rival}", ErrorFeedback(lift(compressor)))
             for rival, compressor in uniform(budget, layout).items()
         }
-        method = ErrorFeedback(Allocate(budget, period=PERIOD))
+        method = ErrorFeedback(Allocate(budget, LADDER, PERIOD))
         ours = row(cells, task, f"{name} | allocate", method)
         best = min(rivals, key=lambda rival: rivals[rival]["mean"])
         paired = [a - b for a, b in zip(ours["test_loss"], rivals[best]["test_loss"], strict=True)]
