@@ -6,7 +6,7 @@ A *criterion* decides which weights live, a :class:`Pruner` asks it at the right
 
 from distcomp.pruning.coding import CorruptFile
 from distcomp.pruning.container import Size, compress, decompress, sizes
-from distcomp.pruning.frequency import frequency
+from distcomp.pruning.frequency import Bands, frequency
 from distcomp.pruning.groups import group_lasso, ssl
 from distcomp.pruning.magnitude import (
     affordable,
@@ -26,6 +26,7 @@ from distcomp.pruning.surgery import dns
 from distcomp.pruning.wire import Masked, Support
 
 __all__ = [
+    "Bands",
     "Codebook",
     "CorruptFile",
     "Criterion",

@@ -113,9 +113,7 @@ def frequency(
     optimizer: Optimizer | None = None,
     rate: float = 0.5,
     *,
-    law: str = "rising",
-    low: float = 0.5,
-    high: float = 1.5,
+    bands: Bands | None = None,
     gamma: float = 1e-3,
     power: float = 1.0,
     until: int = 10_000,
@@ -124,9 +122,9 @@ def frequency(
 ) -> Pruner:
     """Prune the DCT coefficients of convolution kernels, high frequencies sooner, and splice them again.
 
-    ``rate``, ``gamma``, ``power``, ``until``: as for :func:`distcomp.pruning.dns`. ``law``, ``low``,
-    ``high``: see :class:`Bands`. Where ``names`` is None: all 2-D convolutions whose kernels are larger than
-    1 x 1.
+    ``rate``, ``gamma``, ``power``, ``until``: as for :func:`distcomp.pruning.dns`. ``bands``: how the
+    thresholds change with the frequency, ``Bands()`` where None. Where ``names`` is None: all 2-D
+    convolutions whose kernels are larger than 1 x 1.
 
     Source: Liu et al., Frequency-domain dynamic pruning, NeurIPS 2018. No code is public; the law of the
     bands is ours, and an option.
@@ -142,5 +140,5 @@ def frequency(
     flat = [name for name in chosen if name not in found]
     if flat:  # named, but without a plane of frequencies
         raise DistcompError(f"{flat[0]} is no 2-D convolution of kernels above 1 x 1; leave it out of names")
-    criterion = FrequencySurgery(Draws(seed, gamma, power, until), rate, Bands(law, low, high))
+    criterion = FrequencySurgery(Draws(seed, gamma, power, until), rate, bands or Bands())
     return Pruner(model, optimizer, criterion, chosen, seed)
