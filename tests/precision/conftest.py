@@ -1,26 +1,6 @@
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "ddp"))
 
-from cluster import Cluster
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Callable[[int], Cluster]]:
-    """``cluster(n)``: n ranks that are up already, made anew if a job has broken them."""
-    made: dict[int, Cluster] = {}
-
-    def get(size: int) -> Cluster:
-        if size not in made or not made[size].usable:
-            made[size] = Cluster(size)
-        return made[size]
-
-    yield get
-    for one in made.values():
-        one.close()
+from clusters import cluster as cluster

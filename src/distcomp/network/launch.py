@@ -19,7 +19,7 @@ from distcomp.network import letters
 
 MEMORY_ENV = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 """Tells glibc to keep what is freed. Otherwise it gives each step's buffers back to the kernel and takes them
-again page by page, which is half of a codec's time."""
+again page by page, zeroed each time."""
 
 _TAIL_BYTES = 1 << 20
 _TAIL_LINES = 40
