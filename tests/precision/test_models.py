@@ -249,11 +249,27 @@ def test_measures_of_the_compact_recipe_can_be_had_one_by_one() -> None:
     w = torch.cat([latent_of(layer, "weight").flatten() for _, layer in converted(net)])
     expected = 0.5 * (1 - w.clamp(-1, 1) ** 2).sum()
     torch.testing.assert_close(precision.bipolar_penalty(net, 0.5), expected)
-    fast, slow = precision.slow_groups(net, 1.0, 0.01)
-    assert (fast["lr"], slow["lr"]) == (1.0, 0.01)
+    groups = precision.slow_groups(net, 2.0, 0.1, 0.01)
+    assert {group["lr"]: len(group["params"]) for group in groups} == {2.0: 13, 0.2: 3, 0.02: 1}
     everyone = {id(one) for one in net.parameters()}
-    assert {id(one) for one in fast["params"] + slow["params"]} == everyone
-    assert len(slow["params"]) == 3
+    assert {id(one) for group in groups for one in group["params"]} == everyone
+
+
+def test_magnitudes_that_a_layer_shares_run_off_at_the_common_rate_of_sgd() -> None:
+    def trained(groups) -> tuple[float, float]:
+        """The last losses, and the largest magnitude."""
+        net = precision.ttq(network(), keep=())
+        losses = train(net, 60, optimizer=torch.optim.SGD(groups(net), 0.1, momentum=0.9))
+        magnitudes = [
+            one for group in precision.slow_groups(net, 1.0, 1.0, 0.5)[1:] for one in group["params"]
+        ]
+        assert len(magnitudes) == 8
+        return sum(losses[-4:]) / 4, max(one.detach().abs().item() for one in magnitudes)
+
+    alike, off = trained(lambda net: net.parameters())
+    slowed, near = trained(lambda net: precision.slow_groups(net, 0.1, slower=1.0))
+    assert slowed < 0.5 * alike
+    assert near < 1 < off
 
 
 def test_shift_norms_and_adamax_use_powers_of_two_alone() -> None:

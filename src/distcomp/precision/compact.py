@@ -11,6 +11,7 @@ from distcomp.errors import DistcompError
 from distcomp.precision.binary import BinaryWeight
 from distcomp.precision.convert import Quantizers, Widths, convert, converted, latent_of
 from distcomp.precision.noise import sign, straight_through
+from distcomp.precision.ternary import TrainedTernary
 
 
 def compact_binary(
@@ -100,12 +101,28 @@ def bipolar_penalty(model: nn.Module, strength: float = 1e-5) -> Tensor:
     return strength * torch.stack(parts).sum()
 
 
-def slow_groups(model: nn.Module, lr: float, slower: float = 0.1) -> list[dict[str, Any]]:
-    """Groups for an optimizer: latent binary weights learn at ``slower * lr``, so that they seldom flip."""
-    slow = [one for _, layer in converted(model) if (one := latent_of(layer, "weight")) is not None]
-    ids = {id(one) for one in slow}
-    fast = [one for one in model.parameters() if id(one) not in ids]
-    return [{"params": fast, "lr": lr}, {"params": slow, "lr": slower * lr}]
+def slow_groups(
+    model: nn.Module, lr: float, slower: float = 0.1, shared: float = 0.01
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: all but two kinds of parameters, which learn more slowly, at ``lr``.
+
+    Latent weights learn at ``slower * lr``, so that they seldom flip. Numbers that a whole layer shares (the
+    two magnitudes of :func:`distcomp.precision.ttq`, the factor behind :func:`compact_binary`'s last layer)
+    learn at ``shared * lr``: their gradients are sums over all its weights or outputs, and at the common rate
+    of momentum SGD they run off before the weights have learned anything. Adam, whose steps do not grow with
+    the gradient, does without.
+    """
+    latent = {id(latent_of(layer, "weight")) for _, layer in converted(model)}
+    common = {
+        id(one)
+        for part in model.modules()
+        if isinstance(part, Scale | TrainedTernary)
+        for one in part.parameters(recurse=False)
+    }
+    groups: dict[float, list[nn.Parameter]] = {1.0: [], slower: [], shared: []}
+    for one in model.parameters():
+        groups[slower if id(one) in latent else shared if id(one) in common else 1.0].append(one)
+    return [{"params": ones, "lr": share * lr} for share, ones in groups.items() if ones]
 
 
 def _replace_relus(model: nn.Module) -> None:

@@ -29,7 +29,8 @@ def ttq(
         dL/dw   = W_p dL/dW,  dL/dW (between),  W_n dL/dW
 
     ``initial`` is where W_p and W_n begin; None takes the mean magnitude of the weights that they stand for.
-    W_p and W_n are parameters: give the optimizer ``model.parameters()`` after the conversion.
+    W_p and W_n are parameters, whose gradients are sums over a whole layer: with SGD give the optimizer
+    ``distcomp.precision.slow_groups(model, lr, slower=1.0)`` after the conversion, or they run off.
 
     Source: Zhu et al., "Trained ternary quantization", ICLR 2017. We differ: the authors' code begins at 1.0,
     which suits networks whose every layer a batch norm follows; a weight equal to the threshold is 0.
