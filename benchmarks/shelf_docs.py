@@ -41,7 +41,11 @@ def peers(found: Found) -> Iterator[str]:
     yield from table(["", "steps", "sent per step", *(RATES[rate] for rate in rates)], body)
     yield ""
     for rate, best in found["best"].items():
-        yield f"* {RATES[rate]}: the best of distcomp's is {best['best']}: {_against(best)}."
+        steady, whole = best["seconds"], best["seconds_from_start"]
+        yield (
+            f"* {RATES[rate]}: the best of distcomp's is {steady['best']}: {_against(steady)}. First steps "
+            f"counted as they were: {whole['best']}, {_against(whole)}."
+        )
     fate = found["raw"].get("torch_powersgd_on_several_buckets")
     if fate:
         yield f"* PyTorch's PowerSGD on several buckets over Gloo: `{fate}`."

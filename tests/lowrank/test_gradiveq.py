@@ -213,7 +213,7 @@ def test_it_learns_anew_when_most_ranks_see_their_loss_grow(
         round_ = converse(method, xs, states, NET, step)
         states = round_.states
         check_law(round_)
-        ages = [int(states[rank]["usual"]["age"]["one"]) for rank in range(3)]
+        ages = [int(states[rank]["age"]["one"]) for rank in range(3)]
         assert len(set(ages)) == 1
         assert ages[0] == (step - 30 if learns_anew and step >= 30 else step + 1) % 70
 
@@ -258,9 +258,9 @@ def test_error_feedback_owes_what_lies_outside_the_subspace() -> None:
     method = gradiveq(ratio=4, learn=6, compressed=6, error_feedback=True)
     rounds = run(method, 24)
     sent = sum(3 * round_.estimate for round_ in rounds)
-    owed = sum(state["usual"]["residual"].data for state in rounds[-1].states)
+    owed = sum(state["residual"].data for state in rounds[-1].states)
     came = sum(sum(gradients(step)) for step in range(24))
-    assert isinstance(method.usual, ErrorFeedback)
+    assert isinstance(method, ErrorFeedback)
     torch.testing.assert_close(sent + owed, came, atol=1e-3, rtol=1e-4)
     assert float(owed.norm()) > 0.1
 
@@ -300,7 +300,6 @@ def test_what_it_cannot_do_is_refused() -> None:
         lambda: gradiveq(mean="median"),
         lambda: GradiVeQ(coefficients=parse("qsgd:bits=1")),
         lambda: gradiveq().init(piece),
-        lambda: GradiVeQ().init(Layout.of([("fc", (8, 8))])),
     ):
         with pytest.raises(DistcompError):
             refused()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ class Choose(Method):
         return self.special.transparent and self.usual.transparent
 
     def _layouts(self, layout: Layout) -> tuple[Layout, Layout]:
-        return layout.select(self.rule), layout.select(lambda segment: not self.rule(segment))
+        _, special, usual = parted(self.rule, layout)
+        return special, usual
 
     def init(self, layout: Layout) -> State:
         special, usual = self._layouts(layout)
@@ -64,30 +66,14 @@ class Choose(Method):
             outcome = yield from self.special.talk(x, state["special"], turn)
             return replace(outcome, state={**state, "special": outcome.state})
 
-        apart = [
-            [piece for segment, piece in turn.layout.pieces(x) if self.rule(segment) is side]
-            for side in (True, False)
-        ]
-        one = yield from self.special.talk(
-            torch.cat(apart[0]), state["special"], replace(turn, layout=special)
-        )
-        two = yield from self.usual.talk(torch.cat(apart[1]), state["usual"], replace(turn, layout=usual))
+        x_special, x_usual = apart(x, self.rule, turn.layout)
+        one = yield from self.special.talk(x_special, state["special"], replace(turn, layout=special))
+        two = yield from self.usual.talk(x_usual, state["usual"], replace(turn, layout=usual))
         return Outcome(
-            self._together(one.estimate, two.estimate, turn.layout),
-            lambda: self._together(one.contribution(), two.contribution(), turn.layout),
+            joined(one.estimate, two.estimate, self.rule, turn.layout),
+            lambda: joined(one.contribution(), two.contribution(), self.rule, turn.layout),
             {"special": one.state, "usual": two.state},
         )
-
-    def _together(self, special: Tensor, usual: Tensor, layout: Layout) -> Tensor:
-        """The slab in its own order again."""
-        at = {True: 0, False: 0}
-        pieces = []
-        for segment in layout.segments:
-            side = self.rule(segment)
-            source = special if side else usual
-            pieces.append(source[at[side] : at[side] + segment.numel])
-            at[side] += segment.numel
-        return torch.cat(pieces)
 
     def payload_bytes(self, layout: Layout, size: int) -> int:
         special, usual = self._layouts(layout)
@@ -96,3 +82,31 @@ class Choose(Method):
         if not usual.segments:
             return self.special.payload_bytes(special, size)
         return self.special.payload_bytes(special, size) + self.usual.payload_bytes(usual, size)
+
+
+@lru_cache(maxsize=256)
+def parted(rule: Rule, layout: Layout) -> tuple[tuple[bool, ...], Layout, Layout]:
+    """Which segments the rule accepts; the layout of these, and that of the others."""
+    accepted = tuple(rule(segment) for segment in layout.segments)
+    special, usual = (
+        Layout(tuple(s for s, yes in zip(layout.segments, accepted, strict=True) if yes is side))
+        for side in (True, False)
+    )
+    return accepted, special, usual
+
+
+def apart(x: Tensor, rule: Rule, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The slab of what the rule accepts, and that of the others."""
+    accepted, _, _ = parted(rule, layout)
+    sides: tuple[list[Tensor], list[Tensor]] = [], []
+    for is_special, (_, piece) in zip(accepted, layout.pieces(x), strict=True):
+        sides[not is_special].append(piece)
+    special, usual = (torch.cat(side) if side else x[:0] for side in sides)
+    return special, usual
+
+
+def joined(special: Tensor, usual: Tensor, rule: Rule, layout: Layout) -> Tensor:
+    """Both slabs as one again, in the order of ``layout``."""
+    accepted, *layouts = parted(rule, layout)
+    pieces = [part.pieces(slab) for part, slab in zip(layouts, (special, usual), strict=True)]
+    return torch.cat([next(pieces[not is_special])[1] for is_special in accepted])

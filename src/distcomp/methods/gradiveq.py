@@ -21,10 +21,12 @@ from distcomp.methods.base import (
     PerParameter,
     State,
     Turn,
+    all_reduce_bytes,
     cut_state,
     join_state,
+    mean,
 )
-from distcomp.methods.choose import Choose, Rule
+from distcomp.methods.choose import Choose, Rule, apart, joined, parted
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.lift import lift
 from distcomp.methods.registry import method_of, register
@@ -44,6 +46,8 @@ from distcomp.payload import Part, Parts, Payload, body_bytes, wire_bytes
 VOTES = "votes"
 """The name under which votes ride behind the coefficients: a segment of its own, exact through any
 quantizer."""
+REST = "rest"
+"""What is not sliced, where it rides behind the coefficients."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,9 @@ class GradiVeQ(Method):
 
     On the wire: ``plain``'s bytes while it learns; then those of ``coefficients`` for ``d/K`` as many
     elements; at the end of learning ``8 d_max learn`` bytes per basis, from rank 0 in a tree.
-    ``payload_bytes`` takes d at its most. Memory: ``learn + d_max`` slices per basis and two elements per
-    element.
+    ``payload_bytes`` takes d at its most. What is no convolution, or too wide, goes in float32: behind the
+    coefficients where these are float32, otherwise in an all-reduce of its own. Memory: ``learn + d_max``
+    slices per basis and two elements per element.
 
     Source: Yu et al., "GradiVeQ", NeurIPS 2018. We differ: eigenvectors are rank 0's, for they differ from
     machine to machine, as a mixture of the samples, which all ranks hold to the same bit (K/learn times
@@ -108,7 +113,7 @@ class GradiVeQ(Method):
     error feedback what lies outside of the subspace stays at the means for a whole cycle, as in the paper.
     Applied to convolutions only, as there.
 
-    Raises DistcompError for parameters that cannot be sliced, and for ``coefficients`` that keep a state.
+    Raises DistcompError for ``coefficients`` that keep a state, and for convolutions that arrive in pieces.
     """
 
     slicing: Slicing = field(default=Slicing())
@@ -130,6 +135,7 @@ class GradiVeQ(Method):
         return replace(self, clock=step)
 
     def init(self, layout: Layout) -> State:
+        _, _, layout = parted(self._unsliced, layout)
         shapes = {segment.name: self._shape(segment) for segment in layout.segments}
 
         def each(*shape_of: str) -> PerParameter:
@@ -150,12 +156,11 @@ class GradiVeQ(Method):
             "plain": self.plain.init(layout),
         }
 
+    @property
+    def _unsliced(self) -> Unsliced:
+        return Unsliced(slicing=self.slicing)
+
     def _shape(self, segment: Segment) -> dict[str, int]:
-        if self.slicing.length(segment) is None or not segment.whole:
-            raise DistcompError(
-                f"gradiveq slices whole convolutions of at most {self.slicing.cap} filters times depth, "
-                f"which {segment.name} {segment.shape} is not; send it by another method, such as powersgd"
-            )
         bases, _, k = self.slicing.shape(segment)
         return {
             "bases": bases,
@@ -165,11 +170,35 @@ class GradiVeQ(Method):
         }
 
     def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
+        _, others, sliced = parted(self._unsliced, turn.layout)
+        if not sliced.segments:
+            return Outcome((yield from mean(x, turn)), lambda: x, state)
+        if not others.segments:
+            return (yield from self._convolutions(x, state, turn))
+        rest, x = apart(x, self._unsliced, turn.layout)
+        inner = replace(turn, layout=sliced)
+        if self._rides(state, sliced):
+            outcome, rest_mean = yield from self._compressed(x, state, inner, rest)
+        else:
+            rest_mean = yield from mean(rest, turn)
+            outcome = yield from self._convolutions(x, state, inner)
+        return Outcome(
+            joined(rest_mean, outcome.estimate, self._unsliced, turn.layout),
+            lambda: joined(rest, outcome.contribution(), self._unsliced, turn.layout),
+            outcome.state,
+        )
+
+    def _rides(self, state: State, sliced: Layout) -> bool:
+        """Whether one float32 all-reduce carries everything."""
+        ages = [int(state["age"][name]) for name in sliced.names]
+        return self.coefficients == EXACT and min(ages) >= self.cycle.learn
+
+    def _convolutions(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
         learning = frozenset(n for n in turn.layout.names if int(state["age"][n]) < self.cycle.learn)
         if len(learning) == len(turn.layout.names):
             return (yield from self._learn(x, state, turn))
         if not learning:
-            return (yield from self._compressed(x, state, turn))
+            return (yield from self._compressed(x, state, turn, x[:0]))[0]
         return (yield from self._some_learn(x, state, turn, learning))
 
     def _learn(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
@@ -226,8 +255,9 @@ class GradiVeQ(Method):
         flat = torch.split(payload["values"], [math.prod(shape) for shape in shapes])
         return [one.view(shape) for one, shape in zip(flat, shapes, strict=True)], list(payload["indices"])
 
-    def _compressed(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
-        """Send coefficients, and behind them a vote of each layer for learning anew."""
+    def _compressed(self, x: Tensor, state: State, turn: Turn, rest: Tensor) -> Talk[tuple[Outcome, Tensor]]:
+        """Send coefficients, behind them a vote of each layer for learning anew, and behind these what rides;
+        the mean of that beside the outcome."""
         known = [_Known.of(segment, state) for segment in turn.layout.segments]
         coefficients, votes = [], []
         reference, ages = PerParameter(state["reference"]), PerParameter(state["age"])
@@ -238,17 +268,20 @@ class GradiVeQ(Method):
                 loss = relative_loss(slices, coefficients[-1], one.mean)
                 vote, reference[segment.name] = self._judge(loss, ages[segment.name], reference[segment.name])
                 votes.append(vote)
-        layout = _coefficients(turn.layout.names, tuple(c.numel() for c in coefficients), len(votes))
-        own = torch.cat([*coefficients, x.new_tensor(votes)])
+        sizes = tuple(c.numel() for c in coefficients)
+        layout = _coefficients(turn.layout.names, sizes, len(votes), rest.numel())
+        own = torch.cat([*coefficients, x.new_tensor(votes), rest])
         outcome = yield from self.coefficients.talk(own, {}, replace(turn, layout=layout))
-        anew = outcome.estimate[own.numel() - len(votes) :].tolist() or [0.0] * len(known)
+        agreed = outcome.estimate[: own.numel() - rest.numel()]
+        anew = agreed[agreed.numel() - len(votes) :].tolist() or [0.0] * len(known)
         for one, share in zip(known, anew, strict=True):
             ages[one.segment.name] = (ages[one.segment.name] + 1) % self.cycle.length * (share <= 0.5)
-        return Outcome(
-            _restored(outcome.estimate, known, x),
+        compressed = Outcome(
+            _restored(agreed, known, x),
             lambda: _restored(outcome.contribution(), known, x),
             {**state, "age": ages, "reference": reference},
         )
+        return compressed, outcome.estimate[agreed.numel() :]
 
     def _judge(self, loss: float, age: Tensor, reference: Tensor) -> tuple[float, Tensor]:
         """This rank's vote for learning anew; what it compares with is gathered in the first steps."""
@@ -260,11 +293,11 @@ class GradiVeQ(Method):
     def _some_learn(self, x: Tensor, state: State, turn: Turn, learning: frozenset[str]) -> Talk[Outcome]:
         """Layers that began to learn anew at different times: one part after the other."""
         whole, outcomes = cut_state(state), []
-        for phase, inside in ((self._learn, True), (self._compressed, False)):
+        for inside in (True, False):
             part = _part(turn.layout, learning, inside)
             pieces = [piece for s, piece in turn.layout.pieces(x) if (s.name in learning) is inside]
             before = join_state(whole, self.init(part))
-            outcome = yield from phase(torch.cat(pieces), before, replace(turn, layout=part))
+            outcome = yield from self._convolutions(torch.cat(pieces), before, replace(turn, layout=part))
             whole.update(cut_state(outcome.state))
             outcomes.append((part, outcome))
 
@@ -279,13 +312,16 @@ class GradiVeQ(Method):
         )
 
     def payload_bytes(self, layout: Layout, size: int) -> int:
+        _, others, layout = parted(self._unsliced, layout)
         age = self.clock % self.cycle.length
-        if age >= self.cycle.learn:
+        apart_bytes = all_reduce_bytes(4 * others.numel, size) if others.segments else 0
+        if age >= self.cycle.learn and layout.segments:
             most = {s.name: self._shape(s)["slices"] * self._shape(s)["most"] for s in layout.segments}
             votes = len(most) if self.cycle.retrain else 0
-            sent = _coefficients(tuple(most), tuple(most.values()), votes)
-            return self.coefficients.payload_bytes(sent, size)
-        plain = self.plain.payload_bytes(layout, size)
+            riding = others.numel if self.coefficients == EXACT else 0
+            sent = _coefficients(tuple(most), tuple(most.values()), votes, riding)
+            return self.coefficients.payload_bytes(sent, size) + (0 if riding else apart_bytes)
+        plain = apart_bytes + (self.plain.payload_bytes(layout, size) if layout.segments else 0)
         if age + 1 < self.cycle.learn or not layout.segments:
             return plain
         parts, tree = self._parts(layout.segments), (size - 1) / size
@@ -330,10 +366,10 @@ def _part(layout: Layout, names: frozenset[str], inside: bool) -> Layout:
 
 
 @lru_cache(maxsize=64)
-def _coefficients(names: tuple[str, ...], numels: tuple[int, ...], votes: int) -> Layout:
-    """Coefficients of each layer, then the votes."""
-    sent = list(zip(names, numels, strict=True)) + ([(VOTES, votes)] if votes else [])
-    return Layout.of([(name, (numel,)) for name, numel in sent])
+def _coefficients(names: tuple[str, ...], numels: tuple[int, ...], votes: int, rest: int) -> Layout:
+    """Coefficients of each layer, then the votes, then what rides."""
+    sent = [*zip(names, numels, strict=True), (VOTES, votes), (REST, rest)]
+    return Layout.of([(name, (numel,)) for name, numel in sent if numel])
 
 
 @dataclass(frozen=True)
@@ -395,4 +431,5 @@ def gradiveq(
         plain=_lifted(plain_bits, "plain_bits"),
         coefficients=_lifted(coefficient_bits, "coefficient_bits"),
     )
-    return Choose(Unsliced(), method_of(others), ErrorFeedback(method) if error_feedback else method)
+    whole: Method = ErrorFeedback(method) if error_feedback else method
+    return whole if others == EXACT else Choose(Unsliced(), method_of(others), whole)

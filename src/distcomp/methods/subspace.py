@@ -86,8 +86,7 @@ def decompress(coefficients: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
 def relative_loss(slices: Tensor, coefficients: Tensor, mean: Tensor) -> float:
     """``|g - (U c + mu)| / |g|``, without the product: U is orthonormal."""
     whole, apart, kept = (
-        float(torch.linalg.vector_norm(one, dtype=torch.float64))
-        for one in (slices, slices - mean, coefficients)
+        float(torch.linalg.vector_norm(one)) for one in (slices, slices - mean, coefficients)
     )
     return max(apart**2 - kept**2, 0.0) ** 0.5 / whole if whole else 0.0
 
