@@ -110,8 +110,7 @@ def evaluate(net, text, following):
 
 def main():
     wanted = options()
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("gloo", **alone)
+    distcomp.init_process_group()
     rank, workers = dist.get_rank(), dist.get_world_size()
 
     library = modules()

@@ -6,6 +6,7 @@ these ways::
 
     python examples/digits.py                                                      # one worker
     torchrun --nproc-per-node 4 examples/digits.py --method qsgd:bits=4            # four, unhindered
+    mpirun -n 4 python examples/digits.py --backend mpi4py                         # four, over MPI
     distcomp emulate --ranks 4 --rate 100mbit examples/digits.py --steps 80        # four, on a slow network
 
 The images ship with scikit-learn: 1797 of them, of which 397 are kept for the test. (Plain digits prove
@@ -42,6 +43,8 @@ def options(arguments=None):
     parser.add_argument("--lr", type=float, default=0.5, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--eval-every", type=int, default=10, help="steps from one test to the next")
+    parser.add_argument("--backend", default="gloo", help="of torch.distributed; mpi4py under mpirun")
+    parser.add_argument("--save", metavar="FILE", help="where rank 0 puts the trained weights")
     parser.add_argument("--width", type=int, default=896, help="of the hidden layers")
     return parser.parse_args(arguments)
 
@@ -115,8 +118,7 @@ def problem(arguments):
 
 def main():
     wanted = options()
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("gloo", **alone)
+    distcomp.init_process_group(wanted.backend)
     rank, workers = dist.get_rank(), dist.get_world_size()
 
     (images, labels), held_out = digits()
@@ -147,6 +149,8 @@ def main():
 
     if rank == 0:
         sent_bytes = handle.stats()["payload_bytes"] / wanted.steps
+        if wanted.save:
+            torch.save(model.module.state_dict(), wanted.save)
         print(f"{wanted.method}: each worker sent {sent_bytes:,.0f} bytes per step")
     handle.detach()
     dist.destroy_process_group()

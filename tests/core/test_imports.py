@@ -19,7 +19,7 @@ ROOMS = [
     {"cli"},
     {"integrations"},
     {"advice"},
-    {"attach"},
+    {"attaching"},
     {"sync"},
     {"precision", "pruning"},
     {"methods"},
@@ -29,7 +29,16 @@ ROOMS = [
 ]
 """From the top. A room may import from rooms below its own; those not listed are free of this order."""
 
-MAY_KNOW_TORCH_DISTRIBUTED = ("transports", "sync", "attach", "cli", "integrations", "network", "report")
+MAY_KNOW_TORCH_DISTRIBUTED = (
+    "transports",
+    "sync",
+    "attaching",
+    "public",
+    "cli",
+    "integrations",
+    "network",
+    "report",
+)
 
 MAY_KNOW_ITS_WRAPPER = (*MAY_KNOW_TORCH_DISTRIBUTED, "pruning")
 """A pruner is given models that DistributedDataParallel is around, and says nothing on the wire itself."""

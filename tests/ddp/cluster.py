@@ -26,7 +26,7 @@ class Cluster:
 
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("forkserver")  # imports torch once, forks clean ranks at once
-        context.set_forkserver_preload(["torch.distributed", "distcomp"])
+        context.set_forkserver_preload(["torch.distributed", "distcomp.public"])
         self.size = size
         self.pipes: list[Connection] = []
         self.processes = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import os
 import re
-import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +14,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PYTHON = sorted((ROOT / "src").rglob("*.py"))
-SCRIPTS = [*sorted((ROOT / "scripts").iterdir()), ROOT / ".ci" / "run"]
-KINDS = {".c", ".cfg", ".css", ".h", ".html", ".in", ".js", ".json", ".md", ".py", ".pyi", ".toml"}
-FOLDERS = ("src", "tests", "docs", "examples", "benchmarks", "scripts", ".ci")
+SCRIPTS = [
+    *sorted((ROOT / "scripts").iterdir()),
+    ROOT / ".ci" / "run",
+    *sorted((ROOT / "launchers").rglob("*.sh")),
+    *sorted((ROOT / "launchers").rglob("*.sbatch")),
+]
+KINDS = {".c", ".cfg", ".css", ".h", ".html", ".in", ".js", ".json", ".md", ".py", ".pyi", ".toml", ".yaml"}
+FOLDERS = ("src", "tests", "docs", "examples", "benchmarks", "launchers", "scripts", ".ci")
 
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 70
@@ -75,9 +80,9 @@ def test_scripts_may_be_run() -> None:
     ] == []
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_scripts_are_sound() -> None:
-    command = ["shellcheck", "--external-sources", *(str(path.relative_to(ROOT)) for path in SCRIPTS)]
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    command = [shellcheck, "--external-sources", *(str(path.relative_to(ROOT)) for path in SCRIPTS)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

@@ -74,3 +74,30 @@ def test_an_installation_has_every_file(tmp_path: Path) -> None:
 def test_the_changelog_begins_with_this_version() -> None:
     versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert versions[0] == distcomp.__version__
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The modules of a fresh process after a statement."""
+    script = f"{statement}; import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("statement", ["import distcomp", "from distcomp.network import Fabric, emulate"])
+def test_what_needs_no_torch_brings_none(statement: str) -> None:
+    assert {"torch", "numpy"} & loaded_by(statement) == set()
+
+
+def test_importing_it_beside_torch_takes_no_time() -> None:
+    """Counted, for a time depends on the machine: what little is ours, all else being torch's own already."""
+    ours = {"distcomp", "distcomp.version", "distcomp.transports", "distcomp.transports.mpi"}
+    assert loaded_by("import torch, distcomp") - loaded_by("import torch") <= ours
+    assert {name for name in loaded_by("import torch, distcomp") if name.startswith("distcomp")} <= ours
+
+
+def test_the_public_names_bring_nothing_slow_and_no_extra() -> None:
+    """torch._dynamo and torch.distributed.checkpoint take seconds; extras come when they are asked for."""
+    loaded = loaded_by("import torch, distcomp; distcomp.attach; import distcomp.cli")
+    slow = {"torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "sympy", "triton"}
+    extras = {"mpi4py", "rich", "matplotlib", "pyroute2", "sklearn", "tensorboard", "horovod", "ray"}
+    assert loaded & (slow | extras) == set()

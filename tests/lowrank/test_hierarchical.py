@@ -154,7 +154,7 @@ def test_a_nan_on_one_rank_reaches_all() -> None:
         ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, ((0, 1), (2, 3))),
         ({"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, ((0, 1, 2),)),
         ({"PMI_SIZE": "2", "MPI_LOCALNRANKS": "1"}, ((0,), (1,))),
-        ({"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}, ((0, 1), (2, 3))),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, ((0, 1), (2, 3))),
         ({"WORLD_SIZE": "4"}, None),
     ],
 )

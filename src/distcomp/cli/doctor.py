@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TESTED_TORCH = "2.13.0"
-EXTRAS = {"rich": "report", "pyroute2": "emulate", "sklearn": "examples"}
+EXTRAS = {"rich": "report", "pyroute2": "emulate", "mpi4py": "mpi", "sklearn": "examples"}
 
 
 @dataclass(frozen=True)

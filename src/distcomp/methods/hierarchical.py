@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ from distcomp.methods.basic import qsgd
 from distcomp.methods.registry import method_of, register
 from distcomp.methods.scheduled import EXACT
 from distcomp.payload import Part, Parts, Payload, wire_bytes
+from distcomp.place import LAUNCHERS
 from distcomp.randomness import Key
 
 
@@ -265,12 +267,6 @@ def _bytes(request: Request, near: int, far: int) -> float:
     return to_node + times * sum(map(wire_bytes, shares)) / len(shares)
 
 
-SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
-PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
-"""What torchrun, Open MPI, MPICH and Slurm tell every process: how many there are, and how many on its
-node."""
-
-
 def nodes_of(environment: Mapping[str, str]) -> tuple[Group, ...] | None:
     """The ranks of each node, as a launcher tells them; None where none does.
 
@@ -278,13 +274,15 @@ def nodes_of(environment: Mapping[str, str]) -> tuple[Group, ...] | None:
 
     Raises DistcompError where nodes cannot be of equal size.
     """
-    for size_name, node_name in zip(SIZES, PER_NODE, strict=True):
-        if environment.get(size_name, "").isdecimal() and environment.get(node_name, "").isdecimal():
-            size, node = int(environment[size_name]), int(environment[node_name])
+    for launcher in LAUNCHERS:
+        size_text, node_text = environment.get(launcher.size, ""), environment.get(launcher.local_size, "")
+        node_text = re.sub(r"\(x\d+\)$", "", node_text)  # Slurm's "2(x3)": two on each of three
+        if size_text.isdecimal() and node_text:
+            size, node = int(size_text), int(node_text) if node_text.isdecimal() else 0
             if node < 1 or size % node:
                 raise DistcompError(
-                    f"{size_name}={size} processes are not nodes of {node_name}={node}; start as many "
-                    "on every node"
+                    f"{launcher.size}={size} processes are not nodes of {launcher.local_size}={node_text}; "
+                    "start as many on every node"
                 )
             return tuple(tuple(range(first, first + node)) for first in range(0, size, node))
     return None

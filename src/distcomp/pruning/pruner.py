@@ -190,14 +190,15 @@ class Pruner:
 
     def _listen(self) -> None:
         called = self._model
-        self._clock.hooks.append(called.register_forward_pre_hook(self._before_forward))
+        # Not a decorator: that would import the compiler, which takes seconds, together with distcomp.
+        before_forward = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
+        self._clock.hooks.append(called.register_forward_pre_hook(before_forward))
         parameters = [p for p in called.parameters() if p.requires_grad]
         self._clock.hooks.append(register_multi_grad_hook(parameters, self._after_gradient, mode="any"))
         if self._optimizer is not None:
             self._clock.hooks.append(self._optimizer.register_step_pre_hook(self._before_step))
             self._clock.hooks.append(self._optimizer.register_step_post_hook(self._after_step))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, module: nn.Module, arguments: object) -> None:
         if torch.is_grad_enabled():
             self.settle()

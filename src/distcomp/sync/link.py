@@ -16,18 +16,20 @@ from torch import nn
 
 from distcomp.recording import Recorder
 from distcomp.sync.target import Target
+from distcomp.transports.backends import carrier_of
 from distcomp.transports.base import Channel
 from distcomp.transports.direct import Direct
 from distcomp.transports.edges import Edges
 from distcomp.transports.ledger import Ledger
 from distcomp.transports.liveness import Liveness, agree
+from distcomp.transports.mpi.carrier import Mpi
 from distcomp.transports.throttle import throttled
 from distcomp.transports.torchdist import TorchDist
 
 _GROUPS: WeakKeyDictionary[nn.Module, dist.ProcessGroup] = WeakKeyDictionary()
 
 
-Carrier = TorchDist | Direct | Edges
+Carrier = TorchDist | Direct | Mpi | Edges
 
 
 @dataclass
@@ -62,9 +64,8 @@ class Link:
         agree(store, rank, size, name, settings, timeout_s)
         group = _own_group(target, timeout_s)
         liveness = Liveness(store, rank, size, name)
-        carrier = Direct if dist.get_backend(group) == "gloo" else TorchDist
-        transport: Carrier = carrier(group, liveness, timeout_s)
-        if edges:
+        transport: Carrier = carrier_of(group, liveness, timeout_s)
+        if edges and not isinstance(transport, Mpi):  # mpirun ends every rank when one dies
             transport = Edges(transport, edges, store, liveness, timeout_s)
         digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).digest()
         ledger = Ledger()

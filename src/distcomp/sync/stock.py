@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 from distcomp.errors import DistcompError
 from distcomp.sync.pipeline import Timeline
@@ -91,6 +90,8 @@ def _hook(name: str, group: dist.ProcessGroup) -> tuple[Hook, Callable[[GradBuck
             lambda bucket: bucket.buffer().numel() * bucket.buffer().element_size(),
         )
     if kind == "fp16":
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
         return (
             lambda bucket: default_hooks.fp16_compress_hook(group, bucket),
             lambda bucket: bucket.buffer().numel() * 2,
@@ -103,6 +104,8 @@ def _hook(name: str, group: dist.ProcessGroup) -> tuple[Hook, Callable[[GradBuck
 
 
 def _powersgd(group: dist.ProcessGroup, rank: int) -> tuple[Hook, Callable[[GradBucket], int]]:
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
     state = powerSGD_hook.PowerSGDState(
         process_group=group, matrix_approximation_rank=rank, start_powerSGD_iter=2
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 from distcomp.exchange import Broadcast, Gather, Group, Mix, Request, Sum, Swap, sums_directly
 from distcomp.payload import wire_bytes
 from distcomp.transports.liveness import Liveness
+from distcomp.transports.sums import in_rank_order
 from distcomp.transports.torchdist import Subgroups
 
 
@@ -122,14 +123,7 @@ class Direct:
 def _sum_in_order(buffers: list[Tensor], like: Tensor) -> Callable[[], Tensor]:
     """Added in rank order, so that every rank holds the same bits."""
 
-    def total() -> Tensor:
-        terms = [buffer.view(like.dtype).view_as(like) for buffer in buffers]
-        sum_ = terms[0].clone()
-        for term in terms[1:]:
-            sum_ += term
-        return sum_
-
-    return total
+    return lambda: in_rank_order([buffer.view(like.dtype).view_as(like) for buffer in buffers])
 
 
 @dataclass

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distcomp.errors import Mismatch
 from distcomp.exchange import Broadcast, Gather, Group, Heard, Mix, Request, Sum, Swap
@@ -17,6 +16,7 @@ from distcomp.payload import Seal, unseal
 from distcomp.transports.base import TRUE, Answer, Channel, finite_flag, payloads_of
 from distcomp.transports.conversation import Conversation
 from distcomp.transports.ledger import Ledger
+from distcomp.transports.sums import in_rank_order
 
 
 class _Seat:
@@ -119,7 +119,7 @@ class _Mail:
             return Answer(payload, answer.finite)
         members = [self._asked[member] for member in self._members(rank)]
         if isinstance(request, Sum):
-            total = _sum_in_rank_order([member.x for member in members])
+            total = in_rank_order([member.x for member in members])
             return Answer(total, finite_flag(total) if watch else TRUE)
         return self._answer(Heard(member.payload for member in members))
 
@@ -131,13 +131,6 @@ class _Mail:
         if self._all_finite:
             return Answer(payloads, TRUE)
         return Answer(payloads, torch.tensor(all(bool(self._finite[id(one)]) for one in payloads)))
-
-
-def _sum_in_rank_order(tensors: list[Tensor]) -> Tensor:
-    total = tensors[0].clone()
-    for tensor in tensors[1:]:
-        total += tensor
-    return total
 
 
 def _signature(request: Request | None) -> tuple[object, ...]:

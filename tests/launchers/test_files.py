@@ -1,0 +1,68 @@
+"""The files of launchers/: manifests that agree with themselves, a command to copy in every README."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+HERE = Path(__file__).parent
+LAUNCHERS = Path(__file__).parents[2] / "launchers"
+FOLDERS = sorted(path for path in LAUNCHERS.iterdir() if path.is_dir())
+
+
+def manifest(name: str) -> dict[str, Any]:
+    told: dict[str, Any] = yaml.safe_load((LAUNCHERS / "kubernetes" / name).read_text())
+    return told
+
+
+@pytest.mark.parametrize("script", ["nodes.sh", "elastic.sh"])
+def test_a_variable_that_is_missing_is_named(script: str) -> None:
+    done = subprocess.run(
+        [str(LAUNCHERS / "torchrun" / script), "train.py"],
+        env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "NODES" in done.stderr
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_every_readme_starts_with_the_command_to_copy(folder: Path) -> None:
+    title, _, rest = (folder / "README.md").read_text().partition("\n\n")
+    assert title.startswith("# ")
+    assert rest.startswith("```console\n$ ")
+    for file in re.findall(r"launchers/[\w./-]+", rest):
+        assert (LAUNCHERS.parent / file).exists(), file
+
+
+def test_the_jobset_counts_its_nodes_once() -> None:
+    spec = manifest("jobset.yaml")["spec"]["replicatedJobs"][0]
+    job = spec["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert job["parallelism"] == job["completions"]
+    assert f"--nnodes={job['completions']}" in container["command"]
+    assert job["completionMode"] == "Indexed"  # the index is the node's rank
+    assert "--node-rank=$(NODE_RANK)" in container["command"]
+    name = manifest("jobset.yaml")["metadata"]["name"]
+    assert f"--master-addr={name}-{spec['name']}-0-0.{name}" in container["command"]
+
+
+@pytest.mark.parametrize("name", ["jobset.yaml", "trainjob.yaml"])
+def test_manifests_are_what_kubernetes_takes(name: str) -> None:
+    """Against the part of the resource definitions that they use: no key misspelt, no type wrong."""
+    definitions = json.loads((HERE / "schemas.json").read_text())["$defs"]
+    told = manifest(name)
+    jsonschema.validate(told, {"$ref": f"#/$defs/{told['kind']}", "$defs": definitions})
+
+
+def test_the_trainjob_names_the_runtime_that_starts_torchrun() -> None:
+    spec = manifest("trainjob.yaml")["spec"]
+    assert spec["runtimeRef"] == {"name": "torch-distributed"}
+    assert spec["trainer"]["command"][0] == "torchrun"

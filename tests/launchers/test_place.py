@@ -1,0 +1,68 @@
+"""Rank and world size, as each launcher says them."""
+
+from __future__ import annotations
+
+import pytest
+
+from distcomp.errors import DistcompError
+from distcomp.place import Place, place
+from distcomp.transports.launched import _meeting_place, first_host
+
+TOLD = {
+    "torchrun": {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+    "horovodrun": {
+        "HOROVOD_RANK": "3", "HOROVOD_SIZE": "4", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2",
+    },
+    "Open MPI": {
+        "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    },
+    "MPICH": {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+    "srun": {
+        "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", TOLD)
+def test_each_launcher_is_read(launcher: str) -> None:
+    assert place(TOLD[launcher]) == Place(3, 4, 1, 2, launcher)
+    assert not place(TOLD[launcher]).on_one_host
+
+
+def test_nobody_launched_is_one_of_one() -> None:
+    assert place({}) == Place(0, 1, 0, 1, "none")
+
+
+def test_a_batch_script_of_slurm_is_alone() -> None:
+    """It sees the numbers of the job; only what srun starts is a rank."""
+    assert place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}).size == 1
+
+
+def test_mpirun_inside_slurm_is_read_as_mpirun() -> None:
+    assert place({**TOLD["srun"], "PMI_RANK": "1", "PMI_SIZE": "2"}).launcher == "MPICH"
+
+
+@pytest.mark.parametrize("wrong", [{"RANK": "x", "WORLD_SIZE": "2"}, {"PMI_RANK": "2", "PMI_SIZE": "2"}])
+def test_words_that_make_no_sense_are_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(DistcompError, match=next(iter(wrong))):
+        place(wrong)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[07-09,12],big1", "gpu07"), ("a[1-2]-ib,b", "a1-ib")],
+)
+def test_the_first_of_slurms_hosts(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_where_ranks_meet() -> None:
+    srun = {**TOLD["srun"], "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "41"}
+    host, port = _meeting_place(place(srun), srun)
+    assert (host, _meeting_place(place(srun), {**srun, "SLURM_JOB_ID": "42"})[1] != port) == ("gpu07", True)
+    told = {**TOLD["horovodrun"], "MASTER_ADDR": "host0", "MASTER_PORT": "1234"}
+    assert _meeting_place(place(told), told) == ("host0", 1234)
+    with pytest.raises(DistcompError, match="set MASTER_ADDR"):
+        _meeting_place(place(TOLD["horovodrun"]), TOLD["horovodrun"])
