@@ -8,9 +8,12 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from _tables import ROOT, fill, markdown, result, source
+from _tables import RESULTS, ROOT, fill, markdown, result, source
 
 Row = dict[str, Any]
+
+
+LOW_PRECISION = ("DoReFa 1-2-6, qsgd:bits=6", "float32, DDP", "DoReFa 1-2-6, one process")
 
 
 def loss(row: Row) -> str:
@@ -28,6 +31,7 @@ def readme() -> str:
         faster = f"{row['speed_up_over_ddp']:.1f} × faster"
         return [label, f"{fewer:.1f} × fewer", faster, loss(losses["methods"][method])]
 
+    low_row, low_about = low_precision()
     loses = f"where it loses: `identity`, {overhead['ranks']} ranks, fast network"
     slower = f"a step takes {100 * (overhead['ratio'] - 1):+.1f} %"
     table = markdown(
@@ -35,6 +39,7 @@ def readme() -> str:
         [
             exchange("qsgd:bits=4", "`qsgd(bits=4)`"),
             exchange("qsgd:bits=1", "`qsgd(bits=1)`, error feedback"),
+            *low_row,
             [loses, "as many", slower, "same bits"],
         ],
     )
@@ -44,9 +49,29 @@ def readme() -> str:
         f"{steps['rate']} network, against DDP's fp32 all-reduce in the same run. Test loss: pairs of "
         f"digits, {losses['ranks']} workers, {losses['steps']} steps, mean of {losses['seeds']} seeds ± "
         "standard deviation of the differences to DDP seed by seed; training without communication: "
-        f"{loss(losses['methods']['none'])} (`benchmarks/digit_pairs.py`)."
+        f"{loss(losses['methods']['none'])} (`benchmarks/digit_pairs.py`).{low_about}"
     )
     return f"{table}\n\n{textwrap.fill(about, 118, break_on_hyphens=False, break_long_words=False)}"
+
+
+def low_precision() -> tuple[list[list[str]], str]:
+    """The row of low precision with a compressed wire, and its footnote; nothing before it is measured."""
+    if not (RESULTS / "precision_wire.json").exists():
+        return [], ""
+    found = result("precision_wire")
+    both, plain, alone = (found["table"][name] for name in LOW_PRECISION)
+    row = [
+        "low precision + compressed wire: `dorefa(1, 2, 6)`, `qsgd(bits=6)`",
+        f"{both['times_fewer_bytes']:.1f} × fewer",
+        f"{both['speed_up_over_ddp']:.1f} × faster",
+        f"{both['mean']:.3f}; in one process {alone['mean']:.3f}; float32 {plain['mean']:.3f}",
+    ]
+    plan = found["plan"]
+    return [row], (
+        " Low precision: weights of 1 bit, activations of 2 and gradients of 6 in the loop, 6 bits on the "
+        f"wire; {plan['ranks']} ranks, {plan['steps']} steps, mean test loss of {plan['seeds']} seeds "
+        "(`benchmarks/precision_wire.py`)."
+    )
 
 
 def exchanges(rate: str) -> str:

@@ -43,6 +43,22 @@ def losses() -> str:
     return "\n\n".join([*tables, about(found, "precision_table.py")])
 
 
+def claims() -> str:
+    """What papers lead one to expect, network by network, seed by seed."""
+    found = result("precision_table")
+    lines = [
+        [
+            claim if place == 0 else "",
+            network,
+            f"{row['gap']:+.3f}{spread(row['spread'])}",
+            f"{row['seeds_for']} of {row['seeds']}",
+        ]
+        for claim, networks in found["claims"].items()
+        for place, (network, row) in enumerate(networks.items())
+    ]
+    return markdown(["expected", "network", "test loss, worse minus better", "seeds that agree"], lines)
+
+
 def wire() -> str:
     found = result("precision_wire")
     lines = [
@@ -56,7 +72,9 @@ def wire() -> str:
         for name, row in found["table"].items()
     ]
     head = ["", "bytes sent per step", "fewer", "exchange", "test loss"]
-    return f"{markdown(head, lines)}\n\n{about(found, 'precision_wire.py')}"
+    same = "the same" if found["same_bits"] else "NOT the same"
+    equal = f"Weights of the fixed-point run over {'; '.join(found['fixed_point_weights'])}: {same} bits."
+    return f"{markdown(head, lines)}\n\n{equal} {about(found, 'precision_wire.py')}"
 
 
 def binary() -> str:
@@ -77,14 +95,13 @@ def binary() -> str:
 
 def main() -> None:
     page = ROOT / "docs" / "precision.md"
-    for name, place, text in (
-        ("precision_table", "losses", losses),
-        ("precision_wire", "wire", wire),
-        ("binary_layers", "binary", binary),
+    for name, key, place, text in (
+        ("precision_table", "claims", "claims", claims),
+        ("precision_table", "table", "losses", losses),
+        ("precision_wire", "same_bits", "wire", wire),
+        ("binary_layers", "layers", "binary", binary),
     ):
-        measured = (RESULTS / f"{name}.json").exists() and (
-            name == "binary_layers" or "table" in result(name)
-        )
+        measured = (RESULTS / f"{name}.json").exists() and key in result(name)
         fill(page, place, text() if measured else NOT_YET)
 
 

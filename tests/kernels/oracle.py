@@ -52,9 +52,10 @@ def encode_block(
         return [s] * len(x), F(0)
     inverse, codes = F(s) / scale, []
     for j, value in enumerate(x):
-        y = value * inverse
-        level = math.floor(y + uniform(key, (first + j) % 2**32)) if stochastic else round(float(y))
-        codes.append(min(max(level, -s), s) + s)
+        y = min(max(value * inverse, F(-s)), F(s))
+        noise = round(float(uniform(key, (first + j) % 2**32)) * 2**24)
+        level = (int(float(y) * 2**24) + noise) // 2**24 if stochastic else round(float(y))
+        codes.append(level + s)
     return codes, scale
 
 

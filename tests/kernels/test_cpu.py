@@ -222,3 +222,11 @@ def test_a_wrong_number_of_keys_or_places_is_refused() -> None:
         kernels.permuted(3, 10, (1, 2))
     with pytest.raises(DistcompError, match="count <= numel"):
         kernels.permuted(11, 10, (1,) * 6)
+
+
+def test_what_lies_on_the_grid_stays_there_whatever_the_noise(instruction_set: str) -> None:
+    """Added in float32, one of 2^17 would be rounded up: 100 + u is 101 where u is near 1."""
+    levels = torch.arange(-127, 128, dtype=torch.float32).repeat(2**14)
+    codes, scales = torch.empty(levels.numel(), dtype=torch.uint8), torch.empty(2**14)
+    cpu.quantize(levels, codes, scales, block=255, bits=8, key=7, first=0, stochastic=True, given=False)
+    assert torch.equal(codes.float() - 127, levels)

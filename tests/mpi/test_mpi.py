@@ -37,7 +37,7 @@ def mpirun(size: int, *command: str | Path, timeout_s: float = 280) -> subproces
     )
 
 
-METHODS = {2: ("plain", "qsgd:bits=4", "powersgd"), 3: ("topk", "choco")}
+METHODS = {2: ("plain", "qsgd:bits=4", "powersgd"), 3: ("topk", "choco", "fixed_point")}
 """What DDP trains with, between so many ranks."""
 
 
@@ -74,9 +74,11 @@ def test_every_collective_brings_what_it_should(size: int) -> None:
         assert [name for name, good in right.items() if not good] == []
 
 
-@pytest.mark.parametrize(("size", "spec"), [*((2, spec) for spec in METHODS[2]), (3, "choco")])
+@pytest.mark.parametrize(
+    ("size", "spec"), [*((2, spec) for spec in METHODS[2]), (3, "choco"), (3, "fixed_point")]
+)
 def test_ddp_learns_the_same_over_mpi_as_over_gloo(size: int, spec: str) -> None:
-    """Between two ranks, and between neighbours, every sum has one order: the same bits."""
+    """Between two ranks, between neighbours and of integers every sum has but one value: the same bits."""
     over_mpi, over_gloo = (answers(size, backend)[f"training={spec}"] for backend in ("mpi4py", "gloo"))
     assert len(over_mpi) == size
     assert over_mpi == over_gloo

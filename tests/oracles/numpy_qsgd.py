@@ -59,8 +59,9 @@ def round_block(v: np.ndarray, scale: np.float32, bits: int, noise: np.ndarray |
         return np.where(v >= 0, 1, -1)
     s = levels(bits)
     y = v * (F(s) / scale) if scale >= TINY else np.zeros_like(v)
-    y = np.rint(y) if noise is None else np.floor(y + noise)
-    return np.clip(y, -s, s).astype(np.int64)
+    y = np.clip(y, -s, s).astype(np.float64)
+    y = np.rint(y) if noise is None else np.floor(np.trunc(y * 2**24) / 2**24 + noise)
+    return y.astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class NonUniform(Compressor):
         s = self.levels
         carried = share.view(torch.int32) + (noise * 2**MANTISSA).to(torch.int32)
         above = (carried >> MANTISSA) - (127 - s)
-        below = (share * 2.0 ** (s - 1) + noise).floor().to(torch.int32)
+        below = reference.round_at_random(share * 2.0 ** (s - 1), noise).to(torch.int32)
         return torch.where(share < 2.0 ** (1 - s), below, above).clamp_(0, s).to(torch.int64)
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:

@@ -49,7 +49,7 @@ def quantize(
     """Cut ``x`` in blocks and write each as a scale and packed ``bits``-bit codes.
 
     Two bits and up: scale = max|x| over the block, s = 2^(bits-1) - 1,
-    code = clamp(floor(x * (s / scale) + u), -s, s) + s with u uniform in [0, 1), so that E[decoded] = x;
+    code = floor(clamp(x * (s / scale), -s, s) + u) + s with u uniform in [0, 1), so that E[decoded] = x;
     ``stochastic=False`` rounds half to even instead. One bit: code = [x >= 0], scale = mean|x|, not random.
     A block whose maximum is below 2^-120 is sent as zeros. A NaN or inf makes its block's scale, and so every
     decoded value of that block, non-finite.

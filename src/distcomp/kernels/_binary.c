@@ -5,22 +5,28 @@
  * A linear layer is a convolution of one place with a kernel of one place.
  */
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "_binary.h"
 
 #define LANES 8
 #define BODY static inline __attribute__((always_inline))
-#define TILE 4 /* places whose sums stay in registers while a group's words are read once */
+#define TILE 8 /* places whose sums stay in registers while a group's words are read once */
 
 typedef struct {
     const uint64_t *x;      /* [height][width][words] of one sample */
     const uint64_t *weight; /* [groups][kh * kw][words][LANES] */
     const float *scale;     /* [outputs] */
     const float *bias;      /* [outputs] */
-    float *out;             /* [outputs][out_height][out_width] */
-    int height, width, channels, outputs, kh, kw, stride, padding, out_height, out_width;
+    float *out;             /* [outputs][places], or [places][outputs] where rows */
+    const uint64_t *zeros;  /* [words], what the padding holds */
+    const uint64_t **seen;  /* [kh * kw][TILE], the words that a tile's places see */
+    uint64_t *ones;         /* [groups][kh * kw][LANES], signs that differ from zeros */
+    int height, width, channels, outputs, kh, kw, stride, padding, out_height, out_width, rows;
 } Conv;
+
+BODY size_t words_of(const Conv *c) { return ((size_t)c->channels + 63) / 64; }
 
 /* One word of signs: bit i is 1 where x[i * step] < 0. */
 BODY uint64_t sign_word(const float *x, size_t count, size_t step) {
@@ -51,81 +57,69 @@ BODY void pack_body(const float *restrict x, uint64_t *restrict out, size_t chan
     }
 }
 
-/* How many signs differ, for TILE places (or fewer) and one group of outputs, at one place of the kernel. */
-BODY void add_differing(const uint64_t *const *x, int places, const uint64_t *weight, size_t words,
-                        uint64_t count[TILE][LANES]) {
-    for (size_t w = 0; w < words; w++)
-        for (int t = 0; t < places; t++)
-            for (int l = 0; l < LANES; l++)
-                count[t][l] += (uint64_t)__builtin_popcountll(x[t][w] ^ weight[w * LANES + (size_t)l]);
-}
-
-/* TILE places of a row, all outputs. Places of the kernel that lie outside count nothing: zero padding. */
-BODY void conv_tile(const Conv *c, int oy, int ox, int places) {
-    size_t words = ((size_t)c->channels + 63) / 64, taps = (size_t)(c->kh * c->kw);
-    size_t area = (size_t)c->out_height * (size_t)c->out_width;
-    for (int group = 0; group * LANES < c->outputs; group++) {
-        const uint64_t *weight = c->weight + (size_t)group * taps * words * LANES;
-        uint64_t count[TILE][LANES] = {{0}};
-        int inside[TILE] = {0};
-        for (int ky = 0; ky < c->kh; ky++) {
-            int y = oy * c->stride + ky - c->padding;
-            if (y < 0 || y >= c->height) continue;
-            for (int kx = 0; kx < c->kw; kx++) {
-                const uint64_t *from = weight + (size_t)(ky * c->kw + kx) * words * LANES, *x[TILE];
-                int all = 1, left[TILE];
-                for (int t = 0; t < places; t++) {
-                    left[t] = (ox + t) * c->stride + kx - c->padding;
-                    all &= left[t] >= 0 && left[t] < c->width;
-                    x[t] = c->x + ((size_t)y * (size_t)c->width + (size_t)(left[t] < 0 ? 0 : left[t])) * words;
-                }
-                if (all && places == TILE) {
-                    add_differing(x, TILE, from, words, count);
-                    for (int t = 0; t < TILE; t++) inside[t]++;
-                    continue;
-                }
-                for (int t = 0; t < places; t++) {
-                    if (left[t] < 0 || left[t] >= c->width) continue;
-                    add_differing(x + t, 1, from, words, count + t);
-                    inside[t]++;
-                }
-            }
-        }
-        for (int l = 0; l < LANES && group * LANES + l < c->outputs; l++) {
-            int o = group * LANES + l;
-            float *out = c->out + (size_t)o * area + (size_t)oy * (size_t)c->out_width + (size_t)ox;
-            for (int t = 0; t < places; t++) {
-                int sum = inside[t] * c->channels - 2 * (int)count[t][l];
-                out[t] = (float)sum * c->scale[o] + c->bias[o];
-            }
-        }
-    }
-}
-
-BODY void conv_body(const Conv *c) {
-    for (int oy = 0; oy < c->out_height; oy++)
-        for (int ox = 0; ox < c->out_width; ox += TILE)
-            conv_tile(c, oy, ox, c->out_width - ox < TILE ? c->out_width - ox : TILE);
+/* count[t][l]: how many signs differ between what place t sees and the filter in lane l. */
+BODY void differing_body(const uint64_t *const *seen, const uint64_t *weight, size_t taps, size_t words, int places,
+                         uint64_t count[TILE][LANES]) {
+    memset(count, 0, TILE * sizeof *count);
+    for (size_t k = 0; k < taps; k++)
+        for (size_t w = 0; w < words; w++, weight += LANES)
+            for (int t = 0; t < places; t++)
+                for (int l = 0; l < LANES; l++)
+                    count[t][l] += (uint64_t)__builtin_popcountll(seen[k * TILE + (size_t)t][w] ^ weight[l]);
 }
 
 typedef struct {
     void (*pack)(const float *, uint64_t *, size_t, size_t);
-    void (*conv)(const Conv *);
+    void (*differing)(const uint64_t *const *, const uint64_t *, size_t, size_t, int, uint64_t (*)[LANES]);
 } Binary;
 
-#define VARIANT(name, TARGET) \
+#define PACK(name, TARGET) \
     TARGET static void pack_##name(const float *x, uint64_t *out, size_t channels, size_t places) { \
         pack_body(x, out, channels, places); \
+    }
+#define VARIANT(name, TARGET) \
+    PACK(name, TARGET) \
+    TARGET static void differing_##name(const uint64_t *const *seen, const uint64_t *weight, size_t taps, \
+                                        size_t words, int places, uint64_t (*count)[LANES]) { \
+        differing_body(seen, weight, taps, words, places, count); \
     } \
-    TARGET static void conv_##name(const Conv *c) { conv_body(c); } \
-    static const Binary name##_binary = {pack_##name, conv_##name};
+    static const Binary name##_binary = {pack_##name, differing_##name};
 
 VARIANT(generic, )
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-VARIANT(popcnt, __attribute__((target("avx2,popcnt"))))
-VARIANT(vpopcnt, __attribute__((target("avx2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,"
-                                       "prefer-vector-width=512"))))
 #define HAVE_X86_VARIANTS
+#include <immintrin.h>
+#define WIDE __attribute__((target("avx2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq," \
+                                   "prefer-vector-width=512")))
+VARIANT(popcnt, __attribute__((target("avx2,popcnt"))))
+PACK(vpopcnt, WIDE)
+
+/* Compilers leave the loop above scalar, so it is spelled out: one register of sums for each place. */
+WIDE BODY void wide_body(const uint64_t *const *seen, const uint64_t *weight, size_t taps, size_t words, int places,
+                         uint64_t count[TILE][LANES]) {
+    __m512i sum[TILE];
+    for (int t = 0; t < places; t++) sum[t] = _mm512_setzero_si512();
+    for (size_t k = 0; k < taps; k++, seen += TILE)
+        for (size_t w = 0; w < words; w++, weight += LANES) {
+            __m512i filters = _mm512_loadu_si512(weight);
+            for (int t = 0; t < places; t++) {
+                __m512i differ = _mm512_xor_si512(filters, _mm512_set1_epi64((long long)seen[t][w]));
+                sum[t] = _mm512_add_epi64(sum[t], _mm512_popcnt_epi64(differ));
+            }
+        }
+    for (int t = 0; t < places; t++) _mm512_storeu_si512(count[t], sum[t]);
+}
+
+WIDE static void differing_vpopcnt(const uint64_t *const *seen, const uint64_t *weight, size_t taps, size_t words,
+                                   int places, uint64_t (*count)[LANES]) {
+    if (places == TILE) {
+        wide_body(seen, weight, taps, words, TILE, count);
+        return;
+    }
+    for (int t = 0; t < places; t++) wide_body(seen + t, weight, taps, words, 1, count + t);
+}
+
+static const Binary vpopcnt_binary = {pack_vpopcnt, differing_vpopcnt};
 #endif
 
 /* Integers add to the same bits whichever serves. */
@@ -141,6 +135,60 @@ static const Binary *best(void) {
 }
 
 static const Binary *serving(int plain) { return plain ? &generic_binary : best(); }
+
+/* What the padding would add to the count of signs that differ: taken off again, for zeros count nothing. */
+static void count_ones(const Conv *c) {
+    size_t words = words_of(c), rows = (size_t)((c->outputs + LANES - 1) / LANES * c->kh * c->kw);
+    memset(c->ones, 0, rows * LANES * sizeof *c->ones);
+    for (size_t row = 0; row < rows; row++)
+        for (size_t i = 0; i < words * LANES; i++)
+            c->ones[row * LANES + i % LANES] += (uint64_t)__builtin_popcountll(c->weight[row * words * LANES + i]);
+}
+
+/* Points c->seen at what the places from `first` on see; how many values of x each of them sees. */
+static void look(const Conv *c, int first, int places, int inside[TILE]) {
+    size_t words = words_of(c);
+    for (int t = 0; t < places; t++) {
+        int top = (first + t) / c->out_width * c->stride - c->padding;
+        int left = (first + t) % c->out_width * c->stride - c->padding;
+        inside[t] = 0;
+        for (int k = 0; k < c->kh * c->kw; k++) {
+            int y = top + k / c->kw, x = left + k % c->kw;
+            int is_inside = y >= 0 && y < c->height && x >= 0 && x < c->width;
+            c->seen[k * TILE + t] = is_inside ? c->x + ((size_t)y * (size_t)c->width + (size_t)x) * words : c->zeros;
+            inside[t] += is_inside;
+        }
+    }
+}
+
+/* TILE places (or fewer), all outputs. */
+static void conv_tile(const Conv *c, const Binary *binary, int first, int places) {
+    int taps = c->kh * c->kw, inside[TILE];
+    size_t area = (size_t)c->out_height * (size_t)c->out_width, words = words_of(c);
+    look(c, first, places, inside);
+    for (int start = 0; start < c->outputs; start += LANES) {
+        size_t row = (size_t)(start / LANES * taps);
+        uint64_t count[TILE][LANES];
+        binary->differing(c->seen, c->weight + row * words * LANES, (size_t)taps, words, places, count);
+        for (int t = 0; t < places; t++) {
+            for (int k = 0; inside[t] < taps && k < taps; k++)
+                for (int l = 0; c->seen[k * TILE + t] == c->zeros && l < LANES; l++)
+                    count[t][l] -= c->ones[(row + (size_t)k) * LANES + (size_t)l];
+            for (int l = 0; l < LANES && start + l < c->outputs; l++) {
+                size_t o = (size_t)(start + l), place = (size_t)(first + t);
+                int sum = inside[t] * c->channels - 2 * (int)count[t][l];
+                c->out[c->rows ? place * (size_t)c->outputs + o : o * area + place] =
+                    (float)sum * c->scale[o] + c->bias[o];
+            }
+        }
+    }
+}
+
+static void conv(const Conv *c, const Binary *binary) {
+    int area = c->out_height * c->out_width;
+    for (int first = 0; first < area; first += TILE)
+        conv_tile(c, binary, first, area - first < TILE ? area - first : TILE);
+}
 
 PyObject *py_pack_signs(PyObject *self, PyObject *args) {
     (void)self;
@@ -160,29 +208,43 @@ PyObject *py_pack_signs(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* One allocation for zeros, ones and seen: they hold words and addresses. */
+static int allocate(Conv *c) {
+    size_t words = words_of(c), taps = (size_t)(c->kh * c->kw);
+    size_t ones = (size_t)((c->outputs + LANES - 1) / LANES) * taps * LANES;
+    uint64_t *zeros = calloc(words + ones + taps * TILE, sizeof *zeros);
+    if (!zeros) return 0;
+    c->zeros = zeros;
+    c->ones = zeros + words;
+    c->seen = (const uint64_t **)(c->ones + ones);
+    return 1;
+}
+
 PyObject *py_binary_conv(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long x, weight, scale, bias, out;
     Py_ssize_t samples;
     int plain;
     Conv c;
-    if (!PyArg_ParseTuple(args, "KKKKKn(iii)(iiiii)(ii)p", &x, &weight, &scale, &bias, &out, &samples,
+    if (!PyArg_ParseTuple(args, "KKKKKn(iii)(iiiii)(ii)pp", &x, &weight, &scale, &bias, &out, &samples,
                           &c.channels, &c.height, &c.width, &c.outputs, &c.kh, &c.kw, &c.stride, &c.padding,
-                          &c.out_height, &c.out_width, &plain))
+                          &c.out_height, &c.out_width, &c.rows, &plain))
         return NULL;
     c.weight = (const uint64_t *)(uintptr_t)weight;
     c.scale = (const float *)(uintptr_t)scale;
     c.bias = (const float *)(uintptr_t)bias;
-    size_t words = ((size_t)c.channels + 63) / 64;
-    size_t x_step = (size_t)c.height * (size_t)c.width * words;
+    if (!allocate(&c)) return PyErr_NoMemory();
+    size_t x_step = (size_t)c.height * (size_t)c.width * words_of(&c);
     size_t out_step = (size_t)c.outputs * (size_t)c.out_height * (size_t)c.out_width;
     const Binary *binary = serving(plain);
     Py_BEGIN_ALLOW_THREADS
+    if (c.padding) count_ones(&c);
     for (Py_ssize_t n = 0; n < samples; n++) {
         c.x = (const uint64_t *)(uintptr_t)x + (size_t)n * x_step;
         c.out = (float *)(uintptr_t)out + (size_t)n * out_step;
-        binary->conv(&c);
+        conv(&c, binary);
     }
     Py_END_ALLOW_THREADS
+    free((void *)c.zeros);
     Py_RETURN_NONE;
 }

@@ -25,8 +25,8 @@ typedef struct {
     void (*scale_by_exponents)(const uint8_t *, float *, size_t);
 } Variant;
 
-#define VARIANT(name, TARGET, modern) \
-    TARGET static void quantize_##name(const Quantize *q) { quantize_body(q, modern); } \
+#define VARIANT(name, TARGET) \
+    TARGET static void quantize_##name(const Quantize *q) { quantize_body(q); } \
     TARGET static void dequantize_##name(const Dequantize *d) { dequantize_body(d); } \
     TARGET static int all_finite_32_##name(const uint32_t *x, size_t n) { return all_finite_32_body(x, n); } \
     TARGET static int all_finite_16_##name(const uint16_t *x, size_t n, uint16_t e) { \
@@ -49,10 +49,10 @@ typedef struct {
         #name, quantize_##name, dequantize_##name, all_finite_32_##name, all_finite_16_##name, \
         checksum_##name, at_least_##name, permuted_##name, exponents_##name, scale_by_exponents_##name};
 
-VARIANT(generic, , 0)
+VARIANT(generic, )
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-VARIANT(avx2, __attribute__((target("avx2,fma"))), 1)
-VARIANT(avx512, __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), 1)
+VARIANT(avx2, __attribute__((target("avx2,fma"))))
+VARIANT(avx512, __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))))
 #define HAVE_X86_VARIANTS
 #endif
 
@@ -236,7 +236,7 @@ static PyMethodDef methods[] = {
     {"pack_signs", py_pack_signs, METH_VARARGS, "x, words, samples, channels, places, plain"},
     {"binary_conv", py_binary_conv, METH_VARARGS,
      "x, weight, scale, bias, out, samples, (channels, height, width), (outputs, kh, kw, stride, padding), "
-     "(out_height, out_width), plain"},
+     "(out_height, out_width), rows, plain"},
     {"use", py_use, METH_VARARGS, "choose an instruction set by name: generic, avx2 or avx512"},
     {"instruction_set", py_instruction_set, METH_NOARGS, "the one in use"},
     {NULL, NULL, 0, NULL},

@@ -1,7 +1,7 @@
 /* The kernels: reference.py once more, in loops that a compiler vectorizes.
  *
  * _cpu.c compiles every body for each instruction set it knows. Built with -ffp-contract=off: a fused multiply-add
- * would give other bits on machines that have it (the one written here rounds the same either way).
+ * would give other bits on machines that have it.
  */
 #include <stdint.h>
 #include <string.h>
@@ -55,31 +55,20 @@ BODY size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 BODY float levels(int bits) { return bits > 1 ? (float)((1 << (bits - 1)) - 1) : 1.0f; }
 
 /* lowbias32 with a 64-bit key, the low half already added to the counter; its upper 24 bits */
-BODY float uniform_24(uint32_t x, uint32_t key_high) {
+BODY uint32_t random_24(uint32_t x, uint32_t key_high) {
     x ^= x >> 16;
     x *= 0x7feb352du;
     x ^= key_high;
     x ^= x >> 15;
     x *= 0x846ca68bu;
     x ^= x >> 16;
-    return (float)(int32_t)(x >> 8);
+    return x >> 8;
 }
 
 /* The comparisons are so turned that a NaN becomes s. */
 BODY float clamped(float y, float s) {
     y = y < s ? y : s;
     return y > -s ? y : -s;
-}
-
-/* p + u with one rounding: u = u24 / 2^24 is exact, so fusing changes no bit where the machine can. */
-BODY float plus_scaled(float p, float u24, int modern) {
-    return modern ? __builtin_fmaf(u24, 0x1p-24f, p) : p + u24 * 0x1p-24f;
-}
-
-BODY float floored(float y, int modern) {
-    if (modern) return __builtin_floorf(y);
-    float t = (float)(int32_t)y;
-    return t > y ? t - 1.0f : t;
 }
 
 /* Half to even, for |y| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits. */
@@ -110,15 +99,14 @@ BODY void sign_codes(const float *restrict x, uint8_t *restrict code, size_t m) 
     for (size_t j = 0; j < m; j++) code[j] = x[j] >= 0.0f;
 }
 
-/* Adding 1.5 * 2^23 + s puts the finished code in the low byte of the sum. */
+/* reference.round_at_random: y with 24 bits after the point, plus 24 random bits, plus s, is a code before the point. */
 BODY void stochastic_codes(const float *restrict x, uint8_t *restrict code, size_t m, float inverse, float s,
-                           const Quantize *q, uint32_t counter, int modern) {
-    uint32_t key_high = q->key_high;
-    float to_low_byte = 0x1.8p23f + s;
+                           const Quantize *q, uint32_t counter) {
+    uint32_t key_high = q->key_high, middle = (uint32_t)s << 24;
     counter += q->key_low;
     for (size_t j = 0; j < m; j++) {
-        float y = plus_scaled(x[j] * inverse, uniform_24(counter + (uint32_t)j, key_high), modern);
-        code[j] = (uint8_t)bits_of(floored(clamped(y, s), modern) + to_low_byte);
+        uint32_t y = (uint32_t)(int32_t)(clamped(x[j] * inverse, s) * 0x1p24f);
+        code[j] = (uint8_t)((y + middle + random_24(counter + (uint32_t)j, key_high)) >> 24);
     }
 }
 
@@ -199,7 +187,7 @@ BODY size_t unpack(const uint8_t *in, uint8_t *code, size_t m, int bits) {
     return at;
 }
 
-BODY void quantize_body(const Quantize *q, int modern) {
+BODY void quantize_body(const Quantize *q) {
     uint8_t *out = q->codes;
     float s = levels(q->bits);
     for (size_t start = 0, row = 0; start < q->numel; start += q->block, row++) {
@@ -211,7 +199,7 @@ BODY void quantize_body(const Quantize *q, int modern) {
         } else {
             float scale = q->scales[row], inverse = scale < SMALLEST_SCALE ? 0.0f : s / scale;
             if (q->stochastic)
-                stochastic_codes(x, q->scratch, m, inverse, s, q, q->first + (uint32_t)start, modern);
+                stochastic_codes(x, q->scratch, m, inverse, s, q, q->first + (uint32_t)start);
             else
                 nearest_codes(x, q->scratch, m, inverse, s);
         }

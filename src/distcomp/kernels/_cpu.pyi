@@ -33,6 +33,7 @@ def binary_conv(
     image: tuple[int, int, int],
     kernel: tuple[int, int, int, int, int],
     made: tuple[int, int],
+    rows: bool,
     plain: bool,
     /,
 ) -> None: ...

@@ -81,7 +81,7 @@ def binary_conv2d(
     out = torch.empty(samples, outputs, *made)
     cpu.binary_conv(
         packed.data_ptr(), words.data_ptr(), scale.data_ptr(), bias.data_ptr(), out.data_ptr(), samples,
-        (channels, height, width), (outputs, kh, kw, stride, padding), made, _plain(cpu),
+        (channels, height, width), (outputs, kh, kw, stride, padding), made, False, _plain(cpu),
     )  # fmt: skip
     return out
 
@@ -104,12 +104,12 @@ def binary_linear(
         return (y * scale + bias).view(*x.shape[:-1], outputs)
     cpu = import_module("distcomp.kernels._cpu")
     packed = _packed_signs(rows, inputs, 1)
-    out = torch.empty(outputs, len(rows))  # the rows are the places of one line of an image
+    out = torch.empty(len(rows), outputs)  # rows are the places of one line of an image, and stay rows
     cpu.binary_conv(
         packed.data_ptr(), words.data_ptr(), scale.data_ptr(), bias.data_ptr(), out.data_ptr(), 1,
-        (inputs, 1, len(rows)), (outputs, 1, 1, 1, 0), (1, len(rows)), _plain(cpu),
+        (inputs, 1, len(rows)), (outputs, 1, 1, 1, 0), (1, len(rows)), True, _plain(cpu),
     )  # fmt: skip
-    return out.T.reshape(*x.shape[:-1], outputs)
+    return out.view(*x.shape[:-1], outputs)
 
 
 def _packed_signs(x: Tensor, channels: int, places: int) -> Tensor:

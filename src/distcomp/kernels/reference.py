@@ -15,6 +15,7 @@ from torch import Tensor
 from distcomp.kernels.packing import block_bytes, levels, parts
 
 MASK = 0xFFFFFFFF
+ONE = 2.0**24  # 1 in fixed point, with the 24 bits after the point that random numbers have
 SMALLEST_SCALE = 2.0**-120  # below it s / scale could overflow; such a block is sent as zeros
 LANES = 16
 
@@ -37,13 +38,15 @@ def uniform(count: int, key: int | Tensor, first: int, device: torch.device) -> 
 
 
 def round_at_random(y: Tensor, u: Tensor) -> Tensor:
-    """One of the two integers around ``y``, the upper one where ``(y - floor(y)) + u >= 1``: E[result] = y.
+    """floor(y + u), added in fixed point: one of the two integers around ``y``, with E[result] = y.
 
-    An integer stays what it is, however large: ``floor(y + u)`` would round ``2^15 + 0.999`` up in float32.
-    Where the integers fit 8 bits, as in :func:`round_to_levels`, the two differ once in 2^17 at most.
+    ``y`` keeps as many bits after the point as ``u`` has, 24 (what is finer is cut off, towards 0), so that
+    the sum is exact. An integer stays what it is, however large; added in float32, ``2^15 + 0.999`` would be
+    rounded up. It is the one stochastic rounding there is: of gradients on the wire and of numbers at rest.
     """
     below = torch.floor(y)
-    return below + ((y - below) + u >= 1)
+    fraction = torch.trunc(y * ONE) - below * ONE
+    return below + (fraction + u * ONE >= ONE)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -114,13 +117,16 @@ def quantize(
 
 
 def round_to_levels(x: Tensor, scale: Tensor, s: int, noise: Tensor | None) -> Tensor:
-    """clamp(floor(x * (s / scale) + u), -s, s) + s; half to even without noise; NaN takes the top code."""
+    """floor(clamp(x * (s / scale), -s, s) + u) + s, see :func:`round_at_random`; half to even without noise.
+
+    NaN takes the top code.
+    """
     safe = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
     inverse = torch.where(scale < SMALLEST_SCALE, torch.zeros_like(scale), torch.full_like(scale, s) / safe)
     y = x * inverse.view(-1, 1)
-    y = torch.round(y) if noise is None else torch.floor(y + noise)
-    y = torch.where(y < s, y, torch.full_like(y, s))
-    return y.clamp(min=-s).to(torch.int64) + s
+    y = torch.where(y < s, y, torch.full_like(y, s)).clamp(min=-s)
+    y = torch.round(y) if noise is None else round_at_random(y, noise)
+    return y.to(torch.int64) + s
 
 
 def dequantize(

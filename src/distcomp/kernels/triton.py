@@ -6,7 +6,7 @@ Anything else (the short last block, an odd block size, a huge one) takes the ge
 program for each block, in loops; to decode, each element finds the bytes it lies in.
 
 Launched with ``enable_fp_fusion=False``: a multiply and an add contracted by the compiler would give other
-bits than the CPU. The one fused multiply-add written here multiplies by 2^-24, which is exact.
+bits than the CPU.
 """
 
 # Triton's own language is not typed; the five functions at the end are.
@@ -35,8 +35,8 @@ LANES = tl.constexpr(16)
 
 
 @triton.jit
-def _uniform_24(counter, key_low, key_high):
-    """Keyed lowbias32: 24 bits of it, as a float."""
+def _random_24(counter, key_low, key_high):
+    """Keyed lowbias32: 24 bits of it."""
     x = counter + key_low
     x ^= x >> 16
     x *= 0x7FEB352D
@@ -44,7 +44,7 @@ def _uniform_24(counter, key_low, key_high):
     x ^= key_high ^ (key_high >> 15)  # what (x ^ key_high) ^ (x ^ key_high) >> 15 comes to, in fewer steps
     x *= 0x846CA68B
     x ^= x >> 16
-    return (x >> 8).to(tl.int32).to(tl.float32)
+    return x >> 8
 
 
 @triton.jit
@@ -53,12 +53,10 @@ def _codes(x, inverse, counter, key_low, key_high, bits: tl.constexpr, stochasti
     if bits == 1:
         return (x >= 0).to(tl.int32)
     s: tl.constexpr = (1 << (bits - 1)) - 1
-    y = x * inverse
-    if stochastic:
-        y = tl.fma(_uniform_24(counter, key_low, key_high), 2.0**-24, y)
-    y = tl.maximum(tl.minimum(y, 1.0 * s), -1.0 * s)
-    if stochastic:
-        return (tl.floor(y) + (MAGIC + s)).to(tl.int32, bitcast=True)
+    y = tl.maximum(tl.minimum(x * inverse, 1.0 * s), -1.0 * s)
+    if stochastic:  # reference.round_at_random: a sum with 24 bits after the point, in which s comes along
+        fixed = (y * 16777216.0).to(tl.int32).to(tl.uint32, bitcast=True) + (s << 24)
+        return ((fixed + _random_24(counter, key_low, key_high)) >> 24).to(tl.int32)
     return (y + MAGIC).to(tl.int32, bitcast=True) + s
 
 

@@ -1,0 +1,173 @@
+"""Low precision and a compressed wire together: DoReFa W1 A2 G6 sent in 6 bits, against float32 DDP.
+
+    python benchmarks/precision_wire.py            # resumes; writes results/precision_wire.json
+
+Four ranks on an emulated 100 Mbit/s network, digit pairs, a network of 168,000 parameters. Three
+rows: float32 with DDP, DoReFa with its weight gradients in ``qsgd:bits=6``, and a fixed-point run whose
+gradients are added as integers; and DoReFa in one process with the same total batch, for the loss. The
+fixed-point run is made over every pattern, and over one of them twice: its weights must have the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from _crowd import Cells, warm_up_then_cosine
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import distcomp
+from distcomp import precision
+
+RANKS, RATE, STEPS, BATCH, SEEDS, WIDTH, LR = 4, "100mbit", 3, 32, 2, 256, 0.1
+ROWS = {
+    "float32, DDP": ("ddp", "none"),
+    "DoReFa 1-2-6, qsgd:bits=6": ("qsgd:bits=6", "dorefa"),
+    "fixed point Q4.12, sent as Q2.14": ("fixed_point:format=Q2.14", "fixed"),
+}
+ALONE = "DoReFa 1-2-6, one process"
+EQUAL = {
+    "ring": "fixed_point:format=Q2.14,pattern=all_reduce",
+    "scatter-reduce": "fixed_point:format=Q2.14,pattern=scatter",
+    "scatter-reduce, again": "fixed_point:format=Q2.14,pattern=scatter",
+    "gather": "fixed_point:format=Q2.14,pattern=gather",
+}
+
+
+def network(kind: str, rank: int) -> nn.Module:
+    net = nn.Sequential(
+        nn.Linear(128, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(),
+        nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(),
+        nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(),
+        nn.Linear(WIDTH, 10),
+    )  # fmt: skip
+    if kind == "dorefa":
+        return precision.dorefa(net, 1, 2, 6, rank=rank)
+    if kind == "fixed":
+        return precision.fixed_point(net, "Q4.12", gradients="Q2.14", exact=False, rank=rank)
+    return net
+
+
+def worker(kind: str, method: str, seed: int) -> None:
+    """One rank of a run; rank 0 prints the result as JSON."""
+    import digits  # from examples/, by _crowd
+
+    torch.set_num_threads(1)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", **alone)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    (images, labels), held_out = digits.digits()
+    mine = images[rank::size], labels[rank::size]
+    draw = torch.Generator().manual_seed(seed * size + rank)
+    torch.manual_seed(seed)
+    model = DistributedDataParallel(network(kind, rank))
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(STEPS))
+    exchange_s = []
+    with distcomp.attach(model, optimizer, method, seed=seed) as handle:
+        for _ in range(STEPS):
+            x, y = digits.pairs(*mine, RANKS * BATCH // size, draw)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            schedule.step()
+            exchange_s.append(handle.stats()["last"]["exchange_s"])
+        stats = handle.stats()
+    model.eval()
+    loss, accuracy = digits.evaluate(
+        model.module, *digits.pairs(*held_out, 4000, torch.Generator().manual_seed(0))
+    )
+    if rank == 0:
+        print(
+            json.dumps(
+                {
+                    "test_loss": loss,
+                    "test_accuracy": accuracy,
+                    "bytes_per_step": stats["payload_bytes"] / STEPS,
+                    "payload_by_kind": stats["payload_by_kind"],
+                    "exchange_s": statistics.median(exchange_s),
+                    "weights": digest(model.module),
+                }
+            )
+        )
+    dist.destroy_process_group()
+
+
+def digest(model: nn.Module) -> str:
+    """A fingerprint of every bit of the weights."""
+    weights = b"".join(one.detach().numpy().tobytes() for one in model.parameters())
+    return hashlib.sha256(weights).hexdigest()[:16]
+
+
+def run(kind: str, method: str, seed: int, ranks: int = RANKS) -> dict[str, Any]:
+    from _common import on_network
+
+    with tempfile.TemporaryDirectory() as directory:
+        script = Path(directory) / "worker.py"
+        script.write_text(
+            f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            f"from wire_try import worker\nworker({kind!r}, {method!r}, {seed})\n"
+        )
+        return on_network(str(script), ranks, RATE, {"OMP_NUM_THREADS": "1"})
+
+
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    losses = [one["test_loss"] for one in runs]
+    return {
+        "test_loss": losses,
+        "mean": statistics.mean(losses),
+        "spread": statistics.stdev(losses),
+        "test_accuracy": statistics.mean(one["test_accuracy"] for one in runs),
+        "bytes_per_step": runs[0]["bytes_per_step"],
+        "exchange_s": statistics.median(one["exchange_s"] for one in runs),
+    }
+
+
+def main() -> None:
+    about = {
+        "task": "digit pairs", "ranks": RANKS, "rate": RATE, "steps": STEPS, "batch_per_rank": BATCH,
+        "seeds": SEEDS, "width": WIDTH, "lr": LR,
+        "reduced": "3 seeds and 150 steps, so that all rows fit a few minutes of two cores; fixed point "
+        "accumulates in float32",
+    }  # fmt: skip
+    cells = Cells("wire_try", about)
+    rows = {**{name: (*row, RANKS) for name, row in ROWS.items()}, ALONE: ("identity", "dorefa", 1)}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
+    for seed in range(SEEDS):
+        for name, (method, kind, ranks) in rows.items():
+            made = cells.get(
+                f"{name} | seed {seed}", lambda k=kind, m=method, s=seed, r=ranks: run(k, m, s, r)
+            )
+            runs[name].append(made)
+    table = {name: summarize(found) for name, found in runs.items()}
+    plain = table["float32, DDP"]
+    for row in table.values():
+        if row["bytes_per_step"]:
+            row["times_fewer_bytes"] = plain["bytes_per_step"] / row["bytes_per_step"]
+            row["speed_up_over_ddp"] = plain["exchange_s"] / row["exchange_s"]
+    equal = {
+        name: cells.get(f"fixed point, {name}", lambda m=method: run("fixed", m, 0))["weights"]
+        for name, method in EQUAL.items()
+    }
+    cells.document |= {
+        "table": table,
+        "fixed_point_weights": equal,
+        "same_bits": len(set(equal.values())) == 1,
+    }
+    cells.write()
+    for name, row in table.items():
+        print(f"{name:<36}{row['mean']:8.3f} +- {row['spread']:.3f}{row['bytes_per_step']:12,.0f} bytes")
+    print(f"fixed point, the same bits over {', '.join(equal)}: {cells.document['same_bits']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
