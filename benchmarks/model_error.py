@@ -112,12 +112,15 @@ def measure(settings: dict[str, Any], ddp: DistributedDataParallel) -> dict[str,
     for _ in range(settings["turns"]):
         for method in settings["methods"]:
             with distcomp.attach(ddp, optimizer, method) as handle:
+                for _ in range(2):  # gossip begins by sending whole models
+                    step()
+                dist.barrier()  # otherwise one who was late there is felt far away, steps later
                 starts_s = []
-                for _ in range(settings["steps"] + 2):
+                for _ in range(settings["steps"] + 1):
                     starts_s.append(time.perf_counter())
                     step()
                 phases[method] = handle.stats()["last"]["phases"]
-            mine[method] += [b - a for a, b in itertools.pairwise(starts_s[1:])]
+            mine[method] += [b - a for a, b in itertools.pairwise(starts_s)]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     steps_s = {method: [one[method] for one in everyone] for method in settings["methods"]}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from hypothesis import HealthCheck, settings
 
+import distcomp.public  # noqa: F401  (METHODS knows them all)
+
 torch.set_num_threads(1)
 
 settings.register_profile(

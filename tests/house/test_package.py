@@ -101,3 +101,9 @@ def test_the_public_names_bring_nothing_slow_and_no_extra() -> None:
     slow = {"torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "sympy", "triton"}
     extras = {"mpi4py", "rich", "matplotlib", "pyroute2", "sklearn", "tensorboard", "horovod", "ray"}
     assert loaded & (slow | extras) == set()
+
+
+def test_who_imports_the_methods_alone_may_name_any() -> None:
+    program = "from distcomp.methods import parse; print(type(parse('dcd')).__name__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "DCD"

@@ -8,6 +8,7 @@ be a schedule.
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +93,9 @@ def parse(text: str) -> Any:
     """
     name, _, settings = text.partition(":")
     entry = METHODS.get(name.strip())
+    if entry is None:  # methods of averaging stand higher up, and register when they are imported
+        importlib.import_module("distcomp.public")
+        entry = METHODS.get(name.strip())
     if entry is None:
         raise DistcompError(f"there is no method {name!r}; known are: {', '.join(sorted(METHODS))}")
     arguments: dict[str, Any] = {}
