@@ -26,5 +26,5 @@ html_title = f"distcomp {__version__}"
 
 
 def setup(app):
-    """The page of methods is written from the registry, so that it can neither lag nor lie."""
-    app.connect("builder-inited", lambda _: catalogue.write(HERE / "methods.md"))
+    """The pages of methods are written from the registry, so that they can neither lag nor lie."""
+    app.connect("builder-inited", lambda _: catalogue.write(HERE))

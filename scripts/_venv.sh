@@ -31,7 +31,7 @@ install() {
     # PyTorch first and on its own, at the tested version: asked for by a range, its newest release would come.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable \
-        '.[emulate,report,mpi,examples,dev]'
+        '.[emulate,report,mpi,examples,lightning,accelerate,transformers,tensorboard,prometheus,dev]'
 }
 
 # A moved or copied environment has scripts that point elsewhere; it is made again.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,23 +12,23 @@ from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Method, parse
-from distcomp.network.qdisc import read_qdisc_bytes
 from distcomp.sync import masks
 from distcomp.sync.averaging import Averaging, Levels
 from distcomp.sync.ddp import GradientSync, Scaler
 from distcomp.sync.fsdp import ShardSync, refuse_sharded
+from distcomp.sync.gather import to_first
 from distcomp.sync.link import Link
 from distcomp.sync.models import ModelSync, edges_of, refuse_averaging
 from distcomp.sync.states import pack, unpack
 from distcomp.sync.stock import StockSync, is_stock
-from distcomp.sync.target import Target, uncompiled
+from distcomp.sync.target import Target
 from distcomp.sync.trampoline import Trampoline, trampoline_of
+from distcomp.sync.watch import Sink, Sync, Watch
 from distcomp.transports.types import ProcessGroup
 from distcomp.version import __version__
 
@@ -91,8 +90,6 @@ def attach(
     return Handle(target, sync, trampoline, link)
 
 
-Sync = GradientSync | StockSync | ModelSync | ShardSync
-
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
 
 
@@ -123,7 +120,7 @@ class Handle:
         self._sync = sync
         self._trampoline = trampoline
         self._link = link
-        self._watch = _Watch(target.called, sync, link)
+        self._watch = Watch(target.called, sync, link)
         self._pruners = (
             masks.join(sync.method, target.module, link, sync)
             if isinstance(sync, GradientSync | ModelSync)
@@ -149,6 +146,13 @@ class Handle:
         """Write one line of metrics to the run's record, if there is one (``DISTCOMP_RUN_DIR``)."""
         self._watch.log(fields)
 
+    def watch(self, sink: Sink) -> None:
+        """Call ``sink(record)`` for each step and each :meth:`log` of this rank, with the record that
+        ``DISTCOMP_RUN_DIR`` would keep (:mod:`distcomp.recording`). A sink with a ``close`` is closed on
+        :meth:`detach`.
+        """
+        self._watch.sinks.append(sink)
+
     def state_dict(self) -> dict[str, Any]:
         """Residuals, warm starts, counters of this rank, under one key that names the rank. Tensors and
         numbers only.
@@ -164,6 +168,13 @@ class Handle:
         On another world size pass a list of all old ranks' state dicts: the mean of the residuals is kept.
         """
         self._sync.load_state_dict(unpack(saved, *self._target.place))
+
+    def gather_state_dicts(self) -> dict[str, Any]:
+        """All ranks' :meth:`state_dict` in one, on rank 0, and an empty one elsewhere: for savers that write
+        on rank 0 alone. Call it on every rank; :meth:`load_state_dict` takes it on any of them.
+        """
+        parts = to_first(self.state_dict(), self._target.everyone)
+        return {rank: part for one in parts for rank, part in one.items()}
 
     def load_checkpoint(self, path: str | Path, key: str = "distcomp") -> None:
         """As :meth:`load_state_dict`, from ``torch.distributed.checkpoint``: ``dcp.save({key:
@@ -232,99 +243,6 @@ class Handle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._leave(agree=kind is None)
-
-
-class _Watch:
-    """Looks at each optimizer step: raises what went wrong on the exchange's thread, verifies that the
-    exchange ran, records."""
-
-    def __init__(self, model: nn.Module, sync: Sync, link: Link) -> None:
-        self._sync = sync
-        self._link = link
-        self._parameters = {id(parameter) for parameter in model.parameters()}
-        self._recorded = 0
-        self._begin_s = 0.0
-        self._hooks = [
-            register_optimizer_step_pre_hook(self._before_step),
-            model.register_forward_pre_hook(uncompiled(self._before_forward)),
-        ]
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def totals(self) -> dict[str, Any]:
-        last = self._sync.last
-        fields: dict[str, Any] = {"payload_bytes": self._sent(), "payload_by_kind": self._by_kind()}
-        if last is not None:
-            fields["last"] = _describe(last)
-        return fields
-
-    def log(self, fields: Mapping[str, Any]) -> None:
-        if self._link.recorder is not None:
-            self._link.recorder.metric(**fields)
-
-    def _before_forward(self, module: nn.Module, arguments: object) -> None:
-        self.record()
-        if self._sync.iterations == self._recorded and torch.is_grad_enabled() and not self._begin_s:
-            self._begin_s = time.perf_counter()
-
-    def _before_step(self, optimizer: Optimizer, arguments: object, options: object) -> None:
-        if not any(id(p) in self._parameters for group in optimizer.param_groups for p in group["params"]):
-            return
-        self._sync.idle()
-        if self._sync.iterations == 0:
-            raise DistcompError(
-                "the optimizer steps but no gradient went through the attached method: call the attached "
-                "model itself "
-                "(not model.module), outside no_sync(), before optimizer.step()"
-            )
-        self.record()
-
-    def record(self) -> None:
-        """Write down the last iteration, once."""
-        last = self._sync.last
-        if last is None or last.index < self._recorded:
-            return
-        self._recorded = last.index + 1
-        step_s = time.perf_counter() - self._begin_s if self._begin_s else None
-        self._begin_s = 0.0
-        if self._link.recorder is not None:
-            self._link.recorder.step(
-                step_s=step_s,
-                **_describe(last),
-                payload_by_kind=self._by_kind(),
-                qdisc_bytes=_qdisc_bytes(),
-            )
-
-    def _sent(self) -> int:
-        return self._sync.sent_bytes if isinstance(self._sync, StockSync) else self._link.ledger.total_bytes
-
-    def _by_kind(self) -> dict[str, int]:
-        if isinstance(self._sync, StockSync):
-            return {"values": self._sync.sent_bytes}
-        return dict(self._link.ledger.sent_bytes)
-
-
-def _qdisc_bytes() -> int | None:
-    """What the kernel's queue has counted for this rank, where the emulator says which queue it is."""
-    device = os.environ.get("DISTCOMP_DEVICE")
-    return read_qdisc_bytes(device) if device else None
-
-
-PHASES = ("encode", "recode", "wait", "decode")
-
-
-def _describe(last: Any) -> dict[str, Any]:
-    timeline = last.timeline
-    return {
-        "step": last.index,
-        "payload_bytes": last.payload_bytes,
-        "exchange_s": timeline.exchange_s,
-        "phases": {f"{phase}_s": timeline.seconds(phase) for phase in PHASES},
-        "exposed": {f"{phase}_s": timeline.seconds(phase, last.ready_s) for phase in PHASES},
-        "wire_idle_s": timeline.wire_idle_s,
-    }
 
 
 Chosen = Method | Averaging | Levels | str

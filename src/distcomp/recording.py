@@ -89,6 +89,17 @@ class Recorder:
         os.write(self._file, line.encode() + b"\n")
 
 
+def scalars(record: Record) -> dict[str, float]:
+    """A record's numbers by name, nested ones as ``phases/encode_s``; without its ``kind`` and ``step``."""
+    found: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": one for inner, one in scalars(value).items()}
+        elif name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+            found[name] = value
+    return found
+
+
 @dataclass(frozen=True)
 class Run:
     """A run as it was recorded.

@@ -24,10 +24,11 @@ class Cluster:
     """``size`` processes. ``run(job, *arguments)`` calls ``job(rank, size, *arguments)`` on each and returns
     the answers."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, patience_s: float = PATIENCE_S) -> None:
         context = multiprocessing.get_context("forkserver")  # imports torch once, forks clean ranks at once
         context.set_forkserver_preload(["torch.distributed", "distcomp.public"])
         self.size = size
+        self.patience_s = patience_s
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
@@ -56,7 +57,7 @@ class Cluster:
         answers: list[Any] = [Failure("hung")] * self.size
         waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank != without}
         while waiting:
-            ready = wait(list(waiting), PATIENCE_S)
+            ready = wait(list(waiting), self.patience_s)
             if not ready:
                 self.close()
                 break

@@ -307,3 +307,35 @@ def throttled_stock(rank, size, spec):
 def test_where_the_link_is_pretended_pytorchs_own_reductions_pay_for_their_bytes_too(cluster, spec):
     for exchange_s, least_s in cluster(2).run(throttled_stock, spec):
         assert exchange_s >= least_s > 0
+
+
+def closures(rank, size):
+    """The backward happens inside the optimizer's step."""
+    model, optimizer, handle = jobs.attached("qsgd:bits=4", rank)
+    plain, plain_optimizer, other = jobs.attached("qsgd:bits=4", rank)
+    with handle, other:
+        jobs.train(plain, plain_optimizer, rank, 3)
+        for x, y in jobs.batches(rank, 3):
+
+            def closure(x=x, y=y):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        return handle.stats()["iterations"], torch.equal(jobs.flat(model), jobs.flat(plain))
+
+
+def test_a_step_with_a_closure(cluster):
+    assert cluster(2).run(closures) == [(3, True)] * 2
+
+
+def closure_that_goes_round(rank, size):
+    model, optimizer, _ = jobs.attached("qsgd:bits=4", rank)
+    optimizer.step(lambda: model.module(torch.ones(1, 16)).sum().backward())
+
+
+def test_a_closure_that_goes_round_the_model_is_told(cluster):
+    for outcome in cluster(2).outcomes(closure_that_goes_round):
+        assert "no gradient went through" in outcome.text

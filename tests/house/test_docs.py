@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ from distcomp.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-WRITTEN = [page for page in PAGES if page != ROOT / "docs" / "methods.md"]
+WRITTEN = [page for page in PAGES if page != ROOT / "docs" / "methods.md" and page.parent.name != "methods"]
 
 FENCE = re.compile(r"^```(python|diff)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
@@ -96,15 +97,34 @@ def catalogue() -> ModuleType:
     return module
 
 
-def test_the_page_of_methods_has_a_row_and_a_section_for_each(catalogue: ModuleType) -> None:
-    lines = catalogue.page().splitlines()
+def test_every_method_has_a_page_and_a_row_in_the_list(catalogue: ModuleType) -> None:
+    pages = catalogue.pages()
+    lines = pages.pop("methods.md").splitlines()
     rows = {match[1] for line in lines if (match := re.match(r"\| \[`(\w+)`\]", line))}
-    sections = {line.removeprefix("## ") for line in lines if line.startswith("## ")}
-    assert rows == sections == set(METHODS)
-    assert len({line.count(" | ") for line in lines if line.startswith("| ")}) == 1  # no sign breaks a row
+    assert rows == set(METHODS)
+    assert set(pages) == {f"methods/{name}.md" for name in METHODS}
+    for text in [lines, *(page.splitlines() for page in pages.values())]:
+        assert len({line.count(" | ") for line in text if line.startswith("| ")}) <= 1  # no sign breaks a row
 
 
-def test_the_page_of_methods_tells_a_setting_and_its_default(catalogue: ModuleType) -> None:
-    page = catalogue.page({"qsgd": METHODS["qsgd"]})
-    assert "`bits=4`" in page
-    assert METHODS["qsgd"].paper.split(",")[0] in page
+def test_a_page_tells_paper_bytes_defaults_and_failures(catalogue: ModuleType) -> None:
+    entry = METHODS["qsgd"]
+    page = catalogue.pages()["methods/qsgd.md"]
+    for told in ("`bits=4`", entry.paper.split(",")[0], "not added on the wire", entry.fails[:30], "forces"):
+        assert told in page
+
+
+def test_every_method_says_when_it_fails() -> None:
+    assert [name for name, entry in METHODS.items() if len(entry.fails) < 20] == []
+
+
+def test_a_measured_row_is_what_the_result_file_says(catalogue: ModuleType) -> None:
+    found = json.loads((catalogue.RESULTS / "step_time_100mbit.json").read_text())
+    ddp, one_bit = (found["methods"][spec] for spec in ("ddp", "qsgd:bits=1"))
+    faster = ddp["exchange_s"] / one_bit["exchange_s"]
+    page = catalogue.pages()["methods/qsgd.md"]
+    (row,) = (line for line in page.splitlines() if "`qsgd:bits=1`: exchange" in line and "time_100" in line)
+    assert f"{1000 * one_bit['exchange_s']:.0f} ms, {faster:.1f} ×" in row
+    assert "step_time_100mbit.json" in row
+    unmeasured = catalogue.page(METHODS["sparta"], [])
+    assert unmeasured.endswith(catalogue.NOTHING + "\n")

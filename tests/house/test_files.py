@@ -20,8 +20,24 @@ SCRIPTS = [
     *sorted((ROOT / "launchers").rglob("*.sh")),
     *sorted((ROOT / "launchers").rglob("*.sbatch")),
 ]
-KINDS = {".c", ".cfg", ".css", ".h", ".html", ".in", ".js", ".json", ".md", ".py", ".pyi", ".toml", ".yaml"}
-FOLDERS = ("src", "tests", "docs", "examples", "benchmarks", "launchers", "scripts", ".ci")
+KINDS = {
+    ".Dockerfile",
+    ".c",
+    ".cfg",
+    ".css",
+    ".h",
+    ".html",
+    ".in",
+    ".js",
+    ".json",
+    ".md",
+    ".py",
+    ".pyi",
+    ".toml",
+    ".yaml",
+    ".yml",
+}
+FOLDERS = ("src", "tests", "docs", "examples", "benchmarks", "docker", "launchers", "scripts", ".ci")
 
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 70

@@ -76,6 +76,7 @@ def methods() -> Iterator[dict[str, Any]]:
             "summable": entry.summable,
             "biased": entry.biased,
             "differs": entry.differs,
+            "fails": entry.fails,
             "kind": entry.kind,
             "control": entry.control,
         }
@@ -139,6 +140,7 @@ def _paragraph(one: dict[str, Any], width: int) -> str:
         "is": ", ".join(traits),
         "paper": one.get("paper", ""),
         "differs": one.get("differs", ""),
+        "fails": one.get("fails", ""),
     }
     lines = [_wrapped(one["name"], one["law"], width)]
     lines += [_wrapped(f"    {key}", text, width) for key, text in particulars.items() if text]

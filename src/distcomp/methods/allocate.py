@@ -230,6 +230,8 @@ def knapsack(errors: Table, sizes: Sizes, budget: int) -> list[int]:
     summable=False,
     biased=True,
     differs="fixes the bytes and minimizes the error; quantizers and sparsifiers in one ladder",
+    fails="where layers are much alike, one setting for all does as well; where gradients change "
+    "suddenly, the plan is old until the next period",
 )
 def allocate(budget: float | str | Schedule = 1 / 32, period: float | str | Schedule = 100.0) -> Method:
     """Spend a budget of bytes on the layers where it lowers the error most, each by the compressor that

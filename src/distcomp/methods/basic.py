@@ -59,6 +59,7 @@ def with_feedback(
     wire="2 (n-1)/n 4d",
     summable=True,
     biased=False,
+    fails="it saves nothing: the baseline of all others",
 )
 def identity() -> Method:
     """Send float32: bit-equal to DistributedDataParallel at two ranks."""
@@ -71,6 +72,7 @@ def identity() -> Method:
     summable=True,
     biased=True,
     differs="PyTorch's bf16_compress_hook refuses the CPU; this one runs on any backend",
+    fails="on a fast network, where half the bytes save less time than the casts take",
 )
 def bf16() -> Method:
     """Send bfloat16: half the bytes, the range of float32, 8 significant bits."""
@@ -83,6 +85,7 @@ def bf16() -> Method:
     summable=True,
     biased=True,
     differs="divides by n before it rounds, clamps finite values to 65504 and lets an infinity through",
+    fails="values below 6e-8 become 0 and those above 65504 are clamped; without a loss scaler prefer bf16",
 )
 def fp16() -> Method:
     """Send float16: half the bytes, 11 significant bits, values above 65504 are clamped."""
@@ -97,6 +100,8 @@ def fp16() -> Method:
     differs="bits count the sign; fixed-width codes; one bit is sign times the block's mean magnitude, "
     "with error feedback; "
     "biases and norms are sent in float32",
+    fails="at one or two bits without error feedback the noise of rounding exceeds the gradient; "
+    "one outlier makes its whole block coarse",
 )
 def qsgd(
     bits: int = 4,
@@ -136,6 +141,7 @@ class Silence(Method):
     biased=True,
     differs="does not communicate",
     control=True,
+    fails="always: every rank learns from its own data alone",
 )
 def none() -> Method:
     """Do not communicate at all: every rank trains alone on its shard."""

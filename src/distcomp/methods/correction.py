@@ -85,6 +85,7 @@ SPARSE = with_feedback(TopK(0.01), "gather")
     biased=True,
     direction=True,
     differs="around any method; biases and norms have their momentum in float32 and keep it",
+    fails="with momentum in the optimizer, which then counts twice",
 )
 def momentum_correction(
     inner: Method | str = SPARSE, momentum: float = 0.9, nesterov: bool = False, masking: bool = True

@@ -61,6 +61,8 @@ class Clipped(Method):
     direction=True,
     differs="exactly k elements per parameter (the paper's sampled threshold varies); packed indices; "
     "clipping per parameter; what rounding of the values left over is owed; biases and norms in float32",
+    fails="with momentum in the optimizer, which then counts twice; at 0.1 % from the first step "
+    "on, without a warmup",
 )
 def dgc(
     ratio: float = 0.001,

@@ -105,6 +105,8 @@ class DecoupledMomentum(Method):
     biased=True,
     direction=True,
     differs="the learning rate is not inside the momentum; packed indices; biases and norms in float32",
+    fails="with momentum in the optimizer, which then counts twice; steps of one size need a small "
+    "learning rate at the end",
 )
 def demo(k: int = 32, side: int = 64, decay: float = 0.999, sign: bool = True) -> Method:
     """Send the largest cosine coefficients of a local momentum; step by the sign of what was agreed.

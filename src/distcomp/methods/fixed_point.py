@@ -138,6 +138,8 @@ def _added(payloads: list[Payload], numel: int, bits: int) -> Tensor:
     biased=False,
     differs="the paper trains on one machine: here the gradients that it keeps on a grid are "
     "added as integers; values beyond the range are clamped; biases and norms are on the grid, too",
+    fails="values beyond the format's range are clamped, and below its step only noise is left: "
+    "gradients that shrink fall below it",
 )
 def fixed_point(format: str = "Q4.12", pattern: str = "auto") -> Method:
     """Send fixed-point numbers and add them as integers: the same bits in any order of addition.

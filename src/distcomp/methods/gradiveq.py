@@ -401,6 +401,8 @@ def _lifted(bits: int, what: str) -> Method:
     biased=True,
     differs="which basis, rank 0 tells the others; its size is chosen on held-out gradients; a mean for "
     "every slice; the rule for learning anew is spelled out",
+    fails="where gradients do not stay in a subspace, as in wide dense layers; its bases cost "
+    "seconds of computing",
 )
 def gradiveq(
     ratio: float = 8.0,

@@ -297,6 +297,7 @@ ACROSS = qsgd()
     summable=False,
     biased=False,
     differs="any method may talk between nodes; all ranks of a node carry its requests in parts",
+    fails="where the network inside a node is no faster than that between nodes",
 )
 def two_level(
     inside: Method | str = EXACT, across: Method | str = ACROSS, nodes: tuple[Group, ...] | None = None

@@ -301,6 +301,8 @@ def hadamard(rows: Tensor) -> Tensor:
     summable=True,
     biased=False,
     differs="one width both ways; the range is the largest magnitude, so that nothing is clamped",
+    fails="one outlier on one rank makes a block coarse on all of them; every doubling of the ranks "
+    "costs a bit",
 )
 def shared_range(
     bits: int = 4, block: int = 512, hadamard: bool = False, error_feedback: bool = False
@@ -323,6 +325,8 @@ def shared_range(
     biased=True,
     differs="the sum stays integer; unbiased only with clip=0; biases and norms, not the last layer, in "
     "float32",
+    fails="the noise is as large as the largest value: few ranks and large learning rates do not "
+    "average it out; with clip > 0 it is biased",
 )
 def terngrad(clip: float = 2.5) -> Method:
     """Send -1, 0 or +1 times a magnitude that all ranks share, at random so that the mean is right.

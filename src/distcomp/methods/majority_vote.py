@@ -103,6 +103,8 @@ def _ballot(x: Tensor) -> Payload:
     biased=True,
     differs="the vote is multiplied by the mean magnitude of each parameter (magnitude='one' does not); "
     "biases and norms in float32; momentum before the sign (Signum) is not here",
+    fails="the sign of the majority is not the sign of the mean, and nothing is owed: few ranks or "
+    "skewed noise stop it short of the optimum",
 )
 def majority_vote(magnitude: str = "mean") -> Method:
     """Send signs; every element takes the sign that most ranks hold.

@@ -141,6 +141,8 @@ class OneBitAdam(Method):
     direction=True,
     differs="bias correction goes on; one bit is sign times the block's mean magnitude; biases and norms in "
     "float32; the errors are checkpointed",
+    fails="where the variance has not settled by freeze_step; and with any optimizer but plain SGD, "
+    "since Adam's step is in the estimate",
 )
 def onebit_adam(
     freeze_step: int = 1000,

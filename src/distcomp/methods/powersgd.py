@@ -261,6 +261,8 @@ def _is_matrix(segment: Segment) -> bool:
     biased=True,
     differs="Q is made orthonormal before use; a column that is zero is drawn anew; each rank owes "
     "against its own product",
+    fails="vectors and small matrices do not shrink; gradients of high rank come through slowly, "
+    "the more so at rank 1 in one round",
 )
 def powersgd(
     rank: int | str | Schedule = 4,

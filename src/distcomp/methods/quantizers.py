@@ -14,6 +14,7 @@ from distcomp.methods.registry import register
     summable=False,
     biased=False,
     differs="up to 8 bits count exponents from the block's largest magnitude down, and round to 0 below",
+    fails="where 9 bits are still too many; fewer bits are coarse in the upper half of each block's range",
 )
 def natural(bits: int = 9, block: int = 512) -> Method:
     """Round each value at random to a power of two beside it: sign and exponent, 9 bits, the mean is right.
@@ -31,6 +32,7 @@ def natural(bits: int = 9, block: int = 512) -> Method:
     summable=False,
     biased=False,
     differs="fixed-width codes in the place of Huffman's; bits count the sign; blocks",
+    fails="few levels near the norm: blocks whose values are of one size are rounded coarsely",
 )
 def nuqsgd(bits: int = 4, block: int = 512, norm: str = "l2") -> Method:
     """Round each value at random to a level beside it, 0, 2^(1-s), ..., 1/2, 1 of its block's norm.
@@ -47,6 +49,8 @@ def nuqsgd(bits: int = 4, block: int = 512, norm: str = "l2") -> Method:
     biased=True,
     differs="residuals in gradient units (no learning rate inside); sign(0) = +1; biases and norms in "
     "float32",
+    fails="without its residual; and where magnitudes differ much within a parameter, for which "
+    "block > 0 helps",
 )
 def ef_signsgd(block: int = 0, error_feedback: bool = True) -> Method:
     """Send signs and each parameter's mean magnitude, and owe the rest.
@@ -67,6 +71,7 @@ def ef_signsgd(block: int = 0, error_feedback: bool = True) -> Method:
     biased=True,
     differs="the second quantization's error is owed by the owner of the chunk; biases and norms in float32; "
     "for the paper's cold start see warmup",
+    fails="without error feedback training diverges; large first gradients call for a warmup",
 )
 def onebit(error_feedback: bool = True) -> Method:
     """Send one bit per value, decoded to the mean of its unit's values of that sign, and owe the rest.

@@ -40,6 +40,8 @@ class Entry:
     """``gradient`` (every step), ``periodic`` (models, every H steps) or ``gossip`` (models, neighbours)."""
     control: bool = False
     """A control, not a method to train with: it is known not to keep the law of contributions."""
+    fails: str = ""
+    """When not to use it."""
     direction: bool = False
     """The estimate is a direction to step in, with momentum in it, not a mean of gradients: over many
     steps, what came in and what was sent balance in its own terms only."""
@@ -55,7 +57,12 @@ class Entry:
     @property
     def law(self) -> str:
         """The first sentence of the recipe's docstring."""
-        return (inspect.getdoc(self.recipe) or "").split("\n\n")[0].replace("\n", " ")
+        return self.told[0].replace("\n", " ")
+
+    @property
+    def told(self) -> list[str]:
+        """The paragraphs of the recipe's docstring."""
+        return (inspect.getdoc(self.recipe) or "").split("\n\n")
 
 
 METHODS: dict[str, Entry] = {}
@@ -73,13 +80,16 @@ def register(
     kind: str = "gradient",
     control: bool = False,
     direction: bool = False,
+    fails: str = "",
 ) -> Callable[[Recipe], Recipe]:
     """Enter a recipe under its own name."""
 
     def enter(recipe: Recipe) -> Recipe:
         recipe = with_schedules(recipe, everywhere=kind == "gradient")
         name = recipe.__name__.rstrip("_")
-        METHODS[name] = Entry(name, recipe, paper, wire, summable, biased, differs, kind, control, direction)
+        METHODS[name] = Entry(
+            name, recipe, paper, wire, summable, biased, differs, kind, control, fails, direction
+        )
         return recipe
 
     return enter

@@ -36,6 +36,8 @@ SUMMED = {
     summable=False,
     biased=True,
     differs="indices packed to within half a bit of the least possible; biases and norms in float32",
+    fails="what is gathered grows with the number of ranks; at small ratios and large learning "
+    "rates old residuals arrive in bursts",
 )
 def topk(
     ratio: float = 0.01,
@@ -203,6 +205,7 @@ def _summed(values: str | Method) -> Method:
     summable=True,
     biased=True,
     differs="without replacement, from a key that all ranks share; biases and norms in float32",
+    fails="at small ratios most of a gradient is d/k steps old when it is sent",
 )
 def random_k(ratio: float = 0.01, values: str | Method = "fp32", error_feedback: bool = True) -> Method:
     """Send the same k random elements of each parameter on every rank: an all-reduce, without indices.
@@ -222,6 +225,8 @@ def random_k(ratio: float = 0.01, values: str | Method = "fp32", error_feedback:
     biased=True,
     differs="exact top-k, not the chunk-wise quasi-sort; beta=1 (plain error feedback) is the default; "
     "packed indices; biases and norms in float32",
+    fails="where ranks see different data, what is largest on one of them is not what is largest on "
+    "the others",
 )
 def cyclic_topk(
     ratio: float = 0.01, values: str | Method = "fp32", chunk: int = 0, beta: float = 1.0

@@ -15,6 +15,8 @@ INNER = powersgd()
     wire="2 (n-1)/n 4d in the first steps, then that of the inner method (powersgd, if no other is given)",
     summable=True,
     biased=True,
+    fails="in runs that are not much longer than its steps, and where gradients are still unsettled "
+    "after them",
 )
 def warmup(inner: Method | str = INNER, steps: int = 100) -> Method:
     """Send float32 in the first steps and compress afterwards.

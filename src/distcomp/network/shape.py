@@ -43,6 +43,7 @@ _LARGEST_BUNDLE_BYTES = 64 << 10
 _MOST_RANKS = 1000  # a Linux bridge has 1024 ports
 _FASTEST_BPS = 8 * 0xFFFFFFFF  # tbf's rate is a 32-bit number of bytes
 _ROOT, _CHILD, _INNER = 0x10000, 0x10001, 0x100000  # tc's 1:, 1:1 and 10:
+_INGRESS, _ALL, _ARRIVING = 0xFFFF0000, 0x0300, "arriving"  # tc's ffff:, ETH_P_ALL in network order
 _SUBNET = ipaddress.ip_network("10.0.0.0/16")
 _SIOCETHTOOL, _STSO, _SGSO, _SGRO = 0x8946, 0x1F, 0x24, 0x2C  # from linux/ethtool.h
 
@@ -84,6 +85,33 @@ def build(fabric: Fabric, netem: bool) -> list[Host]:
                     _shape(route, name, rack.uplink_bps, rack.delay_s if netem else 0.0)
         homes = [racks[fabric.rack_of(rank)] for rank in range(fabric.ranks)]
         return [_host(route, fabric, rank, home, netem) for rank, home in enumerate(homes)]
+
+
+def shape_own(fabric: Fabric, rank: int, device: str = DEVICE) -> None:
+    """Give `device`, the one interface of this container, the link of `rank`: its rate each way, and the
+    delay.
+
+    What leaves is held by the device's own queue; what arrives is redirected to another device, whose queue
+    holds it. Raises DistcompError for racks, whose uplinks no container owns, Refused as :func:`build`.
+    """
+    if fabric.racks:
+        raise DistcompError(
+            "racks share an uplink, and a container has its own link only; take the racks out, or use "
+            "distcomp emulate --fabric"
+        )
+    with _netlink() as route:
+        _shape(route, device, fabric.rates_bps[rank], fabric.delay_s)
+        if fabric.rates_bps[rank] == UNSHAPED:
+            return
+        with _needs("redirection of what arrives", "load it (modprobe ifb act_mirred cls_u32)"):
+            route.link("add", ifname=_ARRIVING, kind="ifb")
+            arriving, index = socket.if_nametoindex(_ARRIVING), socket.if_nametoindex(device)
+            route.link("set", index=arriving, state="up")
+            route.tc("add", "ingress", index, _INGRESS)
+            redirect = {"kind": "mirred", "direction": "egress", "action": "redirect", "ifindex": arriving}
+            everything = {"keys": ["0x0/0x0+0"], "target": _ROOT, "protocol": _ALL}
+            route.tc("add-filter", "u32", index, parent=_INGRESS, action=[redirect], **everything)
+        _shape(route, _ARRIVING, fabric.rates_bps[rank], 0.0)
 
 
 def has_netem() -> bool:

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+
+import torch
+from torch.profiler import record_function
 
 from distcomp.transports.base import Channel, OpenExchange
 from distcomp.transports.conversation import Conversation
@@ -96,10 +100,20 @@ def carry(channel: Channel, timeline: Timeline) -> Carrier:
             continue
         current = buckets[bucket]
         if current.exchange is not None:
-            _wait(current, timeline)
-        if _advance(current, channel, timeline):
+            with _range(current, bucket, "wait"):
+                _wait(current, timeline)
+        with _range(current, bucket, "encode" if current.rounds == 0 else "decode"):
+            under_way = _advance(current, channel, timeline)
+        if under_way:
             assert current.exchange is not None
             current.exchange.start()
+
+
+def _range(current: Running, bucket: int, phase: str) -> AbstractContextManager[object]:
+    """``distcomp::<method>::<phase>`` in the trace of torch.profiler; nothing where none runs."""
+    if not torch.autograd.profiler._is_profiler_enabled:  # no public call tells, on every thread
+        return nullcontext()
+    return record_function(f"distcomp::{current.conversation.title}::{phase}", f"bucket {bucket}")
 
 
 def _advance(current: Running, channel: Channel, timeline: Timeline) -> bool:

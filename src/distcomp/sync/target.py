@@ -60,10 +60,16 @@ class Target:
         return self.ddp if self.ddp is not None else self.module
 
     @property
+    def everyone(self) -> dist.ProcessGroup:
+        """The ranks that each have a part of a checkpoint."""
+        world = dist.group.WORLD
+        assert world is not None
+        return self.group if self.shards is None else world
+
+    @property
     def place(self) -> tuple[int, int]:
         """This rank's number, and of how many: names its part of a checkpoint."""
-        group = dist.group.WORLD if self.shards is not None else self.group
-        return dist.get_rank(group), dist.get_world_size(group)
+        return dist.get_rank(self.everyone), dist.get_world_size(self.everyone)
 
     def as_ddp(self) -> DistributedDataParallel:
         """The DDP model. Raises DistcompError where there is none: gradients are taken from DDP's buckets."""

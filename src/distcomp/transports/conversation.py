@@ -3,14 +3,15 @@ finite."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from distcomp.compressors.base import Compressor
 from distcomp.exchange import Request, Talk
-from distcomp.methods.base import Outcome, State, Turn
+from distcomp.methods.base import Method, Outcome, State, Turn
 from distcomp.transports.base import TRUE, Answer, finite_flag
 
 
@@ -38,6 +39,11 @@ class Conversation:
         self._outcome: Outcome | None = None
         self.finite: Tensor = TRUE
         """Of this rank and of all others, as far as the exchanges so far have told."""
+
+    @property
+    def title(self) -> str:
+        """The method and what it is made of, without its settings: ``ErrorFeedback(PowerSGD)``."""
+        return _title(self._method)
 
     @property
     def outcome(self) -> Outcome | None:
@@ -70,3 +76,9 @@ class Conversation:
         else:
             estimate = torch.where(self.finite, estimate, torch.full_like(estimate, float("nan")))
         return replace(outcome, estimate=estimate)
+
+
+def _title(thing: object) -> str:
+    parts = [getattr(thing, part.name) for part in fields(thing)] if is_dataclass(thing) else []
+    inside = ", ".join(_title(part) for part in parts if isinstance(part, Method | Compressor))
+    return f"{type(thing).__name__}({inside})" if inside else type(thing).__name__

@@ -26,6 +26,7 @@ from distcomp.topology import Topology
     summable=False,
     biased=False,
     kind="gossip",
+    fails="long rings mix slowly, and data that differs between ranks keeps their models apart",
 )
 def dpsgd(
     topology: str | Topology = "ring",
@@ -52,6 +53,7 @@ def dpsgd(
     biased=False,
     kind="gossip",
     differs="any optimizer makes the local update; warns where alpha on Gaussian data exceeds (1-rho)/(2 mu)",
+    fails="coarse compressors: their error must stay below a bound that the topology sets, or it diverges",
 )
 def dcd(
     compressor: Compressor | Method | str = "qsgd:bits=8",
@@ -75,6 +77,7 @@ def dcd(
     biased=False,
     kind="gossip",
     differs="an absolute grid whose integers grow, and a count of overflows: relative quantizers diverge",
+    fails="relative quantizers diverge, and its integers grow with the step: prefer choco",
 )
 def ecd(
     spacing: float = 1 / 64,
@@ -103,6 +106,7 @@ def ecd(
     biased=False,
     kind="gossip",
     differs="public copies start from the common model and are kept one by one; a default step size",
+    fails="a gamma above what the compressor's error allows diverges; long rings mix slowly",
 )
 def choco(
     compressor: Compressor | Method | str = "qsgd:bits=4",
@@ -127,6 +131,8 @@ def choco(
     summable=False,
     biased=False,
     kind="gossip",
+    fails="an eta above what the compressor's error allows diverges; whole models are harder to "
+    "compress than differences",
 )
 def deepsqueeze(
     compressor: Compressor | Method | str = "qsgd:bits=4",

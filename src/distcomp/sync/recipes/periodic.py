@@ -37,6 +37,8 @@ from distcomp.sync.periodic import Mean, Periodic
     biased=False,
     kind="periodic",
     differs="what becomes of the optimizer's state and of BatchNorm's buffers is a choice",
+    fails="long periods on data that differs between ranks pull the models apart, and the mean of "
+    "far models is a bad one",
 )
 def local_sgd(
     period: int | Schedule | str = 8, optimizer_state: str = "keep", buffers: str = "average"
@@ -57,6 +59,8 @@ def local_sgd(
     biased=False,
     kind="periodic",
     differs="nowhere that is known; the paper's listing of the sparse schedule was not obtainable",
+    fails="long periods on data that differs between ranks pull the models apart, and the mean of "
+    "far models is a bad one",
 )
 def sparse_averaging(
     period: int | Schedule | str = 8,
@@ -84,6 +88,8 @@ def sparse_averaging(
     kind="periodic",
     differs="scatter-reduce (a second quantization) where it sends less; error feedback is an extension, off "
     "by default; biases and norms in float32",
+    fails="few bits and long periods at a large learning rate: what is rounded is the whole way "
+    "since the last exchange",
 )
 def pqasgd(
     period: int | Schedule | str = 8,
@@ -121,6 +127,7 @@ def pqasgd(
     biased=False,
     kind="periodic",
     differs="the switch is a step, not the first decay of the learning rate",
+    fails="switched too early, it is local_sgd; its savings begin after the switch only",
 )
 def post_local_sgd(
     period: int = 16, after: int = 1000, optimizer_state: str = "keep", buffers: str = "average"
@@ -142,6 +149,8 @@ def post_local_sgd(
     biased=False,
     kind="periodic",
     differs="any compressor for the outer gradient",
+    fails="in short runs, which see few outer steps; an outer learning rate that suits one period "
+    "does not suit another",
 )
 def diloco(
     period: int | Schedule | str = 500,
@@ -174,6 +183,7 @@ def diloco(
     biased=False,
     kind="periodic",
     differs="4-bit integers for the paper's 4-bit floats; fragments are parameters dealt out in turn",
+    fails="a long overlap applies what is agreed to a model that has moved on",
 )
 def streaming_diloco(
     period: int | Schedule | str = 100,
@@ -212,6 +222,7 @@ def streaming_diloco(
     biased=True,
     kind="periodic",
     differs="the mean is over all workers, not those that sent a coordinate; 2-bit levels as qsgd has them",
+    fails="in short runs: what is owed at the end never arrives",
 )
 def sparse_loco(
     period: int | Schedule | str = 30,
@@ -247,6 +258,7 @@ def sparse_loco(
     biased=False,
     kind="periodic",
     differs="the same number of coordinates of each parameter in every exchange, instead of a coin for each",
+    fails="at small shares replicas drift apart between the steps in which a coordinate is averaged",
 )
 def sparta(share: float = 0.005, period: int | Schedule | str = 1) -> Averaging:
     """Every ``period`` steps average a random ``share`` of the coordinates, alike on all ranks."""
@@ -260,6 +272,8 @@ def sparta(share: float = 0.005, period: int | Schedule | str = 1) -> Averaging:
     biased=False,
     kind="periodic",
     differs="any averaging across groups",
+    fails="where groups see different data, or the network inside a group is no faster than that "
+    "between them",
 )
 def hierarchical(
     across: Averaging | str = "local_sgd:period=64",

@@ -1,0 +1,1 @@
+"""How do I use it from the trainer that I have? One small file each; its README shows the lines to add."""
