@@ -143,8 +143,12 @@ class Handle:
         return {"method": self.method, "iterations": self._sync.iterations, **self._watch.totals(), **report}
 
     def log(self, **fields: Any) -> None:
-        """Write one line of metrics to the run's record, if there is one (``DISTCOMP_RUN_DIR``)."""
-        self._watch.log(fields)
+        """Write one line of metrics to the run's record, if there is one (``DISTCOMP_RUN_DIR``).
+
+        Where weights are pruned, their share goes with it as ``pruned``.
+        """
+        shares = [1 - pruner.density for pruner in self._pruners]
+        self._watch.log(({"pruned": sum(shares) / len(shares)} if shares else {}) | fields)
 
     def watch(self, sink: Sink) -> None:
         """Call ``sink(record)`` for each step and each :meth:`log` of this rank, with the record that

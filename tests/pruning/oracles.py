@@ -67,3 +67,47 @@ def dct_matrix(n: int) -> np.ndarray:
         scale = math.sqrt((1 if k == 0 else 2) / n)
         rows.append([scale * math.cos(math.pi * (2 * i + 1) * k / (2 * n)) for i in range(n)])
     return np.array(rows)
+
+
+def correlations(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    """|Pearson's r| between each output ``[N, K]`` and each input ``[N, I]`` over the examples."""
+    return np.array([[abs(np.corrcoef(a, b)[0, 1]) for a in inputs.T] for b in outputs.T])
+
+
+def conv_correlations(x: np.ndarray, y: np.ndarray, kernel: int) -> np.ndarray:
+    """Of an unpadded convolution: at each place of the output by itself, then the mean over the places."""
+    (_, channels, *_), (_, filters, height, width) = x.shape, y.shape
+    found = np.zeros((filters, channels, kernel, kernel))
+    for f, c, i, j in np.ndindex(found.shape):
+        found[f, c, i, j] = np.mean(
+            [
+                abs(np.corrcoef(x[:, c, p + i, q + j], y[:, f, p, q])[0, 1])
+                for p in range(height)
+                for q in range(width)
+            ]
+        )
+    return found
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def discriminating(
+    x: np.ndarray, y: np.ndarray, first: tuple[np.ndarray, ...], second: tuple[np.ndarray, ...],
+    balance: float, keep: int,
+) -> list[int]:  # fmt: skip
+    """Zhuang's selection of inputs of ``first`` in a net of two linear layers with nothing in between."""
+    (w, b), (v, c) = first, second
+    whole, one_hot = x @ w.T + b, np.eye(len(c))[y]
+    chosen: list[int] = []
+    while len(chosen) < keep:
+        masked = np.zeros_like(w)
+        masked[:, chosen] = w[:, chosen]
+        z = x @ masked.T + b
+        dz = (softmax(z @ v.T + c) - one_hot) / len(x) @ v + balance * 2 * (z - whole) / z.size
+        scores = np.abs(dz.T @ x).sum(0)
+        scores[chosen] = -np.inf
+        chosen.append(int(scores.argmax()))
+    return sorted(chosen)

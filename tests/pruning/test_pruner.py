@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +106,45 @@ def test_resume_in_the_middle_of_a_schedule_is_bit_equal(name, half):
     its_optimizer.load_state_dict(saved[2])
     assert train(other, its_optimizer, 20 - half, start=half) == whole[half:]
     assert len(its_pruner.history) >= 2
+
+
+PATIENT = MAKERS | {"ssl": lambda m, o: pruning.ssl(m, o, until=30, channels=0.05)}
+
+
+@pytest.mark.parametrize("name", PATIENT)
+def test_a_step_that_a_scaler_skips_leaves_weights_masks_and_optimizer_alone(name):
+    model = network()
+    optimizer = sgd(model, momentum=0.9)
+    pruner = PATIENT[name](model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(9):
+        pruner.settle()
+        before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+        x, y = batch(step)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss * (torch.inf if step in (3, 6) else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        after = [model.state_dict(), optimizer.state_dict()]
+        assert alike(before, after) == (step in (3, 6))
+        if name == "rigl" and step in (3, 6):  # due, but there is no gradient to grow by
+            pruner.settle()
+            assert alike(before, after)
+    pruner.settle()
+    assert pruner.step == 9
+    assert scaler.get_scale() == 1.0
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether nested lists and dicts of tensors are equal."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(alike(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
 
 
 def test_a_checkpoint_of_other_settings_is_refused():

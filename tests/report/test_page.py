@@ -192,6 +192,22 @@ def test_simulated_networks_are_called_that(tmp_path: Path) -> None:
     assert "simulated: these are not real packets" in page(compare([run]))
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_pruned_weights_are_drawn_over_time_where_there_are_any(tmp_path: Path, pruned: bool) -> None:
+    shares = [{"pruned": share} if pruned else {} for share in (0.0, 0.5, 0.9)]
+    metrics = [
+        {"kind": "metric", "step": at, "train_s": float(at), "test_loss": 1.0, "test_accuracy": 0.5, **share}
+        for at, share in enumerate(shares)
+    ]
+    run = recording.read(synthetic.write(tmp_path / "run", synthetic.about("ddp"), {0: metrics}))
+    html = page(compare([run]))
+    read(html)
+    assert ("Share of pruned weights against seconds" in html) == pruned
+    assert "Share of pruned weights against bytes" not in html
+    if pruned:
+        assert [point.pruned for point in compare([run]).rows[0].runs[0].curve] == [0.0, 0.5, 0.9]
+
+
 numbers = st.floats(-1e6, 1e6, allow_nan=False)
 
 

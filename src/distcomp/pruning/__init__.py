@@ -6,6 +6,8 @@ A *criterion* decides which weights live, a :class:`Pruner` asks it at the right
 
 from distcomp.pruning.coding import CorruptFile
 from distcomp.pruning.container import Size, compress, decompress, sizes
+from distcomp.pruning.correlated import correlation
+from distcomp.pruning.discrimination import dcp
 from distcomp.pruning.frequency import Bands, frequency
 from distcomp.pruning.groups import group_lasso, ssl
 from distcomp.pruning.magnitude import (
@@ -22,6 +24,7 @@ from distcomp.pruning.masks import Mask, bake
 from distcomp.pruning.pruner import Criterion, Pruner, View
 from distcomp.pruning.regrowth import rigl
 from distcomp.pruning.sharing import Codebook, plain_state, share
+from distcomp.pruning.shrinking import shrink
 from distcomp.pruning.surgery import dns
 from distcomp.pruning.wire import Masked, Support
 
@@ -39,6 +42,8 @@ __all__ = [
     "affordable",
     "bake",
     "compress",
+    "correlation",
+    "dcp",
     "decompress",
     "dns",
     "dsd",
@@ -53,6 +58,7 @@ __all__ = [
     "rigl",
     "sensitivity",
     "share",
+    "shrink",
     "sizes",
     "ssl",
 ]

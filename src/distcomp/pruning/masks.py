@@ -7,7 +7,8 @@ A pruned parameter ``weight`` becomes ``parametrizations.weight.original`` (the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module under torch.compile's and DistributedDataParallel's wrappers."""
     inner = getattr(model, "_orig_mod", model)
     return inner.module if isinstance(inner, DistributedDataParallel) else inner
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In evaluation for a while; each part is then in the mode in which it was."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def weights_of(module: nn.Module) -> list[str]:

@@ -47,6 +47,7 @@ class Regrowth(Criterion):
         return {
             name: _exchanged(view.weights[name], view.masks[name], view.gradients[name], share)
             for name in view.due
+            if view.gradients[name].any()  # none where a GradScaler skipped the step
         }
 
 

@@ -33,6 +33,8 @@ class Point:
     sent_bytes: float
     test_loss: float | None
     test_accuracy: float | None
+    pruned: float | None = None
+    """The share of dead weights, of those that may be pruned."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ def _curve(records: Iterable[Record]) -> Iterator[Point]:
         if record["kind"] == "step":
             sent_bytes += record.get("payload_bytes") or 0
         elif record.get("train_s") is not None:
-            yield Point(record["train_s"], sent_bytes, record.get("test_loss"), record.get("test_accuracy"))
+            found = (record.get(name) for name in ("test_loss", "test_accuracy", "pruned"))
+            yield Point(record["train_s"], sent_bytes, *found)
 
 
 def _default_target(baseline: Sequence[Figures]) -> float | None:

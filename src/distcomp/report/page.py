@@ -155,10 +155,11 @@ def _legend(comparison: Comparison) -> Iterator[str]:
 
 
 def _charts(comparison: Comparison) -> Iterator[str]:
-    """Accuracy and loss, each against seconds and against bytes."""
-    seconds, sent = "seconds of training", "bytes sent by each worker (logarithmic)"
-    for figure, what in (("test_accuracy", "Test accuracy"), ("test_loss", "Test loss")):
-        for over, label in (("train_s", seconds), ("sent_bytes", sent)):
+    """Accuracy and loss, each against seconds and against bytes; pruned weights against seconds."""
+    axes = (("train_s", "seconds of training"), ("sent_bytes", "bytes sent by each worker (logarithmic)"))
+    shown = (("test_accuracy", "Test accuracy", axes), ("test_loss", "Test loss", axes))
+    for figure, what, overs in (*shown, ("pruned", "Share of pruned weights", axes[:1])):
+        for over, label in overs:
             chart = _chart(comparison, figure, over, f"{what} against {label.partition(' (')[0]}", label)
             if chart is not None:
                 key = f"{figure}-{over}"

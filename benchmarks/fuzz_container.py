@@ -1,0 +1,73 @@
+"""Is there a file that crashes the reader of .dcz files, or makes it take memory without bound?
+
+    python benchmarks/fuzz_container.py            # writes results/fuzz_container.json
+
+Hypothesis draws files: good ones with bytes replaced, cut short, their checksums mended or not, and noise
+behind a good start. Each is read or refused with a DistcompError; all else counts as a crash. The process's
+peak of memory is taken before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import torch
+from _common import write
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.pruning import fuzz
+
+EDITS = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6)
+FILES = st.one_of(
+    st.builds(fuzz.mutated, st.integers(0, 2), EDITS, st.integers(0, 50), st.booleans()),
+    st.builds(b"dcz1\x01\x00\x00\x00".__add__, st.binary(max_size=300)),
+    st.binary(max_size=300),
+)
+
+
+def peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--inputs", type=int, default=100_000)
+    inputs = parser.parse_args().inputs
+    torch.set_num_threads(1)
+    became: Counter[str] = Counter(read=0, refused=0, crashed=0)
+
+    @settings(
+        max_examples=inputs, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(FILES)
+    def feed(data: bytes) -> None:
+        try:
+            became[fuzz.try_to_read(data)] += 1
+        except Exception:
+            became["crashed"] += 1
+            print(data.hex(), traceback.format_exc(), sep="\n", file=sys.stderr)
+
+    fuzz.try_to_read(fuzz.seeds()[0])
+    before, began_s = peak_bytes(), time.perf_counter()
+    feed()
+    result = {
+        "inputs": sum(became.values()), **became, "limit_bytes": fuzz.LIMIT_BYTES,
+        "peak_before_bytes": before, "peak_bytes": peak_bytes(), "seconds": time.perf_counter() - began_s,
+    }  # fmt: skip
+    print(result)
+    write("fuzz_container", result)
+
+
+if __name__ == "__main__":
+    main()
