@@ -13,7 +13,7 @@ from _tables import RESULTS, ROOT, fill, markdown, result, source
 Row = dict[str, Any]
 
 
-LOW_PRECISION = ("DoReFa 1-2-6, qsgd:bits=6", "float32, DDP", "DoReFa 1-2-6, one process")
+LOW_PRECISION = ("DoReFa 1-2-6, qsgd:bits=6", "float32, DDP", "DoReFa 1-2-6, one process, same batches")
 
 
 def loss(row: Row) -> str:

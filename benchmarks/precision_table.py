@@ -4,10 +4,11 @@
     python benchmarks/precision_table.py --json     # and prints it
 
 An MLP (128-96-96-96-10), a CNN (1 x 8 x 16 images, 12 and 24 filters) and, for the claim about depth, an MLP
-of eight layers of 64, with batch norms, so that signs have a scale; SGD with momentum, one learning rate for
-all rows but those that say so. Five seeds; differences are paired by seed, as every row begins at the same
-weights and sees the same batches. Rows called "from float32" train half of their steps before they are
-converted. Rows called "torchao" need ``pip install --no-deps torchao==0.18.*`` and wait for it.
+of eight layers of 64, all with batch norms, so that signs have a scale, and the deep one once more without
+norms ("bare": a lower rate, twice the steps). SGD with momentum, one learning rate for all rows but those
+that say so. Five seeds; differences are paired by seed, as every row begins at the same weights and sees the
+same batches. Rows called "from float32" train half of their steps before they are converted. Rows called
+"torchao" need ``pip install --no-deps torchao==0.18.*`` and wait for it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,16 @@ def deep() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(64, 10))
 
 
-NETWORKS: dict[str, Callable[[], nn.Sequential]] = {"mlp": mlp, "cnn": cnn, "deep": deep}
+def bare() -> nn.Sequential:
+    """The deep one without norms, whose first weights keep the size of activations."""
+    net = nn.Sequential(*(part for part in deep() if not isinstance(part, nn.BatchNorm1d)))
+    for layer in net[1:-1:2]:
+        nn.init.kaiming_normal_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return net
+
+
+NETWORKS: dict[str, Callable[[], nn.Sequential]] = {"mlp": mlp, "cnn": cnn, "deep": deep, "bare": bare}
 
 
 def without_relus(net: Net) -> Net:
@@ -85,6 +95,9 @@ class Row:
     penalty: float = 0.0
     optimizer: Callable[[Net, float], torch.optim.Optimizer] | None = None
     autocast: bool = False
+    steps: int = STEPS
+    fine: float = 0.1
+    """The rate of fine-tuning, in units of ``rate``."""
     late: bool = False
     """Converted after half of the steps."""
     tuned: str = ""
@@ -100,17 +113,29 @@ def fixed(format: str, rounding: str, gradients: str | None = None) -> Callable[
     return lambda net: precision.fixed_point(net, format, rounding=rounding, gradients=gradients, exact=False)
 
 
-def dorefa(w: int, a: int, g: int, stochastic: bool = True, late: bool = False) -> Row:
-    return Row(lambda net: precision.dorefa(net, w, a, g, stochastic=stochastic), (w, a, g), late=late)
+def dorefa(w: int, a: int, g: int, stochastic: bool = True, **how: Any) -> Row:
+    return Row(lambda net: precision.dorefa(net, w, a, g, stochastic=stochastic), (w, a, g), **how)
 
 
 def tuned(how: str) -> Row:
     return Row(lambda net: precision.gradual(net, "Q3.1"), (32, 4, 32), tuned=how)
 
 
+def tuned_bare(how: str, masked: bool) -> Row:
+    """For the network without norms: a lower rate, more steps, activations that leave the range."""
+    return Row(
+        lambda net: precision.gradual(net, "Q2.2", masked=masked), (32, 4, 32), rate=0.02, tuned=how,
+        steps=2 * STEPS, fine=1.0,
+    )  # fmt: skip
+
+
 def slowly(slower: float) -> Callable[[Net, float], torch.optim.Optimizer]:
     """SGD whose latent weights learn more slowly, and what a layer shares at a hundredth of the rate."""
     return lambda net, rate: torch.optim.SGD(precision.slow_groups(net, rate, slower), momentum=0.9)
+
+
+def adamw(net: Net, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), 0.1 * rate, weight_decay=0.0)
 
 
 def adam8(net: Net, rate: float) -> torch.optim.Optimizer:
@@ -129,10 +154,7 @@ def float8(net: Net) -> Net:
 
 ROWS: dict[str, Row] = {
     "fp32": Row(lambda net: net, (32, 32, 32)),
-    "fp32, AdamW": Row(
-        lambda net: net, (32, 32, 32),
-        optimizer=lambda net, rate: torch.optim.AdamW(net.parameters(), 0.1 * rate, weight_decay=0.0),
-    ),
+    "fp32, AdamW": Row(lambda net: net, (32, 32, 32), optimizer=adamw),
     "bf16 autocast": Row(lambda net: net, (32, 16, 16), autocast=True),
     "8-bit AdamW states (torchao)": Row(lambda net: net, (32, 32, 32), optimizer=adam8),
     "float8, emulated (torchao)": Row(float8, (8, 8, 8)),
@@ -164,6 +186,11 @@ ROWS: dict[str, Row] = {
     ),
     "ttq": Row(precision.ttq, (2, 32, 32), optimizer=slowly(1.0)),
     "ttq, one rate for all": Row(precision.ttq, (2, 32, 32)),
+    "ttq, AdamW": Row(precision.ttq, (2, 32, 32), optimizer=adamw),
+    "dorefa 1-32-32, AdamW": dorefa(1, 32, 32, optimizer=adamw),
+    "binary_connect, AdamW": Row(
+        lambda net: precision.binary_connect(net, keep=("first", "last")), (1, 32, 32), optimizer=adamw
+    ),
     "ttq, from float32": Row(precision.ttq, (2, 32, 32), optimizer=slowly(1.0), late=True),
     "dorefa 1-32-32, from float32": dorefa(1, 32, 32, late=True),
     "binary_connect, from float32": Row(
@@ -184,6 +211,14 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 DEEP = [name for name, row in ROWS.items() if row.tuned or name == "fp32"]
 
+BARE: dict[str, Row] = {
+    "fp32": Row(lambda net: net, (32, 32, 32), rate=0.02, steps=2 * STEPS),
+    "4-bit activations, fine-tuned": tuned_bare("plain", masked=True),
+    "4-bit activations, fine-tuned, no mask": tuned_bare("plain", masked=False),
+    "4-bit activations, bottom to top, above, no mask": tuned_bare("above", masked=False),
+}
+"""The rows of the network without norms."""
+
 CLAIMS = [
     ("16 bits follow float32", "fp32", "fixed point Q4.12, stochastic"),
     ("nearest rounding stalls (16 bits)", "fixed point Q4.12, stochastic", "fixed point Q4.12, nearest"),
@@ -201,8 +236,18 @@ CLAIMS = [
         "bottom to top beats plain fine-tuning (the next learns)",
         "4-bit activations, bottom to top, next", "4-bit activations, fine-tuned",
     ),
+    (
+        "bottom to top beats plain fine-tuning (all above learn; gradients pass clamps)",
+        "4-bit activations, bottom to top, above, no mask", "4-bit activations, fine-tuned, no mask",
+    ),
+    (
+        "masking what is clamped helps plain fine-tuning",
+        "4-bit activations, fine-tuned", "4-bit activations, fine-tuned, no mask",
+    ),
     ("ternary beats binary (BinaryConnect)", "ttq", "binary_connect"),
     ("ternary beats binary (DoReFa)", "ttq", "dorefa 1-32-32"),
+    ("ternary beats binary (BinaryConnect), AdamW", "ttq, AdamW", "binary_connect, AdamW"),
+    ("ternary beats binary (DoReFa), AdamW", "ttq, AdamW", "dorefa 1-32-32, AdamW"),
     (
         "ternary beats binary (BinaryConnect), from float32",
         "ttq, from float32", "binary_connect, from float32",
@@ -265,9 +310,9 @@ def stretches(loop: Loop) -> Iterator[tuple[int, float]]:
     """(steps, learning rate) of each part of a run."""
     row = loop.row
     if not (row.late or row.tuned):
-        yield STEPS, row.rate
+        yield row.steps, row.rate
         return
-    half = STEPS // 2
+    half = row.steps // 2
     if row.late:
         yield half, row.rate
         loop.net = row.convert(loop.net)
@@ -277,11 +322,11 @@ def stretches(loop: Loop) -> Iterator[tuple[int, float]]:
     yield half, row.rate
     if row.tuned == "plain":
         precision.set_activations(loop.net, True)
-        yield half, row.rate / 10
+        yield half, row.fine * row.rate
         return
     phases = sum(1 for _ in precision.bottom_to_top(loop.net))
     for _ in precision.bottom_to_top(loop.net, row.tuned):
-        yield half // phases, row.rate / 10
+        yield half // phases, row.fine * row.rate
 
 
 def cell(row: Row, network: str, seed: int) -> dict[str, Any]:
@@ -336,6 +381,12 @@ def weigh(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def rows_of(network: str) -> dict[str, Row]:
+    if network == "bare":
+        return BARE
+    return {name: ROWS[name] for name in DEEP} if network == "deep" else ROWS
+
+
 def key(network: str, name: str, seed: int) -> str:
     return f"{network} | {name} | seed {seed}"
 
@@ -344,7 +395,7 @@ def tabulate(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Every network's rows, over the seeds that they and float32 have run with."""
     table: dict[str, Any] = {}
     for network in NETWORKS:
-        for name, row in ROWS.items():
+        for name, row in rows_of(network).items():
             seeds = [s for s in range(SEEDS) if {key(network, one, s) for one in (name, "fp32")} <= set(done)]
             if seeds:
                 runs, plain = ([done[key(network, one, s)] for s in seeds] for one in (name, "fp32"))
@@ -364,10 +415,7 @@ def plan() -> list[tuple[int, str, str]]:
     """(seed, network, row) of every cell, those that the claims name first."""
     claimed = {"fp32", *(name for _, *pair in CLAIMS for name in pair)}
     every = [
-        (seed, network, name)
-        for seed in range(SEEDS)
-        for network in NETWORKS
-        for name in (DEEP if network == "deep" else ROWS)
+        (seed, network, name) for seed in range(SEEDS) for network in NETWORKS for name in rows_of(network)
     ]
     return sorted(every, key=lambda cell: cell[2] not in claimed)
 
@@ -377,7 +425,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print the whole result")
-    parser.add_argument("--no-training", action="store_true", help="only the tables of what has run")
+    parser.add_argument("--rows", nargs="*", default=[*ROWS, *BARE], help="these alone; none: only tables")
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), help="these alone")
     wanted = parser.parse_args()
     torch.set_num_threads(1)
     about = {
@@ -387,11 +436,14 @@ def main() -> None:
         "hour of one core; fixed point accumulates in float32; the deep network trains the rows of its claim",
     }  # fmt: skip
     cells = Cells("precision_table", about)
-    for seed, network, name in [] if wanted.no_training else plan():
+    for seed, network, name in plan():
+        if name not in wanted.rows or network not in wanted.networks:
+            continue
         if name.endswith("(torchao)") and importlib.util.find_spec("torchao") is None:
             print(f"{name}: torchao is not installed", file=sys.stderr)
             continue
-        cells.get(key(network, name, seed), lambda r=ROWS[name], n=network, s=seed: cell(r, n, s))
+        row = rows_of(network)[name]
+        cells.get(key(network, name, seed), lambda r=row, n=network, s=seed: cell(r, n, s))
         tables(cells.document)
     tables(cells.document)
     cells.write()

@@ -2,14 +2,15 @@
 
     python benchmarks/precision_wire.py            # resumes; writes results/precision_wire.json
 
-Four ranks on an emulated 100 Mbit/s network, digit pairs, a network of 168,000 parameters. Three
-rows: float32 with DDP, DoReFa with its weight gradients in ``qsgd:bits=6``, and a fixed-point run whose
-gradients are added as integers; and DoReFa in one process with the same total batch, for the loss. The
+Four ranks on an emulated 100 Mbit/s network, digit pairs, a network of 168,000 parameters. The rows:
+float32 with DDP, DoReFa with its weight gradients in ``qsgd:bits=6`` and with DDP's float32, a fixed-point
+run whose gradients are added as integers, and DoReFa in one process with the same batches, for the loss. The
 fixed-point run is made over every pattern, and over one of them twice: its weights must have the same bits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -32,9 +33,10 @@ RANKS, RATE, STEPS, BATCH, SEEDS, WIDTH, LR = 4, "100mbit", 150, 32, 3, 256, 0.1
 ROWS = {
     "float32, DDP": ("ddp", "none"),
     "DoReFa 1-2-6, qsgd:bits=6": ("qsgd:bits=6", "dorefa"),
+    "DoReFa 1-2-6, DDP": ("ddp", "dorefa"),
     "fixed point Q4.12, sent as Q2.14": ("fixed_point:format=Q2.14", "fixed"),
 }
-ALONE = "DoReFa 1-2-6, one process"
+ALONE = "DoReFa 1-2-6, one process, same batches"
 EQUAL = {
     "ring": "fixed_point:format=Q2.14,pattern=all_reduce",
     "scatter-reduce": "fixed_point:format=Q2.14,pattern=scatter",
@@ -66,8 +68,10 @@ def worker(kind: str, method: str, seed: int) -> None:
     dist.init_process_group("gloo", **alone)
     rank, size = dist.get_rank(), dist.get_world_size()
     (images, labels), held_out = digits.digits()
-    mine = images[rank::size], labels[rank::size]
-    draw = torch.Generator().manual_seed(seed * size + rank)
+    feeds = [  # one process goes through the batches of all ranks, whose norms see a rank's batch each
+        (images[one::RANKS], labels[one::RANKS], BATCH, torch.Generator().manual_seed(seed * RANKS + one))
+        for one in (range(RANKS) if size == 1 else [rank])
+    ]
     torch.manual_seed(seed)
     model = DistributedDataParallel(network(kind, rank))
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
@@ -75,9 +79,11 @@ def worker(kind: str, method: str, seed: int) -> None:
     exchange_s = []
     with distcomp.attach(model, optimizer, method, seed=seed) as handle:
         for _ in range(STEPS):
-            x, y = digits.pairs(*mine, RANKS * BATCH // size, draw)
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
+            for place, feed in enumerate(feeds, start=1):
+                x, y = digits.pairs(*feed)
+                with contextlib.nullcontext() if place == len(feeds) else model.no_sync():
+                    (nn.functional.cross_entropy(model(x), y) / len(feeds)).backward()
             optimizer.step()
             schedule.step()
             exchange_s.append(handle.stats()["last"]["exchange_s"])

@@ -234,6 +234,16 @@ def test_no_gradient_that_is_used_has_crossed_a_quantized_activation(update, mon
     assert not net[0].weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_was_clamped_passes_a_gradient_only_without_the_mask(masked) -> None:
+    layer = nn.Linear(3, 1, bias=False)
+    precision.gradual(layer, "Q2.2", keep=(), masked=masked)
+    x = torch.tensor([[0.3, -1.9, 7.0]], requires_grad=True)
+    layer(x).sum().backward()
+    kept = torch.tensor([1.0, 1.0, 0.0 if masked else 1.0])
+    assert torch.equal(x.grad[0], kept * layer.weight[0])
+
+
 def test_the_top_layers_learn_alone() -> None:
     net = precision.gradual(network(), "Q3.3")
     assert precision.top_layers(net).trained == ("10.weight", "10.bias")

@@ -18,6 +18,7 @@ def gradual(
     activations: str | FixedPoint | None = "Q2.2",
     weights: str | FixedPoint | None = None,
     *,
+    masked: bool = True,
     keep: tuple[str, ...] = ("first",),
 ) -> nn.Module:
     """Quantize inputs and weights to fixed point, to the nearest, with switches on the inputs.
@@ -33,8 +34,9 @@ def gradual(
     2. :func:`top_layers` leaves only the last layers to be trained below quantized activations;
     3. :func:`bottom_to_top` quantizes from the bottom up, and trains only what is above.
 
-    With ``keep=("first",)`` the first layer sees its data as they are. None leaves activations or weights as
-    they are.
+    ``masked`` lets no gradient through to what was clamped, which takes much of the mismatch away; False
+    passes it on, as if forward were smooth throughout. With ``keep=("first",)`` the first layer sees its data
+    as they are. None leaves activations or weights as they are.
 
     Source: Lin and Talathi, "Overcoming challenges in fixed point training of deep convolutional networks",
     2016. We differ: weights have a float copy.
@@ -47,24 +49,30 @@ def gradual(
 
     def plan(name: str, layer: nn.Module) -> Quantizers:
         parameters: dict[str, nn.Module] = {"weight": Nearest(weight_format)} if weight_format else {}
-        return Quantizers(widths, parameters, Nearest(activation_format) if activation_format else None)
+        arriving = Nearest(activation_format, masked) if activation_format else None
+        return Quantizers(widths, parameters, arriving)
 
     return convert(model, plan, keep)
 
 
 class Nearest(nn.Module):
-    """Rounding to the nearest of a format, which can be switched off. What is clamped passes no gradient."""
+    """Rounding to the nearest of a format, which can be switched off.
 
-    def __init__(self, format: FixedPoint) -> None:
+    Where ``masked``, what is clamped passes no gradient.
+    """
+
+    def __init__(self, format: FixedPoint, masked: bool = True) -> None:
         super().__init__()
         self.format = format
+        self.masked = masked
         self.on = True
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` rounded, or as it is."""
         if not self.on:
             return x
-        return straight_through(x, self.format.round(x), x.abs() <= self.format.half * self.format.spacing)
+        inside = x.abs() <= self.format.half * self.format.spacing if self.masked else None
+        return straight_through(x, self.format.round(x), inside)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """An assigned value becomes the latent weight."""
