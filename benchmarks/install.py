@@ -35,6 +35,7 @@ import socket, sys, time
 def forbidden(*_, **__):
     raise AssertionError("importing distcomp opens a socket")
 import numpy, torch
+assert "distcomp" not in sys.modules
 socket.socket.connect = socket.getaddrinfo = forbidden
 began_s = time.perf_counter()
 import distcomp
@@ -81,7 +82,11 @@ def build(python: Path, folder: Path) -> dict[str, Path]:
 
 def imports(python: Path) -> dict[str, Any]:
     """Seconds that importing distcomp adds to torch's, and that first using it does."""
-    lines = [call([python, "-c", ALONE], cwd="/").split() for _ in range(REPEATS)]
+    plain = {
+        **os.environ,
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }  # else torch imports distcomp, by its entry point
+    lines = [call([python, "-c", ALONE], cwd="/", env=plain).split() for _ in range(REPEATS)]
     first, then = zip(*((float(one), float(other)) for one, other in lines), strict=True)
     return {"import_s": list(first), "import_median_s": median(first), "first_use_median_s": median(then)}
 
