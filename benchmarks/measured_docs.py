@@ -13,7 +13,7 @@ from _tables import RESULTS, ROOT, fill, markdown, result, source
 Row = dict[str, Any]
 
 
-LOW_PRECISION = ("DoReFa 1-2-6, qsgd:bits=6", "float32, DDP", "DoReFa 1-2-6, one process, same batches")
+LOW_PRECISION = ("DoReFa 1-2-6, qsgd:bits=6", "float32, DDP")
 
 
 def loss(row: Row) -> str:
@@ -59,12 +59,12 @@ def low_precision() -> tuple[list[list[str]], str]:
     if not (RESULTS / "precision_wire.json").exists():
         return [], ""
     found = result("precision_wire")
-    both, plain, alone = (found["table"][name] for name in LOW_PRECISION)
+    both, plain = (found["table"][name] for name in LOW_PRECISION)
     row = [
         "low precision + compressed wire: `dorefa(1, 2, 6)`, `qsgd(bits=6)`",
         f"{both['times_fewer_bytes']:.1f} × fewer",
         f"{both['speed_up_over_ddp']:.1f} × faster",
-        f"{both['mean']:.3f}; in one process {alone['mean']:.3f}; float32 {plain['mean']:.3f}",
+        f"{both['mean']:.3f}; in float32 {plain['mean']:.3f}",
     ]
     plan = found["plan"]
     return [row], (
