@@ -35,12 +35,17 @@ for pid in "${pids[@]}"; do wait "$pid" || exit 1; done
 """
 
 
+def clean(**environment: str) -> dict[str, str]:
+    """This process's environment without what a launcher says."""
+    kept = {name: value for name, value in os.environ.items() if name not in KNOWN}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **environment}
+
+
 def train(command: list[str], saved: Path, **environment: str) -> dict[str, torch.Tensor]:
     """Run the example under a launcher; the weights that rank 0 saved."""
-    clean = {name: value for name, value in os.environ.items() if name not in KNOWN}
     done = subprocess.run(
         [*command, "--save", str(saved)],
-        env={**clean, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **environment},
+        env=clean(**environment),
         cwd=saved.parent,
         capture_output=True,
         text=True,

@@ -1,0 +1,38 @@
+"""Writes docs/faults.md's table from the committed result files, and nothing else.
+
+python benchmarks/faults_docs.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from _tables import ROOT, fill, markdown, result, source
+
+Row = dict[str, Any]
+
+
+def seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"
+
+
+def row(fault: Row) -> list[str]:
+    losses = f"{fault['loss_before']:.3f} → {fault['loss_after']:.3f}"
+    lost = f"{fault['lost_steps']} steps" if fault["lost_steps"] else "nothing"
+    named = seconds(fault["detected_s"]) + (f": “{fault['named']}”" if fault["named"] else "")
+    return [fault["name"], named, lost, seconds(fault["went_on_s"]), str(fault["workers"]), losses]
+
+
+def main() -> None:
+    found = result("faults")
+    head = ["fault", "detected in", "lost", "went on after", "workers", "test loss before → after"]
+    table = markdown(head, [row(fault) for fault in found["faults"]])
+    about = (
+        f"Workers wait {found['timeout_s']:g} s for each other and write a checkpoint every "
+        f"{found['checkpoint_every']} steps. {source(found, 'faults.py')}"
+    )
+    fill(ROOT / "docs" / "faults.md", "faults", f"{table}\n\n{about}")
+
+
+if __name__ == "__main__":
+    main()
