@@ -57,9 +57,9 @@ def test_one_file_adds_a_method_to_the_config_the_battery_the_shell_and_the_docs
     assert main(["methods"]) == 0
     assert toy in capsys.readouterr().out
 
-    page = load("catalogue", HERE.parent.parent / "docs" / "catalogue.py").page()
-    assert "| [`averaging_toy`](#method-averaging-toy) | Average what is rounded to" in page
-    assert "* Settings and their defaults: `grid=0.125`" in page
+    pages = load("catalogue", HERE.parent.parent / "docs" / "catalogue.py").pages()
+    assert "Average what is rounded to" in pages["methods.md"]
+    assert "`grid=0.125`" in pages["methods/averaging_toy.md"]
 
 
 def test_the_worked_example_that_contributors_read_is_the_file_that_is_tested() -> None:

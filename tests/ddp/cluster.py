@@ -42,10 +42,10 @@ class Cluster:
     def run(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
         """The ranks' answers, in rank order. Raises JobFailed if any rank raised, died or hung."""
         answers = self.outcomes(job, *arguments)
-        for rank, answer in enumerate(answers):
-            if isinstance(answer, Failure):
-                self.close()
-                raise JobFailed(f"rank {rank}: {answer.text}")
+        failed = {rank: one.text for rank, one in enumerate(answers) if isinstance(one, Failure)}
+        if failed:
+            self.close()
+            raise JobFailed("\n".join(f"rank {rank}: {text}" for rank, text in failed.items()))
         return answers
 
     def outcomes(self, job: Callable[..., Any], *arguments: Any, without: int | None = None) -> list[Any]:

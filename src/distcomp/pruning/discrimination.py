@@ -97,7 +97,6 @@ def dcp(
     balance: float = 1.0,
     at_once: int = 1,
     names: Iterable[str] | None = None,
-    seed: int = 0,
 ) -> Pruner:
     """Drop the input channels of convolutions that neither the loss nor the layer's own output misses.
 
@@ -128,4 +127,4 @@ def dcp(
             "there is no second convolution whose channels could go; name the layers to prune"
         )
     criterion = Discrimination(share, tuple(chosen), begin, every, balance, at_once, module, data, loss)
-    return Pruner(model, optimizer, criterion, chosen, seed)
+    return Pruner(model, optimizer, criterion, chosen)
