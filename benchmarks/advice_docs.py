@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from _tables import ROOT, fill, markdown, result, source
+from _tables import RESULTS, ROOT, fill, markdown, result, source
 
 NETWORKS = {"10mbit": "10 Mbit/s", "100mbit": "100 Mbit/s", "racks": "two racks", "1gbit": "1 Gbit/s"}
 
@@ -73,7 +73,8 @@ def check() -> str:
 def main() -> None:
     page = ROOT / "docs" / "advice.md"
     for name, text in {"model_error": errors, "simulate_scale": scale, "advice_check": check}.items():
-        fill(page, name, text())
+        there = (RESULTS / f"{name}.json").exists()
+        fill(page, name, text() if there else "Not measured yet.")
 
 
 if __name__ == "__main__":
