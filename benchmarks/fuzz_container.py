@@ -67,6 +67,8 @@ def main() -> None:
     }  # fmt: skip
     print(result)
     write("fuzz_container", result)
+    if became["crashed"]:
+        raise SystemExit(f"{became['crashed']} files crashed the reader; they are printed above")
 
 
 if __name__ == "__main__":
