@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -39,7 +40,8 @@ class Watch:
     def __init__(self, model: nn.Module, sync: Sync, link: Link) -> None:
         self._sync = sync
         self._link = link
-        self._parameters = {id(parameter) for parameter in model.parameters()}
+        # weakly, since an id alone may come back as another model's parameter once this model is gone
+        self._parameters = {id(parameter): weakref.ref(parameter) for parameter in model.parameters()}
         self._recorded = 0
         self._begin_s = 0.0
         self.sinks: list[Sink] = []
@@ -83,7 +85,7 @@ class Watch:
             self._look(optimizer)
 
     def _look(self, optimizer: Optimizer) -> None:
-        if not any(id(p) in self._parameters for group in optimizer.param_groups for p in group["params"]):
+        if not any(self._watches(p) for group in optimizer.param_groups for p in group["params"]):
             return
         self._sync.idle()
         if self._sync.iterations == 0 and _has_gradient(optimizer):
@@ -93,6 +95,10 @@ class Watch:
                 "(not model.module), outside no_sync(), before optimizer.step()"
             )
         self.record()
+
+    def _watches(self, parameter: Tensor) -> bool:
+        known = self._parameters.get(id(parameter))
+        return known is not None and known() is parameter
 
     def record(self) -> None:
         """Write down the last iteration, once."""
