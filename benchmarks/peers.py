@@ -4,6 +4,7 @@
     python benchmarks/peers.py 100mbit     # the median step on a link; also 10mbit, 1gbit, unshaped
     python benchmarks/peers.py table       # seconds = steps x median step
 
+Methods that exchange every few steps are timed over whole periods, and the mean step counts.
 Steps that differ from the rest, at the beginning (PyTorch's PowerSGD sends two in full, GradiVeQ learns), are
 timed apart: ``seconds`` leaves them out of the median, ``seconds_from_start`` counts them as they were.
 
@@ -50,8 +51,10 @@ METHODS = {
     "GradiVeQ, PowerSGD where it does not apply": (
         "gradiveq:learn=20,compressed=80,others=(powersgd:rank=2)"
     ),
+    "PQASGD, every 8 steps in 8 bits": "pqasgd:period=8,bits=8",
     "no communication": "none",
 }
+PERIOD = {"PQASGD, every 8 steps in 8 bits": 8}
 STOCK = ("torch fp16", "torch PowerSGD, one bucket")
 SLOW = {"10mbit": ("ddp", "torch fp16", "bf16")}
 """Timed over two steps there, not over many: one takes 10 to 20 seconds."""
@@ -148,6 +151,14 @@ def timed(label: str, task: Task, steps: int) -> list[float]:
     return [after - before for before, after in itertools.pairwise(ends)]
 
 
+def counted(label: str, rate: str, steps: int) -> tuple[int, int]:
+    """How many steps are timed apart, and how many then: whole periods."""
+    if label in SLOW.get(rate, ()):
+        return 0, 2
+    period = PERIOD.get(label, 1)
+    return 22 if "GradiVeQ" in label else 3 if period == 1 else period, -(-steps // period) * period
+
+
 def rank_main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -161,9 +172,8 @@ def rank_main() -> None:
         if asked["what"] == "steps":
             found[label] = count(label, task)
             continue
-        few = label in SLOW.get(asked["what"], ())
-        first = 0 if few else 22 if "GradiVeQ" in label else 3
-        mine = timed(label, task, 2 if few else first + asked["steps"])
+        first, then = counted(label, asked["what"], asked["steps"])
+        mine = timed(label, task, first + then)
         everyone: list[list[float]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
         slowest = [max(one) for one in zip(*everyone, strict=True)]
@@ -210,7 +220,8 @@ def summary(raw: dict[str, Any]) -> dict[str, Any]:
         for rate, times in raw["step_s"].items():
             if label not in times:
                 continue
-            first, step_s, steps = times[label]["first"], median(times[label]["then"]), counted["steps"]
+            first, then, steps = times[label]["first"], times[label]["then"], counted["steps"]
+            step_s = sum(then) / len(then) if label in PERIOD else median(then)
             row[rate] = {"step_s": step_s, "seconds": steps and steps * step_s}
             if steps:
                 row[rate]["seconds_from_start"] = sum(first) + (steps - len(first)) * step_s
