@@ -9,6 +9,7 @@
 
 #include "_binary.h"
 #include "_cpu.h"
+#include "_lowrank.h"
 #include "_select.h"
 
 /* The bodies once more for each instruction set. */
@@ -208,6 +209,8 @@ static PyObject *py_scale_by_exponents(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+const char *instruction_set(void) { return chosen->name; }
+
 static PyObject *py_use(PyObject *self, PyObject *args) {
     (void)self;
     const char *name;
@@ -221,7 +224,7 @@ static PyObject *py_use(PyObject *self, PyObject *args) {
 static PyObject *py_instruction_set(PyObject *self, PyObject *args) {
     (void)self;
     (void)args;
-    return PyUnicode_FromString(chosen->name);
+    return PyUnicode_FromString(instruction_set());
 }
 
 static PyMethodDef methods[] = {
@@ -237,6 +240,8 @@ static PyMethodDef methods[] = {
     {"binary_conv", py_binary_conv, METH_VARARGS,
      "x, weight, scale, bias, out, samples, (channels, height, width), (outputs, kh, kw, stride, padding), "
      "(out_height, out_width), rows, plain"},
+    {"lowrank", py_lowrank, METH_VARARGS,
+     "rows, columns or outer; p, q, m, out, a, b, rank, p_stride, stride, out_stride, subtract"},
     {"use", py_use, METH_VARARGS, "choose an instruction set by name: generic, avx2 or avx512"},
     {"instruction_set", py_instruction_set, METH_NOARGS, "the one in use"},
     {NULL, NULL, 0, NULL},

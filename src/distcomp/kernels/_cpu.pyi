@@ -37,5 +37,20 @@ def binary_conv(
     plain: bool,
     /,
 ) -> None: ...
+def lowrank(
+    kind: str,
+    p: int,
+    q: int,
+    m: int,
+    out: int,
+    a: int,
+    b: int,
+    rank: int,
+    p_stride: int,
+    stride: int,
+    out_stride: int,
+    subtract: bool,
+    /,
+) -> None: ...
 def use(name: str, /) -> None: ...
 def instruction_set() -> str: ...

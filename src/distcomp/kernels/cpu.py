@@ -42,7 +42,7 @@ def quantize(
             count, block, bits, key, first + start & MASK, stochastic, given,
         )  # fmt: skip
 
-    _shared(run, x.numel(), block, 4)
+    shared(run, x.numel(), block, 4)
 
 
 def dequantize(
@@ -59,7 +59,7 @@ def dequantize(
             count, block, bits, sign, times,
         )  # fmt: skip
 
-    _shared(run, out.numel(), block, 4)
+    shared(run, out.numel(), block, 4)
 
 
 def all_finite(x: Tensor) -> bool:
@@ -69,7 +69,7 @@ def all_finite(x: Tensor) -> bool:
     def run(start: int, count: int) -> bool:
         return _cpu.all_finite(at + size * start, count, exponent)
 
-    return all(_shared(run, x.numel(), 1, size))
+    return all(shared(run, x.numel(), 1, size))
 
 
 def checksum(data: Tensor) -> int:
@@ -80,7 +80,7 @@ def checksum(data: Tensor) -> int:
         total, weighted = _cpu.checksum(at + start, count)
         return total, weighted + start // 4 * total
 
-    sums = _shared(run, data.numel(), 4, 1)
+    sums = shared(run, data.numel(), 4, 1)
     return (sum(w for _, w in sums) & MASK) << 32 | sum(s for s, _ in sums) & MASK
 
 
@@ -107,7 +107,7 @@ def exponents(x: Tensor, codes: Tensor, *, key: int, first: int) -> None:
     def run(start: int, count: int) -> None:
         _cpu.exponents(x_at + 4 * start, codes_at + start, count, key, first + start & MASK)
 
-    _shared(run, x.numel(), 1, 4)
+    shared(run, x.numel(), 1, 4)
 
 
 def scale_by_exponents(codes: Tensor, out: Tensor) -> None:
@@ -117,10 +117,10 @@ def scale_by_exponents(codes: Tensor, out: Tensor) -> None:
     def run(start: int, count: int) -> None:
         _cpu.scale_by_exponents(codes_at + start, out_at + 4 * start, count)
 
-    _shared(run, out.numel(), 1, 4)
+    shared(run, out.numel(), 1, 4)
 
 
-def _shared(run: Callable[[int, int], T], numel: int, block: int, element_bytes: int) -> list[T]:
+def shared(run: Callable[[int, int], T], numel: int, block: int, element_bytes: int) -> list[T]:
     """run(start, count) for consecutive runs of whole blocks, a thread each; the results in order."""
     threads = torch.get_num_threads() if numel * element_bytes > ALONE_BYTES else 1
     pieces = list(_runs(numel, block, threads))

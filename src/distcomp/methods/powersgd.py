@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distcomp.errors import DistcompError
 from distcomp.exchange import Talk
+from distcomp.kernels import lowrank
 from distcomp.layout import Layout, Segment
 from distcomp.methods.base import Method, Outcome, PerParameter, State, Turn, all_reduce_bytes, mean
 from distcomp.methods.feedback import ErrorFeedback
@@ -83,7 +84,7 @@ class PowerSGD(Method):
 
     def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
         ranks = self._ranks(turn.layout, turn.step)
-        matrices = {s.name: _matrix(piece, s) for s, piece in turn.layout.pieces(x) if s.name in ranks}
+        matrices = {s.name: piece.view(_sides(s)) for s, piece in turn.layout.pieces(x) if s.name in ranks}
         plain = [piece for segment, piece in turn.layout.pieces(x) if segment.name not in ranks]
         exchange = self._one_round if self.one_round else self._two_rounds
         return (yield from exchange(x, plain, matrices, state, turn))
@@ -92,11 +93,11 @@ class PowerSGD(Method):
         self, x: Tensor, plain: list[Tensor], matrices: dict[str, Tensor], state: State, turn: Turn
     ) -> Talk[Outcome]:
         q = _starts(state["q"], self._ranks(turn.layout, turn.step), turn)
-        p_own = [one @ m.T for one, m in zip(q, matrices.values(), strict=True)]
+        p_own = [lowrank.times_rows(one, m) for one, m in zip(q, matrices.values(), strict=True)]
         plain_mean, p = yield from _means(plain, p_own, turn)
         p = [orthonormal(one) for one in p]
 
-        q_own = [one @ m for one, m in zip(p, matrices.values(), strict=True)]
+        q_own = [lowrank.times_columns(one, m) for one, m in zip(p, matrices.values(), strict=True)]
         _, q_mean = yield from _means([], q_own, turn)
         return Outcome(
             _together(turn.layout, x, plain_mean, matrices, p, q_mean),
@@ -111,7 +112,8 @@ class PowerSGD(Method):
         even = turn.step % 2 == 0
         given, made = ("q", "p") if even else ("p", "q")
         fixed = _starts(state[given], self._ranks(turn.layout, turn.step), turn)
-        own = [f @ (m.T if even else m) for f, m in zip(fixed, matrices.values(), strict=True)]
+        times = lowrank.times_rows if even else lowrank.times_columns
+        own = [times(f, m) for f, m in zip(fixed, matrices.values(), strict=True)]
         plain_mean, found = yield from _means(plain, own, turn)
 
         def ordered(free: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -203,7 +205,7 @@ def _together(
     for segment, piece in layout.pieces(out):
         if segment.name in factors:
             left, right = factors[segment.name]
-            torch.mm(left.T, right, out=piece.view(_sides(segment)))
+            lowrank.outer(left, right, piece.view(_sides(segment)))
         else:
             piece.copy_(next(values))
     return out
@@ -217,7 +219,7 @@ def _deduct(
     for segment, piece in layout.pieces(given):
         if segment.name in factors:
             left, right = factors[segment.name]
-            piece.view(_sides(segment)).addmm_(left.T, right, alpha=-1)
+            lowrank.subtract_outer(left, right, piece.view(_sides(segment)))
         else:
             piece.zero_()
 
@@ -229,15 +231,6 @@ def _kept(old: PerParameter, names: Iterable[str], factors: Iterable[Tensor]) ->
     for name, factor in zip(names, factors, strict=True):
         new[name] = torch.nn.functional.pad(factor, (0, 0, 0, old[name].shape[0] - factor.shape[0]))
     return new
-
-
-ALIGNED_BYTES = 64
-
-
-def _matrix(piece: Tensor, segment: Segment) -> Tensor:
-    """The gradient as a matrix, aligned: its products must not depend on where in a bucket it lies."""
-    matrix = piece.view(_sides(segment))
-    return matrix if matrix.data_ptr() % ALIGNED_BYTES == 0 else matrix.clone()
 
 
 def _sides(segment: Segment) -> tuple[int, int]:

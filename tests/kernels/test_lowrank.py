@@ -1,0 +1,105 @@
+"""Products with a few vectors: right in float64, and the same bits however they were computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from distcomp.kernels import dispatch, lowrank
+
+_cpu = pytest.importorskip("distcomp.kernels._cpu", reason="the C extension was not built (no C compiler?)")
+
+SIZES = st.integers(1, 70) | st.sampled_from([2047, 2048, 2049, 4100])
+
+
+@st.composite
+def products(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """p, q and a matrix, which may lie at any address."""
+    a, b, rank = draw(SIZES), draw(SIZES), draw(st.integers(1, lowrank.FEW + 2))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    offset = draw(st.integers(0, 3))
+    matrix = torch.randn(offset + a * b, generator=generator)[offset:].view(a, b)
+    return torch.randn(rank, a, generator=generator), torch.randn(rank, b, generator=generator), matrix
+
+
+def everything(p: Tensor, q: Tensor, matrix: Tensor) -> list[Tensor]:
+    made, less = torch.empty_like(matrix), matrix.clone()
+    lowrank.outer(p, q, made)
+    lowrank.subtract_outer(p, q, less)
+    return [lowrank.times_rows(q, matrix), lowrank.times_columns(p, matrix), made, less]
+
+
+@given(products())
+def test_products_are_right(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    p, q, matrix = (one.double() for one in case)
+    exact = [q @ matrix.T, p @ matrix, p.T @ q, matrix - p.T @ q]
+    bound = [q.abs() @ matrix.abs().T, p.abs() @ matrix.abs(), p.abs().T @ q.abs(),
+             matrix.abs() + p.abs().T @ q.abs()]  # fmt: skip
+    for found, right, most in zip(everything(*case), exact, bound, strict=True):
+        assert found.dtype == torch.float32
+        assert ((found - right).abs() <= 1e-7 * 70 * most).all()
+
+
+@pytest.fixture(scope="module")
+def instruction_sets() -> Iterator[list[str]]:
+    usual, found = _cpu.instruction_set(), []
+    for name in ("generic", "avx2", "avx512"):
+        try:
+            _cpu.use(name)
+        except ValueError:
+            continue
+        found.append(name)
+    _cpu.use(usual)
+    yield found
+    _cpu.use(usual)
+
+
+@given(products(), st.integers(0, 3))
+def test_the_bits_do_not_depend_on_where_and_by_whom(
+    instruction_sets: list[str], case: tuple[Tensor, Tensor, Tensor], offset: int
+) -> None:
+    p, q, matrix = case
+    if len(p) > lowrank.FEW:
+        return
+    first = everything(*case)
+    elsewhere = torch.empty(offset + matrix.numel())[offset:].view(matrix.shape).copy_(matrix)
+    for name in instruction_sets:
+        _cpu.use(name)
+        for found, before in zip(everything(p, q, elsewhere), first, strict=True):
+            assert torch.equal(found, before)
+
+
+def test_threads_share_a_large_matrix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q, matrix = (torch.randn(*shape, generator=generator) for shape in ((4, 701), (4, 903), (701, 903)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = everything(p, q, matrix)
+        torch.set_num_threads(3)
+        together = everything(p, q, matrix)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+@given(products())
+def test_what_ranks_must_agree_on_has_the_same_bits_without_the_extension(
+    case: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    p, q, matrix = case
+    if len(p) > lowrank.FEW:
+        return
+    compiled, plain = torch.empty_like(matrix), torch.empty_like(matrix)
+    lowrank.outer(p, q, compiled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTCOMP_KERNELS", "reference")
+        dispatch._choose.cache_clear()
+        lowrank.outer(p, q, plain)
+    dispatch._choose.cache_clear()
+    assert torch.equal(compiled, plain)
