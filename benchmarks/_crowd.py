@@ -216,11 +216,11 @@ def digit_pairs(batch: int = 32, width: int = 80) -> Task:
     return Task(network, nn.functional.cross_entropy, batches, test)
 
 
-def byte_language_model(batch: int = 4, width: int = 48, layers: int = 2, context: int = 32) -> Task:
-    """The transformer of examples/bytes_lm.py, made smaller, on the source of Python's standard library."""
+def byte_language_model(batch: int, context: int) -> Task:
+    """The transformer of examples/bytes_lm.py, on texts of ``context`` bytes of Python's standard library."""
     import bytes_lm
 
-    bytes_lm.WIDTH, bytes_lm.LAYERS, bytes_lm.CONTEXT = width, layers, context
+    bytes_lm.CONTEXT = context
     library = bytes_lm.modules()
     held_out = torch.cat(library[::10])
     del library[::10]

@@ -1,4 +1,4 @@
-"""Run a script on the workers of Ray Train: ``python train.py SCRIPT --workers 4 -- --its-options``."""
+"""Run a script on the workers of Ray Train: ``python train.py --workers 4 SCRIPT --its-options``."""
 
 import argparse
 import runpy
@@ -11,10 +11,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("script", type=Path, help="the training script, on a path that every worker has")
     parser.add_argument("--workers", type=int, default=2, help="how many")
     parser.add_argument("--gpu", action="store_true", help="one for each, over NCCL instead of Gloo")
-    parser.add_argument("arguments", nargs="*", help="what the script is given, after --")
+    parser.add_argument("script", type=Path, help="the training script, on a path that every worker has")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script is given")
     wanted = parser.parse_args()
     script = str(wanted.script.resolve())
 

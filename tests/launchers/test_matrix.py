@@ -142,8 +142,8 @@ def test_horovodrun(wanted: dict[str, torch.Tensor], tmp_path: Path) -> None:
     importlib.util.find_spec("ray") is None, reason="Ray is not installed; pip install 'distcomp[ray]'"
 )
 def test_ray(wanted: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    ray = [sys.executable, str(LAUNCHERS / "ray" / "train.py"), SCRIPT[0], "--workers", "2", "--"]
-    check(train([*ray, *SCRIPT[1:]], tmp_path / "w.pt"), wanted)
+    ray = [sys.executable, str(LAUNCHERS / "ray" / "train.py"), "--workers", "2"]
+    check(train([*ray, *SCRIPT], tmp_path / "w.pt"), wanted)
 
 
 @nightly
