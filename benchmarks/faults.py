@@ -76,6 +76,7 @@ class Run:
     argv: list[str]
     env: dict[str, str]
     jobs: dict[int, Job] = field(default_factory=dict)
+    readers: list[threading.Thread] = field(default_factory=list)
     lines: queue.Queue[tuple[float, str]] = field(default_factory=queue.Queue)
     steps: list[Step] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
@@ -91,7 +92,8 @@ class Run:
                 self.lines.put((time.monotonic(), line.decode(errors="replace")))
 
         self.jobs[host] = job
-        threading.Thread(target=job.wait, kwargs={"show": show}, daemon=True).start()
+        self.readers.append(threading.Thread(target=job.wait, kwargs={"show": show}, daemon=True))
+        self.readers[-1].start()
 
     def kill(self, host: int) -> None:
         """The agent and its worker, at once, as when the power fails."""
@@ -133,6 +135,8 @@ class Run:
     def close(self) -> None:
         for host in list(self.jobs):
             self.kill(host)
+        for reader in self.readers:
+            reader.join()
 
 
 DIES, BACK = "a host dies (SIGKILL)", "a host comes back"

@@ -120,11 +120,14 @@ def test_a_run_under_ddp_is_resumed_too(cluster: Clusters) -> None:
         assert torch.equal(through, again)
 
 
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
 @pytest.mark.parametrize("name", ["choco", "sparse-loco", "deepsqueeze"])
-def test_another_world_size_goes_on_from_the_mean(name: str, cluster: Clusters) -> None:
-    parts, weights = zip(*cluster(4).run(jobs.saved, SAME[name], 5), strict=True)
+def test_another_world_size_goes_on_from_the_mean(
+    name: str, before: int, after: int, cluster: Clusters
+) -> None:
+    parts, weights = zip(*cluster(before).run(jobs.saved, SAME[name], 5), strict=True)
     mean = torch.stack(weights).mean(0)
-    for at_first, _, iterations in cluster(2).run(jobs.loaded, SAME[name], list(parts), 4):
+    for at_first, _, iterations in cluster(after).run(jobs.loaded, SAME[name], list(parts), 4):
         torch.testing.assert_close(at_first, mean)
         assert iterations == 5
 

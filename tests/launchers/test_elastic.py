@@ -10,11 +10,11 @@ from pathlib import Path
 from tests.launchers.test_matrix import ROOT, TORCHRUN, clean
 
 
-def steps(folder: Path, until: int, *start: str) -> list[tuple[int, int]]:
+def steps(folder: Path, until: int, method: str, *start: str) -> list[tuple[int, int]]:
     """Train up to a step; (step, workers) as they are printed."""
     script = [str(ROOT / "examples" / "elastic.py"), "--checkpoints", str(folder), "--width", "32"]
     done = subprocess.run(
-        [sys.executable, *start, *script, "--every", "2", "--steps", str(until)],
+        [sys.executable, *start, *script, "--method", method, "--every", "2", "--steps", str(until)],
         env=clean(), capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -22,6 +22,12 @@ def steps(folder: Path, until: int, *start: str) -> list[tuple[int, int]]:
 
 
 def test_it_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
-    assert steps(tmp_path, 3, *TORCHRUN[1:], "--standalone") == [(1, 2), (2, 2), (3, 2)]
+    together = [*TORCHRUN[1:], "--standalone"]
+    assert steps(tmp_path, 3, "qsgd:bits=1", *together) == [(1, 2), (2, 2), (3, 2)]
     (tmp_path / "step-000003").rename(tmp_path / "unfinished-000003-of-2")  # its writers died just before
-    assert steps(tmp_path, 4) == [(3, 1), (4, 1)]
+    assert steps(tmp_path, 4, "qsgd:bits=1") == [(3, 1), (4, 1)]
+
+
+def test_a_worker_joins_gossip(tmp_path: Path) -> None:
+    assert steps(tmp_path, 2, "choco") == [(1, 1), (2, 1)]
+    assert steps(tmp_path, 4, "choco", *TORCHRUN[1:], "--standalone") == [(3, 2), (4, 2)]
