@@ -34,6 +34,18 @@ def test_a_masked_model_is_one_that_other_tools_understand():
     assert torch.equal(model(batch(0)[0]), computed)
 
 
+def test_a_copy_is_baked_and_the_original_trains_on():
+    model = network()
+    pruner = pruning.magnitude(model, None, 0.5, steps=(0, 1))
+    train(model, sgd(model), 1)
+    pruner.settle()
+    computed = model(batch(0)[0])
+    assert torch.equal(pruning.bake(copy.deepcopy(model))(batch(0)[0]), computed)
+    train(model, sgd(model), 1)
+    pruner.settle()
+    assert (model[0].weight == 0).float().mean() == pytest.approx(0.5)
+
+
 def test_the_optimizer_and_ddp_keep_their_parameters():
     model = network()
     before = {id(parameter) for parameter in model.parameters()}

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from distcomp.errors import DistcompError
+from distcomp.parametrized import own_class
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLACES = ("arriving", "leaving", "resting")
@@ -135,7 +136,7 @@ def remove(model: nn.Module, bake: bool = True) -> nn.Module:
             hook.remove()
         if parametrize.is_parametrized(layer):
             was_training = layer.training
-            _own_class(layer)
+            own_class(layer)
             layer.eval()
             for name in list(layer.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(layer, name, leave_parametrized=bake)
@@ -151,14 +152,6 @@ def remove(model: nn.Module, bake: bool = True) -> nn.Module:
         for name in ("widths", "swapped", "precision_hooks", *added):
             delattr(layer, name)
     return model
-
-
-def _own_class(layer: nn.Module) -> None:
-    """A copied layer shares the class that torch made for its parametrizations, and torch removes them from
-    that class: without one of its own, the other copy would break."""
-    shared = type(layer)
-    own = {name: one for name, one in vars(shared).items() if name not in ("__dict__", "__weakref__")}
-    layer.__class__ = type(shared.__name__, shared.__bases__, own)
 
 
 def latent_of(layer: nn.Module, name: str) -> Tensor | None:

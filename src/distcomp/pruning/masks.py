@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from distcomp.errors import DistcompError
+from distcomp.parametrized import own_class
 
 LAYERS = (
     nn.Linear,
@@ -202,6 +203,7 @@ def bake(model: nn.Module) -> nn.Module:
 def _unparametrize(owner: nn.Module, tensor: str) -> None:
     parameter = owner.parametrizations[tensor].original  # type: ignore[index, union-attr]
     owner.parametrizations[tensor].original = _stand_in(parameter)  # type: ignore[index, union-attr]
+    own_class(owner)
     parametrize.remove_parametrizations(owner, tensor, leave_parametrized=True)
     parameter.copy_(getattr(owner, tensor))
     setattr(owner, tensor, parameter)
