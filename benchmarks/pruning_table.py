@@ -96,8 +96,10 @@ def frequency(rate: float, law: str) -> Maker:
     )
 
 
-def ssl(strength: float) -> Maker:
-    return lambda net, optimizer: pruning.ssl(net, optimizer, until=SPAN, filters=strength, channels=strength)
+def ssl(strength: float, until: int = SPAN) -> Maker:
+    return lambda net, optimizer: pruning.ssl(
+        net, optimizer, until=until, filters=strength, channels=strength
+    )
 
 
 def gradual(share: float) -> Maker:
@@ -133,6 +135,7 @@ COMMON = [
     *[Row("dsd", f"{share:g}", lambda n, o, s=share: pruning.dsd(n, o, s, sparse_from=0, dense_from=SPAN))
       for share in (0.3, 0.5)],
     *[Row("ssl", f"{one:g}", ssl(one), timed=True) for one in (0.01, 0.03, 0.04, 0.05, 0.06)],
+    *[Row("ssl, half as long", f"{one:g}", ssl(one, SPAN // 2), timed=True) for one in (0.05, 0.06)],
     *[Row("gradual", f"{share:g}", gradual(share)) for share in (0.9, 0.95)],
     Row("rigl", "0.9", lambda n, o: pruning.rigl(n, o, 0.9, every=20, until=END), begin=0),
     Row("nm", "2:4", lambda n, o: pruning.nm(n, o, steps=(0,))),
