@@ -18,11 +18,11 @@ def result(name: str) -> dict[str, Any]:
 
 
 def source(found: dict[str, Any], script: str) -> str:
-    """Where the numbers come from."""
-    host = found["host"]
+    """Where the numbers come from. A study of many seeds names them in its rows."""
+    host, seed = found["host"], f", seed {found['seed']}" if "seed" in found else ""
     return (
         f"Measured on {host['cpu']} ({host['cores']} cores), torch {found['versions']['torch']}, commit "
-        f"{found['commit']}, seed {found['seed']}, by `benchmarks/{script}`."
+        f"{found['commit']}{seed}, by `benchmarks/{script}`."
     )
 
 

@@ -8,7 +8,6 @@ their spectral gaps computed, from distcomp.topology.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from _tables import RESULTS, markdown, result, source
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -23,30 +23,10 @@ from distcomp.topology import TOPOLOGIES, Topology, resolve
 
 PAGE = Path(__file__).parents[1] / "docs" / "averaging.md"
 FIGURES = PAGE.parent / "figures"
-RESULTS = Path(__file__).parent / "results"
 SIZES = (8, 16, 64)
 
 mpl.use("svg")
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "distcomp", "font.size": 9})
-
-
-def result(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return found
-
-
-def source(found: dict[str, Any], script: str) -> str:
-    """Where the numbers come from."""
-    host = found["host"]
-    return (
-        f"Measured on {host['cpu']} ({host['cores']} cores), torch {found['versions']['torch']}, commit "
-        f"{found['commit']}, by `benchmarks/{script}`."
-    )
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # ------------------------------------------------------------------------------------------- topologies

@@ -5,16 +5,9 @@ python benchmarks/precision_docs.py
 
 from __future__ import annotations
 
-from typing import Any
-
 from _tables import RESULTS, ROOT, fill, markdown, result, source
 
 NOT_YET = "Not measured yet."
-
-
-def about(found: dict[str, Any], script: str) -> str:
-    """Where the numbers come from; a study in cells has a seed per cell."""
-    return source({"seed": "per row", **found}, script)
 
 
 def spread(value: float | None) -> str:
@@ -40,7 +33,7 @@ def losses() -> str:
         ]
         head = [network, "bits: weights / activations / gradients", "test loss", "difference", "seeds"]
         tables.append(markdown(head, lines))
-    return "\n\n".join([*tables, about(found, "precision_table.py")])
+    return "\n\n".join([*tables, source(found, "precision_table.py")])
 
 
 def claims() -> str:
@@ -74,7 +67,7 @@ def wire() -> str:
     head = ["", "bytes sent per step", "fewer", "exchange", "test loss"]
     same = "the same" if found["same_bits"] else "NOT the same"
     equal = f"Weights of the fixed-point run over {'; '.join(found['fixed_point_weights'])}: {same} bits."
-    return f"{markdown(head, lines)}\n\n{equal} {about(found, 'precision_wire.py')}"
+    return f"{markdown(head, lines)}\n\n{equal} {source(found, 'precision_wire.py')}"
 
 
 def binary() -> str:
@@ -90,7 +83,7 @@ def binary() -> str:
         for name, row in found["layers"].items()
     ]
     head = ["layer", "torch, float32", "packed", "faster", "smaller weights"]
-    return f"{markdown(head, lines)}\n\n{about(found, 'binary_layers.py')}"
+    return f"{markdown(head, lines)}\n\n{source(found, 'binary_layers.py')}"
 
 
 def main() -> None:

@@ -12,11 +12,6 @@ from _tables import RESULTS, ROOT, fill, markdown, result, source
 NOT_YET = "Not measured yet."
 
 
-def about(found: dict[str, Any], script: str) -> str:
-    """Where the numbers come from; a study in cells has a seed per cell."""
-    return source({"seed": "per row", **found}, script)
-
-
 def plus_minus(one: dict[str, Any], digits: int = 3) -> str:
     sign = "" if one["spread"] is None else f" ± {one['spread']:.{digits}f}"
     return f"{one['mean']:.{digits}f}{sign}"
@@ -61,7 +56,7 @@ def losses() -> str:
     ]
     head = ["", "faster when shrunk", "faster with zeros", "parameters left", "test loss above dense"]
     parts.append(markdown(head, lines))
-    return "\n\n".join([*parts, about(found, "pruning_table.py")])
+    return "\n\n".join([*parts, source(found, "pruning_table.py")])
 
 
 def wire() -> str:
@@ -85,7 +80,7 @@ def wire() -> str:
     )
     head = ["", "bytes per step", "fewer", "fewer, whole run", "step", f"to loss {found['plan']['target']:g}",
             "test loss, by seed"]  # fmt: skip
-    return f"{markdown(head, lines)}\n\n{about(found, 'pruned_wire.py')}"
+    return f"{markdown(head, lines)}\n\n{source(found, 'pruned_wire.py')}"
 
 
 def small() -> str:
@@ -105,7 +100,7 @@ def small() -> str:
         for net, cells in nets.items()
     ]
     head = ["", "smaller", "accuracy", "dense", "dense, trained on", "seeds"]
-    return f"{markdown(head, lines)}\n\n{about(found, 'deep_compression.py')}"
+    return f"{markdown(head, lines)}\n\n{source(found, 'deep_compression.py')}"
 
 
 def hostile() -> str:
@@ -114,7 +109,7 @@ def hostile() -> str:
     return (
         f"{found['inputs']:,} hostile files: {found['refused']:,} refused, {found['read']:,} read, "
         f"{found['crashed']} crashes; memory grew by {grown / 2**20:.0f} MiB at its peak, with "
-        f"{found['limit_bytes'] / 2**20:.0f} MiB allowed for tensors. {about(found, 'fuzz_container.py')}"
+        f"{found['limit_bytes'] / 2**20:.0f} MiB allowed for tensors. {source(found, 'fuzz_container.py')}"
     )
 
 

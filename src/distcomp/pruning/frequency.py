@@ -12,8 +12,8 @@ from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
 from distcomp.pruning.masks import Mask, unwrapped
-from distcomp.pruning.pruner import Criterion, Pruner, Tensors, View
-from distcomp.pruning.surgery import Draws, check_rarity, hysteresis
+from distcomp.pruning.pruner import Pruner
+from distcomp.pruning.surgery import Draws, Surgery, check_rarity
 
 LAWS = ("rising", "linear", "flat")
 
@@ -79,33 +79,16 @@ class Bands:
 
 
 @dataclass(frozen=True)
-class FrequencySurgery(Criterion):
+class FrequencySurgery(Surgery):
     """Dynamic network surgery on coefficients: ``base factor(u)`` in place of a layer's base."""
 
-    wants_dense = True
-    holds = True
-    restarts = False
-
-    draws: Draws
-    rate: float
     bands: Bands
 
     def mask_for(self, parameter: Tensor) -> Mask:
         return FrequencyMask(parameter)
 
-    def due(self, step: int, name: str) -> bool:
-        return self.draws(step, name)
-
-    def decide(self, view: View) -> Tensors:
-        masks: Tensors = {}
-        for name in view.due:
-            magnitudes = view.weights[name].abs().float()
-            if name not in view.memory:
-                base = magnitudes.mean() + self.rate * magnitudes.std(unbiased=False)
-                view.memory[name] = base.clamp(min=0)
-            bounds = view.memory[name] * self.bands.factors(*magnitudes.shape[-2:]).to(magnitudes)
-            masks[name] = hysteresis(magnitudes, view.masks[name], 0.9 * bounds, 1.1 * bounds)
-        return masks
+    def bound(self, base: Tensor, magnitudes: Tensor) -> Tensor:
+        return base * self.bands.factors(*magnitudes.shape[-2:]).to(magnitudes)
 
 
 def frequency(

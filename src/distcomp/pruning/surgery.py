@@ -73,9 +73,13 @@ class Surgery(Criterion):
                 spread = magnitudes.std(unbiased=False)
                 base = magnitudes.mean() + of_layer(self.rate, name) * spread
                 view.memory[name] = base.clamp(min=0)
-            base = view.memory[name]
-            masks[name] = hysteresis(magnitudes, view.masks[name], 0.9 * base, 1.1 * base)
+            bound = self.bound(view.memory[name], magnitudes)
+            masks[name] = hysteresis(magnitudes, view.masks[name], 0.9 * bound, 1.1 * bound)
         return masks
+
+    def bound(self, base: Tensor, magnitudes: Tensor) -> Tensor:
+        """What magnitudes are compared with: one number, or one for each."""
+        return base
 
 
 def dns(
