@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -235,6 +236,22 @@ def byte_language_model(batch: int, context: int) -> Task:
 
     test = bytes_lm.texts(held_out, 512, torch.Generator().manual_seed(0))
     return Task(bytes_lm.Reader, bytes_lm.loss_of, batches, test)
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one method over its seeds: how many ran and diverged; of the others losses, and what was sent."""
+    through = [one for one in runs if "diverged" not in one]
+    found: dict[str, Any] = {"seeds": len(runs), "diverged": len(runs) - len(through)}
+    if through:
+        losses = [one["test_loss"] for one in through]
+        found |= {
+            "test_loss": losses,
+            "mean": statistics.mean(losses),
+            "range": [min(losses), max(losses)],
+            "test_accuracy": statistics.mean(one["test_accuracy"] for one in through),
+            "sent_bytes": through[0]["sent_bytes"],
+        }
+    return found
 
 
 class Cells:

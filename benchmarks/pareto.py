@@ -16,7 +16,7 @@ import statistics
 from typing import Any
 
 import torch
-from _crowd import Cells, Plan, byte_language_model, train, warm_up_then_cosine
+from _crowd import Cells, Plan, byte_language_model, summary, train, warm_up_then_cosine
 
 from distcomp.methods import Method, identity, parse, qsgd
 from distcomp.sync.averaging import Averaging
@@ -78,21 +78,12 @@ def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for name in METHODS:
         runs = [cells[key] for seed in range(SEEDS) if (key := _name(name, best, seed)) in cells]
-        through = [one for one in runs if "diverged" not in one]
         if not runs:
             continue
-        rows[name] = {"rate": best, "seeds": len(runs), "diverged": len(runs) - len(through)}
-        if through:
-            losses = [one["test_loss"] for one in through]
-            rows[name] |= {
-                "test_loss": losses,
-                "mean": statistics.mean(losses),
-                "range": [min(losses), max(losses)],
-                "test_accuracy": statistics.mean(one["test_accuracy"] for one in through),
-                "sent_bytes": through[0]["sent_bytes"],
-            }
+        rows[name] = {"rate": best, **summary(runs)}
+        if "mean" in rows[name]:
             ddp = rows["DDP fp32"]
-            paired = statistics.mean(ddp["test_loss"][: len(losses)])
+            paired = statistics.mean(ddp["test_loss"][: len(runs)])
             rows[name]["relative_loss"] = rows[name]["mean"] / paired
             rows[name]["times_fewer_bytes"] = ddp["sent_bytes"] / rows[name]["sent_bytes"]
     return rows

@@ -15,11 +15,10 @@ seed (the error is a mean over 512 parameters: another seed differs by a few per
 from __future__ import annotations
 
 import argparse
-import statistics
 from typing import Any
 
 import torch
-from _crowd import Cells, Plan, digit_pairs, train, warm_up_then_cosine
+from _crowd import Cells, Plan, digit_pairs, summary, train, warm_up_then_cosine
 
 from distcomp.methods import Method, identity, qsgd
 from distcomp.schedule import whole
@@ -76,19 +75,8 @@ def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for name in LOSS:
         runs = [cells[key] for seed in range(SEEDS) if (key := _name(name, best, seed)) in cells]
-        through = [one for one in runs if "diverged" not in one]
-        if not runs:
-            continue
-        rows[name] = {"rate": best, "seeds": len(runs), "diverged": len(runs) - len(through)}
-        if through:
-            found = [one["test_loss"] for one in through]
-            rows[name] |= {
-                "test_loss": found,
-                "mean": statistics.mean(found),
-                "range": [min(found), max(found)],
-                "test_accuracy": statistics.mean(one["test_accuracy"] for one in through),
-                "sent_bytes": through[0]["sent_bytes"],
-            }
+        if runs:
+            rows[name] = {"rate": best, **summary(runs)}
     return rows
 
 
