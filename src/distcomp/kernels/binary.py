@@ -6,7 +6,9 @@ torch reference give the same bits, as all sums are integers below 2^24.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,8 +78,8 @@ def binary_conv2d(
         signs = torch.where(x < 0, -1.0, 1.0)
         y = torch.nn.functional.conv2d(signs, unpack_filters(words, shape), None, stride, padding)
         return y * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
-    cpu = import_module("distcomp.kernels._cpu")
-    packed = _packed_signs(x, channels, height * width)
+    cpu = _extension()
+    packed = _packed_signs(x, samples, channels, height * width)
     out = torch.empty(samples, outputs, *made)
     cpu.binary_conv(
         packed.data_ptr(), words.data_ptr(), scale.data_ptr(), bias.data_ptr(), out.data_ptr(), samples,
@@ -96,31 +98,36 @@ def binary_linear(
     outputs, inputs = shape[:2]
     if x.shape[-1] != inputs or x.dtype != torch.float32:
         raise DistcompError(f"the input is {tuple(x.shape)} of {x.dtype}; pass float32 of {inputs} values")
-    rows = x.reshape(-1, inputs)
-    if not len(rows):
+    rows = x if x.dim() == 2 else x.reshape(-1, inputs)
+    count = rows.shape[0]
+    if not count:
         return x.new_empty(*x.shape[:-1], outputs)
     if backend(x.device) != "cpu":
         y = torch.where(rows < 0, -1.0, 1.0) @ unpack_filters(words, shape).flatten(1).T
         return (y * scale + bias).view(*x.shape[:-1], outputs)
-    cpu = import_module("distcomp.kernels._cpu")
-    packed = _packed_signs(rows, inputs, 1)
-    out = torch.empty(len(rows), outputs)  # rows are the places of one line of an image, and stay rows
+    cpu = _extension()
+    packed = _packed_signs(rows, count, inputs, 1)
+    out = torch.empty(count, outputs)  # rows are the places of one line of an image, and stay rows
     cpu.binary_conv(
         packed.data_ptr(), words.data_ptr(), scale.data_ptr(), bias.data_ptr(), out.data_ptr(), 1,
-        (inputs, 1, len(rows)), (outputs, 1, 1, 1, 0), (1, len(rows)), True, _plain(cpu),
+        (inputs, 1, count), (outputs, 1, 1, 1, 0), (1, count), True, _plain(cpu),
     )  # fmt: skip
-    return out.view(*x.shape[:-1], outputs)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], outputs)
 
 
-def _packed_signs(x: Tensor, channels: int, places: int) -> Tensor:
+def _packed_signs(x: Tensor, samples: int, channels: int, places: int) -> Tensor:
     """int64 ``[samples, places, words]``."""
-    cpu = import_module("distcomp.kernels._cpu")
-    x = x.contiguous()
-    packed = torch.empty(len(x), places, -(-channels // WORD), dtype=torch.int64)
-    cpu.pack_signs(x.data_ptr(), packed.data_ptr(), len(x), channels, places, _plain(cpu))
+    cpu, x = _extension(), x.contiguous()
+    packed = torch.empty(samples, places, -(-channels // WORD), dtype=torch.int64)
+    cpu.pack_signs(x.data_ptr(), packed.data_ptr(), samples, channels, places, _plain(cpu))
     return packed
 
 
-def _plain(cpu: object) -> bool:
+@cache
+def _extension() -> Any:
+    return import_module("distcomp.kernels._cpu")
+
+
+def _plain(cpu: Any) -> bool:
     """Whether the plain instruction set was asked for (``_cpu.use("generic")``)."""
-    return bool(cpu.instruction_set() == "generic")  # type: ignore[attr-defined]
+    return bool(cpu.instruction_set() == "generic")
