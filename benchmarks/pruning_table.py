@@ -28,11 +28,34 @@ from torch import Tensor, nn
 
 from distcomp import pruning
 
-STEPS, BATCH, SEEDS = 1200, 64, 5
+BATCH, SEEDS = 64, 5
 RATES = {"LeNet-300-100": 0.1, "residual CNN": 0.05}
-BEGIN, END = STEPS // 5, 3 * STEPS // 5
-SPAN = END - BEGIN
-CUTS = tuple(range(0, SPAN, SPAN // 4))
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Training for so many steps; pruning in between, whose clock begins with it."""
+
+    steps: int
+
+    @property
+    def begin(self) -> int:
+        return self.steps // 5
+
+    @property
+    def end(self) -> int:
+        return 3 * self.steps // 5
+
+    @property
+    def span(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        return tuple(range(0, self.span, self.span // 4))
+
+
+PHASES = {"LeNet-300-100": Phases(3600), "residual CNN": Phases(1200)}
 
 
 class Block(nn.Module):
@@ -58,7 +81,7 @@ def cnn(width: int = 16) -> nn.Sequential:
 
 KERNELS = [f"{block}.{layer}.weight" for block in (5, 6) for layer in ("one", "two")]
 NETWORKS: dict[str, Callable[[], nn.Sequential]] = {"LeNet-300-100": lenet, "residual CNN": cnn}
-Maker = Callable[[nn.Module, torch.optim.Optimizer], pruning.Pruner]
+Maker = Callable[[nn.Module, torch.optim.Optimizer, Phases], pruning.Pruner]
 
 
 @dataclass(frozen=True)
@@ -68,42 +91,65 @@ class Row:
     method: str
     setting: str
     make: Maker | None
-    begin: int = BEGIN
     timed: bool = False
+    from_start: bool = False
 
 
 def magnitude(share: float, names: list[str] | None = None) -> Maker:
-    return lambda net, optimizer: pruning.magnitude(net, optimizer, share, steps=CUTS, names=names)
+    return lambda net, optimizer, phases: pruning.magnitude(
+        net, optimizer, share, steps=phases.cuts, names=names
+    )
 
 
 def at_once(share: float) -> Maker:
-    return lambda net, optimizer: pruning.magnitude(net, optimizer, share, steps=(SPAN // 2,))
+    return lambda net, optimizer, phases: pruning.magnitude(net, optimizer, share, steps=(phases.span // 2,))
 
 
 def quality(factor: float) -> Maker:
-    return lambda net, optimizer: pruning.magnitude(
-        net, optimizer, factor, steps=(0, SPAN // 2), by="quality"
+    return lambda net, optimizer, phases: pruning.magnitude(
+        net, optimizer, factor, steps=(0, phases.span // 2), by="quality"
     )
 
 
 def surgery(rate: float, names: list[str] | None = None) -> Maker:
-    return lambda net, optimizer: pruning.dns(net, optimizer, rate, until=SPAN, names=names)
+    return lambda net, optimizer, phases: pruning.dns(net, optimizer, rate, until=phases.span, names=names)
 
 
 def frequency(rate: float, law: str) -> Maker:
-    return lambda net, optimizer: pruning.frequency(
-        net, optimizer, rate, bands=pruning.Bands(law), until=SPAN, names=KERNELS
+    return lambda net, optimizer, phases: pruning.frequency(
+        net, optimizer, rate, bands=pruning.Bands(law), until=phases.span, names=KERNELS
     )
 
 
-def ssl(strength: float, until: int = SPAN) -> Maker:
-    return lambda net, optimizer: pruning.ssl(
-        net, optimizer, until=until, filters=strength, channels=strength
+def ssl(strength: float, share: float = 1.0) -> Maker:
+    return lambda net, optimizer, phases: pruning.ssl(
+        net, optimizer, until=round(share * phases.span), filters=strength, channels=strength
     )
 
 
 def gradual(share: float) -> Maker:
-    return lambda net, optimizer: pruning.gradual(net, optimizer, share, end=SPAN - 1, every=10)
+    return lambda net, optimizer, phases: pruning.gradual(
+        net, optimizer, share, end=phases.span - 1, every=10
+    )
+
+
+def dense_again(share: float) -> Maker:
+    return lambda net, optimizer, phases: pruning.dsd(
+        net, optimizer, share, sparse_from=0, dense_from=phases.span
+    )
+
+
+def rigl(net: nn.Module, optimizer: torch.optim.Optimizer, phases: Phases) -> pruning.Pruner:
+    return pruning.rigl(net, optimizer, 0.9, every=20, until=phases.end)
+
+
+@torch.no_grad()
+def scaled_up(net: nn.Module, density: float) -> nn.Module:
+    """Few weights give a layer's outputs the variance that all of them did."""
+    for parameter in net.parameters():
+        if parameter.dim() > 1:
+            parameter.div_(density**0.5)
+    return net
 
 
 def shared_examples(count: int) -> tuple[Tensor, Tensor]:
@@ -114,14 +160,14 @@ def shared_examples(count: int) -> tuple[Tensor, Tensor]:
 
 def correlated(share: float) -> Maker:
     """Layer by layer, the last as pruning begins and the first as it ends."""
-    return lambda net, optimizer: pruning.correlation(
-        net, optimizer, share, inputs=shared_examples(500)[0], every=SPAN // 8
+    return lambda net, optimizer, phases: pruning.correlation(
+        net, optimizer, share, inputs=shared_examples(500)[0], every=phases.span // 8
     )
 
 
 def discriminating(share: float) -> Maker:
-    return lambda net, optimizer: pruning.dcp(
-        net, optimizer, share, data=shared_examples(200), every=SPAN // 8
+    return lambda net, optimizer, phases: pruning.dcp(
+        net, optimizer, share, data=shared_examples(200), every=phases.span // 8
     )
 
 
@@ -132,14 +178,14 @@ COMMON = [
     *[Row("magnitude at once", f"{share:g}", at_once(share)) for share in (0.7, 0.9, 0.95)],
     *[Row("dns", f"{rate:g}", surgery(rate)) for rate in (0.0, 0.5, 1.0, 1.5, 2.0)],
     *[Row("correlation", f"{share:g}", correlated(share)) for share in (0.7, 0.9, 0.95)],
-    *[Row("dsd", f"{share:g}", lambda n, o, s=share: pruning.dsd(n, o, s, sparse_from=0, dense_from=SPAN))
-      for share in (0.3, 0.5)],
-    *[Row("ssl", f"{one:g}", ssl(one), timed=True) for one in (0.01, 0.03, 0.04, 0.05, 0.06)],
-    *[Row("ssl, half as long", f"{one:g}", ssl(one, SPAN // 2), timed=True) for one in (0.05, 0.06)],
+    *[Row("dsd", f"{share:g}", dense_again(share)) for share in (0.3, 0.5)],
+    *[Row("ssl", f"{one:g}", ssl(one), timed=True) for one in (0.01, 0.02, 0.03, 0.04, 0.05, 0.06)],
+    *[Row("ssl, half as long", f"{one:g}", ssl(one, 0.5), timed=True) for one in (0.03, 0.04, 0.06)],
     *[Row("gradual", f"{share:g}", gradual(share)) for share in (0.9, 0.95)],
-    Row("rigl", "0.9", lambda n, o: pruning.rigl(n, o, 0.9, every=20, until=END), begin=0),
-    Row("nm", "2:4", lambda n, o: pruning.nm(n, o, steps=(0,))),
-    Row("group_lasso", "0.002", lambda n, o: pruning.group_lasso(n, o, 0.002, until=SPAN)),
+    Row("rigl", "0.9", rigl, from_start=True),
+    Row("rigl, scaled up at first", "0.9", lambda n, o, p: rigl(scaled_up(n, 0.1), o, p), from_start=True),
+    Row("nm", "2:4", lambda n, o, _: pruning.nm(n, o, steps=(0,))),
+    Row("group_lasso", "0.002", lambda n, o, p: pruning.group_lasso(n, o, 0.002, until=p.span)),
 ]  # fmt: skip
 ROWS: dict[str, list[Row]] = {
     "LeNet-300-100": [
@@ -174,11 +220,12 @@ def cell(network: str, row: Row, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     net, draw = NETWORKS[network](), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(net.parameters(), RATES[network], momentum=0.9)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(STEPS))
+    phases = PHASES[network]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(phases.steps))
     pruner = None
-    for step in range(STEPS):
-        if row.make is not None and step == row.begin:
-            pruner = row.make(net, optimizer)
+    for step in range(phases.steps):
+        if row.make is not None and step == (0 if row.from_start else phases.begin):
+            pruner = row.make(net, optimizer, phases)
         x, y = digits.pairs(images, labels, BATCH, draw)
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(net(x), y)
@@ -286,9 +333,10 @@ def main() -> None:
     wanted = parser.parse_args()
     torch.set_num_threads(1)
     about = {
-        "task": "digit pairs, last digit of the sum", "steps": STEPS, "batch": BATCH, "seeds": SEEDS,
-        "rates": RATES, "optimizer": "SGD, momentum 0.9, warm-up then cosine",
-        "reduced": "1,200 steps, small networks: a seed takes ten minutes of one core",
+        "task": "digit pairs, last digit of the sum", "batch": BATCH, "seeds": SEEDS,
+        "steps": {name: phases.steps for name, phases in PHASES.items()}, "rates": RATES,
+        "optimizer": "SGD, momentum 0.9, warm-up then cosine",
+        "reduced": "small networks: a seed takes fifteen minutes of one core",
     }  # fmt: skip
     cells = Cells("pruning_table", about)
     for seed in range(SEEDS):

@@ -75,6 +75,9 @@ def rigl(
     that falls along a cosine is exchanged. On the wire, gradients of dead weights are sent in those
     iterations alone.
 
+    Where no normalization follows, scale the weights up by ``1/sqrt(1 - sparsity)`` first: as few of them
+    then carry the signal as all of them did.
+
     Source: Evci et al., Rigging the lottery, ICML 2020. We differ: the same share of dead weights in every
     layer; a weight that was just dropped may grow again.
     """
