@@ -80,14 +80,14 @@ def decentralized() -> str:
     return f"{show(found['table'], found['published'])}\n\n{source(found, 'decentralized_table.py')}"
 
 
-def pqasgd_loss() -> str:
+def pqasgd_loss(kind: str = "loss") -> str:
     found = result("pqasgd")
-    base = found["loss"]["full SGD"]
+    base = found[kind]["full SGD"]
     rows = [
         [name, f"{100 * row['sent_bytes'] / base['sent_bytes']:.1f} %", _losses(row), _percent(row)]
         if "mean" in row
         else [name, "", "diverges", ""]
-        for name, row in found["loss"].items()
+        for name, row in found[kind].items()
     ]
     head = ["", "bytes sent", "test loss (range, seeds)", "accuracy"]
     return f"{markdown(head, rows)}\n\n{source(found, 'pqasgd.py')}"
@@ -210,6 +210,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "topologies": topologies,
     "decentralized": decentralized,
     "pqasgd-loss": pqasgd_loss,
+    "pqasgd-language": lambda: pqasgd_loss("language"),
     "pqasgd-speed": pqasgd_speed,
     "pareto": pareto,
     "seconds": seconds,
