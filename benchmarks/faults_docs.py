@@ -23,6 +23,14 @@ def row(fault: Row) -> list[str]:
     return [fault["name"], named, lost, seconds(fault["went_on_s"]), str(fault["workers"]), losses]
 
 
+def soaked(found: dict[str, Any]) -> str:
+    return (
+        f"{found['steps']:,} steps under {len(found['faults'])} faults drawn at random: "
+        f"{found['steps_trained_twice']} steps were trained twice, test loss {found['first_loss']:.3f} → "
+        f"{found['last_loss']:.3f}. {source(found, 'faults.py --soak 2000')}"
+    )
+
+
 def main() -> None:
     found = result("faults")
     head = ["fault", "detected in", "lost", "went on after", "workers", "test loss before → after"]
@@ -31,7 +39,9 @@ def main() -> None:
         f"Workers wait {found['timeout_s']:g} s for each other and write a checkpoint every "
         f"{found['checkpoint_every']} steps. {source(found, 'faults.py')}"
     )
-    fill(ROOT / "docs" / "faults.md", "faults", f"{table}\n\n{about}")
+    page = ROOT / "docs" / "faults.md"
+    fill(page, "faults", f"{table}\n\n{about}")
+    fill(page, "soak", soaked(result("soak")))
 
 
 if __name__ == "__main__":
