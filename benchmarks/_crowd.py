@@ -257,7 +257,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 class Cells:
     """Results by key in one JSON file, written after each: a study that is stopped goes on where it was.
 
-    ``plan`` says what they were made with; a file with another plan is refused.
+    ``plan`` says what they were made with; a file with another plan is refused. ``commit`` names every one
+    that made cells.
     """
 
     def __init__(self, name: str, plan: Mapping[str, Any]) -> None:
@@ -270,12 +271,15 @@ class Cells:
             )
         begun = {**surroundings(Path(__file__).parent), "plan": dict(plan), "cells": {}}
         self.document: dict[str, Any] = old or begun
+        self._commit = begun["commit"]
 
     def get(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of ``key``: from the file, or made and written."""
         cells: dict[str, dict[str, Any]] = self.document["cells"]
         if key not in cells:
             cells[key] = make()
+            if self._commit not in self.document["commit"].split(", "):
+                self.document["commit"] += f", {self._commit}"
             self.write()
             shown = {name: value for name, value in cells[key].items() if name != "curve"}
             print(key, shown, file=sys.stderr, flush=True)

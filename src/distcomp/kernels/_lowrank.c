@@ -10,9 +10,9 @@
 
 #define BODY static inline __attribute__((always_inline))
 #define LANES 16
-#define ROWS 4   /* of M at a time, so that a factor is loaded once for all of them */
+#define ROWS 4    /* of M at a time, so that a factor is loaded once for all of them */
 #define FACTORS 4 /* rows of a factor at a time: their sums stay in registers */
-#define MOST 8    /* the largest rank; more is a matter for BLAS */
+#define MOST 8    /* the largest rank, FEW in lowrank.py; more is a matter for BLAS */
 #define SPAN 2048 /* columns at a time, so that a factor's piece stays in the first cache */
 
 typedef float Lanes __attribute__((vector_size(4 * LANES)));

@@ -57,8 +57,9 @@ def times_columns(p: Tensor, matrix: Tensor) -> Tensor:
 
 def outer(p: Tensor, q: Tensor, out: Tensor) -> None:
     """``out = p^T q``."""
-    if _extension(p, out) is not None:
-        _outer(p, q, out, subtract=False)
+    cpu = _extension(p, out)
+    if cpu is not None:
+        _outer(cpu, p, q, out, subtract=False)
     elif _few(p, out):
         out.zero_()
         for left, right in zip(p, q, strict=True):
@@ -69,14 +70,14 @@ def outer(p: Tensor, q: Tensor, out: Tensor) -> None:
 
 def subtract_outer(p: Tensor, q: Tensor, out: Tensor) -> None:
     """``out -= p^T q``."""
-    if _extension(p, out) is not None:
-        _outer(p, q, out, subtract=True)
+    cpu = _extension(p, out)
+    if cpu is not None:
+        _outer(cpu, p, q, out, subtract=True)
     else:
         out.addmm_(p.T, q, alpha=-1)
 
 
-def _outer(p: Tensor, q: Tensor, out: Tensor, subtract: bool) -> None:
-    cpu = _extension(p, out)
+def _outer(cpu: Any, p: Tensor, q: Tensor, out: Tensor, subtract: bool) -> None:
     (a, b), rank = out.shape, len(p)
     p_at, q_at, out_at = p.data_ptr(), q.data_ptr(), out.data_ptr()
 
