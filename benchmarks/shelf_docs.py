@@ -17,6 +17,11 @@ RATES = {"10mbit": "10 Mbit/s", "100mbit": "100 Mbit/s", "1gbit": "1 Gbit/s", "u
 Found = dict[str, Any]
 
 
+def times(ratio: float) -> str:
+    """With two digits behind the point near 1, where one would hide who is faster."""
+    return f"{ratio:.{1 if ratio >= 2 else 2}f} x"
+
+
 def source(found: Found, script: str) -> str:
     host = found["host"]
     return (
@@ -56,14 +61,14 @@ def peers(found: Found) -> Iterator[str]:
 
 def _against(best: Found) -> str:
     stock = best["over_best_stock_hook"]
-    over_stock = f", {stock:.2f} x faster than the best stock hook" if stock else ""
-    return f"{best['over_ddp']:.1f} x faster than DDP{over_stock}"
+    over_stock = f", {times(stock)} the best stock hook's" if stock else ""
+    return f"{times(best['over_ddp'])} DDP's speed{over_stock}"
 
 
 def _seconds(one: Found) -> str:
     if one.get("seconds") is None:
         return f"{one['step_s'] * 1000:.0f} ms a step"
-    faster = f" ({one['over_ddp']:.1f} x)" if "over_ddp" in one else ""
+    faster = f" ({times(one['over_ddp'])})" if "over_ddp" in one else ""
     return f"{one['seconds']:.1f} s{faster}"
 
 
