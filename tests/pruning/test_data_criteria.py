@@ -101,6 +101,7 @@ def test_what_cannot_be_is_refused():
         (lambda: pruning.correlation(nn.Conv2d(2, 2, 1, groups=2), None, inputs=x), "weight is not"),
         (lambda: pruning.dcp(network(), None, data=(x, x)), "no second convolution"),
         (lambda: pruning.dcp(network(), None, data=(x, x), every=0), "1 or more"),
+        (lambda: pruning.dcp(network(), None, 1.0, data=(x, x)), "in \\[0, 1\\)"),
     ):
         with pytest.raises(DistcompError, match=sentence):
             make()
