@@ -6,8 +6,8 @@
 A cell is a number of ranks and a network: ``10mbit``, ``100mbit``, ``1gbit``, or ``racks`` (100 Mbit/s in
 two racks behind uplinks of 50 Mbit/s). What the prediction knows: the network that was asked for; of the
 ranks, all at once and before any of what is predicted: how long a step computes, when its buckets are ready,
-how long each method thinks between two requests (an echo answers); and how long messages of a few sizes
-take, to all and around a ring.
+how long each method thinks between two requests (an echo answers); and what steps take, and take of a core,
+in which zeros of a few sizes are sent, to all and around a ring (``distcomp.advice.calibrate``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -28,12 +29,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
-from distcomp.advice.predict import Machine, predict, rehearse
+from distcomp.advice.calibrate import calibrate
+from distcomp.advice.predict import predict, rehearse
 from distcomp.network import Fabric, Rack, parse_rate
-from distcomp.network.model import Host
-from distcomp.network.probe import excess_of
-from distcomp.sync.observe import observe
-from distcomp.transports.clocked import direct_seconds, ring_seconds
 
 METHODS = (
     "ddp", "torch:fp16", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1", "qsgd:bits=4,pattern=gather",
@@ -43,8 +41,8 @@ RESULT = Path(__file__).parent / "results" / "model_error.json"
 LAYERS, BATCH = 4, 4
 SIDES = {"10mbit": 512}
 SIDE = 1024
-SIZES = (1 << 10, 16 << 10, 128 << 10, 512 << 10, 2 << 20)
-REPEATS = 11
+SIZES = (1 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 2 << 20)
+SECONDS, FEWEST, MOST = 2.0, 3, 15
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -78,17 +76,14 @@ def stepper(ddp: DistributedDataParallel, side: int) -> Any:
 # ------------------------------------------------------------------------------------ on the emulated ranks
 
 
-def calibrate(settings: dict[str, Any], ddp: DistributedDataParallel) -> dict[str, Any]:
+def foretell(settings: dict[str, Any], ddp: DistributedDataParallel) -> dict[str, Any]:
     """All ranks at once: the machine, the network's messages, and what the model makes of it."""
-    ranks, here = dist.get_world_size(), dist.get_rank()
+    ranks = dist.get_world_size()
     fabric = fabric_of(settings["network"], ranks)
     _, step = stepper(ddp, settings["side"])
     dist.barrier()
-    observed = observe(ddp, step, repeats=9)
     sizes = SIZES[:-1] if settings["network"] == "10mbit" else SIZES
-    measured_s = direct_seconds(sizes, REPEATS), ring_seconds(sizes, REPEATS)
-    direct, around = excess_of(sizes, *measured_s, fabric)
-    machine = Machine(observed, Host(ranks, CORES, direct=direct, around=around))
+    machine = calibrate(ddp, step, fabric, sizes, CORES)
     found = {}
     for method in settings["methods"]:
         dist.barrier()
@@ -100,12 +95,17 @@ def calibrate(settings: dict[str, Any], ddp: DistributedDataParallel) -> dict[st
         method: {key: sum(one[method][key] for one in everyone) / ranks for key in found[method]}
         for method in found
     }
-    told = {"step_s": observed.step_s, "ready_s": observed.ready_s, **asdict(machine.host)}
-    return {"machine": told, "predicted": mean} if here == 0 else {}
+    told = {
+        "step_s": machine.observed.step_s, "ready_s": machine.observed.ready_s, **asdict(machine.host)
+    }  # fmt: skip
+    return {"machine": told, "predicted": mean}
 
 
-def measure(settings: dict[str, Any], ddp: DistributedDataParallel) -> dict[str, Any]:
-    """Step times of every method, in turns, from the start of one step to the start of the next, by rank."""
+def measure(
+    settings: dict[str, Any], ddp: DistributedDataParallel, predicted: dict[str, Any]
+) -> dict[str, Any]:
+    """Step times of every method, in turns, from the start of one step to the start of the next, by rank;
+    of so many steps as may take two seconds."""
     mine: dict[str, list[float]] = {method: [] for method in settings["methods"]}
     phases: dict[str, dict[str, float]] = {}
     optimizer, step = stepper(ddp, settings["side"])
@@ -116,7 +116,8 @@ def measure(settings: dict[str, Any], ddp: DistributedDataParallel) -> dict[str,
                     step()
                 dist.barrier()  # otherwise one who was late there is felt far away, steps later
                 starts_s = []
-                for _ in range(settings["steps"] + 1):
+                steps = math.ceil(SECONDS / predicted[method]["step_s"])
+                for _ in range(1 + min(max(steps, FEWEST), MOST)):
                     starts_s.append(time.perf_counter())
                     step()
                 phases[method] = handle.stats()["last"]["phases"]
@@ -132,8 +133,8 @@ def rank_main() -> None:
     dist.init_process_group("gloo")
     settings = json.loads(os.environ["MODEL_ERROR"])
     ddp = model(settings["side"])
-    found = calibrate(settings, ddp)
-    found |= measure(settings, ddp)
+    found = foretell(settings, ddp)
+    found |= measure(settings, ddp, found["predicted"])
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.destroy_process_group()
@@ -148,7 +149,7 @@ def cell(arguments: argparse.Namespace) -> dict[str, Any]:
 
     settings = {
         "network": arguments.network, "side": SIDES.get(arguments.network, SIDE),
-        "methods": list(arguments.methods), "steps": arguments.steps, "turns": arguments.turns,
+        "methods": list(arguments.methods), "turns": arguments.turns,
     }  # fmt: skip
 
     fabric = fabric_of(arguments.network, arguments.ranks)
@@ -202,7 +203,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--network", help="measure this cell; without it, judge those that were")
-    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--json", action="store_true")

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from distcomp import cli
 from distcomp.advice import Problem
 from distcomp.advice.advise import advise, at_rate, break_even_bps
+from distcomp.advice.calibrate import late
 from distcomp.advice.overlap import Timing, averaging_step, gradient_step
 from distcomp.advice.predict import Machine, predict, rehearse
 from distcomp.advice.scale import Rehearsals
-from distcomp.advice.talks import Round, Talk
+from distcomp.advice.talks import Round, Talk, clock
 from distcomp.layout import Layout
 from distcomp.methods import METHODS, parse
 from distcomp.methods.base import Method
@@ -94,13 +99,110 @@ def test_models_are_averaged_after_the_step_and_in_their_share_of_steps() -> Non
     assert step.step_s == pytest.approx(1.2 + 0.25 * (1.547 + 2 * 0.04))
 
 
+def test_averaging_waits_for_the_cores_where_they_take_longer_than_the_wire() -> None:
+    talk = Talk(sums(1_448_000), 0.03)
+    slow = Host(2, 1, around=Excess((1.0,), (0.0,), (1.0 / 1_448_000,)))
+    step = averaging_step(Timing((1.0,), 1.2), [talk], Fabric.uniform(2, 8e6), slow)
+    assert step.step_s == pytest.approx(1.2 + 2 * 1.0 + 0.04)  # one second of a core that two share
+
+
 def test_what_was_measured_beyond_the_model_is_added_per_hop() -> None:
     fabric = Fabric.uniform(4, "100mbit")
-    late = Host(direct=Excess((1e3, 1e6), (1e-3, 1e-3)), around=Excess((1.0,), (2e-3,)))
+    late = Host(direct=Excess((1e3, 1e6), (1e-3, 1e-3), (0.0, 0.0)), around=Excess((1.0,), (2e-3,), (0.0,)))
     payload = Ask("gather", (1e5,) * 4).exchange(fabric)
-    assert payload.cost(fabric, late).latency_s == pytest.approx(1e-3)
+    assert payload.cost(fabric, late).seconds == pytest.approx(payload.cost(fabric).seconds + 1e-3)
     ring = Ask("ring", (1e5,)).exchange(fabric)
     assert ring.cost(fabric, late).seconds == pytest.approx(ring.cost(fabric).seconds + 6 * 2e-3)
+
+
+def test_what_was_measured_lies_on_lines_between_sizes() -> None:
+    excess = Excess((100.0, 200.0, 400.0), (3.0, 1.0, 2.0), (1.0, 2.0, 10.0))
+    assert [excess.hop_s(nbytes) for nbytes in (1, 150, 300, 9000)] == [3.0, 2.0, 1.5, 2.0]
+    assert [excess.carried_s(nbytes) for nbytes in (1, 150, 300, 800)] == [1.0, 1.5, 6.0, 20.0]
+
+
+def shared(ranks: int, cores: int, core_s: float) -> Host:
+    """To which every exchange is so much of a core."""
+    alike = Excess((1e12,), (0.0,), (core_s,))
+    return Host(ranks, cores, direct=alike, around=alike)
+
+
+def test_backward_arithmetic_and_carrying_share_a_core_by_hand() -> None:
+    """Two ranks on one core; a sum of 1,448,000 bytes is 1.547 s on the wire and 0.5 s of the core's, so 1 s
+    of a rank's turn."""
+    fabric, timing = Fabric.uniform(2, 8e6), Timing((1.0, 2.0), 2.5)
+    talks = [Talk((Round(0.1, Ask("ring", (1_448_000,))),), 0.2), Talk((), 0.0)]
+    step = gradient_step(timing, talks, fabric, shared(2, 1, 0.5))
+    sent = 1.0 + 0.2  # backward, 1.1 s done, goes on beside the arithmetic
+    second = sent + 2 * (2.0 - 1.1)  # which is ready late, for it takes turns with carrying
+    arrived = sent + 1.547
+    assert arrived < second
+    left = 1.0 - (2.0 - 1.1)
+    over = second + 2 * left + (0.2 - left)
+    assert step.step_s == pytest.approx(over + 0.5)
+    assert step.exposed_s == pytest.approx(over - second)
+
+
+def test_an_answer_waits_for_the_core_that_carries_it() -> None:
+    fabric, timing = Fabric.uniform(2, 8e6), Timing((0.0,), 0.0)
+    talk = Talk(sums(1_448_000), 0.05)
+    assert gradient_step(timing, [talk], fabric, shared(2, 2, 0.9)).step_s == pytest.approx(0.06 + 1.547)
+    assert gradient_step(timing, [talk], fabric, shared(2, 2, 4.0)).step_s == pytest.approx(0.06 + 4.0)
+
+
+@given(
+    ready=st.lists(st.floats(0, 2), min_size=1, max_size=4),
+    works=st.lists(st.floats(0, 1), min_size=4, max_size=4),
+    core_s=st.floats(0, 2),
+    cores=st.integers(1, 8),
+)
+def test_no_step_is_shorter_than_its_cores_are_busy(
+    ready: list[float], works: list[float], core_s: float, cores: int
+) -> None:
+    """Four ranks. Whoever shares cores takes at least what all of it takes on them, and at most everything
+    one after the other; nothing that is taken away makes a step longer."""
+    ready = sorted(ready)
+    timing, fabric = Timing(tuple(ready), ready[-1] + 0.1), Fabric.uniform(4, 8e6)
+    talks = [Talk(tuple(Round(w, Ask("gather", (1e5,) * 4)) for w in works[:2]), works[2]) for _ in ready]
+    host = shared(4, cores, core_s)
+    step = gradient_step(timing, talks, fabric, host)
+    carried_s = host.crowd * core_s * 2 * len(ready)
+    assert step.work_s == pytest.approx(sum(works[:3]) * len(ready))
+    everything_s = timing.step_s + step.work_s + carried_s
+    if cores < 2 * 4:
+        assert step.step_s >= everything_s - 1e-6
+    assert max(timing.step_s, carried_s) - 1e-6 <= step.step_s <= everything_s + step.wire_s + 1e-6
+    assert gradient_step(timing, talks, fabric, shared(4, cores, 0.0)).step_s <= step.step_s + 1e-6
+
+
+@given(late_s=st.floats(0, 0.5), core_s=st.floats(0, 0.1), around=st.booleans())
+def test_what_a_hop_takes_is_found_from_what_the_step_took(
+    late_s: float, core_s: float, around: bool
+) -> None:
+    fabric = Fabric.uniform(4, 8e6)
+    kind = Ask("ring", (1e4,)) if around else Ask("gather", (1e4,) * 4)
+    talks = [Talk((Round(0.01, kind),) * 2, 0.01)] * 3
+    measured = Machine(Observed((LAYOUT,) * 3, (0.1, 0.2, 0.3), 0.35), Host(4, 2), slowness=2.0)
+    carried = Excess((kind.sent_bytes(4),), (late_s,), (core_s,))
+    host = replace(measured.host, direct=carried, around=carried)
+    step_s = gradient_step(measured.timing, talks, fabric, host, 2.0).step_s
+    found = late(step_s, core_s, talks, measured, fabric)
+    excess = Excess((kind.sent_bytes(4),), (found,), (core_s,))
+    again = gradient_step(
+        measured.timing, talks, fabric, replace(measured.host, direct=excess, around=excess), 2.0
+    )
+    assert again.step_s == pytest.approx(step_s, rel=1e-6)
+    if step_s > gradient_step(measured.timing, talks, fabric, shared(4, 2, core_s), 2.0).step_s + 1e-3:
+        assert found == pytest.approx(late_s, rel=1e-3)
+
+
+def test_arithmetic_on_one_thread_is_timed_on_its_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "thread_time", lambda: 7.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: 8.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert clock() == 7.0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert clock() == 8.0
 
 
 @pytest.mark.parametrize(

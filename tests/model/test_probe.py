@@ -16,8 +16,7 @@ from distcomp import cli
 from distcomp.errors import DistcompError
 from distcomp.network import Fabric, Rack
 from distcomp.network.framing import framed_bytes
-from distcomp.network.model import gather, ring
-from distcomp.network.probe import LinkFit, excess_of, fabric_from, link_of, racks_of
+from distcomp.network.probe import LinkFit, fabric_from, link_of, racks_of
 
 SIZES = [1, 1 << 14, 1 << 18, 1 << 20]
 
@@ -64,25 +63,6 @@ def test_the_fabric_of_two_racks() -> None:
     racks = (Rack((0, 1), 5e7, 0.00245), Rack((2, 3), 4e7, 0.00245))
     assert fabric == Fabric((1e8,) * 4, 1e-4, racks)
     assert Fabric.parse(fabric.to_toml()) == fabric
-
-
-def test_what_exchanges_took_beyond_the_fluid_model_comes_back() -> None:
-    fabric, group, sizes = Fabric.uniform(4, "100mbit", "1ms"), (0, 1, 2, 3), [1e3, 1e6]
-    beyond, per_hop = [2e-3, 9e-3], [1e-3, 2e-3]
-    direct_s = [
-        [gather([size / 3] * 4, group, fabric).cost(fabric).seconds + late] * 3
-        for size, late in zip(sizes, beyond, strict=True)
-    ]
-    ring_s = [
-        [ring(size * 4 / 6, group, fabric).cost(fabric).seconds + 6 * late] * 3
-        for size, late in zip(sizes, per_hop, strict=True)
-    ]
-    direct, around = excess_of(sizes, direct_s, ring_s, fabric)
-    assert direct.seconds == pytest.approx(beyond, rel=0.05)
-    assert around.seconds == pytest.approx(per_hop, rel=0.05)
-    assert direct(1e2) == direct.seconds[0]
-    assert direct(1e9) == direct.seconds[1]
-    assert beyond[0] < direct(3e4) < beyond[1]
 
 
 def test_probe_wants_a_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

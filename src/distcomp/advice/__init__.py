@@ -1,5 +1,6 @@
 """Will this help me? Predict a method's step time, advise, and train a thousand workers in one process."""
 
+from distcomp.advice.calibrate import calibrate
 from distcomp.advice.predict import Machine, Prediction, predict, rehearse
 from distcomp.advice.problem import Problem, problem_of
 from distcomp.advice.scenario import Scenario
@@ -12,6 +13,7 @@ __all__ = [
     "Scenario",
     "Setting",
     "Simulation",
+    "calibrate",
     "predict",
     "problem_of",
     "rehearse",

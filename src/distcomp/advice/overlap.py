@@ -3,7 +3,8 @@
 Buckets are ready one after the other while backward goes on. The exchange's thread takes them in the order in
 which it really does (:func:`distcomp.sync.pipeline.slots`): it waits for the answer it needs next, thinks,
 and starts the next request. Requests under way share the wire; together they take as long as one behind the
-other. Where ranks have less than two cores each, the two threads take turns.
+other. Where ranks have less than two cores each, backward, arithmetic and the carrying of messages
+(``Cost.core_s``) share them evenly, and an answer is there when both the wire and the core have carried it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def gradient_step(
 ) -> StepTime:
     """A step in which every bucket is exchanged. ``slowness``: of arithmetic, against when it was timed."""
     costs = [[one.ask.exchange(fabric).cost(fabric, host) for one in talk.rounds] for talk in talks]
-    line = _Line(timing, shared=host.ranks > 1 and 2 * host.ranks > host.cores)
+    line = _Line(timing, host)
     finished = [False] * len(talks)
     for bucket, number in slots():
         if all(finished):
@@ -58,63 +59,89 @@ def gradient_step(
             continue
         talk = talks[bucket]
         if number == 0:
-            line.wait_until(line.ready_s(bucket))
+            line.wait_for_gradients(bucket)
         else:
-            line.wait_until(line.arrived_s[bucket])
+            line.wait_for_answer(bucket)
         if number < len(talk.rounds):
             line.work(slowness * talk.rounds[number].work_s)
             line.send(bucket, costs[bucket][number])
         else:
             line.work(slowness * talk.last_s)
             finished[bucket] = True
-    backward_s = line.backward_s
-    over_s = max(line.now_s, backward_s)
+    over_s = line.end()
     rest_s = timing.step_s - timing.backward_s
-    return StepTime(over_s + rest_s, over_s - backward_s, line.wire_s, line.work_s)
+    return StepTime(over_s + rest_s, over_s - line.backward_over_s, line.wire_s, line.work_s)
 
 
 def averaging_step(
     timing: Timing, talks: Sequence[Talk], fabric: Fabric, host: Host = ALONE, slowness: float = 1.0
 ) -> StepTime:
     """The mean step of a model that is averaged in some steps, after the step; nothing overlaps."""
-    asked = [(talk.share, one.ask.exchange(fabric)) for talk in talks for one in talk.rounds]
-    wire_s = sum(share * exchange.cost(fabric, host).seconds for share, exchange in asked)
+    costs = [
+        (talk.share, one.ask.exchange(fabric).cost(fabric, host)) for talk in talks for one in talk.rounds
+    ]
+    wire_s = sum(share * max(cost.seconds, host.crowd * cost.core_s) for share, cost in costs)
     work_s = slowness * sum(talk.share * talk.work_s for talk in talks)
     return StepTime(timing.step_s + wire_s + work_s, wire_s + work_s, wire_s, work_s)
 
 
+NOTHING_S = 1e-12
+
+
 class _Line:
-    """The exchange's thread and its wire. ``shared``: the thread and backward take each other's core."""
+    """One rank's time: backward, the arithmetic of the exchange's thread, and the carrying of its messages
+    go on together, each as fast as if it were alone, or in turns where ranks have less than two cores
+    each."""
 
-    def __init__(self, timing: Timing, shared: bool) -> None:
-        self.now_s = self.work_s = self.wire_s = 0.0
-        self.arrived_s: dict[int, float] = {}
-        self._free_s = self._held_up_s = 0.0
-        self._timing, self._shared = timing, shared
+    def __init__(self, timing: Timing, host: Host) -> None:
+        self.now_s = self.work_s = self.wire_s = self.backward_over_s = 0.0
+        self._timing, self._crowd = timing, host.crowd
+        self._in_turns = host.ranks > 1 and 2 * host.ranks > host.cores
+        self._free_s = self._backward_s = self._carried_s = self._to_carry_s = 0.0
+        self._answers: dict[int, tuple[float, float]] = {}
 
-    @property
-    def backward_s(self) -> float:
-        """When backward is over, which arithmetic during it held up."""
-        return self._timing.backward_s + self._held_up_s
+    def wait_for_gradients(self, bucket: int) -> None:
+        self._pass(backward_s=self._timing.ready_s[bucket])
 
-    def ready_s(self, bucket: int) -> float:
-        """When a bucket is there."""
-        return self._timing.ready_s[bucket] + self._held_up_s
-
-    def wait_until(self, moment_s: float) -> None:
-        self.now_s = max(self.now_s, moment_s)
+    def wait_for_answer(self, bucket: int) -> None:
+        arrival_s, carried_s = self._answers[bucket]
+        self._pass(until_s=arrival_s, carried_s=carried_s)
 
     def work(self, seconds: float) -> None:
-        """Half as fast while backward needs the core, too; and backward ends later by what was taken from
-        it."""
-        if self._shared and self.now_s < self.backward_s:
-            taken_s = min(seconds, self.backward_s - self.now_s)
-            self._held_up_s += taken_s
-            self.now_s += taken_s
-        self.now_s += seconds
         self.work_s += seconds
+        self._pass(work_s=seconds)
 
     def send(self, bucket: int, cost: Cost) -> None:
         self._free_s = max(self._free_s, self.now_s) + cost.transfer_s
+        self._to_carry_s += self._crowd * cost.core_s
         self.wire_s += cost.transfer_s
-        self.arrived_s[bucket] = self._free_s + cost.latency_s
+        self._answers[bucket] = self._free_s + cost.latency_s, self._to_carry_s
+
+    def end(self) -> float:
+        """When everything is over."""
+        self._pass(backward_s=self._timing.backward_s, carried_s=self._to_carry_s)
+        return self.now_s
+
+    def _pass(
+        self, work_s: float = 0.0, backward_s: float = 0.0, carried_s: float = 0.0, until_s: float = 0.0
+    ) -> None:
+        """Let time pass until work is done, backward and carrying have come so far, and it is so late."""
+        while True:
+            going_on = [
+                work_s,
+                self._timing.backward_s - self._backward_s,
+                self._to_carry_s - self._carried_s,
+            ]
+            awaited = [work_s, backward_s - self._backward_s, carried_s - self._carried_s]
+            if max(*awaited, until_s - self.now_s) < NOTHING_S:
+                return
+            active = [left_s > NOTHING_S for left_s in going_on]
+            pace = 1 / sum(active) if self._in_turns and any(active) else 1.0
+            ends_s = [left_s / pace for left_s in (*going_on, *awaited)] + [until_s - self.now_s]
+            passed_s = min(end_s for end_s in ends_s if end_s > NOTHING_S)
+            self.now_s += passed_s
+            work_s -= active[0] * pace * passed_s
+            self._backward_s += active[1] * pace * passed_s
+            self._carried_s += active[2] * pace * passed_s
+            if active[1] and self._timing.backward_s - self._backward_s < NOTHING_S:
+                self.backward_over_s = self.now_s

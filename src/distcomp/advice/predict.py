@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from distcomp.advice.overlap import StepTime, Timing, averaging_step, gradient_step
-from distcomp.advice.talks import Round, Talk, exchanges_of, talks_of
+from distcomp.advice.talks import Round, Talk, clock, exchanges_of, talks_of
 from distcomp.layout import Layout
 from distcomp.methods import Method, parse
 from distcomp.network.asks import Ask
@@ -92,8 +91,8 @@ def _stock_talk(method: str, layout: Layout) -> Talk:
     """One sum of a bucket, multiplied by 1/n, and cast where that is what the hook does."""
     bucket, times_s = torch.randn(layout.numel), []
     for _ in range(7):
-        begin_s = time.perf_counter()
+        begin_s = clock()
         sent = bucket.half() if method == "torch:fp16" else bucket
         sent.mul_(0.5)
-        times_s.append(time.perf_counter() - begin_s)
+        times_s.append(clock() - begin_s)
     return Talk((Round(statistics.median(times_s), Ask("sum", (STOCK[method] * layout.numel,))),), 0.0)

@@ -50,15 +50,22 @@ Edge = tuple[int, int]
 
 @dataclass(frozen=True)
 class Excess:
-    """Seconds per hop beyond the fluid model, against the bytes that a rank sends in the exchange: flows that
-    share a link unfairly, timers, threads that wake up late."""
+    """What exchanges really took, against the bytes that a rank sends in one: ``late_s`` per hop beyond the
+    fluid model (flows that share a link unfairly, timers, threads that wake up late), and ``core_s`` of a
+    core. On a line between two sizes, below the smallest as there."""
 
     nbytes: tuple[float, ...]
-    seconds: tuple[float, ...]
+    late_s: tuple[float, ...]
+    core_s: tuple[float, ...]
 
-    def __call__(self, nbytes: float) -> float:
-        """Between two sizes by the logarithm of the size; beyond them as at the ends."""
-        return float(np.interp(np.log1p(nbytes), np.log1p(self.nbytes), self.seconds))
+    def hop_s(self, nbytes: float) -> float:
+        """Of a hop, too late; above the largest size as there."""
+        return float(np.interp(nbytes, self.nbytes, self.late_s))
+
+    def carried_s(self, nbytes: float) -> float:
+        """Of a core; above the largest size in proportion to it."""
+        beyond = max(1.0, nbytes / self.nbytes[-1])
+        return beyond * float(np.interp(nbytes, self.nbytes, self.core_s))
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,8 @@ class Host:
     """What ranks that share a machine share: ``cores`` for all ``ranks`` on it.
 
     ``message_s`` and ``byte_s``: of a core, to send and receive a message, and a byte of it. ``direct`` and
-    ``around``, where :mod:`distcomp.network.probe` measured them, are what a hop of a direct exchange and of
-    a ring really took beyond the fluid model, and stand for messages, too.
+    ``around``, where :mod:`distcomp.advice.calibrate` measured them, are what direct exchanges and rings
+    really took, and stand for both.
     """
 
     ranks: int = 1
@@ -102,10 +109,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one exchange: ``transfer_s`` occupies the wire, ``latency_s`` passes beside it."""
+    """Seconds of one exchange: ``transfer_s`` occupies the wire, ``latency_s`` passes beside it; ``core_s``
+    of a core are missing to whoever computes meanwhile."""
 
     transfer_s: float
     latency_s: float
+    core_s: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -128,13 +137,15 @@ class Exchange:
         """Its seconds, with the network to itself. A ring keeps whoever carries it busy throughout: its hops
         count as transfer."""
         moved_s = sum(transfer_s(load, fabric, host) for load in self.stages)
+        hops_s = self.hops * self.delay_s
         excess = host.around if self.around else host.direct
         if excess is None:
-            late_s = self.messages * host.message_s * host.crowd
+            hops_s += self.messages * host.message_s * host.crowd
+            core_s = self.messages * host.message_s + self.sent_bytes * host.byte_s
         else:
-            late_s = self.hops * excess(self.sent_bytes)
-        hops_s = self.hops * self.delay_s + late_s
-        return Cost(moved_s + hops_s, 0.0) if self.around else Cost(moved_s, hops_s)
+            moved_s += self.hops * excess.hop_s(self.sent_bytes)
+            core_s = excess.carried_s(self.sent_bytes)
+        return Cost(moved_s + hops_s, 0.0, core_s) if self.around else Cost(moved_s, hops_s, core_s)
 
     @property
     def sent_bytes(self) -> float:

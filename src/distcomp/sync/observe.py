@@ -4,7 +4,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from distcomp.sync.ddp import segments_of
 from distcomp.sync.trampoline import trampoline_of
 from distcomp.transports.types import GradBucket
 
+Clock = Callable[[], float]
+
 WARM_UP = 3  # the first step's buckets are not those of later ones
 
 
@@ -33,47 +36,78 @@ class Observed:
     step_s: float
 
 
-class _Watcher:
+class Watcher:
     """Gives every bucket back as it is, and notes the time."""
 
-    def __init__(self, ddp: DistributedDataParallel) -> None:
+    def __init__(self, ddp: DistributedDataParallel, clock: Clock) -> None:
+        self._clock = clock
         self._segments = segments_of(ddp.module)
         self.seen: list[tuple[Layout, float]] = []
 
     def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         layout = Layout(tuple(self._segments[id(parameter)] for parameter in bucket.parameters()))
-        self.seen.append((layout, time.perf_counter()))
+        self.seen.append((layout, self._clock()))
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
 
 
-def observe(ddp: DistributedDataParallel, step: Callable[[], object], repeats: int = 5) -> Observed:
+@contextmanager
+def silenced(ddp: DistributedDataParallel, clock: Clock = time.perf_counter) -> Iterator[Watcher]:
+    """Until it ends, ``ddp`` sends nothing: every rank keeps its own gradients."""
+    trampoline = trampoline_of(ddp)
+    before, trampoline.attached = trampoline.attached, Watcher(ddp, clock)
+    try:
+        yield trampoline.attached
+    finally:
+        trampoline.attached = before
+
+
+def observe(
+    ddp: DistributedDataParallel,
+    step: Callable[[], object],
+    repeats: int = 5,
+    clock: Clock = time.perf_counter,
+) -> Observed:
     """Means over ``repeats`` of ``step``: one forward, one backward and the optimizer. Nothing is sent.
+
+    ``clock``: ``time.process_time`` where processes share cores and it is arithmetic that is asked for.
 
     Raises DistcompError where a step's gradients do not come in one backward.
     """
-    trampoline = trampoline_of(ddp)
-    watcher = _Watcher(ddp)
-    before, trampoline.attached = trampoline.attached, watcher
     ready_s, steps_s = [], []
     layouts: tuple[Layout, ...] = ()
-    try:
+    with silenced(ddp, clock) as watcher:
         for index in range(WARM_UP + repeats):
             watcher.seen.clear()
-            begin_s = time.perf_counter()
+            begin_s = clock()
             step()
-            end_s = time.perf_counter()
+            end_s = clock()
             layouts = tuple(layout for layout, _ in watcher.seen)
             if not layouts:
                 raise DistcompError("no gradient came out of a step; let it call the model and backward()")
             if index >= WARM_UP:
                 steps_s.append(end_s - begin_s)
                 ready_s.append([moment_s - begin_s for _, moment_s in watcher.seen])
-    finally:
-        trampoline.attached = before
     means_s = tuple(map(statistics.fmean, zip(*ready_s, strict=True)))
     return Observed(layouts, means_s, statistics.fmean(steps_s))
+
+
+def timed(step: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """All ranks at once: seconds of a step (the slowest rank's; the median of ``repeats``), and seconds of a
+    core that a rank spends in one (the mean)."""
+    for _ in range(WARM_UP):
+        step()
+    dist.barrier()
+    moments_s, began_s = [time.perf_counter()], time.process_time()
+    for _ in range(repeats):
+        step()
+        moments_s.append(time.perf_counter())
+    core_s = torch.tensor((time.process_time() - began_s) / repeats, dtype=torch.float64)
+    steps_s = torch.tensor(moments_s, dtype=torch.float64).diff()
+    dist.all_reduce(core_s)
+    dist.all_reduce(steps_s, dist.ReduceOp.MAX)
+    return float(steps_s.median()), float(core_s) / dist.get_world_size()
 
 
 def observe_alone(

@@ -61,30 +61,6 @@ def _measured(sizes: list[int], repeats: int) -> Probed:
     return Probed(sizes, times_s, links, fabric_from(links, racks, uplinks_bps))
 
 
-def direct_seconds(sizes: Sequence[int], repeats: int) -> Times:
-    """Every rank sends so many bytes in equal parts to all others; until the last rank is done."""
-    here, ranks = dist.get_rank(), dist.get_world_size()
-    others = [(here + shift) % ranks for shift in range(1, ranks)]
-
-    def exchange(nbytes: int) -> None:
-        part = torch.zeros(max(1, nbytes // (ranks - 1)), dtype=torch.uint8)
-        received = [torch.empty_like(part) for _ in others]
-        works = [dist.irecv(one, other) for one, other in zip(received, others[::-1], strict=True)]
-        works += [dist.isend(part, other) for other in others]
-        for work in works:
-            assert work is not None
-            work.wait()
-
-    return [_repeated(lambda nbytes=nbytes: exchange(nbytes), repeats) for nbytes in sizes]  # type: ignore[misc]
-
-
-def ring_seconds(sizes: Sequence[int], repeats: int) -> Times:
-    """An all-reduce in which every rank sends so many bytes; until the last rank is done."""
-    ranks = dist.get_world_size()
-    tensors = [torch.zeros(max(ranks, round(nbytes * ranks / (2 * (ranks - 1)) / 4))) for nbytes in sizes]
-    return [_repeated(lambda x=x: dist.all_reduce(x), repeats) for x in tensors]  # type: ignore[misc]
-
-
 def pair_seconds(source: int, target: int, sizes: Sequence[int], repeats: int) -> Times:
     """One way from ``source`` to ``target``: a message's way there and a byte's way back, less the latter.
 
