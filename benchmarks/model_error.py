@@ -8,6 +8,10 @@ two racks behind uplinks of 50 Mbit/s). What the prediction knows: the network t
 ranks, all at once and before any of what is predicted: how long a step computes, when its buckets are ready,
 how long each method thinks between two requests (an echo answers); and what steps take, and take of a core,
 in which zeros of a few sizes are sent, to all and around a ring (``distcomp.advice.calibrate``).
+
+A step lasts from its start to the start of the next, in the mean over the ranks (what one rank is late in one
+step it makes up for in the next); the median of the steps of two seconds counts. ``slowest_rank_s`` is the
+median of what each step took on the rank where it took longest.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from dataclasses import asdict
@@ -156,11 +161,13 @@ def cell(arguments: argparse.Namespace) -> dict[str, Any]:
     found = on_fabric(__file__, fabric, {"MODEL_ERROR": json.dumps(settings)})
     rows = {}
     for method, predicted in found["predicted"].items():
-        steps_s = [max(one) for one in zip(*found["steps_s"][method], strict=True)]
+        together = list(zip(*found["steps_s"][method], strict=True))
+        steps_s = [statistics.fmean(one) for one in together]
         took_s = median(steps_s)
         rows[method] = {
             "predicted_s": predicted["step_s"], "measured_s": took_s,
             "error": predicted["step_s"] / took_s - 1, "steps_s": steps_s, "prediction": predicted,
+            "slowest_rank_s": median([max(one) for one in together]),
             "phases_of_rank_0": found["phases"][method],
         }  # fmt: skip
     return {

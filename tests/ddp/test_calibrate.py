@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from distcomp.advice.calibrate import ROUNDS, Zeros, calibrate
 from distcomp.advice.talks import talks_of
+from distcomp.errors import DistcompError
 from distcomp.exchange import DIRECT_BYTES
 from distcomp.layout import Layout
 from distcomp.network import Fabric
@@ -51,6 +52,19 @@ def test_every_size_is_measured_and_the_model_is_as_before(cluster):
             assert len(excess.late_s) == len(excess.core_s) == len(SIZES)
             assert min(excess.late_s) >= 0
             assert max(excess.core_s) > 0
+
+
+def elsewhere(rank, size, ranks):
+    model, _, step = stepped(rank)
+    with pytest.raises(
+        DistcompError, match=f"the fabric has {ranks} ranks and the model's process group {size}"
+    ):
+        calibrate(model, step, Fabric.uniform(ranks, "1gbit"), SIZES, cores=2)
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(2, 3), (2, 1), (1, 1)])
+def test_another_number_of_ranks_is_refused(cluster, size, ranks):
+    cluster(size).run(elsewhere, ranks)
 
 
 def zeroed(rank, size, method):

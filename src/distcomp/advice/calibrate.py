@@ -3,7 +3,8 @@
 Every rank calls :func:`calibrate`. It takes steps in which a method that computes nothing sends zeros
 (:class:`Zeros`), of a few sizes, directly and around a ring. What such a step needs of a core beyond one that
 sends nothing is what its exchanges cost whoever computes; what it takes beyond :mod:`distcomp.advice.overlap`
-is put down to its hops.
+is put down to its hops. Where ranks share cores, what the step with the smallest exchanges takes beyond is
+the waking up of threads, while which no core is used well: it counts as work of the core, in every exchange.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from distcomp.advice.overlap import gradient_step
 from distcomp.advice.predict import Machine
 from distcomp.advice.talks import Talk, talks_of
 from distcomp.attaching import attach
+from distcomp.errors import DistcompError
 from distcomp.exchange import DIRECT_BYTES, Gather, Sum, sum_bytes
 from distcomp.exchange import Talk as Conversation
 from distcomp.layout import Layout
@@ -34,7 +36,7 @@ Step = Callable[[], object]
 ROUNDS = 2
 """As most methods have."""
 
-REPEATS = 7
+REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,15 @@ def calibrate(
 
     ``step``: one forward, one backward and the optimizer. ``sizes``: rising; bytes that a rank sends in an
     exchange. Every rank takes its own steps: replicas are not equal any more.
+
+    Raises DistcompError where the fabric does not have the ranks of the model's process group, or has one.
     """
+    there = ddp.process_group.size()
+    if not 1 < there == fabric.ranks:
+        raise DistcompError(
+            f"the fabric has {fabric.ranks} ranks and the model's process group {there}; calibrate on 2 or "
+            "more, with Fabric.uniform(dist.get_world_size(), rate) or the file that distcomp probe wrote"
+        )
     host = Host(fabric.ranks, cores)
     machine = Machine(observe(ddp, step, REPEATS, time.process_time), host, slowness=host.crowd)
     direct, around = (
@@ -89,15 +99,20 @@ def _excess(
     methods: Sequence[Zeros], ddp: DistributedDataParallel, step: Step, machine: Machine, fabric: Fabric
 ) -> Excess:
     layouts = machine.observed.layouts
-    sent, late_s, core_s = [], [], []
-    for method in methods:
+    exchanges = ROUNDS * len(layouts)
+    talks = [talks_of(method, layouts, fabric.ranks) for method in methods]
+    steps_s, core_s = [], []
+    for method, talk in zip(methods, talks, strict=True):
         with attach(ddp, method=method):
             step_s, busy_s = timed(step, REPEATS)
-        talks = talks_of(method, layouts, fabric.ranks)
-        computed_s = machine.observed.step_s + sum(talk.work_s for talk in talks)
-        sent.append(method.payload_bytes(layouts[0], fabric.ranks) / ROUNDS)
-        core_s.append(max(0.0, busy_s - computed_s) / (ROUNDS * len(talks)))
-        late_s.append(late(step_s, core_s[-1], talks, machine, fabric))
+        computed_s = machine.observed.step_s + sum(one.work_s for one in talk)
+        steps_s.append(step_s)
+        core_s.append(max(0.0, busy_s - computed_s) / exchanges)
+    if machine.host.shared:
+        waking_s = steps_s[0] - modelled_s(0.0, core_s[0], talks[0], machine, fabric)
+        core_s = [one + max(0.0, waking_s) / exchanges / machine.host.crowd for one in core_s]
+    late_s = [late(*measured, machine, fabric) for measured in zip(steps_s, core_s, talks, strict=True)]
+    sent = [method.payload_bytes(layouts[0], fabric.ranks) / ROUNDS for method in methods]
     return Excess(tuple(sent), tuple(late_s), tuple(core_s))
 
 
@@ -111,15 +126,18 @@ def _zeros(sent_bytes: int, around: bool, ranks: int) -> Zeros:
 def late(step_s: float, core_s: float, talks: Sequence[Talk], machine: Machine, fabric: Fabric) -> float:
     """Seconds per hop with which the model of a step comes to ``step_s``, by bisection; 0 where it takes
     longer without any."""
-    sent_bytes = talks[0].rounds[0].ask.sent_bytes(fabric.ranks)
-
-    def modelled_s(late_s: float) -> float:
-        excess = Excess((sent_bytes,), (late_s,), (core_s,))
-        host = replace(machine.host, direct=excess, around=excess)
-        return gradient_step(machine.timing, talks, fabric, host, machine.slowness).step_s
-
     low, high = 0.0, step_s
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if modelled_s(middle) < step_s else (low, middle)
+        shorter = modelled_s(middle, core_s, talks, machine, fabric) < step_s
+        low, high = (middle, high) if shorter else (low, middle)
     return low
+
+
+def modelled_s(
+    late_s: float, core_s: float, talks: Sequence[Talk], machine: Machine, fabric: Fabric
+) -> float:
+    """A step all of whose exchanges are alike: each hop so late, each exchange so much of a core."""
+    excess = Excess((talks[0].rounds[0].ask.sent_bytes(fabric.ranks),), (late_s,), (core_s,))
+    host = replace(machine.host, direct=excess, around=excess)
+    return gradient_step(machine.timing, talks, fabric, host, machine.slowness).step_s

@@ -96,7 +96,7 @@ class _Line:
     def __init__(self, timing: Timing, host: Host) -> None:
         self.now_s = self.work_s = self.wire_s = self.backward_over_s = 0.0
         self._timing, self._crowd = timing, host.crowd
-        self._in_turns = host.ranks > 1 and 2 * host.ranks > host.cores
+        self._in_turns = host.shared
         self._free_s = self._backward_s = self._carried_s = self._to_carry_s = 0.0
         self._answers: dict[int, tuple[float, float]] = {}
 

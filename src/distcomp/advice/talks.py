@@ -128,10 +128,10 @@ Held = list[tuple[float, Request | None]]
 def _summary(
     held: Sequence[Held], begin: Callable[[int], Conversation], ranks: int, edges: frozenset[Edge]
 ) -> Talk:
-    """Means over the repetitions; who asks within which group is found out by asking every rank."""
+    """Medians over the repetitions; who asks within which group is found out by asking every rank."""
     kept = held[WARM_UP:]
     requests = [request for _, request in kept[-1] if request is not None]
-    works_s = [statistics.fmean(times) for times in zip(*([s for s, _ in one] for one in kept), strict=True)]
+    works_s = [statistics.median(times) for times in zip(*([s for s, _ in one] for one in kept), strict=True)]
     if any(request.group for request in requests):
         everyone = [[request for _, request in _hold(begin(rank), rank, ranks)] for rank in range(ranks)]
         columns = list(zip(*everyone, strict=True))[:-1]

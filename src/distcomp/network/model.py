@@ -89,6 +89,11 @@ class Host:
         """How many times longer computing takes than on a core of one's own, with everybody computing."""
         return max(1.0, self.ranks / self.cores)
 
+    @property
+    def shared(self) -> bool:
+        """Whether a rank has less than a core for each of its two threads that compute."""
+        return self.ranks > 1 and 2 * self.ranks > self.cores
+
 
 ALONE = Host()
 """A machine per rank, to which messages are no work."""

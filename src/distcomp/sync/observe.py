@@ -94,8 +94,9 @@ def observe(
 
 
 def timed(step: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """All ranks at once: seconds of a step (the slowest rank's; the median of ``repeats``), and seconds of a
-    core that a rank spends in one (the mean)."""
+    """All ranks at once: seconds from the start of a step to the start of the next, and seconds of a core
+    that a rank spends in one. Means over the ranks, whose steps are equally long in the long run; of the
+    former the median of ``repeats``."""
     for _ in range(WARM_UP):
         step()
     dist.barrier()
@@ -106,8 +107,9 @@ def timed(step: Callable[[], object], repeats: int) -> tuple[float, float]:
     core_s = torch.tensor((time.process_time() - began_s) / repeats, dtype=torch.float64)
     steps_s = torch.tensor(moments_s, dtype=torch.float64).diff()
     dist.all_reduce(core_s)
-    dist.all_reduce(steps_s, dist.ReduceOp.MAX)
-    return float(steps_s.median()), float(core_s) / dist.get_world_size()
+    dist.all_reduce(steps_s)
+    ranks = dist.get_world_size()
+    return float(steps_s.median()) / ranks, float(core_s) / ranks
 
 
 def observe_alone(
