@@ -37,6 +37,7 @@ import distcomp
 from distcomp.advice.calibrate import calibrate
 from distcomp.advice.predict import predict, rehearse
 from distcomp.network import Fabric, Rack, parse_rate
+from distcomp.recording import surroundings
 
 METHODS = (
     "ddp", "torch:fp16", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1", "qsgd:bits=4,pattern=gather",
@@ -173,7 +174,7 @@ def cell(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "ranks": arguments.ranks, "network": arguments.network, "described": found["network"],
         "gradient_bytes": 4 * LAYERS * settings["side"] * (settings["side"] + 1),
-        "machine": found["machine"], "methods": rows,
+        "commit": surroundings(RESULT.parent)["commit"], "machine": found["machine"], "methods": rows,
     }  # fmt: skip
 
 

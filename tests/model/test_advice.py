@@ -143,6 +143,17 @@ def test_backward_arithmetic_and_carrying_share_a_core_by_hand() -> None:
     assert step.exposed_s == pytest.approx(over - second)
 
 
+def test_what_crosses_different_links_is_under_way_together() -> None:
+    """One bucket is sent from rank 1 to rank 0 and the other back, or both the same way."""
+    fabric, timing = Fabric.uniform(2, 8e6), Timing((0.0, 0.0), 0.0)
+    there, back = Ask("swap", (1_448_000.0, 0.0)), Ask("gather", (1_448_000.0, 0.0))
+    one, other = (Talk((Round(0.0, ask),), 0.0) for ask in (there, back))
+    both = gradient_step(timing, [one, other], fabric)
+    assert both.step_s == both.wire_s == pytest.approx(1.514 + 0.033)  # acknowledgements of the other
+    again = gradient_step(timing, [one, one], fabric)
+    assert again.step_s == again.wire_s == pytest.approx(2 * 1.514)
+
+
 def test_an_answer_waits_for_the_core_that_carries_it() -> None:
     fabric, timing = Fabric.uniform(2, 8e6), Timing((0.0,), 0.0)
     talk = Talk(sums(1_448_000), 0.05)

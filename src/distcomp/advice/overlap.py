@@ -2,15 +2,17 @@
 
 Buckets are ready one after the other while backward goes on. The exchange's thread takes them in the order in
 which it really does (:func:`distcomp.sync.pipeline.slots`): it waits for the answer it needs next, thinks,
-and starts the next request. Requests under way share the wire; together they take as long as one behind the
-other. Where ranks have less than two cores each, backward, arithmetic and the carrying of messages
-(``Cost.core_s``) share them evenly, and an answer is there when both the wire and the core have carried it.
+and starts the next request. Every link carries what crosses it in the order in which it was asked for. Where
+ranks have less than two cores each, backward, arithmetic and the carrying of messages (``Cost.core_s``) share
+them evenly, and an answer is there when both the wire and the core have carried it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from distcomp.advice.talks import Talk
 from distcomp.network.fabric import Fabric
@@ -94,10 +96,11 @@ class _Line:
     each."""
 
     def __init__(self, timing: Timing, host: Host) -> None:
-        self.now_s = self.work_s = self.wire_s = self.backward_over_s = 0.0
+        self.now_s = self.work_s = self.backward_over_s = 0.0
         self._timing, self._crowd = timing, host.crowd
         self._in_turns = host.shared
-        self._free_s = self._backward_s = self._carried_s = self._to_carry_s = 0.0
+        self._backward_s = self._carried_s = self._to_carry_s = 0.0
+        self._free_s = self._occupied_s = np.zeros(1)  # of every link
         self._answers: dict[int, tuple[float, float]] = {}
 
     def wait_for_gradients(self, bucket: int) -> None:
@@ -112,10 +115,17 @@ class _Line:
         self._pass(work_s=seconds)
 
     def send(self, bucket: int, cost: Cost) -> None:
-        self._free_s = max(self._free_s, self.now_s) + cost.transfer_s
+        self._free_s = np.maximum(self._free_s, self.now_s) + cost.links_s
+        self._occupied_s = self._occupied_s + cost.links_s
         self._to_carry_s += self._crowd * cost.core_s
-        self.wire_s += cost.transfer_s
-        self._answers[bucket] = self._free_s + cost.latency_s, self._to_carry_s
+        busiest_s = float(np.max(self._free_s, where=cost.links_s > 0, initial=0.0))
+        arrival_s = max(busiest_s, self.now_s + cost.transfer_s) + cost.latency_s
+        self._answers[bucket] = arrival_s, self._to_carry_s
+
+    @property
+    def wire_s(self) -> float:
+        """How long the busiest link is occupied."""
+        return float(self._occupied_s.max())
 
     def end(self) -> float:
         """When everything is over."""

@@ -115,11 +115,13 @@ class Load:
 @dataclass(frozen=True)
 class Cost:
     """Seconds of one exchange: ``transfer_s`` occupies the wire, ``latency_s`` passes beside it; ``core_s``
-    of a core are missing to whoever computes meanwhile."""
+    of a core are missing to whoever computes meanwhile. ``links_s``: what each link is occupied, at most
+    ``transfer_s``."""
 
     transfer_s: float
     latency_s: float
-    core_s: float = 0.0
+    core_s: float
+    links_s: Bytes
 
     @property
     def seconds(self) -> float:
@@ -142,15 +144,19 @@ class Exchange:
         """Its seconds, with the network to itself. A ring keeps whoever carries it busy throughout: its hops
         count as transfer."""
         moved_s = sum(transfer_s(load, fabric, host) for load in self.stages)
+        links_s = np.sum([occupied_s(load, fabric) for load in self.stages] or [np.zeros(1)], axis=0)
         hops_s = self.hops * self.delay_s
+        late_s = 0.0
         excess = host.around if self.around else host.direct
         if excess is None:
             hops_s += self.messages * host.message_s * host.crowd
             core_s = self.messages * host.message_s + self.sent_bytes * host.byte_s
         else:
-            moved_s += self.hops * excess.hop_s(self.sent_bytes)
+            late_s = self.hops * excess.hop_s(self.sent_bytes)
             core_s = excess.carried_s(self.sent_bytes)
-        return Cost(moved_s + hops_s, 0.0, core_s) if self.around else Cost(moved_s, hops_s, core_s)
+        if self.around:
+            late_s, hops_s = late_s + hops_s, 0.0
+        return Cost(moved_s + late_s, hops_s, core_s, links_s + late_s)
 
     @property
     def sent_bytes(self) -> float:
@@ -213,13 +219,20 @@ def among(
 
 def transfer_s(load: Load, fabric: Fabric, host: Host = ALONE) -> float:
     """Until the busiest link, or the machine's cores, have carried the load."""
+    return max(float(occupied_s(load, fabric).max()), float(load.out.mean()) * host.byte_s * host.crowd)
+
+
+def occupied_s(load: Load, fabric: Fabric) -> Bytes:
+    """How long each link carries the load: out of and into the ranks, out of and into the racks."""
     rates, uplinks = links(fabric)
     pairs = ((load.out, load.into, rates), (load.up, load.down, uplinks))
-    slowest = 0.0
-    for one, other, rate in pairs:
-        for sent, back in ((one, other), (other, one)):
-            slowest = max(slowest, float((8 * charged(sent, back) / rate).max()))
-    return max(slowest, float(load.out.mean()) * host.byte_s * host.crowd)
+    return np.concatenate(
+        [
+            8 * charged(sent, back) / rate
+            for one, other, rate in pairs
+            for sent, back in ((one, other), (other, one))
+        ]
+    )
 
 
 def charged(sent: Bytes, back: Bytes) -> Bytes:
