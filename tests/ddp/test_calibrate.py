@@ -68,7 +68,8 @@ def test_another_number_of_ranks_is_refused(cluster, size, ranks):
 
 
 def zeroed(rank, size, method):
-    """(this rank's gradients alone, with zeros sent, and the ledger's bytes of a step, what was declared)"""
+    """(this rank's gradients alone, with zeros sent, averaged; the bytes of a step by the ledger, as declared,
+    as asked for)"""
     import distcomp
 
     model, optimizer, step = stepped(rank)
@@ -76,19 +77,22 @@ def zeroed(rank, size, method):
     with silenced(model):
         step()
     alone = gradients(model)
+    step()
+    averaged = gradients(model)
     with distcomp.attach(model, optimizer, method) as handle:
         step()
         sent = handle.stats()["last"]["payload_bytes"]
     declared = sum(method.payload_bytes(layout, size) for layout in layouts)
     asked = sum(one.ask.sent_bytes(size) for talk in talks_of(method, layouts, size) for one in talk.rounds)
-    return alone, gradients(model), sent, declared, asked
+    return alone, gradients(model), averaged, sent, declared, asked
 
 
 @pytest.mark.parametrize(("nbytes", "around"), [(1, False), (5000, False), (12_000, True)])
 def test_zeros_leave_gradients_alone_and_weigh_what_they_say(cluster, nbytes, around):
     answers = cluster(2).run(zeroed, Zeros(nbytes, around))
     assert not torch.equal(answers[0][0], answers[1][0])
-    for alone, with_zeros, sent, declared, asked in answers:
+    assert torch.equal(answers[0][2], answers[1][2])
+    for alone, with_zeros, _, sent, declared, asked in answers:
         assert torch.equal(alone, with_zeros)
         assert sent == declared == asked > 0
 

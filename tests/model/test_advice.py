@@ -157,8 +157,8 @@ def test_what_crosses_different_links_is_under_way_together() -> None:
 def test_an_answer_waits_for_the_core_that_carries_it() -> None:
     fabric, timing = Fabric.uniform(2, 8e6), Timing((0.0,), 0.0)
     talk = Talk(sums(1_448_000), 0.05)
-    assert gradient_step(timing, [talk], fabric, shared(2, 2, 0.9)).step_s == pytest.approx(0.06 + 1.547)
-    assert gradient_step(timing, [talk], fabric, shared(2, 2, 4.0)).step_s == pytest.approx(0.06 + 4.0)
+    assert gradient_step(timing, [talk], fabric, shared(2, 4, 0.9)).step_s == pytest.approx(0.06 + 1.547)
+    assert gradient_step(timing, [talk], fabric, shared(2, 4, 4.0)).step_s == pytest.approx(0.06 + 4.0)
 
 
 @given(
