@@ -40,8 +40,9 @@ MAY_KNOW_TORCH_DISTRIBUTED = (
     "report",
 )
 
-MAY_KNOW_ITS_WRAPPER = (*MAY_KNOW_TORCH_DISTRIBUTED, "pruning")
-"""A pruner is given models that DistributedDataParallel is around, and says nothing on the wire itself."""
+MAY_KNOW_ITS_WRAPPER = (*MAY_KNOW_TORCH_DISTRIBUTED, "pruning", "advice")
+"""Pruners and calibration are given models that DistributedDataParallel is around, and say nothing on the wire
+themselves."""
 
 
 def room_of(file: Path) -> str:

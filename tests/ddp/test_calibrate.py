@@ -68,8 +68,8 @@ def test_another_number_of_ranks_is_refused(cluster, size, ranks):
 
 
 def zeroed(rank, size, method):
-    """(this rank's gradients alone, with zeros sent, averaged; the bytes of a step by the ledger, as declared,
-    as asked for)"""
+    """(this rank's gradients alone, with zeros sent, averaged; a step's bytes by the ledger, as declared, as
+    asked for)"""
     import distcomp
 
     model, optimizer, step = stepped(rank)
