@@ -41,8 +41,8 @@ MAY_KNOW_TORCH_DISTRIBUTED = (
 )
 
 MAY_KNOW_ITS_WRAPPER = (*MAY_KNOW_TORCH_DISTRIBUTED, "pruning", "advice")
-"""Pruners and calibration are given models that DistributedDataParallel is around, and say nothing on the wire
-themselves."""
+"""Pruners and calibration are given models that DistributedDataParallel is around; they say nothing on the
+wire themselves."""
 
 
 def room_of(file: Path) -> str:
