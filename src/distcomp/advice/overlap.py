@@ -143,7 +143,7 @@ class _Line:
                 self._to_carry_s - self._carried_s,
             ]
             awaited = [work_s, backward_s - self._backward_s, carried_s - self._carried_s]
-            if max(*awaited, until_s - self.now_s) < NOTHING_S:
+            if max(*awaited, until_s - self.now_s) <= NOTHING_S:
                 return
             active = [left_s > NOTHING_S for left_s in going_on]
             pace = 1 / sum(active) if self._in_turns and any(active) else 1.0
@@ -153,5 +153,5 @@ class _Line:
             work_s -= active[0] * pace * passed_s
             self._backward_s += active[1] * pace * passed_s
             self._carried_s += active[2] * pace * passed_s
-            if active[1] and self._timing.backward_s - self._backward_s < NOTHING_S:
+            if active[1] and self._timing.backward_s - self._backward_s <= NOTHING_S:
                 self.backward_over_s = self.now_s

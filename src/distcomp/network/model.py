@@ -108,6 +108,11 @@ class Load:
     up: Bytes
     down: Bytes
 
+    @property
+    def sent_bytes(self) -> float:
+        """By a rank, on average."""
+        return float(self.out.mean())
+
     def __add__(self, other: Load) -> Load:
         return Load(self.out + other.out, self.into + other.into, self.up + other.up, self.down + other.down)
 
@@ -143,8 +148,12 @@ class Exchange:
     def cost(self, fabric: Fabric, host: Host = ALONE) -> Cost:
         """Its seconds, with the network to itself. A ring keeps whoever carries it busy throughout: its hops
         count as transfer."""
-        moved_s = sum(transfer_s(load, fabric, host) for load in self.stages)
-        links_s = np.sum([occupied_s(load, fabric) for load in self.stages] or [np.zeros(1)], axis=0)
+        stages_s = [occupied_s(load, fabric) for load in self.stages]
+        moved_s = sum(
+            max(float(one_s.max()), load.sent_bytes * host.byte_s * host.crowd)
+            for one_s, load in zip(stages_s, self.stages, strict=True)
+        )
+        links_s = np.sum(stages_s or [np.zeros(1)], axis=0)
         hops_s = self.hops * self.delay_s
         late_s = 0.0
         excess = host.around if self.around else host.direct
@@ -161,7 +170,7 @@ class Exchange:
     @property
     def sent_bytes(self) -> float:
         """By a rank, on average."""
-        return sum(float(load.out.mean()) for load in self.stages)
+        return sum(load.sent_bytes for load in self.stages)
 
 
 def together(exchanges: Iterable[Exchange]) -> Exchange:
@@ -215,11 +224,6 @@ def among(
     out[members] = a * (b.sum() - b)
     into[members] = b * (a.sum() - a)
     return Load(out, into, rack_a * (b.sum() - rack_b), rack_b * (a.sum() - rack_a))
-
-
-def transfer_s(load: Load, fabric: Fabric, host: Host = ALONE) -> float:
-    """Until the busiest link, or the machine's cores, have carried the load."""
-    return max(float(occupied_s(load, fabric).max()), float(load.out.mean()) * host.byte_s * host.crowd)
 
 
 def occupied_s(load: Load, fabric: Fabric) -> Bytes:
