@@ -6,12 +6,12 @@ setup(
     ext_modules=[
         Extension(
             "distcomp.kernels._cpu",
-            sources=[f"src/distcomp/kernels/{name}.c" for name in ("_cpu", "_binary", "_lowrank")],
+            sources=[f"distcomp/kernels/{name}.c" for name in ("_cpu", "_binary", "_lowrank")],
             depends=[
-                "src/distcomp/kernels/_cpu.h",
-                "src/distcomp/kernels/_select.h",
-                "src/distcomp/kernels/_binary.h",
-                "src/distcomp/kernels/_lowrank.h",
+                "distcomp/kernels/_cpu.h",
+                "distcomp/kernels/_select.h",
+                "distcomp/kernels/_binary.h",
+                "distcomp/kernels/_lowrank.h",
             ],
             # A contracted multiply-add gives other bits: replicas on unlike machines would drift apart.
             extra_compile_args=["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],

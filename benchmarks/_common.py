@@ -33,13 +33,13 @@ def on_fabric(script: str, fabric: Fabric, env: Mapping[str, str]) -> dict[str, 
     with emulate(fabric) as net:
         for line in net.describe():
             print(line, file=sys.stderr)
-        outcome = net.launch([sys.executable, script], env=dict(env), show=show_nothing)
-        if not outcome.ok:
-            failed = outcome.first_failure or 0
+        result = net.launch([sys.executable, script], env=dict(env), show=show_nothing)
+        if not result.ok:
+            failed = result.first_failure or 0
             raise distcomp.DistcompError(
-                f"{script} failed on rank {failed}: {outcome.outputs[failed][-3000:]}"
+                f"{script} failed on rank {failed}: {result.outputs[failed][-3000:]}"
             )
-        lines = [line for line in outcome.outputs[0].splitlines() if line.startswith("{")]
+        lines = [line for line in result.outputs[0].splitlines() if line.startswith("{")]
         found: dict[str, Any] = json.loads(lines[-1])
         return {"network": net.describe(), "real_packets": net.real_packets, **found}
 

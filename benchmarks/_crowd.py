@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from distcomp.attaching.weights import Weights
+from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.averaging.workers import Workers
 from distcomp.layout import Layout
 from distcomp.methods import Method
-from distcomp.methods.base import State, Turn
+from distcomp.methods.base import State, StepContext
 from distcomp.randomness import Key
 from distcomp.recording import surroundings
-from distcomp.sync.averaging import Averaging, Levels
-from distcomp.sync.together import Workers
-from distcomp.sync.weights import Weights
-from distcomp.transports.conversation import Conversation
-from distcomp.transports.ledger import Ledger
-from distcomp.transports.lockstep import Lockstep
+from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.ledger import Ledger
+from distcomp.runtime.lockstep import Lockstep
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -75,22 +75,22 @@ class Gradients:
 
     def exchange(self, gradients: Tensor) -> None:
         key, size = Key.of(self.seed, self.steps), len(gradients)
-        talks = [
-            Conversation(self.method, row, state, Turn(rank, size, self.layout, self.steps, key))
+        all_rounds = [
+            Exchange(self.method, row, state, StepContext(rank, size, self.layout, self.steps, key))
             for rank, (row, state) in enumerate(zip(gradients.unbind(), self.states, strict=True))
         ]
-        self.net.run(talks)
+        self.net.run(all_rounds)
         self.steps += 1
-        for rank, talk in enumerate(talks):
-            assert talk.outcome is not None
-            self.states[rank] = talk.outcome.state
-            gradients[rank].copy_(talk.outcome.estimate)
+        for rank, rounds in enumerate(all_rounds):
+            assert rounds.result is not None
+            self.states[rank] = rounds.result.state
+            gradients[rank].copy_(rounds.result.estimate)
 
 
-class Crowd:
+class Oversubscription:
     """A task's workers, all alike at first, and what carries their gradients or models."""
 
-    def __init__(self, task: Task, plan: Plan, carrier: Averaging | Levels | Method) -> None:
+    def __init__(self, task: Task, plan: Plan, carrier: Averaging | MultiLevel | Method) -> None:
         torch.manual_seed(plan.seed)
         self.task, self.plan = task, plan
         self.net = task.network()
@@ -127,7 +127,7 @@ class Crowd:
         return True
 
     def _call(self, flat: Tensor, inputs: Tensor) -> Tensor:
-        named = {segment.name: piece.view(segment.shape) for segment, piece in self.layout.pieces(flat)}
+        named = {param.name: piece.view(param.shape) for param, piece in self.layout.pieces(flat)}
         scores: Tensor = functional_call(self.net, named, (inputs,))
         return scores
 
@@ -157,18 +157,18 @@ class Crowd:
         }
 
 
-def train(task: Task, plan: Plan, carrier: Averaging | Levels | Method) -> dict[str, Any]:
+def train(task: Task, plan: Plan, carrier: Averaging | MultiLevel | Method) -> dict[str, Any]:
     """Train to the end, or to the target; a run that is not finite any more says ``{"diverged": step}``."""
-    crowd = Crowd(task, plan, carrier)
+    oversubscription = Oversubscription(task, plan, carrier)
     curve = {}
     for step in range(1, plan.steps + 1):
-        if not crowd.step():
+        if not oversubscription.step():
             return {"diverged": step}
         if plan.watch_every and step % plan.watch_every == 0:
-            curve[step] = crowd.test()[0]
+            curve[step] = oversubscription.test()[0]
             if curve[step] <= plan.target:
                 break
-    result = crowd.result()
+    result = oversubscription.result()
     if not math.isfinite(result["test_loss"]):
         return {"diverged": plan.steps}
     return {**result, "steps": step, **({"curve": curve} if curve else {})}

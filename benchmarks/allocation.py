@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from _crowd import Cells, Plan, Task, digit_pairs, train, warm_up_then_cosine
 
+from distcomp.attaching.weights import Weights
 from distcomp.compressors import Compressor, Identity, Quantize, TopK
 from distcomp.compressors.topk import with_values
 from distcomp.layout import Layout
-from distcomp.methods import Allocate, ErrorFeedback, Method, identity, lift
+from distcomp.methods import Allocate, ErrorFeedback, Method, from_compressor, identity
 from distcomp.payload import body_bytes
-from distcomp.sync.weights import Weights
 
 WORKERS, STEPS, SEEDS, PERIOD, RATE = 4, 150, 3, 25, 0.4
 BUDGETS = {"1/8": 1.02 / 8, "1/32": 1.07 / 32, "1/128": 1.02 / 128}
@@ -82,7 +82,7 @@ def main() -> None:
     task = digit_pairs()
     layout = Weights(task.network()).layout
     about = {
-        "task": f"pairs of digits, {layout.numel:,} parameters in {len(layout.segments)} layers",
+        "task": f"pairs of digits, {layout.numel:,} parameters in {len(layout.slices)} layers",
         "reduced": "18,000 parameters, 150 steps, three seeds, so that the whole takes minutes",
         "workers": WORKERS, "steps": STEPS, "seeds": SEEDS, "period": PERIOD, "rate": RATE,
         "budgets": BUDGETS,
@@ -92,7 +92,7 @@ def main() -> None:
     won = 0
     for name, budget in BUDGETS.items():
         rivals = {
-            rival: row(cells, task, f"{name} | {rival}", ErrorFeedback(lift(compressor)))
+            rival: row(cells, task, f"{name} | {rival}", ErrorFeedback(from_compressor(compressor)))
             for rival, compressor in uniform(budget, layout).items()
         }
         method = ErrorFeedback(Allocate(budget, LADDER, PERIOD))

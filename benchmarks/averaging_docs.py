@@ -3,7 +3,7 @@
     python benchmarks/averaging_docs.py
 
 A table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``. The topologies are drawn, and
-their spectral gaps computed, from distcomp.topology.
+their spectral gaps computed, from distcomp.averaging.topology.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from _tables import RESULTS, markdown, result, source
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from distcomp.topology import TOPOLOGIES, Topology, resolve
+from distcomp.averaging.topology import TOPOLOGIES, Topology, resolve
 
 PAGE = Path(__file__).parents[1] / "docs" / "averaging.md"
 FIGURES = PAGE.parent / "figures"
@@ -58,9 +58,9 @@ def _draw(axis: Any, topology: Topology) -> None:
     """Workers on a circle; a line for each pair that talks, lighter for a pair whose turn comes later."""
     angles = np.pi / 2 - 2 * np.pi * np.arange(topology.size) / topology.size
     places = np.column_stack([np.cos(angles), np.sin(angles)])
-    for turn, matrix in enumerate(topology.matrices):
+    for context, matrix in enumerate(topology.matrices):
         for i, j in np.argwhere(np.triu(matrix, 1)):
-            style = ["-", "--", ":"][turn]
+            style = ["-", "--", ":"][context]
             axis.plot(*places[[i, j]].T, style, color="#4477aa", linewidth=1, zorder=1)
     axis.scatter(*places.T, s=60, color="white", edgecolors="#222222", zorder=2)
     for rank, place in enumerate(places):

@@ -35,9 +35,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
+from distcomp.averaging.base import Averaging
 from distcomp.methods import parse
 from distcomp.schedule import whole
-from distcomp.sync.averaging import Averaging
 
 WIDTH, RANKS, TARGET, MOST, SEEDS = 320, 8, 0.4, 600, 3
 RATES = (0.03, 0.06, 0.12)
@@ -193,7 +193,7 @@ def on_the_network(rate: str, delay: str) -> None:
 
 
 def _is_gossip(spec: str) -> bool:
-    from distcomp.sync.gossip import Gossip
+    from distcomp.averaging.gossip import Gossip
 
     return isinstance(carrier_of(spec), Gossip)
 

@@ -37,10 +37,10 @@ def compare(plain: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     packed = precision.pack(binary)
     assert torch.equal(packed(x), expected)
     times: dict[str, list[float]] = {"float32": [], "packed": []}
-    for turn in range(TURNS + WARM):
+    for context in range(TURNS + WARM):
         for name, layer in (("float32", plain), ("packed", packed)):
             spent_s = seconds(layer, x)
-            if turn >= WARM:
+            if context >= WARM:
                 times[name].append(spent_s)
     float_s, packed_s = median(times["float32"]), median(times["packed"])
     return {

@@ -26,9 +26,9 @@ from torch import Tensor
 
 import distcomp
 from distcomp import compressors as c
-from distcomp.exchange import Sum, Talk
+from distcomp.collectives import AllReduce, ProfiledExchange
 from distcomp.layout import Layout
-from distcomp.methods.base import Outcome, Turn
+from distcomp.methods.base import AggregateResult, StepContext
 from distcomp.network.launch import MEMORY_ENV
 from distcomp.randomness import Key
 
@@ -114,23 +114,23 @@ def of_pytorch(x: Tensor, out: Tensor) -> Iterator[tuple[str, dict[str, Step]]]:
         )
 
 
-def alone(talk: Talk[Outcome]) -> Outcome:
-    """A conversation of sums, held by one worker with itself."""
+def alone(profile: ProfiledExchange[AggregateResult]) -> AggregateResult:
+    """A exchange of sums, held by one worker with itself."""
     try:
-        request = next(talk)
+        request = next(profile)
         while True:
-            assert isinstance(request, Sum)
-            request = talk.send(request.x)
+            assert isinstance(request, AllReduce)
+            request = profile.send(request.x)
     except StopIteration as stop:
-        outcome: Outcome = stop.value
-        return outcome
+        result: AggregateResult = stop.value
+        return result
 
 
 def powersgd(x: Tensor, turns: int, rank: int = 4) -> dict[str, float]:
     """A step of PowerSGD by one worker, against the three products in it alone."""
     method = distcomp.parse(f"powersgd:rank={rank},error_feedback=False")
     state = method.init(LAYOUT)
-    turn = Turn(0, 1, LAYOUT, 0, KEY)
+    context = StepContext(0, 1, LAYOUT, 0, KEY)
     matrix, q = x.view(SIDE, SIDE), torch.randn(SIDE, rank, device=x.device)
     p = matrix @ q
 
@@ -140,7 +140,7 @@ def powersgd(x: Tensor, turns: int, rank: int = 4) -> dict[str, float]:
         torch.mm(p, q.t())
 
     def step() -> None:
-        alone(method.talk(x, state, turn))
+        alone(method.aggregate(x, state, context))
 
     step()
     pairs = [(seconds(products), seconds(step)) for _ in range(turns)]

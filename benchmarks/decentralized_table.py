@@ -27,14 +27,14 @@ import torch
 from _crowd import Cells, Plan, digit_pairs, train, warm_up_then_cosine
 from torch import Tensor
 
+from distcomp.averaging.base import Averaging
+from distcomp.averaging.ecd import ECD
+from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze
 from distcomp.compressors import Cast, Compressor, Quantize, RandomK, ScaledSign, TopK
 from distcomp.compressors.fixed import GrowingGrid
 from distcomp.layout import Layout
 from distcomp.methods import Method, identity
 from distcomp.payload import Payload
-from distcomp.sync.averaging import Averaging
-from distcomp.sync.ecd import ECD
-from distcomp.sync.gossip import DCD, DPSGD, Choco, DeepSqueeze
 
 STEPS, SEEDS, RATES = 400, 3, (0.02, 0.06, 0.2)
 WHOLE_TENSOR = 1 << 14

@@ -30,8 +30,8 @@ from _common import write
 
 from distcomp.errors import DistcompError
 from distcomp.network import Fabric, Net, emulate
-from distcomp.network.holder import descendants
 from distcomp.network.launch import Job
+from distcomp.network.supervisor import descendants
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "examples" / "elastic.py")

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from _common import write
 
+from distcomp.averaging.base import Averaging
+from distcomp.averaging.ecd import ECD
+from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze
+from distcomp.averaging.workers import Workers
 from distcomp.compressors import Quantize, ScaledSign
-from distcomp.sync.averaging import Averaging
-from distcomp.sync.ecd import ECD
-from distcomp.sync.gossip import DCD, DPSGD, Choco, DeepSqueeze
-from distcomp.sync.together import Workers
 
 STEPS, WORKERS, NUMEL, EVERY = 10_000, 4, 600, 100
 METHODS: dict[str, Averaging] = {
@@ -36,8 +36,8 @@ OWN = {DCD: "model", ECD: "estimate", Choco: "public"}
 
 def parted(workers: Workers) -> int:
     """How many replicas differ from what they copy."""
-    states = [tracks[0].state for tracks in workers.tracks]
-    own = OWN.get(type(workers.tracks[0][0].averaging))
+    states = [fragments[0].state for fragments in workers.fragments]
+    own = OWN.get(type(workers.fragments[0][0].averaging))
     return sum(
         not torch.equal(replica.data.view(torch.int32), states[int(j)][own].data.view(torch.int32))
         for state in states

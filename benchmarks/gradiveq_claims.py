@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy, relu
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
-from distcomp.methods.subspace import Slicing, Subspace, compress, relative_loss, to_slices
+from distcomp.methods.slices import Slicing, Subspace, compress, relative_loss, to_slices
 
 WORKERS, BATCH, RATE = 6, 8, 0.05
 LEARN, LATER = 60, (30, 120)
@@ -107,22 +107,22 @@ def plan(seed: int, steps: int = STEPS) -> Any:
 
 def recorded(steps: int, rate_steps: int = 1000) -> tuple[Any, list[Tensor]]:
     """The aggregated gradients of an uncompressed run."""
-    from _crowd import Crowd
+    from _crowd import Oversubscription
 
-    crowd = Crowd(task(), plan(0, rate_steps), distcomp.identity())
+    oversubscription = Oversubscription(task(), plan(0, rate_steps), distcomp.identity())
     seen: list[Tensor] = []
-    assert crowd.gradients is not None
-    exchange = crowd.gradients.exchange
+    assert oversubscription.gradients is not None
+    exchange = oversubscription.gradients.exchange
 
     def watched(gradients: Tensor) -> None:
         exchange(gradients)
         seen.append(gradients[0].clone())
 
-    crowd.gradients.exchange = watched  # type: ignore[method-assign]
+    oversubscription.gradients.exchange = watched  # type: ignore[method-assign]
     for _ in range(steps):
-        if not crowd.step():
+        if not oversubscription.step():
             raise distcomp.DistcompError("training diverged; lower RATE")
-    return crowd.layout, seen
+    return oversubscription.layout, seen
 
 
 def structure() -> dict[str, Any]:
@@ -133,18 +133,18 @@ def structure() -> dict[str, Any]:
     slicing, subspace = Slicing(), Subspace(ratio=8.0, loss=0.01)
     generator = torch.Generator().manual_seed(0)
     rows = {}
-    for segment, at in zip(layout.segments, layout.offsets, strict=True):
-        k = slicing.length(segment)
-        if k is None or segment.numel < 2000:
+    for param, at in zip(layout.slices, layout.offsets, strict=True):
+        k = slicing.length(param)
+        if k is None or param.numel < 2000:
             continue
-        series = [to_slices(one[at : at + segment.numel], segment, k) for one in seen]
+        series = [to_slices(one[at : at + param.numel], param, k) for one in seen]
         noise = [torch.randn(s.shape, generator=generator) * s.std() for s in series]
         basis, mean, dims = found(series, subspace)
         random = torch.linalg.qr(torch.randn(k, dims, generator=generator)).Q.T.unsqueeze(0).contiguous()
         noise_basis, noise_mean, noise_dims = found(noise, replace(subspace, loss=0.0))
         zero_basis, zero_mean, _ = found(series, replace(subspace, centred=False))
-        rows[segment.name] = {
-            "shape": list(segment.shape), "K": k, "d": dims, "ratio": k / dims,
+        rows[param.name] = {
+            "shape": list(param.shape), "K": k, "d": dims, "ratio": k / dims,
             "PCA": losses(series, basis, mean),
             "PCA around zero": losses(series, zero_basis, zero_mean),
             "random basis": losses(series, random, mean),
@@ -155,7 +155,7 @@ def structure() -> dict[str, Any]:
 
 def found(series: list[Tensor], subspace: Subspace) -> tuple[Tensor, Tensor, int]:
     """Basis and means from the first gradients of a series."""
-    from distcomp.methods.subspace import mixed
+    from distcomp.methods.slices import mixed
 
     first = torch.stack([slices[:1] for slices in series[:LEARN]], dim=1).flatten(2)
     mixture, dims = subspace.find(first)

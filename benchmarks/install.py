@@ -98,8 +98,10 @@ def help_columns(python: Path) -> int:
 
 def asked_of(extra: str) -> list[str]:
     """The modules that the code imports where the extra is there."""
-    asks = re.compile(rf'require\(\s*"([\w.]+)",\s*(?:extra=)?"{extra}"')
-    found = {name for path in (ROOT / "src").rglob("*.py") for name in asks.findall(path.read_text())}
+    request_sizes = re.compile(rf'require\(\s*"([\w.]+)",\s*(?:extra=)?"{extra}"')
+    found = {
+        name for path in (ROOT / "distcomp").rglob("*.py") for name in request_sizes.findall(path.read_text())
+    }
     return sorted(found)
 
 

@@ -35,12 +35,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
 from distcomp.advice.calibrate import calibrate
-from distcomp.advice.predict import predict, rehearse
+from distcomp.advice.predict import predict, profile_method
 from distcomp.network import Fabric, Rack, parse_rate
 from distcomp.recording import surroundings
 
 METHODS = (
-    "ddp", "torch:fp16", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1", "qsgd:bits=4,pattern=gather",
+    "ddp", "torch:fp16", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1",
+    "qsgd:bits=4,pattern=all_gather",
     "powersgd:rank=4", "topk:ratio=0.01", "random_k:ratio=0.05", "dcd", "choco",
 )  # fmt: skip
 RESULT = Path(__file__).parent / "results" / "model_error.json"
@@ -93,8 +94,8 @@ def foretell(settings: dict[str, Any], ddp: DistributedDataParallel) -> dict[str
     found = {}
     for method in settings["methods"]:
         dist.barrier()
-        rehearsed = rehearse(method, machine.observed.layouts, ranks)
-        found[method] = asdict(predict(rehearsed, machine, fabric))
+        profiled = profile_method(method, machine.observed.layouts, ranks)
+        found[method] = asdict(predict(profiled, machine, fabric))
     everyone: list[Any] = [None] * ranks
     dist.all_gather_object(everyone, found)
     mean = {

@@ -50,10 +50,10 @@ def rank_main() -> None:
     x = torch.randn(settings["batch"], SIDE)
     handle = distcomp.attach(models["identity"], optimizers["identity"], "identity")
     times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(settings["steps"]):
+    for context in range(settings["steps"]):
         for name in models:
             seconds = step_s(models[name], optimizers[name], x)
-            if turn >= 3:
+            if context >= 3:
                 times[name].append(seconds)
     handle.detach()
     if dist.get_rank() == 0:

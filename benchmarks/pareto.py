@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from _crowd import Cells, Plan, byte_language_model, summary, train, warm_up_then_cosine
 
+from distcomp.averaging.base import Averaging
+from distcomp.averaging.periodic import Mean
 from distcomp.methods import Method, identity, parse, qsgd
-from distcomp.sync.averaging import Averaging
-from distcomp.sync.periodic import Mean
 
 STEPS, SEEDS, RATES = 400, 3, (2e-3, 4e-3, 8e-3)
 METHODS: dict[str, Averaging | Method] = {

@@ -55,7 +55,7 @@ METHODS = {
     "no communication": "none",
 }
 PERIOD = {"PQASGD, every 8 steps in 8 bits": 8}
-STOCK = ("torch fp16", "torch PowerSGD, one bucket")
+BUILTIN_HOOKS = ("torch fp16", "torch PowerSGD, one bucket")
 SLOW = {"10mbit": ("ddp", "torch fp16", "bf16")}
 """Timed over two steps there, not over many: one takes 10 to 20 seconds."""
 
@@ -118,7 +118,7 @@ def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, st
 
 def count(label: str, task: Task) -> dict[str, Any]:
     """Steps until the test loss, averaged over the last few tests, has come down to the target."""
-    model, optimizer, handle = begin(label, one_bucket=label == STOCK[1])
+    model, optimizer, handle = begin(label, one_bucket=label == BUILTIN_HOOKS[1])
     losses: list[float] = []
     reached = None
     for step in range(MOST_STEPS if METHODS[label] != "none" else EVAL_EVERY):  # alone nobody gets there
@@ -142,7 +142,7 @@ def count(label: str, task: Task) -> dict[str, Any]:
 
 def timed(label: str, task: Task, steps: int) -> list[float]:
     """Seconds from the end of a step to the end of the next."""
-    model, optimizer, handle = begin(label, one_bucket=label == STOCK[1])
+    model, optimizer, handle = begin(label, one_bucket=label == BUILTIN_HOOKS[1])
     ends = []
     for step in range(steps + 1):
         step_once(model, optimizer, task, step)
@@ -166,7 +166,7 @@ def rank_main() -> None:
     task = Task(dist.get_rank())
     found: dict[str, Any] = {}
     if asked["what"] == "several buckets":
-        METHODS["several"] = METHODS[STOCK[1]]
+        METHODS["several"] = METHODS[BUILTIN_HOOKS[1]]
         found = {"several": count("several", task)}
     for label in asked["methods"]:
         if asked["what"] == "steps":
@@ -198,12 +198,10 @@ def several_buckets() -> str:
 
     with emulate(Fabric.uniform(RANKS, "unshaped")) as net:
         env = {"PEERS": json.dumps({"what": "several buckets", "methods": [], "steps": 0})}
-        outcome = net.launch(
-            [sys.executable, os.path.abspath(__file__)], env, timeout_s=90, show=show_nothing
-        )
-    if outcome.ok:
+        result = net.launch([sys.executable, os.path.abspath(__file__)], env, timeout_s=90, show=show_nothing)
+    if result.ok:
         return "ran to the end"
-    lines = [line.strip() for out in outcome.outputs.values() for line in out.splitlines() if "Error" in line]
+    lines = [line.strip() for out in result.outputs.values() for line in out.splitlines() if "Error" in line]
     return lines[-1][-300:] if lines else "hung for 90 seconds"
 
 
@@ -232,7 +230,9 @@ def summary(raw: dict[str, Any]) -> dict[str, Any]:
                 for name, seconds in (("over_ddp", "seconds"), ("over_ddp_from_start", "seconds_from_start")):
                     row[rate][name] = rows["ddp"][rate][seconds] / row[rate][seconds]
     ours = [
-        label for label in rows if label not in ("ddp", "no communication", *STOCK) and rows[label]["steps"]
+        label
+        for label in rows
+        if label not in ("ddp", "no communication", *BUILTIN_HOOKS) and rows[label]["steps"]
     ]
     verdict = {}
     for rate in raw["step_s"]:
@@ -247,7 +247,7 @@ def summary(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _best(rows: dict[str, Any], ours: list[str], rate: str, seconds: str) -> dict[str, Any]:
     best = min(ours, key=lambda label: rows[label][rate][seconds])
-    stock = [rows[label][rate][seconds] for label in STOCK if rows.get(label, {}).get("steps")]
+    stock = [rows[label][rate][seconds] for label in BUILTIN_HOOKS if rows.get(label, {}).get("steps")]
     mine = rows[best][rate][seconds]
     return {
         "best": best,

@@ -32,12 +32,12 @@ from _crowd import (
     warm_up_then_cosine,
 )
 
+from distcomp.averaging.base import Averaging
+from distcomp.averaging.periodic import Mean, Periodic
+from distcomp.averaging.recipes import local_sgd, pqasgd
+from distcomp.averaging.workers import Workers
 from distcomp.methods import Method, identity, qsgd
 from distcomp.schedule import whole
-from distcomp.sync.averaging import Averaging
-from distcomp.sync.periodic import Mean, Periodic
-from distcomp.sync.recipes import local_sgd, pqasgd
-from distcomp.sync.together import Workers
 
 STEPS, SEEDS = 400, 3
 RATES = {"loss": (0.1, 0.2), "language": (0.1, 0.2, 0.3)}
@@ -58,8 +58,8 @@ DESCENTS = (2**-9, 2**-8, 2**-10, 2**-11)
 """Learning rates, times the number of workers: the noise of their mean allows that."""
 SPEED: dict[str, Averaging] = {
     "full SGD": local_sgd(period=1),
-    "PQASGD (8,8)": pqasgd(period=8, bits=8, pattern="gather"),
-    "period 64, 8 bits": Periodic(qsgd(bits=8, pattern="gather"), period=64),
+    "PQASGD (8,8)": pqasgd(period=8, bits=8, pattern="all_gather"),
+    "period 64, 8 bits": Periodic(qsgd(bits=8, pattern="all_gather"), period=64),
 }
 
 
@@ -126,12 +126,12 @@ def steps_to_target(averaging: Averaging, workers: int, rate: float, seed: int, 
     """Steps until the average model's mean squared error is at most the target; None where ``most`` are too
     few."""
     task = Shards(workers, seed)
-    crowd = Workers(averaging, torch.ones(NUMEL), workers, seed=seed)
+    oversubscription = Workers(averaging, torch.ones(NUMEL), workers, seed=seed)
     models = torch.ones(workers, NUMEL)
-    crowd.models = list(models.unbind())
+    oversubscription.models = list(models.unbind())
     for step in range(1, most + 1):
         task.descend(models, rate)
-        crowd.step()
+        oversubscription.step()
         if step % whole(averaging.period, step):
             continue  # nobody holds the average model now
         error = float((models.mean(0) - task.optimum).square().mean())

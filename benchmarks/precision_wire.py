@@ -39,9 +39,9 @@ ROWS = {
 ALONE = "DoReFa 1-2-6, one process, same batches"
 EQUAL = {
     "ring": "fixed_point:format=Q2.14,pattern=all_reduce",
-    "scatter-reduce": "fixed_point:format=Q2.14,pattern=scatter",
-    "scatter-reduce, again": "fixed_point:format=Q2.14,pattern=scatter",
-    "gather": "fixed_point:format=Q2.14,pattern=gather",
+    "scatter-reduce": "fixed_point:format=Q2.14,pattern=reduce_scatter",
+    "scatter-reduce, again": "fixed_point:format=Q2.14,pattern=reduce_scatter",
+    "all_gather": "fixed_point:format=Q2.14,pattern=all_gather",
 }
 
 

@@ -47,9 +47,9 @@ class Plan:
     target: float
     """The test loss whose time is taken."""
 
-    def problem(self, seed: int) -> Any:
+    def training_task(self, seed: int) -> Any:
         asked = {"steps": self.steps, "width": self.width, "seed": seed, "lr": 0.3}
-        return digits.problem([f"--{name}={value}" for name, value in asked.items()])
+        return digits.training_task([f"--{name}={value}" for name, value in asked.items()])
 
     def prune(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> pruning.Pruner:
         begin, end = self.frozen_from // 3, self.frozen_from - 1
@@ -59,10 +59,10 @@ class Plan:
 def train(plan: Plan, seed: int, arm: str) -> dict[str, Any]:
     """This rank's bytes up to the frozen mask and after it, and rank 0's curve: seconds and test loss."""
     rank, size, device = dist.get_rank(), dist.get_world_size(), os.environ["DISTCOMP_DEVICE"]
-    problem, method = plan.problem(seed), arm.removeprefix(PRUNED)
-    model = DistributedDataParallel(problem.model)
-    optimizer = problem.optimizer(model.parameters())
-    schedule = problem.schedule(optimizer)
+    training_task, method = plan.training_task(seed), arm.removeprefix(PRUNED)
+    model = DistributedDataParallel(training_task.model)
+    optimizer = training_task.optimizer(model.parameters())
+    schedule = training_task.schedule(optimizer)
     masked = arm != method
     carrier = distcomp.masked(plan.prune(model, optimizer), method) if masked else method
     counts, curve, train_s = [], [], 0.0
@@ -72,12 +72,12 @@ def train(plan: Plan, seed: int, arm: str) -> dict[str, Any]:
                 dist.barrier()
                 counts.append((read_qdisc_bytes(device), handle.stats()["payload_bytes"]))
             if rank == 0 and step % EVERY == 0:
-                curve.append({"step": step, "train_s": train_s, **problem.evaluate(model.module)})
+                curve.append({"step": step, "train_s": train_s, **training_task.evaluate(model.module)})
             if step < plan.steps:
                 began_s = time.perf_counter()
-                inputs, targets = problem.batch(rank, size, step)
+                inputs, targets = training_task.batch(rank, size, step)
                 optimizer.zero_grad()
-                problem.loss(model(inputs), targets).backward()
+                training_task.loss(model(inputs), targets).backward()
                 optimizer.step()
                 schedule.step()
                 train_s += time.perf_counter() - began_s
@@ -86,18 +86,18 @@ def train(plan: Plan, seed: int, arm: str) -> dict[str, Any]:
 
 def alone(plan: Plan, seed: int) -> dict[str, float]:
     """One process that prunes alike, in float32, on the batches of all ranks."""
-    problem = plan.problem(seed)
-    model = problem.model
-    optimizer = problem.optimizer(model.parameters())
-    schedule = problem.schedule(optimizer)
+    training_task = plan.training_task(seed)
+    model = training_task.model
+    optimizer = training_task.optimizer(model.parameters())
+    schedule = training_task.schedule(optimizer)
     plan.prune(model, optimizer)
     for step in range(plan.steps):
-        inputs, targets = zip(*(problem.batch(rank, RANKS, step) for rank in range(RANKS)), strict=True)
+        inputs, targets = zip(*(training_task.batch(rank, RANKS, step) for rank in range(RANKS)), strict=True)
         optimizer.zero_grad()
-        problem.loss(model(torch.cat(inputs)), torch.cat(targets)).backward()
+        training_task.loss(model(torch.cat(inputs)), torch.cat(targets)).backward()
         optimizer.step()
         schedule.step()
-    found: dict[str, float] = problem.evaluate(model)
+    found: dict[str, float] = training_task.evaluate(model)
     return found
 
 

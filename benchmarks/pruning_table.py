@@ -250,7 +250,7 @@ def timed(network: str, net: nn.Module, x: Tensor) -> dict[str, Any]:
     """Inference by the dense network, by this one with its zeros, and by this one shrunk, in turn."""
     small = pruning.shrink(net)
     difference = (small(x) - net(x)).abs().max().item()
-    forms = {"dense": NETWORKS[network]().eval(), "with_zeros": pruning.bake(net), "shrunk": small}
+    forms = {"dense": NETWORKS[network]().eval(), "with_zeros": pruning.materialize(net), "shrunk": small}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(15):
         for name, form in forms.items():

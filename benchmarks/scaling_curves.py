@@ -19,7 +19,7 @@ from typing import Any
 from _common import write
 
 from distcomp.advice.overlap import Timing, averaging_step, gradient_step
-from distcomp.advice.predict import STOCK, around_a_ring
+from distcomp.advice.predict import BUILTIN_HOOKS, around_a_ring
 from distcomp.advice.scale import Rehearsals
 from distcomp.layout import Layout
 from distcomp.network import Fabric
@@ -51,15 +51,15 @@ def curve(rehearsals: Rehearsals, fabric: Fabric) -> list[float]:
     """Efficiency, computing's share of a step, at every scale."""
     found = []
     for ranks in SCALES:
-        rehearsed, there = rehearsals.among(ranks), fabric.of(ranks)
-        talks = rehearsed.talks
-        if rehearsed.averages:
-            talks = talks * BUCKETS
-            step = averaging_step(timing(), talks, there, HOST, slowness=0.0)
+        profiled, there = rehearsals.among(ranks), fabric.of(ranks)
+        profiles = profiled.profiles
+        if profiled.averages:
+            profiles = profiles * BUCKETS
+            step = averaging_step(timing(), profiles, there, HOST, slowness=0.0)
         else:
-            if rehearsed.method in STOCK:
-                talks = around_a_ring(talks)
-            step = gradient_step(timing(), talks * BUCKETS, there, HOST, slowness=0.0)
+            if profiled.method in BUILTIN_HOOKS:
+                profiles = around_a_ring(profiles)
+            step = gradient_step(timing(), profiles * BUCKETS, there, HOST, slowness=0.0)
         found.append(COMPUTE_S / step.step_s)
     return found
 
@@ -73,7 +73,7 @@ def headlines() -> list[dict[str, Any]]:
     layout = Layout.of([("model", (1000, 1000))])
     ddp, diloco = (Rehearsals(name, [layout]).among(8) for name in ("ddp", "diloco:period=500"))
     sent = [
-        sum(talk.share * one.ask.sent_bytes(8) for talk in each.talks for one in talk.rounds)
+        sum(profile.share * one.ask.sent_bytes(8) for profile in each.profiles for one in profile.rounds)
         for each in (ddp, diloco)
     ]
     return [

@@ -1,4 +1,4 @@
-"""Writes the measured tables into docs/shelf.md, from the committed result files and nothing else.
+"""Writes the measured tables into docs/compressors.md, from the committed result files and nothing else.
 
 python benchmarks/shelf_docs.py
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from _common import RESULTS
 
-PAGE = Path(__file__).parents[1] / "docs" / "shelf.md"
+PAGE = Path(__file__).parents[1] / "docs" / "compressors.md"
 RATES = {"10mbit": "10 Mbit/s", "100mbit": "100 Mbit/s", "1gbit": "1 Gbit/s", "unshaped": "unshaped"}
 Found = dict[str, Any]
 

@@ -6,8 +6,8 @@
 Pairs of digits, 27,674 parameters, each worker with a model and data of its own (drawn with replacement).
 A cell is a process: its seconds of training and its peak memory, the interpreter's own included. The fit is
 ``a + b n`` by least squares over all cells of a method.
-Where all must agree they gather: cut into a piece for each worker, as ``pattern=scatter`` does, a round of a
-thousand is a million messages, here as on a network.
+Where all must agree they gather: cut into a piece for each worker, as ``pattern=reduce_scatter`` does, a
+round of a thousand is a million messages, here as on a network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 HERE = Path(__file__)
 RESULT = HERE.parent / "results" / "simulate_scale.json"
 SCRIPT = HERE.parents[1] / "examples" / "digits.py"
-METHODS = ("dcd", "choco", "pqasgd:pattern=gather", "qsgd:pattern=gather")
+METHODS = ("dcd", "choco", "pqasgd:pattern=all_gather", "qsgd:pattern=all_gather")
 WORKERS = (16, 64, 256, 1024)
 WIDTH, BATCH = 112, 16
 
@@ -35,14 +35,14 @@ def cell(method: str, workers: int, steps: int) -> dict[str, Any]:
     """Train; what it took."""
     import torch
 
-    from distcomp.advice import Scenario, Setting, Simulation, problem_of
+    from distcomp.advice import Scenario, Setting, Simulation, task_of
     from distcomp.methods import parse
     from distcomp.network import Fabric
 
     given = ["--width", str(WIDTH), "--batch", str(BATCH), "--steps", str(steps)]
-    problem = problem_of(SCRIPT, given)
+    training_task = task_of(SCRIPT, given)
     fabric = Fabric.uniform(workers, "200mbit", "40ms")
-    simulation = Simulation(problem, parse(method), Setting(fabric, Scenario(compute_s=0.02)))
+    simulation = Simulation(training_task, parse(method), Setting(fabric, Scenario(compute_s=0.02)))
     begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
     for _ in range(steps):
         simulation.step()

@@ -31,7 +31,7 @@ from distcomp.network.framing import exchanged_bytes
 
 METHODS = (
     "ddp", "torch:fp16", "identity", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=2", "qsgd:bits=1",
-    "qsgd:bits=4,pattern=gather",
+    "qsgd:bits=4,pattern=all_gather",
 )  # fmt: skip
 SHELF = (
     "ddp", "qsgd:bits=4", "qsgd:bits=1", "natural", "terngrad", "majority_vote", "ef_signsgd", "onebit",

@@ -51,7 +51,7 @@ def index() -> str:
 
 def page(entry: Entry, measured: list[Row]) -> str:
     """One method: what is known of it, what its recipe says, and what was measured."""
-    told = "\n\n".join(_prose(paragraph) for paragraph in entry.told)
+    told = "\n\n".join(_prose(paragraph) for paragraph in entry.doc)
     rows = [f"| {' | '.join(row)} |" for row in measured]
     table = ["| run | measured | result file |", "|---|---|---|", *rows] if rows else [NOTHING]
     return "\n".join([f"# {entry.name}", "", *_facts(entry), "", told, "", "## Measured", "", *table, ""])
@@ -134,7 +134,7 @@ def _told(spec: str, where: str, text: str, path: Path) -> Iterator[tuple[str, R
 
 
 def _row(entry: Entry) -> str:
-    cells = (f"[`{entry.name}`](methods/{entry.name}.md)", _prose(entry.law), _prose(entry.wire))
+    cells = (f"[`{entry.name}`](methods/{entry.name}.md)", _prose(entry.summary), _prose(entry.wire))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 import distcomp
-from distcomp.advice import Problem
+from distcomp.advice import TrainingTask
 
 HELD_OUT_IMAGES = 397
 TEST_PAIRS = 4000
@@ -95,7 +95,7 @@ def sgd(wanted, parameters):
     return torch.optim.SGD(parameters, wanted.lr, momentum=0.8, nesterov=True)
 
 
-def problem(arguments):
+def training_task(arguments):
     """The same training for `distcomp advise` and `distcomp simulate`. Workers draw from all images."""
     wanted = options(arguments)
     train, held_out = digits()
@@ -106,7 +106,7 @@ def problem(arguments):
         draw = torch.Generator().manual_seed((wanted.seed * workers + worker) * 1_000_003 + step)
         return pairs(*train, wanted.batch, draw)
 
-    return Problem(
+    return TrainingTask(
         model=network(wanted.width),
         batch=batch,
         loss=cross_entropy,

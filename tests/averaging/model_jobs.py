@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
-from distcomp.exchange import Group, Mix
+from distcomp.averaging.gossip import DCD
+from distcomp.collectives import Group, NeighborExchange
 from distcomp.payload import Part, Payload
-from distcomp.sync.gossip import DCD
-from distcomp.transports.direct import Direct
-from distcomp.transports.liveness import Liveness
+from distcomp.transports.gloo_p2p import GlooP2P
+from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.torchdist import TorchDist
 
 
@@ -76,17 +76,19 @@ class InPairs(DCD):
         return (rank - rank % 2, rank - rank % 2 + 1)
 
 
-def mixed_in_groups(rank: int, size: int, carrier: type[Direct | TorchDist]) -> float:
+def mixed_in_groups(rank: int, size: int, carrier: type[GlooP2P | TorchDist]) -> float:
     """What the other one of groups (0, 3) and (1, 2) has sent."""
     world = dist.group.WORLD
-    liveness = Liveness(world.get_group_store(), rank, size, carrier.__name__)
-    transport = carrier(world, liveness, 30.0)
+    heartbeat = Heartbeat(world.get_group_store(), rank, size, carrier.__name__)
+    transport = carrier(world, heartbeat, 30.0)
     payload = Payload.empty((Part("values", torch.float32, 1),))
     payload["values"].fill_(rank)
     other = 3 - rank
-    (wire,) = transport.start(Mix(payload, (other,), (min(rank, other), max(rank, other)))).wait()
+    (wire,) = transport.start(
+        NeighborExchange(payload, (other,), (min(rank, other), max(rank, other)))
+    ).wait()
     transport.close()
-    liveness.close()
+    heartbeat.close()
     return float(Payload(wire, payload.parts)["values"])
 
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from distcomp.averaging.base import Averaging
+from distcomp.averaging.ecd import ECD
+from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze, Gossip
+from distcomp.averaging.periodic import Mean, Periodic
+from distcomp.averaging.recipes import local_sgd, pqasgd, sparse_averaging
+from distcomp.averaging.topology import Topology, complete
+from distcomp.averaging.workers import Workers
 from distcomp.compressors import Identity, Quantize, TopK
-from distcomp.methods import ErrorFeedback, identity, lift, qsgd
-from distcomp.sync.averaging import Averaging
-from distcomp.sync.ecd import ECD
-from distcomp.sync.gossip import DCD, DPSGD, Choco, DeepSqueeze, Gossip
-from distcomp.sync.periodic import Mean, Periodic
-from distcomp.sync.recipes import local_sgd, pqasgd, sparse_averaging
-from distcomp.sync.together import Workers
-from distcomp.topology import Topology, complete
+from distcomp.methods import ErrorFeedback, from_compressor, identity, qsgd
 
 from .worlds import stacked
 
@@ -77,7 +77,7 @@ def test_a_slice_every_step_sends_what_all_every_p_steps_sends() -> None:
     for _ in range(8):
         at_once.step()
         in_turns.step()
-    sent = [workers.net.ledgers[0].requests["Sum"] for workers in (at_once, in_turns)]
+    sent = [workers.net.ledgers[0].requests["AllReduce"] for workers in (at_once, in_turns)]
     assert sent == [2, 8]
 
 
@@ -99,7 +99,7 @@ def noisy_run(averaging: Averaging, steps: int, numel: int = 48) -> Workers:
 )
 def test_replicas_equal_their_owners_after_a_thousand_steps(gossip: Gossip) -> None:
     own = {DCD: "model", ECD: "estimate", Choco: "public"}[type(gossip)]
-    states = [tracks[0].state for tracks in noisy_run(gossip, 1000).tracks]
+    states = [fragments[0].state for fragments in noisy_run(gossip, 1000).fragments]
     for rank, state in enumerate(states):
         for neighbour, replica in state["replicas"].items():
             owner = states[int(neighbour)][own].data
@@ -108,14 +108,14 @@ def test_replicas_equal_their_owners_after_a_thousand_steps(gossip: Gossip) -> N
 
 def test_dcd_model_is_its_own_replica() -> None:
     workers = noisy_run(DCD(Quantize(4, block=16)), 20)
-    for model, tracks in zip(workers.models, workers.tracks, strict=True):
-        assert torch.equal(model, tracks[0].state["model"].data)
+    for model, fragments in zip(workers.models, workers.fragments, strict=True):
+        assert torch.equal(model, fragments[0].state["model"].data)
 
 
 def test_anchors_are_alike_bit_for_bit_and_models_start_from_them() -> None:
-    method = ErrorFeedback(lift(TopK(0.1)))
+    method = ErrorFeedback(from_compressor(TopK(0.1)))
     workers = noisy_run(Periodic(method, period=3), 12)
-    anchors = [tracks[0].state["anchor"].data for tracks in workers.tracks]
+    anchors = [fragments[0].state["anchor"].data for fragments in workers.fragments]
     assert all(torch.equal(anchor, anchors[0]) for anchor in anchors)
     assert all(torch.equal(model, anchors[0]) for model in workers.models)
 

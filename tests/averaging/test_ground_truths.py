@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distcomp.averaging.ecd import ECD
+from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze, default_gamma, relative_error
+from distcomp.averaging.periodic import Mean, Periodic
 from distcomp.compressors import Quantize, ScaledSign, TopK
 from distcomp.compressors.fixed import FixedGrid, GrowingGrid
 from distcomp.layout import Layout
 from distcomp.methods import qsgd
-from distcomp.sync.ecd import ECD
-from distcomp.sync.gossip import DCD, DPSGD, Choco, DeepSqueeze, default_gamma, relative_error
-from distcomp.sync.periodic import Mean, Periodic
 
 from .worlds import Quadratic, consensus, errors_at, stacked
 
@@ -26,32 +26,32 @@ ZERO = 1e-12
 
 
 @pytest.fixture(scope="module")
-def problem() -> Quadratic:
+def training_task() -> Quadratic:
     return Quadratic(4, 128)
 
 
-def test_naive_compressed_gossip_has_a_floor(problem: Quadratic) -> None:
-    early, late = errors_at(problem, DPSGD(EIGHT_BITS), MARKS)
+def test_naive_compressed_gossip_has_a_floor(training_task: Quadratic) -> None:
+    early, late = errors_at(training_task, DPSGD(EIGHT_BITS), MARKS)
     assert late > 1e-6
     assert late / early > 0.5
 
 
-def test_uncompressed_gossip_has_none(problem: Quadratic) -> None:
-    assert errors_at(problem, DPSGD(), MARKS)[1] < ZERO
+def test_uncompressed_gossip_has_none(training_task: Quadratic) -> None:
+    assert errors_at(training_task, DPSGD(), MARKS)[1] < ZERO
 
 
-def test_dcd_reaches_machine_zero_where_naive_gossip_stalls(problem: Quadratic) -> None:
-    assert errors_at(problem, DCD(EIGHT_BITS), MARKS)[1] < ZERO
+def test_dcd_reaches_machine_zero_where_naive_gossip_stalls(training_task: Quadratic) -> None:
+    assert errors_at(training_task, DCD(EIGHT_BITS), MARKS)[1] < ZERO
 
 
 @pytest.mark.parametrize("compressor", [Quantize(4, block=64), TopK(0.25)], ids=str)
-def test_choco_reaches_it_with_coarser_compressors(problem: Quadratic, compressor: Quantize) -> None:
-    assert errors_at(problem, Choco(compressor), MARKS)[1] < ZERO
+def test_choco_reaches_it_with_coarser_compressors(training_task: Quadratic, compressor: Quantize) -> None:
+    assert errors_at(training_task, Choco(compressor), MARKS)[1] < ZERO
 
 
 @pytest.fixture(scope="module")
-def ecd_errors(problem: Quadratic) -> list[float]:
-    return errors_at(problem, ECD(COARSE), MARKS)
+def ecd_errors(training_task: Quadratic) -> list[float]:
+    return errors_at(training_task, ECD(COARSE), MARKS)
 
 
 def test_ecd_falls_as_one_over_t_on_an_absolute_grid(ecd_errors: list[float]) -> None:
@@ -60,23 +60,25 @@ def test_ecd_falls_as_one_over_t_on_an_absolute_grid(ecd_errors: list[float]) ->
 
 
 def test_an_absolute_grid_stops_dcd_and_naive_gossip_but_not_choco(
-    problem: Quadratic, ecd_errors: list[float]
+    training_task: Quadratic, ecd_errors: list[float]
 ) -> None:
     """DCD needs a relative quantizer as ECD needs an absolute one."""
     ecd = ecd_errors[1]
-    assert errors_at(problem, DPSGD(COARSE), MARKS[1:])[0] > 2 * ecd
-    assert errors_at(problem, DCD(COARSE), MARKS[1:])[0] > 2 * ecd
-    assert errors_at(problem, Choco(COARSE, gamma=0.4), MARKS[1:])[0] < ZERO
+    assert errors_at(training_task, DPSGD(COARSE), MARKS[1:])[0] > 2 * ecd
+    assert errors_at(training_task, DCD(COARSE), MARKS[1:])[0] > 2 * ecd
+    assert errors_at(training_task, Choco(COARSE, gamma=0.4), MARKS[1:])[0] < ZERO
 
 
-def test_ecd_counts_what_its_grid_had_to_clamp(problem: Quadratic) -> None:
-    narrow = problem.train(ECD(FixedGrid(1 / 64, bits=4)), 50).tracks[0][0]
+def test_ecd_counts_what_its_grid_had_to_clamp(training_task: Quadratic) -> None:
+    narrow = training_task.train(ECD(FixedGrid(1 / 64, bits=4)), 50).fragments[0][0]
     assert narrow.averaging.report(narrow.state)["overflow"]["x"] > 0
-    growing = problem.train(ECD(GrowingGrid(1 / 64, bits=10)), 50).tracks[0][0]
+    growing = training_task.train(ECD(GrowingGrid(1 / 64, bits=10)), 50).fragments[0][0]
     assert growing.averaging.report(growing.state) == {"overflow": {}}
 
 
-def test_ecd_with_a_relative_quantizer_and_noise_diverges_where_choco_does_not(problem: Quadratic) -> None:
+def test_ecd_with_a_relative_quantizer_and_noise_diverges_where_choco_does_not(
+    training_task: Quadratic,
+) -> None:
     """The negative result: what is extrapolated grows with t, and with it a relative error."""
 
     def noisy(averaging: object) -> float:
@@ -86,19 +88,21 @@ def test_ecd_with_a_relative_quantizer_and_noise_diverges_where_choco_does_not(p
             for model in workers.models:  # type: ignore[attr-defined]
                 model += 0.05 * torch.randn(model.numel(), generator=generator)
 
-        return problem.error(problem.train(averaging, 200, watch=disturb))  # type: ignore[arg-type]
+        return training_task.error(training_task.train(averaging, 200, watch=disturb))  # type: ignore[arg-type]
 
     two_bits = Quantize(2, block=64)
     assert noisy(ECD(two_bits, allow_relative=True)) > 10
     assert noisy(Choco(two_bits)) < 0.01
 
 
-def test_quantizing_the_model_fails_where_quantizing_the_difference_does_not(problem: Quadratic) -> None:
+def test_quantizing_the_model_fails_where_quantizing_the_difference_does_not(
+    training_task: Quadratic,
+) -> None:
     """PQASGD's control: at 2 bits averaging quantized models is no training at all."""
-    good = problem.train(Periodic(qsgd(bits=2, block=64), period=2), 200)
-    bad = problem.train(Mean(qsgd(bits=2, block=64), period=2), 200)
-    assert problem.error(good) < 0.04
-    assert problem.error(bad) > 30 * problem.error(good)
+    good = training_task.train(Periodic(qsgd(bits=2, block=64), period=2), 200)
+    bad = training_task.train(Mean(qsgd(bits=2, block=64), period=2), 200)
+    assert training_task.error(good) < 0.04
+    assert training_task.error(bad) > 30 * training_task.error(good)
 
 
 class TestConditions:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import distcomp
+from distcomp.attaching.weights import Weights
+from distcomp.averaging.base import Averaging
+from distcomp.averaging.gossip import DCD
+from distcomp.averaging.workers import Workers
 from distcomp.compressors import Quantize
 from distcomp.layout import Layout
-from distcomp.sync.averaging import Averaging
-from distcomp.sync.gossip import DCD
-from distcomp.sync.together import Workers
-from distcomp.sync.weights import Weights
-from distcomp.transports.direct import Direct
+from distcomp.transports.gloo_p2p import GlooP2P
 from distcomp.transports.torchdist import TorchDist
 
 from . import model_jobs as jobs
@@ -79,7 +79,7 @@ def test_gossip_inside_groups_talks_to_neighbours_of_its_own_group(cluster: Clus
         assert torch.equal(own[: expected[rank].numel()], expected[rank]), rank
 
 
-@pytest.mark.parametrize("carrier", [Direct, TorchDist])
+@pytest.mark.parametrize("carrier", [GlooP2P, TorchDist])
 def test_neighbours_in_a_group_are_ranks_of_the_whole(carrier: type, cluster: Clusters) -> None:
     assert cluster(4).run(jobs.mixed_in_groups, carrier) == [3, 2, 1, 0]
 
@@ -228,13 +228,13 @@ def test_compiled_models_train_alike(cluster: Clusters) -> None:
 def test_weights_in_any_memory_format_are_read_and_written() -> None:
     model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     weights = Weights(model)
-    slab = torch.arange(float(weights.layout.numel))
-    weights.write(weights.layout, slab)
-    assert torch.equal(weights.read(weights.layout), slab)
-    assert torch.equal(model.weight.flatten(), slab[: model.weight.numel()])
+    buffer = torch.arange(float(weights.layout.numel))
+    weights.write(weights.layout, buffer)
+    assert torch.equal(weights.read(weights.layout), buffer)
+    assert torch.equal(model.weight.flatten(), buffer[: model.weight.numel()])
     first, _ = weights.layout.split(2, 16)
     weights.write(first, torch.zeros(first.numel))
-    assert torch.equal(weights.read(weights.layout)[first.numel :], slab[first.numel :])
+    assert torch.equal(weights.read(weights.layout)[first.numel :], buffer[first.numel :])
     assert not weights.read(first).any()
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from distcomp.averaging.base import Averaging
+from distcomp.averaging.ecd import ECD
+from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze
+from distcomp.averaging.outer import Outer
+from distcomp.averaging.periodic import Periodic
+from distcomp.averaging.topology import ring
 from distcomp.compressors import TopK
-from distcomp.methods import lift
-from distcomp.sync.averaging import Averaging
-from distcomp.sync.ecd import ECD
-from distcomp.sync.gossip import DCD, DPSGD, Choco, DeepSqueeze
-from distcomp.sync.outer import Outer
-from distcomp.sync.periodic import Periodic
-from distcomp.topology import ring
+from distcomp.methods import from_compressor
 
 from . import oracles
 from .oracles import Matrix
@@ -45,9 +45,12 @@ START = np.zeros((WORKERS, NUMEL))
         (Choco(HALF, gamma=0.4), lambda: oracles.choco(START, W, step, C, 0.4, STEPS)),
         (DeepSqueeze(HALF, eta=0.2), lambda: oracles.deepsqueeze(START, W, step, C, 0.2, STEPS)),
         (Periodic(period=4), lambda: oracles.periodic(START, step, lambda z: z, 4, STEPS)),
-        (Periodic(lift(HALF, "gather"), period=4), lambda: oracles.periodic(START, step, C, 4, STEPS)),
         (
-            Periodic(lift(HALF, "gather"), Outer(0.7, 0.9, nesterov=True), period=5),
+            Periodic(from_compressor(HALF, "all_gather"), period=4),
+            lambda: oracles.periodic(START, step, C, 4, STEPS),
+        ),
+        (
+            Periodic(from_compressor(HALF, "all_gather"), Outer(0.7, 0.9, nesterov=True), period=5),
             lambda: oracles.periodic(START, step, C, 5, STEPS, 0.7, 0.9),
         ),
     ],

@@ -6,21 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from distcomp.compressors import TopK
-from distcomp.errors import DistcompError
-from distcomp.exchange import sum_bytes
-from distcomp.layout import Layout
-from distcomp.methods import ErrorFeedback, lift, parse, qsgd, topk
-from distcomp.schedule import Schedule
-from distcomp.sync.averaging import Levels
-from distcomp.sync.outer import Outer
-from distcomp.sync.periodic import Mean, Periodic
-from distcomp.sync.recipes import (
+from distcomp.averaging.base import MultiLevel
+from distcomp.averaging.outer import Outer
+from distcomp.averaging.periodic import Mean, Periodic
+from distcomp.averaging.recipes import (
     choco,
     diloco,
     ecd,
-    hierarchical,
     local_sgd,
+    multi_level,
     post_local_sgd,
     pqasgd,
     sparse_averaging,
@@ -28,8 +22,14 @@ from distcomp.sync.recipes import (
     sparta,
     streaming_diloco,
 )
-from distcomp.sync.recipes.periodic import FadingFeedback
-from distcomp.sync.together import Workers
+from distcomp.averaging.recipes.periodic import FadingFeedback
+from distcomp.averaging.workers import Workers
+from distcomp.collectives import all_reduce_sent_bytes
+from distcomp.compressors import TopK
+from distcomp.errors import DistcompError
+from distcomp.layout import Layout
+from distcomp.methods import ErrorFeedback, from_compressor, parse, qsgd, topk
+from distcomp.schedule import Schedule
 
 LAYOUT = Layout.of([("a", (32, 40)), ("b", (40,)), ("c", (40, 20)), ("d", (20,))])
 
@@ -69,14 +69,14 @@ def test_fragments_take_turns() -> None:
     workers = Workers(
         sparse_averaging(period=4, schedule="round_robin"), torch.zeros(LAYOUT.numel), 3, LAYOUT
     )
-    fragments = [track.layout for track in workers.tracks[0]]
-    assert sum(fragment.numel for fragment in fragments) == LAYOUT.numel
+    fragments = [fragment.layout for fragment in workers.fragments[0]]
+    assert sum(piece.numel for piece in fragments) == LAYOUT.numel
     for step in range(8):
         drift(workers)
         before = [model.clone() for model in workers.models]
         workers.step()
         moved = (workers.models[0] != before[0]).nonzero().flatten()
-        at = sum(fragment.numel for fragment in fragments[: step % 4])
+        at = sum(piece.numel for piece in fragments[: step % 4])
         expected = torch.arange(at, at + fragments[step % 4].numel)
         assert torch.equal(moved, expected)
 
@@ -117,7 +117,7 @@ def test_sparta_averages_another_share_each_time() -> None:
         assert changed.sum() == pytest.approx(0.25 * LAYOUT.numel, rel=0.02)
         moved.append(changed)
     assert not torch.equal(moved[0], moved[1])
-    sent = sum(sum_bytes(4 * int(changed.sum()), 4) for changed in moved)
+    sent = sum(all_reduce_sent_bytes(4 * int(changed.sum()), 4) for changed in moved)
     assert workers.net.ledgers[0].sent_bytes["values"] == sent
 
 
@@ -126,12 +126,12 @@ def test_small_parameters_have_their_turn_in_sparta() -> None:
     for _ in range(100):
         drift(workers)
         workers.step()
-    assert 2 <= sum(ledger.requests["Sum"] for ledger in workers.net.ledgers[:1]) <= 100
+    assert 2 <= sum(ledger.requests["AllReduce"] for ledger in workers.net.ledgers[:1]) <= 100
     assert 0 < workers.net.ledgers[0].sent_bytes["values"] <= 100 * 4
 
 
 def test_groups_agree_often_and_all_agree_rarely() -> None:
-    workers = Workers(hierarchical("local_sgd:period=4", period=1, ranks_per_group=2), torch.zeros(60), 4)
+    workers = Workers(multi_level("local_sgd:period=4", period=1, ranks_per_group=2), torch.zeros(60), 4)
     for step in range(1, 9):
         drift(workers)
         workers.step()
@@ -144,20 +144,22 @@ def test_groups_agree_often_and_all_agree_rarely() -> None:
 def test_error_feedback_loses_nothing_over_syncs() -> None:
     """Anchor plus what is still owed is where exact averaging would be."""
     exact = Workers(Periodic(period=2), torch.zeros(400), 4)
-    sparse = Workers(Periodic(ErrorFeedback(lift(TopK(0.1), "gather")), period=2), torch.zeros(400), 4)
+    sparse = Workers(
+        Periodic(ErrorFeedback(from_compressor(TopK(0.1), "all_gather")), period=2), torch.zeros(400), 4
+    )
     for _ in range(10):
         drift(exact)
         drift(sparse)
         exact.step()
         sparse.step()
-    tracks = [tracks[0] for tracks in sparse.tracks]
-    owed = torch.stack([track.state["method"]["residual"].data for track in tracks]).mean(0)
-    assert owed.norm() > 1
-    torch.testing.assert_close(sparse.models[0] - owed, exact.models[0], atol=1e-4, rtol=1e-4)
+    fragments = [fragments[0] for fragments in sparse.fragments]
+    residual = torch.stack([fragment.state["method"]["residual"].data for fragment in fragments]).mean(0)
+    assert residual.norm() > 1
+    torch.testing.assert_close(sparse.models[0] - residual, exact.models[0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_residual_fades() -> None:
-    method = FadingFeedback(lift(TopK(0.1), "gather"), decay=0.5)
+    method = FadingFeedback(from_compressor(TopK(0.1), "all_gather"), decay=0.5)
     workers = Workers(Periodic(method, period=1), torch.zeros(10), 1)
     workers.models[0] -= torch.arange(1.0, 11.0)  # the outer gradient is 1 .. 10; the largest goes
     workers.step()
@@ -169,11 +171,11 @@ def test_a_residual_fades() -> None:
 def test_the_papers_names_are_settings_of_one_class() -> None:
     assert diloco() == Periodic(outer=Outer(0.7, 0.9, nesterov=True), period=500)
     assert diloco(compressor="qsgd:bits=4").method == qsgd(bits=4)
-    assert diloco(compressor=TopK(0.1)).method == ErrorFeedback(lift(TopK(0.1)))
+    assert diloco(compressor=TopK(0.1)).method == ErrorFeedback(from_compressor(TopK(0.1)))
     assert pqasgd(period=2, bits=2, schedule="round_robin").fragments == 2
     assert isinstance(sparse_loco().method, FadingFeedback)
     assert streaming_diloco(fragments=8).cut == "parameters"
-    assert isinstance(hierarchical(), Levels)
+    assert isinstance(multi_level(), MultiLevel)
     assert parse("pqasgd:period=2,bits=2") == pqasgd(period=2, bits=2)
     assert parse("diloco:period=50,compressor=(topk:ratio=0.03,values=int2)").period == 50
     assert diloco(50, topk(0.03, values="2bit")) == parse(
@@ -195,9 +197,9 @@ def test_the_papers_names_are_settings_of_one_class() -> None:
         (lambda: pqasgd(schedule="random"), "round_robin"),
         (lambda: diloco(outer_lr=0.0), "lr > 0"),
         (lambda: sparta(share=0.0), "share"),
-        (lambda: Mean(ErrorFeedback(lift(TopK(0.1)))), "keeps state"),
+        (lambda: Mean(ErrorFeedback(from_compressor(TopK(0.1)))), "keeps state"),
         (lambda: Workers(Mean(ranks_per_group=3), torch.zeros(4), 4), "whole number of groups"),
-        (lambda: hierarchical("qsgd"), "averages no models"),
+        (lambda: multi_level("qsgd"), "averages no models"),
         (lambda: Periodic(on_failure="continue"), "stops when one dies|stop when one dies"),
         (lambda: choco("powersgd"), "one payload"),
         (lambda: choco(on_failure="ignore"), "'stop' or 'continue'"),
@@ -207,7 +209,7 @@ def test_the_papers_names_are_settings_of_one_class() -> None:
         (
             lambda: (
                 Workers(choco(topology="one_peer_exponential"), torch.zeros(4), 4)
-                .tracks[0][0]
+                .fragments[0][0]
                 .averaging.conditions(LAYOUT, 4)
             ),
             "must not change",

@@ -9,7 +9,7 @@ import torch
 from cluster import Cluster, Failure
 
 import distcomp
-from distcomp.sync.gossip import Gossip
+from distcomp.averaging.gossip import Gossip
 
 from . import model_jobs as jobs
 
@@ -33,7 +33,7 @@ def four() -> Iterator[Cluster]:
     ids=["choco-ring", "dcd-complete", "dpsgd-one-peer", "choco-hangs"],
 )
 def test_gossip_goes_on_without_a_dead_neighbour(gossip: Gossip, how: str, four: Cluster) -> None:
-    found = four.outcomes(jobs.mourning, gossip, 2, how, without=2)
+    found = four.results(jobs.mourning, gossip, 2, how, without=2)
     survivors = [found[rank] for rank in (0, 1, 3)]
     assert not any(isinstance(one, Failure) or "error" in one for one in survivors), survivors
     own = torch.stack([one["own"] for one in survivors])
@@ -48,6 +48,6 @@ def test_gossip_goes_on_without_a_dead_neighbour(gossip: Gossip, how: str, four:
 
 @pytest.mark.parametrize("spec", ["choco", "local_sgd:period=2"])
 def test_by_default_training_stops_and_names_the_dead(spec: str, four: Cluster) -> None:
-    found = four.outcomes(jobs.mourning, spec, 2, "SIGKILL", 10.0, without=2)
+    found = four.results(jobs.mourning, spec, 2, "SIGKILL", 10.0, without=2)
     for rank in (0, 1, 3):
         assert found[rank]["error"].startswith("PeerLost: rank 2 died"), found[rank]

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distcomp.errors import DistcompError
-from distcomp.topology import (
+from distcomp.averaging.topology import (
     TOPOLOGIES,
     Topology,
     complete,
@@ -24,6 +23,7 @@ from distcomp.topology import (
     star,
     torus,
 )
+from distcomp.errors import DistcompError
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)

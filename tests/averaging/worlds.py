@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distcomp.sync.averaging import Averaging, Levels
-from distcomp.sync.together import Workers
+from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.averaging.workers import Workers
 
 
 class Quadratic:
@@ -21,7 +21,7 @@ class Quadratic:
 
     def train(
         self,
-        averaging: Averaging | Levels,
+        averaging: Averaging | MultiLevel,
         steps: int,
         rate: float = 0.1,
         watch: Callable[[Workers], None] = lambda _: None,
@@ -44,19 +44,19 @@ class Quadratic:
         return float((workers.mean - self.optima.mean(0)).square().mean())
 
 
-def errors_at(problem: Quadratic, averaging: Averaging, marks: tuple[int, ...]) -> list[float]:
+def errors_at(training_task: Quadratic, averaging: Averaging, marks: tuple[int, ...]) -> list[float]:
     """The error after so many steps."""
     found: list[float] = []
 
     def watch(workers: Workers) -> None:
         if workers.steps in marks:
-            found.append(problem.error(workers))
+            found.append(training_task.error(workers))
 
-    problem.train(averaging, max(marks), watch=watch)
+    training_task.train(averaging, max(marks), watch=watch)
     return found
 
 
-def consensus(averaging: Averaging | Levels, starts: Tensor, steps: int) -> Workers:
+def consensus(averaging: Averaging | MultiLevel, starts: Tensor, steps: int) -> Workers:
     """No gradients: workers start apart (row i is worker i's model) and only average."""
     workers = Workers(averaging, torch.zeros(starts.shape[1]), len(starts))
     for model, start in zip(workers.models, starts, strict=True):

@@ -12,16 +12,16 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
+from report import synthetic
 
 from distcomp import compressors, recording
 from distcomp.cli import COMMANDS, doctor, emulate, main, methods
+from distcomp.cli.prefork import imports
 from distcomp.cli.progress import Tail, progress
 from distcomp.cli.run import new_directory
-from distcomp.cli.warm import imports
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS
 from distcomp.report import as_json, as_text, compare
-from report import synthetic
 
 Captured = pytest.CaptureFixture[str]
 
@@ -54,7 +54,7 @@ def test_methods_lists_every_method_and_compressor(capsys: Captured) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     headings = {line.split()[0] for line in lines if line and not line.startswith(" ")}
-    assert headings >= METHODS.keys() | methods.STOCK.keys()
+    assert headings >= METHODS.keys() | methods.BUILTIN_HOOKS.keys()
 
 
 def test_methods_as_json_has_what_the_registry_has(capsys: Captured) -> None:
@@ -78,7 +78,7 @@ def test_methods_as_json_has_what_the_registry_has(capsys: Captured) -> None:
 
 
 def test_every_stock_method_and_every_registered_one_can_be_asked_for() -> None:
-    for name in [*methods.STOCK, "torch:powersgd:rank=2", "qsgd:bits=4"]:
+    for name in [*methods.BUILTIN_HOOKS, "torch:powersgd:rank=2", "qsgd:bits=4"]:
         methods.check(name)
 
 

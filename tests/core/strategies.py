@@ -1,4 +1,4 @@
-"""Layouts and slabs for properties."""
+"""Layouts and flat buffers for properties."""
 
 from __future__ import annotations
 

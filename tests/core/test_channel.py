@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, NeighborExchange, Request
 from distcomp.errors import CorruptPayload
-from distcomp.exchange import Broadcast, Gather, Mix, Request, Sum, Swap
 from distcomp.payload import Part, Payload
-from distcomp.transports.base import Answer, Channel, finite_flag
-from distcomp.transports.ledger import Ledger
+from distcomp.runtime.channel import Answer, Channel, finite_flag
+from distcomp.runtime.ledger import Ledger
 
 PARTS = (Part("values", torch.float32, 4),)
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
@@ -30,7 +30,7 @@ class Wire:
         self.waiting: Any = None
 
     def start(self, request: Request) -> Wire:
-        if isinstance(request, Sum) and self.waiting is None:
+        if isinstance(request, AllReduce) and self.waiting is None:
             self.waiting = request.x
         return self
 
@@ -49,7 +49,7 @@ def sealed_by(rank: int, fingerprint: int = 9, exchanges: int = 1, finite: Tenso
     channel = Channel(Wire(rank, 3), fingerprint, Ledger())
     for _ in range(exchanges):
         sent = payload(float(rank))
-        channel.prepare(Gather(sent), finite)
+        channel.prepare(AllGather(sent), finite)
     return sent.wire
 
 
@@ -68,24 +68,24 @@ def values(answer: Answer) -> list[float]:
 
 def test_payloads_are_opened_in_the_order_of_their_senders() -> None:
     own = payload(0.0)
-    answer = receive(Gather(own), [own.wire, sealed_by(1), sealed_by(2)])
+    answer = receive(AllGather(own), [own.wire, sealed_by(1), sealed_by(2)])
     assert values(answer) == [0, 1, 2]
     assert bool(answer.finite)
-    answer = receive(Swap((own, payload(5), payload(6))), [own.wire, sealed_by(1), sealed_by(2)])
+    answer = receive(AllToAll((own, payload(5), payload(6))), [own.wire, sealed_by(1), sealed_by(2)])
     assert values(answer) == [0, 1, 2]
-    assert values(receive(Mix(payload(0.0), (2, 1)), [sealed_by(2), sealed_by(1)])) == [2, 1]
+    assert values(receive(NeighborExchange(payload(0.0), (2, 1)), [sealed_by(2), sealed_by(1)])) == [2, 1]
     assert float(receive(Broadcast(payload(0.0), 2), [sealed_by(2)]).value["values"][0]) == 2
 
 
 def test_in_a_group_senders_are_its_members() -> None:
-    answer = receive(Gather(payload(0.0), group=(1, 2)), [sealed_by(1), sealed_by(2)], rank=1)
+    answer = receive(AllGather(payload(0.0), group=(1, 2)), [sealed_by(1), sealed_by(2)], rank=1)
     assert values(answer) == [1, 2]
 
 
 def test_a_longer_buffer_than_needed_is_cut() -> None:
     """Transports receive into equal slots; a chunk may be shorter than its slot."""
     padded = torch.cat([sealed_by(1), torch.zeros(64, dtype=torch.uint8)])
-    assert values(receive(Mix(payload(0.0), (1,)), [padded])) == [1]
+    assert values(receive(NeighborExchange(payload(0.0), (1,)), [padded])) == [1]
 
 
 def flip(at: int) -> Callable[[Tensor], Tensor]:
@@ -114,21 +114,21 @@ def test_what_was_spoilt_on_the_wire_is_an_error_naming_the_sender(
     spoil: Callable[[Tensor], Tensor], what: str
 ) -> None:
     with pytest.raises(CorruptPayload, match=f"rank 1 in exchange 1 is corrupt: {what}"):
-        receive(Mix(payload(0.0), (1,)), [spoil(sealed_by(1))])
+        receive(NeighborExchange(payload(0.0), (1,)), [spoil(sealed_by(1))])
 
 
 def test_one_senders_flag_makes_the_answer_non_finite() -> None:
     own = payload(0.0)
-    answer = receive(Gather(own), [own.wire, sealed_by(1), sealed_by(2, finite=FALSE)])
+    answer = receive(AllGather(own), [own.wire, sealed_by(1), sealed_by(2, finite=FALSE)])
     assert not bool(answer.finite)
     assert values(answer) == [0, 1, 2]
 
 
 def test_what_a_rank_that_is_not_finite_adds_to_a_sum_is_nan() -> None:
-    answer = receive(Sum(torch.ones(3)), None, finite=FALSE)
+    answer = receive(AllReduce(torch.ones(3)), None, finite=FALSE)
     assert answer.value.isnan().all()
     assert not bool(answer.finite)
-    answer = receive(Sum(torch.ones(3)), None)
+    answer = receive(AllReduce(torch.ones(3)), None)
     assert torch.equal(answer.value, torch.ones(3))
     assert bool(answer.finite)
 
@@ -137,7 +137,7 @@ def test_exchanges_are_numbered_and_the_number_comes_round() -> None:
     channel = Channel(Wire(0, 2), 9, Ledger())
     channel.exchange = 2**32 - 1
     sent = payload(1.0)
-    channel.prepare(Gather(sent), TRUE)
+    channel.prepare(AllGather(sent), TRUE)
     assert channel.exchange == 0
     assert int.from_bytes(sent.wire[12:16].numpy().tobytes(), "little") == 0
 

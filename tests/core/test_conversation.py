@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distcomp.exchange import Sum, Talk
+from distcomp.collectives import AllReduce, Rounds
 from distcomp.layout import Layout
-from distcomp.methods import Method, Outcome, Turn
+from distcomp.methods import AggregateResult, Method, StepContext
 from distcomp.methods.base import State
 from distcomp.randomness import Key
-from distcomp.transports.base import Answer
-from distcomp.transports.conversation import Conversation
+from distcomp.runtime.channel import Answer
+from distcomp.runtime.exchange import Exchange
 
 LAYOUT = Layout.of([("w", (3,))])
-TURN = Turn(0, 2, LAYOUT, 0, Key.of(0))
+TURN = StepContext(0, 2, LAYOUT, 0, Key.of(0))
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 
 
@@ -24,58 +24,58 @@ TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 class TwoRounds(Method):
     """Ask twice; the estimate is what came first plus what came second."""
 
-    transparent: bool = False
+    propagates_nonfinite: bool = False
 
-    def talk(self, x: Tensor, state: State, turn: Turn) -> Talk[Outcome]:
-        first = yield Sum(x.clone())
-        second = yield Sum(first * 2)
-        return Outcome(first + second, lambda: x, {"seen": turn.step})
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        first = yield AllReduce(x.clone())
+        second = yield AllReduce(first * 2)
+        return AggregateResult(first + second, lambda: x, {"seen": context.step})
 
     def payload_bytes(self, layout: Layout, size: int) -> int:
         return 0
 
 
-def talk(transparent: bool = False, x: Tensor | None = None) -> Conversation:
-    return Conversation(TwoRounds(transparent), torch.ones(3) if x is None else x, {}, TURN)
+def aggregate(propagates_nonfinite: bool = False, x: Tensor | None = None) -> Exchange:
+    return Exchange(TwoRounds(propagates_nonfinite), torch.ones(3) if x is None else x, {}, TURN)
 
 
 def test_requests_come_one_by_one_until_the_outcome_is_there() -> None:
-    conversation = talk()
-    first = conversation.ask(None)
-    assert isinstance(first, Sum)
-    assert conversation.outcome is None
-    second = conversation.ask(Answer(torch.full((3,), 5.0), TRUE))
-    assert isinstance(second, Sum)
+    exchange = aggregate()
+    first = exchange.ask(None)
+    assert isinstance(first, AllReduce)
+    assert exchange.result is None
+    second = exchange.ask(Answer(torch.full((3,), 5.0), TRUE))
+    assert isinstance(second, AllReduce)
     assert torch.equal(second.x, torch.full((3,), 10.0))
-    assert conversation.ask(Answer(torch.full((3,), 1.0), TRUE)) is None
-    assert conversation.outcome is not None
-    assert torch.equal(conversation.outcome.estimate, torch.full((3,), 6.0))
-    assert conversation.outcome.state == {"seen": 0}
-    assert bool(conversation.finite)
+    assert exchange.ask(Answer(torch.full((3,), 1.0), TRUE)) is None
+    assert exchange.result is not None
+    assert torch.equal(exchange.result.estimate, torch.full((3,), 6.0))
+    assert exchange.result.state == {"seen": 0}
+    assert bool(exchange.finite)
 
 
 def test_one_answer_that_is_not_finite_spoils_the_estimate() -> None:
     for round_ in range(2):
-        conversation = talk()
-        conversation.ask(None)
+        exchange = aggregate()
+        exchange.ask(None)
         for index in range(2):
-            conversation.ask(Answer(torch.ones(3), FALSE if index == round_ else TRUE))
-        assert conversation.outcome is not None
-        assert conversation.outcome.estimate.isnan().all()
-        assert not bool(conversation.finite)
+            exchange.ask(Answer(torch.ones(3), FALSE if index == round_ else TRUE))
+        assert exchange.result is not None
+        assert exchange.result.estimate.isnan().all()
+        assert not bool(exchange.finite)
 
 
 def test_what_one_holds_is_looked_at_before_anything_is_asked() -> None:
-    conversation = talk(x=torch.tensor([1.0, float("inf"), 2.0]))
-    conversation.ask(None)
-    assert not bool(conversation.finite)
+    exchange = aggregate(x=torch.tensor([1.0, float("inf"), 2.0]))
+    exchange.ask(None)
+    assert not bool(exchange.finite)
 
 
 def test_a_transparent_method_is_not_watched() -> None:
-    conversation = talk(transparent=True, x=torch.tensor([1.0, float("inf"), 2.0]))
-    conversation.ask(None)
-    assert not conversation.watch
+    exchange = aggregate(propagates_nonfinite=True, x=torch.tensor([1.0, float("inf"), 2.0]))
+    exchange.ask(None)
+    assert not exchange.watch
     for _ in range(2):
-        conversation.ask(Answer(torch.ones(3), TRUE))
-    assert conversation.outcome is not None
-    assert torch.equal(conversation.outcome.estimate, torch.full((3,), 2.0))
+        exchange.ask(Answer(torch.ones(3), TRUE))
+    assert exchange.result is not None
+    assert torch.equal(exchange.result.estimate, torch.full((3,), 2.0))

@@ -1,4 +1,4 @@
-"""Requests, and the same conversation held inside a group."""
+"""Requests, and the same exchange held inside a group."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from distcomp.exchange import Broadcast, Gather, Mix, Sum, Swap, Talk, within
+from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, NeighborExchange, Rounds, within
 from distcomp.payload import Part, Payload
 
 PAYLOAD = Payload.empty((Part("values", torch.float32, 2),))
 REQUESTS = [
-    Sum(torch.ones(2)),
-    Gather(PAYLOAD),
-    Swap((PAYLOAD, PAYLOAD)),
-    Mix(PAYLOAD, (1,)),
+    AllReduce(torch.ones(2)),
+    AllGather(PAYLOAD),
+    AllToAll((PAYLOAD, PAYLOAD)),
+    NeighborExchange(PAYLOAD, (1,)),
     Broadcast(PAYLOAD, 0),
 ]
 
@@ -27,38 +27,38 @@ def test_requests_are_frozen_and_about_all_ranks(request_) -> None:
         request_.group = (0,)
 
 
-def both() -> Talk[str]:
-    first = yield Sum(torch.ones(1))
-    second = yield Gather(PAYLOAD)
+def both() -> Rounds[str]:
+    first = yield AllReduce(torch.ones(1))
+    second = yield AllGather(PAYLOAD)
     return f"{first} {second}"
 
 
 def test_within_a_group_the_same_is_asked_answered_and_returned() -> None:
-    talk = within((0, 2), both())
-    asked = next(talk)
-    assert isinstance(asked, Sum)
+    exchange = within((0, 2), both())
+    asked = next(exchange)
+    assert isinstance(asked, AllReduce)
     assert asked.group == (0, 2)
-    asked = talk.send("one")
-    assert isinstance(asked, Gather)
+    asked = exchange.send("one")
+    assert isinstance(asked, AllGather)
     assert asked.group == (0, 2)
     assert asked.payload is PAYLOAD
     with pytest.raises(StopIteration) as stop:
-        talk.send("two")
+        exchange.send("two")
     assert stop.value.value == "one two"
 
 
 def test_within_a_group_sources_and_neighbours_are_places_in_it() -> None:
-    def naming() -> Talk[None]:
+    def naming() -> Rounds[None]:
         yield Broadcast(PAYLOAD, 1)
-        yield Mix(PAYLOAD, (0, 2))
+        yield NeighborExchange(PAYLOAD, (0, 2))
 
-    talk = within((3, 5, 8), naming())
-    assert next(talk).source == 5
-    assert talk.send(None).neighbours == (3, 8)
+    exchange = within((3, 5, 8), naming())
+    assert next(exchange).source == 5
+    assert exchange.send(None).neighbours == (3, 8)
 
 
 def test_within_a_group_a_talk_that_asks_nothing_returns_at_once() -> None:
-    def silent() -> Talk[int]:
+    def silent() -> Rounds[int]:
         yield from ()
         return 5
 

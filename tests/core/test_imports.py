@@ -1,4 +1,4 @@
-"""Imports point down the list of rooms, and only transports and sync know torch.distributed."""
+"""Imports point down the list of rooms, and only transports and attaching know torch.distributed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ ROOMS = [
     {"integrations"},
     {"advice"},
     {"attaching"},
-    {"sync"},
+    {"averaging"},
+    {"transports"},
+    {"runtime"},
     {"precision", "pruning"},
     {"methods"},
     {"compressors"},
@@ -31,7 +33,6 @@ ROOMS = [
 
 MAY_KNOW_TORCH_DISTRIBUTED = (
     "transports",
-    "sync",
     "attaching",
     "public",
     "cli",

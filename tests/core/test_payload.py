@@ -10,10 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distcomp.errors import CorruptPayload
-from distcomp.payload import HEADER, Part, Parts, Payload, Seal, body_bytes, seal, unseal, wire_bytes
+from distcomp.payload import (
+    HEADER,
+    Part,
+    Parts,
+    Payload,
+    PayloadHeader,
+    body_bytes,
+    check_header,
+    wire_bytes,
+    write_header,
+)
 
 PARTS = (Part("scales", torch.float32, 3), Part("codes", torch.uint8, 5))
-AGREED = Seal(rank=2, fingerprint=0xDEADBEEF, exchange=41)
+AGREED = PayloadHeader(rank=2, fingerprint=0xDEADBEEF, exchange=41)
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 
 kinds = st.sampled_from([torch.int64, torch.float32, torch.int32, torch.bfloat16, torch.int16, torch.uint8])
@@ -29,7 +39,7 @@ def sealed(finite: torch.Tensor = TRUE) -> Payload:
     payload = Payload.empty(PARTS)
     payload["scales"].copy_(torch.tensor([1.0, 2.0, 3.0]))
     payload["codes"].copy_(torch.tensor([1, 2, 3, 4, 5]))
-    seal(payload, AGREED, finite)
+    write_header(payload, AGREED, finite)
     return payload
 
 
@@ -66,7 +76,7 @@ def test_the_header_is_the_one_in_the_docstring() -> None:
 
 @pytest.mark.parametrize("finite", [True, False])
 def test_what_was_sealed_opens_and_tells_whether_it_was_finite(finite: bool) -> None:
-    assert bool(unseal(sealed(torch.tensor(finite)), AGREED)) is finite
+    assert bool(check_header(sealed(torch.tensor(finite)), AGREED)) is finite
 
 
 @pytest.mark.parametrize(
@@ -94,7 +104,7 @@ def test_a_spoilt_byte_is_an_error_that_names_what_is_wrong_and_who_sent_it(at: 
             payload = sealed(finite)
             payload.wire[at] ^= 1 << bit
             with pytest.raises(CorruptPayload, match=rf"from rank 2 in exchange 41 is corrupt: {what} is"):
-                unseal(payload, AGREED)
+                check_header(payload, AGREED)
 
 
 @given(st.integers(0, 32 + 17 - 1), st.integers(1, 255))
@@ -102,7 +112,7 @@ def test_any_change_of_any_byte_is_found(at: int, change: int) -> None:
     payload = sealed()
     payload.wire[at] ^= change
     with pytest.raises(CorruptPayload):
-        unseal(payload, AGREED)
+        check_header(payload, AGREED)
 
 
 @given(st.integers(0, 3), st.integers(0, 3))
@@ -113,20 +123,20 @@ def test_two_words_that_changed_places_are_found(one: int, other: int) -> None:
         return
     words[[one, other]] = words[[other, one]]
     with pytest.raises(CorruptPayload, match="checksum"):
-        unseal(payload, AGREED)
+        check_header(payload, AGREED)
 
 
 @pytest.mark.parametrize(
     ("expected", "what"),
     [
-        (Seal(1, 0xDEADBEEF, 41), "rank is 2, expected 1"),
-        (Seal(2, 0xDEADBEE0, 41), "settings fingerprint"),
-        (Seal(2, 0xDEADBEEF, 42), "exchange number is 41, expected 42"),
+        (PayloadHeader(1, 0xDEADBEEF, 41), "rank is 2, expected 1"),
+        (PayloadHeader(2, 0xDEADBEE0, 41), "settings fingerprint"),
+        (PayloadHeader(2, 0xDEADBEEF, 42), "exchange number is 41, expected 42"),
     ],
 )
-def test_a_sound_payload_of_another_exchange_is_refused(expected: Seal, what: str) -> None:
+def test_a_sound_payload_of_another_exchange_is_refused(expected: PayloadHeader, what: str) -> None:
     with pytest.raises(CorruptPayload, match=what):
-        unseal(sealed(), expected)
+        check_header(sealed(), expected)
 
 
 def test_a_payload_of_other_parts_is_refused() -> None:
@@ -134,11 +144,11 @@ def test_a_payload_of_other_parts_is_refused() -> None:
     longer.wire.zero_()
     longer.wire[: sealed().wire.numel()] = sealed().wire
     with pytest.raises(CorruptPayload, match="length is 17, expected 21"):
-        unseal(longer, AGREED)
+        check_header(longer, AGREED)
 
 
 def test_the_message_says_what_to_do() -> None:
     payload = sealed()
     payload.wire[40] ^= 1
     with pytest.raises(CorruptPayload, match="no gradient was changed: restart from the last checkpoint"):
-        unseal(payload, AGREED)
+        check_header(payload, AGREED)

@@ -30,10 +30,10 @@ def probe() -> Iterator[str]:
 
 def test_an_entry_is_known_by_its_name_without_a_trailing_underscore(probe: str) -> None:
     entry = METHODS[probe]
-    assert entry.law == "Return what it was given."
+    assert entry.summary == "Return what it was given."
     assert entry.parameters == {"a": 1, "b": None, "word": "x"}
     assert (entry.paper, entry.wire, entry.summable, entry.biased) == ("none", "0", False, True)
-    assert (entry.differs, entry.kind, entry.control) == ("here", "gossip", True)
+    assert (entry.deviations, entry.kind, entry.control) == ("here", "gossip", True)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,9 @@ def test_a_value_out_of_range_is_refused_in_one_sentence(text: str) -> None:
 
 
 def test_an_illegal_pairing_is_refused_at_construction() -> None:
-    with pytest.raises(DistcompError, match="cannot be added on the wire; use pattern='gather' or 'scatter'"):
+    with pytest.raises(
+        DistcompError, match="cannot be added on the wire; use pattern='all_gather' or 'reduce_scatter'"
+    ):
         parse("qsgd:pattern=all_reduce")
 
 

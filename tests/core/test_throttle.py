@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distcomp.exchange import Gather, Sum
+from distcomp.collectives import AllGather, AllReduce
 from distcomp.payload import Part, Payload
 from distcomp.transports import throttle
 from distcomp.transports.throttle import SlowLink, throttled
@@ -49,7 +49,7 @@ def test_two_requests_under_way_take_as_long_as_their_bytes_together(clock, monk
     transport = throttled(Instant(clock))
     payload = Payload.empty((Part("codes", torch.uint8, 1000),), torch.device("cpu"))
     sent_bytes = 3 * payload.wire.numel()
-    first, second = (transport.start(Gather(payload)) for _ in range(2))
+    first, second = (transport.start(AllGather(payload)) for _ in range(2))
     assert (first.wait(), clock.s) == ("answer", pytest.approx(100 + sent_bytes / 1000))
     assert (second.wait(), clock.s) == ("answer", pytest.approx(100 + 2 * sent_bytes / 1000))
     assert second.finished_s == clock.s
@@ -59,9 +59,9 @@ def test_two_requests_under_way_take_as_long_as_their_bytes_together(clock, monk
 def test_a_ring_pays_the_delay_of_each_of_its_steps_and_a_small_sum_one(clock, monkeypatch):
     monkeypatch.setenv("DISTCOMP_DELAY_S", "1")
     transport = throttled(Instant(clock))
-    transport.start(Sum(torch.zeros(100_000))).wait()
+    transport.start(AllReduce(torch.zeros(100_000))).wait()
     assert clock.s == 106.0
-    transport.start(Sum(torch.zeros(4))).wait()
+    transport.start(AllReduce(torch.zeros(4))).wait()
     assert clock.s == 107.0
 
 

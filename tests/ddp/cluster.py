@@ -42,14 +42,14 @@ class Cluster:
     def run(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
         """The ranks' answers, in rank order. Raises JobFailed, with every failed rank's words, if any rank
         raised, died or hung."""
-        answers = self.outcomes(job, *arguments)
+        answers = self.results(job, *arguments)
         failed = _told(answers)
         if failed:
             self.close()
             raise JobFailed(failed)
         return answers
 
-    def outcomes(self, job: Callable[..., Any], *arguments: Any, without: int | None = None) -> list[Any]:
+    def results(self, job: Callable[..., Any], *arguments: Any, without: int | None = None) -> list[Any]:
         """As :meth:`run`, but a rank that raised or died gives a Failure; nobody waits for rank
         ``without``."""
         port = _free_port()

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from distcomp.advice.calibrate import ROUNDS, Zeros, calibrate
-from distcomp.advice.talks import talks_of
+from distcomp.advice.profile import profile_exchanges
+from distcomp.attaching.observe import observe, silenced
+from distcomp.collectives import DIRECT_BYTES
 from distcomp.errors import DistcompError
-from distcomp.exchange import DIRECT_BYTES
 from distcomp.layout import Layout
 from distcomp.network import Fabric
-from distcomp.sync.observe import observe, silenced
 
 SIZES = (1 << 10, 1 << 14, 1 << 16)
 
@@ -44,14 +44,14 @@ def test_every_size_is_measured_and_the_model_is_as_before(cluster):
     answers = cluster(3).run(calibrated)
     for machine, gradient in answers:
         assert torch.equal(gradient, answers[0][1])  # averaged again, by DDP
-        assert machine.slowness == machine.host.crowd == 1.5
+        assert machine.slowness == machine.host.oversubscription == 1.5
         assert len(machine.observed.layouts) == len(machine.observed.ready_s) > 1
-        for excess, least in ((machine.host.direct, 1), (machine.host.around, 4 / 3 * DIRECT_BYTES)):
+        for overhead, least in ((machine.host.direct, 1), (machine.host.around, 4 / 3 * DIRECT_BYTES)):
             asked = [max(size, least) for size in SIZES]
-            assert list(excess.nbytes) == pytest.approx(asked, rel=0.1, abs=2 * 40)
-            assert len(excess.late_s) == len(excess.core_s) == len(SIZES)
-            assert min(excess.late_s) >= 0
-            assert max(excess.core_s) > 0
+            assert list(overhead.nbytes) == pytest.approx(asked, rel=0.1, abs=2 * 40)
+            assert len(overhead.late_s) == len(overhead.core_s) == len(SIZES)
+            assert min(overhead.late_s) >= 0
+            assert max(overhead.core_s) > 0
 
 
 def elsewhere(rank, size, ranks):
@@ -86,7 +86,11 @@ def zeroed(rank, size, method):
         step()
         sent = handle.stats()["last"]["payload_bytes"]
     declared = sum(method.payload_bytes(layout, size) for layout in layouts)
-    asked = sum(one.ask.sent_bytes(size) for talk in talks_of(method, layouts, size) for one in talk.rounds)
+    asked = sum(
+        one.ask.sent_bytes(size)
+        for exchange in profile_exchanges(method, layouts, size)
+        for one in exchange.rounds
+    )
     return alone, gradients(model), averaged, sent, declared, asked
 
 

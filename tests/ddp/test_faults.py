@@ -11,7 +11,7 @@ from cluster import Cluster, Failure
 from torch import nn
 
 import distcomp
-from distcomp.transports.direct import Direct
+from distcomp.transports.gloo_p2p import GlooP2P
 
 
 @pytest.fixture
@@ -93,11 +93,11 @@ def struck(rank, size, how, victim):
 @pytest.mark.parametrize("victim", [1, 2])
 def test_a_lost_rank_is_named(doomed, how, victim):
     cluster = doomed(3)
-    outcomes = cluster.outcomes(struck, how, victim, without=victim)
-    for rank, outcome in enumerate(outcomes):
+    results = cluster.results(struck, how, victim, without=victim)
+    for rank, result in enumerate(results):
         if rank != victim:
-            assert not isinstance(outcome, Failure), outcome
-            first, typed = outcome
+            assert not isinstance(result, Failure), result
+            first, typed = result
             assert f"rank {victim}" in first
             assert f"rank {victim}" in typed, typed
 
@@ -107,7 +107,7 @@ def corrupted(rank, size, where):
     model, optimizer, _ = jobs.attached("qsgd:bits=4", rank)
     jobs.train(model, optimizer, rank, 2)
     before = jobs.flat(model).clone()
-    original = Direct.start
+    original = GlooP2P.start
 
     def spoil(self, request):
         if hasattr(request, "payload"):
@@ -115,7 +115,7 @@ def corrupted(rank, size, where):
         return original(self, request)
 
     if rank == 1:
-        Direct.start = spoil
+        GlooP2P.start = spoil
     try:
         x, y = next(jobs.batches(rank, 1, 7))
         optimizer.zero_grad()
@@ -131,7 +131,7 @@ def corrupted(rank, size, where):
             return said, str(error), torch.equal(before, jobs.flat(model))
         return said, "stepped", torch.equal(before, jobs.flat(model))
     finally:
-        Direct.start = original
+        GlooP2P.start = original
 
 
 @pytest.mark.parametrize(
@@ -171,5 +171,5 @@ def interrupted(rank, size):
 
 
 def test_a_backward_after_a_broken_one_is_refused(doomed):
-    for sentence in doomed(2).outcomes(interrupted):
+    for sentence in doomed(2).results(interrupted):
         assert "prior iteration" in str(sentence) or "did not finish" in str(sentence)

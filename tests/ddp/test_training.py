@@ -114,11 +114,11 @@ def rebuilt_buckets(rank, size, spec):
                 given[name] += dict(twin.named_parameters())[name].grad
             optimizer.step()
             layouts.append(tuple(sorted(one.names for one in handle._sync.states._slabs)))
-        owed = {
+        residual = {
             n: leaves.get("residual") for n, leaves in handle.state_dict()[f"rank{rank}"]["state"].items()
         }
     for name, mine in given.items():
-        debt = owed.get(name)
+        debt = residual.get(name)
         mine -= 0 if debt is None else debt.view_as(mine)
         dist.all_reduce(mine)
     worst = max(float((given[n] - received[n]).abs().max()) for n in given)
@@ -337,5 +337,5 @@ def closure_that_goes_round(rank, size):
 
 
 def test_a_closure_that_goes_round_the_model_is_told(cluster):
-    for outcome in cluster(2).outcomes(closure_that_goes_round):
-        assert "no gradient went through" in outcome.text
+    for result in cluster(2).results(closure_that_goes_round):
+        assert "no gradient went through" in result.text

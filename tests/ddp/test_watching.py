@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from distcomp.sync import pipeline
-from distcomp.sync.watch import Watch
+from distcomp.attaching.watch import Watch
+from distcomp.runtime import pipeline
 
 STEPS = 3
 
@@ -37,7 +37,7 @@ def traced(rank, size, spec):
 
 @pytest.mark.parametrize(
     ("spec", "title", "rounds"),
-    [("qsgd:bits=4,pattern=gather", "GatherAndSum(Quantize)", 1),
+    [("qsgd:bits=4,pattern=all_gather", "GatherAndSum(Quantize)", 1),
      ("powersgd:min_compression=0", "ErrorFeedback(PowerSGD)", 2)],
 )  # fmt: skip
 def test_every_bucket_has_its_ranges(cluster, spec, title, rounds):

@@ -114,8 +114,8 @@ def _reduced(
         ]
     total = np.zeros_like(speakers[0])
     for speaker, buffer in enumerate(speakers):
-        owed = buffer + debts.get((number, speaker), np.float32(0))
-        sent = code(owed)
-        debts[number, speaker] = owed - sent
+        residual = buffer + debts.get((number, speaker), np.float32(0))
+        sent = code(residual)
+        debts[number, speaker] = residual - sent
         total += sent
     return total / np.float32(len(speakers))

@@ -56,11 +56,11 @@ def test_what_is_owed_and_what_is_sent(cluster, size, replicas):
     """One residual as long as the whole padded model per rank, or across replicas as long as the shard."""
     shards = size // replicas
     for _, stats in cluster(size).run(shard_jobs.trained, "qsgd:bits=1", 2, replicas):
-        owed = padded_numel(shards) // (shards if replicas > 1 else 1)
-        assert stats["state_bytes"] == 4 * owed
+        residual = padded_numel(shards) // (shards if replicas > 1 else 1)
+        assert stats["state_bytes"] == 4 * residual
         assert stats["shards"] == shards
         talkers, told = (replicas, 2) if replicas > 1 else (shards, 1)
-        least = told * (talkers - 1) / talkers * owed / 8
+        least = told * (talkers - 1) / talkers * residual / 8
         assert least < stats["last"]["payload_bytes"] < 3 * least + 600  # scales and headers of four buffers
 
 

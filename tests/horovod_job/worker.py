@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, NeighborExchange
 from distcomp.errors import DistcompError
-from distcomp.exchange import Broadcast, Gather, Mix, Sum, Swap
 from distcomp.horovod import DistributedOptimizer
 from distcomp.payload import Part, Payload
 from distcomp.transports.horovod import Horovod
@@ -81,11 +81,11 @@ def requests():
     values = lambda buffers: [Payload(one, message(0).parts)["values"][0].item() for one in buffers]  # noqa: E731
     neighbours = tuple(sorted({(rank + 1) % size, (rank - 1) % size}))
     return {
-        "sum": line.start(Sum(torch.full((5,), float(rank)))).wait().tolist() == [sum(range(size))] * 5,
-        "gather": values(line.start(Gather(message(rank))).wait()) == list(range(size)),
-        "swap": values(line.start(Swap(tuple(message(10 * rank + to) for to in range(size)))).wait())
+        "sum": line.start(AllReduce(torch.full((5,), float(rank)))).wait().tolist() == [sum(range(size))] * 5,
+        "gather": values(line.start(AllGather(message(rank))).wait()) == list(range(size)),
+        "swap": values(line.start(AllToAll(tuple(message(10 * rank + to) for to in range(size)))).wait())
         == [10 * sender + rank for sender in range(size)],
-        "mix": values(line.start(Mix(message(rank), neighbours)).wait()) == list(neighbours),
+        "mix": values(line.start(NeighborExchange(message(rank), neighbours)).wait()) == list(neighbours),
         "broadcast": values(line.start(Broadcast(message(rank), source=1)).wait()) == [1],
     }
 
@@ -142,8 +142,8 @@ def main():
     leaves = [leaf for by_path in residuals.values() for leaf in by_path.values()]
     found["residuals_finite"] = all(leaf.isfinite().all() for leaf in leaves)
     found["mismatch"] = refused(lambda: train(ours(f"qsgd:bits={2 + hvd.rank() % 2}"), 1))
-    found["option"] = refused(lambda: train(ours("qsgd:bits=2", op=hvd.Sum), 1))
-    found["groups"] = refused(lambda: Horovod().start(Sum(torch.ones(1), group=(0,))))
+    found["option"] = refused(lambda: train(ours("qsgd:bits=2", op=hvd.AllReduce), 1))
+    found["groups"] = refused(lambda: Horovod().start(AllReduce(torch.ones(1), group=(0,))))
     if hvd.rank() == 0:
         print("FOUND", json.dumps(found))
     sys.stdout.flush()

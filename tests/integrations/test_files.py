@@ -18,7 +18,7 @@ from integrations import agree
 ROOM = Path(files.__file__).parent
 
 
-def owed(handle):
+def residual(handle):
     """By parameter, what this rank's state holds."""
     (part,) = handle.state_dict().values()
     return {name: leaves for name, leaves in part["state"].items() if leaves}
@@ -30,14 +30,14 @@ def first(rank, size, directory):
         jobs.train(model, optimizer, rank, 3)
         files.save(handle, directory)
         gathered = handle.gather_state_dicts()
-        return owed(handle), sorted(gathered)
+        return residual(handle), sorted(gathered)
 
 
 def later(rank, size, directory):
     _, _, handle = jobs.attached(agree.ONE_BIT, rank)
     with handle:
         files.load(handle, directory)
-        return owed(handle)
+        return residual(handle)
 
 
 def refused(rank, size, directory):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from distcomp.errors import DistcompError
-from distcomp.place import Place, place
-from distcomp.transports.launched import _meeting_place, first_host
+from distcomp.process_environment import ProcessEnvironment, place
+from distcomp.transports.rendezvous import _meeting_place, first_host
 
 TOLD = {
     "torchrun": {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
@@ -27,12 +27,12 @@ TOLD = {
 
 @pytest.mark.parametrize("launcher", TOLD)
 def test_each_launcher_is_read(launcher: str) -> None:
-    assert place(TOLD[launcher]) == Place(3, 4, 1, 2, launcher)
+    assert place(TOLD[launcher]) == ProcessEnvironment(3, 4, 1, 2, launcher)
     assert not place(TOLD[launcher]).on_one_host
 
 
 def test_nobody_launched_is_one_of_one() -> None:
-    assert place({}) == Place(0, 1, 0, 1, "none")
+    assert place({}) == ProcessEnvironment(0, 1, 0, 1, "none")
 
 
 def test_a_batch_script_of_slurm_is_alone() -> None:

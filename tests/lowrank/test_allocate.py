@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from battery.world import Round, converse, draw
 from hypothesis import given
 from hypothesis import strategies as st
 
-from battery.world import Round, converse, draw
 from distcomp.compressors import Identity, Quantize, TopK
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
@@ -66,11 +66,11 @@ def gradients(step: int, size: int = 3) -> list[torch.Tensor]:
     """One layer of even values, one with few large ones, one with none."""
     xs = draw(size, NET, seed=step)
     for x in xs:
-        for segment, piece in NET.pieces(x):
-            if segment.name == "sparse":
+        for param, piece in NET.pieces(x):
+            if param.name == "sparse":
                 piece[torch.arange(piece.numel()) % 40 != 0] *= 0.01
                 piece *= 30
-            if segment.name == "zero":
+            if param.name == "zero":
                 piece.zero_()
     return xs
 
@@ -138,9 +138,9 @@ def test_a_budget_may_follow_a_schedule() -> None:
 def test_with_error_feedback_nothing_is_lost_when_the_plan_changes() -> None:
     rounds = run(allocate(1 / 32, 2.0), 9)
     sent = sum(3 * round_.estimate.double() for round_ in rounds)
-    owed = sum(state["residual"].data.double() for state in rounds[-1].states)
+    residual = sum(state["residual"].data.double() for state in rounds[-1].states)
     came = sum(x.double() for step in range(9) for x in gradients(step))
-    torch.testing.assert_close(sent + owed, came, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(sent + residual, came, atol=1e-3, rtol=1e-4)
 
 
 def test_a_budget_that_cannot_be_met_is_told_with_the_numbers() -> None:

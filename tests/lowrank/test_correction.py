@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from battery.world import ORDINARY, converse, draw
+
 from distcomp.compressors import TopK
 from distcomp.errors import DistcompError
 from distcomp.methods import (
+    AllGatherMean,
     ErrorFeedback,
-    GatherAndSum,
     Method,
     MomentumCorrection,
     identity,
@@ -41,7 +41,7 @@ def test_around_an_exact_method_it_is_the_optimizers_momentum(nesterov: bool) ->
 
 
 def test_masking_changes_what_is_sent() -> None:
-    inner = ErrorFeedback(GatherAndSum(TopK(0.05)))
+    inner = ErrorFeedback(AllGatherMean(TopK(0.05)))
     masked = estimates(MomentumCorrection(inner, 0.9, masking=True), 8)
     unmasked = estimates(MomentumCorrection(inner, 0.9), 8)
     assert not torch.allclose(masked[-1], unmasked[-1])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from battery.world import converse, draw
+
 from distcomp.compressors import Cast, Quantize, RandomK, TopK
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
-from distcomp.methods import EF21, GatherAndSum, Method, ef21, parse, topk
+from distcomp.methods import EF21, AllGatherMean, Method, ef21, parse, topk
 
 NET = Layout.of([("w", (12, 10)), ("v", (7, 3))])
 
@@ -24,7 +24,7 @@ def top(v: np.ndarray, k: int) -> np.ndarray:
 
 @pytest.mark.parametrize("eta", [1.0, 0.3])
 def test_it_is_the_papers_algorithm(eta: float) -> None:
-    method, size, layout = EF21(TopK(0.1), "gather", eta), 3, NET.select(lambda s: s.name == "w")
+    method, size, layout = EF21(TopK(0.1), "all_gather", eta), 3, NET.select(lambda s: s.name == "w")
     states = [method.init(layout)] * size
     v, g = np.zeros((size, 120)), np.zeros((size, 120))
     for step in range(6):
@@ -77,9 +77,9 @@ def test_what_is_unbiased_but_does_not_contract_is_damped() -> None:
 
 
 def test_its_text_says_all_of_it() -> None:
-    method = parse("ef21:compressor=(Quantize:bits=1,block=64),pattern=gather,eta=0.5")
-    assert method == ef21(Quantize(1, 64), "gather", 0.5)
-    assert method.usual == EF21(Quantize(1, 64), "gather", 0.5)
+    method = parse("ef21:compressor=(Quantize:bits=1,block=64),pattern=all_gather,eta=0.5")
+    assert method == ef21(Quantize(1, 64), "all_gather", 0.5)
+    assert method.usual == EF21(Quantize(1, 64), "all_gather", 0.5)
 
 
 def test_what_it_cannot_do_is_refused() -> None:
@@ -95,7 +95,7 @@ def test_what_it_cannot_do_is_refused() -> None:
         lambda: ef21("Nonsense"),
         lambda: ef21("TopK:bits=3"),
         lambda: ef21("Compressor"),
-        lambda: ef21(GatherAndSum(TopK(0.1))),  # type: ignore[arg-type]
+        lambda: ef21(AllGatherMean(TopK(0.1))),  # type: ignore[arg-type]
     ):
         with pytest.raises(DistcompError):
             refused()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from battery.world import Round, alike, by_name, converse, draw
 from hypothesis import given
 from hypothesis import strategies as st
 
-from battery.world import Round, alike, by_name, converse, draw
 from distcomp.errors import DistcompError
-from distcomp.layout import Layout, Segment
+from distcomp.layout import Layout, ParamSlice
 from distcomp.methods import (
     Cycle,
     ErrorFeedback,
@@ -23,7 +23,7 @@ from distcomp.methods import (
     parse,
 )
 from distcomp.methods.base import cut_state, join_state
-from distcomp.methods.subspace import compress, decompress, mixed, principal, to_slices
+from distcomp.methods.slices import compress, decompress, mixed, principal, to_slices
 
 NET = Layout.of([("one", (4, 3, 3, 3)), ("two", (6, 4, 3, 3))])
 SHORT = Cycle(learn=10, compressed=6, retrain=0)
@@ -55,7 +55,7 @@ def run(method: Method, steps: int, layout: Layout = NET, size: int = 3) -> list
 
 
 def check_law(round_: Round) -> None:
-    gap = sum(round_.contributions()) - len(round_.outcomes) * round_.estimate
+    gap = sum(round_.contributions()) - len(round_.results) * round_.estimate
     largest = float(torch.stack(round_.contributions()).abs().sum(0).max())
     assert float(gap.abs().max()) <= max(2e-5, 10 * round_.rounding) * largest
     assert all(torch.equal(estimate, round_.estimate) for estimate in round_.estimates)
@@ -63,8 +63,8 @@ def check_law(round_: Round) -> None:
 
 def paper_slices(x: torch.Tensor, name: str, k: int, layout: Layout = NET) -> np.ndarray:
     """Filters fastest, then depth, then width, then height; cut into slices of K."""
-    (segment, piece) = next((s, p) for s, p in layout.pieces(x) if s.name == name)
-    return piece.view(segment.shape).double().numpy().transpose(2, 3, 1, 0).reshape(-1, k)
+    (param, piece) = next((s, p) for s, p in layout.pieces(x) if s.name == name)
+    return piece.view(param.shape).double().numpy().transpose(2, 3, 1, 0).reshape(-1, k)
 
 
 def paper_cycle(means: list[np.ndarray], loss: float, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +170,7 @@ def test_the_means_are_dropped_or_kept_for_what_lies_outside() -> None:
 
 def test_the_bytes_of_every_step_are_those_declared() -> None:
     method = parse("gradiveq:ratio=4,loss=0,learn=5,compressed=3")
-    layout = Layout.of([*[(s.name, s.shape) for s in NET.segments], ("fc", (9, 5)), ("bias", (7,))])
+    layout = Layout.of([*[(s.name, s.shape) for s in NET.slices], ("fc", (9, 5)), ("bias", (7,))])
     states = [method.init(layout)] * 4
     for step in range(18):
         round_ = converse(method, draw(4, layout, seed=step), states, layout, step)
@@ -221,7 +221,7 @@ def test_it_learns_anew_when_most_ranks_see_their_loss_grow(
 def test_layers_may_be_at_different_points_of_their_cycles() -> None:
     """Each layer then does what it does alone."""
     method = GradiVeQ(Slicing(aim=36), Subspace(4), Cycle(10, 6, 1.5), plain=identity())
-    alone = {name: NET.select(lambda segment, name=name: segment.name == name) for name in NET.names}
+    alone = {name: NET.select(lambda param, name=name: param.name == name) for name in NET.names}
     ahead = {"one": 0, "two": 4}
     single = {name: [method.init(layout)] * 3 for name, layout in alone.items()}
 
@@ -258,16 +258,16 @@ def test_error_feedback_owes_what_lies_outside_the_subspace() -> None:
     method = gradiveq(ratio=4, learn=6, compressed=6, error_feedback=True)
     rounds = run(method, 24)
     sent = sum(3 * round_.estimate for round_ in rounds)
-    owed = sum(state["residual"].data for state in rounds[-1].states)
+    residual = sum(state["residual"].data for state in rounds[-1].states)
     came = sum(sum(gradients(step)) for step in range(24))
     assert isinstance(method, ErrorFeedback)
-    torch.testing.assert_close(sent + owed, came, atol=1e-3, rtol=1e-4)
-    assert float(owed.norm()) > 0.1
+    torch.testing.assert_close(sent + residual, came, atol=1e-3, rtol=1e-4)
+    assert float(residual.norm()) > 0.1
 
 
 def test_slices_are_long_but_no_longer_than_they_should_be() -> None:
     def length(*shape: int) -> int | None:
-        return Slicing().length(Layout.of([("w", shape)]).segments[0])
+        return Slicing().length(Layout.of([("w", shape)]).slices[0])
 
     assert length(16, 16, 3, 3) == 768  # the paper's example: three slices
     assert length(32, 16, 3, 3) == 512
@@ -287,7 +287,7 @@ def test_others_go_their_own_way() -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    piece = Layout((Segment("w", (8, 8, 3, 3), 0, 64),))
+    piece = Layout((ParamSlice("w", (8, 8, 3, 3), 0, 64),))
     for refused in (
         lambda: Cycle(4),
         lambda: Cycle(10, 0),
@@ -345,8 +345,8 @@ def held_out_loss(
     grads: list[torch.Tensor], learn: int, basis: torch.Tensor | None = None
 ) -> tuple[float, int]:
     """The relative error of gradients after those that were learnt from, in the subspace (or another)."""
-    segment = Segment("w", (16, 16, 3, 3), 0, 2304)
-    slices = torch.stack([to_slices(grad, segment, 768) for grad in grads])
+    param = ParamSlice("w", (16, 16, 3, 3), 0, 2304)
+    slices = torch.stack([to_slices(grad, param, 768) for grad in grads])
     mixture, dims = Subspace(ratio=8).find(slices[:learn, 0].unsqueeze(0))
     used = mixed(mixture, slices[:learn, 0].unsqueeze(0))[:, :dims] if basis is None else basis[:, :dims]
     mean = slices[:learn].mean(0)

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from battery.world import ORDINARY, SEED, Round, converse, draw, once
+
+from distcomp.collectives import AllReduce
 from distcomp.errors import DistcompError
-from distcomp.exchange import Sum
-from distcomp.methods import ErrorFeedback, Hierarchical, Turn, identity, nodes_of, parse, two_level
+from distcomp.methods import ErrorFeedback, StepContext, TwoLevel, identity, nodes_of, parse, two_level
 from distcomp.randomness import Key
-from distcomp.transports.conversation import Conversation
-from distcomp.transports.lockstep import Lockstep
+from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.lockstep import Lockstep
 
 NODES = {
     "2 of 2": ((0, 1), (2, 3)),
@@ -26,8 +26,8 @@ ACROSS = {
     "sum": "identity",
     "narrow sum": "bf16",
     "two sums": "powersgd:rank=2",
-    "gather": "qsgd:bits=4,pattern=gather",
-    "swap and gather": "qsgd:bits=3,pattern=scatter",
+    "all_gather": "qsgd:bits=4,pattern=all_gather",
+    "swap and gather": "qsgd:bits=3,pattern=reduce_scatter",
     "gather of sparse payloads": "topk:ratio=0.05",
     "broadcast and sum": "cyclic_topk:ratio=0.05",
 }
@@ -42,17 +42,17 @@ def between(across: str, means: list[torch.Tensor], steps: int) -> list[torch.Te
     states = [method.init(ORDINARY)] * count
     for step in range(steps):
         shared = Key.of(SEED, step).fold("across")
-        talks = [
-            Conversation(method, x, state, Turn(k, count, ORDINARY, step, shared))
+        exchanges = [
+            Exchange(method, x, state, StepContext(k, count, ORDINARY, step, shared))
             for k, (x, state) in enumerate(zip(means, states, strict=True))
         ]
-        Lockstep(count).run(talks)
-        states = [talk.outcome.state for talk in talks if talk.outcome is not None]
-        found.append(talks[0].outcome.estimate)
+        Lockstep(count).run(exchanges)
+        states = [exchange.result.state for exchange in exchanges if exchange.result is not None]
+        found.append(exchanges[0].result.estimate)
     return found
 
 
-def rounds(method: Hierarchical, xs: list[torch.Tensor], steps: int) -> list[Round]:
+def rounds(method: TwoLevel, xs: list[torch.Tensor], steps: int) -> list[Round]:
     states, found = [method.init(ORDINARY)] * len(xs), []
     for step in range(steps):
         found.append(converse(method, xs, states, step=step))
@@ -75,7 +75,7 @@ def test_it_is_the_method_between_nodes_on_the_means_of_nodes(nodes, across: str
 @everywhere
 def test_contributions_sum_to_n_times_the_estimate_and_nodes_owe_alike(nodes, across: str) -> None:
     size = sum(map(len, nodes))
-    method = Hierarchical(identity(), parse(across), nodes)
+    method = TwoLevel(identity(), parse(across), nodes)
     for round_ in rounds(method, draw(size), steps=2):
         gap = sum(c.double() for c in round_.contributions()) - size * round_.estimate.double()
         largest = float(torch.stack(round_.contributions()).abs().sum(0).max())
@@ -90,7 +90,7 @@ def test_contributions_sum_to_n_times_the_estimate_and_nodes_owe_alike(nodes, ac
 @everywhere
 def test_bytes_are_those_declared(nodes, across: str) -> None:
     size = sum(map(len, nodes))
-    method = Hierarchical(identity(), parse(across), nodes)
+    method = TwoLevel(identity(), parse(across), nodes)
     for step, round_ in enumerate(rounds(method, draw(size), steps=2)):
         requests = len(round_.asked) // size
         declared = method.at(step).payload_bytes(ORDINARY, size)
@@ -99,13 +99,13 @@ def test_bytes_are_those_declared(nodes, across: str) -> None:
 
 def test_between_nodes_every_byte_goes_once_however_many_ranks_a_node_has() -> None:
     """Two nodes of two: together they send over the network what two workers alone would."""
-    nodes, across = NODES["2 of 2"], "qsgd:bits=4,pattern=gather"
+    nodes, across = NODES["2 of 2"], "qsgd:bits=4,pattern=all_gather"
     columns = ((0, 2), (1, 3))
-    round_ = once(Hierarchical(identity(), parse(across), nodes), draw(4))
+    round_ = once(TwoLevel(identity(), parse(across), nodes), draw(4))
     over = [request for request in round_.asked if request.group in columns]
-    payloads = sum(request.payload.body.numel() for request in over if not isinstance(request, Sum))
+    payloads = sum(request.payload.body.numel() for request in over if not isinstance(request, AllReduce))
     flat = once(parse(across), draw(2))
-    alone = sum(request.payload.body.numel() for request in flat.asked if not isinstance(request, Sum))
+    alone = sum(request.payload.body.numel() for request in flat.asked if not isinstance(request, AllReduce))
     assert alone <= payloads <= alone + 2 * 8
     assert not any(request.group is None for request in round_.asked)
 
@@ -113,7 +113,7 @@ def test_between_nodes_every_byte_goes_once_however_many_ranks_a_node_has() -> N
 @everywhere
 def test_two_exact_methods_are_the_exact_mean(nodes) -> None:
     size = sum(map(len, nodes))
-    round_ = once(Hierarchical(identity(), identity(), nodes), draw(size))
+    round_ = once(TwoLevel(identity(), identity(), nodes), draw(size))
     torch.testing.assert_close(round_.estimate, torch.stack(draw(size)).mean(0), atol=1e-6, rtol=1e-5)
     for contribution, x in zip(round_.contributions(), draw(size), strict=True):
         torch.testing.assert_close(contribution, x, atol=1e-6, rtol=1e-5)
@@ -130,13 +130,11 @@ def test_nodes_round_independently() -> None:
 
 def test_error_feedback_around_it_loses_nothing() -> None:
     xs = draw(4)
-    method = ErrorFeedback(
-        Hierarchical(identity(), parse("qsgd:bits=1,error_feedback=false"), NODES["2 of 2"])
-    )
+    method = ErrorFeedback(TwoLevel(identity(), parse("qsgd:bits=1,error_feedback=false"), NODES["2 of 2"]))
     last = rounds(method, xs, 8)
     sent = sum(4 * round_.estimate.double() for round_ in last)
-    owed = sum(state["residual"].data.double() for state in last[-1].states)
-    torch.testing.assert_close(sent + owed, 8 * sum(x.double() for x in xs), atol=1e-4, rtol=1e-4)
+    residual = sum(state["residual"].data.double() for state in last[-1].states)
+    torch.testing.assert_close(sent + residual, 8 * sum(x.double() for x in xs), atol=1e-4, rtol=1e-4)
 
 
 def test_a_nan_on_one_rank_reaches_all() -> None:
@@ -169,7 +167,7 @@ def test_nodes_are_as_the_launcher_tells(
 
 def test_a_config_string_says_all_of_it() -> None:
     text = "two_level:inside=bf16,across=(qsgd:bits=2,block=64),nodes=((0,1),(2,3))"
-    assert parse(text) == Hierarchical(parse("bf16"), parse("qsgd:bits=2,block=64"), NODES["2 of 2"])
+    assert parse(text) == TwoLevel(parse("bf16"), parse("qsgd:bits=2,block=64"), NODES["2 of 2"])
 
 
 def test_what_it_cannot_do_is_refused() -> None:

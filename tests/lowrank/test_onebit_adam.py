@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from battery.world import ORDINARY, converse, draw
+
 from distcomp.compressors import Quantize
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
-from distcomp.methods import ErrorFeedback, GatherAndSum, OneBitAdam, identity, onebit_adam, parse
+from distcomp.methods import AllGatherMean, ErrorFeedback, OneBitAdam, identity, onebit_adam, parse
 from distcomp.methods.base import cut_state
 
 NET = Layout.of([("w", (12, 10)), ("b", (7,))])
@@ -45,7 +45,7 @@ def sign_with_mean(v: np.ndarray) -> np.ndarray:
 
 def test_afterwards_it_is_the_papers_algorithm() -> None:
     """One block, payloads gathered: the server's stage is exact and each worker has its own error."""
-    inner = ErrorFeedback(GatherAndSum(Quantize(1)))
+    inner = ErrorFeedback(AllGatherMean(Quantize(1)))
     method, size, layout = OneBitAdam(inner, 3), 3, NET.select(lambda s: s.name == "w")
     states = [method.init(layout)] * size
     m, v, errors = np.zeros(120), np.zeros(120), np.zeros((size, 120))
@@ -84,13 +84,13 @@ def test_both_errors_are_owed_and_kept() -> None:
         if step >= 2:
             came += sum(0.9 * before + 0.1 * x for x in xs)
             sent += size * states[0]["momentum"].data
-    owed = torch.zeros(ORDINARY.numel)
+    residual = torch.zeros(ORDINARY.numel)
     for state in states:
         cut = cut_state(state)
-        for segment, piece in ORDINARY.pieces(owed):
-            piece += cut[segment.name].get("inner/residual", torch.zeros(segment.numel))
-    assert float(owed.norm()) > 1
-    torch.testing.assert_close(sent + owed, came, atol=1e-3, rtol=1e-4)
+        for param, piece in ORDINARY.pieces(residual):
+            piece += cut[param.name].get("inner/residual", torch.zeros(param.numel))
+    assert float(residual.norm()) > 1
+    torch.testing.assert_close(sent + residual, came, atol=1e-3, rtol=1e-4)
 
 
 def test_what_never_had_a_gradient_does_not_move() -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from battery.world import SEED, Grouping, by_name, converse, draw, groups, once
 from hypothesis import given
 from hypothesis import strategies as st
 
-from battery.world import SEED, Grouping, by_name, converse, draw, groups, once
+from distcomp.collectives import all_reduce_sent_bytes
 from distcomp.errors import DistcompError
-from distcomp.exchange import sum_bytes
-from distcomp.layout import Layout, Segment
+from distcomp.layout import Layout, ParamSlice
 from distcomp.methods import ErrorFeedback, PowerSGD, parse, powersgd
 from distcomp.randomness import Key
 from distcomp.schedule import Schedule
@@ -131,9 +131,11 @@ def test_the_rank_follows_its_schedule_and_so_do_the_bytes() -> None:
 def test_two_rounds_however_many_matrices_and_bytes_by_the_formula() -> None:
     method = PowerSGD(2, min_compression=2.0)
     round_ = once(method, draw(4, NET), NET)
-    assert [type(request).__name__ for request in round_.asked] == ["Sum"] * 8
+    assert [type(request).__name__ for request in round_.asked] == ["AllReduce"] * 8
     # tiny does not pay and goes as it is, with the bias
-    sent = sum_bytes(4 * (2 * (24 + 16) + 18 + 4), 4) + sum_bytes(4 * 2 * (18 + 36), 4)
+    sent = all_reduce_sent_bytes(4 * (2 * (24 + 16) + 18 + 4), 4) + all_reduce_sent_bytes(
+        4 * 2 * (18 + 36), 4
+    )
     assert round_.sent_bytes == [sent] * 4
     assert method.payload_bytes(NET, 4) == sent
 
@@ -145,7 +147,7 @@ def test_equal_shapes_in_other_buckets_change_no_bit() -> None:
         apart = Grouping(powersgd(rank), groups(layout, (3, 1), (2,), (0,)), 2)
         for step in range(3):
             given = [by_name(x, layout) for x in draw(2, layout, step)]
-            one, other = whole.talk(given), apart.talk(given)
+            one, other = whole.aggregate(given), apart.aggregate(given)
             assert all(torch.equal(one[name], other[name]) for name in layout.names)
 
 
@@ -164,7 +166,7 @@ def test_with_error_feedback_nothing_is_lost_and_without_it_much_is() -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    piece = Layout((Segment("w", (8, 8), 0, 32),))
+    piece = Layout((ParamSlice("w", (8, 8), 0, 32),))
     for refused in (lambda: PowerSGD(0), lambda: PowerSGD(2, -1.0), lambda: PowerSGD(2).init(piece)):
         with pytest.raises(DistcompError):
             refused()

@@ -1,4 +1,4 @@
-"""A pytest plug-in: under mpirun, the conversations of the tests are carried by MPI as well.
+"""A pytest plug-in: under mpirun, the exchanges of the tests are carried by MPI as well.
 
 Every process steps all workers in lock-step, as the tests do alone; besides, it asks what the worker of its
 own rank asks over MPI, of the processes that do the same. The answer must be that of lock-step, bit for bit,
@@ -19,13 +19,13 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from distcomp.exchange import Request, Sum
+from distcomp.collectives import AllReduce, Request
 from distcomp.payload import Payload
-from distcomp.transports import lockstep
-from distcomp.transports.base import Answer, Channel
-from distcomp.transports.conversation import Conversation
-from distcomp.transports.ledger import Ledger
-from distcomp.transports.mpi.carrier import Mpi
+from distcomp.runtime import lockstep
+from distcomp.runtime.channel import Answer, Channel
+from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.ledger import Ledger
+from distcomp.transports.mpi.transport import MPITransport
 
 WORLD = MPI.COMM_WORLD
 PATIENCE_S = 30.0
@@ -58,25 +58,25 @@ class Mirrored(lockstep.Lockstep):
         super().__init__(size, fingerprint)
         assert size <= WORLD.size, f"a test asks for {size} workers; start mpirun with as many"
         self.own = Ledger()
-        self.channel = Channel(Mpi(COMMUNICATORS[size], Here(), PATIENCE_S), fingerprint, self.own)  # type: ignore[arg-type]
+        self.channel = Channel(MPITransport(COMMUNICATORS[size], Here(), PATIENCE_S), fingerprint, self.own)  # type: ignore[arg-type]
 
-    def run(self, conversations: Sequence[Conversation]) -> None:
+    def run(self, running: Sequence[Exchange]) -> None:
         if WORLD.rank >= self.size:
-            super().run(conversations)
+            super().run(running)
             return
-        mine = conversations[WORLD.rank]
+        mine = running[WORLD.rank]
         over_mpi = Asked(mine, self.channel)
-        talks = list(conversations)
-        talks[WORLD.rank] = over_mpi  # type: ignore[call-overload]
-        super().run(talks)
+        exchanges = list(running)
+        exchanges[WORLD.rank] = over_mpi  # type: ignore[call-overload]
+        super().run(exchanges)
         assert self.own.sent_bytes == self.ledgers[WORLD.rank].sent_bytes
 
 
 class Asked:
-    """A conversation that asks over MPI, too."""
+    """A exchange that asks over MPI, too."""
 
-    def __init__(self, talk: Conversation, channel: Channel) -> None:
-        self._talk = talk
+    def __init__(self, exchange: Exchange, channel: Channel) -> None:
+        self._talk = exchange
         self._channel = channel
         self._open: Any = None
 
@@ -104,7 +104,7 @@ class Asked:
 
 def own_copy(request: Request) -> Request:
     """The same request with buffers of its own: a transport may use them."""
-    if isinstance(request, Sum):
+    if isinstance(request, AllReduce):
         return replace(request, x=request.x.clone())
     if hasattr(request, "payloads"):
         return replace(request, payloads=tuple(map(copied, request.payloads)))
@@ -134,7 +134,7 @@ def bits(a: Tensor, b: Tensor) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """In the place of lock-step, wherever the battery makes one."""
+    """In the place of lock-step, wherever the conformance tests makes one."""
     lockstep.Lockstep = Mirrored  # type: ignore[misc]
 
 

@@ -1,4 +1,4 @@
-"""Over MPI: the battery, torch.distributed's collectives, DDP, and a rank that stops."""
+"""Over MPI: the conformance tests, torch.distributed's collectives, DDP, and a rank that stops."""
 
 from __future__ import annotations
 

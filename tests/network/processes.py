@@ -11,7 +11,7 @@ from pathlib import Path
 import distcomp.errors
 
 
-def living(pids: Iterable[int]) -> list[int]:
+def active(pids: Iterable[int]) -> list[int]:
     """Those of the processes that still run; the dead whom nobody has mourned do not count."""
     alive = []
     for pid in pids:

@@ -14,7 +14,7 @@ from distcomp.errors import DistcompError
 from distcomp.network import UNSHAPED, Fabric, Net, Rack, Refused, emulate
 from distcomp.network.launch import show_nothing
 
-from .processes import living, wait_for_death
+from .processes import active, wait_for_death
 
 TELL = "import json, os; print(json.dumps(dict(os.environ)))"
 FOREVER = "import signal; signal.pause()"
@@ -44,11 +44,11 @@ def test_each_rank_is_told_who_it_is_and_what_to_hold_itself_to(
 ) -> None:
     monkeypatch.setenv("DISTCOMP_THROTTLE_BPS", "left over from outside")
     own = [{"MINE": str(rank)} for rank in range(3)]
-    outcome = net.launch(
+    result = net.launch(
         [sys.executable, "-c", TELL], env={"ALL": "1", "MINE": "x"}, per_rank_env=own, show=show_nothing
     )
-    assert outcome.ok
-    told = [json.loads(outcome.outputs[rank]) for rank in range(3)]
+    assert result.ok
+    told = [json.loads(result.outputs[rank]) for rank in range(3)]
     for rank, variables in enumerate(told):
         assert variables["RANK"] == variables["MINE"] == str(rank)
         assert variables["WORLD_SIZE"] == "3"
@@ -84,74 +84,74 @@ def test_rank_0_is_shown_and_the_others_only_when_they_fail(
     say = "print('word of', rank, flush=True); print('complaint of', rank, file=sys.stderr, flush=True)"
     assert net.launch(python(say)).ok
     assert capfd.readouterr() == ("word of 0\n", "complaint of 0\n")
-    outcome = net.launch(python(say, "sys.exit(7 * (rank == 2))"))
-    assert outcome.exit_codes == {0: 0, 1: 0, 2: 7}
-    assert outcome.first_failure == 2
+    result = net.launch(python(say, "sys.exit(7 * (rank == 2))"))
+    assert result.exit_codes == {0: 0, 1: 0, 2: 7}
+    assert result.first_failure == 2
     shown = capfd.readouterr()
     assert shown.out == "word of 0\n"
     assert "[rank 2] word of 2\n" in shown.err
     assert "[rank 2] complaint of 2\n" in shown.err
     assert "[rank 2] ended with status 7\n" in shown.err
     assert "[rank 1]" not in shown.err
-    assert "word of 1" in outcome.outputs[1]
+    assert "word of 1" in result.outputs[1]
     assert net.launch(python("sys.exit('complaint of 0' if rank == 0 else 0)")).first_failure == 0
     assert capfd.readouterr().err == "complaint of 0\n", "not twice"
 
 
 def test_when_a_rank_dies_those_who_do_not_notice_are_killed(net: Net) -> None:
-    outcome = net.launch(
+    result = net.launch(
         python("signal.pause() if rank != 1 else os.kill(os.getpid(), 9)"), grace_s=0.2, show=show_nothing
     )
-    assert outcome.exit_codes == {0: -9, 1: -9, 2: -9}
-    assert outcome.first_failure == 1
-    assert outcome.stopped == {0, 2}
-    assert not outcome.timed_out
+    assert result.exit_codes == {0: -9, 1: -9, 2: -9}
+    assert result.first_failure == 1
+    assert result.stopped == {0, 2}
+    assert not result.timed_out
 
 
 def test_those_who_notice_end_by_themselves(net: Net, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     notice = f"open({str(tmp_path / 'pipe')!r}, 'w' if rank == 1 else 'r').read() if rank < 2 else None"
-    outcome = net.launch(
+    result = net.launch(
         python("import io", f"try: {notice}", "except io.UnsupportedOperation: sys.exit(3)", "sys.exit(rank)")
     )
-    assert outcome.exit_codes == {0: 0, 1: 3, 2: 2}
-    assert outcome.stopped == frozenset()
+    assert result.exit_codes == {0: 0, 1: 3, 2: 2}
+    assert result.stopped == frozenset()
 
 
 def test_a_launch_that_takes_too_long_is_ended(net: Net) -> None:
-    outcome = net.launch([sys.executable, "-c", FOREVER], timeout_s=0.5, show=show_nothing)
-    assert outcome.timed_out
-    assert outcome.first_failure is None
-    assert set(outcome.exit_codes.values()) == {-9}
-    assert outcome.stopped == {0, 1, 2}
+    result = net.launch([sys.executable, "-c", FOREVER], timeout_s=0.5, show=show_nothing)
+    assert result.timed_out
+    assert result.first_failure is None
+    assert set(result.exit_codes.values()) == {-9}
+    assert result.stopped == {0, 1, 2}
 
 
 def test_what_a_program_leaves_behind_ends_with_the_launch(net: Net) -> None:
-    outcome = net.launch(python(STRAY), show=show_nothing)
-    assert outcome.ok
-    assert living(int(outcome.outputs[rank]) for rank in range(3)) == []
+    result = net.launch(python(STRAY), show=show_nothing)
+    assert result.ok
+    assert active(int(result.outputs[rank]) for rank in range(3)) == []
 
 
 def test_killing_a_rank_kills_what_it_started(net: Net) -> None:
     job = net.start(python(STRAY, "signal.pause()"))
-    heard: dict[int, int] = {}
+    answers: dict[int, int] = {}
 
     def show(rank: int, stream: str, data: bytes) -> None:
-        heard[rank] = int(data)
-        if len(heard) == 3:
+        answers[rank] = int(data)
+        if len(answers) == 3:
             job.kill(1)
 
-    outcome = job.wait(grace_s=0.0, show=show)
-    assert outcome.first_failure == 1
-    assert living(heard.values()) == []
+    result = job.wait(grace_s=0.0, show=show)
+    assert result.first_failure == 1
+    assert active(answers.values()) == []
 
 
 def test_a_flood_of_words_neither_blocks_nor_fills_the_memory(net: Net) -> None:
-    outcome = net.launch(
+    result = net.launch(
         python("sys.stdout.write('x' * (3 << 20)); sys.stdout.write('end')"), show=show_nothing
     )
-    assert outcome.ok
-    assert all(len(text) == 1 << 20 and text.endswith("end") for text in outcome.outputs.values())
+    assert result.ok
+    assert all(len(text) == 1 << 20 and text.endswith("end") for text in result.outputs.values())
 
 
 def test_an_interrupted_launch_leaves_nobody_behind(net: Net) -> None:

@@ -16,7 +16,7 @@ import pytest
 from distcomp.errors import DistcompError
 from distcomp.network import Fabric, emulate
 
-from .processes import light_python, living, wait_for_death
+from .processes import active, light_python, wait_for_death
 
 PAUSE = "import signal; signal.pause()"
 NOBODY: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
@@ -66,7 +66,7 @@ def test_nothing_outlives_an_emulator_that_is_ended(end: signal.Signals, rootles
         theirs = {line[3] for line in ranks}
         pids = {int(pid) for line in ranks for pid in line[:3]}
         assert len(pids) == 5, "two ranks, what they started, and their holder"
-        assert living(pids) == list(pids)
+        assert active(pids) == list(pids)
         assert theirs <= networks()
         emulator.send_signal(end)
         wait_for_death([*pids, emulator.pid])
@@ -85,16 +85,16 @@ def test_nothing_outlives_a_body_that_raises(any_way: bool) -> None:
     with pytest.raises(ZeroDivisionError):
         body()
     assert len(pids) == 2
-    assert living(pids) == []
+    assert active(pids) == []
 
 
 def test_a_killed_rank_is_reported_and_the_network_stands(any_way: bool) -> None:
     with emulate(Fabric.uniform(3), True, False, any_way) as net:
         job = net.start([sys.executable, "-c", PAUSE])
         os.kill(job.pids[2], signal.SIGKILL)
-        outcome = job.wait(grace_s=0.1)
-        assert outcome.first_failure == 2
-        assert outcome.stopped == {0, 1}
+        result = job.wait(grace_s=0.1)
+        assert result.first_failure == 2
+        assert result.stopped == {0, 1}
         assert net.launch(["true"]).ok
 
 
@@ -104,7 +104,7 @@ def test_without_its_holder_an_emulation_is_over_and_says_so(any_way: bool) -> N
 
         def kill_holder(rank: int, stream: str, data: bytes) -> None:
             holder = int(data.split()[1])
-            if living([holder]):
+            if active([holder]):
                 os.kill(holder, signal.SIGKILL)
 
         with pytest.raises(DistcompError, match="has died; start the emulation again"):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from distcomp.network import UNSHAPED, Fabric, Net, Rack, emulate, parse_rate, shape, wiretest
+from distcomp.network import UNSHAPED, Fabric, Net, Rack, emulate, link_self_test, parse_rate, shape
 from distcomp.network.launch import show_nothing
 from distcomp.network.shape import FRAME_BYTES, FRAME_PAYLOAD_BYTES, burst_bytes
 
@@ -70,9 +70,9 @@ json.dump({**told, "uid": os.getuid(), "env": dict(os.environ)}, sys.stdout)
 
 
 def ask(net: Net, program: str) -> list[str]:
-    outcome = net.launch([sys.executable, "-c", program], timeout_s=60, show=show_nothing)
-    assert outcome.ok, outcome.outputs
-    return [outcome.outputs[rank] for rank in range(net.fabric.ranks)]
+    result = net.launch([sys.executable, "-c", program], timeout_s=60, show=show_nothing)
+    assert result.ok, result.outputs
+    return [result.outputs[rank] for rank in range(net.fabric.ranks)]
 
 
 def test_each_rank_has_a_network_of_its_own_in_which_it_is_itself(rootless: bool) -> None:
@@ -151,13 +151,13 @@ def test_what_crosses_in_one_piece_is_small_against_the_rate(rate: str, bundled:
 
 def test_a_cable_can_be_pulled_and_pushed_in_again(rootless: bool) -> None:
     with emulate(Fabric.uniform(2, "10mbit"), True, selftest=False, force_rootless=rootless) as net:
-        heard = []
+        answers = []
         for up in (True, False, True):
             net.link(1, up)
-            heard.append(
+            answers.append(
                 net.run_in(0, [sys.executable, "-c", KNOCK]).wait(show=show_nothing).outputs[0].strip()
             )
-    assert heard == ["somebody refused", "nobody there", "somebody refused"]
+    assert answers == ["somebody refused", "nobody there", "somebody refused"]
 
 
 def test_a_delay_is_made_by_the_kernel_or_left_to_the_transport(any_way: bool) -> None:
@@ -169,10 +169,10 @@ def test_a_delay_is_made_by_the_kernel_or_left_to_the_transport(any_way: bool) -
 
 def test_a_rate_counts_frames_until_the_last_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 100.25])
-    monkeypatch.setattr(wiretest, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(link_self_test, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        rate_bps = wiretest.measure_link(ours, theirs, sends=SEND_BYTES, receives=SEND_BYTES)
+        rate_bps = link_self_test.measure_link(ours, theirs, sends=SEND_BYTES, receives=SEND_BYTES)
     assert rate_bps == pytest.approx(4 * 8 * SEND_BYTES * FRAME_BYTES / FRAME_PAYLOAD_BYTES)
 
 

@@ -25,9 +25,9 @@ def test_torchrun_spans_two_emulated_hosts(any_way: bool, tmp_path: Path) -> Non
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
         torchrun += [f"--master-addr={net.addresses[0]}", "--master-port=29600"]
         agents = {host: [*torchrun, f"--node-rank={host}", str(script)] for host in range(2)}
-        outcome = net.run_on(agents).wait(timeout_s=240, show=show_nothing)
+        result = net.run_on(agents).wait(timeout_s=240, show=show_nothing)
         sent_bytes = [traffic.sent.sent_bytes for traffic in net.counters()]
-    assert outcome.ok, outcome.outputs
+    assert result.ok, result.outputs
     for host in range(2):
-        assert "sum 3.0 of 2 on eth0" in outcome.outputs[host]
+        assert "sum 3.0 of 2 on eth0" in result.outputs[host]
         assert 1_000_000 * 1514 / 1448 < sent_bytes[host] < 1.1 * 1_000_000 * 1514 / 1448

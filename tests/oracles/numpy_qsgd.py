@@ -19,7 +19,7 @@ F = np.float32
 TINY = F(2.0**-120)
 
 Params = Sequence[tuple[str, int]]
-"""Names and numbers of elements, in the order of the slab."""
+"""Names and numbers of elements, in the order of the flat buffer."""
 
 
 def uniform(key: int, first: int, count: int) -> np.ndarray:
@@ -109,19 +109,21 @@ Piece = tuple[str, int, int]
 """Name, first element, number of elements."""
 
 
-def chunks(params: Params, parts: int, grain: int) -> list[list[Piece]]:
-    """Blocks numbered through the slab; chunk i takes those from floor(B i/n) to floor(B (i+1)/n)."""
+def chunks(params: Params, parts: int, alignment: int) -> list[list[Piece]]:
+    """Blocks numbered through the flat buffer; chunk i takes those from floor(B i/n) to floor(B (i+1)/n)."""
     blocks = [
-        (name, start, min(grain, numel - start)) for name, numel in params for start in range(0, numel, grain)
+        (name, start, min(alignment, numel - start))
+        for name, numel in params
+        for start in range(0, numel, alignment)
     ]
     bounds = [len(blocks) * i // parts for i in range(parts + 1)]
     return [blocks[low:high] for low, high in pairwise(bounds)]
 
 
-def over_slab(params: Params, slab: np.ndarray, f: Callable[[str, np.ndarray], np.ndarray]) -> np.ndarray:
+def over_slab(params: Params, buffer: np.ndarray, f: Callable[[str, np.ndarray], np.ndarray]) -> np.ndarray:
     out, at = [np.zeros(0, F)], 0
     for name, numel in params:
-        out.append(f(name, slab[at : at + numel]))
+        out.append(f(name, buffer[at : at + numel]))
         at += numel
     return np.concatenate(out)
 

@@ -24,26 +24,26 @@ roundings = pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 blocks = pytest.mark.parametrize("block", [512, 64, 7, 1])
 
 
-def slab(layout: Layout = LAYOUT, seed: int = 0) -> torch.Tensor:
+def buffer(layout: Layout = LAYOUT, seed: int = 0) -> torch.Tensor:
     return torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed)) * 0.03
 
 
 def read(payload: Payload, layout: Layout, bits: int, block: int):
     """(segment, scales, signed integers) of each parameter, by walking over the bytes."""
     body = payload.wire.numpy().tobytes()[32:]
-    count = sum(-(-segment.numel // block) for segment in layout.segments)
+    count = sum(-(-param.numel // block) for param in layout.slices)
     scales = np.frombuffer(body[: 4 * count], "<f4")
     at, number = 4 * count, 0
-    for segment in layout.segments:
+    for param in layout.slices:
         integers = []
         first = number
-        for start in range(0, segment.numel, block):
-            m = min(block, segment.numel - start)
+        for start in range(0, param.numel, block):
+            m = min(block, param.numel - start)
             nbytes = sum(-(-m * width // 8) for width in (8, 4, 2, 1) if bits & width)
             codes = unpack(body[at : at + nbytes], m, bits)
             integers.append(2 * codes - 1 if bits == 1 else codes - levels(bits))
             at, number = at + nbytes, number + 1
-        yield segment, scales[first:number], np.concatenate([np.zeros(0, np.int64), *integers])
+        yield param, scales[first:number], np.concatenate([np.zeros(0, np.int64), *integers])
     assert body[at:] == body[at : at + 7][: len(body) - at], "more than padding is left"
 
 
@@ -54,19 +54,19 @@ def read(payload: Payload, layout: Layout, bits: int, block: int):
 def test_the_bytes_hold_what_the_equations_say(bits: int, norm: str, rounding: str, block: int) -> None:
     c = Quantize(bits, block, norm, rounding)
     oracle = Quantizer(bits, block, norm, rounding == "stochastic")
-    x = slab()
+    x = buffer()
     payload = c.encode(x, LAYOUT, KEY)
     decoded = c.decode(payload, LAYOUT).numpy()
     at = 0
-    for segment, scales, integers in read(payload, LAYOUT, bits, block):
-        v = x[at : at + segment.numel].numpy()
-        key = KEY.fold(segment.name).bits
+    for param, scales, integers in read(payload, LAYOUT, bits, block):
+        v = x[at : at + param.numel].numpy()
+        key = KEY.fold(param.name).bits
         wanted, _ = oracle.encode(v, key, 0)
         np.testing.assert_allclose(scales, wanted, rtol=1e-6 if norm == "l2" and bits > 1 else 0)
         _, expected = oracle.encode(v, key, 0, scales)
         np.testing.assert_array_equal(integers, expected)
-        np.testing.assert_array_equal(decoded[at : at + segment.numel], oracle.decode(scales, integers))
-        at += segment.numel
+        np.testing.assert_array_equal(decoded[at : at + param.numel], oracle.decode(scales, integers))
+        at += param.numel
 
 
 @norms
@@ -74,7 +74,7 @@ def test_the_bytes_hold_what_the_equations_say(bits: int, norm: str, rounding: s
 def test_a_value_goes_to_one_of_the_two_levels_around_it(bits: int, norm: str) -> None:
     """C(v)_k = |v|/s sign(v_k) xi_k with xi_k in {l, l+1} and l = floor(s |v_k| / |v|)."""
     layout = Layout.of([("w", (400,))])
-    x = slab(layout)
+    x = buffer(layout)
     decoded = (
         Quantize(bits, 400, norm).decode(Quantize(bits, 400, norm).encode(x, layout, KEY), layout).double()
     )
@@ -94,7 +94,7 @@ def test_a_value_goes_to_one_of_the_two_levels_around_it(bits: int, norm: str) -
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_rounding_to_nearest_errs_by_half_a_level_at_most(bits: int, norm: str) -> None:
     layout = Layout.of([("w", (400,))])
-    x, c = slab(layout), Quantize(bits, 400, norm, "nearest")
+    x, c = buffer(layout), Quantize(bits, 400, norm, "nearest")
     size = x.abs().max() if norm == "max" else x.norm()
     error = (c.decode(c.encode(x, layout, KEY), layout) - x).abs().max()
     assert float(error) <= float(size) / levels(bits) / 2 * (1 + 1e-5)

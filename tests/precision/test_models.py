@@ -118,7 +118,7 @@ def test_removed_and_baked_it_is_plain_and_has_the_weights_it_computed_with(name
     train(net, 2)
     net.eval()
     weights = {key: layer.weight.detach().clone() for key, layer in converted(net)}
-    kept = copy.deepcopy(net)
+    skipped = copy.deepcopy(net)
     latents = {key: latent_of(layer, "weight").detach().clone() for key, layer in converted(net)}
     baked = precision.remove(net)
     if name != "compact_binary":  # which has put PReLUs in
@@ -127,7 +127,7 @@ def test_removed_and_baked_it_is_plain_and_has_the_weights_it_computed_with(name
         assert torch.equal(baked.get_submodule(key).weight, weight)
         assert type(baked.get_submodule(key)) is type(plain.get_submodule(key))
     for key, latent in latents.items():
-        assert torch.equal(precision.remove(kept, bake=False).get_submodule(key).weight, latent)
+        assert torch.equal(precision.remove(skipped, materialize=False).get_submodule(key).weight, latent)
     assert not list(converted(net))
     train(baked, 1)
     CONVERSIONS[name](baked)
@@ -224,7 +224,7 @@ def test_no_gradient_that_is_used_has_crossed_a_quantized_activation(update, mon
         learning = {name for name, one in net.named_parameters() if one.requires_grad}
         assert learning == set(phase.trained)
         assert all(one.grad.isfinite().all() for one in net.parameters() if one.requires_grad)
-        assert sum(layer.arriving.on for _, layer in converted(net)) == phase.quantized == phases
+        assert sum(layer.input_quantizer.on for _, layer in converted(net)) == phase.quantized == phases
         trained |= learning
     assert phases == 3
     assert {"3.weight", "4.weight", "7.weight", "10.bias"} <= trained
@@ -237,11 +237,11 @@ def test_no_gradient_that_is_used_has_crossed_a_quantized_activation(update, mon
 @pytest.mark.parametrize("masked", [True, False])
 def test_what_was_clamped_passes_a_gradient_only_without_the_mask(masked) -> None:
     layer = nn.Linear(3, 1, bias=False)
-    precision.gradual(layer, "Q2.2", keep=(), masked=masked)
+    precision.gradual(layer, "Q2.2", skip=(), masked=masked)
     x = torch.tensor([[0.3, -1.9, 7.0]], requires_grad=True)
     layer(x).sum().backward()
-    kept = torch.tensor([1.0, 1.0, 0.0 if masked else 1.0])
-    assert torch.equal(x.grad[0], kept * layer.weight[0])
+    skipped = torch.tensor([1.0, 1.0, 0.0 if masked else 1.0])
+    assert torch.equal(x.grad[0], skipped * layer.weight[0])
 
 
 def test_the_top_layers_learn_alone() -> None:
@@ -255,7 +255,7 @@ def test_measures_of_the_compact_recipe_can_be_had_one_by_one() -> None:
     assert not any(isinstance(part, nn.PReLU) for part in net.modules())
     net = precision.compact_binary(network())
     assert sum(isinstance(part, nn.PReLU) for part in net.modules()) == 3
-    assert hasattr(net[10].leaving, "factor")
+    assert hasattr(net[10].output_quantizer, "factor")
     w = torch.cat([latent_of(layer, "weight").flatten() for _, layer in converted(net)])
     expected = 0.5 * (1 - w.clamp(-1, 1) ** 2).sum()
     torch.testing.assert_close(precision.bipolar_penalty(net, 0.5), expected)
@@ -268,7 +268,7 @@ def test_measures_of_the_compact_recipe_can_be_had_one_by_one() -> None:
 def test_magnitudes_that_a_layer_shares_run_off_at_the_common_rate_of_sgd() -> None:
     def trained(groups) -> tuple[float, float]:
         """The last losses, and the largest magnitude."""
-        net = precision.ttq(network(), keep=())
+        net = precision.ttq(network(), skip=())
         losses = train(net, 60, optimizer=torch.optim.SGD(groups(net), 0.1, momentum=0.9))
         magnitudes = [
             one for group in precision.slow_groups(net, 1.0, 1.0, 0.5)[1:] for one in group["params"]
@@ -305,7 +305,7 @@ def test_a_shift_norm_is_a_batch_norm_but_for_the_powers_of_two() -> None:
 def test_the_summary_counts_bits_bytes_and_operations() -> None:
     found = precision.summary(precision.dorefa(network(), 1, 2, 6), torch.zeros(2, 1, 4, 4))
     first, second, third, _ = found.layers
-    assert (first.widths.weights, second.widths.weights, second.widths.activations) == (32, 1, 2)
+    assert (first.bit_widths.weights, second.bit_widths.weights, second.bit_widths.activations) == (32, 1, 2)
     assert second.bytes == 4 * 6 * 9 / 8
     assert third.bytes == 96 * 12 / 8 + 4 * 12
     assert [one.operations for one in found.layers] == [2 * 16 * 4 * 9, 2 * 16 * 6 * 36, 2 * 96 * 12, 2 * 36]
@@ -323,7 +323,7 @@ def test_the_summary_counts_bits_bytes_and_operations() -> None:
     [
         (lambda: precision.dorefa(network(), 0), "1 to 32 bits"),
         (lambda: precision.dorefa(nn.ReLU()), "nothing to convert"),
-        (lambda: precision.dorefa(network(), keep=("nosuch",)), "no layers"),
+        (lambda: precision.dorefa(network(), skip=("nosuch",)), "no layers"),
         (lambda: precision.dorefa(nn.Linear(2, 2)), "every layer is kept"),
         (lambda: precision.bnn(precision.dorefa(network())), "converted already"),
         (lambda: precision.fixed_point(network(), "Q4.12", rounding="up"), "stochastic or nearest"),

@@ -118,7 +118,7 @@ def test_a_packed_model_computes_the_same_and_its_checkpoint_is_small(convert, t
 
 
 def test_what_cannot_be_packed_is_refused_in_words() -> None:
-    grouped = precision.bnn(nn.Conv2d(4, 4, 3, groups=2), keep=())
+    grouped = precision.bnn(nn.Conv2d(4, 4, 3, groups=2), skip=())
     for wrong, said in (
         (lambda: precision.pack(nn.Linear(2, 2)), "bnn or xnor_net"),
         (lambda: precision.pack(grouped), "grouped"),
@@ -135,8 +135,8 @@ def test_what_cannot_be_packed_is_refused_in_words() -> None:
     ("convert", "fewer"),
     [
         (lambda net: precision.dorefa(net, 2, 2), 14),
-        (lambda net: precision.fixed_point(net, "Q2.6", keep=("first", "last")), 3.5),
-        (lambda net: precision.binary_connect(net, keep=("first", "last")), 25),
+        (lambda net: precision.fixed_point(net, "Q2.6", skip=("first", "last")), 3.5),
+        (lambda net: precision.binary_connect(net, skip=("first", "last")), 25),
         (lambda net: precision.ttq(net), 14),
         (lambda net: net, 1),
     ],

@@ -201,7 +201,7 @@ def test_xnor_weights_have_the_gradient_of_the_paper() -> None:
 def test_an_xnor_convolution_follows_the_paper(padding) -> None:
     layer = nn.Conv2d(3, 4, 3, padding=padding)
     x, w, b = drawn(2, 3, 5, 6), layer.weight.detach().clone(), layer.bias.detach().clone()
-    precision.xnor_net(layer, keep=())
+    precision.xnor_net(layer, skip=())
     expected = oracles.xnor_conv(x.double().numpy(), w.double().numpy(), b.double().numpy(), padding)
     np.testing.assert_allclose(layer(x).detach(), expected, rtol=1e-4, atol=1e-5)
 
@@ -209,7 +209,7 @@ def test_an_xnor_convolution_follows_the_paper(padding) -> None:
 def test_an_xnor_linear_layer_follows_the_paper() -> None:
     layer = nn.Linear(6, 4)
     x, w, b = drawn(5, 6), layer.weight.detach().clone(), layer.bias.detach().clone()
-    precision.xnor_net(layer, keep=())
+    precision.xnor_net(layer, skip=())
     expected = (torch.sign(x) @ torch.sign(w).T) * w.abs().mean(1) * x.abs().mean(1, keepdim=True) + b
     torch.testing.assert_close(layer(x), expected)
 
@@ -293,7 +293,7 @@ def test_shifts_are_right_in_the_mean(exponents) -> None:
 def test_few_multiplications_have_gradients_of_shifted_inputs(shape) -> None:
     layer = nn.Linear(6, 4) if shape == "linear" else nn.Conv2d(3, 4, 3, padding=1, stride=2)
     x = (drawn(5, 6) if shape == "linear" else drawn(2, 3, 6, 6)).requires_grad_()
-    precision.few_multiplications(layer, keep=(), shift_bits=None)
+    precision.few_multiplications(layer, skip=(), shift_bits=None)
     key = Noise(Key.of("precision", 0, "", 0).fold("shift")).next_key()
     y = layer(x)
     weight = layer.parametrizations.weight.original

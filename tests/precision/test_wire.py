@@ -16,26 +16,28 @@ from distcomp.compressors import FixedPoint
 from distcomp.compressors.fixed import integer_bytes, pack_integers, unpack_integers
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
-from distcomp.methods import OnGrid, Turn
+from distcomp.methods import FixedPointAllReduce, StepContext
 from distcomp.methods.integers import pack_fields, unpack_fields
 from distcomp.randomness import Key
-from distcomp.transports.conversation import Conversation
-from distcomp.transports.lockstep import Lockstep
+from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.lockstep import Lockstep
 
 from . import oracles
 
-PATTERNS = ("all_reduce", "scatter", "gather")
+PATTERNS = ("all_reduce", "reduce_scatter", "all_gather")
 LAYOUT = Layout.of([("a", (37, 11)), ("b", (5,)), ("empty", (0,)), ("c", ())])
 
 
 def converse(
-    method: OnGrid, xs: list[torch.Tensor]
+    method: FixedPointAllReduce, xs: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], Lockstep]:
     """Estimates, contributions, and the net with its ledgers."""
     net, size = Lockstep(len(xs)), len(xs)
-    talks = [Conversation(method, x, {}, Turn(rank, size, LAYOUT, 0, Key.of(3))) for rank, x in enumerate(xs)]
-    net.run(talks)
-    return [t.outcome.estimate for t in talks], [t.outcome.contribution() for t in talks], net
+    exchanges = [
+        Exchange(method, x, {}, StepContext(rank, size, LAYOUT, 0, Key.of(3))) for rank, x in enumerate(xs)
+    ]
+    net.run(exchanges)
+    return [t.result.estimate for t in exchanges], [t.result.contribution() for t in exchanges], net
 
 
 def drawn(size: int, scale: float = 1.0) -> list[torch.Tensor]:
@@ -51,24 +53,24 @@ def test_every_pattern_gives_the_bits_of_the_sum_of_integers(size, format) -> No
     q, xs = FixedPoint.of(format), drawn(size)
     found = {}
     for pattern in PATTERNS:
-        estimates, contributions, net = converse(OnGrid(q, pattern), xs)
+        estimates, contributions, net = converse(FixedPointAllReduce(q, pattern), xs)
         assert all(torch.equal(one, estimates[0]) for one in estimates)
         exact = sum((one.double() / q.spacing for one in contributions), torch.zeros(LAYOUT.numel).double())
         assert torch.equal(exact, exact.round())
         assert torch.equal(estimates[0], (exact * (q.spacing / size)).float())
         assert all(torch.equal(one, q.round(one)) for one in contributions)
         sent = sum(ledger.total_bytes for ledger in net.ledgers) / size
-        assert abs(sent - OnGrid(q, pattern).payload_bytes(LAYOUT, size)) <= size
+        assert abs(sent - FixedPointAllReduce(q, pattern).payload_bytes(LAYOUT, size)) <= size
         found[pattern] = estimates[0]
-    assert torch.equal(found["all_reduce"], found["scatter"])
-    assert torch.equal(found["all_reduce"], found["gather"])
+    assert torch.equal(found["all_reduce"], found["reduce_scatter"])
+    assert torch.equal(found["all_reduce"], found["all_gather"])
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_what_lies_on_the_grid_is_sent_without_a_second_rounding(pattern) -> None:
     q = FixedPoint.of("Q4.12")
     xs = [q.round(x) for x in drawn(3, 5.0)]
-    estimates, contributions, _ = converse(OnGrid(q, pattern), xs)
+    estimates, contributions, _ = converse(FixedPointAllReduce(q, pattern), xs)
     assert all(torch.equal(given, x) for given, x in zip(contributions, xs, strict=True))
     assert torch.equal(estimates[0], (sum(x.double() for x in xs) / 3).float())
 
@@ -78,7 +80,7 @@ def test_what_lies_on_the_grid_is_sent_without_a_second_rounding(pattern) -> Non
 def test_what_is_no_number_reaches_every_rank(pattern, bad) -> None:
     xs = drawn(3)
     xs[1][5] = bad
-    estimates, _, _ = converse(OnGrid(FixedPoint.of("Q4.12"), pattern), xs)
+    estimates, _, _ = converse(FixedPointAllReduce(FixedPoint.of("Q4.12"), pattern), xs)
     assert not any(one.isfinite().any() for one in estimates)
 
 
@@ -86,13 +88,14 @@ def test_the_ledger_counts_the_bits_of_the_grid() -> None:
     """8-bit gradients of 4 ranks: 8 bits to the owner, 10 bits back, three quarters of each."""
     layout = Layout.of([("w", (4096,))])
     net = Lockstep(4)
-    method = OnGrid(FixedPoint.of("Q2.6"), "scatter")
+    method = FixedPointAllReduce(FixedPoint.of("Q2.6"), "reduce_scatter")
     net.run([
-        Conversation(method, torch.randn(4096), {}, Turn(rank, 4, layout, 0, Key.of(1))) for rank in range(4)
+        Exchange(method, torch.randn(4096), {}, StepContext(rank, 4, layout, 0, Key.of(1)))
+        for rank in range(4)
     ])  # fmt: skip
     assert [ledger.sent_bytes["codes"] for ledger in net.ledgers] == [3 * 1024 * (8 + 10) // 8] * 4
-    assert method.chosen(4) == "scatter"
-    assert OnGrid(FixedPoint.of("Q2.6")).chosen(2) == "gather"
+    assert method.chosen(4) == "reduce_scatter"
+    assert FixedPointAllReduce(FixedPoint.of("Q2.6")).chosen(2) == "all_gather"
 
 
 @given(st.integers(2, 31), st.integers(0, 40), st.integers(0, 1000))
@@ -118,7 +121,7 @@ def test_the_lowest_sum_of_all_fits_its_fields(bits, size) -> None:
 
 def test_a_sum_that_does_not_fit_is_refused() -> None:
     with pytest.raises(DistcompError, match="32 bits"):
-        OnGrid(FixedPoint.of("Q1.20")).payload_bytes(LAYOUT, 4096)
+        FixedPointAllReduce(FixedPoint.of("Q1.20")).payload_bytes(LAYOUT, 4096)
     with pytest.raises(DistcompError, match="pattern"):
         distcomp.fixed_point(pattern="nosuch")
     with pytest.raises(DistcompError, match="fixed-point"):
@@ -130,7 +133,7 @@ def test_the_wire_rounds_as_the_paper_says() -> None:
     from shelf.oracles import noise
 
     u = noise(LAYOUT, Key.of(3).fold("rank", 0).fold("round"))
-    (estimate,), _, _ = converse(OnGrid(q, "gather"), [x])
+    (estimate,), _, _ = converse(FixedPointAllReduce(q, "all_gather"), [x])
     expected = [oracles.fixed(one, 3, 5, at) for one, at in zip(x.tolist(), u.tolist(), strict=True)]
     assert estimate.tolist() == expected
 
@@ -163,19 +166,21 @@ def in_lockstep(size: int) -> list[float]:
     method = distcomp.parse("fixed_point:format=Q2.14,pattern=all_reduce")
     net, feeds = Lockstep(size), [list(jobs.batches(rank, 6)) for rank in range(size)]
     for step in range(6):
-        talks = []
+        exchanges = []
         for rank, one in enumerate(models):
             x, y = feeds[rank][step]
             optimizers[rank].zero_grad()
             nn.functional.cross_entropy(one(x), y).backward()
             gradients = dict(one.named_parameters())
-            slab = torch.cat([gradients[name].grad.flatten() for name in names])
-            talks.append(Conversation(method, slab, {}, Turn(rank, size, layout, step, Key.of(0, step))))
-        net.run(talks)
+            buffer = torch.cat([gradients[name].grad.flatten() for name in names])
+            exchanges.append(
+                Exchange(method, buffer, {}, StepContext(rank, size, layout, step, Key.of(0, step)))
+            )
+        net.run(exchanges)
         for rank, one in enumerate(models):
             parameters = dict(one.named_parameters())
-            for segment, piece in layout.pieces(talks[rank].outcome.estimate):
-                parameters[segment.name].grad = piece.view(segment.shape).clone()
+            for param, piece in layout.pieces(exchanges[rank].result.estimate):
+                parameters[param.name].grad = piece.view(param.shape).clone()
             optimizers[rank].step()
     return jobs.flat(models[0]).tolist()
 
@@ -184,16 +189,21 @@ def test_a_fixed_point_run_is_the_same_over_every_pattern_and_transport_and_twic
     """At four ranks, where a ring of floats would differ by the order of its sums."""
     runs = {pattern: cluster(4).run(trained, pattern) for pattern in PATTERNS}
     assert all(one["same"] for run in runs.values() for one in run)
-    again = cluster(4).run(trained, "scatter")
+    again = cluster(4).run(trained, "reduce_scatter")
     weights = runs["all_reduce"][0]["weights"]
-    assert weights == runs["scatter"][0]["weights"] == runs["gather"][0]["weights"] == again[0]["weights"]
+    assert (
+        weights
+        == runs["reduce_scatter"][0]["weights"]
+        == runs["all_gather"][0]["weights"]
+        == again[0]["weights"]
+    )
     assert weights == in_lockstep(4)
-    assert runs["scatter"][0]["sent"]["codes"] < runs["all_reduce"][0]["sent"]["codes"]
+    assert runs["reduce_scatter"][0]["sent"]["codes"] < runs["all_reduce"][0]["sent"]["codes"]
 
 
 def alone(name: str, ranks: int) -> tuple[torch.Tensor, list[list[float]]]:
     """Weights and every rank's losses of training in one process, on all ranks' batches at once."""
-    net = getattr(precision, name)(jobs.network(), keep=())
+    net = getattr(precision, name)(jobs.network(), skip=())
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     losses = []
     for step in zip(*(jobs.batches(rank, 5) for rank in range(ranks)), strict=True):
@@ -210,7 +220,7 @@ def sharded(rank: int, size: int, name: str) -> tuple[list[float], list[float]]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    net = getattr(precision, name)(jobs.network(), keep=())
+    net = getattr(precision, name)(jobs.network(), skip=())
     fully_shard(net, mesh=init_device_mesh("cpu", (size,)))
     losses = jobs.train(net, torch.optim.SGD(net.parameters(), 0.1), rank, 5)
     return torch.cat([one.full_tensor().flatten() for one in net.parameters()]).tolist(), losses
@@ -220,7 +230,7 @@ def sharded(rank: int, size: int, name: str) -> tuple[list[float], list[float]]:
 def test_converted_models_are_sharded_as_others_are(cluster, name) -> None:
     """Latent weights are clipped in every shard; the two magnitudes of a layer are sharded, too."""
     weights, losses = alone(name, 2)
-    assert (weights - jobs.flat(getattr(precision, name)(jobs.network(), keep=()))).abs().max() > 0.01
+    assert (weights - jobs.flat(getattr(precision, name)(jobs.network(), skip=()))).abs().max() > 0.01
     for rank, (sharded_weights, sharded_losses) in enumerate(cluster(2).run(sharded, name)):
         torch.testing.assert_close(torch.tensor(sharded_weights), weights, rtol=1e-4, atol=1e-5)
         assert sharded_losses == pytest.approx(losses[rank], rel=1e-4)

@@ -14,9 +14,9 @@ from torch import nn
 
 from distcomp import pruning
 from distcomp.cli import main
-from distcomp.pruning import coding
-from distcomp.pruning.container import _gaps, _places
-from distcomp.pruning.sharing import k_means, nearest
+from distcomp.files import coding
+from distcomp.files.container import _gaps, _places
+from distcomp.files.k_means import k_means, nearest
 
 from . import fuzz
 

@@ -187,11 +187,11 @@ def test_dense_sparse_dense_comes_back_at_zero():
     shares, returned = [], {}
 
     def after(step):
-        dead = {name: ~mask.clone() for name, mask in pruner.masks.items()}
+        pruned = {name: ~mask.clone() for name, mask in pruner.masks.items()}
         pruner.settle()
         shares.append(1 - pruner.density)
         if step == 9:
-            returned.update({name: pruner.weights[name][dead[name]] for name in NAMES})
+            returned.update({name: pruner.weights[name][pruned[name]] for name in NAMES})
 
     train(model, optimizer, 14, after=after)
     assert shares == [0.0] * 3 + [0.5] * 6 + [0.0] * 5

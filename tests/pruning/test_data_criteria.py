@@ -63,14 +63,14 @@ def test_channels_are_selected_as_in_the_paper(balance, at_once):
     model.train()
     model(x).sum().backward()
     pruner.settle()
-    living = pruner.masks["0.weight"]
-    assert bool((living == living[0]).all())
-    assert int(living[0].sum()) == 9 - int(0.5 * 9)
+    active = pruner.masks["0.weight"]
+    assert bool((active == active[0]).all())
+    assert int(active[0].sum()) == 9 - int(0.5 * 9)
     if at_once == 1:
         expected = oracles.discriminating(x.numpy(), y.numpy(), first, second, balance, 5)
-        assert living[0].nonzero().flatten().tolist() == expected
+        assert active[0].nonzero().flatten().tolist() == expected
     assert model.training
-    assert (model[0].weight[:, ~living[0]] == 0).all()
+    assert (model[0].weight[:, ~active[0]] == 0).all()
     assert pruner.weights["0.weight"].abs().min() > 0
     assert pruner.pruned["0.weight"].parameter.grad is not None
 

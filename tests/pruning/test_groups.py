@@ -71,10 +71,10 @@ def test_zeros_are_exact_whole_columns_and_stay():
     assert pruner.density == 1
     train(model, optimizer, 30, start=41)
     mask = pruner.masks[NAMES[0]]
-    dead = ~mask.any(0)
-    assert 0 < int(dead.sum()) < mask.shape[1]
-    assert bool(mask[:, ~dead].all())
-    assert (model[0].weight[:, dead] == 0).all()
+    pruned = ~mask.any(0)
+    assert 0 < int(pruned.sum()) < mask.shape[1]
+    assert bool(mask[:, ~pruned].all())
+    assert (model[0].weight[:, pruned] == 0).all()
 
 
 def test_strengths_are_checked():
@@ -108,7 +108,7 @@ def test_a_frequency_mask_trains_coefficients_and_computes_with_kernels():
     kept[:, :, 1:, 1:] = 0
     expected = np.einsum("ki,fckl,lj->fcij", basis, kept, basis)
     np.testing.assert_allclose(model.weight.detach().numpy(), expected, atol=1e-5)
-    pruning.bake(model)
+    pruning.materialize(model)
     np.testing.assert_allclose(model.weight.detach().numpy(), expected, atol=1e-5)
 
 

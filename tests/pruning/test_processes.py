@@ -29,10 +29,10 @@ def test_the_loss_is_that_of_pruning_on_one_process(cluster, maker):
 
 def test_dead_weights_cost_no_bytes(cluster):
     for _, sent, sparsity in cluster(2).run(jobs.losses, "once", "identity"):
-        dense, living = 4 * (16 * 40 + 40 * 5 + 45), 4 * (64 + 20 + 45)
+        dense, active = 4 * (16 * 40 + 40 * 5 + 45), 4 * (64 + 20 + 45)
         assert sparsity == {"0.weight": pytest.approx(0.9), "2.weight": pytest.approx(0.9)}
         assert sent[0] == dense
-        assert set(sent[4:]) == {living}
+        assert set(sent[4:]) == {active}
 
 
 def test_dense_steps_are_counted(cluster):

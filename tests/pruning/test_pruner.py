@@ -29,7 +29,7 @@ def test_a_masked_model_is_one_that_other_tools_understand():
     assert saved["0.parametrizations.weight.0.mask"].dtype == torch.bool
     assert (model[0].weight == 0).float().mean() == pytest.approx(0.5)
     computed = model(batch(0)[0])
-    pruning.bake(model)
+    pruning.materialize(model)
     assert set(model.state_dict()) == set(network().state_dict())
     assert torch.equal(model(batch(0)[0]), computed)
 
@@ -40,7 +40,7 @@ def test_a_copy_is_baked_and_the_original_trains_on():
     train(model, sgd(model), 1)
     pruner.settle()
     computed = model(batch(0)[0])
-    assert torch.equal(pruning.bake(copy.deepcopy(model))(batch(0)[0]), computed)
+    assert torch.equal(pruning.materialize(copy.deepcopy(model))(batch(0)[0]), computed)
     train(model, sgd(model), 1)
     pruner.settle()
     assert (model[0].weight == 0).float().mean() == pytest.approx(0.5)

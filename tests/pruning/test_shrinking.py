@@ -126,8 +126,8 @@ def test_sizes_are_those_of_what_lives_and_the_original_trains_on():
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_branch_that_has_died_is_cut(norm):
     net = scrambled(Net([4, 4, 4], 1, norm, False, "mean"), 0)
-    dead = {name: torch.zeros(4, 4, 3, 3) for name in ("blocks.0.two.weight", "blocks.1.one.weight")}
-    pruning.fixed(net, dead)
+    pruned = {name: torch.zeros(4, 4, 3, 3) for name in ("blocks.0.two.weight", "blocks.1.one.weight")}
+    pruning.fixed(net, pruned)
     small = pruning.shrink(net)
     kept = [name for name, _ in small.named_modules() if name.startswith("blocks") and "." in name[7:]]
     assert not any("blocks.0.one" in name or "blocks.0.two" in name for name in kept)

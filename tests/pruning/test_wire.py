@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from battery.world import alike, converse, draw, tensors
 from torch import nn
 
 import distcomp
-from battery.world import alike, converse, draw, tensors
 from distcomp import METHODS, DistcompError, pruning
+from distcomp.attaching.ddp import slices_of
+from distcomp.attaching.masks import pruners_of
 from distcomp.compressors import Quantize
 from distcomp.layout import Layout
-from distcomp.methods import AllReduce, ErrorFeedback, lift
+from distcomp.methods import AllReduceMean, ErrorFeedback, from_compressor
 from distcomp.payload import body_bytes
-from distcomp.pruning.wire import Masked, Support, living
-from distcomp.sync.ddp import segments_of
-from distcomp.sync.masks import pruners_of
+from distcomp.pruning.wire import Masked, Support, active
 
 SPECS = [name for name, entry in METHODS.items() if entry.kind == "gradient" and not entry.control]
 
@@ -27,12 +27,12 @@ def pruned(density=0.3, seed=0):
     model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 10))
     masks = {name: torch.rand(model.get_parameter(name).shape) < density for name in ("0.weight", "2.weight")}
     pruner = pruning.fixed(model, masks)
-    segments = segments_of(model)
-    return pruner, Layout(tuple(segments[id(parameter)] for parameter in model.parameters()))
+    slices = slices_of(model)
+    return pruner, Layout(tuple(slices[id(parameter)] for parameter in model.parameters()))
 
 
 def dead_in(pruner, layout):
-    return living(pruner, layout).spread(torch.ones(living(pruner, layout).layout.numel)) == 0
+    return active(pruner, layout).spread(torch.ones(active(pruner, layout).layout.numel)) == 0
 
 
 def test_support_sends_living_values_and_no_indices():
@@ -44,18 +44,21 @@ def test_support_sends_living_values_and_no_indices():
     assert body_bytes(support.parts(layout)) == 4 * count == payload["values"].numel() * 4
     expected = x.clone().numpy()
     at = 0
-    for segment in layout.segments:
-        name = segment.name.replace("parametrizations.", "").replace(".original", "")
+    for param in layout.slices:
+        name = param.name.replace("parametrizations.", "").replace(".original", "")
         if name in pruner.masks:
-            expected[at : at + segment.numel] *= pruner.masks[name].numpy().ravel()
-        at += segment.numel
+            expected[at : at + param.numel] *= pruner.masks[name].numpy().ravel()
+        at += param.numel
     np.testing.assert_array_equal(support.decode(payload, layout).numpy(), expected)
 
 
 def test_masked_identity_is_support_on_an_all_reduce():
     pruner, layout = pruned()
     xs = draw(3, layout)
-    masked, lifted = Masked(pruner, lift(distcomp.compressors.Identity())), AllReduce(Support(pruner))
+    masked, lifted = (
+        Masked(pruner, from_compressor(distcomp.compressors.Identity())),
+        AllReduceMean(Support(pruner)),
+    )
     one = converse(masked, xs, [masked.init(layout)] * 3, layout)
     two = converse(lifted, xs, [lifted.init(layout)] * 3, layout)
     assert torch.equal(one.estimate, two.estimate)
@@ -67,13 +70,13 @@ def test_every_method_sends_less_and_keeps_its_law(spec):
     pruner, layout = pruned()
     inner = distcomp.parse(spec)
     method = distcomp.masked(pruner, inner)
-    dead = dead_in(pruner, layout)
+    inactive = dead_in(pruner, layout)
     states = [method.init(layout) for _ in range(3)]
     for step in range(4):
         xs = draw(3, layout, seed=step)
         round_ = converse(method, xs, states, layout, step)
         states = round_.states
-        assert (round_.estimate[dead] == 0).all()
+        assert (round_.estimate[inactive] == 0).all()
         total = torch.stack(round_.contributions()).double().sum(0)
         torch.testing.assert_close(total, 3 * round_.estimate.double(), rtol=1e-3, atol=2e-2)
         planned = method.at(step).payload_bytes(layout, 3)
@@ -97,7 +100,7 @@ def test_with_all_alive_it_is_the_method_itself(spec):
 class Surgeon(pruning.Criterion):
     """Masks drawn anew every third step, while dead weights are trained, too."""
 
-    wants_dense = holds = True
+    wants_dense = keeps_dense_grad = True
     restarts = False
 
     def __repr__(self):
@@ -117,8 +120,8 @@ def operated():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 10))
     pruner = pruning.Pruner(model, None, Surgeon())
-    segments = segments_of(model)
-    return model, pruner, Layout(tuple(segments[id(parameter)] for parameter in model.parameters()))
+    slices = slices_of(model)
+    return model, pruner, Layout(tuple(slices[id(parameter)] for parameter in model.parameters()))
 
 
 def iterate(model):
@@ -133,7 +136,7 @@ def residual_of(state, path):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_what_came_in_is_what_was_sent_held_owed_and_dropped(residuals, size):
     model, pruner, layout = operated()
-    method = Masked(pruner, ErrorFeedback(lift(Quantize(bits=2, rounding="nearest"))), residuals)
+    method = Masked(pruner, ErrorFeedback(from_compressor(Quantize(bits=2, rounding="nearest"))), residuals)
     states = [method.init(layout) for _ in range(size)]
     came = sent = torch.zeros(layout.numel, dtype=torch.float64)
     dense_steps = 0
@@ -150,15 +153,15 @@ def test_what_came_in_is_what_was_sent_held_owed_and_dropped(residuals, size):
         iterate(model)
         pruner.settle()
     kinds = ["held", "residual"] + (["dropped"] if residuals == "drop" else [])
-    owed = sum(
+    residual = sum(
         leaf.double().sum()
         for state in states
         for name, leaf in tensors(state).items()
         if name.split("/")[-1] in kinds
     )
     assert dense_steps == 3
-    assert (owed.abs() > 1) & (sent.abs().sum() > 1)
-    torch.testing.assert_close(came.sum(), sent.sum() + owed, rtol=1e-5, atol=1e-3)
+    assert (residual.abs() > 1) & (sent.abs().sum() > 1)
+    torch.testing.assert_close(came.sum(), sent.sum() + residual, rtol=1e-5, atol=1e-3)
     if residuals == "drop":
         assert any((state["dropped"].data != 0).any() for state in states)
 
@@ -166,17 +169,17 @@ def test_what_came_in_is_what_was_sent_held_owed_and_dropped(residuals, size):
 def test_a_residual_waits_until_its_weight_lives_again():
     model = nn.Sequential(nn.Linear(4, 2, bias=False))
     pruner = pruning.fixed(model, {"0.weight": torch.ones(2, 4)})
-    layout = Layout((segments_of(model)[id(next(model.parameters()))],))
-    method = Masked(pruner, ErrorFeedback(lift(Quantize(bits=1))))
+    layout = Layout((slices_of(model)[id(next(model.parameters()))],))
+    method = Masked(pruner, ErrorFeedback(from_compressor(Quantize(bits=1))))
     x = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8])
     first = converse(method, [x], [method.init(layout)], layout)
-    owed = tensors(first.states[0])["0.parametrizations.weight.original/inner/residual"].clone()
-    assert (owed != 0).any()
+    residual = tensors(first.states[0])["0.parametrizations.weight.original/inner/residual"].clone()
+    assert (residual != 0).any()
     pruner.pruned["0.weight"].mask[:, 2:] = False
     second = converse(method, [x], first.states, layout, 1)
     kept = tensors(second.states[0])["0.parametrizations.weight.original/inner/residual"].view(2, 4)
-    assert torch.equal(kept[:, 2:], owed.view(2, 4)[:, 2:])
-    assert not torch.equal(kept[:, :2], owed.view(2, 4)[:, :2])
+    assert torch.equal(kept[:, 2:], residual.view(2, 4)[:, 2:])
+    assert not torch.equal(kept[:, :2], residual.view(2, 4)[:, :2])
 
 
 def test_structured_survivors_stay_matrices():
@@ -186,9 +189,9 @@ def test_structured_survivors_stay_matrices():
     rows = torch.zeros(10, 32, dtype=torch.bool)
     rows[:7] = True
     pruner = pruning.fixed(model, {"0.weight": conv, "2.weight": rows})
-    segments = segments_of(model)
-    layout = Layout(tuple(segments[id(parameter)] for parameter in model.parameters()))
-    shapes = {one.name: one.shape for one in living(pruner, layout).layout.segments}
+    slices = slices_of(model)
+    layout = Layout(tuple(slices[id(parameter)] for parameter in model.parameters()))
+    shapes = {one.name: one.shape for one in active(pruner, layout).layout.slices}
     assert shapes["0.parametrizations.weight.original"] == (4, 3, 3, 3)
     assert shapes["2.parametrizations.weight.original"] == (7, 32)
     rank = distcomp.masked(pruner, "powersgd:rank=1")
@@ -201,16 +204,16 @@ def test_structured_survivors_stay_matrices():
 def test_a_warm_start_of_another_shape_begins_anew():
     model = nn.Sequential(nn.Linear(32, 16, bias=False))
     pruner = pruning.fixed(model, {"0.weight": torch.ones(16, 32)})
-    layout = Layout((segments_of(model)[id(next(model.parameters()))],))
+    layout = Layout((slices_of(model)[id(next(model.parameters()))],))
     method = distcomp.masked(pruner, "powersgd:rank=2")
     round_ = converse(method, draw(2, layout), [method.init(layout)] * 2, layout)
     pruner.pruned["0.weight"].mask[:, 20:] = False
     xs = draw(2, layout, seed=1)
     after = converse(method, xs, round_.states, layout, 1)
-    dead = dead_in(pruner, layout)
-    assert (after.estimate[dead] == 0).all()
+    inactive = dead_in(pruner, layout)
+    assert (after.estimate[inactive] == 0).all()
     assert torch.isfinite(after.estimate).all()
-    fresh = method.inner.init(living(pruner, layout).layout)
+    fresh = method.inner.init(active(pruner, layout).layout)
     kept = {tuple(leaf.shape) for leaf in tensors(after.states[0]).values()}
     assert kept >= {tuple(leaf.shape) for leaf in tensors(fresh).values() if leaf.dim() == 2}
 

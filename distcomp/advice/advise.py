@@ -1,0 +1,176 @@
+"""Which method, on this network, for this model? Or none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from distcomp.advice.predict import Machine, Prediction, predict
+from distcomp.advice.scale import Rehearsals
+from distcomp.advice.task import TrainingTask
+from distcomp.attaching.observe import observe_alone
+from distcomp.errors import DistcompError
+from distcomp.network.fabric import Fabric
+from distcomp.network.model import ALONE, Host
+from distcomp.network.units import format_rate
+
+METHODS = (
+    "ddp", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1", "powersgd:rank=4", "topk:ratio=0.01",
+)  # fmt: skip
+BASELINE = "ddp"
+WORTH = 1.05
+"""A method that is not by so much faster than plain DDP is not worth what it does to gradients."""
+
+SLOWEST_BPS, FASTEST_BPS, PER_DECADE = 1e6, 1e12, 10
+SCALES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is predicted of a method. ``break_even_bps``: the rate of every link from which on it is slower
+    than plain DDP; inf where it never is, 0 where it always is. ``efficiency``: computing's share of a step,
+    by number of ranks."""
+
+    method: str
+    prediction: Prediction
+    speed_up: float
+    break_even_bps: float
+    efficiency: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The methods, fastest first, and a sentence."""
+
+    rows: tuple[Row, ...]
+    fabric: Fabric
+    compute_s: float
+    parameters: int
+    curves: dict[str, list[tuple[float, float]]]
+    """Method -> (rate of every link, seconds of a step)."""
+
+    @property
+    def best(self) -> Row:
+        """The fastest, or plain DDP where nothing is faster by 5 %."""
+        baseline = next(row for row in self.rows if row.method == BASELINE)
+        return self.rows[0] if self.rows[0].speed_up >= WORTH else baseline
+
+    @property
+    def sentence(self) -> str:
+        """The recommendation."""
+        step_ms = 1e3 * self.best.prediction.step_s
+        if self.best.method == BASELINE:
+            return (
+                f"Do not compress: plain DDP takes {step_ms:.3g} ms a step, and nothing here is faster by "
+                f"{WORTH - 1:.0%}."
+            )
+        even = self.best.break_even_bps
+        until = f"below {_rate(even)} per link" if even < math.inf else "at any rate"
+        return (
+            f"Use {self.best.method}: {step_ms:.3g} ms a step, {self.best.speed_up:.3g} times plain DDP's "
+            f"speed; it wins {until}. Compare test losses before you trust it: distcomp emulate."
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as plain values; infinite rates as null."""
+        rows = [{**asdict(row), "break_even_bps": _finite(row.break_even_bps)} for row in self.rows]
+        return {
+            "recommended": self.best.method, "sentence": self.sentence, "fabric": self.fabric.to_toml(),
+            "compute_s": self.compute_s, "parameters": self.parameters, "methods": rows,
+            "curves": self.curves,
+        }  # fmt: skip
+
+
+def advise(
+    training_task: TrainingTask,
+    fabric: Fabric,
+    methods: Sequence[str] = METHODS,
+    ranks_here: int = 1,
+    cores: int = 1,
+) -> Advice:
+    """Some real steps of the model, and every method's exchange, timed here; then the model of the
+    network.
+
+    ``ranks_here`` ranks share a machine of ``cores`` cores like this one (1: each has its own).
+    """
+    if BASELINE not in methods:
+        methods = (BASELINE, *methods)
+    observed = observe_alone(
+        training_task.model,
+        training_task.batch(0, fabric.ranks, 0),
+        training_task.loss,
+        training_task.optimizer,
+    )
+    host = Host(ranks_here, cores) if ranks_here > 1 else ALONE
+    machine = Machine(observed, host, host.oversubscription)
+    rehearsals = [Rehearsals(method, observed.layouts) for method in dict.fromkeys(methods)]
+    baseline = rehearsals[[one.method for one in rehearsals].index(BASELINE)]
+    rows = [_row(one, baseline, machine, fabric) for one in rehearsals]
+    rates = [SLOWEST_BPS * 10 ** (i / PER_DECADE) for i in range(6 * PER_DECADE + 1)]
+    curves = {one.method: [(bps, _at_rate(one, machine, fabric, bps)) for bps in rates] for one in rehearsals}
+    return Advice(
+        tuple(sorted(rows, key=lambda row: row.prediction.step_s)),
+        fabric,
+        machine.timing.step_s,
+        sum(layout.numel for layout in observed.layouts),
+        curves,
+    )
+
+
+def _row(one: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: Fabric) -> Row:
+    prediction = predict(one.among(fabric.ranks), machine, fabric)
+    plain = predict(baseline.among(fabric.ranks), machine, fabric)
+    efficiency = {}
+    for ranks in SCALES:
+        try:
+            there = fabric.of(ranks)
+        except DistcompError:  # ranks that are not alike: there is no saying what more of them would be
+            break
+        efficiency[ranks] = machine.timing.step_s / predict(one.among(ranks), machine, there).step_s
+    even = math.inf if one is baseline else break_even_bps(one, baseline, machine, fabric)
+    return Row(one.method, prediction, plain.step_s / prediction.step_s, even, efficiency)
+
+
+def break_even_bps(one: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: Fabric) -> float:
+    """The highest rate of every link (uplinks in proportion) at which the method is faster; to 1 %.
+
+    0 where it is slower at 1 Mbit/s, too; inf where it is faster at 1 Tbit/s, still.
+    """
+
+    def faster(bps: float) -> bool:
+        return _at_rate(one, machine, fabric, bps) < _at_rate(baseline, machine, fabric, bps)
+
+    if faster(FASTEST_BPS):
+        return math.inf
+    rates = [SLOWEST_BPS * 10 ** (i / 2) for i in range(13)]
+    below = [bps for bps in rates if faster(bps)]
+    if not below:
+        return 0.0
+    low, high = below[-1], below[-1] * 10**0.5
+    while high > 1.01 * low:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if faster(middle) else (low, middle)
+    return low
+
+
+def _at_rate(one: Rehearsals, machine: Machine, fabric: Fabric, bps: float) -> float:
+    return predict(one.among(fabric.ranks), machine, at_rate(fabric, bps)).step_s
+
+
+def at_rate(fabric: Fabric, bps: float) -> Fabric:
+    """The fabric with its fastest link at ``bps`` and all others in proportion; unshaped ones stay so."""
+    finite = [rate for rate in fabric.rates_bps if rate < math.inf]
+    factor = bps / max(finite) if finite else 1.0
+    rates = tuple(bps if rate == math.inf else rate * factor for rate in fabric.rates_bps)
+    racks = tuple(replace(rack, uplink_bps=rack.uplink_bps * factor) for rack in fabric.racks)
+    return Fabric(rates, fabric.delay_s, racks)
+
+
+def _rate(bps: float) -> str:
+    return format_rate(float(f"{bps:.2g}"))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

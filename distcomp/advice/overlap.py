@@ -1,0 +1,167 @@
+"""One step on the clock: backward on one thread, the exchange's arithmetic on another, the wire beside both.
+
+Buckets are ready one after the other while backward goes on. The exchange's thread takes them in the order in
+which it really does (:func:`distcomp.runtime.pipeline.request_order`): it waits for the answer it needs next,
+thinks, and starts the next request. Every link carries what crosses it in the order in which it was asked
+for. Where ranks have less than two cores each, backward, arithmetic and the carrying of messages
+(``Cost.core_s``) share them evenly, and an answer is there when both the wire and the core have carried it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distcomp.advice.profile import ProfiledExchange
+from distcomp.network.fabric import Fabric
+from distcomp.network.model import ALONE, Cost, Host
+from distcomp.runtime.pipeline import request_order
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A step without communication: when each bucket was ready and when it was over, after its start."""
+
+    ready_s: tuple[float, ...]
+    step_s: float
+
+    @property
+    def backward_s(self) -> float:
+        """From the start to the last gradient."""
+        return self.ready_s[-1]
+
+    def times(self, factor: float) -> Timing:
+        """On a machine that is slower by a factor."""
+        return Timing(tuple(factor * one for one in self.ready_s), factor * self.step_s)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step: all of it, and what is left of the exchange when backward is over."""
+
+    step_s: float
+    exposed_s: float
+    wire_s: float
+    work_s: float
+
+
+def gradient_step(
+    timing: Timing,
+    profiles: Sequence[ProfiledExchange],
+    fabric: Fabric,
+    host: Host = ALONE,
+    slowness: float = 1.0,
+) -> StepTime:
+    """A step in which every bucket is exchanged. ``slowness``: of arithmetic, against when it was timed."""
+    costs = [[one.ask.exchange(fabric).cost(fabric, host) for one in profile.rounds] for profile in profiles]
+    line = _Line(timing, host)
+    finished = [False] * len(profiles)
+    for bucket, number in request_order():
+        if all(finished):
+            break
+        if bucket >= len(profiles) or finished[bucket]:
+            continue
+        profile = profiles[bucket]
+        if number == 0:
+            line.wait_for_gradients(bucket)
+        else:
+            line.wait_for_answer(bucket)
+        if number < len(profile.rounds):
+            line.work(slowness * profile.rounds[number].work_s)
+            line.send(bucket, costs[bucket][number])
+        else:
+            line.work(slowness * profile.last_s)
+            finished[bucket] = True
+    over_s = line.end()
+    rest_s = timing.step_s - timing.backward_s
+    return StepTime(over_s + rest_s, over_s - line.backward_over_s, line.wire_s, line.work_s)
+
+
+def averaging_step(
+    timing: Timing,
+    profiles: Sequence[ProfiledExchange],
+    fabric: Fabric,
+    host: Host = ALONE,
+    slowness: float = 1.0,
+) -> StepTime:
+    """The mean step of a model that is averaged in some steps, after the step; nothing overlaps."""
+    costs = [
+        (profile.share, one.ask.exchange(fabric).cost(fabric, host))
+        for profile in profiles
+        for one in profile.rounds
+    ]
+    wire_s = sum(share * max(cost.seconds, host.oversubscription * cost.core_s) for share, cost in costs)
+    work_s = slowness * sum(profile.share * profile.work_s for profile in profiles)
+    return StepTime(timing.step_s + wire_s + work_s, wire_s + work_s, wire_s, work_s)
+
+
+NOTHING_S = 1e-12
+
+
+class _Line:
+    """One rank's time: backward, the arithmetic of the exchange's thread, and the carrying of its messages
+    go on together, each as fast as if it were alone, or in turns where ranks have less than two cores
+    each."""
+
+    def __init__(self, timing: Timing, host: Host) -> None:
+        self.now_s = self.work_s = self.backward_over_s = 0.0
+        self._timing, self._crowd = timing, host.oversubscription
+        self._in_turns = host.shared
+        self._backward_s = self._carried_s = self._to_carry_s = 0.0
+        self._free_s = self._occupied_s = np.zeros(1)  # of every link
+        self._answers: dict[int, tuple[float, float]] = {}
+
+    def wait_for_gradients(self, bucket: int) -> None:
+        self._pass(backward_s=self._timing.ready_s[bucket])
+
+    def wait_for_answer(self, bucket: int) -> None:
+        arrival_s, carried_s = self._answers[bucket]
+        self._pass(until_s=arrival_s, carried_s=carried_s)
+
+    def work(self, seconds: float) -> None:
+        self.work_s += seconds
+        self._pass(work_s=seconds)
+
+    def send(self, bucket: int, cost: Cost) -> None:
+        self._free_s = np.maximum(self._free_s, self.now_s) + cost.links_s
+        self._occupied_s = self._occupied_s + cost.links_s
+        self._to_carry_s += self._crowd * cost.core_s
+        busiest_s = float(np.max(self._free_s, where=cost.links_s > 0, initial=0.0))
+        arrival_s = max(busiest_s, self.now_s + cost.transfer_s) + cost.latency_s
+        self._answers[bucket] = arrival_s, self._to_carry_s
+
+    @property
+    def wire_s(self) -> float:
+        """How long the busiest link is occupied."""
+        return float(self._occupied_s.max())
+
+    def end(self) -> float:
+        """When everything is over."""
+        self._pass(backward_s=self._timing.backward_s, carried_s=self._to_carry_s)
+        return self.now_s
+
+    def _pass(
+        self, work_s: float = 0.0, backward_s: float = 0.0, carried_s: float = 0.0, until_s: float = 0.0
+    ) -> None:
+        """Let time pass until work is done, backward and carrying have come so far, and it is so late."""
+        while True:
+            going_on = [
+                work_s,
+                self._timing.backward_s - self._backward_s,
+                self._to_carry_s - self._carried_s,
+            ]
+            awaited = [work_s, backward_s - self._backward_s, carried_s - self._carried_s]
+            if max(*awaited, until_s - self.now_s) <= NOTHING_S:
+                return
+            active = [left_s > NOTHING_S for left_s in going_on]
+            pace = 1 / sum(active) if self._in_turns and any(active) else 1.0
+            ends_s = [left_s / pace for left_s in (*going_on, *awaited)] + [until_s - self.now_s]
+            passed_s = min(end_s for end_s in ends_s if end_s > NOTHING_S)
+            self.now_s += passed_s
+            work_s -= active[0] * pace * passed_s
+            self._backward_s += active[1] * pace * passed_s
+            self._carried_s += active[2] * pace * passed_s
+            if active[1] and self._timing.backward_s - self._backward_s <= NOTHING_S:
+                self.backward_over_s = self.now_s

@@ -1,0 +1,105 @@
+"""From a method, a machine and a network to the seconds of a step."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from distcomp.advice.overlap import StepTime, Timing, averaging_step, gradient_step
+from distcomp.advice.profile import ProfiledExchange, Round, clock, exchanges_of, profiles_of
+from distcomp.attaching.observe import Observed
+from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.layout import Layout
+from distcomp.methods import Method, parse
+from distcomp.network.fabric import Fabric
+from distcomp.network.model import ALONE, Host
+from distcomp.network.request_sizes import RequestSizes
+
+BUILTIN_HOOKS = {"ddp": 4, "torch:fp16": 2}
+"""PyTorch's own reductions that are predicted, and the bytes they send of each value."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was measured of a model on a machine, and what its ranks share. ``slowness``: of computing,
+    against when it was measured."""
+
+    observed: Observed
+    host: Host = ALONE
+    slowness: float = 1.0
+
+    @property
+    def timing(self) -> Timing:
+        """A step without communication."""
+        return Timing(self.observed.ready_s, self.observed.step_s).times(self.slowness)
+
+
+@dataclass(frozen=True)
+class ProfiledMethod:
+    """A method as it was held with an echo among ``ranks``."""
+
+    method: str
+    ranks: int
+    profiles: tuple[ProfiledExchange, ...]
+    averages: bool = False
+
+
+@dataclass(frozen=True)
+class Prediction(StepTime):
+    """Seconds of a step, and the bytes each rank sends in one."""
+
+    sent_bytes: float = field(default=0.0)
+
+
+def profile_method(method: str, layouts: Sequence[Layout], ranks: int) -> ProfiledMethod:
+    """Hold the method's exchanges about these buckets, timed, on this machine."""
+    if method in BUILTIN_HOOKS:
+        return ProfiledMethod(method, ranks, tuple(_stock_talk(method, layout) for layout in layouts))
+    parsed = parse(method)
+    if isinstance(parsed, Averaging | MultiLevel):
+        model = Layout(tuple(param for layout in reversed(layouts) for param in layout.slices))
+        return ProfiledMethod(method, ranks, exchanges_of(parsed, model, ranks), averages=True)
+    assert isinstance(parsed, Method)
+    return ProfiledMethod(method, ranks, profiles_of(parsed, layouts, ranks))
+
+
+def predict(profiled: ProfiledMethod, machine: Machine, fabric: Fabric) -> Prediction:
+    """The step time of a method that was profiled among as many ranks as the fabric has."""
+    profiles = profiled.profiles
+    if profiled.averages:
+        time_ = averaging_step(machine.timing, profiles, fabric, machine.host, machine.slowness)
+    else:
+        if profiled.method in BUILTIN_HOOKS:
+            profiles = around_a_ring(profiles)
+        time_ = gradient_step(machine.timing, profiles, fabric, machine.host, machine.slowness)
+    sent = sum(
+        profile.share * one.ask.sent_bytes(fabric.ranks) for profile in profiles for one in profile.rounds
+    )
+    return Prediction(**vars(time_), sent_bytes=sent)
+
+
+def around_a_ring(profiles: Sequence[ProfiledExchange]) -> tuple[ProfiledExchange, ...]:
+    """The talks with every sum around a ring, however small: PyTorch's own know no other way."""
+    return tuple(
+        replace(
+            profile, rounds=tuple(replace(one, ask=replace(one.ask, kind="ring")) for one in profile.rounds)
+        )
+        for profile in profiles
+    )
+
+
+def _stock_talk(method: str, layout: Layout) -> ProfiledExchange:
+    """One sum of a bucket, multiplied by 1/n, and cast where that is what the hook does."""
+    bucket, times_s = torch.randn(layout.numel), []
+    for _ in range(7):
+        begin_s = clock()
+        sent = bucket.half() if method == "torch:fp16" else bucket
+        sent.mul_(0.5)
+        times_s.append(clock() - begin_s)
+    return ProfiledExchange(
+        (Round(statistics.median(times_s), RequestSizes("sum", (BUILTIN_HOOKS[method] * layout.numel,))),),
+        0.0,
+    )

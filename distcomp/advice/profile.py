@@ -1,0 +1,214 @@
+"""What a method says, and how long it thinks in between: its exchange held with an echo, here."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distcomp.averaging.base import Averaging, FragmentState, MultiLevel, fragment_states, gather, scatter
+from distcomp.averaging.gossip import Gossip
+from distcomp.averaging.topology import resolve
+from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, NeighborExchange, Request
+from distcomp.layout import Layout
+from distcomp.methods import Method
+from distcomp.methods.base import AggregateResult, StepContext
+from distcomp.network.model import Edge
+from distcomp.network.request_sizes import RequestSizes, groups_of, sizes_of
+from distcomp.payload import Part, Payload, PayloadHeader, write_header
+from distcomp.randomness import Key
+from distcomp.runtime.channel import TRUE, Channel
+from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.ledger import Ledger
+from distcomp.schedule import at
+
+REPEATS, WARM_UP = 5, 2
+
+
+def clock() -> float:
+    """Seconds of arithmetic: of this thread on a core, where torch has but this one, so that it does not
+    matter who else wants the core; else seconds."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Round:
+    """``work_s`` of arithmetic, then a request."""
+
+    work_s: float
+    ask: RequestSizes
+
+
+@dataclass(frozen=True)
+class ProfiledExchange:
+    """A exchange of one flat buffer: its rounds, and the arithmetic after the last answer. ``share``: of the
+    steps in which it is held."""
+
+    rounds: tuple[Round, ...]
+    last_s: float
+    share: float = 1.0
+
+    @property
+    def work_s(self) -> float:
+        """All of its arithmetic."""
+        return sum(one.work_s for one in self.rounds) + self.last_s
+
+
+def profiles_of(method: Method, layouts: Sequence[Layout], ranks: int) -> tuple[ProfiledExchange, ...]:
+    """What rank 0 of ``ranks`` says about each bucket in a step, timed here on one thread.
+
+    The buckets take turns, so that each finds the caches as it will find them.
+    """
+    held: list[list[Held]] = [[] for _ in layouts]
+    states: list[Any] = [method.init(layout) for layout in layouts]
+    buffers = [_gradient(layout) for layout in layouts]
+
+    def begin(bucket: int, rank: int, step: int) -> Exchange:
+        context = StepContext(rank, ranks, layouts[bucket], step, Key.of("rehearsal", step))
+        return Exchange(method, buffers[bucket].clone(), states[bucket], context)
+
+    for step in range(WARM_UP + REPEATS):
+        for bucket in range(len(layouts)):
+            profile = begin(bucket, 0, step)
+            held[bucket].append(_hold(profile, 0, ranks))
+            assert profile.result is not None
+            states[bucket] = profile.result.state
+    last = WARM_UP + REPEATS
+    return tuple(
+        _summary(one, lambda rank, bucket=bucket: begin(bucket, rank, last), ranks, frozenset())  # type: ignore[misc]
+        for bucket, one in enumerate(held)
+    )
+
+
+def exchanges_of(
+    averaging: Averaging | MultiLevel, layout: Layout, ranks: int
+) -> tuple[ProfiledExchange, ...]:
+    """What rank 0 says about the model at each of an averaging's exchanges."""
+    fragments = [fragment_states(averaging, layout, rank, ranks) for rank in range(ranks)]
+    return tuple(_averaging_talk(column, ranks) for column in map(list, zip(*fragments, strict=True)))
+
+
+def _averaging_talk(fragments: Sequence[FragmentState], ranks: int) -> ProfiledExchange:
+    layout, averaging = fragments[0].layout, fragments[0].averaging
+    model = _gradient(layout)
+    step = 0
+
+    def begin(rank: int) -> Exchange:
+        if not fragments[rank].state:
+            fragments[rank].start(model)
+        return fragments[rank].aggregate(model + 1e-3 * _gradient(layout, 1), step, 0)
+
+    held = []
+    for step in range(WARM_UP + REPEATS):  # noqa: B007
+        profile = begin(0)
+        held.append(_hold(profile, 0, ranks))
+        assert profile.result is not None
+        held[-1][-1] = (held[-1][-1][0] + _landed_s(fragments[0], profile.result), None)
+    edges = resolve(averaging.topology, ranks).edges if isinstance(averaging, Gossip) else frozenset()
+    return replace(_summary(held, begin, ranks, edges), share=1 / at(averaging.period, 0))
+
+
+def _landed_s(fragment: FragmentState, result: AggregateResult) -> float:
+    """To read the weights before an exchange and after it, and to write them."""
+    flat = torch.zeros(fragment.layout.numel)
+    views = {param.name: piece for param, piece in fragment.layout.pieces(flat)}
+    whole = Layout(tuple(replace(one, start=0) for one in fragment.layout.slices))
+    begin_s = clock()
+    gather(views, whole)
+    scatter(views, whole, fragment.apply_result(result, gather(views, whole)))
+    return clock() - begin_s
+
+
+Held = list[tuple[float, Request | None]]
+
+
+def _summary(
+    held: Sequence[Held], begin: Callable[[int], Exchange], ranks: int, edges: frozenset[Edge]
+) -> ProfiledExchange:
+    """Medians over the repetitions; who asks within which group is found out by asking every rank."""
+    kept = held[WARM_UP:]
+    requests = [request for _, request in kept[-1] if request is not None]
+    works_s = [statistics.median(times) for times in zip(*([s for s, _ in one] for one in kept), strict=True)]
+    if any(request.group for request in requests):
+        everyone = [[request for _, request in _hold(begin(rank), rank, ranks)] for rank in range(ranks)]
+        columns = list(zip(*everyone, strict=True))[:-1]
+        groups = [groups_of([one for one in column if one is not None]) for column in columns]
+    else:
+        groups = [None] * len(requests)
+    request_sizes = [
+        sizes_of(request, ranks, group, edges) for request, group in zip(requests, groups, strict=True)
+    ]
+    rounds = tuple(Round(work_s, ask) for work_s, ask in zip(works_s, request_sizes, strict=False))
+    return ProfiledExchange(rounds, works_s[-1])
+
+
+@torch.no_grad()
+def _hold(profile: Exchange, rank: int, ranks: int) -> Held:
+    """Every request, with the seconds of arithmetic before it: thinking, sealing, opening and checking."""
+    echo = _Echo(rank, ranks)
+    channel = Channel(echo, 0, Ledger())
+    held: Held = []
+    exchange = None
+    while True:
+        begin_s = clock()
+        answer = exchange.open(profile.watch) if exchange is not None else None
+        request = profile.ask(answer)
+        exchange = channel.prepare(request, profile.finite) if request is not None else None
+        held.append((clock() - begin_s, request))
+        if exchange is None:
+            return held
+        echo.exchange = channel.exchange
+        exchange.start()
+        exchange.wait()
+
+
+def _gradient(layout: Layout, seed: int = 0) -> Tensor:
+    return torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed))
+
+
+class _Echo:
+    """A transport on which everybody says what one says oneself; where that does not fit, zeros."""
+
+    started_s = finished_s = 0.0
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.exchange = 0
+        self._answer: Any = None
+
+    def start(self, request: Request) -> _Echo:
+        self._answer = self._answered(request)
+        return self
+
+    def wait(self) -> Any:
+        return self._answer
+
+    def _answered(self, request: Request) -> Any:
+        group = request.group or tuple(range(self.size))
+        if isinstance(request, AllReduce):
+            return request.x
+        if isinstance(request, AllGather):
+            parts = request.parts or (request.payload.parts,) * len(group)
+            return [self._said(request.payload, one, rank) for one, rank in zip(parts, group, strict=True)]
+        if isinstance(request, AllToAll):
+            own = request.payloads[group.index(self.rank)]
+            return [self._said(own, own.parts, rank) for rank in group]
+        if isinstance(request, NeighborExchange):
+            return [self._said(request.payload, request.payload.parts, rank) for rank in request.neighbours]
+        assert isinstance(request, Broadcast)
+        return [self._said(request.payload, request.payload.parts, request.source)]
+
+    def _said(self, own: Payload, parts: tuple[Part, ...], rank: int) -> Tensor:
+        """One's own payload, sealed by ``rank``."""
+        said = Payload.empty(parts)
+        if parts == own.parts:
+            said.wire.copy_(own.wire)
+        else:
+            said.wire.zero_()
+        write_header(said, PayloadHeader(rank, 0, self.exchange), TRUE)
+        return said.wire

@@ -1,0 +1,67 @@
+"""A method among any number of ranks: profiled where that is quick, extended from there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from distcomp.advice.predict import BUILTIN_HOOKS, ProfiledMethod, profile_method
+from distcomp.advice.profile import ProfiledExchange, Round
+from distcomp.averaging.gossip import Gossip
+from distcomp.averaging.topology import resolve
+from distcomp.layout import Layout
+from distcomp.methods import parse
+from distcomp.network.model import Edge
+
+PROFILED, FEW, MANY, GROWN = 8, 16, 32, 1.25
+"""Up to so many ranks a method is profiled among just as many; beyond, it is extended from two sizes."""
+
+
+class Rehearsals:
+    """A method's exchanges about these buckets.
+
+    Beyond 8 ranks arithmetic is extended on a line through 16 and 32 (a gather decodes n payloads, a chunk's
+    owner n chunks), and requests by :meth:`distcomp.network.request_sizes.RequestSizes.among`.
+    """
+
+    def __init__(self, method: str, layouts: Sequence[Layout]) -> None:
+        self.method = method
+        self._layouts = layouts
+        self._at = lru_cache(maxsize=None)(lambda ranks: profile_method(method, layouts, ranks))
+
+    def among(self, ranks: int) -> ProfiledMethod:
+        """As if it had been profiled among so many."""
+        if ranks <= PROFILED:
+            return self._at(ranks)
+        few, many = self._at(FEW), self._at(MANY)
+        edges = _edges(self.method, ranks)
+        profiles = (_extended(a, b, ranks, edges) for a, b in zip(few.profiles, many.profiles, strict=True))
+        return replace(many, ranks=ranks, profiles=tuple(profiles))
+
+
+def _extended(
+    few: ProfiledExchange, many: ProfiledExchange, ranks: int, edges: frozenset[Edge]
+) -> ProfiledExchange:
+    same = [one.ask.kind for one in few.rounds] == [one.ask.kind for one in many.rounds]
+    earlier = few if same else many
+
+    def work_s(at_few: float, at_many: float) -> float:
+        grown = at_many > GROWN * at_few  # less is noise: an all-reduce thinks as long among any number
+        slope = (at_many - at_few) / (MANY - FEW) if grown else 0.0
+        return at_many + slope * (ranks - MANY)
+
+    rounds = tuple(
+        Round(work_s(a.work_s, b.work_s), b.ask.among(ranks, edges))
+        for a, b in zip(earlier.rounds, many.rounds, strict=True)
+    )
+    return ProfiledExchange(rounds, work_s(earlier.last_s, many.last_s), many.share)
+
+
+def _edges(method: str, ranks: int) -> frozenset[Edge]:
+    parsed = None if method in BUILTIN_HOOKS else parse(method)
+    if not isinstance(parsed, Gossip):
+        return frozenset()
+    if parsed.topology == "ring":  # a matrix of thousands of ranks is no way to find their neighbours
+        return frozenset((i, (i + 1) % ranks) for i in range(ranks))
+    return resolve(parsed.topology, ranks).edges

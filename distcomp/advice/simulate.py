@@ -1,0 +1,225 @@
+"""A thousand workers in one process: real numerics in lock-step, on a virtual clock.
+
+Every worker has its own data, model and residuals, and holds the very same exchanges as on a cluster.
+What all workers would compute alike is computed once; what each computes for itself is computed for all at
+once, where ``torch.func`` can. A step: every worker's gradient, then one of
+
+* a gradient method: all agree on the mean of the whole gradient (one bucket), then step;
+* an averaging: each steps alone, then models are exchanged where they are due.
+
+Nothing overlaps: the clock adds up computing and exchanges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
+
+from distcomp.advice.scenario import Scenario
+from distcomp.advice.task import TrainingTask
+from distcomp.advice.virtual_clock import VirtualClock
+from distcomp.attaching.ddp import slices_of
+from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.averaging.gossip import Gossip
+from distcomp.averaging.workers import Workers
+from distcomp.errors import DistcompError
+from distcomp.layout import Layout
+from distcomp.methods import Method
+from distcomp.methods.base import StepContext
+from distcomp.network.fabric import Fabric
+from distcomp.network.model import ALONE, Host
+from distcomp.randomness import Key
+from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.lockstep import Lockstep
+
+ELEMENTWISE = (SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop)
+AT_ONCE = 128
+"""Workers whose gradients are computed by one call."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Who trains, where, and what goes wrong."""
+
+    fabric: Fabric
+    scenario: Scenario = field(default_factory=Scenario)
+    host: Host = ALONE
+    seed: int = 0
+
+
+class Simulation:
+    """``setting.fabric.ranks`` workers that train ``training_task`` by ``method``.
+
+    Raises DistcompError for a model with buffers that training changes, and for an optimizer that does not
+    treat every element alone.
+    """
+
+    def __init__(
+        self, training_task: TrainingTask, method: Method | Averaging | MultiLevel, setting: Setting
+    ) -> None:
+        size = setting.fabric.ranks
+        setting.scenario.check(size)
+        self.training_task, self.method, self.size = training_task, method, size
+        self.clock = VirtualClock(setting.fabric, setting.scenario, setting.host)
+        self.steps = 0
+        self.layout = _layout(training_task.model)
+        named = dict(training_task.model.named_parameters())
+        x = torch.cat([named[name].detach().reshape(-1) for name in self.layout.names]).float()
+        self._workers: Workers | None = None
+        self._states: list[Any] = []
+        if isinstance(method, Method):
+            self.net, self.models = Lockstep(size), x.repeat(size, 1)
+            self._states = [method.init(self.layout)] * size
+        else:
+            self._workers = Workers(method, x, size, self.layout, setting.seed)
+            self.net, self.models = self._workers.net, self._workers.stacked
+        self.net.listen = self.clock.exchange
+        self._seed = setting.seed
+        self._parameters = {name: nn.Parameter(piece) for name, piece in self._views(self.models).items()}
+        self._optimizer = _elementwise(training_task.optimizer(self._parameters.values()))
+        self._schedule = (
+            training_task.schedule(self._optimizer) if training_task.schedule is not None else None
+        )
+        self.batched = True
+        """Whether gradients of many workers are computed by one call."""
+
+    def step(self) -> None:
+        """One iteration of every worker."""
+        self.clock.compute(self.steps)
+        grads = self._gradients()
+        if isinstance(self.method, Method):
+            grads = self._agreed(self.method, grads)
+        for name, piece in self._views(grads).items():
+            self._parameters[name].grad = piece
+        self._optimizer.step()
+        if self._schedule is not None:
+            self._schedule.step()
+        self.steps += 1
+        if self._workers is not None:
+            self._workers.absent = self._absent()
+            self._workers.step()
+
+    def evaluate(self) -> dict[str, float]:
+        """The averaged model's metrics, the workers' spread, virtual seconds and bytes sent per worker."""
+        model = deepcopy(self.training_task.model)
+        mean = self.models.mean(0)
+        with torch.no_grad():
+            for (_, piece), name in zip(self.layout.pieces(mean), self.layout.names, strict=True):
+                parameter = model.get_parameter(name)
+                parameter.copy_(piece.view_as(parameter))
+        found = dict(self.training_task.evaluate(model)) if self.training_task.evaluate is not None else {}
+        spread = float((self.models - mean).square().mean()) ** 0.5
+        return {**found, "spread": spread, "seconds": self.seconds, "sent_bytes": self.sent_bytes}
+
+    @property
+    def seconds(self) -> float:
+        """Virtual time: of the slowest worker."""
+        return float(self.clock.now_s.max())
+
+    @property
+    def sent_bytes(self) -> float:
+        """Per worker, on average, so far."""
+        return float(np.mean([ledger.total_bytes for ledger in self.net.ledgers]))
+
+    # ------------------------------------------------------------------------------------------- gradients
+
+    def _gradients(self) -> Tensor:
+        """Each worker's gradient at its own model, on its own batch: ``[size, numel]``."""
+        batches = [self.training_task.batch(worker, self.size, self.steps) for worker in range(self.size)]
+        inputs, targets = (torch.stack(parts) for parts in zip(*batches, strict=True))
+        models = {name: piece.detach() for name, piece in self._parameters.items()}
+        if self.batched:
+            try:
+                return self._joined(self._together(models, inputs, targets))
+            except RuntimeError:  # what the model does has no batching rule
+                self.batched = False
+        each = [
+            self._one({name: piece[i] for name, piece in models.items()}, inputs[i], targets[i])
+            for i in range(self.size)
+        ]
+        return self._joined({name: torch.stack([one[name] for one in each]) for name in self.layout.names})
+
+    @property
+    def _one(self) -> Callable[[Mapping[str, Tensor], Tensor, Tensor], dict[str, Tensor]]:
+        return grad(partial(_loss, self.training_task))
+
+    def _together(self, models: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        each = vmap(self._one, randomness="different", chunk_size=min(AT_ONCE, self.size))
+        return each(models, inputs, targets)
+
+    def _joined(self, grads: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([grads[name].reshape(self.size, -1) for name in self.layout.names], dim=1)
+
+    def _views(self, stacked: Tensor) -> dict[str, Tensor]:
+        """``[size, *shape]`` of each parameter."""
+        return {
+            one.name: stacked[:, at : at + one.numel].view(self.size, *one.shape)
+            for one, at in zip(self.layout.slices, self.layout.offsets, strict=True)
+        }
+
+    # ------------------------------------------------------------------------------------------- exchanges
+
+    @torch.no_grad()
+    def _agreed(self, method: Method, grads: Tensor) -> Tensor:
+        """Each worker's estimate of the mean gradient; states are kept if all was finite."""
+        key = Key.of(self._seed, self.steps)
+        profiles = [
+            Exchange(method, x, state, StepContext(rank, self.size, self.layout, self.steps, key))
+            for rank, (x, state) in enumerate(zip(grads.unbind(), self._states, strict=True))
+        ]
+        self.net.run(profiles)
+        results = [profile.result for profile in profiles]
+        if not all(profile.finite for profile in profiles):
+            raise DistcompError(
+                f"a gradient held a NaN or an infinity in step {self.steps}: training diverged; lower the "
+                "learning rate"
+            )
+        assert all(result is not None for result in results)
+        kept = [result for result in results if result is not None]
+        self._states = [result.state for result in kept]
+        for row, result in zip(grads.unbind(), kept, strict=True):
+            row.copy_(result.estimate)
+        return grads
+
+    def _absent(self) -> dict[int, frozenset[int]]:
+        """Whom each worker cannot reach, where the averaging goes on without them."""
+        one = self.method
+        if not isinstance(one, Gossip) or one.on_failure != "continue" or one.replicas:
+            return {}
+        gone, everyone = self.clock.unheard(), frozenset(range(self.size))
+        return {rank: everyone if rank in gone else gone for rank in range(self.size)} if gone else {}
+
+
+def _loss(
+    training_task: TrainingTask, parameters: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
+) -> Tensor:
+    outputs: Tensor = functional_call(training_task.model, dict(parameters), (inputs,))
+    return training_task.loss(outputs, targets)
+
+
+def _layout(model: nn.Module) -> Layout:
+    if list(model.buffers()):
+        raise DistcompError(
+            "the model has buffers, and many workers in one process share the module; "
+            "use GroupNorm or LayerNorm for BatchNorm"
+        )
+    slices = slices_of(model)
+    return Layout(tuple(slices[id(one)] for one in model.parameters() if one.requires_grad))
+
+
+def _elementwise(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    if not isinstance(optimizer, ELEMENTWISE):
+        raise DistcompError(
+            f"{type(optimizer).__name__} may look at a whole parameter, and those of all workers lie in "
+            f"one tensor; use one of {', '.join(kind.__name__ for kind in ELEMENTWISE)}"
+        )
+    return optimizer

@@ -1,0 +1,1 @@
+"""How does a method meet my model and optimizer, and leave again?"""

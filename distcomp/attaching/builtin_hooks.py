@@ -1,0 +1,120 @@
+"""PyTorch's own reductions behind the same handle: what distcomp is compared with, in one run and with one
+clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distcomp.attaching.hook_dispatcher import all_reduce_as_ddp
+from distcomp.attaching.record import Iteration
+from distcomp.errors import DistcompError
+from distcomp.runtime.pipeline import Timeline
+from distcomp.transports.throttle import SlowLink, hold_until
+from distcomp.transports.types import GradBucket
+
+Hook = Callable[[GradBucket], torch.futures.Future[Tensor]]
+
+
+def is_builtin_hook(method: object) -> bool:
+    """Whether a method string names one of PyTorch's own reductions."""
+    return isinstance(method, str) and (method == "ddp" or method.startswith("torch:"))
+
+
+class BuiltinHookSync:
+    """``ddp`` (plain all-reduce), ``torch:fp16`` or ``torch:powersgd`` (``torch:powersgd:rank=2``), timed
+    alike.
+
+    Keeps no state that could be saved: PyTorch's PowerSGD hook starts anew after a restart.
+    """
+
+    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
+        self.name = name
+        self.iterations = 0
+        self.error: BaseException | None = None
+        self.last: Iteration | None = None
+        self.sent_bytes = 0
+        self._size = dist.get_world_size(group)
+        self._hook, self._bytes_of = _hook(name, group)
+        self._timeline = Timeline()
+        self._begin_bytes = 0
+        self._slow = SlowLink.from_env()
+
+    def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        if bucket.index() == 0:
+            self._timeline, self._begin_bytes = Timeline(), self.sent_bytes
+        begin_s = time.perf_counter()
+        timeline = self._timeline
+        reduced = self._hook(bucket)
+        sent_bytes = 2 * (self._size - 1) / self._size * self._bytes_of(bucket)
+        arrival_s = self._slow.arrival_s(sent_bytes, 2 * (self._size - 1)) if self._slow is not None else 0.0
+
+        def finished(future: torch.futures.Future[Tensor]) -> Tensor:
+            hold_until(arrival_s)
+            timeline.spans.append(("wire", begin_s, time.perf_counter()))
+            timeline.spans.append(("wait", begin_s, time.perf_counter()))
+            return future.value()
+
+        future: torch.futures.Future[Tensor] = reduced.then(finished)
+        self.sent_bytes += round(sent_bytes)
+        if bucket.is_last():
+            sent = self.sent_bytes - self._begin_bytes
+            self.last = Iteration(self.iterations, timeline, time.perf_counter(), sent)
+            self.iterations += 1
+        return future
+
+    def idle(self) -> None:
+        """Nothing of ours runs on a thread: DDP has waited for the futures."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"iterations": self.iterations, "seed": 0, "state": {}}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.iterations = int(saved["iterations"])
+
+
+def _hook(name: str, group: dist.ProcessGroup) -> tuple[Hook, Callable[[GradBucket], int]]:
+    """The hook, and the bytes that it all-reduces for a bucket."""
+    kind, _, options = name.removeprefix("torch:").partition(":")
+    if kind == "ddp":
+        return (
+            lambda bucket: all_reduce_as_ddp(group, bucket),
+            lambda bucket: bucket.buffer().numel() * bucket.buffer().element_size(),
+        )
+    if kind == "fp16":
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        return (
+            lambda bucket: default_hooks.fp16_compress_hook(group, bucket),
+            lambda bucket: bucket.buffer().numel() * 2,
+        )
+    if kind == "powersgd":
+        return _powersgd(group, int(options.removeprefix("rank=") or 1))
+    raise DistcompError(
+        f"{name!r} is none of PyTorch's hooks that run here; use ddp, torch:fp16 or torch:powersgd"
+    )
+
+
+def _powersgd(group: dist.ProcessGroup, rank: int) -> tuple[Hook, Callable[[GradBucket], int]]:
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+    state = powerSGD_hook.PowerSGDState(
+        process_group=group, matrix_approximation_rank=rank, start_powerSGD_iter=2
+    )
+    counted = 0
+
+    def sent(bucket: GradBucket) -> int:
+        nonlocal counted
+        before, counted = counted, int(state.total_numel_after_compression)
+        numel = counted - before if counted > before else bucket.buffer().numel()
+        return numel * bucket.buffer().element_size()
+
+    return lambda bucket: powerSGD_hook.powerSGD_hook(state, bucket), sent

@@ -1,0 +1,308 @@
+"""FSDP2: a method in the place of each module's reduce-scatter, or across the replicas of a hybrid mesh.
+
+``fully_shard`` reduces the gradients of each module it wraps as one flat buffer: every parameter padded to a
+multiple of the ranks and cut in as many pieces, the first pieces of all parameters before the second ones. No
+name and no shape comes with it, so a method sees one long piece per owner
+(:func:`distcomp.methods.reduce_scatter.owned_layout`).
+
+The exchange runs where FSDP runs its own: inside backward, before the module's sharded gradients are made, on
+a GPU in FSDP's stream. Gradients that accumulate (``set_requires_gradient_sync(False)``) are not exchanged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distcomp.attaching.ddp import Scaler
+from distcomp.attaching.record import Iteration
+from distcomp.attaching.session import Session
+from distcomp.attaching.target import Target, is_sharded
+from distcomp.errors import DistcompError
+from distcomp.layout import Layout
+from distcomp.methods.base import Method, State, StepContext
+from distcomp.methods.reduce_scatter import owned_layout, refuse_nameless, to_shards
+from distcomp.randomness import Key
+from distcomp.runtime.channel import TRUE
+from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.executor import Executor
+from distcomp.runtime.pipeline import Timeline
+from distcomp.runtime.states import States, select
+
+if TYPE_CHECKING:  # takes seconds to import, and who is attached to has imported it
+    from torch.distributed.fsdp import FSDPModule
+
+
+class Unit:
+    """The reductions of one FSDP module: by what is attached, or as FSDP does them.
+
+    FSDP takes these two calls and has no public way to give them back, so they stay, once and for ever. With
+    ``replicas``, reduce-scatters remain FSDP's own and what they leave is averaged over the replicas.
+    """
+
+    def __init__(self, name: str, module: FSDPModule, replicas: dist.ProcessGroup | None) -> None:
+        self.name = name
+        self.attached: FSDPSync | None = None
+        self.replicas = replicas
+        try:
+            module.set_custom_reduce_scatter(self)  # type: ignore[arg-type]  # the base class is private
+            if replicas is not None:
+                module.set_all_reduce_hook(self.after)
+        except (AttributeError, ValueError) as error:
+            raise DistcompError(
+                f"the reductions of {name} cannot be taken over: {error}; FSDP2 of PyTorch 2.9 or newer is "
+                "needed, with one mesh for all parameters of a module"
+            ) from error
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what is sent and received."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """FSDP's reduce-scatter."""
+        if self.attached is None or self.replicas is not None:
+            work: dist.Work | None = dist.reduce_scatter_tensor(
+                output_tensor, input_tensor, op, group, async_op
+            )
+            return work
+        factor = _factor(op, dist.get_world_size(group))
+        output_tensor.copy_(self.attached.reduce(self.name, input_tensor) * factor)
+        return None
+
+    def after(self, output: Tensor) -> None:
+        """What FSDP calls with a module's reduced piece: average it over the replicas, in place."""
+        if self.attached is None:
+            assert self.replicas is not None
+            output.mul_(1.0 / dist.get_world_size(self.replicas))
+            dist.all_reduce(output, group=self.replicas)
+        else:
+            output.copy_(self.attached.reduce(self.name, output))
+
+
+def _factor(op: Any, size: int) -> float:
+    """What FSDP expects, as a multiple of the mean: with float16 it divides by itself, before and after."""
+    if op == dist.ReduceOp.AVG:
+        return 1.0
+    if op == dist.ReduceOp.SUM:
+        return float(size)
+    raise DistcompError(
+        "set_gradient_divide_factor makes FSDP reduce by a factor that it does not tell; leave it unset and "
+        "scale the loss instead"
+    )
+
+
+_UNITS: WeakKeyDictionary[nn.Module, Unit] = WeakKeyDictionary()
+
+
+def units_of(target: Target) -> list[Unit]:
+    """The unit of every FSDP module, put there the first time.
+
+    Raises DistcompError where a module was attached before with other replicas.
+    """
+    units = []
+    for name, module in target.module.named_modules():
+        if not is_sharded(module):
+            continue
+        if module not in _UNITS:
+            _UNITS[module] = Unit(name or "root", cast("FSDPModule", module), target.replicas)
+        if _UNITS[module].replicas is not target.replicas:
+            raise DistcompError(
+                "this FSDP model was attached before with other replicas, which FSDP cannot forget; wrap the "
+                "model again, then attach"
+            )
+        units.append(_UNITS[module])
+    return units
+
+
+class FSDPSync:
+    """Carries the buffers of each backward through ``method``, one after the other.
+
+    State is committed when the backward is over, and only if the gradients of every rank were finite. With
+    error feedback every rank keeps a residual as long as the *whole* model in float32 (``stats()`` says how
+    many bytes), for it owes to the owners of all pieces; across replicas as long as its own pieces.
+    """
+
+    def __init__(
+        self, target: Target, method: Method, session: Session, seed: int = 0, scaler: Scaler | None = None
+    ) -> None:
+        self.method = method
+        self.iterations = 0
+        self.error: BaseException | None = None
+        self.last: Iteration | None = None
+        self._session = session
+        self._model = target.module
+        self._seed = seed
+        self._scaler = scaler
+        self._across = target.replicas is not None
+        self._shards = target.shards
+        self._talks = method if self._across else to_shards(method)
+        self._states = States(self._talks)
+        self._layouts: dict[str, Layout] = {}
+        self._executor: Executor | None = None
+        self._begin_iteration()
+        self._units = units_of(target)
+        if target.replicas is not None:
+            _begin_alike(self._model, target.replicas)
+        for unit in self._units:
+            unit.attached = self
+
+    def reduce(self, name: str, buffer: Tensor) -> Tensor:
+        """The estimate of a buffer's mean (float32): this rank's piece, or all of it across replicas."""
+        if self.error is not None:
+            raise self.error
+        try:
+            return self._reduce(name, buffer)
+        except BaseException as error:
+            self.error = error
+            raise
+
+    @torch.no_grad()
+    def _reduce(self, name: str, buffer: Tensor) -> Tensor:
+        if not self._talked:
+            self._sent_before = self._session.ledger.total_bytes
+            # As DDP and FSDP themselves learn of it: nothing public tells that a backward is over.
+            torch.autograd.Variable._execution_engine.queue_callback(self._commit)
+        if self._executor is None:
+            self._executor = Executor(self._session.channel, buffer.device, beside=False)
+        self._ready_s = time.perf_counter()
+        layout = self._layout(name, buffer.numel())
+        scale = self._scaler.scale(torch.ones((), device=buffer.device)) if self._scaler is not None else None
+        x = buffer.float() if scale is None else buffer.float() / scale
+        before = self._states.of(layout, buffer.device)
+        key = Key.of(self._seed, self.iterations)
+        context = StepContext(self._session.rank, self._session.size, layout, self.iterations, key)
+        exchange = Exchange(self._talks, x, before, context)
+        self._talked.append((layout, before, exchange))
+        self._timeline.spans += self._executor.start(exchange)().spans
+        assert exchange.result is not None
+        estimate = exchange.result.estimate
+        return estimate if scale is None else estimate * scale
+
+    def _layout(self, name: str, numel: int) -> Layout:
+        owners = 1 if self._across else self._session.size
+        known = self._layouts.setdefault(name, owned_layout(name, numel, owners))
+        if known.numel != numel:
+            raise DistcompError(
+                f"the buffer of {name} held {known.numel} elements and now holds {numel}: some parameters "
+                "had no gradient, and nothing tells which; call "
+                "model.set_reduce_scatter_unused_params(True) on every FSDP module"
+            )
+        return known
+
+    def _begin_iteration(self) -> None:
+        self._talked: list[tuple[Layout, State, Exchange]] = []
+        self._timeline = Timeline()
+        self._ready_s = 0.0
+        self._sent_before = 0
+
+    @torch.no_grad()
+    def _commit(self) -> None:
+        """The backward is over: keep the new states if every rank was finite in every buffer."""
+        if self.error is not None:
+            return
+        finite = TRUE
+        for _, _, exchange in self._talked:
+            finite = exchange.finite & finite.to(exchange.finite.device)
+        if self._across:
+            finite = self._everywhere(finite)
+        for layout, before, exchange in self._talked:
+            assert exchange.result is not None
+            self._states.commit(layout, select(finite, exchange.result.state, before))
+        sent = self._session.ledger.total_bytes - self._sent_before
+        self.last = Iteration(self.iterations, self._timeline, self._ready_s, sent)
+        self.iterations += 1
+        self._begin_iteration()
+
+    def _everywhere(self, finite: Tensor) -> Tensor:
+        """Whether all shards were finite: replicas of one shard hear nothing of the others."""
+        if dist.get_world_size(self._shards) == 1:
+            return finite
+        count = finite.int().reshape(1)
+        dist.all_reduce(count, dist.ReduceOp.MIN, group=self._shards)
+        return count[0].bool()
+
+    def idle(self) -> None:
+        """Raises what went wrong."""
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> None:
+        """From now on FSDP reduces as before; replicas are averaged in the gradients' own type."""
+        for unit in self._units:
+            unit.attached = None
+        if self._executor is not None:
+            self._executor.close()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients accumulate, whole on every rank, as FSDP has it."""
+        model = cast("FSDPModule", self._model)
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+    def report(self) -> dict[str, Any]:
+        """What this rank keeps between steps, and in how many pieces a buffer is owned."""
+        leaves = [leaf for one in self._states.by_parameter().values() for leaf in one.values()]
+        return {
+            "state_bytes": sum(leaf.numel() * leaf.element_size() for leaf in leaves),
+            "shards": dist.get_world_size(self._shards),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        self.idle()
+        return {
+            "iterations": self.iterations,
+            "seed": self._seed,
+            "shards": dist.get_world_size(self._shards),
+            "state": self._states.by_parameter(),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Raises DistcompError for another number of ranks or shards: buffers are interleaved by them."""
+        self.idle()
+        shards, size = dist.get_world_size(self._shards), dist.get_world_size()
+        if (int(saved.get("shards", 0)), int(saved["world_size"])) != (shards, size):
+            raise DistcompError(
+                f"the checkpoint is of {saved['world_size']} ranks and {saved.get('shards', 'no')} shards, "
+                f"and here are {size} and {shards}: what is owed lies interleaved by shard and cannot be "
+                "handed on; go on without it (do not load it), or on as many ranks"
+            )
+        self.iterations = int(saved["iterations"])
+        self._seed = int(saved["seed"])
+        self._states.load(saved["state"])
+
+
+def _begin_alike(model: nn.Module, replicas: dist.ProcessGroup) -> None:
+    """All replicas take the first one's weights and buffers, as DistributedDataParallel does."""
+    first = dist.get_global_rank(replicas, 0)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            dist.broadcast(local.detach(), first, group=replicas)
+
+
+def refuse_sharded(method: Method | object) -> None:
+    """What an FSDP model cannot be served by, named with its reason."""
+    if not isinstance(method, Method):
+        raise DistcompError(
+            f"{method!r} needs whole models or DistributedDataParallel's buckets, and an FSDP model holds "
+            "pieces; use a gradient method such as 'identity' or 'qsgd:bits=4'"
+        )
+    refuse_nameless(method)

@@ -1,0 +1,324 @@
+"""How does a method meet *my* model and optimizer, and leave again?"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from distcomp.attaching import masks
+from distcomp.attaching.builtin_hooks import BuiltinHookSync, is_builtin_hook
+from distcomp.attaching.ddp import GradientSync, Scaler
+from distcomp.attaching.fsdp import FSDPSync, refuse_sharded
+from distcomp.attaching.gather import to_first
+from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
+from distcomp.attaching.parameters import ParameterSync, edges_of, refuse_averaging
+from distcomp.attaching.session import Session
+from distcomp.attaching.target import Target
+from distcomp.attaching.watch import Sink, Sync, Watch
+from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.errors import DistcompError
+from distcomp.methods import METHODS, Method, parse
+from distcomp.runtime.states import pack, unpack
+from distcomp.transports.types import ProcessGroup
+from distcomp.version import __version__
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    method: Chosen | None = None,
+    *,
+    scaler: Scaler | None = None,
+    seed: int = 0,
+    timeout_s: float = 60.0,
+    replicas: ProcessGroup | None = None,
+) -> Handle:
+    """Let ``method`` carry the gradients of a DistributedDataParallel or FSDP2 model, or average models. Call
+    it on every rank.
+
+    Args:
+        model: the DDP model or what ``fully_shard`` returned, also when ``torch.compile`` is wrapped around
+            it. Methods that average models, such as ``distcomp.diloco()`` or ``distcomp.choco()``, leave
+            gradients local and take a plain module, too.
+        optimizer: needed by some methods; gradient methods accept its absence.
+        method: what to say on the wire: an object such as ``distcomp.qsgd(bits=4)`` or a string such as
+            ``"qsgd:bits=4"``. ``"ddp"``, ``"torch:fp16"`` and ``"torch:powersgd"`` are PyTorch's own, for
+            comparison; ``"none"`` does not communicate (a control). None takes the environment variable
+            ``DISTCOMP_METHOD``.
+        scaler: the run's GradScaler, if it has one: residuals are then kept in unscaled units.
+        seed: of all random rounding; must be the same on every rank.
+        timeout_s: how long to wait for a peer before naming it and giving up.
+        replicas: of an FSDP model sharded over one dimension of a mesh: the group of those that hold the same
+            shard. The method then talks across them, after FSDP's own reduce-scatter inside each.
+
+    Returns:
+        A handle: ``stats()``, ``log()``, ``state_dict()``, ``load_state_dict()``, ``detach()``; also a
+        context manager.
+
+    Raises:
+        DistcompError: what cannot be served, with the reason: a model that is not DDP, a hook of somebody
+        else's, sparse
+            gradients, an optimizer that reduces gradients itself, an unknown method.
+        SettingsMismatch: ranks were attached with different settings; every rank names the difference.
+        PeerLost: a rank did not attach in time.
+    """
+    chosen = _method(method)
+    target = Target.of(model, replicas)
+    if target.key in _ATTACHED:
+        raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
+    _refuse(target, chosen, optimizer)
+    masks.check(chosen, target)
+    dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
+    edges = edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
+    session = Session.open(target, _settings(target, chosen, optimizer, seed), timeout_s, edges)
+    sync = _open(chosen, target, session, optimizer=optimizer, scaler=scaler, seed=seed)
+    if dispatcher is not None and not isinstance(sync, FSDPSync):
+        dispatcher.attached = sync
+    _ATTACHED.add(target.key)
+    if session.recorder is not None:
+        session.recorder.note(
+            seed=seed, parameters=sum(parameter.numel() for parameter in model.parameters())
+        )
+    return Handle(target, sync, dispatcher, session)
+
+
+_ATTACHED: WeakSet[nn.Module] = WeakSet()
+
+
+def _open(
+    chosen: Chosen,
+    target: Target,
+    session: Session,
+    *,
+    optimizer: Optimizer | None,
+    scaler: Scaler | None,
+    seed: int,
+) -> Sync:
+    """What serves the choice: where gradients or models meet it."""
+    if isinstance(chosen, str):
+        return BuiltinHookSync(chosen, target.group)
+    if isinstance(chosen, Method) and target.shards is not None:
+        return FSDPSync(target, chosen, session, seed, scaler)
+    if isinstance(chosen, Method):
+        return GradientSync(target.module, chosen, session.channel, seed, scaler)
+    return ParameterSync(target, chosen, session, optimizer, seed)
+
+
+class Handle:
+    """What :func:`attach` gives back. Leaving its context detaches."""
+
+    def __init__(
+        self, target: Target, sync: Sync, dispatcher: HookDispatcher | None, session: Session
+    ) -> None:
+        self._target = target
+        self._sync = sync
+        self._dispatcher = dispatcher
+        self._session = session
+        self._watch = Watch(target.called, sync, session)
+        self._pruners = (
+            masks.join(sync.method, target.module, session, sync)
+            if isinstance(sync, GradientSync | ParameterSync)
+            else []
+        )
+        self._attached = True
+
+    @property
+    def method(self) -> str:
+        """The method, as all ranks agreed on it."""
+        return self._sync.name if isinstance(self._sync, BuiltinHookSync) else repr(self._sync.method)
+
+    def stats(self) -> dict[str, Any]:
+        """Iterations, bytes sent by this rank (in all, by kind, in the last iteration) and where the last
+        one's time went."""
+        self._sync.idle()
+        report = self._sync.report() if isinstance(self._sync, ParameterSync | FSDPSync) else {}
+        if self._pruners:
+            report |= {"sparsity": {name: s for one in self._pruners for name, s in one.sparsity.items()}}
+        return {"method": self.method, "iterations": self._sync.iterations, **self._watch.totals(), **report}
+
+    def log(self, **fields: Any) -> None:
+        """Write one line of metrics to the run's record, if there is one (``DISTCOMP_RUN_DIR``).
+
+        Where weights are pruned, their share goes with it as ``pruned``.
+        """
+        shares = [1 - pruner.density for pruner in self._pruners]
+        self._watch.log(({"pruned": sum(shares) / len(shares)} if shares else {}) | fields)
+
+    def watch(self, sink: Sink) -> None:
+        """Call ``sink(record)`` for each step and each :meth:`log` of this rank, with the record that
+        ``DISTCOMP_RUN_DIR`` would keep (:mod:`distcomp.recording`). A sink with a ``close`` is closed on
+        :meth:`detach`.
+        """
+        self._watch.sinks.append(sink)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Residuals, warm starts, counters of this rank, under one key that names the rank. Tensors and
+        numbers only.
+
+        Save it on *every* rank: ``torch.save`` to a file per rank, or ``torch.distributed.checkpoint`` as it
+        is.
+        """
+        return pack(*self._target.place, self._sync.state_dict())
+
+    def load_state_dict(self, saved: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Continue where a checkpoint stopped, bit for bit.
+
+        On another world size pass a list of all old ranks' state dicts: the mean of the residuals is kept.
+        """
+        self._sync.load_state_dict(unpack(saved, *self._target.place))
+
+    def gather_state_dicts(self) -> dict[str, Any]:
+        """All ranks' :meth:`state_dict` in one, on rank 0, and an empty one elsewhere: for savers that write
+        on rank 0 alone. Call it on every rank; :meth:`load_state_dict` takes it on any of them.
+        """
+        parts = to_first(self.state_dict(), self._target.everyone)
+        return {rank: part for one in parts for rank, part in one.items()}
+
+    def load_checkpoint(self, path: str | Path, key: str = "distcomp") -> None:
+        """As :meth:`load_state_dict`, from ``torch.distributed.checkpoint``: ``dcp.save({key:
+        handle.state_dict()}, ...)``.
+
+        Reads all ranks' parts, so that the world size may have changed.
+        """
+        from distcomp.attaching import checkpoint  # torch.distributed.checkpoint takes seconds to import
+
+        self.load_state_dict(checkpoint.read(path, key))
+
+    @contextmanager
+    def averaged_model(self) -> Iterator[float]:
+        """The model holds the mean of all ranks' weights and buffers, to be evaluated or saved; afterwards
+        its own again.
+
+        Yields how far the workers are apart: the root mean square distance of a worker's weights from the
+        mean. Enter it on every rank. Under gradient methods all replicas are alike: nothing happens, and the
+        distance is 0.
+        """
+        if not isinstance(self._sync, ParameterSync):
+            yield 0.0
+            return
+        with self._sync.averaged() as spread:
+            yield spread
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let gradients accumulate: a backward in this context is no iteration. With DDP it is DDP's own."""
+        quiet = self._sync.no_sync() if isinstance(self._sync, ParameterSync | FSDPSync) else nullcontext()
+        with quiet, self._target.ddp.no_sync() if self._target.ddp is not None else nullcontext():
+            yield
+
+    def finish(self) -> None:
+        """Where models are averaged: once more, in float32. Every rank then holds the same."""
+        if isinstance(self._sync, ParameterSync):
+            self._sync.finish()
+            self._watch.record()
+
+    def detach(self) -> None:
+        """Leave the model: from now on it reduces gradients as plain DDP or FSDP does, bit for bit. Calls
+        :meth:`finish` first."""
+        self._leave(agree=True)
+
+    def _leave(self, agree: bool) -> None:
+        if not self._attached:
+            return
+        self._attached = False
+        try:
+            if agree and self._sync.error is None and self._sync.iterations:
+                self.finish()
+        finally:
+            if self._dispatcher is not None:
+                self._dispatcher.attached = None
+            _ATTACHED.discard(self._target.key)
+            self._watch.close()
+            for pruner in self._pruners:
+                pruner.consensus = None
+            self._sync.close()
+            self._session.close()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave(agree=kind is None)
+
+
+Chosen = Method | Averaging | MultiLevel | str
+
+
+def _method(method: Chosen | None) -> Chosen:
+    """The method object; PyTorch's own stay strings."""
+    if method is None:
+        method = os.environ.get("DISTCOMP_METHOD")
+        if method is None:
+            raise DistcompError(
+                "no method was given; pass one, such as distcomp.qsgd(bits=4), or set DISTCOMP_METHOD"
+            )
+    if is_builtin_hook(method):
+        return method
+    if isinstance(method, str):
+        method = parse(method)
+    if not isinstance(method, Method | Averaging | MultiLevel):
+        raise DistcompError(
+            f"{method!r} is no method; pass one of "
+            f"{', '.join(f'distcomp.{name}(...)' for name in sorted(METHODS))}"
+        )
+    return method
+
+
+def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None:
+    """What cannot be served, named with its reason."""
+    if target.shards is not None:
+        refuse_sharded(chosen)
+    if isinstance(chosen, Averaging | MultiLevel):
+        refuse_averaging(target, chosen, optimizer)
+        return
+    if isinstance(chosen, Method):
+        chosen.check(optimizer)
+    if target.shards is not None:
+        return
+    model = target.as_ddp()
+    for name, part in model.module.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+            raise DistcompError(
+                f"{name} has sparse gradients, which DDP reduces outside its buckets; make it sparse=False"
+            )
+    if getattr(model, "_use_python_reducer", False):
+        raise DistcompError(
+            "torch.compile's python_reducer bypasses communication hooks; set "
+            "torch._dynamo.config.optimize_ddp = "
+            "'ddp_optimizer' before wrapping the model"
+        )
+    if optimizer is not None and getattr(optimizer, "_overlap_with_ddp", False):
+        raise DistcompError(
+            "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps inside a communication hook of its own; "
+            "set overlap_with_ddp=False"
+        )
+
+
+_COUNT = itertools.count()
+
+
+def _settings(target: Target, method: Chosen, optimizer: Optimizer | None, seed: int) -> dict[str, str]:
+    """What ranks must have in common."""
+    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in target.module.named_parameters()]
+    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+    return {
+        "method": method if isinstance(method, str) else repr(method),
+        "seed": str(seed),
+        "parameters": f"{len(shapes)} tensors, digest {digest}",
+        "bucket_cap_bytes": str(getattr(target.ddp, "bucket_bytes_cap", None)),
+        "replicas": str(target.replicas is not None),
+        "optimizer": type(optimizer).__name__,
+        "distcomp": __version__,
+    }

@@ -1,0 +1,388 @@
+"""Models in training: when they are averaged, what else is, and how a run is saved and resumed.
+
+The clock is the *iteration*: a training forward and the backward that followed it, outside ``no_sync()``. It
+is never the optimizer's step, which a GradScaler may skip on one rank while others take it. An iteration's
+exchange happens at the next forward that builds a graph, when the optimizer has stepped (or not) on every
+rank; or when somebody asks for the models: :meth:`ParameterSync.state_dict`, :meth:`ParameterSync.averaged`,
+:meth:`ParameterSync.finish`.
+
+Under DistributedDataParallel gradients stay local: the hook hands each bucket back as it is.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.optim.optimizer import Optimizer
+
+from distcomp.attaching.optimizers import average, forget, needed
+from distcomp.attaching.record import Iteration
+from distcomp.attaching.session import Session
+from distcomp.attaching.target import Target, uncompiled
+from distcomp.attaching.weights import Weights
+from distcomp.averaging.base import Averaging, FragmentState, FromFirst, InFlight, MultiLevel, fragment_states
+from distcomp.averaging.gossip import Gossip
+from distcomp.averaging.topology import resolve
+from distcomp.compressors import Identity
+from distcomp.errors import DistcompError
+from distcomp.layout import FlatBuffer, Layout
+from distcomp.methods.base import AggregateResult, State, StepContext, cut_state, join_state
+from distcomp.methods.from_compressor import from_compressor
+from distcomp.randomness import Key
+from distcomp.runtime.exchange import Aggregator, Exchange
+from distcomp.runtime.executor import Executor
+from distcomp.runtime.pipeline import Timeline
+from distcomp.transports.types import GradBucket
+
+
+class ParameterSync:
+    """Averages a model's weights as ``averaging`` says, over ``channel``.
+
+    All ranks start from rank 0's weights and buffers.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        averaging: Averaging | MultiLevel,
+        session: Session,
+        optimizer: Optimizer | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.method = averaging
+        self.iterations = 0
+        self.last: Iteration | None = None
+        self.error: DistcompError | None = None
+        self._session = session
+        self._channel = session.channel
+        self._lost: frozenset[int] = frozenset()
+        self._optimizer = optimizer
+        self._seed = seed
+        self._weights = Weights(target.module)
+        self._ddp = target.ddp
+        rank, size = session.rank, session.size
+        self._fragments = fragment_states(averaging, self._weights.layout, rank, size)
+        beside = any(fragment.averaging.overlap for fragment in self._fragments)
+        self._executor = Executor(session.channel, self._weights.device, beside)
+        self._timeline = Timeline()
+        self._fresh = self._pending = self._quiet = False
+        self._hooks: list[Any] = []
+        self._broadcast_buffers = target.ddp is not None and target.ddp.broadcast_buffers
+        if target.ddp is not None:
+            target.ddp.broadcast_buffers = False  # a global call in every forward
+        self._begin_alike()
+        self._listen(target)
+
+    # ----------------------------------------------------------------------------------------- the clock
+
+    def _listen(self, target: Target) -> None:
+        """Count forwards; and backwards, where no DDP hook tells of them."""
+        self._hooks.append(target.called.register_forward_pre_hook(uncompiled(self._before_forward)))
+        if target.ddp is None:
+            parameters = list(self._weights.parameters.values())
+            self._hooks.append(register_multi_grad_hook(parameters, self._after_gradient, mode="any"))
+
+    def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Give a bucket back to DDP as it is; its last one ends a backward."""
+        if bucket.is_last():
+            self._after_gradient(None)
+        buffer = bucket.buffer()
+        devices: list[int | str | torch.device] | None = [buffer.device] if buffer.is_cuda else None
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+        future.set_result(buffer)
+        return future
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards in this context are no iterations: gradients accumulate."""
+        self._quiet = True
+        try:
+            yield
+        finally:
+            self._quiet = False
+
+    def _before_forward(self, module: nn.Module, arguments: object) -> None:
+        if torch.is_grad_enabled():
+            self.settle()
+            self._fresh = True
+
+    def _after_gradient(self, gradient: object) -> None:
+        if self._fresh and not self._quiet:
+            self._fresh = False
+            self._pending = True
+            self.iterations += 1
+
+    def settle(self) -> None:
+        """Make the exchange that the last iteration left to be made, if it did."""
+        self.idle()
+        if not self._pending:
+            return
+        self._pending = False
+        begin_s, sent_before = time.perf_counter(), self._channel.ledger.total_bytes
+        self._timeline = Timeline()
+        try:
+            for fragment in self._fragments:
+                self._apply(fragment)
+                self._begin(fragment)
+        except DistcompError as error:
+            self.error = error
+            raise
+        self._mourn()
+        sent = self._channel.ledger.total_bytes - sent_before
+        self.last = Iteration(self.iterations - 1, self._timeline, begin_s, sent)
+
+    def _mourn(self) -> None:
+        """Say once that a rank is lost and training goes on."""
+        for rank in sorted(self._session.lost - self._lost):
+            warnings.warn(f"rank {rank} is lost; training goes on without it", stacklevel=2)
+        self._lost = self._session.lost
+
+    def idle(self) -> None:
+        """Raises what went wrong."""
+        if self.error is not None:
+            raise self.error
+
+    # ----------------------------------------------------------------------------------------- exchanges
+
+    def _begin(self, fragment: FragmentState) -> None:
+        """Start the exchange that is due, and finish it unless it overlaps."""
+        if not fragment.due(self.iterations):
+            return
+        exchange = fragment.aggregate(
+            self._weights.read(fragment.layout), self.iterations, self._seed, self._session.lost
+        )
+        fragment.in_flight = InFlight(self.iterations + fragment.averaging.overlap, self._drive(exchange))
+        self._apply(fragment)
+
+    def _apply(self, fragment: FragmentState, early: bool = False) -> None:
+        """Use the result of an exchange if its step has come."""
+        if fragment.in_flight is None or (fragment.in_flight.at > self.iterations and not early):
+            return
+        result = fragment.in_flight.result()
+        self._weights.write(
+            fragment.layout, fragment.apply_result(result, self._weights.read(fragment.layout))
+        )
+        if not fragment.first:
+            return
+        if fragment.averaging.buffers == "average":
+            self._weights.write_buffers(self._mean(self._weights.read_buffers(), self._weights.buffers))
+        if fragment.averaging.optimizer_state == "reset":
+            forget(self._optimizer, self._weights.parameters)
+        elif fragment.averaging.optimizer_state == "average":
+            average(self._optimizer, self._weights.parameters, self._mean)
+
+    def _drive(self, exchange: Exchange) -> Callable[[], AggregateResult]:
+        """Carry an exchange; the function waits for its outcome."""
+        wait = self._executor.start(exchange)
+        step = self.iterations
+
+        @cache
+        def result() -> AggregateResult:
+            self._timeline.spans += wait().spans
+            if not exchange.finite:
+                raise DistcompError(
+                    f"a worker's model held a NaN or an infinity after iteration {step}: training diverged; "
+                    "lower the learning rate, and restart from the last checkpoint"
+                )
+            assert exchange.result is not None
+            return exchange.result
+
+        return result
+
+    def _ask(self, aggregator: Aggregator, x: Tensor, layout: Layout) -> Tensor:
+        """The estimate of an exchange that keeps no state."""
+        key = Key.of(self._seed, self.iterations)
+        context = StepContext(self._session.rank, self._session.size, layout, self.iterations, key)
+        return self._drive(Exchange(aggregator, x, {}, context))().estimate if x.numel() else x
+
+    def _mean(self, x: Tensor, layout: Layout) -> Tensor:
+        """The mean over the ranks that are there."""
+        mean = self._ask(from_compressor(Identity()), x, layout)
+        self._mourn()
+        present = self._session.size - len(self._session.lost)
+        return mean * (self._session.size / present) if self._session.lost else mean
+
+    def _begin_alike(self) -> None:
+        """Take rank 0's weights and buffers, and start all tracks from them."""
+        weights = self._weights
+        weights.write(weights.layout, self._ask(FromFirst(), weights.read(weights.layout), weights.layout))
+        weights.write_buffers(self._ask(FromFirst(), weights.read_buffers(), weights.buffers))
+        self._start_fragments()
+
+    def _start_fragments(self) -> None:
+        for fragment in self._fragments:
+            fragment.start(self._weights.read(fragment.layout))
+
+    # ----------------------------------------------------------------------------- what all agree on now
+
+    @contextmanager
+    def averaged(self) -> Iterator[float]:
+        """The module holds the mean of all workers' weights and buffers; afterwards each its own again.
+
+        Yields the root mean square distance of a worker's weights from the mean.
+        """
+        self.settle()
+        weights = self._weights
+        own, own_buffers = weights.read(weights.layout), weights.read_buffers()
+        mean = self._mean(own, weights.layout)
+        square = self._mean((own - mean).square().sum().view(1), Layout.of([("square", (1,))]))
+        weights.write(weights.layout, mean)
+        weights.write_buffers(self._mean(own_buffers, weights.buffers))
+        try:
+            yield (square.item() / weights.layout.numel) ** 0.5
+        finally:
+            weights.write(weights.layout, own)
+            weights.write_buffers(own_buffers)
+
+    def finish(self) -> None:
+        """Average all weights and buffers in float32 once more; all ranks start again from the same."""
+        self.settle()
+        for fragment in self._fragments:
+            self._apply(fragment, early=True)
+        weights = self._weights
+        weights.write(weights.layout, self._mean(weights.read(weights.layout), weights.layout))
+        weights.write_buffers(self._mean(weights.read_buffers(), weights.buffers))
+        self._start_fragments()
+
+    def report(self) -> dict[str, Any]:
+        """What the theory depends on, in numbers, and what the algorithm has counted."""
+        size = self._session.size
+        counts: dict[str, Any] = {}
+        for fragment in self._fragments:
+            counts |= fragment.averaging.report(fragment.state)
+        lost = {"lost": sorted(self._session.lost)} if self._session.lost else {}
+        return {"conditions": self.method.conditions(self._weights.layout, size), **lost, **counts}
+
+    def close(self) -> None:
+        """Leave the model as it is."""
+        if self._ddp is not None:
+            self._ddp.broadcast_buffers = self._broadcast_buffers
+        for hook in self._hooks:
+            hook.remove()
+        self._executor.close()
+
+    # --------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's weights and buffers too: between exchanges they are its own."""
+        self.settle()
+        fragments = {
+            fragment.name: {
+                "last": fragment.last,
+                "exchanges": fragment.exchanges,
+                "lands_at": fragment.in_flight.at if fragment.in_flight else -1,
+            }
+            for fragment in self._fragments
+        }
+        return {
+            "iterations": self.iterations,
+            "seed": self._seed,
+            "tracks": fragments,
+            "state": cut_state(self._tree()),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what was saved. On another world size, weights, anchors and residuals are means.
+
+        Gossip then starts anew from the mean of the models: replicas of workers that are gone mean nothing.
+        """
+        self.settle()
+        self.iterations, self._seed = int(saved["iterations"]), int(saved["seed"])
+        resized = int(saved.get("world_size", self._session.size)) != self._session.size
+        for fragment in self._fragments:
+            counts = saved["tracks"][fragment.name]
+            fragment.last, fragment.exchanges = int(counts["last"]), int(counts["exchanges"])
+            if int(counts["lands_at"]) >= 0:
+                blank = AggregateResult(
+                    self._weights.read(fragment.layout), lambda: torch.empty(0), fragment.state
+                )
+                fragment.in_flight = InFlight(int(counts["lands_at"]), _known(blank))
+        tree = join_state(saved["state"], self._tree())
+        self._weights.write(self._weights.layout, tree["weights"].data)
+        self._weights.write_buffers(tree["buffers"].data)
+        for fragment in self._fragments:
+            fragment.state = tree["tracks"][fragment.name]
+            if fragment.in_flight is not None:
+                arrived = tree["landing"][fragment.name]
+                result = AggregateResult(arrived["model"].data, lambda: torch.empty(0), arrived["state"])
+                fragment.in_flight = InFlight(fragment.in_flight.at, _known(result))
+            if resized and fragment.averaging.starts_anew:
+                fragment.start(self._weights.read(fragment.layout))
+                fragment.exchanges = 0
+
+    def _tree(self) -> State:
+        """Everything that is remembered, as one state."""
+        weights = self._weights
+        arriving = {
+            fragment: fragment.in_flight.result()
+            for fragment in self._fragments
+            if fragment.in_flight is not None
+        }
+        return {
+            "weights": FlatBuffer(weights.read(weights.layout), weights.layout),
+            "buffers": FlatBuffer(weights.read_buffers(), weights.buffers),
+            "tracks": {fragment.name: fragment.state for fragment in self._fragments},
+            "landing": {
+                fragment.name: {"model": FlatBuffer(result.estimate, fragment.layout), "state": result.state}
+                for fragment, result in arriving.items()
+            },
+        }
+
+
+def _known(result: AggregateResult) -> Callable[[], AggregateResult]:
+    return lambda: result
+
+
+def refuse_averaging(target: Target, averaging: Averaging | MultiLevel, optimizer: Optimizer | None) -> None:
+    """What cannot be served, named with its reason; warns where a condition of the paper does not hold."""
+    if target.ddp is not None and target.ddp.find_unused_parameters:
+        raise DistcompError(
+            "find_unused_parameters=True makes DDP ask all ranks in every backward, which averaging is "
+            "to avoid; "
+            "wrap the model with find_unused_parameters=False, or attach to the plain module"
+        )
+    for name, part in target.module.named_modules():
+        if isinstance(part, nn.SyncBatchNorm):
+            raise DistcompError(
+                f"{name} is a SyncBatchNorm, which asks all ranks in every forward; use BatchNorm"
+            )
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise DistcompError(
+            "ZeroRedundancyOptimizer hands out parameters that now differ between ranks; use the one inside"
+        )
+    if any(level.optimizer_state != "keep" for level in averaging.levels()):
+        needed(optimizer)
+    size = dist.get_world_size(target.group)
+    _refuse_to_go_on(target, averaging)
+    warning = averaging.conditions(Weights(target.module).layout, size).get("warning")
+    if warning and dist.get_rank(target.group) == 0:
+        warnings.warn(warning, stacklevel=4)
+
+
+def _refuse_to_go_on(target: Target, averaging: Averaging | MultiLevel) -> None:
+    """Where one cannot go on without the dead."""
+    if all(level.on_failure == "stop" for level in averaging.levels()):
+        return
+    on_cpu = all(parameter.device.type == "cpu" for parameter in target.module.parameters())
+    if target.ddp is not None or not on_cpu or dist.get_backend(target.group) != "gloo":
+        raise DistcompError(
+            "on_failure='continue' needs a plain module on the CPU and Gloo: DDP and NCCL "
+            "stop when a rank dies"
+        )
+
+
+def edges_of(averaging: Averaging, target: Target) -> frozenset[tuple[int, int]]:
+    """The edges that need connections of their own: a gossip's that goes on when a neighbour dies."""
+    if averaging.on_failure == "stop":
+        return frozenset()
+    assert isinstance(averaging, Gossip)
+    return resolve(averaging.topology, dist.get_world_size(target.group)).edges

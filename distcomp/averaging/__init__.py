@@ -1,0 +1,1 @@
+"""What do workers say to each other about models: rarely, with neighbours only, or both?"""

@@ -1,0 +1,249 @@
+"""Models, not gradients, are what workers agree on: rarely, with neighbours only, or both.
+
+An :class:`Averaging` is the algorithm: settings, and an exchange that does no I/O. A :class:`FragmentState`
+is one worker's side of it for one fragment of the model: when it is due, and what it remembers. Who steps the
+tracks is decided elsewhere: a training loop (:class:`distcomp.attaching.parameters.ParameterSync`) or many
+workers in one process (:class:`distcomp.averaging.workers.Workers`).
+
+Step *t* is the iteration: a backward pass that finished, counted from 1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distcomp.collectives import Broadcast, Group, Rounds, within
+from distcomp.compressors import Identity
+from distcomp.errors import DistcompError
+from distcomp.layout import FlatBuffer, Layout
+from distcomp.methods.base import AggregateResult, State, StepContext, map_state
+from distcomp.payload import Payload
+from distcomp.randomness import Key
+from distcomp.runtime.exchange import Exchange
+from distcomp.schedule import Varying, extremes, whole
+
+ON_FAILURE = ("stop", "continue")
+
+
+@dataclass(frozen=True)
+class AveragingContext(StepContext):
+    """A turn in an averaging. ``step`` counts the exchanges from 0; ``absent`` are ranks known to be dead."""
+
+    absent: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaging(ABC):
+    """An algorithm by which workers agree on models.
+
+    Subclasses are frozen dataclasses; their ``repr`` is what ranks compare. ``period`` is the number of steps
+    between two exchanges, or a Schedule of it. ``on_failure`` says what a dead worker means: ``"stop"``
+    raises PeerLost naming it; ``"continue"`` goes on without it (gossip only).
+    """
+
+    period: Varying = 1
+    on_failure: str = "stop"
+
+    def __post_init__(self) -> None:
+        if self.on_failure not in ON_FAILURE:
+            raise DistcompError(f"on_failure is 'stop' or 'continue', not {self.on_failure!r}")
+        if extremes(self.period)[0] < 1:
+            raise DistcompError(f"a period is at least 1 step, not {self.period}")
+
+    @abstractmethod
+    def init(self, x: Tensor, context: AveragingContext) -> State:
+        """The state before the first step; ``x`` is the model, equal on all ranks, and is not kept itself."""
+
+    @abstractmethod
+    def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
+        """Exchange ``x``, this worker's model (float32, ``[context.layout.numel]``).
+
+        The outcome's estimate is its new model. Does not change ``x`` or ``state``.
+        """
+
+    @abstractmethod
+    def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
+        """The numbers on which theory depends; ``"warning"`` where a condition of the paper does not hold.
+
+        Raises DistcompError for settings that cannot serve this model or world size.
+        """
+
+    @property
+    def overlap(self) -> int:
+        """Steps between the start of an exchange and the moment its result is used."""
+        return 0
+
+    @property
+    def optimizer_state(self) -> str:
+        """What becomes of the optimizer's state at an exchange: ``keep``, ``reset`` or ``average``."""
+        return "keep"
+
+    @property
+    def buffers(self) -> str:
+        """What becomes of floating-point buffers at an exchange: ``keep`` or ``average``."""
+        return "keep"
+
+    def report(self, state: State) -> dict[str, Any]:
+        """What the algorithm has counted."""
+        return {}
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether on another world size the state begins anew from the mean of the models."""
+        return False
+
+    def levels(self) -> tuple[Averaging, ...]:
+        """Averagings of different periods that this one consists of: itself."""
+        return (self,)
+
+    def group(self, rank: int, size: int) -> Group | None:
+        """The ranks that talk; None for all."""
+        return None
+
+    def fragments_of(self, layout: Layout) -> tuple[Layout, ...]:
+        """The fragments of the model that take turns."""
+        return (layout,)
+
+    def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
+        """The model after an exchange, from the worker's model as it is by then and what was agreed."""
+        return estimate
+
+
+def agreed(model: Tensor, state: State) -> AggregateResult:
+    """The outcome of an averaging: the new model and the state. Nothing is owed."""
+    return AggregateResult(model, lambda: model, state)
+
+
+@dataclass(frozen=True)
+class MultiLevel:
+    """Several averagings of one model, each with a period of its own: in a machine often, across rarely."""
+
+    parts: tuple[Averaging, ...]
+
+    def levels(self) -> tuple[Averaging, ...]:
+        """The averagings, in the order in which they talk where several are due."""
+        return self.parts
+
+    def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
+        """Each level's."""
+        return {f"level {number}": part.conditions(layout, size) for number, part in enumerate(self.parts)}
+
+
+@dataclass(frozen=True)
+class FromFirst:
+    """Everybody takes what rank 0 has."""
+
+    propagates_nonfinite: bool = True
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        identity = Identity()
+        payload: Payload = yield Broadcast(identity.encode(x, context.layout, context.shared), source=0)
+        return agreed(identity.decode(payload, context.layout), state)
+
+
+@dataclass(eq=False)
+class FragmentState:
+    """One worker's side of one level of an averaging, for one fragment of the model."""
+
+    name: str
+    averaging: Averaging
+    layout: Layout
+    context: AveragingContext
+    group: Group | None
+    first: bool
+    """Whether this is the level's first fragment: what goes along with an exchange goes with this one."""
+    last: int
+    """The step of the last exchange; before the first it is set so that fragments take turns."""
+    exchanges: int = 0
+    state: State = field(default_factory=dict)
+    in_flight: InFlight | None = None
+
+    def start(self, x: Tensor) -> None:
+        """Begin (anew) from a model that is equal on all ranks."""
+        self.state = map_state(
+            self.averaging.init(x, self.context),
+            lambda _, buffer: FlatBuffer(buffer.data.to(x.device), buffer.layout),
+            lambda _, leaf: leaf,
+        )
+        self.in_flight = None
+
+    def due(self, step: int) -> bool:
+        """Whether an exchange begins after step ``step``."""
+        return self.in_flight is None and step - self.last >= whole(self.averaging.period, step)
+
+    def aggregate(self, x: Tensor, step: int, seed: int, absent: frozenset[int] = frozenset()) -> Exchange:
+        """Begin the exchange that is due."""
+        shared = Key.of(seed, step).fold("averaging", self.name)
+        context = AveragingContext(
+            self.context.rank, self.context.size, self.layout, self.exchanges, shared, absent
+        )
+        self.last = step
+        self.exchanges += 1
+        return Exchange(_Within(self.averaging, self.group), x, self.state, context)
+
+    def apply_result(self, result: AggregateResult, now: Tensor) -> Tensor:
+        """Take the outcome in; return this worker's model."""
+        self.state = result.state
+        self.in_flight = None
+        return self.averaging.merge(now, result.estimate)
+
+
+@dataclass
+class InFlight:
+    """An exchange under way. ``result`` waits for it; its result is used at step ``at``."""
+
+    at: int
+    result: Callable[[], AggregateResult]
+
+
+@dataclass(frozen=True)
+class _Within:
+    """The averaging's exchange, held inside a group where there is one."""
+
+    averaging: Averaging
+    group: Group | None
+    propagates_nonfinite: bool = False
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        assert isinstance(context, AveragingContext)
+        exchange = self.averaging.aggregate(x, state, context)
+        return exchange if self.group is None else within(self.group, exchange)
+
+
+def fragment_states(
+    averaging: Averaging | MultiLevel, layout: Layout, rank: int, size: int
+) -> list[FragmentState]:
+    """One worker's tracks, level by level, fragment by fragment: in the same order on every rank."""
+    fragments = []
+    for number, level in enumerate(averaging.levels()):
+        group = level.group(rank, size)
+        here, many = (rank, size) if group is None else (group.index(rank), len(group))
+        layouts = level.fragments_of(layout)
+        period = whole(level.period, 0)
+        for index, piece in enumerate(layouts):
+            first = -(-period * (index + 1) // len(layouts))
+            context = AveragingContext(here, many, piece, 0, Key.of(0))
+            fragments.append(
+                FragmentState(
+                    f"{number}.{index}", level, piece, context, group, index == 0, last=first - period
+                )
+            )
+    return fragments
+
+
+def gather(views: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """The flat buffer of a layout, copied from flat tensors by name, in float32."""
+    pieces = [views[param.name][param.start : param.stop] for param in layout.slices]
+    return torch.cat(pieces).float() if pieces else torch.empty(0)
+
+
+def scatter(views: Mapping[str, Tensor], layout: Layout, buffer: Tensor) -> None:
+    """Copy a flat buffer back into the flat tensors."""
+    for param, piece in layout.pieces(buffer):
+        views[param.name][param.start : param.stop].copy_(piece)

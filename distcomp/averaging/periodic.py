@@ -1,0 +1,195 @@
+"""Models, rarely: every H steps send what was learnt since the last time, through any method.
+
+Periodic averaging is one class. What the papers call local SGD, sparse parameter averaging, PQASGD, DiLoCo
+and their quantized or sparse relatives are its settings (:mod:`distcomp.averaging.recipes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distcomp.averaging.base import Averaging, AveragingContext, agreed
+from distcomp.averaging.outer import Outer
+from distcomp.collectives import Group, Rounds
+from distcomp.compressors import Identity
+from distcomp.errors import DistcompError
+from distcomp.layout import FlatBuffer, Layout, ParamSlice
+from distcomp.methods.base import AggregateResult, Method, State, StepContext, cut_state
+from distcomp.methods.from_compressor import from_compressor
+from distcomp.schedule import extremes
+
+POLICIES = ("keep", "reset", "average")
+GRAIN = 512
+"""Fragments made of blocks are cut at multiples of this many elements of a parameter."""
+
+
+@dataclass(frozen=True)
+class Periodic(Averaging):
+    """Every ``period`` steps, average what the workers have learnt and start again from there.
+
+    ::
+
+        Delta_i = anchor - x_i                       the sum of the local updates since the last time
+        anchor  = outer(anchor, mean_i Delta_i)      the mean as ``method`` estimates it
+        x_i     = anchor                             on every rank, bit for bit
+
+    What is sent is the *difference*: a quantized model instead looks fine at 8 bits and fails below. Local
+    updates may come from any optimizer; weight decay, clipping, momentum and learning-rate changes between
+    two exchanges are in them.
+
+    ``fragments > 1``: a part of the model each time, in turns, each every ``period`` steps: ``cut="blocks"``
+    by blocks of 512 elements, ``cut="parameters"`` by whole parameters, every ``fragments``-th to the same
+    one. ``overlap``: the exchange goes on during so many steps of computing, and ``x_i = alpha x_i + (1 -
+    alpha) anchor`` when it is over.
+
+    ``optimizer_state``: ``keep`` it, ``reset`` it at an exchange, or ``average`` it (its tensors of the
+    parameters' shapes, in float32). ``buffers``: floating-point buffers (BatchNorm) are ``average``-d at an
+    exchange, or ``keep``-t.
+
+    Memory: one model (the anchor), one for outer momentum, and the method's state.
+    """
+
+    method: Method = field(default_factory=lambda: from_compressor(Identity()))
+    outer: Outer = field(default_factory=Outer)
+    fragments: int = 1
+    cut: str = "blocks"
+    overlap: int = 0
+    alpha: float = 0.0
+    optimizer_state: str = "keep"
+    buffers: str = "average"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shortest = extremes(self.period)[0]
+        self._refuse(self.fragments < 1, f"there is at least 1 fragment, not {self.fragments}")
+        self._refuse(self.cut not in CUTS, f"fragments are cut by {' or '.join(CUTS)}, not {self.cut!r}")
+        self._refuse(
+            not 0 <= self.overlap < shortest, f"the overlap is below the period, and {self.overlap} is not"
+        )
+        self._refuse(not 0 <= self.alpha < 1, f"alpha is in [0, 1), not {self.alpha}")
+        self._refuse(
+            self.optimizer_state not in POLICIES or self.buffers not in ("keep", "average"),
+            "optimizer_state is 'keep', 'reset' or 'average' and buffers 'keep' or 'average', "
+            f"not {self.optimizer_state!r} and {self.buffers!r}",
+        )
+        self._refuse(
+            (self.fragments > 1 or self.overlap > 0) and self.optimizer_state != "keep",
+            "fragments and overlap go with optimizer_state='keep' only: it is never averaged all at once",
+        )
+        self._refuse(
+            self.on_failure != "stop",
+            "periodic averaging asks all workers, and stops when one dies; on_failure='continue' is gossip's",
+        )
+
+    def _refuse(self, wrong: bool, sentence: str) -> None:
+        if wrong:
+            raise DistcompError(sentence)
+
+    def init(self, x: Tensor, context: AveragingContext) -> State:
+        return {
+            "anchor": FlatBuffer(x.clone(), context.layout),
+            "outer": self.outer.init(context.layout),
+            "method": self.method.init(context.layout),
+        }
+
+    def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
+        anchor = state["anchor"].data
+        result = yield from self.method.aggregate(anchor - x, state["method"], context)
+        anchor, outer = self.outer.step(anchor, result.estimate, state["outer"])
+        state = {"anchor": FlatBuffer(anchor, context.layout), "outer": outer, "method": result.state}
+        return agreed(anchor.clone(), state)
+
+    def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
+        return torch.lerp(estimate, now, self.alpha) if self.alpha else estimate
+
+    def fragments_of(self, layout: Layout) -> tuple[Layout, ...]:
+        pieces = CUTS[self.cut](layout, self.fragments) if self.fragments > 1 else (layout,)
+        return tuple(piece for piece in pieces if piece.slices)
+
+    def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
+        sent = [self.method.payload_bytes(fragment, size) for fragment in self.fragments_of(layout)]
+        shortest, longest = extremes(self.period)
+        return {"bytes_per_step": sum(sent) / longest, "bytes_per_step_at_most": sum(sent) / shortest}
+
+
+def _blocks(layout: Layout, fragments: int) -> tuple[Layout, ...]:
+    return layout.split(fragments, GRAIN)
+
+
+def _parameters(layout: Layout, fragments: int) -> tuple[Layout, ...]:
+    """Whole parameters, dealt out in turn (the pattern with strides of the paper)."""
+    return tuple(Layout(layout.slices[first::fragments]) for first in range(fragments))
+
+
+CUTS = {"blocks": _blocks, "parameters": _parameters}
+
+
+@dataclass(frozen=True)
+class Mean(Averaging):
+    """Replace a share of the coordinates, drawn anew each time and alike on all ranks, by their mean.
+
+    ::
+
+        x_i[drawn] = mean_i x_i[drawn]
+
+    ``share=1`` is the plain mean of the models. ``ranks_per_group > 0`` averages inside consecutive groups of
+    so many ranks (the workers of one machine). There is no anchor: what is sent is the model, so a method
+    that quantizes errs in proportion to the model, not to what it learnt (a control).
+
+    Memory: none. Bytes: the method's, for ``share d`` values.
+    """
+
+    method: Method = field(default_factory=lambda: from_compressor(Identity()))
+    share: float = 1.0
+    ranks_per_group: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.share <= 1:
+            raise DistcompError(f"a share of the coordinates is above 0 and at most 1, not {self.share}")
+        if cut_state(self.method.init(Layout.of([("x", (1,))]))):
+            raise DistcompError(
+                f"{self.method} keeps state between exchanges, and other coordinates are sent each time; "
+                "use a method without error feedback"
+            )
+
+    def group(self, rank: int, size: int) -> Group | None:
+        if not self.ranks_per_group:
+            return None
+        if size % self.ranks_per_group:
+            raise DistcompError(
+                f"{size} ranks make no whole number of groups of {self.ranks_per_group}; use a divisor"
+            )
+        first = rank - rank % self.ranks_per_group
+        return tuple(range(first, first + self.ranks_per_group))
+
+    def init(self, x: Tensor, context: AveragingContext) -> State:
+        return {}
+
+    def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
+        if self.share == 1:
+            result = yield from self.method.aggregate(x, self.method.init(context.layout), context)
+            return agreed(result.estimate, state)
+        drawn = torch.cat(list(self._drawn(context)))
+        some = Layout((ParamSlice("drawn", (drawn.numel(),), 0, drawn.numel()),))
+        about = StepContext(context.rank, context.size, some, context.step, context.shared)
+        result = yield from self.method.aggregate(x[drawn], self.method.init(some), about)
+        model = x.clone()
+        model[drawn.to(x.device)] = result.estimate
+        return agreed(model, state)
+
+    def _drawn(self, context: AveragingContext) -> Iterator[Tensor]:
+        """Places in the flat buffer: ``share`` of each parameter, rounded at random: small ones have a
+        turn."""
+        for param, at in zip(context.layout.slices, context.layout.offsets, strict=True):
+            generator = context.shared.fold(param.name, param.start).generator()
+            count = int(self.share * param.numel + torch.rand((), generator=generator).item())
+            yield at + torch.randperm(param.numel, generator=generator)[:count]
+
+    def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,38 @@
+"""The papers' names: short functions that return an averaging with the paper's settings.
+
+A ``period`` is a number of iterations, a Schedule, or the text of one (``"1 -> 16 @ 5000"``). What is sent
+goes through ``compressor``: any gradient method, as an object or a string (``"topk:ratio=0.01"``), or a
+compressor. Within an averaging a method's steps are exchanges.
+"""
+
+from distcomp.averaging.recipes.gossip import choco, dcd, deepsqueeze, dpsgd, ecd
+from distcomp.averaging.recipes.masked import masked
+from distcomp.averaging.recipes.periodic import (
+    diloco,
+    local_sgd,
+    multi_level,
+    post_local_sgd,
+    pqasgd,
+    sparse_averaging,
+    sparse_loco,
+    sparta,
+    streaming_diloco,
+)
+
+__all__ = [
+    "choco",
+    "dcd",
+    "deepsqueeze",
+    "diloco",
+    "dpsgd",
+    "ecd",
+    "local_sgd",
+    "masked",
+    "multi_level",
+    "post_local_sgd",
+    "pqasgd",
+    "sparse_averaging",
+    "sparse_loco",
+    "sparta",
+    "streaming_diloco",
+]

@@ -1,0 +1,94 @@
+"""Many workers in one process, averaging in lock-step: the same algorithms without sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from distcomp.averaging.base import Averaging, InFlight, MultiLevel, fragment_states, gather, scatter
+from distcomp.layout import Layout
+from distcomp.methods.base import AggregateResult
+from distcomp.runtime.lockstep import Lockstep
+
+
+class Workers:
+    """``size`` workers that start from one model and average it as ``averaging`` says.
+
+    Call :meth:`step` after every worker has updated its model. ``net.ledgers`` counts what each has sent.
+    """
+
+    def __init__(
+        self,
+        averaging: Averaging | MultiLevel,
+        x: Tensor,
+        size: int,
+        layout: Layout | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.layout = layout or Layout.of([("x", (1, x.numel()))])
+        self.seed = seed
+        self.steps = 0
+        self.net = Lockstep(size)
+        self.stacked = x.repeat(size, 1)
+        """Row i is worker i's model (float32, ``[size, layout.numel]``); update them in place."""
+        self.models = list(self.stacked.unbind())
+        self.absent: dict[int, frozenset[int]] = {}
+        """Whom a worker cannot reach in the next exchange, where its averaging goes on without them."""
+        self.fragments = [fragment_states(averaging, self.layout, rank, size) for rank in range(size)]
+        for fragments, model in zip(self.fragments, self.models, strict=True):
+            for fragment in fragments:
+                fragment.start(gather(self._views(model), fragment.layout))
+
+    def step(self) -> None:
+        """One iteration is over: exchange what is due."""
+        self.steps += 1
+        for number in range(len(self.fragments[0])):
+            self._apply(number)
+            self._talk(number)
+
+    def _talk(self, number: int) -> None:
+        fragments = [fragments[number] for fragments in self.fragments]
+        if not fragments[0].due(self.steps):
+            return
+        exchanges = [
+            fragment.aggregate(
+                gather(self._views(model), fragment.layout), self.steps, self.seed, self._missed(rank)
+            )
+            for rank, (fragment, model) in enumerate(zip(fragments, self.models, strict=True))
+        ]
+        self.net.run(exchanges)
+        for fragment, exchange in zip(fragments, exchanges, strict=True):
+            fragment.in_flight = InFlight(self.steps + fragment.averaging.overlap, _known(exchange.result))
+        self._apply(number)
+
+    def _apply(self, number: int) -> None:
+        for fragments, model in zip(self.fragments, self.models, strict=True):
+            fragment, views = fragments[number], self._views(model)
+            if fragment.in_flight is not None and fragment.in_flight.at <= self.steps:
+                scatter(
+                    views,
+                    fragment.layout,
+                    fragment.apply_result(fragment.in_flight.result(), gather(views, fragment.layout)),
+                )
+
+    def _missed(self, rank: int) -> frozenset[int]:
+        return self.absent.get(rank, frozenset())
+
+    def _views(self, model: Tensor) -> dict[str, Tensor]:
+        return {param.name: piece for param, piece in self.layout.pieces(model)}
+
+    @property
+    def mean(self) -> Tensor:
+        """The average of all workers' models."""
+        return self.stacked.mean(0)
+
+    @property
+    def spread(self) -> float:
+        """The mean squared distance of a worker's model from the average."""
+        return float((self.stacked - self.mean).square().mean())
+
+
+def _known(result: AggregateResult | None) -> Callable[[], AggregateResult]:
+    assert result is not None
+    return lambda: result

@@ -1,0 +1,117 @@
+"""``distcomp advise``: which method, on which network, for which model? It may say none."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distcomp.cli import methods as catalogue
+from distcomp.cli.fabrics import add_fabric, fabric_of
+from distcomp.cli.run import existing
+from distcomp.errors import DistcompError, require
+
+if TYPE_CHECKING:
+    from distcomp.advice.advise import Advice, Row
+
+DESCRIPTION = """\
+Time a few real steps of what SCRIPT's problem() describes, and what each
+method does with its gradients, on this machine; predict step times on the
+network that the options describe; recommend a method, or plain DDP.
+"""
+SHOWN_SCALES = (2, 16, 128, 1024, 4096)
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(
+        "advise", help="say whether to compress, and how", description=DESCRIPTION, formatter_class=plain
+    )
+    add_fabric(parser, "--ranks")
+    parser.add_argument(
+        "--ranks-here", type=int, default=1, metavar="N",
+        help="ranks that share a machine like this one (default 1), as under distcomp emulate",
+    )  # fmt: skip
+    parser.add_argument("--methods", metavar="LIST", help="what to compare, separated by semicolons")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="step time against bandwidth (.svg, .png)")
+    parser.add_argument("--model", type=Path, required=True, metavar="SCRIPT", help="defines problem()")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="what the script is given")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, predict, recommend."""
+    from distcomp.advice.advise import METHODS, advise
+    from distcomp.advice.predict import BUILTIN_HOOKS
+    from distcomp.advice.task import task_of
+
+    listed = arguments.methods.split(";") if arguments.methods else METHODS
+    methods = [one.strip() for one in listed if one.strip()]
+    for method in methods:
+        catalogue.check(method)
+        if method.startswith("torch:") and method not in BUILTIN_HOOKS:
+            raise DistcompError(
+                f"{method} is not predicted; of PyTorch's own, {', '.join(BUILTIN_HOOKS)} are"
+            )
+    if arguments.ranks_here < 1:
+        raise DistcompError("--ranks-here is 1 or more")
+    fabric = fabric_of(arguments, "ranks")
+    training_task = task_of(existing(arguments.model), [one for one in arguments.arguments if one != "--"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    advice = advise(training_task, fabric, methods, arguments.ranks_here, cores)
+    if arguments.plot is not None:
+        plot(advice, arguments.plot)
+    if arguments.json:
+        print(json.dumps(advice.as_json(), indent=2))
+        return 0
+    print(f"{advice.parameters:,} parameters, a step computes {1e3 * advice.compute_s:.3g} ms here;")
+    print(f"predicted for {fabric.ranks} ranks, fastest first; efficiency by number of ranks\n")
+    shown = [n for n in SHOWN_SCALES if n in advice.rows[0].efficiency]
+    heads = "".join(f"{n:>7}" for n in shown)
+    print(f"{'method':<26}{'step':>10}{'sent':>11}{'speed-up':>10}{'faster below':>15}{heads}")
+    for row in advice.rows:
+        print(_line(row, shown))
+    print(f"\n{advice.sentence}")
+    return 0
+
+
+def _line(row: Row, shown: list[int]) -> str:
+    efficiency = "".join(f"{row.efficiency[n]:>7.0%}" for n in shown)
+    even = "-" if row.method == "ddp" else _rate(row.break_even_bps)
+    sent = f"{row.prediction.sent_bytes / 1e3:,.0f} kB"
+    step = f"{1e3 * row.prediction.step_s:.4g} ms"
+    return f"{row.method:<26}{step:>10}{sent:>11}{row.speed_up:>9.2f}x{even:>15}{efficiency}"
+
+
+def _rate(bps: float) -> str:
+    from distcomp.network import format_rate
+
+    if bps == 0:
+        return "never"
+    return "always" if math.isinf(bps) else format_rate(float(f"{bps:.2g}"))
+
+
+def plot(advice: Advice, path: Path) -> None:
+    """Step time against the rate of every link, all methods."""
+    require("matplotlib", extra="report").use("Agg")
+    pyplot = require("matplotlib.pyplot", extra="report")
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for method, points in advice.curves.items():
+        axes.loglog(*zip(*points, strict=True), label=method, linewidth=2 if method == "ddp" else 1)
+    finite = [rate for rate in advice.fabric.rates_bps if math.isfinite(rate)]
+    if finite:
+        axes.axvline(max(finite), color="grey", linewidth=0.5)
+    axes.set_xlabel("rate of each link (bit/s)")
+    axes.set_ylabel("predicted step time (s)")
+    axes.legend()
+    try:
+        figure.savefig(path, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        raise DistcompError(f"{path} cannot be written ({error}); name a .svg or .png file") from None
+    finally:
+        pyplot.close(figure)

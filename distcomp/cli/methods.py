@@ -1,0 +1,153 @@
+"""``distcomp methods``: every method and compressor, and what is known of it without running it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import shutil
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from distcomp.errors import DistcompError
+
+BUILTIN_HOOKS = {
+    "ddp": "DistributedDataParallel as it is: a float32 all-reduce. The baseline.",
+    "torch:fp16": "PyTorch's fp16_compress_hook.",
+    "torch:powersgd": "PyTorch's powerSGD_hook; torch:powersgd:rank=2 sets the rank.",
+}
+EXAMPLE_SIDE = 1000
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    parser = commands.add_parser(
+        "methods",
+        help="list every method and compressor",
+        description="List every method and compressor: settings, bytes on the wire, paper.",
+    )
+    parser.add_argument("--json", action="store_true", help="print them as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print them all."""
+    if arguments.json:
+        told = {"methods": list(methods()), "compressors": list(compressors()), "stock": BUILTIN_HOOKS}
+        print(json.dumps(told, indent=2))
+        return 0
+    width = min(shutil.get_terminal_size().columns, 100)
+    print("Methods, by the name that attach() and --method take (d parameters, n ranks)\n")
+    for one in methods():
+        print(_paragraph(one, width))
+    print("Compressors, which methods carry\n")
+    for one in compressors():
+        print(_paragraph(one, width))
+    print("PyTorch's own, for comparison\n")
+    for name, law in BUILTIN_HOOKS.items():
+        print(_wrapped(name, law, width))
+    return 0
+
+
+def check(method: str) -> None:
+    """Raise DistcompError unless ``method`` names a method that can be attached."""
+    from distcomp.methods import parse
+
+    if method in BUILTIN_HOOKS or method.startswith("torch:powersgd:rank="):
+        return
+    if method.startswith("torch:"):
+        raise DistcompError(
+            f"{method!r} is none of PyTorch's hooks that run here; use {', '.join(BUILTIN_HOOKS)}"
+        )
+    parse(method)
+
+
+def methods() -> Iterator[dict[str, Any]]:
+    """Each registered method."""
+    from distcomp.methods import METHODS
+
+    for name, entry in sorted(METHODS.items()):
+        yield {
+            "name": name,
+            "law": entry.summary,
+            "settings": {key: _plain(value) for key, value in entry.parameters.items()},
+            "wire": entry.wire,
+            "paper": entry.paper,
+            "summable": entry.summable,
+            "biased": entry.biased,
+            "differs": entry.deviations,
+            "fails": entry.limitations,
+            "kind": entry.kind,
+            "control": entry.control,
+        }
+
+
+def compressors() -> Iterator[dict[str, Any]]:
+    """Each public compressor. ``bits_per_value``: of a matrix of 1000 x 1000, default settings."""
+    from distcomp import compressors as room
+    from distcomp.layout import Layout
+
+    layout = Layout.of([("matrix", (EXAMPLE_SIDE, EXAMPLE_SIDE))])
+    for name in room.__all__:
+        kind = getattr(room, name)
+        if not (
+            inspect.isclass(kind) and dataclasses.is_dataclass(kind) and issubclass(kind, room.Compressor)
+        ):
+            continue
+        settings = _settings(kind)
+        told: dict[str, Any] = {"name": name, "law": _first_sentence(kind), "settings": settings}
+        if inspect.signature(kind).parameters.keys() <= _defaults(kind):
+            default = kind()
+            bits = 8 * default.wire_bytes(layout) / layout.numel
+            told |= {"summable": default.summable, "biased": not default.unbiased, "bits_per_value": bits}
+        yield told
+
+
+def _defaults(kind: Any) -> set[str]:
+    """The settings that may be left out."""
+    parameters = inspect.signature(kind).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty}
+
+
+def _settings(kind: Any) -> dict[str, Any]:
+    fields = dataclasses.fields(kind)
+    return {
+        field.name: None if field.default is dataclasses.MISSING else _plain(field.default)
+        for field in fields
+    }
+
+
+def _first_sentence(kind: type) -> str:
+    return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
+
+
+def _paragraph(one: dict[str, Any], width: int) -> str:
+    """A name, what it does, and its particulars below."""
+    settings = ", ".join(f"{key}={value}" for key, value in one["settings"].items())
+    traits = [f"kind: {one['kind']}"] if one.get("kind", "gradient") != "gradient" else []
+    if "summable" in one:
+        traits.append("added on the wire" if one["summable"] else "not added on the wire")
+        traits.append("biased" if one["biased"] else "unbiased")
+    if one.get("control"):
+        traits.append("a control, not a method to train with")
+    particulars = {
+        "settings": settings or "none",
+        "sends": one.get("wire") or (f"{one['bits_per_value']:.4g} bits per value" if traits else ""),
+        "is": ", ".join(traits),
+        "paper": one.get("paper", ""),
+        "differs": one.get("differs", ""),
+        "fails": one.get("fails", ""),
+    }
+    lines = [_wrapped(one["name"], one["law"], width)]
+    lines += [_wrapped(f"    {key}", text, width) for key, text in particulars.items() if text]
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(name: str, text: str, width: int) -> str:
+    return textwrap.fill(text, width, initial_indent=f"{name:<13} ", subsequent_indent=" " * 14)

@@ -1,0 +1,88 @@
+"""``distcomp simulate``: a thousand workers in one process, on a network that does not exist."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from distcomp import recording
+from distcomp.cli.fabrics import add_fabric, fabric_of
+from distcomp.cli.run import existing, new_directory
+from distcomp.errors import DistcompError
+
+DESCRIPTION = """\
+Train what SCRIPT's problem() describes with many workers in this process, in
+lock-step: real numerics, virtual time. Seconds are those that the network
+model predicts for the fabric; computing takes what the scenario says.
+"""
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(
+        "simulate", help="train a thousand workers in one process", description=DESCRIPTION,
+        formatter_class=plain,
+    )  # fmt: skip
+    add_fabric(parser, "--workers")
+    parser.add_argument("--method", required=True, help="what carries gradients or models")
+    parser.add_argument("--steps", type=int, default=200, metavar="N", help="of training (default 200)")
+    parser.add_argument("--eval-every", type=int, default=20, metavar="N", help="steps (default 20)")
+    parser.add_argument("--compute", default="20ms", metavar="TIME", help="of a step (default 20ms)")
+    parser.add_argument("--scenario", type=Path, metavar="FILE", help="stragglers and failures, in TOML")
+    parser.add_argument("--seed", type=int, default=0, help="of the method's random rounding")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="record the run in this directory")
+    parser.add_argument("script", type=Path, metavar="SCRIPT", help="a script that defines problem()")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="what the script is given")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, print, record."""
+    from distcomp.advice import Scenario, Setting, Simulation, task_of
+    from distcomp.methods import parse
+    from distcomp.network import parse_time
+
+    if arguments.steps < 1 or arguments.eval_every < 1:
+        raise DistcompError("--steps and --eval-every are 1 or more")
+    method = parse(arguments.method)
+    fabric = fabric_of(arguments, "workers")
+    scenario = (
+        Scenario(parse_time(arguments.compute))
+        if arguments.scenario is None
+        else Scenario.from_toml(arguments.scenario)
+    )
+    training_task = task_of(existing(arguments.script), arguments.arguments)
+    simulation = Simulation(training_task, method, Setting(fabric, scenario, seed=arguments.seed))
+    recorder = _recorder(arguments, fabric.ranks)
+    print(f"{fabric.ranks} workers of {simulation.layout.numel:,} parameters, {arguments.method}: simulated")
+    begin_s = time.perf_counter()
+    for step in range(1, arguments.steps + 1):
+        simulation.step()
+        if step % arguments.eval_every and step != arguments.steps:
+            continue
+        found = simulation.evaluate()
+        if recorder is not None:
+            recorder.metric(step=step, train_s=found["seconds"], **found)
+        told = "".join(f"  {name} {value:.4g}" for name, value in found.items())
+        print(f"step {step:5}{told}  ({time.perf_counter() - begin_s:.0f} s of real time)", flush=True)
+    if recorder is not None:
+        recorder.close()
+    return 0
+
+
+def _recorder(arguments: argparse.Namespace, workers: int) -> recording.Recorder | None:
+    if arguments.output is None:
+        return None
+    directory = new_directory(arguments.output)
+    about = {
+        "method": arguments.method,
+        "ranks": workers,
+        "simulated": True,
+        "argv": [str(arguments.script), *arguments.arguments],
+        **recording.surroundings(arguments.script.resolve().parent),
+    }
+    recording.write_about(directory, about)
+    return recording.Recorder(directory, 0)

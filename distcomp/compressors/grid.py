@@ -1,0 +1,90 @@
+"""What several compressors share: blocks as rows, numbers per parameter, noise, packed signs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distcomp import kernels
+from distcomp.kernels import reference
+from distcomp.layout import Layout
+from distcomp.randomness import Key
+
+WHOLE = 2**62
+"""A grain that no parameter reaches: it is never cut."""
+
+SIGNS = 4096
+"""Signs are packed in blocks of this many; eight to a byte, whatever the block."""
+
+
+def to_rows(x: Tensor, layout: Layout, block: int) -> Tensor:
+    """The blocks of a flat buffer as the rows of a matrix, each parameter beginning a new row; padded with
+    zeros."""
+    rows = torch.zeros(layout.block_count(block), block, dtype=x.dtype, device=x.device)
+    flat, at = rows.view(-1), 0
+    for _, piece in layout.pieces(x):
+        flat[at : at + piece.numel()] = piece
+        at += -(-piece.numel() // block) * block
+    return rows
+
+
+def from_rows(rows: Tensor, layout: Layout) -> Tensor:
+    """The flat buffer again: what :func:`to_rows` was given."""
+    block = rows.shape[1]
+    flat, at, pieces = rows.reshape(-1), 0, []
+    for param in layout.slices:
+        pieces.append(flat[at : at + param.numel])
+        at += -(-param.numel // block) * block
+    return torch.cat(pieces) if pieces else flat
+
+
+def spread(values: Tensor, layout: Layout) -> Tensor:
+    """One number per parameter, repeated for each of its elements: ``[slices] -> [numel]``."""
+    counts = torch.tensor([one.numel for one in layout.slices], dtype=torch.int64, device=values.device)
+    return torch.repeat_interleave(values, counts, output_size=layout.numel)
+
+
+def per_parameter_max(x: Tensor, layout: Layout) -> Tensor:
+    """``max |x|`` of each parameter, 0 where it is empty: ``[numel] -> [slices]``."""
+    return _stack([piece.abs().amax() if piece.numel() else piece.sum() for _, piece in layout.pieces(x)], x)
+
+
+def per_parameter_mean(x: Tensor, layout: Layout) -> Tensor:
+    """``mean |x|`` of each parameter, 0 where it is empty: ``[numel] -> [slices]``."""
+    return _stack([piece.abs().mean() if piece.numel() else piece.sum() for _, piece in layout.pieces(x)], x)
+
+
+def _stack(scalars: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(scalars) if scalars else like.new_empty(0)
+
+
+def uniform(layout: Layout, key: Key, device: torch.device) -> Tensor:
+    """A number in [0, 1) for each element: a function of key, parameter name and place in the parameter."""
+    pieces = [
+        reference.uniform(param.numel, key.fold(param.name).bits, param.start, device)
+        for param in layout.slices
+    ]
+    return torch.cat(pieces) if pieces else torch.empty(0, device=device)
+
+
+def sign_bytes(numel: int) -> int:
+    """Bytes of ``numel`` packed signs: one bit each."""
+    return kernels.packed_bytes(numel, SIGNS, 1)
+
+
+def pack_signs(x: Tensor, out: Tensor) -> Tensor:
+    """``[x >= 0]``, one bit each, into ``out`` (uint8, ``[sign_bytes(numel)]``): sign(0) = +1.
+
+    Returns the mean of ``|x|``, which is found in the same pass; 0 where there is nothing.
+    """
+    means = torch.empty(kernels.scale_count(x.numel(), SIGNS), device=x.device)
+    kernels.quantize(x, out, means, block=SIGNS, bits=1)
+    sums = means.double() * SIGNS
+    sums[-1:] *= (x.numel() - (means.numel() - 1) * SIGNS) / SIGNS
+    return sums.sum() / max(1, x.numel())
+
+
+def unpack_signs(codes: Tensor, out: Tensor, scale: Tensor | float = 1.0, add: bool = False) -> None:
+    """Write (or add) +scale and -scale into ``out`` (float32)."""
+    scales = torch.ones(kernels.scale_count(out.numel(), SIGNS), device=out.device) * scale
+    kernels.dequantize(codes, scales, out, block=SIGNS, bits=1, add=add)

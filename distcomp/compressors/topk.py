@@ -1,0 +1,297 @@
+"""A few elements instead of all: the largest, or random ones; and their values through another compressor."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from distcomp.compressors.base import Compressor
+from distcomp.compressors.cast import Cast
+from distcomp.compressors.grid import WHOLE, spread
+from distcomp.compressors.identity import Identity
+from distcomp.compressors.quantize import Quantize
+from distcomp.compressors.sparse import (
+    check_ratio,
+    kept_count,
+    kept_layout,
+    rows_of,
+    sample_indices,
+    top_indices,
+)
+from distcomp.errors import DistcompError
+from distcomp.layout import Layout
+from distcomp.payload import Part, Parts, Payload
+from distcomp.randomness import Key
+
+
+class Sparsifier(Compressor):
+    """Sends some elements of a flat buffer: their values (float32) and which they are."""
+
+    @abstractmethod
+    def kept(self, layout: Layout) -> Layout:
+        """The layout of the values that are sent, in the order in which they are sent."""
+
+    @abstractmethod
+    def index_part(self, layout: Layout) -> Part:
+        """What tells which elements they are (uint8)."""
+
+    @abstractmethod
+    def positions(self, payload: Payload, layout: Layout) -> Tensor:
+        """Where in the flat buffer the values of a payload belong; all different."""
+
+    def parts(self, layout: Layout) -> Parts:
+        return (Part("values", torch.float32, self.kept(layout).numel), self.index_part(layout))
+
+    def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
+        place(out, self.positions(payload, layout), payload["values"], add)
+
+
+def place(out: Tensor, where: Tensor, values: Tensor, add: bool) -> None:
+    """Write values where they belong, and zeros elsewhere unless ``add``. No place occurs twice."""
+    if add:
+        out.index_add_(0, where, values)
+    else:
+        out.zero_().index_copy_(0, where, values)
+
+
+@dataclass(frozen=True)
+class TopK(Sparsifier):
+    """The ``k = max(1, round(ratio d))`` largest magnitudes of each parameter, exactly::
+
+        C(x)_j = x_j  if |x_j| is among the k largest of its parameter, else 0;    |C(x) - x|^2 <= (1 - k/d)
+        |x|^2
+
+    Ties go to the lower index. ``chunk > 0`` takes as many of every chunk of that many elements instead of
+    every parameter: faster (short rows), and a flat buffer may be cut between chunks. Long parameters are
+    searched on the CPU through a sampled threshold, with the same answer. Biased: meant for error feedback.
+
+    On the wire: 4 bytes per value and about ``2 + log2(1/ratio)`` bits per index (9 at 1 %, see
+    :class:`distcomp.compressors.sparse.IndexCode`).
+
+    Source: Aji & Heafield 2017; Stich et al., "Sparsified SGD with memory", NeurIPS 2018. We differ: indices
+    are packed (the usual is 32 bits each).
+
+    Raises DistcompError for a ratio outside (0, 1] or a negative chunk.
+    """
+
+    ratio: float = 0.01
+    chunk: int = 0
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        if self.chunk < 0:
+            raise DistcompError(
+                f"a chunk has at least one element, not {self.chunk}; 0 takes whole parameters"
+            )
+
+    @property
+    def alignment(self) -> int:  # type: ignore[override]
+        return self.chunk or WHOLE
+
+    def kept(self, layout: Layout) -> Layout:
+        return kept_layout(layout, [self._count(param.numel) for param in layout.slices])
+
+    def _count(self, numel: int) -> int:
+        whole, rest = divmod(numel, self.chunk or max(1, numel))
+        return whole * kept_count(self.chunk or numel, self.ratio) + kept_count(rest, self.ratio)
+
+    def index_part(self, layout: Layout) -> Part:
+        rows = rows_of(layout, self.ratio, self.chunk)
+        return Part("indices", torch.uint8, sum(one.rows * one.code.nbytes for one in rows))
+
+    def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
+        payload = Payload.empty(self.parts(layout), x.device)
+        where, codes = self.select(x, layout)
+        torch.index_select(x, 0, where, out=payload["values"])
+        payload["indices"].copy_(codes)
+        return payload
+
+    def select(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Which elements of a flat buffer to send (places in it, rising), and the bytes that say so."""
+        where = [torch.empty(0, dtype=torch.int64, device=x.device)]
+        codes = [torch.empty(0, dtype=torch.uint8, device=x.device)]
+        for rows in rows_of(layout, self.ratio, self.chunk):
+            indices = top_indices(rows.view(x), rows.count)
+            where.append(rows.in_slab(indices))
+            codes.append(rows.code.encode(indices).reshape(-1))
+        return torch.cat(where), torch.cat(codes)
+
+    def positions(self, payload: Payload, layout: Layout) -> Tensor:
+        codes, at = payload["indices"], 0
+        where = [torch.empty(0, dtype=torch.int64, device=codes.device)]
+        for rows in rows_of(layout, self.ratio, self.chunk):
+            size = rows.rows * rows.code.nbytes
+            where.append(
+                rows.in_slab(rows.code.decode(codes[at : at + size].view(rows.rows, rows.code.nbytes)))
+            )
+            at += size
+        return torch.cat(where)
+
+    def delta(self, numel: int) -> float:
+        """``k/d``, of the chunk that fares worst."""
+        length = self.chunk or max(1, numel)
+        lengths = {min(length, max(1, numel)), numel % length} - {0}
+        return min(kept_count(one, self.ratio) / one for one in lengths)
+
+
+@dataclass(frozen=True)
+class RandomK(Sparsifier):
+    """``k = max(1, round(ratio d))`` random elements of each parameter, without replacement; sends the seed.
+
+    ::
+
+        C(x)_j = (d/k) x_j  if j was drawn, else 0;      E[C(x)] = x,      E|C(x) - x|^2 = (d/k - 1) |x|^2
+
+    With ``scaled=False`` the factor ``d/k`` is left out: biased, contracts by ``delta = k/d``, for error
+    feedback. On the wire: 4 bytes per value, and 8. Where all ranks draw the same elements, use the method
+    :func:`distcomp.methods.random_k`, whose values ride an all-reduce.
+
+    Source: Stich et al., "Sparsified SGD with memory", NeurIPS 2018; Konečný & Richtárik 2018.
+
+    Raises DistcompError for a ratio outside (0, 1].
+    """
+
+    ratio: float = 0.01
+    scaled: bool = True
+
+    alignment = WHOLE
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+
+    @property
+    def unbiased(self) -> bool:  # type: ignore[override]
+        return self.scaled
+
+    def kept(self, layout: Layout) -> Layout:
+        return kept_layout(layout, [kept_count(param.numel, self.ratio) for param in layout.slices])
+
+    def index_part(self, layout: Layout) -> Part:
+        return Part("indices", torch.uint8, 8)
+
+    def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
+        payload = Payload.empty(self.parts(layout), x.device)
+        seed = bytearray(key.bits.to_bytes(8, "little"))
+        payload["indices"].copy_(torch.frombuffer(seed, dtype=torch.uint8))
+        where = self.drawn(layout, key).to(x.device)
+        torch.mul(x.index_select(0, where), self.factors(layout, x.device), out=payload["values"])
+        return payload
+
+    def positions(self, payload: Payload, layout: Layout) -> Tensor:
+        seed = bytes(payload["indices"].tolist())
+        return self.drawn(layout, Key(int.from_bytes(seed, "little"))).to(payload.wire.device)
+
+    def drawn(self, layout: Layout, key: Key) -> Tensor:
+        """The elements that a key draws, as places in the flat buffer (on the CPU)."""
+        where = [torch.empty(0, dtype=torch.int64)]
+        for param, at in zip(layout.slices, layout.offsets, strict=True):
+            count = kept_count(param.numel, self.ratio)
+            where.append(sample_indices(param.numel, count, key.fold("random-k", param.name)) + at)
+        return torch.cat(where)
+
+    def factors(self, layout: Layout, device: torch.device) -> Tensor:
+        """What each value that is sent is multiplied by."""
+        kept = self.kept(layout)
+        factors = [
+            all_.numel / max(1, some.numel) if self.scaled else 1.0
+            for all_, some in zip(layout.slices, kept.slices, strict=True)
+        ]
+        return spread(torch.tensor(factors, device=device), kept)
+
+    def omega(self, numel: int) -> float | None:
+        return numel / kept_count(numel, self.ratio) - 1 if self.scaled and numel else None
+
+    def delta(self, numel: int) -> float | None:
+        if self.scaled or not numel:
+            return super().delta(numel)
+        return kept_count(numel, self.ratio) / numel
+
+
+@dataclass(frozen=True)
+class Chain(Compressor):
+    """``sparsifier`` chooses the elements, ``quantizer`` encodes their values: ``C(x) = S^T Q(S x)``.
+
+    For a sparsifier that contracts by ``delta_S`` (it keeps ``S x`` with ``|S x|^2 >= delta_S |x|^2``) and a
+    quantizer that contracts by ``delta_Q``, the chain contracts by ``delta_S delta_Q``; for two unbiased ones
+    ``1 + omega = (1 + omega_S)(1 + omega_Q)``. On the wire: the quantizer's bytes of the values, and the
+    indices.
+
+    Source: Basu et al., "Qsparse-local-SGD", NeurIPS 2019; Horváth et al. 2019 (composition).
+    """
+
+    sparsifier: Sparsifier = field(default_factory=TopK)
+    quantizer: Compressor = field(default_factory=lambda: Quantize(8, rounding="nearest"))
+
+    @property
+    def unbiased(self) -> bool:  # type: ignore[override]
+        return self.sparsifier.unbiased and self.quantizer.unbiased
+
+    @property
+    def alignment(self) -> int:  # type: ignore[override]
+        """Blocks of values must not be cut either, and those lie on a grid of their own."""
+        return self.sparsifier.alignment if self.quantizer.alignment == 1 else WHOLE
+
+    def parts(self, layout: Layout) -> Parts:
+        return (*self.quantizer.parts(self.sparsifier.kept(layout)), self.sparsifier.index_part(layout))
+
+    def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
+        kept = self.sparsifier.kept(layout)
+        selected = self.sparsifier.encode(x, layout, key)
+        values = self.quantizer.encode(selected["values"], kept, key.fold("values"))
+        payload = Payload.empty(self.parts(layout), x.device)
+        payload.body[: values.body.numel()] = values.body
+        payload["indices"].copy_(selected["indices"])
+        return payload
+
+    def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
+        kept = self.sparsifier.kept(layout)
+        encoded = Payload(payload.wire, self.quantizer.parts(kept))  # they come first, the indices last
+        place(out, self.sparsifier.positions(payload, layout), self.quantizer.decode(encoded, kept), add)
+
+    def omega(self, numel: int) -> float | None:
+        chosen = self.sparsifier.omega(numel)
+        if chosen is None or not numel:
+            return None
+        rounded = self.quantizer.omega(kept_numel(self.sparsifier, numel))
+        return None if rounded is None else (1 + chosen) * (1 + rounded) - 1
+
+    def delta(self, numel: int) -> float | None:
+        if self.sparsifier.unbiased:
+            return super().delta(numel)
+        chosen = self.sparsifier.delta(numel)
+        rounded = self.quantizer.delta(kept_numel(self.sparsifier, numel))
+        return None if chosen is None or rounded is None else chosen * rounded
+
+
+def kept_numel(sparsifier: Sparsifier, numel: int) -> int:
+    return sparsifier.kept(Layout.of([("x", (numel,))])).numel
+
+
+VALUES: dict[str, Compressor] = {
+    "fp32": Identity(),
+    "bf16": Cast("bf16"),
+    "fp16": Cast("fp16"),
+    "int8": Quantize(8, rounding="nearest"),
+    "int4": Quantize(4, rounding="nearest"),
+    "int2": Quantize(2, rounding="nearest"),
+    "sign": Quantize(1),
+}
+VALUES |= {f"{bits}bit": VALUES[f"int{bits}"] for bits in (8, 4, 2)}  # as the papers write it
+"""What a sparsifier's values may be sent as, by name. Rounded to nearest: the chain is biased as it is."""
+
+
+def with_values(sparsifier: Sparsifier, values: str | Compressor) -> Compressor:
+    """The sparsifier with its values in another form.
+
+    Raises DistcompError for a name that is not known.
+    """
+    if isinstance(values, str):
+        if values not in VALUES:
+            raise DistcompError(
+                f"there are no values {values!r}; use one of {', '.join(VALUES)}, or a Compressor object"
+            )
+        values = VALUES[values]
+    return sparsifier if isinstance(values, Identity) else Chain(sparsifier, values)

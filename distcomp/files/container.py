@@ -1,0 +1,287 @@
+"""Deep Compression's file (``.dcz``): pruned, shared, coded weights, documented and checked byte by byte.
+
+==========  =====================================================================================
+bytes       what (little-endian)
+==========  =====================================================================================
+20          header: magic ``dcz1``, version u16, 0 u16, number of tensors u32, bytes of the table
+            u32, CRC-32 of the table u32
+table       per tensor: name length u16, name (UTF-8), dtype u8, dimensions u8, each size u32,
+            coding u8 (0 raw, 1 shared), bytes of the body u32, CRC-32 of the body u32
+bodies      in the order of the table
+==========  =====================================================================================
+
+A raw body: coder u8 (0 as it is, 2 zlib), then the values. A shared body: bits of a gap u8, centroids u16,
+living weights u32, gaps u32; the centroids (float32); coder u8, bytes u32 and the gaps; coder u8, bytes u32
+and the codes. Gap symbol g < 2^b - 1 stands for g dead weights and a living one, 2^b - 1 for as many dead
+weights and none living.
+
+Nothing in it is ever executed or unpickled. A reader needs memory for what the table declares, and refuses
+more than it was told to allow, before it allocates.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distcomp.errors import DistcompError
+from distcomp.files.coding import CODERS, PACKED, ZLIB, CorruptFile, Symbols, decode, encode
+from distcomp.files.k_means import shared_values
+
+MAGIC, VERSION = b"dcz1", 1
+HEADER = struct.Struct("<4sHHIII")
+SHARED_HEAD = struct.Struct("<BHII")
+STREAM = struct.Struct("<BI")
+DTYPES = (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+    torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
+RAW, SHARED = 0, 1
+GAP_BITS = range(1, 9)
+LIMIT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one tensor takes in a file, and how it is coded there."""
+
+    name: str
+    numel: int
+    active: int
+    dense_bytes: int
+    stored_bytes: int
+    coding: str
+
+
+def compress(state: Mapping[str, Tensor], bits: int = 5) -> bytes:
+    """A model's tensors as the bytes of a ``.dcz`` file.
+
+    float32 tensors whose living values are at most ``2^bits`` different ones are stored exactly; so are those
+    too small to share values in, and all other types. Otherwise living values are shared: k-means with
+    ``2^bits`` centroids (see :func:`distcomp.pruning.share` for training them), and what
+    :func:`decompress` gives back are the centroids.
+
+    Source: Han et al., Deep Compression, ICLR 2016. We differ: no filler zeros (a gap too long has a symbol
+    of its own), gap widths by size, and zlib or packed bits where they beat Huffman's code.
+
+    Raises DistcompError for tensors that are no numbers of a known type, and for more than 32-bit sizes.
+    """
+    if not 1 <= bits <= 12:
+        raise DistcompError(f"{bits} bits per shared weight are not possible; choose 1 to 12")
+    table, bodies = [], []
+    for name, tensor in state.items():
+        coding, body = _body(name, tensor.detach().cpu().contiguous(), bits)
+        raw = name.encode()
+        if len(raw) > 65535 or tensor.dim() > 255 or tensor.numel() >= 1 << 31:
+            raise DistcompError(f"{name[:80]} is too large for this format; leave it out")
+        head = struct.pack("<H", len(raw)) + raw
+        head += struct.pack(f"<BB{tensor.dim()}I", DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape)
+        table.append(head + struct.pack("<BII", coding, len(body), zlib.crc32(body)))
+        bodies.append(body)
+    listed = b"".join(table)
+    header = HEADER.pack(MAGIC, VERSION, 0, len(table), len(listed), zlib.crc32(listed))
+    return b"".join([header, listed, *bodies])
+
+
+def _body(name: str, tensor: Tensor, bits: int) -> tuple[int, bytes]:
+    if tensor.dtype not in DTYPES:
+        raise DistcompError(f"{name} is of type {tensor.dtype}, which this format does not know")
+    raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    zipped = zlib.compress(raw, 9)
+    plain = bytes([ZLIB]) + zipped if len(zipped) < len(raw) else bytes([PACKED]) + raw
+    if tensor.dtype == torch.float32 and tensor.numel() and bool(torch.isfinite(tensor).all()):
+        body = _shared(tensor.reshape(-1).numpy(), bits)
+        if body is not None and len(body) < len(plain):
+            return SHARED, body
+    return RAW, plain
+
+
+def _shared(values: np.ndarray, bits: int) -> bytes | None:
+    """The body of a tensor whose living values share centroids; None where that is no use."""
+    places = np.flatnonzero(values)
+    centroids, codes = shared_values(values[places], 1 << bits)
+    if not 0 < len(centroids) < 65536:
+        return None
+    ways = [(b, _gaps(places, b)) for b in GAP_BITS]
+    b, gaps = min(ways, key=lambda way: len(encode(way[1], 1 << way[0])[1]))
+    head = SHARED_HEAD.pack(b, len(centroids), len(places), len(gaps)) + centroids.astype("<f4").tobytes()
+    streams = [encode(gaps, 1 << b), encode(codes, len(centroids))]
+    return head + b"".join(STREAM.pack(coder, len(data)) + data for coder, data in streams)
+
+
+def _gaps(places: Symbols, bits: int) -> Symbols:
+    """Gap symbols: as many "no living weight yet" as fit, then what is left."""
+    most = (1 << bits) - 1
+    gaps = np.diff(places, prepend=-1) - 1
+    long, rest = gaps // most, gaps % most
+    symbols = np.full(int(long.sum()) + len(gaps), most, np.int64)
+    symbols[np.cumsum(long + 1) - 1] = rest
+    return symbols
+
+
+def _places(symbols: Symbols, bits: int) -> Symbols:
+    most = (1 << bits) - 1
+    ends = np.cumsum(np.where(symbols == most, most, symbols + 1))
+    found: Symbols = ends[symbols != most] - 1
+    return found
+
+
+class _Reader:
+    """Takes bytes from the front; never more than there are."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = memoryview(data)
+        self.at = 0
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.data) - self.at:
+            raise CorruptFile("the file ends before what it announces: it was cut short")
+        self.at += count
+        return bytes(self.data[self.at - count : self.at])
+
+    def unpack(self, form: str) -> tuple[int, ...]:
+        return struct.unpack(form, self.take(struct.calcsize(form)))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    coding: int
+    nbytes: int
+    check: int
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=object))
+
+
+def decompress(data: bytes, limit_bytes: int = LIMIT_BYTES) -> dict[str, Tensor]:
+    """The tensors of a ``.dcz`` file, bit for bit as they were coded.
+
+    Raises CorruptFile for bytes that are damaged, cut short, or not of this format; DistcompError where the
+    tensors would take more than ``limit_bytes``.
+    """
+    reader, entries = _table(data, limit_bytes)
+    return {entry.name: _tensor(entry, reader.take(entry.nbytes)) for entry in entries}
+
+
+def sizes(data: bytes) -> list[Size]:
+    """What each tensor of a file takes, its line in the table included."""
+    reader, entries = _table(data, 1 << 62)
+    found = []
+    for entry in entries:
+        body = reader.take(entry.nbytes)
+        line = 2 + len(entry.name.encode()) + 2 + 4 * len(entry.shape) + 9
+        active, coding = entry.numel, "raw, zlib" if body[:1] == bytes([ZLIB]) else "raw"
+        if entry.coding == SHARED:
+            bits, centroids, active, _, (gaps, codes) = _streams(body)
+            coding = (
+                f"{centroids.size} centroids, {bits}-bit gaps: {CODERS[gaps[0]]}, codes: {CODERS[codes[0]]}"
+            )
+        dense = entry.numel * entry.dtype.itemsize
+        found.append(Size(entry.name, entry.numel, active, dense, line + entry.nbytes, coding))
+    return found
+
+
+def _table(data: bytes, limit_bytes: int) -> tuple[_Reader, list[_Entry]]:
+    reader = _Reader(data)
+    magic, version, zero, count, length, check = HEADER.unpack(reader.take(HEADER.size))
+    if magic != MAGIC or zero:
+        raise CorruptFile("this is no .dcz file; name one that distcomp compress wrote")
+    if version != VERSION:
+        raise CorruptFile(f"the file is of version {version}, this distcomp reads {VERSION}; use a newer one")
+    listed = reader.take(length)
+    if zlib.crc32(listed) != check:
+        raise CorruptFile("the table of tensors is damaged: its checksum is wrong")
+    table = _Reader(listed)
+    entries = []
+    for _ in range(count):
+        entries.append(_entry(table))
+    if table.at != length or len({entry.name for entry in entries}) != count:
+        raise CorruptFile("the table of tensors is damaged: it holds other tensors than it announces")
+    if sum(entry.nbytes for entry in entries) != len(data) - reader.at:
+        raise CorruptFile("the file is not as long as its table says: it was cut short or added to")
+    needed = sum(entry.numel * entry.dtype.itemsize for entry in entries)
+    if needed > limit_bytes:
+        raise DistcompError(
+            f"the tensors would take {needed} bytes, more than the {limit_bytes} allowed; raise the limit if "
+            "you trust the file"
+        )
+    return reader, entries
+
+
+def _entry(table: _Reader) -> _Entry:
+    (length,) = table.unpack("<H")
+    try:
+        name = table.take(length).decode()
+    except UnicodeDecodeError:
+        raise CorruptFile("the table of tensors is damaged: a name is no text") from None
+    dtype, dims = table.unpack("<BB")
+    if dtype >= len(DTYPES):
+        raise CorruptFile(f"{name} is of an unknown type; the file is damaged or of a later version")
+    shape = table.unpack(f"<{dims}I")
+    coding, nbytes, check = table.unpack("<BII")
+    return _Entry(name, DTYPES[dtype], shape, coding, nbytes, check)
+
+
+def _tensor(entry: _Entry, body: bytes) -> Tensor:
+    if zlib.crc32(body) != entry.check:
+        raise CorruptFile(f"{entry.name} is damaged: its checksum is wrong")
+    if entry.coding == SHARED and entry.dtype == torch.float32:
+        return torch.from_numpy(_unshared(entry, body)).view(entry.shape)
+    if entry.coding != RAW or body[:1] not in (bytes([PACKED]), bytes([ZLIB])):
+        raise CorruptFile(f"{entry.name} is coded in an unknown way; the file is of a later version")
+    nbytes = entry.numel * entry.dtype.itemsize
+    if body[0] == ZLIB:
+        raw = decode(ZLIB, body[1:], nbytes, 256).astype(np.uint8)
+    else:
+        raw = np.frombuffer(body[1:], np.uint8).copy()
+    if raw.size != nbytes:
+        raise CorruptFile(f"{entry.name} holds {raw.size} bytes where {nbytes} are due")
+    if entry.dtype == torch.bool and raw.size and raw.max() > 1:
+        raise CorruptFile(f"{entry.name} holds values that are neither true nor false")
+    return torch.from_numpy(raw).view(entry.dtype).view(entry.shape) if nbytes else _empty(entry)
+
+
+def _empty(entry: _Entry) -> Tensor:
+    return torch.empty(entry.shape, dtype=entry.dtype)
+
+
+Streams = tuple[tuple[int, bytes], tuple[int, bytes]]
+
+
+def _streams(body: bytes) -> tuple[int, np.ndarray, int, int, Streams]:
+    reader = _Reader(body)
+    bits, count, active, gaps = SHARED_HEAD.unpack(reader.take(SHARED_HEAD.size))
+    if bits not in GAP_BITS:
+        raise CorruptFile(f"gaps of {bits} bits are not possible: the file is damaged")
+    centroids = np.frombuffer(reader.take(4 * count), "<f4")
+    streams = []
+    for _ in range(2):
+        coder, nbytes = STREAM.unpack(reader.take(STREAM.size))
+        if coder not in CODERS:
+            raise CorruptFile(f"there is no coder {coder}; the file is damaged or of a later version")
+        streams.append((coder, reader.take(nbytes)))
+    if reader.at != len(body):
+        raise CorruptFile("a tensor holds more bytes than it announces")
+    return bits, centroids, active, gaps, (streams[0], streams[1])
+
+
+def _unshared(entry: _Entry, body: bytes) -> np.ndarray:
+    bits, centroids, active, count, (gaps, codes) = _streams(body)
+    if not active <= count <= entry.numel or not centroids.size:
+        raise CorruptFile(f"{entry.name} holds more weights than its shape: the file is damaged")
+    places = _places(decode(*gaps, count, 1 << bits), bits)
+    if len(places) != active or (active and int(places[-1]) >= entry.numel):
+        raise CorruptFile(f"{entry.name} has weights outside its shape: the file is damaged")
+    values = np.zeros(entry.numel, np.float32)
+    values[places] = centroids[decode(*codes, active, centroids.size)]
+    return values

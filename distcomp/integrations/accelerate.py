@@ -1,0 +1,35 @@
+"""Accelerate: attach to what ``accelerator.prepare`` returned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from distcomp.attaching.handle import Chosen, Handle
+from distcomp.attaching.handle import attach as attach_to
+from distcomp.integrations import files
+
+
+def attach(
+    accelerator: Any, model: nn.Module, optimizer: Any, method: Chosen | None = None, **options: Any
+) -> Handle:
+    """As :func:`distcomp.attach`, with Accelerate's gradient scaler, inside its ``save_state`` and
+    ``load_state``.
+
+    ``load_state`` then refuses a checkpoint without distcomp's part, of a run that did not compress: load
+    that before attaching.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # prepare() wraps it
+    handle = attach_to(model, inner, method, scaler=accelerator.scaler, **options)
+
+    def save(models: list[nn.Module], weights: list[Any], directory: str | Path) -> None:
+        files.save(handle, directory)
+
+    def load(models: list[nn.Module], directory: str | Path) -> None:
+        files.load(handle, directory)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+    return handle

@@ -1,0 +1,55 @@
+"""Lightning: a callback that attaches when training starts and detaches at its end.
+
+Lightning's own ``ddp_comm_hook`` is registered on CUDA only; this works on the CPU, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distcomp.attaching.handle import Chosen, Handle, attach
+from distcomp.errors import require
+
+Callback: Any = require("lightning.pytorch", "lightning").Callback
+
+
+class Compression(Callback):
+    """``Trainer(strategy="ddp", callbacks=[Compression("qsgd:bits=4")])``; any method that ``attach`` takes.
+
+    What the method remembers is in Lightning's own checkpoint: rank 0 gathers it from all ranks when it
+    saves, and so needs memory for all of them. ``handle`` is there while it trains. ``options`` are those
+    of :func:`distcomp.attach`.
+    """
+
+    def __init__(self, method: Chosen | None = None, **options: Any) -> None:
+        self.handle: Handle | None = None
+        self._method = method
+        self._options = options
+        self._saved: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.handle = attach(trainer.strategy.model, optimizer, self._method, scaler=scaler, **self._options)
+        if self._saved:
+            self.handle.load_state_dict(self._saved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All ranks' parts, on rank 0. Lightning calls it on every rank and saves what rank 0 has."""
+        if self.handle is not None:
+            self._saved = self.handle.gather_state_dicts()
+        return self._saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.handle is not None:
+            self.state_dict()  # for a checkpoint that is asked for after the training
+            self.handle.detach()
+            self.handle = None
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.handle is not None:
+            self.handle.__exit__(type(exception), exception, None)
+            self.handle = None

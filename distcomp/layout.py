@@ -1,0 +1,149 @@
+"""What is being sent: which parameter lies where in a flat tensor.
+
+A *flat buffer* is a flat tensor; its :class:`Layout` is the frozen record of the parameters in it. State is
+keyed by parameter name, never by bucket index, because DistributedDataParallel rebuilds its buckets after the
+first step. Blocks (of a quantizer, of a sparsifier) lie on a grid that starts at element 0 of each parameter,
+so that cutting or regrouping a flat buffer changes no value.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ParamSlice:
+    """A piece of one parameter: elements ``start`` to ``start + numel`` of it, flattened."""
+
+    name: str
+    shape: tuple[int, ...]
+    """The shape of the whole parameter, also when the segment is only a piece of it."""
+    start: int
+    numel: int
+    role: str = "matrix"
+    """``matrix`` (two dimensions or more), ``bias`` (one or none), ``norm`` or ``embedding``."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.numel
+
+    @property
+    def whole(self) -> bool:
+        """Whether the segment is the whole parameter (matrix methods need that)."""
+        total = 1
+        for side in self.shape:
+            total *= side
+        return self.start == 0 and self.numel == total
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parameters of a flat buffer, in order."""
+
+    slices: tuple[ParamSlice, ...]
+
+    @staticmethod
+    def of(
+        named_shapes: Iterable[tuple[str, tuple[int, ...]]], roles: dict[str, str] | None = None
+    ) -> Layout:
+        """The layout of whole parameters laid end to end."""
+        slices = []
+        for name, shape in named_shapes:
+            numel = 1
+            for side in shape:
+                numel *= side
+            role = (roles or {}).get(name) or ("matrix" if len(shape) >= 2 else "bias")
+            slices.append(ParamSlice(name, tuple(shape), 0, numel, role))
+        return Layout(tuple(slices))
+
+    @cached_property
+    def numel(self) -> int:
+        return sum(param.numel for param in self.slices)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each segment begins in the flat buffer."""
+        offsets, at = [], 0
+        for param in self.slices:
+            offsets.append(at)
+            at += param.numel
+        return tuple(offsets)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(param.name for param in self.slices)
+
+    def pieces(self, buffer: Tensor) -> Iterator[tuple[ParamSlice, Tensor]]:
+        """Each segment with its view of the flat buffer."""
+        for param, at in zip(self.slices, self.offsets, strict=True):
+            yield param, buffer[at : at + param.numel]
+
+    def select(self, keep: Callable[[ParamSlice], bool]) -> Layout:
+        """The layout of the segments that ``keep`` accepts."""
+        return Layout(tuple(param for param in self.slices if keep(param)))
+
+    def block_count(self, alignment: int) -> int:
+        """How many blocks of ``alignment`` elements cover the flat buffer, each parameter beginning a new
+        one."""
+        return sum(-(-param.numel // alignment) for param in self.slices)
+
+    def split(self, parts: int, alignment: int) -> tuple[Layout, ...]:
+        """Cut into consecutive chunks of nearly equal numbers of blocks; no block is cut.
+
+        The chunks laid end to end are the flat buffer, so chunk *i* of a flat buffer is a view of it. Chunks
+        may be empty.
+        """
+        key = (parts, alignment)
+        if key not in self._splits:
+            self._splits[key] = tuple(_split(self.slices, parts, alignment))
+        return self._splits[key]
+
+    @cached_property
+    def _splits(self) -> dict[tuple[int, int], tuple[Layout, ...]]:
+        return {}
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.slices)
+
+
+def _split(slices: tuple[ParamSlice, ...], parts: int, alignment: int) -> Iterator[Layout]:
+    blocks = sum(-(-param.numel // alignment) for param in slices)
+    bounds = [blocks * i // parts for i in range(parts + 1)]
+    for low, high in itertools.pairwise(bounds):
+        chunk, first = [], 0
+        for param in slices:
+            count = -(-param.numel // alignment)
+            a, b = max(low, first) - first, min(high, first + count) - first
+            if a < b:
+                start, stop = a * alignment, min(b * alignment, param.numel)
+                chunk.append(
+                    ParamSlice(param.name, param.shape, param.start + start, stop - start, param.role)
+                )
+            first += count
+        yield Layout(tuple(chunk))
+
+
+def chunk_views(buffer: Tensor, chunks: Iterable[Layout]) -> list[Tensor]:
+    """The views of a flat buffer that belong to its chunks."""
+    views, at = [], 0
+    for chunk in chunks:
+        views.append(buffer[at : at + chunk.numel])
+        at += chunk.numel
+    return views
+
+
+@dataclass(frozen=True, eq=False)
+class FlatBuffer:
+    """A flat tensor and the record of what lies where in it."""
+
+    data: Tensor
+    layout: Layout

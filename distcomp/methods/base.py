@@ -1,0 +1,188 @@
+"""What the workers say to each other, round by round.
+
+A method is an exchange, written as a generator that does no I/O. It reads like the paper::
+
+    def talk(self, x, state, turn):
+        p = yield from mean(x @ q, turn)
+        ...
+        return Outcome(estimate, contribution, state)
+
+**The law.** A method returns its *estimate* of the mean of ``x`` over the ranks, equal on every rank, and its
+own
+*contribution* to it, such that *the contributions of all ranks sum to n times the estimate*. That is what
+makes error feedback six lines that work for every method: keep input minus contribution.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from distcomp.collectives import AllReduce, Rounds, all_reduce_sent_bytes
+from distcomp.layout import FlatBuffer, Layout
+from distcomp.randomness import Key
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import Optimizer
+
+State = Mapping[str, Any]
+"""What a method remembers: a tree of dicts whose leaves are :class:`distcomp.layout.FlatBuffer` (one number
+per element, cut and joined by its layout) or :class:`PerParameter`. Returned, never mutated."""
+
+
+class PerParameter(dict[str, Tensor]):
+    """A leaf of the state that holds one tensor of any shape per parameter name."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Who is talking, about what, and when. ``rank`` and ``size`` are those of the group that talks."""
+
+    rank: int
+    size: int
+    layout: Layout
+    step: int
+    shared: Key
+    """The same on every rank in this step."""
+
+    @property
+    def private(self) -> Key:
+        """Different on every rank."""
+        return self.shared.fold("rank", self.rank)
+
+
+@dataclass(frozen=True)
+class AggregateResult:
+    """What an exchange comes to. ``contribution`` is a function, because only error feedback asks for
+    it."""
+
+    estimate: Tensor
+    contribution: Callable[[], Tensor]
+    state: State
+    subtract_contribution_: Callable[[Tensor], None] | None = None
+    """Subtracts the contribution from a tensor in place: the same numbers without making the contribution
+    first."""
+
+    def residual(self, x: Tensor) -> Tensor:
+        """``x`` minus the contribution. Overwrites ``x``."""
+        if self.subtract_contribution_ is None:
+            return x.sub_(self.contribution())
+        self.subtract_contribution_(x)
+        return x
+
+
+class Method(ABC):
+    """A exchange and the state it keeps between steps. Subclasses are frozen dataclasses."""
+
+    propagates_nonfinite: bool = False
+    """Whether a NaN or an infinity in ``x`` reaches the estimate by itself (nothing needs to look for it)."""
+
+    def init(self, layout: Layout) -> State:
+        """The state before the first step, for the parameters of ``layout``."""
+        return {}
+
+    @abstractmethod
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        """Agree on the mean of ``x`` (float32, ``[context.layout.numel]``). Does not change ``x`` or
+        ``state``."""
+
+    @abstractmethod
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        """Bytes that one rank sends in one step, headers of payloads included (the formula, before any is
+        sent).
+
+        Where steps differ (schedules, phases): in step 0, and in step t of ``self.at(t)``.
+        """
+
+    def check(self, optimizer: Optimizer | None) -> None:
+        """Raise DistcompError if this method, or one within, cannot serve the optimizer."""
+        for _, method in self.within():
+            method.check(optimizer)
+
+    def at(self, step: int) -> Method:
+        """This method, and those within, as :meth:`payload_bytes` should see them in ``step``."""
+        inner = {name: method.at(step) for name, method in self.within()}
+        return replace(self, **inner) if inner else self  # type: ignore[type-var]
+
+    def within(self) -> list[tuple[str, Method]]:
+        """The methods that this one is made of, by the name of their field."""
+        names: list[str] = [one.name for one in fields(self)] if is_dataclass(self) else []
+        return [(name, getattr(self, name)) for name in names if isinstance(getattr(self, name), Method)]
+
+
+def mean(x: Tensor, context: StepContext) -> Rounds[Tensor]:
+    """The mean of ``x`` over the ranks. Multiplies by 1/n before the sum, as DistributedDataParallel does."""
+    total: Tensor = yield AllReduce(x * (1.0 / context.size))
+    return total
+
+
+def all_reduce_bytes(nbytes: float, size: int) -> int:
+    """What each rank sends for the sum of a tensor of ``nbytes``.
+
+    See :func:`distcomp.collectives.all_reduce_sent_bytes`.
+    """
+    return all_reduce_sent_bytes(nbytes, size)
+
+
+def map_state(
+    state: State, buffer: Callable[[str, FlatBuffer], object], each: Callable[[str, PerParameter], object]
+) -> dict[str, Any]:
+    """The tree with its leaves replaced; both functions see the leaf's path (``inner/residual``)."""
+
+    def walk(node: State, prefix: str) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for name, leaf in node.items():
+            path = f"{prefix}{name}"
+            if isinstance(leaf, PerParameter):
+                out[name] = each(path, leaf)
+            elif isinstance(leaf, FlatBuffer):
+                out[name] = buffer(path, leaf)
+            else:
+                out[name] = walk(leaf, path + "/")
+        return out
+
+    return walk(state, "")
+
+
+ByParameter = Mapping[str, Mapping[str, Tensor]]
+"""Parameter name -> path of the leaf -> that parameter's tensor: state apart from any flat buffer."""
+
+
+def cut_state(state: State) -> dict[str, dict[str, Tensor]]:
+    """The state by parameter. The tensors are views: nothing is copied."""
+    cut: dict[str, dict[str, Tensor]] = {}
+
+    def buffer(path: str, leaf: FlatBuffer) -> None:
+        for param, piece in leaf.layout.pieces(leaf.data):
+            cut.setdefault(param.name, {})[path] = piece
+
+    def each(path: str, leaf: PerParameter) -> None:
+        for name, value in leaf.items():
+            cut.setdefault(name, {})[path] = value
+
+    map_state(state, buffer, each)
+    return cut
+
+
+def join_state(cut: ByParameter, template: State) -> dict[str, Any]:
+    """The state of a flat buffer put together again. ``template``, a fresh state, gives the shape and what
+    ``cut`` lacks."""
+
+    def buffer(path: str, leaf: FlatBuffer) -> FlatBuffer:
+        pieces = [
+            cut.get(param.name, {}).get(path, fresh).reshape(-1).to(fresh)
+            for param, fresh in leaf.layout.pieces(leaf.data)
+        ]
+        return FlatBuffer(torch.cat(pieces) if pieces else leaf.data, leaf.layout)
+
+    def each(path: str, leaf: PerParameter) -> PerParameter:
+        return PerParameter(
+            {name: cut.get(name, {}).get(path, fresh).to(fresh) for name, fresh in leaf.items()}
+        )
+
+    return map_state(template, buffer, each)

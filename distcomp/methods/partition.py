@@ -1,0 +1,112 @@
+"""Different methods for different parameters: by role, size or name."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from distcomp.collectives import Rounds
+from distcomp.layout import Layout, ParamSlice
+from distcomp.methods.base import AggregateResult, Method, State, StepContext
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which parameters: any of these roles, fewer elements than this, or names that match one of these
+    patterns."""
+
+    roles: tuple[str, ...] = ()
+    below_numel: int = 0
+    names: tuple[str, ...] = ()
+
+    def __call__(self, param: ParamSlice) -> bool:
+        if param.role in self.roles:
+            return True
+        total = 1
+        for side in param.shape:
+            total *= side
+        return total < self.below_numel or any(fnmatch.fnmatch(param.name, n) for n in self.names)
+
+
+@dataclass(frozen=True)
+class Partition(Method):
+    """Parameters that ``rule`` accepts go through ``special``, the others through ``usual``, one after the
+    other.
+
+    The parameters of each are laid end to end, so that each method talks once however many parameters there
+    are.
+    """
+
+    rule: Rule
+    special: Method
+    usual: Method
+
+    @property
+    def propagates_nonfinite(self) -> bool:  # type: ignore[override]
+        return self.special.propagates_nonfinite and self.usual.propagates_nonfinite
+
+    def _layouts(self, layout: Layout) -> tuple[Layout, Layout]:
+        _, special, usual = partition(self.rule, layout)
+        return special, usual
+
+    def init(self, layout: Layout) -> State:
+        special, usual = self._layouts(layout)
+        return {"special": self.special.init(special), "usual": self.usual.init(usual)}
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        special, usual = self._layouts(context.layout)
+        if not special.slices:
+            result = yield from self.usual.aggregate(x, state["usual"], context)
+            return replace(result, state={**state, "usual": result.state})
+        if not usual.slices:
+            result = yield from self.special.aggregate(x, state["special"], context)
+            return replace(result, state={**state, "special": result.state})
+
+        x_special, x_usual = split(x, self.rule, context.layout)
+        one = yield from self.special.aggregate(x_special, state["special"], replace(context, layout=special))
+        two = yield from self.usual.aggregate(x_usual, state["usual"], replace(context, layout=usual))
+        return AggregateResult(
+            merge(one.estimate, two.estimate, self.rule, context.layout),
+            lambda: merge(one.contribution(), two.contribution(), self.rule, context.layout),
+            {"special": one.state, "usual": two.state},
+        )
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        special, usual = self._layouts(layout)
+        if not special.slices:
+            return self.usual.payload_bytes(usual, size)
+        if not usual.slices:
+            return self.special.payload_bytes(special, size)
+        return self.special.payload_bytes(special, size) + self.usual.payload_bytes(usual, size)
+
+
+@lru_cache(maxsize=256)
+def partition(rule: Rule, layout: Layout) -> tuple[tuple[bool, ...], Layout, Layout]:
+    """Which segments the rule accepts; the layout of these, and that of the others."""
+    accepted = tuple(rule(param) for param in layout.slices)
+    special, usual = (
+        Layout(tuple(s for s, yes in zip(layout.slices, accepted, strict=True) if yes is side))
+        for side in (True, False)
+    )
+    return accepted, special, usual
+
+
+def split(x: Tensor, rule: Rule, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The flat buffer of what the rule accepts, and that of the others."""
+    accepted, _, _ = partition(rule, layout)
+    sides: tuple[list[Tensor], list[Tensor]] = [], []
+    for is_special, (_, piece) in zip(accepted, layout.pieces(x), strict=True):
+        sides[not is_special].append(piece)
+    special, usual = (torch.cat(side) if side else x[:0] for side in sides)
+    return special, usual
+
+
+def merge(special: Tensor, usual: Tensor, rule: Rule, layout: Layout) -> Tensor:
+    """Both flat buffers as one again, in the order of ``layout``."""
+    accepted, *layouts = partition(rule, layout)
+    pieces = [part.pieces(buffer) for part, buffer in zip(layouts, (special, usual), strict=True)]
+    return torch.cat([next(pieces[not is_special])[1] for is_special in accepted])

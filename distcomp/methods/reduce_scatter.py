@@ -1,0 +1,176 @@
+"""Reduce-scatter: every rank owns a piece of a flat buffer and is told its piece of the mean alone.
+
+That is all FSDP asks for, and half of an all-reduce: the second half of every pattern in
+:mod:`distcomp.methods.from_compressor`, telling the mean to everyone, falls away, and with it a second
+encoding's error. The buffer has no names: it is laid out by owner (:func:`owned_layout`), and the methods
+that need to know a parameter's name or shape cannot talk about it.
+
+The law of contributions holds with the estimate that lies spread over the ranks: laid end to end, the pieces
+of all ranks times n are the sum of the contributions, each of which is as long as the buffer. So is the
+residual of error feedback: *one rank owes for the whole buffer*, not for its own piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distcomp.collectives import AllToAll, Rounds
+from distcomp.compressors.base import Compressor
+from distcomp.errors import DistcompError
+from distcomp.layout import Layout, ParamSlice, chunk_views
+from distcomp.methods.allocate import Allocate
+from distcomp.methods.base import AggregateResult, Method, State, StepContext
+from distcomp.methods.feedback import ErrorFeedback
+from distcomp.methods.from_compressor import AllGatherMean, AllReduceMean, Auto, ReduceScatterMean, mean_of
+from distcomp.methods.gradiveq import GradiVeQ
+from distcomp.methods.partition import Partition
+from distcomp.methods.powersgd import PowerSGD
+from distcomp.methods.scheduled import Scheduled, Warmup
+from distcomp.payload import Payload
+
+
+def owned_layout(name: str, numel: int, owners: int) -> Layout:
+    """``owners`` pieces of equal length, one after the other: what is known of a nameless buffer."""
+    piece = numel // owners
+    return Layout(
+        tuple(ParamSlice(f"{name}[{owner}]", (piece,), 0, piece, "matrix") for owner in range(owners))
+    )
+
+
+@dataclass(frozen=True)
+class ShardMean(Method):
+    """Send each owner its piece of ``x``; it adds up what it is sent.
+
+    ``c_ij = encode(piece j of x_i)``, ``estimate_j = 1/n sum_i decode(c_ij)``, added in rank order. The
+    estimate is as long as the rank's own piece; rank i's contribution is ``decode(c_i0) .. decode(c_i,n-1)``.
+    On the wire: ``(n-1)/n`` of the payload of the buffer, half of what an all-reduce of it sends.
+    """
+
+    compressor: Compressor
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        pieces = _pieces(context.layout)
+        key = context.private.fold("owners")
+        sent = tuple(
+            self.compressor.encode(view, piece, key)
+            for view, piece in zip(chunk_views(x, pieces), pieces, strict=True)
+        )
+        received: list[Payload] = yield AllToAll(sent)
+
+        def contribution() -> Tensor:
+            given = torch.empty_like(x)
+            for view, piece, payload in zip(chunk_views(given, pieces), pieces, sent, strict=True):
+                self.compressor.decode_into(view, payload, piece)
+            return given
+
+        def subtract_contribution_(given: Tensor) -> None:
+            for view, piece, payload in zip(chunk_views(given, pieces), pieces, sent, strict=True):
+                self.compressor.subtract_from(view, payload, piece)
+
+        return AggregateResult(
+            mean_of(self.compressor, received, pieces[context.rank]),
+            contribution,
+            state,
+            subtract_contribution_,
+        )
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        """The mean over the ranks: each keeps its own piece."""
+        return round(sum(map(self.compressor.wire_bytes, _pieces(layout))) * (size - 1) / size)
+
+
+@dataclass(frozen=True)
+class OwnShard(Method):
+    """Agree on all of the buffer, as ``inner`` does, and keep one's own piece.
+
+    For methods that need the whole mean: what they remember of it, all ranks remember alike.
+
+    On the wire: ``inner``'s bytes, twice what a reduce-scatter needs.
+    """
+
+    inner: Method
+
+    def init(self, layout: Layout) -> State:
+        return self.inner.init(layout)
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        result = yield from self.inner.aggregate(x, state, context)
+        own = chunk_views(result.estimate, _pieces(context.layout))[context.rank]
+        return replace(result, estimate=own.clone())
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        return self.inner.payload_bytes(layout, size)
+
+
+def _pieces(layout: Layout) -> list[Layout]:
+    return [Layout((param,)) for param in layout.slices]
+
+
+def to_shards(method: Method) -> Method:
+    """``method`` as a reduce-scatter of nameless buffers.
+
+    Compressors that were lifted to an all-reduce, with error feedback, warm-up and schedules around them,
+    send each piece to its owner; any other method agrees on the whole first (:class:`OwnShard`). What a
+    method would have sent as a bias or a norm cannot be told apart here and goes as the rest does.
+
+    Raises DistcompError for methods that need names or shapes; see :func:`refuse_nameless`.
+    """
+    refuse_nameless(method)
+    return _to_owners(method)
+
+
+def _to_owners(method: Method) -> Method:
+    match method:
+        case AllReduceMean(c) | AllGatherMean(c) | ReduceScatterMean(c) | Auto(c):
+            return ShardMean(c)
+        case ErrorFeedback(inner):
+            return ErrorFeedback(_to_owners(inner))
+        case Warmup(inner, steps, before):
+            return Warmup(_to_owners(inner), steps, _to_owners(before))
+        case Scheduled(name, settings, recipe):
+
+            def owned(**values: Any) -> Method:
+                return _to_owners(recipe(**values))
+
+            return Scheduled(name, settings, owned)
+        case Partition(rule, special, usual):
+            return _to_owners(special if rule(_SOME_PIECE) else usual)
+    return OwnShard(method)
+
+
+_SOME_PIECE = owned_layout("", 1, 1).slices[0]
+
+NEEDS = {
+    PowerSGD: "powersgd needs whole matrices",
+    GradiVeQ: "gradiveq needs whole convolutions",
+    Allocate: "allocate chooses layer by layer",
+}
+
+
+def refuse_nameless(method: Method) -> None:
+    """Raise DistcompError if ``method``, or one within, needs to know which parameter lies where.
+
+    FSDP hands over buffers without names, padded, in which the parameters of a module are interleaved.
+    """
+    for one in _all(method):
+        needs = NEEDS.get(type(one))
+        if isinstance(one, Partition) and (one.rule.names or one.rule.below_numel):
+            needs = f"{one.rule} chooses by the name or the size of a parameter"
+        if needs:
+            raise DistcompError(
+                f"{needs}, and FSDP hands over buffers without names, padded and interleaved; use a method "
+                "that works element by element, such as qsgd, topk or ef_signsgd"
+            )
+
+
+def _all(method: Method) -> Iterator[Method]:
+    """The method and all within it."""
+    yield method
+    inner = [method.in_step(0)] if isinstance(method, Scheduled) else [one for _, one in method.within()]
+    for one in inner:
+        yield from _all(one)

@@ -1,0 +1,167 @@
+"""Methods that change with the step: any numeric setting by a schedule, and a warm-up without compression."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from distcomp.collectives import Rounds
+from distcomp.compressors import Identity
+from distcomp.errors import DistcompError
+from distcomp.layout import Layout
+from distcomp.methods.base import AggregateResult, Method, State, StepContext, cut_state
+from distcomp.methods.from_compressor import from_compressor
+from distcomp.schedule import ARROWS, Schedule
+
+PROBE = Layout.of([("matrix", (24, 20)), ("convolution", (8, 6, 3, 3)), ("bias", (8,))])
+"""On which states are compared."""
+
+
+@dataclass(frozen=True)
+class Scheduled(Method):
+    """The method that ``recipe`` builds from the settings' values of the step.
+
+    Every registered recipe makes one where a setting is given as a :class:`~distcomp.schedule.Schedule`.
+    The state must be of one form throughout: a recipe that keeps a residual only for some values needs to
+    be told to keep one always. Every step costs what the step's method costs; ``payload_bytes`` tells of
+    step 0, and of step t after ``at(t)``.
+
+    Raises DistcompError for a value that the recipe refuses, and for states that differ in form.
+    """
+
+    name: str
+    settings: tuple[tuple[str, Any], ...]
+    recipe: Callable[..., Method] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        turns = {step for _, one in self.settings if isinstance(one, Schedule) for step, _ in one.points}
+        forms = {step: _form(self.in_step(step).init(PROBE)) for step in sorted({0, *turns})}
+        odd = next((step for step, form in forms.items() if form != forms[0]), None)
+        if odd is not None:
+            raise DistcompError(
+                f"{self.name} keeps other state in step {odd} than in step 0; fix its other settings so "
+                "that it does not, for instance error_feedback=true"
+            )
+
+    @property
+    def propagates_nonfinite(self) -> bool:  # type: ignore[override]
+        return self.in_step(0).propagates_nonfinite
+
+    def in_step(self, step: int) -> Method:
+        """The method of one step."""
+        return _built(self.recipe, tuple((name, _value(one, step)) for name, one in self.settings))
+
+    def at(self, step: int) -> Method:
+        return self.in_step(step).at(step)
+
+    def init(self, layout: Layout) -> State:
+        return self.in_step(0).init(layout)
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        return (yield from self.in_step(context.step).aggregate(x, state, context))
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        return self.at(0).payload_bytes(layout, size)
+
+
+@functools.lru_cache(maxsize=256)
+def _built(recipe: Callable[..., Method], settings: tuple[tuple[str, Any], ...]) -> Method:
+    return recipe(**dict(settings))
+
+
+def _value(setting: Any, step: int) -> Any:
+    """The setting's value in a step: a whole number where all of the schedule's are."""
+    if not isinstance(setting, Schedule):
+        return setting
+    whole = all(float(value).is_integer() for value in setting.values)
+    return round(setting(step)) if whole else setting(step)
+
+
+def _form(state: State) -> dict[tuple[str, str], tuple[int, ...]]:
+    return {
+        (name, path): tuple(leaf.shape)
+        for name, leaves in cut_state(state).items()
+        for path, leaf in leaves.items()
+    }
+
+
+Recipe = TypeVar("Recipe", bound=Callable[..., Any])
+
+
+def with_schedules(recipe: Recipe, everywhere: bool = True) -> Recipe:
+    """The recipe, whose settings may now also be schedules or the text of one (``bits="8 -> 4 @ 1000"``).
+
+    Without ``everywhere`` only those annotated as such may; others are refused with a DistcompError.
+    """
+    signature = inspect.signature(recipe)
+    native = {name for name, one in signature.parameters.items() if "Schedule" in str(one.annotation)}
+
+    @functools.wraps(recipe)
+    def build(*arguments: Any, **settings: Any) -> Any:
+        given = dict(signature.bind(*arguments, **settings).arguments)
+        read = {name: one if name in native else _read(one) for name, one in given.items()}
+        changing = [name for name, one in read.items() if isinstance(one, Schedule) and name not in native]
+        if changing and not everywhere:
+            raise DistcompError(
+                f"{recipe.__name__}: {changing[0]} cannot change with the step; give a number"
+                + (f" (a schedule may be given for {', '.join(sorted(native))})" if native else "")
+            )
+        if changing:
+            return Scheduled(recipe.__name__.rstrip("_"), tuple(read.items()), recipe)
+        return recipe(**given)
+
+    return build  # type: ignore[return-value]
+
+
+def _read(setting: Any) -> Any:
+    """A schedule where the setting is the text of one."""
+    if isinstance(setting, str) and "@" in setting and any(arrow in setting for arrow in ARROWS):
+        return Schedule.parse(setting)
+    return setting
+
+
+EXACT = from_compressor(Identity())
+
+
+@dataclass(frozen=True)
+class Warmup(Method):
+    """Send float32 (go through ``before``) in the first ``steps`` steps and through ``inner`` afterwards.
+
+    ``estimate = mean(x)`` and ``contribution_i = x_i`` while it lasts; ``inner`` keeps the state it began
+    with. A function of the step only: a run resumed in the middle goes on warming up. On the wire: ``2
+    (n-1)/n 4d`` while it lasts.
+
+    Raises DistcompError for a negative number of steps.
+    """
+
+    inner: Method
+    steps: int
+    before: Method = field(default=EXACT, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise DistcompError(f"a warm-up lasts 0 steps or more, not {self.steps}")
+
+    @property
+    def propagates_nonfinite(self) -> bool:  # type: ignore[override]
+        return self.inner.propagates_nonfinite
+
+    def at(self, step: int) -> Method:
+        return self.before if step < self.steps else self.inner.at(step)
+
+    def init(self, layout: Layout) -> State:
+        return self.inner.init(layout)
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        if context.step >= self.steps:
+            return (yield from self.inner.aggregate(x, state, context))
+        result = yield from self.before.aggregate(x, {}, context)
+        return replace(result, state=state)
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        return self.at(0).payload_bytes(layout, size)

@@ -1,0 +1,318 @@
+"""Two networks, two methods: full precision inside a node, compressed between nodes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, Group, Request, Rounds, within
+from distcomp.errors import DistcompError
+from distcomp.layout import Layout
+from distcomp.methods.base import AggregateResult, Method, State, StepContext, all_reduce_bytes
+from distcomp.methods.basic import qsgd
+from distcomp.methods.registry import method_of, register
+from distcomp.methods.scheduled import EXACT
+from distcomp.payload import Part, Parts, Payload, wire_bytes
+from distcomp.process_environment import LAUNCHERS
+from distcomp.randomness import Key
+
+
+@dataclass(frozen=True)
+class NodePosition:
+    """Where a rank is: in node ``index``, whose ranks are ``node``, and at ``rank`` among them; ``column``
+    holds the ranks at this place of every node."""
+
+    index: int
+    rank: int
+    node: Group
+    column: Group
+
+
+@dataclass(frozen=True)
+class TwoLevel(Method):
+    """First the mean of each node by ``inside``, then the mean of the nodes by ``across``.
+
+    ::
+
+        y_k = inside's mean of node k's ranks;      estimate = across's mean of y_1 ... y_K
+        contribution_i = inside's + (across's - y_k)
+
+    All ranks of a node hold the same ``y_k`` and hold across's exchange alike, each carrying its part
+    of every request: the l-th of L ranks sums or gathers the l-th part with the l-th ranks of the other
+    nodes, and the node puts the parts together. So a node sends each byte once, through all of its ranks at
+    once, and every rank ends with the same residuals.
+
+    On the wire per rank: ``inside``'s bytes within L ranks; an L-th of ``across``'s within K nodes; within
+    the node ``(L-1)/L`` times what came from outside.
+
+    ``nodes``: the ranks of each node, all as many. None: every rank is a node of its own, and ``across``
+    does it all.
+
+    Source: the two-level all-reduce of most collective libraries; of ranks that share the exchange between
+    nodes, Cho et al., BlueConnect, 2019. We differ: between nodes any method may talk, of however many
+    rounds.
+
+    Raises DistcompError for nodes of unequal size, or that are not all the ranks there are.
+    """
+
+    inside: Method
+    across: Method
+    nodes: tuple[Group, ...] | None = None
+    clock: int = field(default=0, repr=False)
+    """The step that ``payload_bytes`` speaks of."""
+
+    def __post_init__(self) -> None:
+        if self.nodes is None:
+            return
+        ranks = sorted(rank for node in self.nodes for rank in node)
+        if len({len(node) for node in self.nodes}) != 1 or ranks != list(range(len(ranks))):
+            raise DistcompError(
+                f"nodes must name each rank once and be of equal size, not {self.nodes}; start as many "
+                "processes on every node"
+            )
+
+    @property
+    def propagates_nonfinite(self) -> bool:  # type: ignore[override]
+        return self.inside.propagates_nonfinite and self.across.propagates_nonfinite
+
+    def at(self, step: int) -> Method:
+        return replace(self, inside=self.inside.at(step), across=self.across.at(step), clock=step)
+
+    def init(self, layout: Layout) -> State:
+        return {"inside": self.inside.init(layout), "across": self.across.init(layout)}
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        position = self._place(context.rank, context.size)
+        near = StepContext(
+            position.rank,
+            len(position.node),
+            context.layout,
+            context.step,
+            context.shared.fold("inside", position.index),
+        )
+        far = StepContext(
+            position.index, len(position.column), context.layout, context.step, context.shared.fold("across")
+        )
+        if near.size == 1:
+            result = yield from within(position.column, self.across.aggregate(x, state["across"], far))
+            return replace(result, state={**state, "across": result.state})
+        node = yield from within(position.node, self.inside.aggregate(x, state["inside"], near))
+        if far.size == 1:
+            return replace(node, state={**state, "inside": node.state})
+        nodes = yield from _shared(position, self.across.aggregate(node.estimate, state["across"], far))
+        return AggregateResult(
+            nodes.estimate,
+            lambda: node.contribution() + (nodes.contribution() - node.estimate),
+            {"inside": node.state, "across": nodes.state},
+        )
+
+    def _place(self, rank: int, size: int) -> NodePosition:
+        nodes = self.nodes or tuple((one,) for one in range(size))
+        if sum(map(len, nodes)) != size:
+            raise DistcompError(
+                f"nodes={nodes} are {sum(map(len, nodes))} ranks, and {size} are here; say where each rank is"
+            )
+        index = next(index for index, node in enumerate(nodes) if rank in node)
+        local = nodes[index].index(rank)
+        return NodePosition(index, local, nodes[index], tuple(node[local] for node in nodes))
+
+    def payload_bytes(self, layout: Layout, size: int) -> int:
+        """Of ``across`` by what it asks for when all is zero: what is sent depends on the layout alone."""
+        position = self._place(0, size)
+        near, far = len(position.node), len(position.column)
+        if near == 1:
+            return self.across.payload_bytes(layout, far)
+        sent = self.inside.payload_bytes(layout, near)
+        if far == 1:
+            return sent
+        context = StepContext(0, far, layout, self.clock, Key.of(0))
+        exchange = self.across.aggregate(torch.zeros(layout.numel), self.across.init(layout), context)
+        return sent + round(sum(_bytes(request, near, far) for request in _requests(exchange, far)))
+
+
+def _shared(position: NodePosition, exchange: Rounds[AggregateResult]) -> Rounds[AggregateResult]:
+    """The exchange of a node with the others, every request carried by all of its ranks in parts."""
+    try:
+        request = next(exchange)
+        while True:
+            received, parts = yield from _sent(request, position)
+            answer = yield from _assembled(received, parts, position)
+            request = exchange.send(_read(request, answer))
+    except StopIteration as stop:
+        result: AggregateResult = stop.value
+        return result
+
+
+def _sent(request: Request, position: NodePosition) -> Rounds[tuple[list[Payload], list[Parts]]]:
+    """Ask the column for this rank's part: the shares that came, and what they are shares of."""
+    group, here, count = position.column, position.index, len(position.column)
+    if isinstance(request, AllReduce):
+        whole = _payload_of(request)
+        share = _share(whole, position)
+        share[request.kind].copy_((yield AllReduce(share[request.kind].clone(), request.kind, group)))
+        return [share], [whole.parts]
+    if isinstance(request, AllGather):
+        parts = list(request.parts or [request.payload.parts] * count)
+        shares = tuple(_shares(one, len(position.node)) for one in parts)
+        return (yield AllGather(_share(request.payload, position), shares, group)), parts
+    if isinstance(request, AllToAll):
+        outgoing = tuple(_share(payload, position) for payload in request.payloads)
+        return (yield AllToAll(outgoing, group)), [request.payloads[here].parts] * count
+    if isinstance(request, Broadcast):
+        share = yield Broadcast(_share(request.payload, position), group[request.source], group)
+        return [share], [request.payload.parts]
+    raise DistcompError("gossip between nodes is not carried in parts; give across a method of gradients")
+
+
+def _assembled(received: list[Payload], parts: list[Parts], position: NodePosition) -> Rounds[list[Payload]]:
+    """Put together what the ranks of a node received: one payload for each of ``parts``, by one gathering."""
+    parcel = Payload.empty(_merged([one.parts for one in received]), received[0].wire.device)
+    for part in parcel.parts:
+        torch.cat([one[part.kind] for one in received], out=parcel[part.kind])
+    parcels: list[Payload] = yield AllGather(parcel, group=position.node)
+    return [_joined(parcels, parts, index) for index in range(len(parts))]
+
+
+def _joined(parcels: list[Payload], parts: list[Parts], index: int) -> Payload:
+    """The payload whose shares lie at ``index`` in every parcel."""
+    whole = Payload.empty(parts[index], parcels[0].wire.device)
+    for position, part in enumerate(whole.parts):
+        widths = [_width(one[position].numel, len(parcels)) for one in parts]
+        begin = sum(widths[:index])
+        pieces = [parcel[part.kind][begin : begin + widths[index]] for parcel in parcels]
+        whole[part.kind].copy_(torch.cat(pieces)[: part.numel])
+    return whole
+
+
+def _read(request: Request, answer: list[Payload]) -> Any:
+    if isinstance(request, AllReduce):
+        return answer[0][request.kind].view_as(request.x)
+    return answer[0] if isinstance(request, Broadcast) else answer
+
+
+def _payload_of(request: AllReduce) -> Payload:
+    """A tensor to be summed, as a payload of one part."""
+    payload = Payload.empty((Part(request.kind, request.x.dtype, request.x.numel()),), request.x.device)
+    payload[request.kind].copy_(request.x.reshape(-1))
+    return payload
+
+
+def _width(numel: int, ranks: int) -> int:
+    return -(-numel // ranks)
+
+
+def _shares(parts: Parts, ranks: int) -> Parts:
+    """What each of a node's ranks carries of a payload: an equal share of every part."""
+    return tuple(Part(part.kind, part.dtype, _width(part.numel, ranks)) for part in parts)
+
+
+def _share(payload: Payload, position: NodePosition) -> Payload:
+    """This rank's share, zeros behind it where it is short."""
+    share = Payload.empty(_shares(payload.parts, len(position.node)), payload.wire.device)
+    for part in share.parts:
+        own = payload[part.kind][position.rank * part.numel : (position.rank + 1) * part.numel]
+        share[part.kind][: own.numel()] = own
+        share[part.kind][own.numel() :] = 0
+    return share
+
+
+def _merged(parts: list[Parts]) -> Parts:
+    """Several payloads of the same kinds laid together, kind by kind."""
+    return tuple(
+        Part(same[0].kind, same[0].dtype, sum(one.numel for one in same)) for same in zip(*parts, strict=True)
+    )
+
+
+def _requests(exchange: Rounds[AggregateResult], size: int) -> list[Request]:
+    """What an exchange asks for, with answers that are made up."""
+    asked: list[Request] = []
+    try:
+        request = next(exchange)
+        while True:
+            asked.append(request)
+            request = exchange.send(_made_up(request, size))
+    except StopIteration:
+        return asked
+
+
+def _made_up(request: Request, size: int) -> Any:
+    def zeros(parts: Parts) -> Payload:
+        return Payload(torch.zeros(wire_bytes(parts), dtype=torch.uint8), parts)
+
+    if isinstance(request, AllReduce):
+        return request.x
+    if isinstance(request, AllGather):
+        return [zeros(parts) for parts in request.parts or [request.payload.parts] * size]
+    if isinstance(request, AllToAll):
+        return [zeros(request.payloads[0].parts) for _ in range(size)]
+    return zeros(request.payload.parts)
+
+
+def _bytes(request: Request, near: int, far: int) -> float:
+    """What a rank sends to have a request carried in parts: to its column, then to its node."""
+    whole: list[Parts]
+    if isinstance(request, AllReduce):
+        whole = [(Part(request.kind, request.x.dtype, request.x.numel()),)]
+    elif isinstance(request, AllGather):
+        whole = list(request.parts or [request.payload.parts] * far)
+    elif isinstance(request, AllToAll):
+        whole = [payload.parts for payload in request.payloads]
+    else:
+        whole = [request.payload.parts]
+    shares = [_shares(parts, near) for parts in whole]
+    to_node = (near - 1) * wire_bytes(_merged(shares))
+    if isinstance(request, AllReduce):
+        return to_node + all_reduce_bytes(sum(part.nbytes for part in shares[0]), far)
+    times = (far - 1) / far if isinstance(request, Broadcast) else far - 1
+    return to_node + times * sum(map(wire_bytes, shares)) / len(shares)
+
+
+def nodes_of(environment: Mapping[str, str]) -> tuple[Group, ...] | None:
+    """The ranks of each node, as a launcher tells them; None where none does.
+
+    Ranks are taken to be numbered node by node, as these launchers do unless told otherwise.
+
+    Raises DistcompError where nodes cannot be of equal size.
+    """
+    for launcher in LAUNCHERS:
+        size_text, node_text = environment.get(launcher.size, ""), environment.get(launcher.local_size, "")
+        node_text = re.sub(r"\(x\d+\)$", "", node_text)  # Slurm's "2(x3)": two on each of three
+        if size_text.isdecimal() and node_text:
+            size, node = int(size_text), int(node_text) if node_text.isdecimal() else 0
+            if node < 1 or size % node:
+                raise DistcompError(
+                    f"{launcher.size}={size} processes are not nodes of {launcher.local_size}={node_text}; "
+                    "start as many on every node"
+                )
+            return tuple(tuple(range(first, first + node)) for first in range(0, size, node))
+    return None
+
+
+ACROSS = qsgd()
+
+
+@register(
+    paper="two-level all-reduce; Cho et al., BlueConnect, 2019",
+    wire="inside's within a node; 1/L of across's between nodes of L ranks, and within the node what came in",
+    summable=False,
+    biased=False,
+    deviations="any method may talk between nodes; all ranks of a node carry its requests in parts",
+    limitations="where the network inside a node is no faster than that between nodes",
+)
+def two_level(
+    inside: Method | str = EXACT, across: Method | str = ACROSS, nodes: tuple[Group, ...] | None = None
+) -> Method:
+    """Average in full precision inside a node, and compress between nodes.
+
+    See :class:`distcomp.methods.TwoLevel`. ``inside`` and ``across`` are methods, or the text of one.
+    ``nodes`` are the ranks of each node, ``((0, 1), (2, 3))``; without them, as the launcher's environment
+    tells; and where that tells nothing, every rank is a node of its own.
+    """
+    told = nodes_of(os.environ) if nodes is None else tuple(tuple(node) for node in nodes)
+    return TwoLevel(method_of(inside), method_of(across), told)

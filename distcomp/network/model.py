@@ -1,0 +1,348 @@
+"""How long will an exchange take on a :class:`Fabric`? Pure functions: bytes in, seconds out.
+
+A fluid model. Everything that an exchange sends is under way at once; every link, each way, carries what
+crosses it at its own rate; the exchange is over when the busiest link is::
+
+    transfer_s = max over links of  8 bytes / rate        links: out of and into each rank, and each rack
+    latency_s  = hops * delay + messages * message        of the pair that is farthest apart
+
+``bytes`` are what Ethernet is charged: payload, headers, and the acknowledgements of what comes back
+(:mod:`distcomp.network.framing`). ``message`` is the host's work to send and receive one,
+``Host.message_s``, of which a rank has so many one behind the other.
+
+===============  =====================================  ===================  ==========  =====================
+exchange         bytes sent per rank, payload P         hops                 messages    of
+===============  =====================================  ===================  ==========  =====================
+:func:`ring`     2 (n-1)/n P                            2 (n-1)              2 (n-1)     a large sum
+:func:`tree`     2 P within, P at root and leaves       2 ceil(log2 n)       as hops     a small sum, large n
+:func:`direct`   (n-1) P                                1                    n-1         a small sum, small n
+:func:`gather`   (n-1) P                                1                    n-1         payloads to all
+:func:`swap`     (n-1)/n P                              1                    n-1         chunks to owners
+:func:`mix`      degree P                               1                    degree      neighbours
+:func:`cast`     P at the source, (n-1)/n P on average  ceil(log2 n)         as hops     one to all
+===============  =====================================  ===================  ==========  =====================
+
+A two-stage reduction (:func:`two_stage`) is a swap and a gather of the chunks.
+
+Assumed: TCP shares links without loss and without waste; a rank sends and receives at once; ranks of a rack
+share nothing but its uplink; there is no other traffic. Where ranks share a machine, its cores carry the
+bytes, too (``Host.byte_s``), and computing takes longer (``Host.oversubscription``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import zip_longest
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distcomp.collectives import Group
+from distcomp.network.fabric import Fabric
+from distcomp.network.framing import acknowledged_bytes, framed_bytes
+
+Bytes = NDArray[np.float64]
+Edge = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What exchanges really took, against the bytes that a rank sends in one: ``late_s`` per hop beyond the
+    fluid model (flows that share a link unfairly, timers, threads that wake up late), and ``core_s`` of a
+    core. On a line between two sizes, below the smallest as there."""
+
+    nbytes: tuple[float, ...]
+    late_s: tuple[float, ...]
+    core_s: tuple[float, ...]
+
+    def hop_s(self, nbytes: float) -> float:
+        """Of a hop, too late; above the largest size as there."""
+        return float(np.interp(nbytes, self.nbytes, self.late_s))
+
+    def carried_s(self, nbytes: float) -> float:
+        """Of a core; above the largest size in proportion to it."""
+        beyond = max(1.0, nbytes / self.nbytes[-1])
+        return beyond * float(np.interp(nbytes, self.nbytes, self.core_s))
+
+
+@dataclass(frozen=True)
+class Host:
+    """What ranks that share a machine share: ``cores`` for all ``ranks`` on it.
+
+    ``message_s`` and ``byte_s``: of a core, to send and receive a message, and a byte of it. ``direct`` and
+    ``around``, where :mod:`distcomp.advice.calibrate` measured them, are what direct exchanges and rings
+    really took, and stand for both.
+    """
+
+    ranks: int = 1
+    cores: int = 1
+    message_s: float = 0.0
+    byte_s: float = 0.0
+    direct: Overhead | None = None
+    around: Overhead | None = None
+
+    @property
+    def oversubscription(self) -> float:
+        """How many times longer computing takes than on a core of one's own, with everybody computing."""
+        return max(1.0, self.ranks / self.cores)
+
+    @property
+    def shared(self) -> bool:
+        """Whether a rank has less than a core for each of its two threads that compute."""
+        return self.ranks > 1 and 2 * self.ranks > self.cores
+
+
+ALONE = Host()
+"""A machine per rank, to which messages are no work."""
+
+
+@dataclass(frozen=True, eq=False)
+class Load:
+    """Bytes that cross each link: out of and into each rank, out of and into each rack."""
+
+    out: Bytes
+    into: Bytes
+    up: Bytes
+    down: Bytes
+
+    @property
+    def sent_bytes(self) -> float:
+        """By a rank, on average."""
+        return float(self.out.mean())
+
+    def __add__(self, other: Load) -> Load:
+        return Load(self.out + other.out, self.into + other.into, self.up + other.up, self.down + other.down)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one exchange: ``transfer_s`` occupies the wire, ``latency_s`` passes beside it; ``core_s``
+    of a core are missing to whoever computes meanwhile. ``links_s``: what each link is occupied, at most
+    ``transfer_s``."""
+
+    transfer_s: float
+    latency_s: float
+    core_s: float
+    links_s: Bytes
+
+    @property
+    def seconds(self) -> float:
+        """From the first byte to the last."""
+        return self.transfer_s + self.latency_s
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """What an exchange asks of a network: loads one behind the other, hops of ``delay_s``, messages per rank.
+    ``around``: its hops wait for each other, as on a ring."""
+
+    stages: tuple[Load, ...] = ()
+    hops: int = 0
+    delay_s: float = 0.0
+    messages: int = 0
+    around: bool = False
+
+    def cost(self, fabric: Fabric, host: Host = ALONE) -> Cost:
+        """Its seconds, with the network to itself. A ring keeps whoever carries it busy throughout: its hops
+        count as transfer."""
+        stages_s = [occupied_s(load, fabric) for load in self.stages]
+        moved_s = sum(
+            max(float(one_s.max()), load.sent_bytes * host.byte_s * host.oversubscription)
+            for one_s, load in zip(stages_s, self.stages, strict=True)
+        )
+        links_s = np.sum(stages_s or [np.zeros(1)], axis=0)
+        hops_s = self.hops * self.delay_s
+        late_s = 0.0
+        overhead = host.around if self.around else host.direct
+        if overhead is None:
+            hops_s += self.messages * host.message_s * host.oversubscription
+            core_s = self.messages * host.message_s + self.sent_bytes * host.byte_s
+        else:
+            late_s = self.hops * overhead.hop_s(self.sent_bytes)
+            core_s = overhead.carried_s(self.sent_bytes)
+        if self.around:
+            late_s, hops_s = late_s + hops_s, 0.0
+        return Cost(moved_s + late_s, hops_s, core_s, links_s + late_s)
+
+    @property
+    def sent_bytes(self) -> float:
+        """By a rank, on average."""
+        return sum(load.sent_bytes for load in self.stages)
+
+
+def together(exchanges: Iterable[Exchange]) -> Exchange:
+    """Exchanges of several groups at the same time: links carry the loads of all."""
+    every = list(exchanges)
+    columns = zip_longest(*(one.stages for one in every))
+    return Exchange(
+        tuple(_added([load for load in column if load is not None]) for column in columns),
+        max((one.hops for one in every), default=0),
+        max((one.delay_s for one in every), default=0.0),
+        max((one.messages for one in every), default=0),
+        any(one.around for one in every),
+    )
+
+
+def _added(loads: Sequence[Load]) -> Load:
+    total = loads[0]
+    for load in loads[1:]:
+        total = total + load
+    return total
+
+
+# ------------------------------------------------------------------------------------- what crosses the links
+
+
+def along(edges: Mapping[Edge, float], fabric: Fabric) -> Load:
+    """The load of messages of so many bytes along edges ``(source, target)``."""
+    n, racks, place = fabric.ranks, max(1, len(fabric.racks)), places(fabric)
+    load = Load(np.zeros(n), np.zeros(n), np.zeros(racks), np.zeros(racks))
+    for (source, target), nbytes in edges.items():
+        load.out[source] += nbytes
+        load.into[target] += nbytes
+        if place[source] != place[target]:
+            load.up[place[source]] += nbytes
+            load.down[place[target]] += nbytes
+    return load
+
+
+def among(
+    sends: Sequence[float] | Bytes, shares: Sequence[float] | Bytes, group: Group, fabric: Fabric
+) -> Load:
+    """The load when member i sends ``sends[i] * shares[j]`` bytes to every other member j.
+
+    A gather has ``shares`` of 1; a swap of chunks ``sends`` of 1. Computed from sums: any number of ranks.
+    """
+    members, place = np.array(group), places(fabric)[list(group)]
+    a, b = np.asarray(sends, dtype=np.float64), np.asarray(shares, dtype=np.float64)
+    racks = max(1, len(fabric.racks))
+    rack_a, rack_b = np.bincount(place, a, racks), np.bincount(place, b, racks)
+    out, into = np.zeros(fabric.ranks), np.zeros(fabric.ranks)
+    out[members] = a * (b.sum() - b)
+    into[members] = b * (a.sum() - a)
+    return Load(out, into, rack_a * (b.sum() - rack_b), rack_b * (a.sum() - rack_a))
+
+
+def occupied_s(load: Load, fabric: Fabric) -> Bytes:
+    """How long each link carries the load: out of and into the ranks, out of and into the racks."""
+    rates, uplinks = links(fabric)
+    pairs = ((load.out, load.into, rates), (load.up, load.down, uplinks))
+    return np.concatenate(
+        [
+            8 * charged(sent, back) / rate
+            for one, other, rate in pairs
+            for sent, back in ((one, other), (other, one))
+        ]
+    )
+
+
+def charged(sent: Bytes, back: Bytes) -> Bytes:
+    """Bytes that a link's queue is charged: a stream, and acknowledgements of what comes the other way."""
+    return np.asarray(framed_bytes(1) * sent + acknowledged_bytes(1) * back)
+
+
+@lru_cache(maxsize=64)
+def places(fabric: Fabric) -> NDArray[np.int64]:
+    """The rack of each rank; 0 for all where there are none."""
+    place = np.zeros(fabric.ranks, dtype=np.int64)
+    for index, rack in enumerate(fabric.racks):
+        place[list(rack.ranks)] = index
+    return place
+
+
+@lru_cache(maxsize=64)
+def links(fabric: Fabric) -> tuple[Bytes, Bytes]:
+    """The rates of ranks' links and of racks' uplinks."""
+    uplinks = [rack.uplink_bps for rack in fabric.racks] or [math.inf]
+    return np.array(fabric.rates_bps), np.array(uplinks)
+
+
+def delay_s(pairs: Sequence[Edge], fabric: Fabric) -> float:
+    """One way between the pair that is farthest apart."""
+    place, racks = places(fabric), _rack_delays(fabric)
+    source, target = np.array(pairs).T
+    crossing = place[source] != place[target]
+    return fabric.delay_s + float(((racks[place[source]] + racks[place[target]]) * crossing).max())
+
+
+def farthest_s(group: Group, fabric: Fabric) -> float:
+    """One way between the members that are farthest apart."""
+    present = np.unique(places(fabric)[list(group)])
+    return fabric.delay_s + (
+        float(np.sort(_rack_delays(fabric)[present])[-2:].sum()) if len(present) > 1 else 0
+    )
+
+
+def _rack_delays(fabric: Fabric) -> Bytes:
+    return np.array([rack.delay_s for rack in fabric.racks] or [0.0])
+
+
+# ------------------------------------------------------------------------------------------------- exchanges
+
+
+def ring(nbytes: float, group: Group, fabric: Fabric) -> Exchange:
+    """A sum of ``nbytes`` around a ring in the order of ranks: scatter-reduce, then gather."""
+    n = len(group)
+    if n == 1:
+        return Exchange()
+    edges = [(group[i], group[(i + 1) % n]) for i in range(n)]
+    load = along(dict.fromkeys(edges, 2 * (n - 1) / n * nbytes), fabric)
+    return Exchange((load,), 2 * (n - 1), delay_s(edges, fabric), 2 * (n - 1), around=True)
+
+
+def tree(nbytes: float, group: Group, fabric: Fabric) -> Exchange:
+    """A sum of ``nbytes`` up a binomial tree and down again; its levels do not overlap."""
+    down = cast(nbytes, group, fabric)
+    up = tuple(Load(load.into, load.out, load.down, load.up) for load in down.stages)
+    return Exchange(up[::-1] + down.stages, 2 * down.hops, down.delay_s, 2 * down.messages, around=True)
+
+
+def direct(nbytes: float, group: Group, fabric: Fabric) -> Exchange:
+    """A sum of ``nbytes`` that everybody sends to everybody."""
+    return gather([nbytes] * len(group), group, fabric)
+
+
+def gather(payload_bytes: Sequence[float], group: Group, fabric: Fabric) -> Exchange:
+    """Member i sends ``payload_bytes[i]`` to every other."""
+    return _at_once(among(payload_bytes, np.ones(len(group)), group, fabric), group, fabric)
+
+
+def swap(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> Exchange:
+    """Every member sends ``chunk_bytes[j]`` to member j."""
+    return _at_once(among(np.ones(len(group)), chunk_bytes, group, fabric), group, fabric)
+
+
+def two_stage(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> Exchange:
+    """A :func:`swap` of chunks, and a :func:`gather` of what their owners made of them."""
+    one, other = swap(chunk_bytes, group, fabric), gather(chunk_bytes, group, fabric)
+    return Exchange(
+        one.stages + other.stages, one.hops + other.hops, one.delay_s, one.messages + other.messages
+    )
+
+
+def mix(nbytes: float, edges: Iterable[Edge], fabric: Fabric) -> Exchange:
+    """Neighbours send each other ``nbytes``; each edge is named once."""
+    both = [pair for i, j in edges for pair in ((i, j), (j, i))]
+    if not both:
+        return Exchange()
+    degree = int(np.bincount([i for i, _ in both]).max())
+    return Exchange((along(dict.fromkeys(both, nbytes), fabric),), 1, delay_s(both, fabric), degree)
+
+
+def cast(nbytes: float, group: Group, fabric: Fabric) -> Exchange:
+    """The first member's ``nbytes`` to all, down a binomial tree: in round k, 2^k members send."""
+    n, stages, slowest_s, reached = len(group), [], 0.0, 1
+    while reached < n:
+        edges = [(group[i], group[i + reached]) for i in range(min(reached, n - reached))]
+        stages.append(along(dict.fromkeys(edges, nbytes), fabric))
+        slowest_s = max(slowest_s, delay_s(edges, fabric))
+        reached *= 2
+    return Exchange(tuple(stages), len(stages), slowest_s, len(stages), around=True)
+
+
+def _at_once(load: Load, group: Group, fabric: Fabric) -> Exchange:
+    n = len(group)
+    return Exchange((load,), 1, farthest_s(group, fabric), n - 1) if n > 1 else Exchange()

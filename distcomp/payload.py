@@ -1,0 +1,154 @@
+"""Bytes as they cross the wire: a header of 32 bytes and named parts, in one buffer.
+
+========  =====  ==============================================================
+offset    bytes  what
+========  =====  ==============================================================
+0         4      magic ``dcp1``
+4         1      1 if the sender's tensor held a NaN or an infinity, 0 if not
+5         1      1 minus that: the checksum does not cover it
+6         2      rank of the sender
+8         4      fingerprint of the settings both sides were attached with
+12        4      number of the exchange
+16        8      length of what follows the header
+24        8      checksum of what follows the header (:func:`distcomp.kernels.checksum`)
+========  =====  ==============================================================
+
+The parts lie behind it in order of falling item size, so that each is aligned without padding. Nothing in a
+payload is ever unpickled; the receiver knows every length before a byte arrives and refuses anything else.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distcomp.errors import CorruptPayload
+from distcomp.kernels import checksum
+
+HEADER = struct.Struct("<4sBBHIIQQ")
+MAGIC = b"dcp1"
+NON_FINITE_AT = 4
+FINITE_AT = 5
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a payload: its kind for the ledger (codes, scales, indices, values), dtype and length."""
+
+    kind: str
+    dtype: torch.dtype
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+Parts = tuple[Part, ...]
+
+
+def body_bytes(parts: Parts) -> int:
+    return sum(part.nbytes for part in parts)
+
+
+def wire_bytes(parts: Parts) -> int:
+    """What a payload of these parts weighs on the wire: header, parts, and padding to a multiple of 8 bytes.
+
+    The padding keeps payloads aligned that arrive one behind another in one buffer.
+    """
+    return -(-(HEADER.size + body_bytes(parts)) // 8) * 8
+
+
+class Payload:
+    """A buffer ``wire`` (uint8) and the views of its parts.
+
+    >>> payload = Payload.empty((Part("scales", torch.float32, 1), Part("codes", torch.uint8, 4)))
+    >>> payload.wire.numel(), payload["codes"].numel()
+    (40, 4)
+    """
+
+    def __init__(self, wire: Tensor, parts: Parts) -> None:
+        sizes = [part.dtype.itemsize for part in parts]
+        if sizes != sorted(sizes, reverse=True):
+            raise ValueError(f"parts must come in order of falling item size, to be aligned: {parts}")
+        self.wire = wire
+        self.parts = parts
+        self._views: dict[str, Tensor] = {}
+        at = HEADER.size
+        for part in parts:
+            self._views[part.kind] = wire[at : at + part.nbytes].view(part.dtype)
+            at += part.nbytes
+
+    @staticmethod
+    def empty(parts: Parts, device: torch.device | None = None) -> Payload:
+        return Payload(torch.empty(wire_bytes(parts), dtype=torch.uint8, device=device), parts)
+
+    def __getitem__(self, kind: str) -> Tensor:
+        return self._views[kind]
+
+    @property
+    def body(self) -> Tensor:
+        return self.wire[HEADER.size : HEADER.size + body_bytes(self.parts)]
+
+
+@dataclass(frozen=True)
+class PayloadHeader:
+    """What both sides agree on about one exchange."""
+
+    rank: int
+    fingerprint: int
+    exchange: int
+
+
+def write_header(payload: Payload, agreed: PayloadHeader, finite: Tensor) -> None:
+    """Write the header. ``finite`` (a bool of no dimensions) lies on the payload's device."""
+    body = payload.body
+    check = checksum(body) if body.device.type == "cpu" else 0
+    header = HEADER.pack(MAGIC, 0, 1, agreed.rank, agreed.fingerprint, agreed.exchange, body.numel(), check)
+    payload.wire[: HEADER.size] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    payload.wire[NON_FINITE_AT] = ~finite
+    payload.wire[FINITE_AT] = finite
+
+
+def check_header(payload: Payload, expected: PayloadHeader) -> Tensor:
+    """Check the header against what was agreed; return whether the sender's tensor was finite.
+
+    Raises :class:`CorruptPayload` naming the first check that fails. On a GPU nothing waits for the device: a
+    header that is not the expected one makes the answer count as non-finite, and there is no checksum.
+    """
+    body = payload.body
+    if body.device.type != "cpu":
+        return _unseal_on_device(payload, expected)
+    magic, non_finite, finite, rank, fingerprint, exchange, length, check = HEADER.unpack(
+        payload.wire[: HEADER.size].numpy().tobytes()
+    )
+    found: Iterable[tuple[str, object, object]] = (
+        ("magic", magic, MAGIC),
+        ("finite flag", (non_finite, finite), (0, 1) if finite else (1, 0)),
+        ("rank", rank, expected.rank),
+        ("settings fingerprint", fingerprint, expected.fingerprint),
+        ("exchange number", exchange, expected.exchange),
+        ("length", length, body.numel()),
+        ("checksum", check, checksum(body)),
+    )
+    for what, got, wanted in found:
+        if got != wanted:
+            raise CorruptPayload(
+                f"the payload from rank {expected.rank} in exchange {expected.exchange} is corrupt: "
+                f"{what} is {got!r}, "
+                f"expected {wanted!r}; no gradient was changed: restart from the last checkpoint and "
+                "check the network"
+            )
+    return torch.tensor(bool(finite))
+
+
+def _unseal_on_device(payload: Payload, expected: PayloadHeader) -> Tensor:
+    header = HEADER.pack(
+        MAGIC, 0, 1, expected.rank, expected.fingerprint, expected.exchange, payload.body.numel(), 0
+    )
+    wanted = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(payload.wire.device, non_blocking=True)
+    return (payload.wire[: HEADER.size] == wanted).all()

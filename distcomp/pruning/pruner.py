@@ -1,0 +1,348 @@
+"""Which weights exist while we train: a criterion decides, a pruner asks it at the right time, on all ranks
+alike.
+
+**The clock** is the iteration: a training forward and the backward that followed it. Masks change at the
+beginning of the next training forward; never in between, and never with an optimizer step, which a GradScaler
+may skip.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer
+
+from distcomp.errors import DistcompError, Mismatch
+from distcomp.pruning.masks import Mask, Pruned, digest, put_masks, unwrapped, weights_of
+from distcomp.randomness import Key
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PruningContext:
+    """What a criterion decides from: the same on every rank."""
+
+    step: int
+    due: tuple[str, ...]
+    weights: Tensors
+    """Trained values by name, dead ones included; their mean over ranks where ranks differ."""
+    masks: Tensors
+    gradients: Tensors
+    """What the optimizer last saw, where the criterion asks for it."""
+    key: Key
+    memory: Tensors
+    """What the criterion keeps between decisions; it may write here. Saved with the pruner."""
+
+
+class Criterion(ABC):
+    """Decides which weights live. Subclasses are frozen dataclasses: their ``repr`` is what ranks compare."""
+
+    wants_dense: bool = False
+    """Whether gradients of dead weights are needed when a mask is due to change."""
+    keeps_dense_grad: bool = False
+    """Whether dead weights are trained too: what is not sent of their gradients is owed until it is."""
+    restarts: bool = True
+    """Whether a weight that comes back begins at zero; otherwise where it was left."""
+    wants_gradients: bool = False
+    """Whether ``PruningContext.gradients`` is filled."""
+    wants_optimizer: bool = False
+
+    def mask_for(self, parameter: Tensor) -> Mask:
+        """The parametrization of a parameter."""
+        return Mask(parameter)
+
+    def begin(self, weights: Tensors, key: Key) -> Tensors:
+        """Masks before the first step, where they are not all ones."""
+        return {}
+
+    @abstractmethod
+    def due(self, step: int, name: str) -> bool:
+        """Whether this parameter's mask may change after iteration ``step`` (counted from 0).
+
+        A function of its arguments and the settings alone: the wire asks it beforehand.
+        """
+
+    @abstractmethod
+    def decide(self, view: PruningContext) -> Tensors:
+        """New masks (bool) of parameters in ``view.due``; those left out stay."""
+
+    def after_step(self, step: int, pruned: Mapping[str, Pruned], rates: Mapping[int, float]) -> None:
+        """What happens to the weights after each optimizer step; ``rates`` are learning rates by parameter
+        id."""
+        return
+
+
+class Consensus(Protocol):
+    """How a pruner asks the other ranks, where a method is attached."""
+
+    replicated: bool
+    """Whether weights are the same on every rank anyway."""
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of a flat float32 tensor over the ranks."""
+
+    def numbers(self, own: int) -> list[int]:
+        """Every rank's number, in rank order."""
+
+
+@dataclass
+class Change:
+    """That masks changed after iteration ``step``: the share of dead weights by name, from then on."""
+
+    step: int
+    sparsity: dict[str, float]
+
+
+@dataclass
+class _Clock:
+    fresh: bool = False
+    pending: bool = False
+    hooks: list[Any] = field(default_factory=list)
+
+
+class Pruner:
+    """Keeps the masks of ``model`` as ``criterion`` decides, from the next iteration on.
+
+    Args:
+        model: a module, DistributedDataParallel around it, or torch.compile around that. Create the pruner
+            after DDP and before ``distcomp.attach``.
+        optimizer: of its parameters; needed by proximal methods and by regrowth.
+        criterion: what decides.
+        names: of the parameters to prune; None: the weights of linear layers, convolutions and embeddings.
+        seed: of all draws; the same on every rank.
+
+    Raises DistcompError for a name that is no parameter, a shared or already parametrized one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        criterion: Criterion,
+        names: Iterable[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.criterion = criterion
+        self.seed = seed
+        self.step = 0
+        self.history: list[Change] = []
+        self.consensus: Consensus | None = None
+        self.memory: Tensors = {}
+        self._model = model
+        self._optimizer = optimizer
+        self._gradients: Tensors = {}
+        self._clock = _Clock()
+        if optimizer is None and (criterion.wants_optimizer or criterion.wants_gradients):
+            raise DistcompError(f"{criterion} needs the optimizer; pass it after the model")
+        chosen = weights_of(unwrapped(model)) if names is None else list(names)
+        if not chosen:
+            raise DistcompError("the model has no linear layer or convolution to prune; name its parameters")
+        self.pruned = put_masks(model, chosen, criterion.mask_for)
+        self._set(criterion.begin(self.weights, self._key()))
+        self._open()
+        self._listen()
+
+    def __repr__(self) -> str:
+        shares = "" if not self.pruned else f", {len(self.pruned)} parameters"
+        return f"Pruner({self.criterion}, seed={self.seed}{shares})"
+
+    # ------------------------------------------------------------------------------------ what there is now
+
+    @property
+    def masks(self) -> Tensors:
+        """The masks by name (bool; do not write to them)."""
+        return {name: one.mask for name, one in self.pruned.items()}
+
+    @property
+    def weights(self) -> Tensors:
+        """The trained values by name, dead ones included."""
+        return {name: one.parameter.detach() for name, one in self.pruned.items()}
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Changes whenever a mask is written to, by whomever."""
+        return tuple(one.mask._version for one in self.pruned.values())
+
+    @property
+    def sparsity(self) -> dict[str, float]:
+        """The share of dead weights of each parameter."""
+        return {name: 1 - one.mask.float().mean().item() for name, one in self.pruned.items()}
+
+    @property
+    def density(self) -> float:
+        """The share of weights that live, of all that may be pruned."""
+        active = sum(int(one.mask.sum()) for one in self.pruned.values())
+        return active / max(1, sum(one.mask.numel() for one in self.pruned.values()))
+
+    def needs_dense(self, step: int, name: str) -> bool:
+        """Whether the gradients of dead weights of this parameter are exchanged in iteration ``step``."""
+        return self.criterion.wants_dense and self.criterion.due(step, name)
+
+    # -------------------------------------------------------------------------------------------- the clock
+
+    def _listen(self) -> None:
+        called = self._model
+        # Not a decorator: that would import the compiler, which takes seconds, together with distcomp.
+        before_forward = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
+        self._clock.hooks.append(called.register_forward_pre_hook(before_forward))
+        parameters = [p for p in called.parameters() if p.requires_grad]
+        self._clock.hooks.append(register_multi_grad_hook(parameters, self._after_gradient, mode="any"))
+        if self._optimizer is not None:
+            self._clock.hooks.append(self._optimizer.register_step_pre_hook(self._before_step))
+            self._clock.hooks.append(self._optimizer.register_step_post_hook(self._after_step))
+
+    def _before_forward(self, module: nn.Module, arguments: object) -> None:
+        if torch.is_grad_enabled():
+            self.settle()
+            self._clock.fresh = True
+
+    def _after_gradient(self, gradient: object) -> None:
+        inner = getattr(self._model, "_orig_mod", self._model)
+        accumulates = isinstance(inner, DistributedDataParallel) and not inner.require_backward_grad_sync
+        if self._clock.fresh and not accumulates:
+            self._clock.fresh = False
+            self._clock.pending = True
+
+    def _before_step(self, *_: object) -> None:
+        if self.criterion.wants_gradients and self._clock.pending:
+            for name, one in self.pruned.items():
+                if self.criterion.due(self.step, name) and one.parameter.grad is not None:
+                    self._gradients[name] = one.parameter.grad.detach().float().clone()
+
+    @torch.no_grad()
+    def _after_step(self, *_: object) -> None:
+        assert self._optimizer is not None
+        rates = {id(p): float(group["lr"]) for group in self._optimizer.param_groups for p in group["params"]}
+        self.criterion.after_step(self.step, self.pruned, rates)
+
+    def settle(self) -> None:
+        """Let the masks change that the last iteration left to be changed, if it did.
+
+        Called by the next training forward; call it yourself, on every rank, before the model is evaluated
+        or saved for the last time.
+        """
+        if not self._clock.pending:
+            return
+        self._clock.pending = False
+        due = tuple(name for name in self.pruned if self.criterion.due(self.step, name))
+        if due:
+            self._change(due)
+        self._gradients = {}
+        self.step += 1
+        self._open()
+
+    def _open(self) -> None:
+        """Let gradients of dead weights through where the coming iteration wants them."""
+        for name, one in self.pruned.items():
+            one.parametrization.dense_grad = self.criterion.keeps_dense_grad or self.needs_dense(
+                self.step, name
+            )
+
+    # ------------------------------------------------------------------------------------------- the change
+
+    @torch.no_grad()
+    def _change(self, due: tuple[str, ...]) -> None:
+        weights = self._agreed(self.weights)
+        gradients = self._agreed(self._full_gradients()) if self.criterion.wants_gradients else {}
+        view = PruningContext(
+            self.step, due, weights, self.masks, gradients, self._key("step", self.step), self.memory
+        )
+        self._set(self.criterion.decide(view), weights)
+        self.history.append(Change(self.step, self.sparsity))
+        self._verify()
+
+    def _agreed(self, own: Tensors) -> Tensors:
+        """The mean over ranks, where a rank has its own."""
+        if self.consensus is None or self.consensus.replicated:
+            return own
+        mean = self.consensus.mean(torch.cat([one.float().reshape(-1) for one in own.values()]))
+        pieces = torch.split(mean, [one.numel() for one in own.values()])
+        return {name: piece.view_as(own[name]) for name, piece in zip(own, pieces, strict=True)}
+
+    def _full_gradients(self) -> Tensors:
+        return {
+            name: self._gradients.get(name, torch.zeros_like(weight, dtype=torch.float32))
+            for name, weight in self.weights.items()
+        }
+
+    def _set(self, masks: Tensors, agreed: Tensors | None = None) -> None:
+        """Write new masks. What comes back begins at zero (or where all ranks agree it was), without
+        momentum."""
+        for name, mask in masks.items():
+            one = self.pruned[name]
+            grown = mask & ~one.mask
+            if not torch.equal(mask, one.mask):
+                one.mask.copy_(mask)
+            if agreed is not None and grown.any():
+                value = torch.zeros(()) if self.criterion.restarts else agreed[name][grown]
+                one.parameter.data[grown] = value.to(one.parameter)
+                self._forget(one.parameter, grown)
+
+    def _forget(self, parameter: nn.Parameter, grown: Tensor) -> None:
+        """Clear what the optimizer remembers of weights that begin anew."""
+        if self._optimizer is None or not self.criterion.restarts:
+            return
+        for value in self._optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value[grown] = 0
+
+    def _verify(self) -> None:
+        """Raise Mismatch unless every rank holds the same masks."""
+        if self.consensus is None:
+            return
+        found = self.consensus.numbers(digest(self.masks))
+        odd = [rank for rank, number in enumerate(found) if number != found[0]]
+        if odd:
+            raise Mismatch(
+                f"the masks of rank {odd[0]} differ from those of rank 0 after iteration {self.step}; start "
+                "all ranks from the same weights and pruning settings, or from the same checkpoint"
+            )
+
+    def _key(self, *parts: int | str) -> Key:
+        return Key.of(self.seed).fold("pruning", *parts)
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step and what the criterion remembers. Masks are in the model's own ``state_dict()``.
+
+        Tensors, numbers and text only. Call it on every rank: a change that is due happens first.
+        """
+        self.settle()
+        return {
+            "criterion": repr(self.criterion),
+            "seed": self.seed,
+            "step": self.step,
+            "memory": {name: value.clone() for name, value in self.memory.items()},
+            "history": [(change.step, dict(change.sparsity)) for change in self.history],
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue where a checkpoint stopped, bit for bit; load the model's ``state_dict`` as well.
+
+        Raises DistcompError where it was saved by another criterion.
+        """
+        if saved["criterion"] != repr(self.criterion):
+            raise DistcompError(
+                f"the checkpoint is of {saved['criterion']}, this pruner is {self.criterion}; use the same "
+                "settings"
+            )
+        self._clock.pending = False
+        self.seed, self.step = int(saved["seed"]), int(saved["step"])
+        self.memory = {name: value.clone() for name, value in saved["memory"].items()}
+        self.history = [Change(int(step), dict(shares)) for step, shares in saved["history"]]
+        self._open()
+
+    def detach(self) -> None:
+        """Stop pruning. The masks stay as they are; :func:`distcomp.pruning.materialize` takes them off."""
+        for hook in self._clock.hooks:
+            hook.remove()
+        self._clock.hooks = []

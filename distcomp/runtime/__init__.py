@@ -1,0 +1,1 @@
+"""Who drives an exchange, round by round, and in which order?"""

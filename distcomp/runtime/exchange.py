@@ -1,0 +1,84 @@
+"""A method's generator under way: what it asks next, what it came to, and whether every rank's tensor was
+finite."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distcomp.collectives import Request, Rounds
+from distcomp.compressors.base import Compressor
+from distcomp.methods.base import AggregateResult, Method, State, StepContext
+from distcomp.runtime.channel import TRUE, Answer, finite_flag
+
+
+class Aggregator(Protocol):
+    """Whoever converses about a flat buffer: a Method, or an averaging of models."""
+
+    @property
+    def propagates_nonfinite(self) -> bool:
+        """Whether a NaN or an infinity in ``x`` reaches the estimate by itself."""
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        """The exchange."""
+
+
+class Exchange:
+    """One talk about one flat buffer. ``ask`` gives the next request until ``result`` is there."""
+
+    def __init__(self, method: Aggregator, x: Tensor, state: State, context: StepContext) -> None:
+        self.watch = not method.propagates_nonfinite
+        self._x = x
+        self._method = method
+        self._state = state
+        self._turn = context
+        self._talk: Rounds[AggregateResult] | None = None
+        self._outcome: AggregateResult | None = None
+        self.finite: Tensor = TRUE
+        """Of this rank and of all others, as far as the exchanges so far have told."""
+
+    @property
+    def title(self) -> str:
+        """The method and what it is made of, without its settings: ``ErrorFeedback(PowerSGD)``."""
+        return _title(self._method)
+
+    @property
+    def result(self) -> AggregateResult | None:
+        return self._outcome
+
+    def ask(self, answer: Answer | None) -> Request | None:
+        """Take in the answer to the last request; return the next one, or None when the talk is over."""
+        try:
+            if self._talk is None:
+                if self.watch:
+                    self.finite = finite_flag(self._x)
+                self._talk = self._method.aggregate(self._x, self._state, self._turn)
+                return next(self._talk)
+            assert answer is not None
+            self.finite = self.finite & answer.finite
+            return self._talk.send(answer.value)
+        except StopIteration as stop:
+            self._outcome = self._poisoned(stop.value)
+            return None
+
+    def _poisoned(self, result: AggregateResult) -> AggregateResult:
+        """A non-finite value anywhere becomes a non-finite estimate everywhere, so that every scaler
+        sees it."""
+        if not self.watch:
+            return result
+        estimate = result.estimate
+        if estimate.device.type == "cpu":
+            if not self.finite:
+                estimate = estimate.fill_(float("nan"))
+        else:
+            estimate = torch.where(self.finite, estimate, torch.full_like(estimate, float("nan")))
+        return replace(result, estimate=estimate)
+
+
+def _title(thing: object) -> str:
+    parts = [getattr(thing, part.name) for part in fields(thing)] if is_dataclass(thing) else []
+    inside = ", ".join(_title(part) for part in parts if isinstance(part, Method | Compressor))
+    return f"{type(thing).__name__}({inside})" if inside else type(thing).__name__

@@ -1,0 +1,67 @@
+"""Where the exchanges of models are carried: here and now, or beside the computing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from distcomp.runtime.channel import Channel
+from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.pipeline import Running, Timeline, drive
+
+
+class Executor:
+    """Carries exchanges in the order in which they are given.
+
+    ``beside``: while the caller computes; on a thread of its own for the CPU, on a side stream of a GPU.
+    """
+
+    def __init__(self, channel: Channel, device: torch.device, beside: bool) -> None:
+        self._channel = channel
+        self._device = device
+        on_cpu = device.type == "cpu"
+        self._thread = (
+            ThreadPoolExecutor(1, thread_name_prefix="distcomp-exchange") if beside and on_cpu else None
+        )
+        self._stream = None if on_cpu or not beside else _stream(device)
+
+    def start(self, exchange: Exchange) -> Callable[[], Timeline]:
+        """Carry ``aggregate``. The function that is returned waits for it and raises what went wrong."""
+        if self._thread is not None:
+            return self._thread.submit(self._drive, exchange).result
+        if self._stream is None:
+            timeline = self._drive(exchange)
+            return lambda: timeline
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            timeline = self._drive(exchange)
+
+        def arrived() -> Timeline:
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            return timeline
+
+        return arrived
+
+    def close(self) -> None:
+        """End the thread, after what it still carries."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+
+    @torch.no_grad()
+    def _drive(self, exchange: Exchange) -> Timeline:
+        timeline = Timeline()
+        carrier = drive(self._channel, timeline)
+        next(carrier)
+        try:
+            carrier.send(Running(exchange, lambda: None))
+            carrier.send(None)
+        except StopIteration:
+            return timeline
+        raise AssertionError("the pipeline did not end")
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -1,0 +1,142 @@
+"""The order in which the buckets of one iteration talk.
+
+Requests are started in an order that is a pure function of (bucket, round), so every rank starts the same
+ones in the same order, whatever its timing; the transport carries them in that order. The order runs along
+diagonals, ``b0.r0, b1.r0, b0.r1, b2.r0, b1.r1, b0.r2, ...``: while a request of one bucket is on the wire,
+the next bucket is encoded and the last one re-encoded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch.profiler import record_function
+
+from distcomp.runtime.channel import Channel, OpenRequest
+from distcomp.runtime.exchange import Exchange
+
+
+@dataclass
+class Timeline:
+    """When what was done in one iteration, in seconds of :func:`time.perf_counter`."""
+
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+    """(phase, begin, end); phases are encode, recode, wait, decode, and wire (a request under way)."""
+
+    def seconds(self, phase: str, after_s: float = float("-inf")) -> float:
+        """Time during which a phase was under way after a moment; what overlaps itself counts once."""
+        total_s, reached_s = 0.0, after_s
+        for begin, end in sorted((begin, end) for name, begin, end in self.spans if name == phase):
+            total_s += max(0.0, end - max(begin, reached_s))
+            reached_s = max(reached_s, end)
+        return total_s
+
+    @property
+    def exchange_s(self) -> float:
+        """From the first encode to the last decode."""
+        if not self.spans:
+            return 0.0
+        return max(end for _, _, end in self.spans) - min(begin for _, begin, _ in self.spans)
+
+    @property
+    def wire_idle_s(self) -> float:
+        """Time between the first and the last request during which nothing was on the wire."""
+        wire = [(begin, end) for name, begin, end in self.spans if name == "wire"]
+        if not wire:
+            return 0.0
+        return max(e for _, e in wire) - min(b for b, _ in wire) - self.seconds("wire")
+
+
+@dataclass
+class Running:
+    """A exchange in the pipeline, and what to do when it is over."""
+
+    exchange: Exchange
+    done: Callable[[], None]
+    open_request: OpenRequest | None = None
+    rounds: int = 0
+
+    @property
+    def over(self) -> bool:
+        return self.exchange.result is not None
+
+
+Carrier = Generator[int, Running | None, None]
+
+
+def request_order() -> Iterator[tuple[int, int]]:
+    """(bucket, round) along diagonals, without end."""
+    diagonal = 0
+    while True:
+        for round_ in range(diagonal + 1):
+            yield diagonal - round_, round_
+        diagonal += 1
+
+
+def drive(channel: Channel, timeline: Timeline) -> Carrier:
+    """Carry all exchanges of an iteration.
+
+    A generator: it yields the index of a bucket when it needs it, and is sent its exchange, or None when
+    there are no more buckets. Whoever drives it decides how to wait (a thread blocks; a hook on a CUDA stream
+    comes back later).
+    """
+    buckets: list[Running] = []
+    last: int | None = None
+
+    for bucket, round_ in request_order():
+        if round_ == 0 and last is None:
+            running = yield bucket
+            if running is None:
+                last = bucket
+            else:
+                buckets.append(running)
+        if last is not None and all(running.over for running in buckets):
+            return
+        if bucket >= len(buckets) or buckets[bucket].over:
+            continue
+        current = buckets[bucket]
+        if current.open_request is not None:
+            with _range(current, bucket, "wait"):
+                _wait(current, timeline)
+        with _range(current, bucket, "encode" if current.rounds == 0 else "decode"):
+            under_way = _advance(current, channel, timeline)
+        if under_way:
+            assert current.open_request is not None
+            current.open_request.start()
+
+
+def _range(current: Running, bucket: int, phase: str) -> AbstractContextManager[object]:
+    """``distcomp::<method>::<phase>`` in the trace of torch.profiler; nothing where none runs."""
+    if not torch.autograd.profiler._is_profiler_enabled:  # no public call tells, on every thread
+        return nullcontext()
+    return record_function(f"distcomp::{current.exchange.title}::{phase}", f"bucket {bucket}")
+
+
+def _advance(current: Running, channel: Channel, timeline: Timeline) -> bool:
+    """The arithmetic between two rounds: take the answer in, make the next request. False when the talk is
+    over."""
+    exchange = current.exchange
+    begin_s = time.perf_counter()
+    answer = current.open_request.open(exchange.watch) if current.open_request is not None else None
+    request = exchange.ask(answer)
+    if request is not None:
+        current.open_request = channel.prepare(request, exchange.finite)
+    phase = "decode" if request is None else "encode" if current.rounds == 0 else "recode"
+    current.rounds += 1
+    timeline.spans.append((phase, begin_s, time.perf_counter()))
+    if request is None:
+        current.done()
+    return request is not None
+
+
+def _wait(current: Running, timeline: Timeline) -> None:
+    """Wait for the wire; from here on the answer lies ready."""
+    assert current.open_request is not None
+    begin_s = time.perf_counter()
+    current.open_request.wait()
+    timeline.spans.append(("wait", begin_s, time.perf_counter()))
+    timeline.spans.append(("wire", current.open_request.started_s, current.open_request.finished_s))

@@ -1,0 +1,37 @@
+"""What can carry a question on this machine, and what does in a given group?"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch.distributed as dist
+
+from distcomp.transports import mpi
+from distcomp.transports.gloo_p2p import GlooP2P
+from distcomp.transports.heartbeat import Heartbeat
+from distcomp.transports.mpi.group import MpiGroup
+from distcomp.transports.mpi.transport import MPITransport
+from distcomp.transports.torchdist import TorchDist
+
+mpi.register()  # where torch was told to load no extension by itself (TORCH_DEVICE_BACKEND_AUTOLOAD=0)
+
+
+def available() -> dict[str, bool]:
+    """Each backend of torch.distributed that this build of torch may have, and whether it has it."""
+    if not dist.is_available():
+        return {"gloo": False, "nccl": False, "mpi": False, mpi.BACKEND: False}
+    return {
+        "gloo": dist.is_gloo_available(),
+        "nccl": dist.is_nccl_available(),
+        "mpi": dist.is_mpi_available(),
+        mpi.BACKEND: importlib.util.find_spec("mpi4py") is not None,
+    }
+
+
+def carrier_of(
+    group: dist.ProcessGroup, heartbeat: Heartbeat, timeout_s: float
+) -> GlooP2P | MPITransport | TorchDist:
+    """The transport that is quickest over the group's backend."""
+    if isinstance(group, MpiGroup):
+        return MPITransport(group.comm, heartbeat, timeout_s)
+    return (GlooP2P if dist.get_backend(group) == "gloo" else TorchDist)(group, heartbeat, timeout_s)

@@ -1,1 +1,0 @@
-"""When, and over which tensors, do workers agree?"""

@@ -1,0 +1,62 @@
+"""A NaN or an infinity on one rank: every rank sees it, nobody keeps anything of it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from distcomp.layout import Layout
+
+from .subjects import Subject, methods
+from .world import ODD, ORDINARY, alike, converse, copied, draw, once, same_bits
+
+subjects = pytest.mark.parametrize("subject", methods(), ids=str)
+
+
+def spoil(xs: list[torch.Tensor], layout: Layout, name: str, value: float) -> None:
+    """Put ``value`` into the last element of one parameter on the last rank."""
+    (piece,) = (piece for param, piece in layout.pieces(xs[-1]) if param.name == name)
+    piece[-1] = value
+
+
+@pytest.mark.parametrize("name", ORDINARY.names)
+@subjects
+def test_a_non_finite_value_reaches_every_rank_wherever_it_was(subject: Subject, name: str) -> None:
+    method = subject.build()
+    for value, size in ((math.nan, 3), (math.inf, 3), (-math.inf, 1)):
+        xs = draw(size)
+        spoil(xs, ORDINARY, name, value)
+        round_ = once(method, xs)
+        assert all(not estimate.isfinite().all() for estimate in round_.estimates), value
+        assert method.propagates_nonfinite or not any(round_.finite), value
+
+
+@subjects
+def test_a_non_finite_value_reaches_every_rank_in_odd_shapes(subject: Subject) -> None:
+    method = subject.build()
+    for shape in ("scalar", "one short of a block", "many tiny", "only biases"):
+        layout = ODD[shape]
+        xs = draw(3, layout)
+        spoil(xs, layout, layout.names[-1], math.nan)
+        round_ = once(method, xs, layout)
+        assert all(not estimate.isfinite().all() for estimate in round_.estimates), shape
+
+
+@subjects
+def test_a_step_with_a_nan_leaves_no_trace_once_its_state_is_dropped(subject: Subject) -> None:
+    method = subject.build()
+    before = once(method, draw(3)).states
+    kept = [copied(state) for state in before]
+
+    xs = draw(3, seed=1)
+    spoil(xs, ORDINARY, ORDINARY.names[0], math.nan)
+    converse(method, xs, before, step=1)
+    assert all(alike(state, was) for state, was in zip(before, kept, strict=True))
+
+    after = converse(method, draw(3, seed=2), before, step=1)
+    never = converse(method, draw(3, seed=2), kept, step=1)
+    assert same_bits(after.estimate, never.estimate)
+    assert all(alike(a, b) for a, b in zip(after.states, never.states, strict=True))
+    assert after.estimate.isfinite().all()

@@ -1,0 +1,97 @@
+"""A method in one file is found by everything; and the conformance tests finds what is broken."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
+
+import pytest
+
+from distcomp.cli import main
+from distcomp.methods import METHODS, parse
+
+from .subjects import methods
+
+HERE = Path(__file__).parent
+TOYS = HERE / "toys"
+
+
+def load(name: str, file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Iterator[str]:
+    """The name of a method that one file brings, for as long as a test lasts."""
+    load("averaging_toy", Path(shutil.copy(TOYS / "averaging_toy.py", tmp_path)))
+    yield "averaging_toy"
+    del METHODS["averaging_toy"], sys.modules["averaging_toy"]
+
+
+def test_one_file_adds_a_method_to_the_config_the_battery_the_shell_and_the_docs(
+    toy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parse(f"{toy}:grid=0.5") == METHODS[toy].recipe(grid=0.5)
+    assert {str(subject) for subject in methods() if subject.name == toy} >= {toy, f"{toy}:grid=0.25"}
+
+    assert main(["methods", "--json"]) == 0
+    (told,) = (one for one in json.loads(capsys.readouterr().out)["methods"] if one["name"] == toy)
+    assert told["law"] == "Average what is rounded to multiples of ``grid``."
+    assert told["settings"] == {"grid": 0.125}
+    assert (told["wire"], told["paper"], told["biased"]) == ("2 (n-1)/n 4d", "none: a toy", True)
+
+    assert main(["methods"]) == 0
+    assert toy in capsys.readouterr().out
+
+    pages = load("catalogue", HERE.parent.parent / "docs" / "catalogue.py").pages()
+    assert "Average what is rounded to" in pages["methods.md"]
+    assert "`grid=0.125`" in pages["methods/averaging_toy.md"]
+
+
+def test_the_worked_example_that_contributors_read_is_the_file_that_is_tested() -> None:
+    contributing = (HERE.parent.parent / "CONTRIBUTING.md").read_text()
+    assert f"```python\n{(TOYS / 'averaging_toy.py').read_text()}```" in contributing
+
+
+def test_the_battery_passes_a_sound_toy_and_finds_every_mutant(tmp_path: Path) -> None:
+    """Run on methods and compressors that each break a law (``toys/mutants.py``) and one that breaks none."""
+    report, wanted = tmp_path / "report.xml", tmp_path / "wanted.json"
+    files = [str(file) for file in sorted(HERE.glob("test_*.py")) if file.name != Path(__file__).name]
+    options = ["-q", "--tb=line", "-p", "mutants", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    path = os.pathsep.join([str(TOYS), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files],
+        env={**os.environ, "PYTHONPATH": path, "MUTANTS": str(wanted)},
+        cwd=HERE.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    printed = done.stdout + done.stderr
+    assert report.exists(), printed
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    ran = [case.attrib["name"] for case in cases]
+    failed = [case.attrib["name"] for case in cases if case.find("failure") is not None]
+    assert all(case.find("error") is None for case in cases), printed
+
+    assert sum("averaging_toy" in name for name in ran) > 30
+    assert not [name for name in failed if "averaging_toy" in name], printed
+    broken = json.loads(wanted.read_text())
+    found = {who for who, test in broken.items() if any(n.startswith(test) and who in n for n in failed)}
+    assert found == set(broken)
+    assert len(found) > 30

@@ -1,0 +1,136 @@
+"""What README and the docs show, runs; what they link to, exists; the page of methods knows every method."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from distcomp.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WRITTEN = [page for page in PAGES if page != ROOT / "docs" / "methods.md" and page.parent.name != "methods"]
+
+FENCE = re.compile(r"^```(python|diff)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+PRELUDE = """\
+import torch, torch.distributed as dist, distcomp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+scaler = torch.amp.GradScaler("cpu")
+"""
+WRAP = "model = DistributedDataParallel(model)\n"
+STEP = (
+    "\nmodel(torch.ones(1, 4)).sum().backward()\noptimizer.step()\nassert handle.stats()['iterations'] == 1\n"
+)
+
+
+def snippets() -> list[tuple[str, str]]:
+    """(where, program) of each Python block, and of each diff as it reads once it has been applied."""
+    found = []
+    for page in WRITTEN:
+        for number, (language, text) in enumerate(FENCE.findall(page.read_text()), start=1):
+            if language == "diff":
+                kept = (line for line in text.splitlines() if not line.startswith("-"))
+                text = "\n".join(line[1:].removeprefix(" ") for line in kept)
+            found.append((f"{page.relative_to(ROOT)}:{number}", text))
+    return found
+
+
+def program(snippet: str) -> str:
+    """A whole script as it is; a fragment after what it takes for granted, and with a step that uses it."""
+    if "import distcomp" in snippet:
+        return snippet
+    if "import horovod" in snippet:
+        return PRELUDE + snippet
+    return PRELUDE + ("" if WRAP.strip() in snippet else WRAP) + snippet + STEP
+
+
+@pytest.mark.parametrize(("where", "snippet"), snippets(), ids=[where for where, _ in snippets()])
+def test_snippets_run(where: str, snippet: str, tmp_path: Path) -> None:
+    if "import horovod" in snippet:
+        pytest.importorskip("horovod", reason="Horovod is not installed; scripts/test-horovod builds it")
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program(snippet)],
+        env={**os.environ, **alone},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_line_that_readme_promises_is_among_them() -> None:
+    assert any(where.startswith("README") and "distcomp.attach(" in text for where, text in snippets())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    local = [link for link in LINK.findall(page.read_text()) if "://" not in link]
+    made = {ROOT / "docs" / "methods.md"}  # when the docs are built
+    lost = [link for link in local if not (page.parent / link).exists() and page.parent / link not in made]
+    assert not lost
+
+
+@pytest.fixture
+def catalogue() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("catalogue", ROOT / "docs" / "catalogue.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_method_has_a_page_and_a_row_in_the_list(catalogue: ModuleType) -> None:
+    pages = catalogue.pages()
+    lines = pages.pop("methods.md").splitlines()
+    rows = {match[1] for line in lines if (match := re.match(r"\| \[`(\w+)`\]", line))}
+    assert rows == set(METHODS)
+    assert set(pages) == {f"methods/{name}.md" for name in METHODS}
+    for text in [lines, *(page.splitlines() for page in pages.values())]:
+        assert len({line.count(" | ") for line in text if line.startswith("| ")}) <= 1  # no sign breaks a row
+
+
+def test_a_page_tells_paper_bytes_defaults_and_failures(catalogue: ModuleType) -> None:
+    entry = METHODS["qsgd"]
+    page = catalogue.pages()["methods/qsgd.md"]
+    for told in (
+        "`bits=4`",
+        entry.paper.split(",")[0],
+        "not added on the wire",
+        entry.limitations[:30],
+        "forces",
+    ):
+        assert told in page
+
+
+def test_every_method_says_when_it_fails() -> None:
+    assert [name for name, entry in METHODS.items() if len(entry.limitations) < 20] == []
+
+
+def test_a_measured_row_is_what_the_result_file_says(catalogue: ModuleType) -> None:
+    found = json.loads((catalogue.RESULTS / "step_time_100mbit.json").read_text())
+    ddp, one_bit = (found["methods"][spec] for spec in ("ddp", "qsgd:bits=1"))
+    faster = ddp["exchange_s"] / one_bit["exchange_s"]
+    page = catalogue.pages()["methods/qsgd.md"]
+    (row,) = (line for line in page.splitlines() if "`qsgd:bits=1`: exchange" in line and "time_100" in line)
+    assert f"{1000 * one_bit['exchange_s']:.0f} ms, {faster:.1f} ×" in row
+    assert "step_time_100mbit.json" in row
+    unmeasured = catalogue.page(METHODS["sparta"], [])
+    assert unmeasured.endswith(catalogue.NOTHING + "\n")
