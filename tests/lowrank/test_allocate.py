@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from battery.world import Round, converse, draw
+from conformance.world import Round, converse, draw
 from hypothesis import given
 from hypothesis import strategies as st
 

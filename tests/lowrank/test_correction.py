@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from battery.world import ORDINARY, converse, draw
+from conformance.world import ORDINARY, converse, draw
 
 from distcomp.compressors import TopK
 from distcomp.errors import DistcompError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from battery.world import converse, draw
+from conformance.world import converse, draw
 
 from distcomp.compressors import Cast, Quantize, RandomK, TopK
 from distcomp.errors import DistcompError

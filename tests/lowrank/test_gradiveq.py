@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from battery.world import Round, alike, by_name, converse, draw
+from conformance.world import Round, alike, by_name, converse, draw
 from hypothesis import given
 from hypothesis import strategies as st
 

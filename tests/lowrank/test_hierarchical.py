@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from battery.world import ORDINARY, SEED, Round, converse, draw, once
+from conformance.world import ORDINARY, SEED, Round, converse, draw, once
 
 from distcomp.collectives import AllReduce
 from distcomp.errors import DistcompError

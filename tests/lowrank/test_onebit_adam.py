@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from battery.world import ORDINARY, converse, draw
+from conformance.world import ORDINARY, converse, draw
 
 from distcomp.compressors import Quantize
 from distcomp.errors import DistcompError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from battery.world import SEED, Grouping, by_name, converse, draw, groups, once
+from conformance.world import SEED, Grouping, by_name, converse, draw, groups, once
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from battery.world import ORDINARY, converse, draw, once
+from conformance.world import ORDINARY, converse, draw, once
 
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Method, Scheduled, Warmup, identity, parse, powersgd, qsgd, topk, warmup

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from battery.world import alike, converse, draw, tensors
+from conformance.world import alike, converse, draw, tensors
 from torch import nn
 
 import distcomp
