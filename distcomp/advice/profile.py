@@ -14,13 +14,13 @@ from torch import Tensor
 from distcomp.averaging.base import Averaging, FragmentState, MultiLevel, fragment_states, gather, scatter
 from distcomp.averaging.gossip import Gossip
 from distcomp.averaging.topology import resolve
-from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, NeighborExchange, Request
+from distcomp.collectives import Request
 from distcomp.layout import Layout
 from distcomp.methods import Method
 from distcomp.methods.base import AggregateResult, StepContext
 from distcomp.network.model import Edge
-from distcomp.network.request_sizes import RequestSizes, groups_of, sizes_of
-from distcomp.payload import Part, Payload, PayloadHeader, write_header
+from distcomp.network.request_sizes import RequestSizes, groups_of, sizes_of, uneven
+from distcomp.payload import Payload, PayloadHeader, write_header
 from distcomp.randomness import Key
 from distcomp.runtime.channel import TRUE, Channel
 from distcomp.runtime.exchange import Exchange
@@ -134,14 +134,13 @@ def _summary(
     kept = held[WARM_UP:]
     requests = [request for _, request in kept[-1] if request is not None]
     works_s = [statistics.median(times) for times in zip(*([s for s, _ in one] for one in kept), strict=True)]
-    if any(request.group for request in requests):
+    columns: list[list[Request]] = [[] for _ in requests]
+    if any(request.group or uneven(request, 0, ranks) for request in requests):
         everyone = [[request for _, request in _hold(begin(rank), rank, ranks)] for rank in range(ranks)]
-        columns = list(zip(*everyone, strict=True))[:-1]
-        groups = [groups_of([one for one in column if one is not None]) for column in columns]
-    else:
-        groups = [None] * len(requests)
+        columns = [[one for one in column if one is not None] for column in zip(*everyone, strict=True)][:-1]
     request_sizes = [
-        sizes_of(request, ranks, group, edges) for request, group in zip(requests, groups, strict=True)
+        sizes_of(request, ranks, groups_of(column) if column else None, edges, column)
+        for request, column in zip(requests, columns, strict=True)
     ]
     rounds = tuple(Round(work_s, ask) for work_s, ask in zip(works_s, request_sizes, strict=False))
     return ProfiledExchange(rounds, works_s[-1])
@@ -182,33 +181,11 @@ class _Echo:
         self._answer: Any = None
 
     def start(self, request: Request) -> _Echo:
-        self._answer = self._answered(request)
+        self._answer = request.echo(self.rank, self.size, self._seal)
         return self
 
     def wait(self) -> Any:
         return self._answer
 
-    def _answered(self, request: Request) -> Any:
-        group = request.group or tuple(range(self.size))
-        if isinstance(request, AllReduce):
-            return request.x
-        if isinstance(request, AllGather):
-            parts = request.parts or (request.payload.parts,) * len(group)
-            return [self._said(request.payload, one, rank) for one, rank in zip(parts, group, strict=True)]
-        if isinstance(request, AllToAll):
-            own = request.payloads[group.index(self.rank)]
-            return [self._said(own, own.parts, rank) for rank in group]
-        if isinstance(request, NeighborExchange):
-            return [self._said(request.payload, request.payload.parts, rank) for rank in request.neighbours]
-        assert isinstance(request, Broadcast)
-        return [self._said(request.payload, request.payload.parts, request.source)]
-
-    def _said(self, own: Payload, parts: tuple[Part, ...], rank: int) -> Tensor:
-        """One's own payload, sealed by ``rank``."""
-        said = Payload.empty(parts)
-        if parts == own.parts:
-            said.wire.copy_(own.wire)
-        else:
-            said.wire.zero_()
-        write_header(said, PayloadHeader(rank, 0, self.exchange), TRUE)
-        return said.wire
+    def _seal(self, sender: int, said: Payload) -> None:
+        write_header(said, PayloadHeader(sender, 0, self.exchange), TRUE)

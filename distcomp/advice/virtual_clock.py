@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from distcomp.advice.scenario import Scenario
-from distcomp.collectives import NeighborExchange, Request
+from distcomp.collectives import Request
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Host
-from distcomp.network.request_sizes import RequestSizes, groups_of, sizes_of
+from distcomp.network.request_sizes import RequestSizes, groups_of, sizes_of, uneven
 
 
 class VirtualClock:
@@ -43,11 +43,14 @@ class VirtualClock:
         """One request of every worker is carried."""
         asked: list[Any] = list(requests)
         before_s = self.now_s.copy()
-        if isinstance(asked[0], NeighborExchange):
+        if asked[0].neighbors_only is not None:
             self._mix(asked)
         else:
             groups = groups_of(asked) or (tuple(range(len(asked))),)
-            seconds = self._seconds(sizes_of(asked[groups[0][0]], len(asked), groups_of(asked), frozenset()))
+            first = groups[0][0]
+            everyone = asked if uneven(asked[first], first, len(asked)) else []
+            ask = sizes_of(asked[first], len(asked), groups_of(asked), frozenset(), everyone)
+            seconds = self._seconds(ask)
             ready_s = self._ready_s()
             for group in groups:
                 members = list(group)
@@ -56,14 +59,14 @@ class VirtualClock:
 
     def _mix(self, asked: list[Any]) -> None:
         edges = frozenset(
-            (rank, other) for rank, one in enumerate(asked) for other in one.neighbours if rank < other
+            (rank, other) for rank, one in enumerate(asked) for other in one.neighbors_only if rank < other
         )
         seconds = self._seconds(sizes_of(asked[0], len(asked), None, edges))
-        talking = np.array([bool(one.neighbours) for one in asked])
+        talking = np.array([bool(one.neighbors_only) for one in asked])
         ready_s = np.where(talking, self._ready_s(), self.now_s)
         self.now_s = np.array(
             [
-                max(ready_s[[rank, *one.neighbours]]) + (seconds if one.neighbours else 0.0)
+                max(ready_s[[rank, *one.neighbors_only]]) + (seconds if one.neighbors_only else 0.0)
                 for rank, one in enumerate(asked)
             ]
         )

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, Group, Request, Rounds, within
+from distcomp.collectives import Group, Request, Rounds, partitioned, partitioned_bytes, within
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
-from distcomp.methods.base import AggregateResult, Method, State, StepContext, all_reduce_bytes
+from distcomp.methods.base import AggregateResult, Method, State, StepContext
 from distcomp.methods.basic import qsgd
 from distcomp.methods.registry import method_of, register
 from distcomp.methods.scheduled import EXACT
-from distcomp.payload import Part, Parts, Payload, wire_bytes
 from distcomp.process_environment import LAUNCHERS
 from distcomp.randomness import Key
 
@@ -133,7 +131,9 @@ class TwoLevel(Method):
             return sent
         context = StepContext(0, far, layout, self.clock, Key.of(0))
         exchange = self.across.aggregate(torch.zeros(layout.numel), self.across.init(layout), context)
-        return sent + round(sum(_bytes(request, near, far) for request in _requests(exchange, far)))
+        return sent + round(
+            sum(partitioned_bytes(request, near, far) for request in _requests(exchange, far))
+        )
 
 
 def _shared(position: NodePosition, exchange: Rounds[AggregateResult]) -> Rounds[AggregateResult]:
@@ -141,136 +141,24 @@ def _shared(position: NodePosition, exchange: Rounds[AggregateResult]) -> Rounds
     try:
         request = next(exchange)
         while True:
-            received, parts = yield from _sent(request, position)
-            answer = yield from _assembled(received, parts, position)
-            request = exchange.send(_read(request, answer))
+            answer = yield from partitioned(
+                request, position.index, position.column, position.rank, position.node
+            )
+            request = exchange.send(answer)
     except StopIteration as stop:
         result: AggregateResult = stop.value
         return result
 
 
-def _sent(request: Request, position: NodePosition) -> Rounds[tuple[list[Payload], list[Parts]]]:
-    """Ask the column for this rank's part: the shares that came, and what they are shares of."""
-    group, here, count = position.column, position.index, len(position.column)
-    if isinstance(request, AllReduce):
-        whole = _payload_of(request)
-        share = _share(whole, position)
-        share[request.kind].copy_((yield AllReduce(share[request.kind].clone(), request.kind, group)))
-        return [share], [whole.parts]
-    if isinstance(request, AllGather):
-        parts = list(request.parts or [request.payload.parts] * count)
-        shares = tuple(_shares(one, len(position.node)) for one in parts)
-        return (yield AllGather(_share(request.payload, position), shares, group)), parts
-    if isinstance(request, AllToAll):
-        outgoing = tuple(_share(payload, position) for payload in request.payloads)
-        return (yield AllToAll(outgoing, group)), [request.payloads[here].parts] * count
-    if isinstance(request, Broadcast):
-        share = yield Broadcast(_share(request.payload, position), group[request.source], group)
-        return [share], [request.payload.parts]
-    raise DistcompError("gossip between nodes is not carried in parts; give across a method of gradients")
-
-
-def _assembled(received: list[Payload], parts: list[Parts], position: NodePosition) -> Rounds[list[Payload]]:
-    """Put together what the ranks of a node received: one payload for each of ``parts``, by one gathering."""
-    parcel = Payload.empty(_merged([one.parts for one in received]), received[0].wire.device)
-    for part in parcel.parts:
-        torch.cat([one[part.kind] for one in received], out=parcel[part.kind])
-    parcels: list[Payload] = yield AllGather(parcel, group=position.node)
-    return [_joined(parcels, parts, index) for index in range(len(parts))]
-
-
-def _joined(parcels: list[Payload], parts: list[Parts], index: int) -> Payload:
-    """The payload whose shares lie at ``index`` in every parcel."""
-    whole = Payload.empty(parts[index], parcels[0].wire.device)
-    for position, part in enumerate(whole.parts):
-        widths = [_width(one[position].numel, len(parcels)) for one in parts]
-        begin = sum(widths[:index])
-        pieces = [parcel[part.kind][begin : begin + widths[index]] for parcel in parcels]
-        whole[part.kind].copy_(torch.cat(pieces)[: part.numel])
-    return whole
-
-
-def _read(request: Request, answer: list[Payload]) -> Any:
-    if isinstance(request, AllReduce):
-        return answer[0][request.kind].view_as(request.x)
-    return answer[0] if isinstance(request, Broadcast) else answer
-
-
-def _payload_of(request: AllReduce) -> Payload:
-    """A tensor to be summed, as a payload of one part."""
-    payload = Payload.empty((Part(request.kind, request.x.dtype, request.x.numel()),), request.x.device)
-    payload[request.kind].copy_(request.x.reshape(-1))
-    return payload
-
-
-def _width(numel: int, ranks: int) -> int:
-    return -(-numel // ranks)
-
-
-def _shares(parts: Parts, ranks: int) -> Parts:
-    """What each of a node's ranks carries of a payload: an equal share of every part."""
-    return tuple(Part(part.kind, part.dtype, _width(part.numel, ranks)) for part in parts)
-
-
-def _share(payload: Payload, position: NodePosition) -> Payload:
-    """This rank's share, zeros behind it where it is short."""
-    share = Payload.empty(_shares(payload.parts, len(position.node)), payload.wire.device)
-    for part in share.parts:
-        own = payload[part.kind][position.rank * part.numel : (position.rank + 1) * part.numel]
-        share[part.kind][: own.numel()] = own
-        share[part.kind][own.numel() :] = 0
-    return share
-
-
-def _merged(parts: list[Parts]) -> Parts:
-    """Several payloads of the same kinds laid together, kind by kind."""
-    return tuple(
-        Part(same[0].kind, same[0].dtype, sum(one.numel for one in same)) for same in zip(*parts, strict=True)
-    )
-
-
-def _requests(exchange: Rounds[AggregateResult], size: int) -> list[Request]:
+def _requests(exchange: Rounds[AggregateResult], size: int) -> Iterator[Request]:
     """What an exchange asks for, with answers that are made up."""
-    asked: list[Request] = []
     try:
         request = next(exchange)
         while True:
-            asked.append(request)
-            request = exchange.send(_made_up(request, size))
+            yield request
+            request = exchange.send(request.made_up(0, size))
     except StopIteration:
-        return asked
-
-
-def _made_up(request: Request, size: int) -> Any:
-    def zeros(parts: Parts) -> Payload:
-        return Payload(torch.zeros(wire_bytes(parts), dtype=torch.uint8), parts)
-
-    if isinstance(request, AllReduce):
-        return request.x
-    if isinstance(request, AllGather):
-        return [zeros(parts) for parts in request.parts or [request.payload.parts] * size]
-    if isinstance(request, AllToAll):
-        return [zeros(request.payloads[0].parts) for _ in range(size)]
-    return zeros(request.payload.parts)
-
-
-def _bytes(request: Request, near: int, far: int) -> float:
-    """What a rank sends to have a request carried in parts: to its column, then to its node."""
-    whole: list[Parts]
-    if isinstance(request, AllReduce):
-        whole = [(Part(request.kind, request.x.dtype, request.x.numel()),)]
-    elif isinstance(request, AllGather):
-        whole = list(request.parts or [request.payload.parts] * far)
-    elif isinstance(request, AllToAll):
-        whole = [payload.parts for payload in request.payloads]
-    else:
-        whole = [request.payload.parts]
-    shares = [_shares(parts, near) for parts in whole]
-    to_node = (near - 1) * wire_bytes(_merged(shares))
-    if isinstance(request, AllReduce):
-        return to_node + all_reduce_bytes(sum(part.nbytes for part in shares[0]), far)
-    times = (far - 1) / far if isinstance(request, Broadcast) else far - 1
-    return to_node + times * sum(map(wire_bytes, shares)) / len(shares)
+        return
 
 
 def nodes_of(environment: Mapping[str, str]) -> tuple[Group, ...] | None:

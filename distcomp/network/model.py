@@ -19,6 +19,7 @@ exchange         bytes sent per rank, payload P         hops                 mes
 :func:`gather`   (n-1) P                                1                    n-1         payloads to all
 :func:`swap`     (n-1)/n P                              1                    n-1         chunks to owners
 :func:`mix`      degree P                               1                    degree      neighbours
+:func:`pairs`    what each sends to each                1                    the most    uneven all-to-all
 :func:`cast`     P at the source, (n-1)/n P on average  ceil(log2 n)         as hops     one to all
 ===============  =====================================  ===================  ==========  =====================
 
@@ -321,6 +322,15 @@ def two_stage(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> Exc
     return Exchange(
         one.stages + other.stages, one.hops + other.hops, one.delay_s, one.messages + other.messages
     )
+
+
+def pairs(sent: Iterable[tuple[int, int, float]], fabric: Fabric) -> Exchange:
+    """Messages (from, to, bytes), all at once, at most one from a rank to another."""
+    edges = {(source, target): nbytes for source, target, nbytes in sent}
+    if not edges:
+        return Exchange()
+    most = int(np.bincount([source for source, _ in edges]).max())
+    return Exchange((along(edges, fabric),), 1, delay_s(list(edges), fabric), most)
 
 
 def mix(nbytes: float, edges: Iterable[Edge], fabric: Fabric) -> Exchange:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from distcomp.collectives import (
-    AllGather,
-    AllReduce,
-    AllToAll,
-    Broadcast,
-    Group,
-    NeighborExchange,
-    Request,
-    is_summed_directly,
-)
+from distcomp.collectives import Group, Request, is_summed_directly
 from distcomp.network.fabric import Fabric
-from distcomp.network.model import Edge, Exchange, cast, direct, gather, mix, ring, swap, together
-from distcomp.payload import HEADER, wire_bytes
+from distcomp.network.model import (
+    Edge,
+    Exchange,
+    cast,
+    direct,
+    gather,
+    mix,
+    pairs,
+    ring,
+    swap,
+    together,
+)
+from distcomp.payload import HEADER
 
 Groups = tuple[Group, ...]
 
@@ -29,6 +31,7 @@ class RequestSizes:
     ``kind``: sum, ring (a sum, whatever its size), gather, swap, mix or cast. ``sizes``: bytes that each
     member sends (gather), that go to each member (swap), or one number. ``groups`` ask side by side; None is
     one group of all. ``chunked``: the sizes are cuts of something that all members cover together.
+    ``messages``: (from, to, bytes), where ranks send different sizes; they stand for the sizes then.
     """
 
     kind: str
@@ -36,10 +39,13 @@ class RequestSizes:
     groups: Groups | None = None
     edges: frozenset[Edge] = frozenset()
     chunked: bool = False
+    messages: tuple[tuple[int, int, float], ...] = ()
 
     def exchange(self, fabric: Fabric) -> Exchange:
         """What it asks of a network of ``fabric.ranks`` ranks."""
         groups = self.groups or (tuple(range(fabric.ranks)),)
+        if self.messages:
+            return pairs(self.messages, fabric)
         if self.kind == "mix":
             return mix(self.sizes[0], self.edges, fabric)
         return together(self._within(group, fabric) for group in groups)
@@ -57,6 +63,8 @@ class RequestSizes:
     def sent_bytes(self, ranks: int) -> float:
         """Bytes that a rank sends, on average."""
         members = len(self.groups[0]) if self.groups else ranks
+        if self.messages:
+            return sum(nbytes for _, _, nbytes in self.messages) / ranks
         if self.kind == "mix":
             return 2 * len(self.edges) / ranks * self.sizes[0]
         if self.kind in ("sum", "ring"):
@@ -74,28 +82,31 @@ class RequestSizes:
         if not self.chunked:
             return replace(self, sizes=self.sizes[:1] * (ranks if self.kind == "gather" else 1), edges=edges)
         bodies = sum(self.sizes) - HEADER.size * len(self.sizes)
-        return replace(self, sizes=(HEADER.size + bodies / ranks,) * ranks)
+        return replace(self, sizes=(HEADER.size + bodies / ranks,) * ranks, messages=())
 
 
-def sizes_of(request: Request, ranks: int, groups: Groups | None, edges: frozenset[Edge]) -> RequestSizes:
-    """The round in which one rank asks ``request``, and every other its own like it."""
-    members = len(request.group) if request.group else ranks
-    if isinstance(request, AllReduce):
-        return RequestSizes("sum", (request.x.numel() * request.x.element_size(),), groups)
-    if isinstance(request, AllGather):
-        parts = request.parts or (request.payload.parts,) * members
-        return RequestSizes(
-            "gather", tuple(map(wire_bytes, parts)), groups, chunked=request.parts is not None
-        )
-    if isinstance(request, AllToAll):
-        return RequestSizes(
-            "swap", tuple(wire_bytes(one.parts) for one in request.payloads), groups, chunked=True
-        )
-    nbytes = wire_bytes(request.payload.parts)
-    if isinstance(request, NeighborExchange):
-        return RequestSizes("mix", (nbytes,), groups, edges)
-    assert isinstance(request, Broadcast)
-    return RequestSizes("cast", (nbytes,), groups)
+def sizes_of(
+    request: Request,
+    ranks: int,
+    groups: Groups | None,
+    edges: frozenset[Edge],
+    everyone: Sequence[Request] = (),
+) -> RequestSizes:
+    """The round in which one rank asks ``request``, and every other its own like it; ``everyone`` holds those
+    of all ranks, where :func:`uneven`."""
+    traffic = request.traffic(ranks)
+    messages = tuple(
+        (rank, to, nbytes)
+        for rank, asked in enumerate(everyone)
+        for to, nbytes in asked.messages(rank, ranks)
+    )
+    between = edges if traffic.pattern == "mix" else frozenset()
+    return RequestSizes(traffic.pattern, traffic.sizes, groups, between, traffic.chunked, messages)
+
+
+def uneven(request: Request, rank: int, ranks: int) -> bool:
+    """Whether it takes every rank's request to tell what is sent."""
+    return bool(request.messages(rank, ranks))
 
 
 def groups_of(requests: Sequence[Request]) -> Groups | None:

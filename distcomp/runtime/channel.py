@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from distcomp import kernels
-from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, NeighborExchange, Request
+from distcomp.collectives import Pending, Request
 from distcomp.payload import Parts, Payload, PayloadHeader, check_header, wire_bytes, write_header
 from distcomp.runtime.ledger import Ledger
 
 
-class Pending(Protocol):
-    """A request under way."""
-
-    @property
-    def started_s(self) -> float:
-        """When the wire began with it (``time.perf_counter``); known once it has been waited for."""
-
-    @property
-    def finished_s(self) -> float:
-        """When the wire was done with it; known once it has been waited for."""
-
-    def wait(self) -> Any:
-        """Block until the answer is there. Raises PeerLost if it never will be."""
-
-
 class Transport(Protocol):
-    """Carries requests between ranks. Requests are started in the same order on every rank, one at a time."""
+    """Carries requests between ranks. Requests are started in the same order on every rank, one at a time.
+
+    It knows a few primitives (:class:`distcomp.collectives.Primitives`) and no request: how a request is
+    carried by them, the request says itself.
+    """
 
     rank: int
     size: int
 
     def start(self, request: Request) -> Pending:
-        """Begin to carry a request. Sum answers with a tensor; the others with raw buffers (uint8), in rank
-        order."""
+        """Begin to carry a request, by ``request.drive``. The answer is what its primitive brings."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +55,9 @@ class Channel:
     def prepare(self, request: Request, finite: Tensor) -> OpenRequest:
         """Seal and count, off the wire's time. ``finite`` tells of the tensors that this rank talks about."""
         self.exchange = (self.exchange + 1) % 2**32
-        for payload in dict.fromkeys(payloads_of(request)):  # one that goes to many is sealed once
+        request = request.poisoned(finite)
+        for payload in dict.fromkeys(request.sends()):  # one that goes to many is sealed once
             write_header(payload, PayloadHeader(self.transport.rank, self.fingerprint, self.exchange), finite)
-        if isinstance(request, AllReduce):
-            request = replace(request, x=_poisoned(request.x, finite))
         self.ledger.count(request, self.transport.rank, self.transport.size)
         return OpenRequest(self, request, self.exchange)
 
@@ -96,24 +85,19 @@ class OpenRequest:
 
     def open(self, watch: bool) -> Answer:
         """Check and unpack. ``watch``: look for non-finite values in sums, too (payloads always tell)."""
-        request = self._request
-        if isinstance(request, AllReduce):
-            total: Tensor = self._waited
-            return Answer(total, finite_flag(total) if watch else TRUE)
-        senders, parts = _senders(request, self._channel.transport)
-        payloads: list[Payload | None] = []
-        finite = None
-        for sender, expected, wire in zip(senders, parts, self._waited, strict=True):
-            if wire is None:  # a neighbour that is lost, where the transport goes on without it
-                payloads.append(None)
-                continue
-            payload = Payload(wire[: wire_bytes(expected)], expected)
-            good = check_header(payload, PayloadHeader(sender, self._channel.fingerprint, self._number))
-            finite = good if finite is None else finite & good
-            payloads.append(payload)
-        return Answer(
-            payloads[0] if isinstance(request, Broadcast) else payloads, TRUE if finite is None else finite
-        )
+        transport, flags = self._channel.transport, list[Tensor]()
+
+        def unsealed(sender: int, parts: Parts, wire: Tensor) -> Payload:
+            payload = Payload(wire[: wire_bytes(parts)], parts)
+            flags.append(
+                check_header(payload, PayloadHeader(sender, self._channel.fingerprint, self._number))
+            )
+            return payload
+
+        value = self._request.open(self._waited, transport.rank, transport.size, unsealed)
+        if not self._request.sealed:
+            return Answer(value, finite_flag(value) if watch else TRUE)
+        return Answer(value, reduce(and_, flags) if flags else TRUE)
 
 
 TRUE = torch.tensor(True)
@@ -124,32 +108,3 @@ def finite_flag(x: Tensor) -> Tensor:
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return torch.tensor(kernels.all_finite(x.contiguous()))
     return torch.isfinite(x).all()
-
-
-def payloads_of(request: Request) -> tuple[Payload, ...]:
-    """What a request sends, sealed; a sum is not."""
-    if isinstance(request, AllToAll):
-        return request.payloads
-    return () if isinstance(request, AllReduce) else (request.payload,)
-
-
-def _senders(
-    request: AllGather | AllToAll | NeighborExchange | Broadcast, transport: Transport
-) -> tuple[tuple[int, ...], list[Parts]]:
-    """Who sent each buffer of the answer, and what must be in it."""
-    group = request.group or tuple(range(transport.size))
-    if isinstance(request, AllGather):
-        return group, list(request.parts or [request.payload.parts] * len(group))
-    if isinstance(request, AllToAll):
-        return group, [request.payloads[group.index(transport.rank)].parts] * len(group)
-    if isinstance(request, NeighborExchange):
-        return request.neighbours, [request.payload.parts] * len(request.neighbours)
-    return (request.source,), [request.payload.parts]
-
-
-def _poisoned(x: Tensor, finite: Tensor) -> Tensor:
-    if x.is_floating_point():
-        if x.device.type == "cpu":
-            return x if finite else x.fill_(float("nan"))
-        return torch.where(finite, x, torch.full((), float("nan"), dtype=x.dtype, device=x.device))
-    return x

@@ -10,22 +10,12 @@ from typing import Any
 
 import torch
 
-from distcomp.collectives import (
-    AllGather,
-    AllReduce,
-    AllToAll,
-    Broadcast,
-    Group,
-    NeighborExchange,
-    Request,
-    SharedAnswers,
-)
+from distcomp.collectives import Group, Request
 from distcomp.errors import Mismatch
 from distcomp.payload import PayloadHeader, check_header
-from distcomp.runtime.channel import TRUE, Answer, Channel, finite_flag, payloads_of
+from distcomp.runtime.channel import TRUE, Answer, Channel, finite_flag
 from distcomp.runtime.exchange import Exchange
 from distcomp.runtime.ledger import Ledger
-from distcomp.runtime.sums import in_rank_order
 
 
 class _Seat:
@@ -82,13 +72,8 @@ class Lockstep:
         """What each worker hears. What all of a group hear alike is opened and added up once for all."""
         asked: list[Any] = [seat.asked for seat in self._seats]
         mail = _Mail(asked, self._channels)
-        for rank, (request, exchange) in enumerate(zip(asked, exchanges, strict=True)):
-            if isinstance(request, AllToAll):
-                yield mail.swapped(rank)
-            elif isinstance(request, NeighborExchange):
-                yield mail.mixed(rank)
-            else:
-                yield mail.common(rank, exchange.watch)
+        for rank, exchange in enumerate(exchanges):
+            yield mail.answer(rank, exchange.watch)
 
 
 class _Mail:
@@ -99,63 +84,36 @@ class _Mail:
         self._finite = {
             id(payload): check_header(payload, PayloadHeader(rank, channel.fingerprint, channel.exchange))
             for rank, (request, channel) in enumerate(zip(asked, channels, strict=True))
-            for payload in dict.fromkeys(payloads_of(request))
+            for payload in dict.fromkeys(request.sends())
         }
         self._all_finite = all(self._finite.values())
-        self._common: dict[tuple[Group | None, bool], Answer] = {}
+        self._common: dict[tuple[Group | None, bool], tuple[Any, torch.Tensor]] = {}
 
-    def swapped(self, rank: int) -> Answer:
-        members = self._members(rank)
-        place = members.index(rank)
-        return self._answer([self._asked[member].payloads[place] for member in members])
-
-    def mixed(self, rank: int) -> Answer:
-        return self._answer([self._asked[neighbour].payload for neighbour in self._asked[rank].neighbours])
-
-    def common(self, rank: int, watch: bool) -> Answer:
-        """A sum is a copy for each: it is the asker's buffer."""
+    def answer(self, rank: int, watch: bool) -> Answer:
+        """What this rank hears; where all of a group hear alike, it is delivered once."""
         request = self._asked[rank]
-        key = (request.group, watch)
-        if key not in self._common:
-            self._common[key] = self._shared(rank, watch)
-        answer = self._common[key]
-        return Answer(answer.value.clone(), answer.finite) if isinstance(request, AllReduce) else answer
+        if not request.alike:
+            delivered, finite = self._delivered(rank, watch)
+        else:
+            key = (request.group, watch)
+            if key not in self._common:
+                self._common[key] = self._delivered(rank, watch)
+            delivered, finite = self._common[key]
+        return Answer(request.read(delivered), finite)
 
-    def _shared(self, rank: int, watch: bool) -> Answer:
+    def _delivered(self, rank: int, watch: bool) -> tuple[Any, torch.Tensor]:
         request = self._asked[rank]
-        if isinstance(request, Broadcast):
-            (payload,) = (answer := self._answer([self._asked[request.source].payload])).value
-            return Answer(payload, answer.finite)
-        members = [self._asked[member] for member in self._members(rank)]
-        if isinstance(request, AllReduce):
-            total = in_rank_order([member.x for member in members])
-            return Answer(total, finite_flag(total) if watch else TRUE)
-        return self._answer(SharedAnswers(member.payload for member in members))
-
-    def _members(self, rank: int) -> Sequence[int]:
-        group: Group | None = self._asked[rank].group
-        return group if group is not None else range(len(self._asked))
-
-    def _answer(self, payloads: list[Any]) -> Answer:
+        delivered = request.delivered(rank, self._asked)
+        if not request.sealed:
+            return delivered, finite_flag(delivered) if watch else TRUE
         if self._all_finite:
-            return Answer(payloads, TRUE)
-        return Answer(payloads, torch.tensor(all(bool(self._finite[id(one)]) for one in payloads)))
+            return delivered, TRUE
+        return delivered, torch.tensor(all(bool(self._finite[id(payload)]) for payload in delivered))
 
 
 def _signature(request: Request | None) -> tuple[object, ...]:
     """What must be alike on all ranks of a group."""
-    if request is None:
-        return ("nothing (it is done)",)
-    kind = type(request).__name__
-    if isinstance(request, AllReduce):
-        return (kind, tuple(request.x.shape), request.x.dtype, request.group)
-    if isinstance(request, AllGather):
-        return (kind, request.parts or request.payload.parts, request.group)
-    if isinstance(request, AllToAll):
-        return (kind, tuple(payload.parts for payload in request.payloads), request.group)
-    if isinstance(request, NeighborExchange):
-        return (kind, request.payload.parts, request.group)
-    return (kind, request.payload.parts, request.source, request.group)
+    return ("nothing (it is done)",) if request is None else (type(request).__name__, *request.signature())
 
 
 def _check_alike(requests: Sequence[Request | None]) -> None:
@@ -171,14 +129,5 @@ def _check_alike(requests: Sequence[Request | None]) -> None:
                     "every rank must run the same method with the same settings"
                 )
     for rank, request in enumerate(requests):
-        if isinstance(request, NeighborExchange):
-            _check_mutual(rank, request, requests)
-
-
-def _check_mutual(rank: int, request: NeighborExchange, requests: Sequence[Any]) -> None:
-    for neighbour in request.neighbours:
-        if rank not in requests[neighbour].neighbours:
-            raise Mismatch(
-                f"rank {rank} mixes with rank {neighbour}, which does not mix with rank {rank}; "
-                "neighbourhood must be mutual: give every rank the same topology"
-            )
+        if request is not None:
+            request.check_against(rank, requests)

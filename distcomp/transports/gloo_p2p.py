@@ -19,18 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distcomp.collectives import (
-    AllGather,
-    AllReduce,
-    AllToAll,
-    Broadcast,
-    Group,
-    NeighborExchange,
-    Request,
-    is_summed_directly,
-)
-from distcomp.payload import wire_bytes
-from distcomp.runtime.sums import in_rank_order
+from distcomp.collectives import Group, Pending, Request, in_rank_order, is_summed_directly
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.torchdist import Subgroups
 
@@ -50,78 +39,70 @@ class GlooP2P:
         self._heartbeat = heartbeat
         self._patience = timedelta(seconds=max(1.0, timeout_s - heartbeat.diagnosis_s))
 
-    def start(self, request: Request) -> PendingMessages:
+    def start(self, request: Request) -> Pending:
         """Raises PeerLost where a connection is gone already."""
         try:
-            return self._begin(request)
+            return request.drive(self)
         except RuntimeError as error:
             raise self._heartbeat.diagnose(error) from error
-
-    def _begin(self, request: Request) -> PendingMessages:
-        group = self._groups.of(request.group)
-        members = request.group or tuple(range(self.size))
-        if isinstance(request, AllReduce):
-            return self._sum(request, group, members)
-        if isinstance(request, AllGather):
-            parts = request.parts or (request.payload.parts,) * len(members)
-            sizes = [wire_bytes(one) for one in parts]
-            return self._exchange(group, members, [request.payload.wire] * len(members), sizes)
-        if isinstance(request, AllToAll):
-            wires = [payload.wire for payload in request.payloads]
-            return self._exchange(
-                group, members, wires, [wires[members.index(self.rank)].numel()] * len(members)
-            )
-        if isinstance(request, NeighborExchange):
-            return self._mix(request, group, members)
-        return self._broadcast(request, group, members)
 
     def close(self) -> None:
         self._groups.close()
 
-    def _sum(self, request: AllReduce, group: dist.ProcessGroup, members: Group) -> PendingMessages:
-        x = request.x
-        nbytes = x.numel() * x.element_size()
-        if not is_summed_directly(nbytes, len(members)):
+    def all_reduce(self, x: Tensor, group: Group | None) -> PendingMessages:
+        nbytes, count = x.numel() * x.element_size(), len(self._members(group))
+        if not is_summed_directly(nbytes, count):
+            among = self._groups.of(group)
             return self._pending_messages(
-                [lambda: dist.all_reduce(x, group=group, async_op=True)], [], lambda: x
+                [lambda: dist.all_reduce(x, group=among, async_op=True)], [], lambda: x
             )
-        mine = x.reshape(-1).view(torch.uint8)
-        everyone = self._exchange(group, members, [mine] * len(members), [nbytes] * len(members))
+        everyone = self.all_gather(x.reshape(-1).view(torch.uint8), [nbytes] * count, group)
         everyone.result = _sum_in_order(everyone.result(), x)
         return everyone
 
-    def _exchange(
-        self, group: dist.ProcessGroup, members: Group, outgoing: list[Tensor], incoming_bytes: list[int]
+    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> PendingMessages:
+        return self.all_to_all([wire] * len(sizes), sizes, group)
+
+    def all_to_all(
+        self, wires: Sequence[Tensor], sizes: Sequence[int], group: Group | None
     ) -> PendingMessages:
-        """Send ``outgoing[i]`` to member i, receive from each; the answer is in rank order, one's own
-        included."""
+        """What goes to the next rank and comes from the last one first, then from one further off; one's own
+        buffer is itself."""
+        members, among = self._members(group), self._groups.of(group)
         count, here = len(members), members.index(self.rank)
         received = [torch.empty(0)] * count
-        received[here] = outgoing[here]
+        received[here] = wires[here]
         sends, receives = [], []
         for shift in range(1, count):
             left, right = (here - shift) % count, (here + shift) % count
-            received[left] = torch.empty(incoming_bytes[left], dtype=torch.uint8)
-            receives.append(dist.irecv(received[left], group=group, group_src=left))
-            sends.append(partial(dist.isend, outgoing[right], group=group, group_dst=right))
+            received[left] = torch.empty(sizes[left], dtype=torch.uint8)
+            receives.append(dist.irecv(received[left], group=among, group_src=left))
+            sends.append(partial(dist.isend, wires[right], group=among, group_dst=right))
         return self._pending_messages(sends, receives, lambda: received)
 
-    def _mix(self, request: NeighborExchange, group: dist.ProcessGroup, members: Group) -> PendingMessages:
-        wire = request.payload.wire
-        places = [members.index(neighbour) for neighbour in request.neighbours]
-        received = [torch.empty_like(wire) for _ in places]
+    def neighbor_exchange(
+        self, wires: Sequence[Tensor], neighbors: Sequence[int], sizes: Sequence[int], group: Group | None
+    ) -> PendingMessages:
+        members, among = self._members(group), self._groups.of(group)
+        places = [members.index(neighbor) for neighbor in neighbors]
+        received = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         receives = [
-            dist.irecv(buffer, group=group, group_src=place)
+            dist.irecv(buffer, group=among, group_src=place)
             for place, buffer in zip(places, received, strict=True)
         ]
-        sends = [partial(dist.isend, wire, group=group, group_dst=place) for place in places]
+        sends = [
+            partial(dist.isend, wire, group=among, group_dst=place)
+            for place, wire in zip(places, wires, strict=True)
+        ]
         return self._pending_messages(sends, receives, lambda: received)
 
-    def _broadcast(self, request: Broadcast, group: dist.ProcessGroup, members: Group) -> PendingMessages:
-        wire = request.payload.wire
-        source = members.index(request.source)
-        work = partial(dist.broadcast, wire, group=group, group_src=source, async_op=True)
+    def broadcast(self, wire: Tensor, source: int, group: Group | None) -> PendingMessages:
+        place, among = self._members(group).index(source), self._groups.of(group)
+        work = partial(dist.broadcast, wire, group=among, group_src=place, async_op=True)
         return self._pending_messages([work], [], lambda: [wire])
+
+    def _members(self, group: Group | None) -> Group:
+        return group or tuple(range(self.size))
 
     def _pending_messages(
         self, sends: Sequence[Callable[[], Any]], receives: list[Any], result: Callable[[], Any]

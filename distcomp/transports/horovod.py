@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, NeighborExchange, Request
+from distcomp.collectives import Group, Pending, Request
 from distcomp.errors import DistcompError, PeerLost, require
-from distcomp.payload import wire_bytes
 
 
 class Horovod:
@@ -27,33 +26,35 @@ class Horovod:
         self.rank: int = self._hvd.rank()
         self.size: int = self._hvd.size()
 
-    def start(self, request: Request) -> PendingMessages:
+    def start(self, request: Request) -> Pending:
         if request.group is not None and len(request.group) < self.size:
             raise DistcompError(
                 "methods that talk in groups (hierarchical) do not run over Horovod; use torch.distributed, "
                 "which horovodrun can start as well"
             )
-        return self._begin(request)
+        return request.drive(self)
 
-    def _begin(self, request: Request) -> PendingMessages:
-        if isinstance(request, AllReduce):
-            return self._pending_messages(
-                self._hvd.allreduce_async(request.x, op=self._hvd.AllReduce), lambda total: total
-            )
-        if isinstance(request, AllGather):
-            parts = request.parts or (request.payload.parts,) * self.size
-            sizes = [wire_bytes(one) for one in parts]
-            handle = self._hvd.allgather_async(request.payload.wire)
-            return self._pending_messages(handle, lambda everything: list(torch.split(everything, sizes)))
-        if isinstance(request, AllToAll):
-            wires = {to: payload.wire for to, payload in enumerate(request.payloads)}
-            return self._all_to_all(wires, range(self.size))
-        if isinstance(request, NeighborExchange):
-            neighbours = request.neighbours
-            return self._all_to_all(dict.fromkeys(neighbours, request.payload.wire), neighbours)
-        assert isinstance(request, Broadcast)
-        handle = self._hvd.broadcast_async(request.payload.wire, request.source)
-        return self._pending_messages(handle, lambda wire: [wire])
+    def all_reduce(self, x: Tensor, group: Group | None) -> PendingMessages:
+        return self._pending_messages(
+            self._hvd.allreduce_async(x, op=self._hvd.AllReduce), lambda total: total
+        )
+
+    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> PendingMessages:
+        handle = self._hvd.allgather_async(wire)
+        return self._pending_messages(handle, lambda everything: list(torch.split(everything, list(sizes))))
+
+    def all_to_all(
+        self, wires: Sequence[Tensor], sizes: Sequence[int], group: Group | None
+    ) -> PendingMessages:
+        return self._all_to_all(dict(enumerate(wires)), range(self.size))
+
+    def neighbor_exchange(
+        self, wires: Sequence[Tensor], neighbors: Sequence[int], sizes: Sequence[int], group: Group | None
+    ) -> PendingMessages:
+        return self._all_to_all(dict(zip(neighbors, wires, strict=True)), neighbors)
+
+    def broadcast(self, wire: Tensor, source: int, group: Group | None) -> PendingMessages:
+        return self._pending_messages(self._hvd.broadcast_async(wire, source), lambda wire: [wire])
 
     def _all_to_all(self, outgoing: dict[int, Tensor], senders: Iterable[int]) -> PendingMessages:
         """What each of ``senders`` sent here, in their order."""

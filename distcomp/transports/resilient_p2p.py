@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from distcomp.collectives import AllReduce, NeighborExchange, Request
+from distcomp.collectives import Group, Pending, Request
 from distcomp.errors import DistcompError, PeerLost
-from distcomp.runtime.channel import Pending, Transport
+from distcomp.runtime.channel import Transport
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.types import PrefixStore, Store
 
@@ -31,7 +32,8 @@ PATIENCE_S = 2.0
 
 
 class ResilientP2P:
-    """Carries Mix over ``edges``, those of this rank among them; the rest over ``everyone``, or who is left.
+    """Carries what neighbors ask over ``edges``, those of this rank among them; the rest over ``everyone``,
+    or, if it is a sum, over who is left.
 
     ``lost`` holds the ranks that are known to be gone. The store must outlive every rank.
     """
@@ -60,19 +62,45 @@ class ResilientP2P:
                 self._edges[other] = self._group(f"edge{low}-{high}", (low, high))
 
     def start(self, request: Request) -> Pending:
-        if isinstance(request, NeighborExchange):
-            return self._mix(request)
+        if request.neighbors_only is not None:
+            return request.drive(self)
         members = self._meet()
-        if len(members) == self.size:
-            return self._everyone.start(request)
-        if not isinstance(request, AllReduce):
-            raise DistcompError(
-                f"ranks {sorted(self.lost)} are lost; only sums are asked of those who are left"
-            )
+        return self._everyone.start(request) if len(members) == self.size else request.drive(self)
+
+    def neighbor_exchange(
+        self, wires: Sequence[Tensor], neighbors: Sequence[int], sizes: Sequence[int], group: Group | None
+    ) -> _Mixing:
+        under_way: dict[int, tuple[Future[None], Tensor]] = {}
+        for neighbor, wire, size in zip(neighbors, wires, sizes, strict=True):
+            other, received = int(neighbor > self.rank), torch.empty(size, dtype=torch.uint8)
+            edge = self._edges[neighbor]
+            try:
+                works = [edge.recv([received], other, 0), edge.send([wire], other, 0)]
+            except RuntimeError:  # the other end has gone since the last exchange
+                self.lost.add(neighbor)
+            else:
+                under_way[neighbor] = self._waiting.submit(self._wait, works), received
+        return _Mixing(self, tuple(neighbors), under_way)
+
+    def all_reduce(self, x: Tensor, group: Group | None) -> _Joint:
+        """Over the survivors, where some are lost."""
+        members = tuple(rank for rank in range(self.size) if rank not in self.lost)
         if members not in self._survivors:
             self._survivors[members] = self._group(f"survivors{self._meetings}", members)
-        work = self._survivors[members].allreduce([request.x])
-        return _Joint(work, request.x, self._heartbeat, self._patience)
+        work = self._survivors[members].allreduce([x])
+        return _Joint(work, x, self._heartbeat, self._patience)
+
+    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> Pending:
+        raise self._only_sums()
+
+    def all_to_all(self, wires: Sequence[Tensor], sizes: Sequence[int], group: Group | None) -> Pending:
+        raise self._only_sums()
+
+    def broadcast(self, wire: Tensor, source: int, group: Group | None) -> Pending:
+        raise self._only_sums()
+
+    def _only_sums(self) -> DistcompError:
+        return DistcompError(f"ranks {sorted(self.lost)} are lost; only sums are asked of those who are left")
 
     @property
     def cut_off(self) -> bool:
@@ -88,20 +116,6 @@ class ResilientP2P:
     def _group(self, name: str, members: tuple[int, ...]) -> Any:
         place = PrefixStore(f"distcomp/{self._heartbeat.name}/{name}", self._store)
         return dist.ProcessGroupGloo(place, members.index(self.rank), len(members), self._patience)
-
-    def _mix(self, request: NeighborExchange) -> _Mixing:
-        wire = request.payload.wire
-        under_way: dict[int, tuple[Future[None], torch.Tensor]] = {}
-        for neighbour in request.neighbours:
-            other, received = int(neighbour > self.rank), torch.empty_like(wire)
-            edge = self._edges[neighbour]
-            try:
-                works = [edge.recv([received], other, 0), edge.send([wire], other, 0)]
-            except RuntimeError:  # the other end has gone since the last exchange
-                self.lost.add(neighbour)
-            else:
-                under_way[neighbour] = self._waiting.submit(self._wait, works), received
-        return _Mixing(self, request.neighbours, under_way)
 
     def _wait(self, works: list[Any]) -> None:
         for work in works:
@@ -154,14 +168,14 @@ class _Mixing:
 
     edges: ResilientP2P
     neighbours: tuple[int, ...]
-    under_way: dict[int, tuple[Future[None], torch.Tensor]]
+    under_way: dict[int, tuple[Future[None], Tensor]]
     started_s: float = 0.0
     finished_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.started_s = time.perf_counter()
 
-    def wait(self) -> list[torch.Tensor | None]:
+    def wait(self) -> list[Tensor | None]:
         """Raises PeerLost when no neighbour is left."""
         answers = {neighbour: self._answer(neighbour) for neighbour in self.neighbours}
         self.finished_s = time.perf_counter()
@@ -171,7 +185,7 @@ class _Mixing:
             )
         return list(answers.values())
 
-    def _answer(self, neighbour: int) -> torch.Tensor | None:
+    def _answer(self, neighbour: int) -> Tensor | None:
         if neighbour not in self.under_way:
             return None
         done, received = self.under_way[neighbour]
@@ -183,7 +197,7 @@ class _Joint:
     """A sum over the survivors under way."""
 
     work: Any
-    x: torch.Tensor
+    x: Tensor
     heartbeat: Heartbeat
     patience: timedelta
     started_s: float = 0.0
@@ -192,7 +206,7 @@ class _Joint:
     def __post_init__(self) -> None:
         self.started_s = time.perf_counter()
 
-    def wait(self) -> torch.Tensor:
+    def wait(self) -> Tensor:
         """Raises PeerLost when a survivor dies now."""
         try:
             self.work.wait(self.patience)

@@ -13,9 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from distcomp.collectives import AllReduce, Request, is_summed_directly
-from distcomp.runtime.channel import Pending, Transport
-from distcomp.runtime.ledger import Ledger
+from distcomp.collectives import Pending, Request
+from distcomp.runtime.channel import Transport
 
 
 class SlowLink:
@@ -61,20 +60,9 @@ class _Throttled:
         self._session = session
 
     def start(self, request: Request) -> Pending:
-        ledger = Ledger()
-        ledger.count(request, self.rank, self.size)
-        until_s = self._session.arrival_s(ledger.total_bytes, _hops(request, self.size))
+        sent_bytes = request.sent_bytes(self.rank, self.size).total()
+        until_s = self._session.arrival_s(sent_bytes, request.hops(self.size))
         return _Held(self._transport.start(request), until_s)
-
-
-def _hops(request: Request, size: int) -> int:
-    """Messages that wait for one another: the steps of a ring, or one."""
-    if not isinstance(request, AllReduce):
-        return 1
-    members = len(request.group or range(size))
-    return (
-        1 if is_summed_directly(request.x.numel() * request.x.element_size(), members) else 2 * (members - 1)
-    )
 
 
 @dataclass

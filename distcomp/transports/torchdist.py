@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, Group, NeighborExchange, Request
-from distcomp.payload import wire_bytes
+from distcomp.collectives import Group, Pending, Request
 from distcomp.transports.heartbeat import Heartbeat
 
 
@@ -52,54 +51,50 @@ class TorchDist:
         self._timeout_s = timeout_s
         self._groups = Subgroups(group)
 
-    def start(self, request: Request) -> PendingWork:
-        group = self._groups.of(request.group)
-        if isinstance(request, AllReduce):
-            work = dist.all_reduce(request.x, group=group, async_op=True)
-            return self._pending([work], lambda: request.x, keep=request.x)
-        if isinstance(request, AllGather):
-            return self._gather(request, group)
-        if isinstance(request, AllToAll):
-            return self._swap(request, group)
-        if isinstance(request, NeighborExchange):
-            return self._mix(request, group)
-        return self._broadcast(request, group)
+    def start(self, request: Request) -> Pending:
+        return request.drive(self)
 
-    def _gather(self, request: AllGather, group: dist.ProcessGroup) -> PendingWork:
-        own = request.payload.wire
-        longest = max(map(wire_bytes, request.parts)) if request.parts else own.numel()
-        if own.numel() < longest:  # Gloo hangs in an all-gather of unequal lengths
-            own = torch.cat([own, own.new_zeros(longest - own.numel())])
-        everything = own.new_empty(dist.get_world_size(group) * longest)
-        buffers = list(torch.split(everything, longest))
-        work = dist.all_gather(buffers, own, group=group, async_op=True)
-        return self._pending([work], lambda: buffers, keep=own)
+    def all_reduce(self, x: Tensor, group: Group | None) -> PendingWork:
+        work = dist.all_reduce(x, group=self._groups.of(group), async_op=True)
+        return self._pending([work], lambda: x, keep=x)
 
-    def _swap(self, request: AllToAll, group: dist.ProcessGroup) -> PendingWork:
-        here = dist.get_rank(group)
-        outgoing = torch.cat([payload.wire for payload in request.payloads])
-        sizes = [payload.wire.numel() for payload in request.payloads]
-        incoming = outgoing.new_empty(len(sizes) * sizes[here])
+    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> PendingWork:
+        longest = max(sizes)
+        if wire.numel() < longest:  # Gloo hangs in an all-gather of unequal lengths
+            wire = torch.cat([wire, wire.new_zeros(longest - wire.numel())])
+        buffers = list(torch.split(wire.new_empty(len(sizes) * longest), longest))
+        work = dist.all_gather(buffers, wire, group=self._groups.of(group), async_op=True)
+        return self._pending([work], lambda: buffers, keep=wire)
+
+    def all_to_all(self, wires: Sequence[Tensor], sizes: Sequence[int], group: Group | None) -> PendingWork:
+        outgoing, incoming_sizes = torch.cat(list(wires)), list(sizes)
+        incoming = outgoing.new_empty(sum(incoming_sizes))
         work = dist.all_to_all_single(
-            incoming, outgoing, [sizes[here]] * len(sizes), sizes, group=group, async_op=True
+            incoming,
+            outgoing,
+            incoming_sizes,
+            [wire.numel() for wire in wires],
+            group=self._groups.of(group),
+            async_op=True,
         )
-        return self._pending([work], lambda: list(torch.split(incoming, sizes[here])), keep=outgoing)
+        return self._pending([work], lambda: list(torch.split(incoming, incoming_sizes)), keep=outgoing)
 
-    def _mix(self, request: NeighborExchange, group: dist.ProcessGroup) -> PendingWork:
-        own = request.payload.wire
-        received = [torch.empty_like(own) for _ in request.neighbours]
+    def neighbor_exchange(
+        self, wires: Sequence[Tensor], neighbors: Sequence[int], sizes: Sequence[int], group: Group | None
+    ) -> PendingWork:
+        among = self._groups.of(group)
+        received = [wire.new_empty(size) for wire, size in zip(wires, sizes, strict=True)]
         operations = []
-        for neighbour, buffer in zip(request.neighbours, received, strict=True):
-            peer = dist.get_global_rank(self.group, neighbour)
-            operations.append(dist.P2POp(dist.isend, own, peer, group))
-            operations.append(dist.P2POp(dist.irecv, buffer, peer, group))
+        for neighbor, wire, buffer in zip(neighbors, wires, received, strict=True):
+            peer = dist.get_global_rank(self.group, neighbor)
+            operations.append(dist.P2POp(dist.isend, wire, peer, among))
+            operations.append(dist.P2POp(dist.irecv, buffer, peer, among))
         works = dist.batch_isend_irecv(operations) if operations else []
-        return self._pending(works, lambda: received, keep=own)
+        return self._pending(works, lambda: received, keep=wires[0] if wires else None)
 
-    def _broadcast(self, request: Broadcast, group: dist.ProcessGroup) -> PendingWork:
-        wire = request.payload.wire
-        source = dist.get_global_rank(self.group, request.source)
-        work = dist.broadcast(wire, source, group=group, async_op=True)
+    def broadcast(self, wire: Tensor, source: int, group: Group | None) -> PendingWork:
+        peer = dist.get_global_rank(self.group, source)
+        work = dist.broadcast(wire, peer, group=self._groups.of(group), async_op=True)
         return self._pending([work], lambda: [wire], keep=wire)
 
     def _pending(

@@ -18,7 +18,7 @@ pytest.importorskip("mpi4py", reason="mpi4py is not installed; pip install 'dist
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MPIRUN = Path(sys.executable).parent / "mpirun"
-BATTERY = [ROOT / "tests" / "battery" / f"test_{name}.py" for name in ("law", "finite", "state")]
+CONFORMANCE = [ROOT / "tests" / "conformance" / f"test_{name}.py" for name in ("law", "finite", "state")]
 QUICK = "leaves_no_trace or bytes_of_every_step"
 
 
@@ -59,7 +59,7 @@ def test_the_battery_passes_over_mpi_with_the_bits_of_lock_step() -> None:
     whole = bool(os.environ.get("DISTCOMP_NIGHTLY"))
     size, chosen = (4, []) if whole else (3, ["-k", QUICK])
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "tests.mpi.mirror", "--timeout=240"]
-    done = mpirun(size, "-m", "pytest", *options, *chosen, *BATTERY, timeout_s=3000)
+    done = mpirun(size, "-m", "pytest", *options, *chosen, *CONFORMANCE, timeout_s=3000)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"[1-9]\d passed", done.stdout)
     assert re.search(r"carried [1-9]\d+: Broadcast Gather Sum Swap", done.stdout), done.stdout

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distcomp.collectives import (
-    AllGather,
-    AllReduce,
-    AllToAll,
-    Broadcast,
-    Group,
-    NeighborExchange,
-    Request,
-    is_summed_directly,
-)
-from distcomp.payload import wire_bytes
-from distcomp.runtime.sums import in_rank_order
+from distcomp.collectives import Group, Pending, Request, in_rank_order, is_summed_directly
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.mpi.library import addends, library, raw, reduction
 from distcomp.transports.mpi.progress import Flight, take_off
@@ -30,13 +19,13 @@ class MPITransport:
     """Carries requests over the communicator ``comm``. Waits at most ``timeout_s``, then names who does not
     answer.
 
-    ================ ======================================================================
-    ``AllReduce``          ``MPI_Iallreduce``; up to 8 kB ``MPI_Iallgather``, added in rank order
-    ``AllGather``       ``MPI_Iallgatherv``
-    ``AllToAll``         ``MPI_Ialltoallv``
-    ``NeighborExchange``          ``MPI_Isend`` and ``MPI_Irecv``, every receive posted before the first send
-    ``Broadcast``    ``MPI_Ibcast``
-    ================ ======================================================================
+    ===================== ======================================================================
+    ``all_reduce``        ``MPI_Iallreduce``; up to 8 kB ``MPI_Iallgather``, added in rank order
+    ``all_gather``        ``MPI_Iallgatherv``
+    ``all_to_all``        ``MPI_Ialltoallv``
+    ``neighbor_exchange`` ``MPI_Isend`` and ``MPI_Irecv``, every receive posted before the first send
+    ``broadcast``         ``MPI_Ibcast``
+    ===================== ======================================================================
     """
 
     def __init__(self, comm: Any, heartbeat: Heartbeat, timeout_s: float) -> None:
@@ -47,29 +36,65 @@ class MPITransport:
         self._patience_s = max(1.0, timeout_s - heartbeat.diagnosis_s)
         self._groups: dict[Group, Any] = {}
 
-    def start(self, request: Request) -> PendingMessages:
+    def start(self, request: Request) -> Pending:
         """Raises PeerLost where MPI refuses."""
         try:
-            requests, buffers, result = self._post(request)
+            return request.drive(self)
         except library().Exception as error:
             raise self._heartbeat.diagnose(RuntimeError(f"MPI: {error}")) from error
-        return PendingMessages(take_off(requests, buffers), result, self._heartbeat, self._patience_s)
 
     def close(self) -> None:
         """Nothing to close: communicators live as long as MPI."""
 
-    def _post(self, request: Request) -> tuple[list[Any], object, Callable[[], Any]]:
-        comm = self._communicator(request.group)
-        if isinstance(request, AllReduce):
-            return _sum(comm, request.x)
-        if isinstance(request, AllGather):
-            parts = request.parts or (request.payload.parts,) * comm.size
-            return _gather(comm, request.payload.wire, [wire_bytes(one) for one in parts])
-        if isinstance(request, AllToAll):
-            return _swap(comm, [payload.wire for payload in request.payloads])
-        if isinstance(request, NeighborExchange):
-            return _mix(comm, request, request.group or tuple(range(self.size)))
-        return _broadcast(comm, request, request.group or tuple(range(self.size)))
+    def all_reduce(self, x: Tensor, group: Group | None) -> PendingMessages:
+        comm, nbytes = self._communicator(group), x.numel() * x.element_size()
+        if is_summed_directly(nbytes, comm.size):
+            everyone = torch.empty(comm.size, *x.shape, dtype=x.dtype)
+            request = comm.Iallgather(raw(x), raw(everyone))
+            return self._pending_messages([request], (x, everyone), lambda: in_rank_order(list(everyone)))
+        buffer = addends(x)
+        request = comm.Iallreduce(library().IN_PLACE, buffer, reduction("SUM", x.dtype))
+        return self._pending_messages([request], (x, buffer), lambda: x)
+
+    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> PendingMessages:
+        comm, counts = self._communicator(group), list(sizes)
+        everything = wire.new_empty(sum(counts))
+        data, kind = raw(everything)
+        request = comm.Iallgatherv(raw(wire[: counts[comm.rank]]), [data, counts, kind])
+        return self._pending_messages([request], (wire, data), lambda: list(torch.split(everything, counts)))
+
+    def all_to_all(
+        self, wires: Sequence[Tensor], sizes: Sequence[int], group: Group | None
+    ) -> PendingMessages:
+        comm, counts = self._communicator(group), list(sizes)
+        sent, received = torch.cat(list(wires)), torch.empty(sum(counts), dtype=torch.uint8)
+        (sent_data, kind), (received_data, _) = raw(sent), raw(received)
+        request = comm.Ialltoallv(
+            [sent_data, [wire.numel() for wire in wires], kind], [received_data, counts, kind]
+        )
+        buffers = (sent_data, received_data)
+        return self._pending_messages([request], buffers, lambda: list(torch.split(received, counts)))
+
+    def neighbor_exchange(
+        self, wires: Sequence[Tensor], neighbors: Sequence[int], sizes: Sequence[int], group: Group | None
+    ) -> PendingMessages:
+        comm, members = self._communicator(group), group or tuple(range(self.size))
+        peers = [members.index(neighbor) for neighbor in neighbors]
+        received = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        receives = [comm.Irecv(raw(buffer), peer) for peer, buffer in zip(peers, received, strict=True)]
+        sends = [comm.Isend(raw(wire), peer) for peer, wire in zip(peers, wires, strict=True)]
+        return self._pending_messages(receives + sends, (wires, received), lambda: received)
+
+    def broadcast(self, wire: Tensor, source: int, group: Group | None) -> PendingMessages:
+        place = (group or tuple(range(self.size))).index(source)
+        request = self._communicator(group).Ibcast(raw(wire), place)
+        return self._pending_messages([request], wire, lambda: [wire])
+
+    def _pending_messages(
+        self, requests: list[Any], buffers: object, result: Callable[[], Any]
+    ) -> PendingMessages:
+        """``buffers`` must stay alive until MPI's requests are done; ``result`` is what they then come to."""
+        return PendingMessages(take_off(requests, buffers), result, self._heartbeat, self._patience_s)
 
     def _communicator(self, members: Group | None) -> Any:
         """The communicator of some ranks; made when first asked for, which its members do together."""
@@ -79,51 +104,6 @@ class MPITransport:
             group = self._comm.group.Incl(members)
             self._groups[members] = self._comm.Create_group(group, tag=sum(members) % 30_000)
         return self._groups[members]
-
-
-Posted = tuple[list[Any], object, Callable[[], Any]]
-"""MPI's requests, what must stay alive until they are done, and what they then come to."""
-
-
-def _sum(comm: Any, x: Tensor) -> Posted:
-    nbytes = x.numel() * x.element_size()
-    if is_summed_directly(nbytes, comm.size):
-        everyone = torch.empty(comm.size, *x.shape, dtype=x.dtype)
-        request = comm.Iallgather(raw(x), raw(everyone))
-        return [request], (x, everyone), lambda: in_rank_order(list(everyone))
-    buffer = addends(x)
-    request = comm.Iallreduce(library().IN_PLACE, buffer, reduction("SUM", x.dtype))
-    return [request], (x, buffer), lambda: x
-
-
-def _gather(comm: Any, own: Tensor, sizes: list[int]) -> Posted:
-    everything = own.new_empty(sum(sizes))
-    data, kind = raw(everything)
-    request = comm.Iallgatherv(raw(own[: sizes[comm.rank]]), [data, sizes, kind])
-    return [request], (own, data), lambda: list(torch.split(everything, sizes))
-
-
-def _swap(comm: Any, outgoing: list[Tensor]) -> Posted:
-    sizes = [wire.numel() for wire in outgoing]
-    here = sizes[comm.rank]
-    sent, received = torch.cat(outgoing), torch.empty(comm.size * here, dtype=torch.uint8)
-    (sent_data, kind), (received_data, _) = raw(sent), raw(received)
-    request = comm.Ialltoallv([sent_data, sizes, kind], [received_data, [here] * comm.size, kind])
-    return [request], (sent_data, received_data), lambda: list(torch.split(received, here))
-
-
-def _mix(comm: Any, request: NeighborExchange, members: Group) -> Posted:
-    wire = request.payload.wire
-    peers = [members.index(neighbour) for neighbour in request.neighbours]
-    received = [torch.empty_like(wire) for _ in peers]
-    receives = [comm.Irecv(raw(buffer), peer) for peer, buffer in zip(peers, received, strict=True)]
-    sends = [comm.Isend(raw(wire), peer) for peer in peers]
-    return receives + sends, (wire, received), lambda: received
-
-
-def _broadcast(comm: Any, request: Broadcast, members: Group) -> Posted:
-    wire = request.payload.wire
-    return [comm.Ibcast(raw(wire), members.index(request.source))], wire, lambda: [wire]
 
 
 @dataclass
