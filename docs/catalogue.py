@@ -142,12 +142,12 @@ def _facts(entry: Entry) -> Iterator[str]:
     settings = ", ".join(f"`{name}={value}`" for name, value in entry.parameters.items())
     control = " (a control, not a method to train with)" if entry.control else ""
     yield f"* Paper: {_prose(entry.paper)}"
-    yield f"* Differs from it: {_prose(entry.differs)}"
+    yield f"* Differs from it: {_prose(entry.deviations)}"
     yield f"* Agrees on: {KINDS[entry.kind]}{control}"
     yield f"* Sends, per step and rank: {_prose(entry.wire)} bytes"
     yield f"* Payloads are {'' if entry.summable else 'not '}added on the wire"
     yield f"* {'Biased' if entry.biased else 'Unbiased'}"
-    yield f"* Fails: {_prose(entry.fails)}"
+    yield f"* Fails: {_prose(entry.limitations)}"
     yield f"* Settings and their defaults: {settings or 'none'}"
 
 

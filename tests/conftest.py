@@ -1,7 +1,12 @@
-"""What every test shares: one thread, and properties that try the same examples every time."""
+"""What every test shares: one thread, the same examples every time, and no file left out unseen."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -17,3 +22,46 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("distcomp")
+
+BUILT_ELSEWHERE = {
+    "tests/horovod_job/test_horovod.py": "Horovod is built by scripts/test-horovod",
+    "tests/integrations/test_ray.py": "Ray is installed by its users",
+}
+"""Files that may be skipped whole in continuous integration, and why."""
+
+_run: Counter[str] = Counter()
+_skipped: Counter[str] = Counter()
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        _skipped[report.nodeid] += 1
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    file = report.nodeid.partition("::")[0]
+    if report.skipped:
+        _skipped[file] += 1
+    elif report.when == "call":
+        _run[file] += 1
+
+
+def left_out(run: Counter[str], skipped: Counter[str]) -> list[str]:
+    """The files of which every test was skipped, though none of them may be."""
+    whole = (file for file in skipped if not run[file] and file not in BUILT_ELSEWHERE)
+    return sorted(file for file in whole if Path(file).name.startswith("test_"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In continuous integration a file that was skipped whole fails: what it needs was not installed."""
+    if os.environ.get("CI") and session.exitstatus == 0 and left_out(_run, _skipped):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if os.environ.get("CI"):
+        for file in left_out(_run, _skipped):
+            terminalreporter.write_line(
+                f"{file} was skipped whole; install what it needs, or name it in conftest"
+            )

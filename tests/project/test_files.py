@@ -107,3 +107,25 @@ def test_ci_runs_the_two_scripts_and_nothing_else() -> None:
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     commands = [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
     assert commands == ["scripts/check", "scripts/test"]
+
+
+@pytest.mark.parametrize("ci", ["true", ""])
+def test_a_file_that_is_skipped_whole_fails_in_continuous_integration(tmp_path: Path, ci: str) -> None:
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_here.py").write_text("def test_one():\n    assert True\n")
+    (tmp_path / "test_gone.py").write_text("import pytest\npytest.importorskip('nosuch_package')\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "CI": ci}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == (1 if ci else 0), done.stdout
+    assert ("test_gone.py was skipped whole" in done.stdout) == bool(ci)
