@@ -22,8 +22,8 @@ DIRECT_BYTES = 8192
 class AllReduce(Request):
     """Ask for the sum of ``x`` over the ranks: a plain all-reduce. Answer: a tensor like ``x``.
 
-    The transport may use ``x`` as its buffer: the asker gives it away. It has no header: a rank whose tensor
-    is not finite adds NaN, if ``x`` is floating point. On the wire: :func:`all_reduce_sent_bytes`.
+    The transport may use ``x`` as its buffer: the asker gives it away. There is no header, so a rank whose
+    tensor is not finite adds NaN, if ``x`` is floating point. On the wire: :func:`all_reduce_sent_bytes`.
     """
 
     x: Tensor

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, NeighborExchange
+from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, NeighborExchange, ReduceScatter
 from distcomp.errors import DistcompError
 from distcomp.horovod import DistributedOptimizer
 from distcomp.payload import Part, Payload
@@ -85,9 +85,28 @@ def requests():
         "gather": values(line.start(AllGather(message(rank))).wait()) == list(range(size)),
         "swap": values(line.start(AllToAll(tuple(message(10 * rank + to) for to in range(size)))).wait())
         == [10 * sender + rank for sender in range(size)],
+        "uneven swap": [one.tolist() for one in uneven_swap(line)]
+        == [[10 * sender + rank] * (1 + sender + 2 * rank) for sender in range(size)],
+        "reduce-scatter": scattered(line) == [sum(range(1, size + 1)) * rank] * (2 * rank),
         "mix": values(line.start(NeighborExchange(message(rank), neighbours)).wait()) == list(neighbours),
         "broadcast": values(line.start(Broadcast(message(rank), source=1)).wait()) == [1],
     }
+
+
+def uneven_swap(line):
+    rank, everyone = line.rank, range(line.size)
+    sent = tuple(message(10 * rank + to, 1 + rank + 2 * to) for to in everyone)
+    parts = tuple(message(0, 1 + sender + 2 * rank).parts for sender in everyone)
+    wires = line.start(AllToAll(sent, parts)).wait()
+    return [Payload(wire, part)["values"] for wire, part in zip(wires, parts, strict=True)]
+
+
+def scattered(line):
+    """Pieces of 0, 2, 4, ... elements, which hold their owner's rank times one more than the sender's."""
+    pieces = [torch.full((2 * owner,), float(owner * (line.rank + 1))) for owner in range(line.size)]
+    request = ReduceScatter(torch.cat(pieces), tuple(piece.numel() for piece in pieces))
+    received = line.start(request).wait()
+    return request.open(received, line.rank, line.size, lambda _, parts, wire: Payload(wire, parts)).tolist()
 
 
 def refused(ask):

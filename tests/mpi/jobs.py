@@ -15,9 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distcomp
+from distcomp.transports.heartbeat import Heartbeat
+from distcomp.transports.mpi.transport import MPITransport
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "ddp"))
 import jobs as ddp  # (the networks and loops of tests/ddp)
+from collectives import world as script  # (of tests/collectives)
 
 HALVES = (torch.float16, torch.bfloat16)
 REAL = (torch.float32, torch.float64, *HALVES)
@@ -152,7 +156,23 @@ def struck(rank: int, size: int) -> str:
     return "not noticed"
 
 
-JOBS: dict[str, Callable[..., Any]] = {"collectives": collectives, "training": training, "struck": struck}
+def requests(rank: int, size: int) -> dict[str, bool]:
+    """The script of tests/collectives over MPI, and its bytes as in lock-step."""
+    comm = dist.group.WORLD.comm  # type: ignore[union-attr]
+    heartbeat = Heartbeat(dist.group.WORLD.get_group_store(), rank, size, "requests")
+    right, sent, finite = script.over(MPITransport(comm.Dup(), heartbeat, 60.0), script.script)
+    heartbeat.close()
+    lockstep = script.together(script.script, [torch.ones(4)] * size)
+    bytes_alike = sent == dict(lockstep.ledgers[rank].sent_bytes)
+    return {**right, "finite": finite, "bytes as in lock-step": bytes_alike}
+
+
+JOBS: dict[str, Callable[..., Any]] = {
+    "collectives": collectives,
+    "requests": requests,
+    "training": training,
+    "struck": struck,
+}
 
 
 def main() -> None:

@@ -44,7 +44,8 @@ METHODS = {2: ("plain", "qsgd:bits=4", "powersgd"), 3: ("topk", "choco", "fixed_
 @cache
 def answers(size: int, backend: str) -> dict[str, list[Any]]:
     """Of every job, what each rank answers, in rank order. One mpirun for all: starting takes longest."""
-    jobs = [f"training={spec}" for spec in METHODS[size]] + ["collectives"] * (backend == "mpi4py")
+    jobs = [f"training={spec}" for spec in METHODS[size]]
+    jobs += ["collectives", "requests"] * (backend == "mpi4py")
     done = mpirun(size, HERE / "jobs.py", backend, *jobs)
     assert done.returncode == 0, done.stdout + done.stderr
     told = sorted(
@@ -71,6 +72,15 @@ def test_every_collective_brings_what_it_should(size: int) -> None:
     assert len(told) == size
     for right in told:
         assert len(right) > 35
+        assert [name for name, good in right.items() if not good] == []
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_reduce_scatter_and_the_uneven_all_to_all_bring_what_they_should(size: int) -> None:
+    told = answers(size, "mpi4py")["requests"]
+    assert len(told) == size
+    for right in told:
+        assert len(right) == 12
         assert [name for name, good in right.items() if not good] == []
 
 
