@@ -19,7 +19,7 @@ from typing import Any
 from _common import write
 
 from distcomp.advice.overlap import Timing, averaging_step, gradient_step
-from distcomp.advice.predict import BUILTIN_HOOKS, around_a_ring
+from distcomp.advice.predict import PREDICTED_HOOKS, around_a_ring
 from distcomp.advice.scale import Rehearsals
 from distcomp.layout import Layout
 from distcomp.network import Fabric
@@ -57,7 +57,7 @@ def curve(rehearsals: Rehearsals, fabric: Fabric) -> list[float]:
             profiles = profiles * BUCKETS
             step = averaging_step(timing(), profiles, there, HOST, slowness=0.0)
         else:
-            if profiled.method in BUILTIN_HOOKS:
+            if profiled.method in PREDICTED_HOOKS:
                 profiles = around_a_ring(profiles)
             step = gradient_step(timing(), profiles * BUCKETS, there, HOST, slowness=0.0)
         found.append(COMPUTE_S / step.step_s)

@@ -7,7 +7,10 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from distcomp.registry import when_missing
 from distcomp.version import __version__ as __version__
+
+when_missing(lambda: importlib.import_module("distcomp.public"))
 
 if TYPE_CHECKING:
     from distcomp.public import *  # noqa: F403

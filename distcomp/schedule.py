@@ -81,7 +81,7 @@ class Schedule:
     def __str__(self) -> str:
         arrow = next(sign for sign, shape in ARROWS.items() if shape == self.shape)
         (_, first), *others = self.points
-        return f"{first:g}" + "".join(f" {arrow} {value:g} @ {step}" for step, value in others)
+        return f"{first!r}" + "".join(f" {arrow} {value!r} @ {step}" for step, value in others)
 
     def __call__(self, step: int) -> float:
         """The value in a step."""

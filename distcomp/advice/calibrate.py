@@ -57,7 +57,7 @@ class Zeros(Method):
                 yield AllGather(self._payload())
         return AggregateResult(x, lambda: x, state)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         if self.around:
             return ROUNDS * all_reduce_sent_bytes(self.nbytes // 4 * 4, size)
         return ROUNDS * (size - 1) * wire_bytes(self._payload().parts)
@@ -111,7 +111,7 @@ def _excess(
         waking_s = steps_s[0] - modelled_s(0.0, core_s[0], profiles[0], machine, fabric)
         core_s = [one + max(0.0, waking_s) / exchanges / machine.host.oversubscription for one in core_s]
     late_s = [late(*measured, machine, fabric) for measured in zip(steps_s, core_s, profiles, strict=True)]
-    sent = [method.payload_bytes(layouts[0], fabric.ranks) / ROUNDS for method in methods]
+    sent = [method.payload_bytes(layouts[0], fabric.ranks, 0) / ROUNDS for method in methods]
     return Overhead(tuple(sent), tuple(late_s), tuple(core_s))
 
 

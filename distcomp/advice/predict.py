@@ -12,13 +12,16 @@ from distcomp.advice.overlap import StepTime, Timing, averaging_step, gradient_s
 from distcomp.advice.profile import ProfiledExchange, Round, clock, exchanges_of, profiles_of
 from distcomp.attaching.observe import Observed
 from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.builtin_hooks import BUILTIN_HOOKS
 from distcomp.layout import Layout
 from distcomp.methods import Method, parse
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Host
 from distcomp.network.request_sizes import RequestSizes
 
-BUILTIN_HOOKS = {"ddp": 4, "torch:fp16": 2}
+PREDICTED_HOOKS = {
+    hook.name: hook.bytes_per_value for hook in BUILTIN_HOOKS.values() if hook.bytes_per_value is not None
+}
 """PyTorch's own reductions that are predicted, and the bytes they send of each value."""
 
 
@@ -56,7 +59,7 @@ class Prediction(StepTime):
 
 def profile_method(method: str, layouts: Sequence[Layout], ranks: int) -> ProfiledMethod:
     """Hold the method's exchanges about these buckets, timed, on this machine."""
-    if method in BUILTIN_HOOKS:
+    if method in PREDICTED_HOOKS:
         return ProfiledMethod(method, ranks, tuple(_stock_talk(method, layout) for layout in layouts))
     parsed = parse(method)
     if isinstance(parsed, Averaging | MultiLevel):
@@ -72,7 +75,7 @@ def predict(profiled: ProfiledMethod, machine: Machine, fabric: Fabric) -> Predi
     if profiled.averages:
         time_ = averaging_step(machine.timing, profiles, fabric, machine.host, machine.slowness)
     else:
-        if profiled.method in BUILTIN_HOOKS:
+        if profiled.method in PREDICTED_HOOKS:
             profiles = around_a_ring(profiles)
         time_ = gradient_step(machine.timing, profiles, fabric, machine.host, machine.slowness)
     sent = sum(
@@ -100,6 +103,6 @@ def _stock_talk(method: str, layout: Layout) -> ProfiledExchange:
         sent.mul_(0.5)
         times_s.append(clock() - begin_s)
     return ProfiledExchange(
-        (Round(statistics.median(times_s), RequestSizes("sum", (BUILTIN_HOOKS[method] * layout.numel,))),),
+        (Round(statistics.median(times_s), RequestSizes("sum", (PREDICTED_HOOKS[method] * layout.numel,))),),
         0.0,
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from distcomp.advice.predict import BUILTIN_HOOKS, ProfiledMethod, profile_method
+from distcomp.advice.predict import PREDICTED_HOOKS, ProfiledMethod, profile_method
 from distcomp.advice.profile import ProfiledExchange, Round
 from distcomp.averaging.gossip import Gossip
 from distcomp.averaging.topology import resolve
@@ -59,7 +59,7 @@ def _extended(
 
 
 def _edges(method: str, ranks: int) -> frozenset[Edge]:
-    parsed = None if method in BUILTIN_HOOKS else parse(method)
+    parsed = None if method in PREDICTED_HOOKS else parse(method)
     if not isinstance(parsed, Gossip):
         return frozenset()
     if parsed.topology == "ring":  # a matrix of thousands of ranks is no way to find their neighbours

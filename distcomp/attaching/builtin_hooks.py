@@ -13,17 +13,12 @@ from torch import Tensor
 
 from distcomp.attaching.hook_dispatcher import all_reduce_as_ddp
 from distcomp.attaching.record import Iteration
-from distcomp.errors import DistcompError
+from distcomp.builtin_hooks import parse_builtin
 from distcomp.runtime.pipeline import Timeline
 from distcomp.transports.throttle import SlowLink, hold_until
 from distcomp.transports.types import GradBucket
 
 Hook = Callable[[GradBucket], torch.futures.Future[Tensor]]
-
-
-def is_builtin_hook(method: object) -> bool:
-    """Whether a method string names one of PyTorch's own reductions."""
-    return isinstance(method, str) and (method == "ddp" or method.startswith("torch:"))
 
 
 class BuiltinHookSync:
@@ -83,24 +78,20 @@ class BuiltinHookSync:
 
 def _hook(name: str, group: dist.ProcessGroup) -> tuple[Hook, Callable[[GradBucket], int]]:
     """The hook, and the bytes that it all-reduces for a bucket."""
-    kind, _, options = name.removeprefix("torch:").partition(":")
-    if kind == "ddp":
+    builtin, rank = parse_builtin(name)
+    if builtin.name == "ddp":
         return (
             lambda bucket: all_reduce_as_ddp(group, bucket),
             lambda bucket: bucket.buffer().numel() * bucket.buffer().element_size(),
         )
-    if kind == "fp16":
+    if builtin.name == "torch:fp16":
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
         return (
             lambda bucket: default_hooks.fp16_compress_hook(group, bucket),
             lambda bucket: bucket.buffer().numel() * 2,
         )
-    if kind == "powersgd":
-        return _powersgd(group, int(options.removeprefix("rank=") or 1))
-    raise DistcompError(
-        f"{name!r} is none of PyTorch's hooks that run here; use ddp, torch:fp16 or torch:powersgd"
-    )
+    return _powersgd(group, rank or 1)
 
 
 def _powersgd(group: dist.ProcessGroup, rank: int) -> tuple[Hook, Callable[[GradBucket], int]]:

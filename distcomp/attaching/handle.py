@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from distcomp.attaching import masks
-from distcomp.attaching.builtin_hooks import BuiltinHookSync, is_builtin_hook
+from distcomp.attaching.builtin_hooks import BuiltinHookSync
 from distcomp.attaching.ddp import GradientSync, Scaler
 from distcomp.attaching.fsdp import FSDPSync, refuse_sharded
 from distcomp.attaching.gather import to_first
@@ -26,6 +26,7 @@ from distcomp.attaching.session import Session
 from distcomp.attaching.target import Target
 from distcomp.attaching.watch import Sink, Sync, Watch
 from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.builtin_hooks import is_builtin
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Method, parse
 from distcomp.runtime.states import pack, unpack
@@ -135,7 +136,7 @@ class Handle:
     @property
     def method(self) -> str:
         """The method, as all ranks agreed on it."""
-        return self._sync.name if isinstance(self._sync, BuiltinHookSync) else repr(self._sync.method)
+        return self._sync.name if isinstance(self._sync, BuiltinHookSync) else str(self._sync.method)
 
     def stats(self) -> dict[str, Any]:
         """Iterations, bytes sent by this rank (in all, by kind, in the last iteration) and where the last
@@ -264,7 +265,7 @@ def _method(method: Chosen | None) -> Chosen:
             raise DistcompError(
                 "no method was given; pass one, such as distcomp.qsgd(bits=4), or set DISTCOMP_METHOD"
             )
-    if is_builtin_hook(method):
+    if is_builtin(method):
         return method
     if isinstance(method, str):
         method = parse(method)
@@ -314,7 +315,8 @@ def _settings(target: Target, method: Chosen, optimizer: Optimizer | None, seed:
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in target.module.named_parameters()]
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     return {
-        "method": method if isinstance(method, str) else repr(method),
+        "method": str(method),
+        "method in full": repr(method),
         "seed": str(seed),
         "parameters": f"{len(shapes)} tensors, digest {digest}",
         "bucket_cap_bytes": str(getattr(target.ddp, "bucket_bytes_cap", None)),

@@ -21,6 +21,7 @@ from torch import Tensor
 from distcomp.collectives import Broadcast, Group, Rounds, within
 from distcomp.compressors import Identity
 from distcomp.errors import DistcompError
+from distcomp.grammar import Written
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import AggregateResult, State, StepContext, map_state
 from distcomp.payload import Payload
@@ -39,7 +40,7 @@ class AveragingContext(StepContext):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Averaging(ABC):
+class Averaging(Written, ABC):
     """An algorithm by which workers agree on models.
 
     Subclasses are frozen dataclasses; their ``repr`` is what ranks compare. ``period`` is the number of steps
@@ -121,7 +122,7 @@ def agreed(model: Tensor, state: State) -> AggregateResult:
 
 
 @dataclass(frozen=True)
-class MultiLevel:
+class MultiLevel(Written):
     """Several averagings of one model, each with a period of its own: in a machine often, across rarely."""
 
     parts: tuple[Averaging, ...]

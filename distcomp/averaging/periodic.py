@@ -112,7 +112,7 @@ class Periodic(Averaging):
         return tuple(piece for piece in pieces if piece.slices)
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
-        sent = [self.method.payload_bytes(fragment, size) for fragment in self.fragments_of(layout)]
+        sent = [self.method.payload_bytes(fragment, size, 0) for fragment in self.fragments_of(layout)]
         shortest, longest = extremes(self.period)
         return {"bytes_per_step": sum(sent) / longest, "bytes_per_step_at_most": sum(sent) / shortest}
 

@@ -47,16 +47,16 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, predict, recommend."""
     from distcomp.advice.advise import METHODS, advise
-    from distcomp.advice.predict import BUILTIN_HOOKS
+    from distcomp.advice.predict import PREDICTED_HOOKS
     from distcomp.advice.task import task_of
 
     listed = arguments.methods.split(";") if arguments.methods else METHODS
     methods = [one.strip() for one in listed if one.strip()]
     for method in methods:
         catalogue.check(method)
-        if method.startswith("torch:") and method not in BUILTIN_HOOKS:
+        if method.startswith("torch:") and method not in PREDICTED_HOOKS:
             raise DistcompError(
-                f"{method} is not predicted; of PyTorch's own, {', '.join(BUILTIN_HOOKS)} are"
+                f"{method} is not predicted; of PyTorch's own, {', '.join(PREDICTED_HOOKS)} are"
             )
     if arguments.ranks_here < 1:
         raise DistcompError("--ranks-here is 1 or more")

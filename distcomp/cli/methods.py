@@ -11,13 +11,9 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from distcomp.errors import DistcompError
+from distcomp.builtin_hooks import BUILTIN_HOOKS, is_builtin, parse_builtin
 
-BUILTIN_HOOKS = {
-    "ddp": "DistributedDataParallel as it is: a float32 all-reduce. The baseline.",
-    "torch:fp16": "PyTorch's fp16_compress_hook.",
-    "torch:powersgd": "PyTorch's powerSGD_hook; torch:powersgd:rank=2 sets the rank.",
-}
+HOOK_SUMMARIES = {hook.name: hook.summary for hook in BUILTIN_HOOKS.values()}
 EXAMPLE_SIDE = 1000
 
 
@@ -35,7 +31,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print them all."""
     if arguments.json:
-        told = {"methods": list(methods()), "compressors": list(compressors()), "stock": BUILTIN_HOOKS}
+        told = {"methods": list(methods()), "compressors": list(compressors()), "stock": HOOK_SUMMARIES}
         print(json.dumps(told, indent=2))
         return 0
     width = min(shutil.get_terminal_size().columns, 100)
@@ -46,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     for one in compressors():
         print(_paragraph(one, width))
     print("PyTorch's own, for comparison\n")
-    for name, law in BUILTIN_HOOKS.items():
+    for name, law in HOOK_SUMMARIES.items():
         print(_wrapped(name, law, width))
     return 0
 
@@ -55,13 +51,10 @@ def check(method: str) -> None:
     """Raise DistcompError unless ``method`` names a method that can be attached."""
     from distcomp.methods import parse
 
-    if method in BUILTIN_HOOKS or method.startswith("torch:powersgd:rank="):
-        return
-    if method.startswith("torch:"):
-        raise DistcompError(
-            f"{method!r} is none of PyTorch's hooks that run here; use {', '.join(BUILTIN_HOOKS)}"
-        )
-    parse(method)
+    if is_builtin(method):
+        parse_builtin(method)
+    else:
+        parse(method)
 
 
 def methods() -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """How does one tensor become few bytes and come back (alone, without any network)?"""
 
-from distcomp.compressors.base import Compressor
+from distcomp.compressors.base import Compressor, parse_compressor, register_compressor, register_preset
 from distcomp.compressors.cast import Cast
 from distcomp.compressors.dct import DctTopK
 from distcomp.compressors.fixed import FixedPoint
@@ -27,4 +27,7 @@ __all__ = [
     "ScaledSign",
     "Sparsifier",
     "TopK",
+    "parse_compressor",
+    "register_compressor",
+    "register_preset",
 ]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from distcomp.grammar import checked, hints_of, nested, no_such, read_settings, split_call, write_call
 from distcomp.layout import Layout
 from distcomp.payload import Parts, Payload, wire_bytes
 from distcomp.randomness import Key
+from distcomp.registry import COMPRESSORS, CompressorEntry, find
 
 
 class Compressor(ABC):
@@ -26,11 +31,19 @@ class Compressor(ABC):
     unbiased: bool = False
     """Whether ``E[decode(encode(x))] = x``."""
 
+    propagates_nonfinite: bool = False
+    """Whether a NaN or an infinity in ``x`` is one in ``decode(encode(x))``, too, and in the sum of such
+    payloads. Declared, never guessed: where it is not, ``x`` is looked at before it is encoded."""
+
     largest: float = math.inf
     """The largest value that the type on the wire holds, where that is less than float32's."""
 
     alignment: int = 1
     """A layout may be cut at multiples of this many elements of a parameter without changing any value."""
+
+    def __str__(self) -> str:
+        """The text that :func:`parse_compressor` makes its equal from; its ``repr`` where it has no name."""
+        return _text_of(self)
 
     @abstractmethod
     def parts(self, layout: Layout) -> Parts:
@@ -67,3 +80,67 @@ class Compressor(ABC):
         """A contraction: ``E|C(x)-x|^2 <= (1-delta) |x|^2`` with delta > 0; None where there is none."""
         omega = self.omega(numel)
         return 1 - omega if omega is not None and omega < 1 else None
+
+
+Kind = TypeVar("Kind", bound=type[Compressor])
+
+
+def register_compressor(name: str) -> Callable[[Kind], Kind]:
+    """Enter a class under the field's name for it, in lower case: its fields are what a text may set."""
+
+    def enter(kind: Kind) -> Kind:
+        COMPRESSORS[name] = CompressorEntry(name, kind)
+        return kind
+
+    return enter
+
+
+def register_preset(name: str, compressor: Compressor) -> None:
+    """Enter one compressor, settings included, under a name of its own: ``int8``."""
+    COMPRESSORS[name] = CompressorEntry(name, lambda: compressor)
+
+
+def parse_compressor(given: Compressor | str) -> Compressor:
+    """A compressor, given as one or as its text: ``quantize:bits=4``, ``topk:ratio=0.01``, ``int8``.
+
+    Raises DistcompError for a name that no compressor has, settings that it does not have, or values of
+    another kind.
+    """
+    if isinstance(given, Compressor):
+        return given
+    name, texts = split_call(given, "compressor")
+    entry = find(COMPRESSORS, name)
+    if entry is None:
+        raise no_such("compressor", name, COMPRESSORS)
+    with nested():
+        settings = read_settings(name, texts, entry.make)
+        hints = hints_of(entry.make)
+        for key, value in settings.items():
+            if isinstance(value, str) and isinstance(hints[key], type) and issubclass(hints[key], Compressor):
+                settings[key] = parse_compressor(value)
+        made: Compressor = entry.make(**checked(name, settings, entry.make))
+    return made
+
+
+def _text_of(compressor: Compressor) -> str:
+    """``name:key=value`` of the class with what differs from its defaults, or a preset's name."""
+    by_class = next((one.name for one in COMPRESSORS.values() if one.make is type(compressor)), None)
+    settings = _unusual(compressor)
+    if by_class is not None and not settings:
+        return by_class
+    presets = (one for one in COMPRESSORS.values() if not isinstance(one.make, type))
+    preset = next((one.name for one in presets if one.make() == compressor), None)
+    if preset is not None:
+        return preset
+    return repr(compressor) if by_class is None else write_call(by_class, settings)
+
+
+def _unusual(compressor: Any) -> dict[str, Any]:
+    """The fields that differ from their defaults."""
+    settings = {}
+    for field in dataclasses.fields(compressor):
+        factory = field.default_factory
+        usual = field.default if factory is dataclasses.MISSING else factory()
+        if getattr(compressor, field.name) != usual:
+            settings[field.name] = getattr(compressor, field.name)
+    return settings

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distcomp import kernels
-from distcomp.compressors.base import Compressor
+from distcomp.compressors.base import Compressor, register_preset
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
@@ -32,6 +32,7 @@ class Cast(Compressor):
     dtype: str = "bf16"
 
     summable = True
+    propagates_nonfinite = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -62,3 +63,7 @@ class Cast(Compressor):
     def delta(self, numel: int) -> float:
         """Relative rounding error of a normal number: 2^-8 (bf16, 8 significant bits), 2^-11 (fp16, 11)."""
         return 1 - 2.0 ** (-16 if self.dtype == "bf16" else -22)
+
+
+register_preset("bf16", Cast("bf16"))
+register_preset("fp16", Cast("fp16"))

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from distcomp.compressors.base import register_compressor
 from distcomp.compressors.grid import WHOLE
 from distcomp.compressors.sparse import Rows, kept_layout, top_indices
 from distcomp.compressors.topk import Sparsifier
@@ -19,6 +20,7 @@ from distcomp.payload import Part, Payload
 from distcomp.randomness import Key
 
 
+@register_compressor("dct_topk")
 @dataclass(frozen=True)
 class DctTopK(Sparsifier):
     """The ``k`` largest coefficients of each chunk's two-dimensional cosine transform::

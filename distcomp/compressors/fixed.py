@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distcomp.compressors.base import Compressor
+from distcomp.compressors.base import Compressor, register_compressor
 from distcomp.compressors.grid import uniform
 from distcomp.errors import DistcompError
 from distcomp.kernels import reference
@@ -127,6 +127,7 @@ class FixedPoint:
         return torch.where(x.isfinite(), self.integers(x, u) * self.spacing, x)
 
 
+@register_compressor("fixed_grid")
 @dataclass(frozen=True)
 class FixedGrid(Compressor):
     """Round each value at random to a multiple of ``spacing`` next to it, sent in ``bits`` bits::

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distcomp.compressors.base import Compressor
+from distcomp.compressors.base import Compressor, register_compressor
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
 
 
+@register_compressor("identity")
 @dataclass(frozen=True)
 class Identity(Compressor):
     """``C(x) = x``. 4 bytes per value."""
 
     summable = True
     unbiased = True
+    propagates_nonfinite = True
 
     def parts(self, layout: Layout) -> Parts:
         return (Part("values", torch.float32, layout.numel),)

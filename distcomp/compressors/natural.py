@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distcomp import kernels
-from distcomp.compressors.base import Compressor
+from distcomp.compressors.base import Compressor, register_compressor
 from distcomp.compressors.grid import from_rows, pack_signs, sign_bytes, to_rows, uniform, unpack_signs
 from distcomp.errors import DistcompError
 from distcomp.kernels import reference
@@ -22,6 +22,7 @@ MANTISSA = reference.MANTISSA
 SMALLEST_SCALE = reference.SMALLEST_SCALE
 
 
+@register_compressor("natural")
 @dataclass(frozen=True)
 class Natural(Compressor):
     """Round each value to one of the two powers of two around it, at random so that the mean is right.
@@ -70,6 +71,7 @@ class Natural(Compressor):
         return 1 / 8
 
 
+@register_compressor("nonuniform")
 @dataclass(frozen=True)
 class NonUniform(Compressor):
     """Round ``|x|/norm`` at random to a level beside it, ``0, 2^(1-s), ..., 1/2, 1``: the mean is right.

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from distcomp import kernels
-from distcomp.compressors.base import Compressor
+from distcomp.compressors.base import Compressor, register_compressor
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
 
 
+@register_compressor("quantize")
 @dataclass(frozen=True)
 class Quantize(Compressor):
     """Round each value to one of ``2s+1`` levels of its block, at random so that the mean is right.

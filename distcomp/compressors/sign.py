@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distcomp.compressors.base import Compressor
+from distcomp.compressors.base import Compressor, register_compressor
 from distcomp.compressors.grid import (
     WHOLE,
     pack_signs,
@@ -20,6 +20,7 @@ from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
 
 
+@register_compressor("sign")
 @dataclass(frozen=True)
 class ScaledSign(Compressor):
     """Each parameter as its signs and one mean magnitude::
@@ -66,6 +67,7 @@ class ScaledSign(Compressor):
         return 1 / max(1, numel)
 
 
+@register_compressor("onebit")
 @dataclass(frozen=True)
 class OneBit(Compressor):
     """Each value as one bit: the mean of its unit's non-negative values, or the mean of its negative ones.

@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from distcomp.compressors.base import Compressor
-from distcomp.compressors.cast import Cast
+from distcomp.compressors.base import (
+    Compressor,
+    parse_compressor,
+    register_compressor,
+    register_preset,
+)
 from distcomp.compressors.grid import WHOLE, spread
 from distcomp.compressors.identity import Identity
 from distcomp.compressors.quantize import Quantize
@@ -57,6 +61,7 @@ def place(out: Tensor, where: Tensor, values: Tensor, add: bool) -> None:
         out.zero_().index_copy_(0, where, values)
 
 
+@register_compressor("topk")
 @dataclass(frozen=True)
 class TopK(Sparsifier):
     """The ``k = max(1, round(ratio d))`` largest magnitudes of each parameter, exactly::
@@ -137,6 +142,7 @@ class TopK(Sparsifier):
         return min(kept_count(one, self.ratio) / one for one in lengths)
 
 
+@register_compressor("random_k")
 @dataclass(frozen=True)
 class RandomK(Sparsifier):
     """``k = max(1, round(ratio d))`` random elements of each parameter, without replacement; sends the seed.
@@ -210,6 +216,7 @@ class RandomK(Sparsifier):
         return kept_count(numel, self.ratio) / numel
 
 
+@register_compressor("chain")
 @dataclass(frozen=True)
 class Chain(Compressor):
     """``sparsifier`` chooses the elements, ``quantizer`` encodes their values: ``C(x) = S^T Q(S x)``.
@@ -270,28 +277,19 @@ def kept_numel(sparsifier: Sparsifier, numel: int) -> int:
     return sparsifier.kept(Layout.of([("x", (numel,))])).numel
 
 
-VALUES: dict[str, Compressor] = {
-    "fp32": Identity(),
-    "bf16": Cast("bf16"),
-    "fp16": Cast("fp16"),
-    "int8": Quantize(8, rounding="nearest"),
-    "int4": Quantize(4, rounding="nearest"),
-    "int2": Quantize(2, rounding="nearest"),
-    "sign": Quantize(1),
-}
-VALUES |= {f"{bits}bit": VALUES[f"int{bits}"] for bits in (8, 4, 2)}  # as the papers write it
-"""What a sparsifier's values may be sent as, by name. Rounded to nearest: the chain is biased as it is."""
+register_preset("fp32", Identity())
+for _bits in (8, 4, 2):
+    register_preset(f"int{_bits}", Quantize(_bits, rounding="nearest"))
+    register_preset(f"{_bits}bit", Quantize(_bits, rounding="nearest"))  # as the papers write it
+register_preset("int1", Quantize(1))
 
 
 def with_values(sparsifier: Sparsifier, values: str | Compressor) -> Compressor:
-    """The sparsifier with its values in another form.
+    """The sparsifier with its values in another form, given as a compressor or the text of one: ``int4``.
+
+    The named integers are rounded to nearest: the chain is biased as it is.
 
     Raises DistcompError for a name that is not known.
     """
-    if isinstance(values, str):
-        if values not in VALUES:
-            raise DistcompError(
-                f"there are no values {values!r}; use one of {', '.join(VALUES)}, or a Compressor object"
-            )
-        values = VALUES[values]
-    return sparsifier if isinstance(values, Identity) else Chain(sparsifier, values)
+    compressor = parse_compressor(values)
+    return sparsifier if isinstance(compressor, Identity) else Chain(sparsifier, compressor)

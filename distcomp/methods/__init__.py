@@ -17,7 +17,7 @@ from distcomp.methods.onebit_adam import OneBitAdam, onebit_adam
 from distcomp.methods.partition import Partition, Rule
 from distcomp.methods.powersgd import PowerSGD, powersgd
 from distcomp.methods.quantizers import ef_signsgd, natural, nuqsgd, onebit
-from distcomp.methods.registry import METHODS, Entry, compressor_of, method_of, parse, register
+from distcomp.methods.registry import compressor_of, method_of, parse, register
 from distcomp.methods.scheduled import Scheduled, Warmup
 from distcomp.methods.slices import Slicing, Subspace
 from distcomp.methods.sparsifiers import (
@@ -30,6 +30,7 @@ from distcomp.methods.sparsifiers import (
 )
 from distcomp.methods.two_level import TwoLevel, nodes_of, two_level
 from distcomp.methods.warmup import warmup
+from distcomp.registry import METHODS, Entry
 
 __all__ = [
     "EF21",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -18,7 +18,7 @@ from distcomp.compressors import Compressor, Identity, Quantize, TopK
 from distcomp.compressors.topk import with_values
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
-from distcomp.methods.base import AggregateResult, Method, PerParameter, State, StepContext
+from distcomp.methods.base import NAMES, AggregateResult, Method, PerParameter, State, StepContext
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.from_compressor import from_compressor
 from distcomp.methods.registry import register
@@ -65,8 +65,8 @@ class Allocate(Method):
     budget: Varying = 1 / 32
     ladder: tuple[Compressor, ...] = LADDER
     period: Varying = 100.0
-    clock: int = field(default=0, repr=False)
-    """The step that ``payload_bytes`` speaks of."""
+
+    needs = frozenset({NAMES})
 
     def __post_init__(self) -> None:
         if extremes(self.budget)[0] <= 0 or extremes(self.period)[0] < 1:
@@ -76,9 +76,6 @@ class Allocate(Method):
             )
         if not self.ladder:
             raise DistcompError("the ladder holds no compressor; leave it at its default")
-
-    def at(self, step: int) -> Allocate:
-        return replace(self, clock=step)
 
     def init(self, layout: Layout) -> State:
         return {"option": PerParameter({name: torch.tensor(UNPLANNED) for name in layout.names})}
@@ -155,13 +152,13 @@ class Allocate(Method):
     def _table(self, layout: Layout) -> tuple[Part]:
         return (Part("values", torch.float64, len(layout.slices) * len(self.ladder)),)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         sent = (
-            from_compressor(self.ladder[self._uniform(layout, self.clock)]).payload_bytes(layout, size)
+            from_compressor(self.ladder[self._uniform(layout, step)]).payload_bytes(layout, size, step)
             if layout.slices
             else 0
         )
-        if self._plans_in(self.clock):
+        if self._plans_in(step):
             sent += (size - 1) * wire_bytes(self._table(layout))
         return sent
 

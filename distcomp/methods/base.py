@@ -16,23 +16,30 @@ makes error feedback six lines that work for every method: keep input minus cont
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from distcomp.collectives import AllReduce, Rounds, all_reduce_sent_bytes
+from distcomp.grammar import Written
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.randomness import Key
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import Optimizer
 
+    from distcomp.compressors.base import Compressor
+
 State = Mapping[str, Any]
 """What a method remembers: a tree of dicts whose leaves are :class:`distcomp.layout.FlatBuffer` (one number
 per element, cut and joined by its layout) or :class:`PerParameter`. Returned, never mutated."""
+
+
+NAMES = "the name of each parameter"
+SHAPES = "whole parameters in their shapes"
 
 
 class PerParameter(dict[str, Tensor]):
@@ -76,11 +83,20 @@ class AggregateResult:
         return x
 
 
-class Method(ABC):
-    """A exchange and the state it keeps between steps. Subclasses are frozen dataclasses."""
+class Method(Written, ABC):
+    """A exchange and the state it keeps between steps. Subclasses are frozen dataclasses.
+
+    ``str`` of one that a registered recipe made is the text that :func:`distcomp.methods.parse` reads; its
+    ``repr`` says what it is made of.
+    """
 
     propagates_nonfinite: bool = False
-    """Whether a NaN or an infinity in ``x`` reaches the estimate by itself (nothing needs to look for it)."""
+    """Whether a NaN or an infinity in ``x`` reaches the estimate by itself. Declared, never guessed:
+    where it is not, every ``x`` is looked at, and what was found is told with each request."""
+
+    needs: frozenset[str] = frozenset()
+    """What a method must know of parameters beside the numbers in them, each as a few words (:data:`NAMES`,
+    :data:`SHAPES`). Whoever has buffers without it refuses the method by these words."""
 
     def init(self, layout: Layout) -> State:
         """The state before the first step, for the parameters of ``layout``."""
@@ -92,27 +108,43 @@ class Method(ABC):
         ``state``."""
 
     @abstractmethod
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        """Bytes that one rank sends in one step, headers of payloads included (the formula, before any is
-        sent).
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        """Bytes that one rank of ``size`` sends about ``layout`` in step ``step``, headers included.
 
-        Where steps differ (schedules, phases): in step 0, and in step t of ``self.at(t)``.
+        A formula, known before anything is sent.
         """
 
     def check(self, optimizer: Optimizer | None) -> None:
         """Raise DistcompError if this method, or one within, cannot serve the optimizer."""
-        for _, method in self.within():
+        for method in self.children().values():
             method.check(optimizer)
 
-    def at(self, step: int) -> Method:
-        """This method, and those within, as :meth:`payload_bytes` should see them in ``step``."""
-        inner = {name: method.at(step) for name, method in self.within()}
-        return replace(self, **inner) if inner else self  # type: ignore[type-var]
+    def assumed_state(self, layout: Layout, step: int) -> State:
+        """The state that :meth:`payload_bytes` takes for granted in ``step``.
 
-    def within(self) -> list[tuple[str, Method]]:
+        A fresh one, unless what is said depends on a phase that the state counts, as in GradiVeQ; what
+        wraps such methods passes the question on.
+        """
+        return self.init(layout)
+
+    def sole_compressor(self) -> Compressor | None:
+        """The compressor whose payloads are all that is said of a matrix; None where there is none such.
+
+        So the text of a method may stand for a compressor: gossip sends its neighbours a payload, no
+        exchange.
+        """
+        return None
+
+    def children(self) -> dict[str, Method]:
         """The methods that this one is made of, by the name of their field."""
-        names: list[str] = [one.name for one in fields(self)] if is_dataclass(self) else []
-        return [(name, getattr(self, name)) for name in names if isinstance(getattr(self, name), Method)]
+        names: list[str] = [field.name for field in fields(self)] if is_dataclass(self) else []
+        return {name: getattr(self, name) for name in names if isinstance(getattr(self, name), Method)}
+
+    def walk(self) -> Iterator[Method]:
+        """This method and all that it is made of, the outer before the inner."""
+        yield self
+        for child in self.children().values():
+            yield from child.walk()
 
 
 def mean(x: Tensor, context: StepContext) -> Rounds[Tensor]:

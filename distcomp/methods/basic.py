@@ -131,7 +131,7 @@ class NoCommunication(Method):
         yield from ()
         return AggregateResult(x, lambda: x, state)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         return 0
 
 

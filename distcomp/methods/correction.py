@@ -71,8 +71,8 @@ class MomentumCorrection(Method):
             result = replace(result, contribution=lambda: sent)
         return replace(result, state={"momentum": FlatBuffer(u, context.layout), "inner": result.state})
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.inner.payload_bytes(layout, size)
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return self.inner.payload_bytes(layout, size, step)
 
 
 SPARSE = with_feedback(TopK(0.01), "all_gather")

@@ -51,8 +51,8 @@ class Clipped(Method):
             torch.mul(piece, (limit / norm).clamp(max=1.0).float(), out=out)
         return (yield from self.inner.aggregate(clipped, state, context))
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.inner.payload_bytes(layout, size)
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return self.inner.payload_bytes(layout, size, step)
 
 
 @register(

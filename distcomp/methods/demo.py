@@ -94,7 +94,7 @@ class DecoupledMomentum(Method):
         kept = FlatBuffer(d - self.select.decode(q, layout), layout)
         return AggregateResult(estimate, contribution, {"momentum": kept})
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         return (size - 1) * self.select.wire_bytes(layout)
 
 

@@ -90,8 +90,11 @@ class EF21(Method):
                 piece.mul_(factor)
         return difference
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return from_compressor(self.compressor, self.pattern).payload_bytes(layout, size)
+    def sole_compressor(self) -> Compressor:
+        return self.compressor
+
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return from_compressor(self.compressor, self.pattern).payload_bytes(layout, size, step)
 
 
 SPARSE = TopK(0.01)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distcomp.collectives import Rounds
+from distcomp.compressors.base import Compressor
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
 
@@ -33,6 +34,9 @@ class ErrorFeedback(Method):
     def init(self, layout: Layout) -> State:
         return {"residual": FlatBuffer(torch.zeros(layout.numel), layout), "inner": self.inner.init(layout)}
 
+    def assumed_state(self, layout: Layout, step: int) -> State:
+        return {**self.init(layout), "inner": self.inner.assumed_state(layout, step)}
+
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         corrected = x + state["residual"].data
         result = yield from self.inner.aggregate(corrected, state["inner"], context)
@@ -43,5 +47,8 @@ class ErrorFeedback(Method):
             {"residual": FlatBuffer(residual, context.layout), "inner": result.state},
         )
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.inner.payload_bytes(layout, size)
+    def sole_compressor(self) -> Compressor | None:
+        return self.inner.sole_compressor()
+
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return self.inner.payload_bytes(layout, size, step)

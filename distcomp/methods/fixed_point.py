@@ -98,7 +98,7 @@ class FixedPointAllReduce(Method):
         sums = [_unpacked(answer, chunk.numel, width) for answer, chunk in zip(answers, chunks, strict=True)]
         return torch.cat(sums)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         """By scatter the mean over the ranks: chunks differ by an element at most."""
         return self._bytes(self.chosen(size), layout, size)
 

@@ -73,7 +73,7 @@ class AllReduceMean(Method):
 
     @property
     def propagates_nonfinite(self) -> bool:  # type: ignore[override]
-        return isinstance(self.compressor, Identity) or bool(getattr(self.compressor, "dtype", None))
+        return self.compressor.propagates_nonfinite
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         scaled = x * (1.0 / context.size)
@@ -96,7 +96,10 @@ class AllReduceMean(Method):
         limit = self.compressor.largest / size / (1 + (size - 1) * 2.0**-10)
         return torch.where(scaled.isinf(), scaled, scaled.clamp(-limit, limit))
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def sole_compressor(self) -> Compressor:
+        return self.compressor
+
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         return all_reduce_bytes(body_bytes(self.compressor.parts(layout)), size)
 
 
@@ -119,7 +122,10 @@ class AllGatherMean(Method):
             lambda x: self.compressor.subtract_from(x, own, context.layout),
         )
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def sole_compressor(self) -> Compressor:
+        return self.compressor
+
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         return (size - 1) * self.compressor.wire_bytes(layout)
 
 
@@ -173,7 +179,10 @@ class ReduceScatterMean(Method):
 
         return AggregateResult(estimate, contribution, state, subtract_contribution_)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def sole_compressor(self) -> Compressor:
+        return self.compressor
+
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         """The mean over the ranks: chunks differ by a block at most."""
         sizes = [self.compressor.wire_bytes(chunk) for chunk in layout.split(size, self.compressor.alignment)]
         return round(2 * sum(sizes) * (size - 1) / size)
@@ -191,16 +200,19 @@ class Auto(Method):
 
     def chosen(self, size: int) -> Method:
         gather, scatter = AllGatherMean(self.compressor), ReduceScatterMean(self.compressor)
-        cheaper = gather.payload_bytes(REFERENCE_LAYOUT, size) <= scatter.payload_bytes(
-            REFERENCE_LAYOUT, size
+        cheaper = gather.payload_bytes(REFERENCE_LAYOUT, size, 0) <= scatter.payload_bytes(
+            REFERENCE_LAYOUT, size, 0
         )
         return gather if cheaper else scatter
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         return (yield from self.chosen(context.size).aggregate(x, state, context))
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.chosen(size).payload_bytes(layout, size)
+    def sole_compressor(self) -> Compressor:
+        return self.compressor
+
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return self.chosen(size).payload_bytes(layout, size, step)
 
 
 def _decoded(c: Compressor, payloads: Sequence[Payload], chunks: tuple[Layout, ...], like: Tensor) -> Tensor:

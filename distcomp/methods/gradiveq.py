@@ -16,6 +16,7 @@ from distcomp.compressors import Cast, Identity, Quantize
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods.base import (
+    SHAPES,
     AggregateResult,
     Method,
     PerParameter,
@@ -121,8 +122,8 @@ class GradiVeQ(Method):
     cycle: Cycle = field(default=Cycle())
     plain: Method = field(default=from_compressor(Quantize(4)))
     coefficients: Method = field(default=EXACT)
-    clock: int = field(default=0, repr=False)
-    """The step that ``payload_bytes`` speaks of, and whose phase a fresh state is in."""
+
+    needs = frozenset({SHAPES})
 
     def __post_init__(self) -> None:
         if self.coefficients.init(Layout.of([("c", (8,))])):
@@ -131,10 +132,11 @@ class GradiVeQ(Method):
                 "send them by a method that keeps none, such as qsgd:bits=8,error_feedback=false"
             )
 
-    def at(self, step: int) -> GradiVeQ:
-        return replace(self, clock=step)
-
     def init(self, layout: Layout) -> State:
+        return self.assumed_state(layout, 0)
+
+    def assumed_state(self, layout: Layout, step: int) -> State:
+        """As if no layer had begun anew before its time, and every basis were as large as it may be."""
         _, _, layout = partition(self._unsliced, layout)
         shapes = {param.name: self._shape(param) for param in layout.slices}
 
@@ -143,7 +145,7 @@ class GradiVeQ(Method):
                 {name: torch.zeros([one[axis] for axis in shape_of]) for name, one in shapes.items()}
             )
 
-        age = self.clock % self.cycle.length
+        age = step % self.cycle.length
         known = {name: one["most"] * (age >= self.cycle.learn) for name, one in shapes.items()}
         return {
             "age": PerParameter({name: torch.tensor(age) for name in shapes}),
@@ -317,17 +319,17 @@ class GradiVeQ(Method):
             join_state(whole, state),
         )
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         _, others, layout = partition(self._unsliced, layout)
-        age = self.clock % self.cycle.length
+        age = step % self.cycle.length
         apart_bytes = all_reduce_bytes(4 * others.numel, size) if others.slices else 0
         if age >= self.cycle.learn and layout.slices:
             most = {s.name: self._shape(s)["slices"] * self._shape(s)["most"] for s in layout.slices}
             votes = len(most) if self.cycle.retrain else 0
             riding = others.numel if self.coefficients == EXACT else 0
             sent = _coefficients(tuple(most), tuple(most.values()), votes, riding)
-            return self.coefficients.payload_bytes(sent, size) + (0 if riding else apart_bytes)
-        plain = apart_bytes + (self.plain.payload_bytes(layout, size) if layout.slices else 0)
+            return self.coefficients.payload_bytes(sent, size, step) + (0 if riding else apart_bytes)
+        plain = apart_bytes + (self.plain.payload_bytes(layout, size, step) if layout.slices else 0)
         if age + 1 < self.cycle.learn or not layout.slices:
             return plain
         parts, tree = self._parts(layout.slices), (size - 1) / size
@@ -383,6 +385,10 @@ class Unsliced(Rule):
     """What GradiVeQ does not apply to: all but convolutions, and those too wide to slice."""
 
     slicing: Slicing = field(default=Slicing())
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({SHAPES})
 
     def __call__(self, param: ParamSlice) -> bool:
         if len(param.shape) == 4 and not param.whole:

@@ -167,7 +167,7 @@ class HomomorphicQuantizer(Method):
 
         return AggregateResult(decoded(total, 1 / context.size), lambda: decoded(q, 1.0), state)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         words = word_count(layout.numel, self.width(size))
         return _agreement_bytes(layout.block_count(self.block), torch.bfloat16, words, size)
 
@@ -228,7 +228,7 @@ class TernGrad(Method):
             out.copy_(torch.minimum(torch.maximum(piece, -limit), limit))
         return clipped
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         words = word_count(layout.numel, field_bits(1, size))
         return _agreement_bytes(len(layout.slices), torch.float32, words, size)
 
@@ -280,8 +280,8 @@ class RandomHadamard(Method):
         result = yield from self.inner.aggregate(rotated, state, replace(context, layout=padded))
         return AggregateResult(back(result.estimate), lambda: back(result.contribution()), result.state)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.inner.payload_bytes(self.padded(layout), size)
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return self.inner.payload_bytes(self.padded(layout), size, step)
 
 
 def hadamard(rows: Tensor) -> Tensor:

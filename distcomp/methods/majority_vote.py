@@ -79,7 +79,7 @@ class MajorityVote(Method):
 
         return AggregateResult(vote * magnitude, contribution, state)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         """The mean over the ranks: chunks differ by a block at most."""
         sizes = [wire_bytes(_parts(chunk.numel)) for chunk in layout.split(size, SIGNS)]
         return round(2 * sum(sizes) * (size - 1) / size) + all_reduce_bytes(4 * len(layout.slices), size)

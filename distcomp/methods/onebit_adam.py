@@ -75,9 +75,6 @@ class OneBitAdam(Method):
                 f"not {type(optimizer).__name__}"
             )
 
-    def at(self, step: int) -> Method:
-        return EXACT if step < self.freeze_step else self.inner.at(step)
-
     def init(self, layout: Layout) -> State:
         return {
             "momentum": FlatBuffer(torch.zeros(layout.numel), layout),
@@ -129,8 +126,9 @@ class OneBitAdam(Method):
             piece.masked_fill_(variance == 0, 0.0)
         return out
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.at(0).payload_bytes(layout, size)
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        method = EXACT if step < self.freeze_step else self.inner
+        return method.payload_bytes(layout, size, step)
 
 
 @register(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from distcomp.collectives import Rounds
+from distcomp.compressors.base import Compressor
 from distcomp.layout import Layout, ParamSlice
-from distcomp.methods.base import AggregateResult, Method, State, StepContext
+from distcomp.methods.base import NAMES, SHAPES, AggregateResult, Method, State, StepContext
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class Rule:
     roles: tuple[str, ...] = ()
     below_numel: int = 0
     names: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the rule must know of a parameter, as :attr:`distcomp.methods.Method.needs` says it."""
+        return frozenset({NAMES} if self.names else ()) | frozenset({SHAPES} if self.below_numel else ())
 
     def __call__(self, param: ParamSlice) -> bool:
         if param.role in self.roles:
@@ -49,6 +55,10 @@ class Partition(Method):
     def propagates_nonfinite(self) -> bool:  # type: ignore[override]
         return self.special.propagates_nonfinite and self.usual.propagates_nonfinite
 
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return self.rule.needs
+
     def _layouts(self, layout: Layout) -> tuple[Layout, Layout]:
         _, special, usual = partition(self.rule, layout)
         return special, usual
@@ -56,6 +66,13 @@ class Partition(Method):
     def init(self, layout: Layout) -> State:
         special, usual = self._layouts(layout)
         return {"special": self.special.init(special), "usual": self.usual.init(usual)}
+
+    def assumed_state(self, layout: Layout, step: int) -> State:
+        special, usual = self._layouts(layout)
+        return {
+            "special": self.special.assumed_state(special, step),
+            "usual": self.usual.assumed_state(usual, step),
+        }
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         special, usual = self._layouts(context.layout)
@@ -75,13 +92,16 @@ class Partition(Method):
             {"special": one.state, "usual": two.state},
         )
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def sole_compressor(self) -> Compressor | None:
+        return self.usual.sole_compressor()
+
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         special, usual = self._layouts(layout)
         if not special.slices:
-            return self.usual.payload_bytes(usual, size)
+            return self.usual.payload_bytes(usual, size, step)
         if not usual.slices:
-            return self.special.payload_bytes(special, size)
-        return self.special.payload_bytes(special, size) + self.usual.payload_bytes(usual, size)
+            return self.special.payload_bytes(special, size, step)
+        return self.special.payload_bytes(special, size, step) + self.usual.payload_bytes(usual, size, step)
 
 
 @lru_cache(maxsize=256)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -14,6 +14,7 @@ from distcomp.errors import DistcompError
 from distcomp.kernels import lowrank
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods.base import (
+    SHAPES,
     AggregateResult,
     Method,
     PerParameter,
@@ -64,8 +65,8 @@ class PowerSGD(Method):
     rank: int | Schedule = 4
     min_compression: float = 2.0
     one_round: bool = False
-    clock: int = field(default=0, repr=False)
-    """The step that ``payload_bytes`` speaks of."""
+
+    needs = frozenset({SHAPES})
 
     def __post_init__(self) -> None:
         if extremes(self.rank)[0] < 1:
@@ -74,9 +75,6 @@ class PowerSGD(Method):
             raise DistcompError(
                 f"min_compression is a ratio of sizes, not {self.min_compression}; 0 compresses always"
             )
-
-    def at(self, step: int) -> PowerSGD:
-        return replace(self, clock=step)
 
     def init(self, layout: Layout) -> State:
         most = round(extremes(self.rank)[1])
@@ -137,13 +135,13 @@ class PowerSGD(Method):
     def _ranks(self, layout: Layout, step: int) -> dict[str, int]:
         return _worth(layout, whole(self.rank, step), self.min_compression)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        ranks = self._ranks(layout, self.clock)
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        ranks = self._ranks(layout, step)
         sides = {s.name: _sides(s) for s in layout.slices if s.name in ranks}
         plain = sum(param.numel for param in layout.slices if param.name not in ranks)
         p, q = (sum(rank * sides[name][side] for name, rank in ranks.items()) for side in (0, 1))
         if self.one_round:
-            p, q = (q, 0) if self.clock % 2 else (p, 0)
+            p, q = (q, 0) if step % 2 else (p, 0)
         return all_reduce_bytes(4 * (plain + p), size) + all_reduce_bytes(4 * q, size)
 
 

@@ -12,7 +12,6 @@ residual of error feedback: *one rank owes for the whole buffer*, not for its ow
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +22,10 @@ from distcomp.collectives import AllToAll, Rounds
 from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, ParamSlice, chunk_views
-from distcomp.methods.allocate import Allocate
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.from_compressor import AllGatherMean, AllReduceMean, Auto, ReduceScatterMean, mean_of
-from distcomp.methods.gradiveq import GradiVeQ
 from distcomp.methods.partition import Partition
-from distcomp.methods.powersgd import PowerSGD
 from distcomp.methods.scheduled import Scheduled, Warmup
 from distcomp.payload import Payload
 
@@ -79,7 +75,7 @@ class ShardMean(Method):
             subtract_contribution_,
         )
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         """The mean over the ranks: each keeps its own piece."""
         return round(sum(map(self.compressor.wire_bytes, _pieces(layout))) * (size - 1) / size)
 
@@ -103,8 +99,8 @@ class OwnShard(Method):
         own = chunk_views(result.estimate, _pieces(context.layout))[context.rank]
         return replace(result, estimate=own.clone())
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.inner.payload_bytes(layout, size)
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return self.inner.payload_bytes(layout, size, step)
 
 
 def _pieces(layout: Layout) -> list[Layout]:
@@ -145,32 +141,16 @@ def _to_owners(method: Method) -> Method:
 
 _SOME_PIECE = owned_layout("", 1, 1).slices[0]
 
-NEEDS = {
-    PowerSGD: "powersgd needs whole matrices",
-    GradiVeQ: "gradiveq needs whole convolutions",
-    Allocate: "allocate chooses layer by layer",
-}
-
 
 def refuse_nameless(method: Method) -> None:
     """Raise DistcompError if ``method``, or one within, needs to know which parameter lies where.
 
     FSDP hands over buffers without names, padded, in which the parameters of a module are interleaved.
     """
-    for one in _all(method):
-        needs = NEEDS.get(type(one))
-        if isinstance(one, Partition) and (one.rule.names or one.rule.below_numel):
-            needs = f"{one.rule} chooses by the name or the size of a parameter"
-        if needs:
+    for part in method.walk():
+        if part.needs:
+            needs = " and ".join(sorted(part.needs))
             raise DistcompError(
-                f"{needs}, and FSDP hands over buffers without names, padded and interleaved; use a method "
-                "that works element by element, such as qsgd, topk or ef_signsgd"
+                f"{type(part).__name__} needs {needs}, and FSDP hands over buffers without names, "
+                "padded and interleaved; use a method that works element by element, such as qsgd or topk"
             )
-
-
-def _all(method: Method) -> Iterator[Method]:
-    """The method and all within it."""
-    yield method
-    inner = [method.in_step(0)] if isinstance(method, Scheduled) else [one for _, one in method.within()]
-    for one in inner:
-        yield from _all(one)

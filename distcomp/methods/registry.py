@@ -1,71 +1,23 @@
-"""Every method by name: what the shell lists, the docs tabulate, the tests run, and a config string names.
+"""How a method gets its name, and how a text becomes one.
 
 A method joins by decorating its recipe (a function whose parameters are the method's settings) with
 :func:`register` and by one import line in ``distcomp/methods/__init__.py``. Every numeric setting may then
-be a schedule.
+be a schedule. How texts are written is said in :mod:`distcomp.grammar`.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib
+import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
-from distcomp import compressors
-from distcomp.compressors import Compressor
+from distcomp.compressors.base import Compressor, parse_compressor
 from distcomp.errors import DistcompError
+from distcomp.grammar import nested, no_such, read_settings, remember, split_call
 from distcomp.methods.base import Method
 from distcomp.methods.scheduled import with_schedules
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What is known of a method without running it."""
-
-    name: str
-    recipe: Callable[..., Any]
-    paper: str
-    wire: str
-    """Bytes per step and rank, as a formula of d parameters and n ranks."""
-    summable: bool
-    """Whether its payloads are added on the wire (a plain all-reduce)."""
-    biased: bool
-    deviations: str
-    """Where it differs from the paper."""
-    kind: str = "gradient"
-    """``gradient`` (every step), ``periodic`` (models, every H steps) or ``gossip`` (models, neighbours)."""
-    control: bool = False
-    """A control, not a method to train with: it is known not to keep the law of contributions."""
-    limitations: str = ""
-    """When not to use it."""
-    direction: bool = False
-    """The estimate is a direction to step in, with momentum in it, not a mean of gradients: over many
-    steps, what came in and what was sent balance in its own terms only."""
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Each setting with its default."""
-        return {
-            name: None if parameter.default is inspect.Parameter.empty else parameter.default
-            for name, parameter in inspect.signature(self.recipe).parameters.items()
-        }
-
-    @property
-    def summary(self) -> str:
-        """The first sentence of the recipe's docstring."""
-        return self.doc[0].replace("\n", " ")
-
-    @property
-    def doc(self) -> list[str]:
-        """The paragraphs of the recipe's docstring."""
-        return (inspect.getdoc(self.recipe) or "").split("\n\n")
-
-
-METHODS: dict[str, Entry] = {}
+from distcomp.registry import COMPRESSORS, METHODS, Entry, find
 
 Recipe = TypeVar("Recipe", bound=Callable[..., Any])
 
@@ -82,11 +34,15 @@ def register(
     direction: bool = False,
     limitations: str = "",
 ) -> Callable[[Recipe], Recipe]:
-    """Enter a recipe under its own name."""
+    """Enter a recipe under its own name. What each argument says: :class:`distcomp.registry.Entry`.
+
+    The recipe's settings are then checked by their annotations, in calls as in texts, and what it makes knows
+    the text that makes its equal (``str``).
+    """
 
     def enter(recipe: Recipe) -> Recipe:
-        recipe = with_schedules(recipe, everywhere=kind == "gradient")
         name = recipe.__name__.rstrip("_")
+        recipe = _remembered(name, with_schedules(recipe, everywhere=kind == "gradient"))
         METHODS[name] = Entry(
             name, recipe, paper, wire, summable, biased, deviations, kind, control, limitations, direction
         )
@@ -95,49 +51,31 @@ def register(
     return enter
 
 
+def _remembered(name: str, recipe: Recipe) -> Recipe:
+    """The recipe, whose methods know what made them."""
+
+    @functools.wraps(recipe)
+    def build(*arguments: Any, **settings: Any) -> Any:
+        made = recipe(*arguments, **settings)
+        remember(made, name, signature.bind(*arguments, **settings).arguments)
+        return made
+
+    signature = inspect.signature(recipe)
+    return build  # type: ignore[return-value]
+
+
 def parse(text: str) -> Any:
-    """The method that a config string names: ``qsgd``, ``qsgd:bits=4,block=128``.
+    """The method that a text names: ``qsgd``, ``qsgd:bits=4,block=128``, ``warmup:inner=(topk:ratio=0.1)``.
 
-    Raises DistcompError for a name that is not registered, a setting the method does not have, or a value of
-    another kind.
+    Raises DistcompError for a name that is not registered, a setting that the method does not have or that is
+    given twice, a value of another kind, and a text that is too long or nested too deep.
     """
-    name, _, settings = text.partition(":")
-    entry = METHODS.get(name.strip())
-    if entry is None:  # methods of averaging stand higher up, and register when they are imported
-        importlib.import_module("distcomp.public")
-        entry = METHODS.get(name.strip())
+    name, texts = split_call(text, "method")
+    entry = find(METHODS, name)
     if entry is None:
-        raise DistcompError(f"there is no method {name!r}; known are: {', '.join(sorted(METHODS))}")
-    arguments: dict[str, Any] = {}
-    for setting in filter(None, (part.strip() for part in _split(settings))):
-        key, equals, value = setting.partition("=")
-        if not equals or key.strip() not in entry.parameters:
-            known = ", ".join(entry.parameters) or "none"
-            raise DistcompError(f"{name} has no setting {setting!r}; its settings are: {known}")
-        arguments[key.strip()] = _literal(value.strip())
-    kinds = get_type_hints(entry.recipe)
-    for key, value in arguments.items():
-        if not _fits(value, kinds.get(key, Any)):
-            wanted, default = getattr(kinds[key], "__name__", kinds[key]), entry.parameters[key]
-            raise DistcompError(
-                f"{name.strip()}: {key} takes {wanted}, not {value!r}; the default is {default!r}"
-            )
-    return entry.recipe(**arguments)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated kind; the text of a schedule fits any, a whole number fits where a
-    float does."""
-    if isinstance(value, str) and "@" in value:
-        return True
-    if isinstance(kind, UnionType) or get_origin(kind) is Union:
-        return any(_fits(value, one) for one in get_args(kind))
-    plain = get_origin(kind) or kind
-    if not isinstance(plain, type):
-        return True
-    if isinstance(value, bool):
-        return plain in (bool, object)
-    return isinstance(value, (int, float) if plain is float else plain)
+        raise no_such("method", name, METHODS)
+    with nested():
+        return entry.recipe(**read_settings(name, texts, entry.recipe))
 
 
 def method_of(given: Method | str) -> Method:
@@ -145,51 +83,35 @@ def method_of(given: Method | str) -> Method:
 
     Raises DistcompError for anything else.
     """
-    text = given.strip() if isinstance(given, str) else ""
-    method = parse(text.removeprefix("(").removesuffix(")")) if text else given
+    method = parse(given) if isinstance(given, str) and given.strip() else given
     if not isinstance(method, Method):
-        raise DistcompError(f"{given!r} is no method for gradients; give one such as 'qsgd:bits=4'")
+        raise DistcompError(f"{str(given)!r} is no method for gradients; give one such as 'qsgd:bits=4'")
     return method
 
 
-def compressor_of(given: Compressor | str) -> Compressor:
-    """A compressor within a method, given as one or as the text of one: ``TopK:ratio=0.01``.
+def compressor_of(given: Compressor | Method | str) -> Compressor:
+    """A compressor within a method, given as one or as its text: ``topk:ratio=0.01``, ``sign``, ``int8``.
 
-    Raises DistcompError for a name that the package does not export, or settings that it does not have.
+    Or as a method, or the text of one: ``qsgd:bits=4``. Then the one inside it is meant.
+
+    Raises DistcompError for a method that is more than a compressor: it is an exchange, not a payload.
     """
     if isinstance(given, Compressor):
         return given
-    name, _, settings = str(given).strip().removeprefix("(").removesuffix(")").partition(":")
-    known = {one: kind for one, kind in vars(compressors).items() if one in compressors.__all__}
-    kind = known.get(name.strip())
-    if kind is None or inspect.isabstract(kind) or not issubclass(kind, Compressor):
-        raise DistcompError(f"there is no compressor {name!r}; known are: {', '.join(sorted(known))}")
-    pairs = [part.partition("=") for part in _split(settings) if part.strip()]
-    arguments = {key.strip(): _literal(value.strip()) for key, _, value in pairs}
-    try:
-        inspect.signature(kind).bind(**arguments)
-    except TypeError as error:
+    if isinstance(given, str):
+        name, texts = split_call(given, "compressor")
+        entry, is_method = COMPRESSORS.get(name), find(METHODS, name) is not None
+        # Some names are those of both, such as topk; settings that only the method has tell which is meant.
+        if entry is not None and (
+            not is_method or texts.keys() <= inspect.signature(entry.make).parameters.keys()
+        ):
+            return parse_compressor(given)
+        if not is_method:
+            raise no_such("compressor", name, COMPRESSORS.keys() | METHODS.keys())
+    compressor = method_of(given).sole_compressor()
+    if compressor is None:
         raise DistcompError(
-            f"{name} with {settings!r}: {error}; see its settings in the documentation"
-        ) from error
-    made: Compressor = kind(**arguments)
-    return made
-
-
-def _split(settings: str) -> list[str]:
-    """At commas that are outside brackets."""
-    parts, depth = [""], 0
-    for character in settings:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def _literal(value: str) -> Any:
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return {"true": True, "false": False, "none": None}.get(value.lower(), value)
+            f"'{given}' is a conversation of all ranks, and here one payload is sent; use a compressor "
+            "such as 'quantize:bits=4', 'topk:ratio=0.01' or 'sign'"
+        )
+    return compressor

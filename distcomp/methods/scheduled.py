@@ -6,17 +6,18 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from torch import Tensor
 
 from distcomp.collectives import Rounds
 from distcomp.compressors import Identity
 from distcomp.errors import DistcompError
+from distcomp.grammar import checked, hints_of, is_schedule
 from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext, cut_state
 from distcomp.methods.from_compressor import from_compressor
-from distcomp.schedule import ARROWS, Schedule
+from distcomp.schedule import Schedule
 
 PROBE = Layout.of([("matrix", (24, 20)), ("convolution", (8, 6, 3, 3)), ("bias", (8,))])
 """On which states are compared."""
@@ -28,8 +29,7 @@ class Scheduled(Method):
 
     Every registered recipe makes one where a setting is given as a :class:`~distcomp.schedule.Schedule`.
     The state must be of one form throughout: a recipe that keeps a residual only for some values needs to
-    be told to keep one always. Every step costs what the step's method costs; ``payload_bytes`` tells of
-    step 0, and of step t after ``at(t)``.
+    be told to keep one always. Every step costs what the step's method costs.
 
     Raises DistcompError for a value that the recipe refuses, and for states that differ in form.
     """
@@ -39,8 +39,7 @@ class Scheduled(Method):
     recipe: Callable[..., Method] = field(repr=False)
 
     def __post_init__(self) -> None:
-        turns = {step for _, one in self.settings if isinstance(one, Schedule) for step, _ in one.points}
-        forms = {step: _form(self.in_step(step).init(PROBE)) for step in sorted({0, *turns})}
+        forms = {step: _form(self.in_step(step).init(PROBE)) for step in self._turns}
         odd = next((step for step, form in forms.items() if form != forms[0]), None)
         if odd is not None:
             raise DistcompError(
@@ -50,14 +49,20 @@ class Scheduled(Method):
 
     @property
     def propagates_nonfinite(self) -> bool:  # type: ignore[override]
-        return self.in_step(0).propagates_nonfinite
+        return all(self.in_step(step).propagates_nonfinite for step in self._turns)
+
+    @property
+    def _turns(self) -> list[int]:
+        """The steps in which a setting begins another value, and step 0."""
+        points = (one.points for _, one in self.settings if isinstance(one, Schedule))
+        return sorted({0, *(step for steps in points for step, _ in steps)})
 
     def in_step(self, step: int) -> Method:
         """The method of one step."""
         return _built(self.recipe, tuple((name, _value(one, step)) for name, one in self.settings))
 
-    def at(self, step: int) -> Method:
-        return self.in_step(step).at(step)
+    def children(self) -> dict[str, Method]:
+        return {f"step {step}": self.in_step(step) for step in self._turns}
 
     def init(self, layout: Layout) -> State:
         return self.in_step(0).init(layout)
@@ -65,8 +70,8 @@ class Scheduled(Method):
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         return (yield from self.in_step(context.step).aggregate(x, state, context))
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.at(0).payload_bytes(layout, size)
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return self.in_step(step).payload_bytes(layout, size, step)
 
 
 @functools.lru_cache(maxsize=256)
@@ -100,29 +105,38 @@ def with_schedules(recipe: Recipe, everywhere: bool = True) -> Recipe:
     """
     signature = inspect.signature(recipe)
     native = {name for name, one in signature.parameters.items() if "Schedule" in str(one.annotation)}
+    numeric = {name for name, hint in hints_of(recipe).items() if _is_number(hint)}
+    title = recipe.__name__.rstrip("_")
 
     @functools.wraps(recipe)
     def build(*arguments: Any, **settings: Any) -> Any:
         given = dict(signature.bind(*arguments, **settings).arguments)
         read = {name: one if name in native else _read(one) for name, one in given.items()}
-        changing = [name for name, one in read.items() if isinstance(one, Schedule) and name not in native]
-        if changing and not everywhere:
+        changing = {name for name, one in read.items() if isinstance(one, Schedule) and name not in native}
+        if changing and not (everywhere and changing <= numeric):
+            fixed = min(changing - numeric or changing)
+            may = sorted(native | numeric) if everywhere else sorted(native)
             raise DistcompError(
-                f"{recipe.__name__}: {changing[0]} cannot change with the step; give a number"
-                + (f" (a schedule may be given for {', '.join(sorted(native))})" if native else "")
+                f"{title}: {fixed} cannot change with the step; give one value"
+                + (f" (a schedule may be given for {', '.join(may)})" if may else "")
             )
+        fixed_ = {name: one for name, one in read.items() if name not in changing}
+        read |= checked(title, fixed_, recipe)
         if changing:
-            return Scheduled(recipe.__name__.rstrip("_"), tuple(read.items()), recipe)
-        return recipe(**given)
+            return Scheduled(title, tuple(read.items()), recipe)
+        return recipe(**read)
 
     return build  # type: ignore[return-value]
 
 
 def _read(setting: Any) -> Any:
     """A schedule where the setting is the text of one."""
-    if isinstance(setting, str) and "@" in setting and any(arrow in setting for arrow in ARROWS):
-        return Schedule.parse(setting)
-    return setting
+    return Schedule.parse(setting) if is_schedule(setting) else setting
+
+
+def _is_number(hint: Any) -> bool:
+    """Whether an annotation admits a number."""
+    return hint in (int, float) or any(_is_number(one) for one in get_args(hint) if one is not bool)
 
 
 EXACT = from_compressor(Identity())
@@ -149,13 +163,13 @@ class Warmup(Method):
 
     @property
     def propagates_nonfinite(self) -> bool:  # type: ignore[override]
-        return self.inner.propagates_nonfinite
-
-    def at(self, step: int) -> Method:
-        return self.before if step < self.steps else self.inner.at(step)
+        return self.inner.propagates_nonfinite and self.before.propagates_nonfinite
 
     def init(self, layout: Layout) -> State:
         return self.inner.init(layout)
+
+    def assumed_state(self, layout: Layout, step: int) -> State:
+        return self.inner.assumed_state(layout, step)
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         if context.step >= self.steps:
@@ -163,5 +177,6 @@ class Warmup(Method):
         result = yield from self.before.aggregate(x, {}, context)
         return replace(result, state=state)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.at(0).payload_bytes(layout, size)
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        method = self.before if step < self.steps else self.inner
+        return method.payload_bytes(layout, size, step)

@@ -17,8 +17,9 @@ from distcomp.methods.basic import except_small, with_feedback
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.from_compressor import from_compressor
 from distcomp.methods.integers import HomomorphicQuantizer
-from distcomp.methods.registry import register
+from distcomp.methods.registry import method_of, register
 from distcomp.payload import Parts, Payload, body_bytes, wire_bytes
+from distcomp.registry import METHODS
 
 SUMMED = {
     "fp32": from_compressor(Identity()),
@@ -89,8 +90,8 @@ class SharedRandomK(Method):
         result = yield from self.inner.aggregate(x[where] * factors, state, replace(context, layout=kept))
         return _placed(result, where, x)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.inner.payload_bytes(self.select.kept(layout), size)
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return self.inner.payload_bytes(self.select.kept(layout), size, step)
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,11 @@ class CyclicTopK(Method):
         result = yield from self.inner.aggregate(x[where], state, replace(context, layout=kept))
         return _placed(result, where, x)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         parts = self._parts(layout)
         tree = (size - 1) / size
         sent = round((wire_bytes(parts) - body_bytes(parts)) * tree) + round(body_bytes(parts) * tree)
-        return sent + self.inner.payload_bytes(self.select.kept(layout), size)
+        return sent + self.inner.payload_bytes(self.select.kept(layout), size, step)
 
 
 def _placed(result: AggregateResult, where: Tensor, like: Tensor) -> AggregateResult:
@@ -190,18 +191,19 @@ class LowPassFeedback(Method):
             {"residual": FlatBuffer(e, context.layout), "inner": result.state},
         )
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.inner.payload_bytes(layout, size)
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return self.inner.payload_bytes(layout, size, step)
 
 
 def _summed(values: str | Method) -> Method:
-    if isinstance(values, str):
-        if values not in SUMMED:
-            raise DistcompError(
-                f"values cannot be summed as {values!r}; use one of {', '.join(SUMMED)}, or a Method"
-            )
+    if isinstance(values, str) and values in SUMMED:
         return SUMMED[values]
-    return values
+    name = values.partition(":")[0].strip("( ") if isinstance(values, str) else ""
+    if isinstance(values, str) and name not in METHODS:
+        raise DistcompError(
+            f"values cannot be summed as {values!r}; use one of {', '.join(SUMMED)}, or a method"
+        )
+    return method_of(values)
 
 
 @register(

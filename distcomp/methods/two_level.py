@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,8 +62,6 @@ class TwoLevel(Method):
     inside: Method
     across: Method
     nodes: tuple[Group, ...] | None = None
-    clock: int = field(default=0, repr=False)
-    """The step that ``payload_bytes`` speaks of."""
 
     def __post_init__(self) -> None:
         if self.nodes is None:
@@ -78,9 +76,6 @@ class TwoLevel(Method):
     @property
     def propagates_nonfinite(self) -> bool:  # type: ignore[override]
         return self.inside.propagates_nonfinite and self.across.propagates_nonfinite
-
-    def at(self, step: int) -> Method:
-        return replace(self, inside=self.inside.at(step), across=self.across.at(step), clock=step)
 
     def init(self, layout: Layout) -> State:
         return {"inside": self.inside.init(layout), "across": self.across.init(layout)}
@@ -120,17 +115,19 @@ class TwoLevel(Method):
         local = nodes[index].index(rank)
         return NodePosition(index, local, nodes[index], tuple(node[local] for node in nodes))
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         """Of ``across`` by what it asks for when all is zero: what is sent depends on the layout alone."""
         position = self._place(0, size)
         near, far = len(position.node), len(position.column)
         if near == 1:
-            return self.across.payload_bytes(layout, far)
-        sent = self.inside.payload_bytes(layout, near)
+            return self.across.payload_bytes(layout, far, step)
+        sent = self.inside.payload_bytes(layout, near, step)
         if far == 1:
             return sent
-        context = StepContext(0, far, layout, self.clock, Key.of(0))
-        exchange = self.across.aggregate(torch.zeros(layout.numel), self.across.init(layout), context)
+        context = StepContext(0, far, layout, step, Key.of(0))
+        exchange = self.across.aggregate(
+            torch.zeros(layout.numel), self.across.assumed_state(layout, step), context
+        )
         return sent + round(
             sum(partitioned_bytes(request, near, far) for request in _requests(exchange, far))
         )

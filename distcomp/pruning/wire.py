@@ -205,8 +205,8 @@ class Masked(Method):
             some.spread(result.estimate), lambda: some.spread(result.contribution()), after
         )
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.inner.payload_bytes(self.support(layout).layout, size)
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return self.inner.payload_bytes(self.support(layout).layout, size, step)
 
 
 def recalled(fresh: State, before: ByParameter, some: ActiveCoordinates) -> State:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distcomp.collectives import Request, Rounds
 from distcomp.compressors.base import Compressor
+from distcomp.grammar import Written
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
 from distcomp.runtime.channel import TRUE, Answer, finite_flag
 
@@ -42,8 +43,9 @@ class Exchange:
 
     @property
     def title(self) -> str:
-        """The method and what it is made of, without its settings: ``ErrorFeedback(PowerSGD)``."""
-        return _title(self._method)
+        """The method's text, ``powersgd:rank=2``; of one put together by hand, what it is made of."""
+        text = self._method.text if isinstance(self._method, Written) else None
+        return text or _title(self._method)
 
     @property
     def result(self) -> AggregateResult | None:

@@ -41,7 +41,7 @@ def test_what_is_asked_for_weighs_what_the_method_declares(name: str, ranks: int
     method = parse(name)
     assert isinstance(method, Method)
     found = predict(profile_method(name, [LAYOUT], ranks), machine(), Fabric.uniform(ranks, "1gbit"))
-    declared = method.at(6).payload_bytes(LAYOUT, ranks)
+    declared = method.payload_bytes(LAYOUT, ranks, 6)
     assert found.sent_bytes == pytest.approx(declared, rel=0.02, abs=16)
 
 

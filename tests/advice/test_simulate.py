@@ -81,7 +81,7 @@ def test_workers_train_apart_between_exchanges_and_agree_at_them() -> None:
 
 def test_bytes_are_those_of_the_method() -> None:
     one = trained(simulation("qsgd:bits=8", 4), 3)
-    assert one.sent_bytes == 3 * parse("qsgd:bits=8").payload_bytes(one.layout, 4)
+    assert one.sent_bytes == 3 * parse("qsgd:bits=8").payload_bytes(one.layout, 4, 0)
 
 
 def test_the_clock_adds_computing_and_the_ring() -> None:

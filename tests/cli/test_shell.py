@@ -54,7 +54,7 @@ def test_methods_lists_every_method_and_compressor(capsys: Captured) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     headings = {line.split()[0] for line in lines if line and not line.startswith(" ")}
-    assert headings >= METHODS.keys() | methods.BUILTIN_HOOKS.keys()
+    assert headings >= METHODS.keys() | methods.HOOK_SUMMARIES.keys()
 
 
 def test_methods_as_json_has_what_the_registry_has(capsys: Captured) -> None:
@@ -78,7 +78,7 @@ def test_methods_as_json_has_what_the_registry_has(capsys: Captured) -> None:
 
 
 def test_every_stock_method_and_every_registered_one_can_be_asked_for() -> None:
-    for name in [*methods.BUILTIN_HOOKS, "torch:powersgd:rank=2", "qsgd:bits=4"]:
+    for name in [*methods.HOOK_SUMMARIES, "torch:powersgd:rank=2", "qsgd:bits=4"]:
         methods.check(name)
 
 

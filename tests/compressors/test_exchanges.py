@@ -259,7 +259,7 @@ def test_the_bytes_counted_are_the_bytes_declared(method, size) -> None:
     world = World(method, size, layout)
     world.mean([buffer(layout, rank) for rank in range(size)])
     requests = sum(world.net.ledgers[0].requests.values())
-    declared = method.payload_bytes(layout, size)
+    declared = method.payload_bytes(layout, size, 0)
     assert abs(np.mean(world.sent_bytes) - declared) <= (requests if len(set(world.sent_bytes)) > 1 else 0)
 
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import distcomp
+from distcomp.collectives import AllReduce, Rounds
 from distcomp.compressors import Cast, Compressor, Identity, Quantize, ScaledSign, TopK
-from distcomp.methods import ErrorFeedback, Method, Partition, Rule, from_compressor
+from distcomp.layout import Layout
+from distcomp.methods import (
+    AggregateResult,
+    ErrorFeedback,
+    Method,
+    Partition,
+    Rule,
+    StepContext,
+    from_compressor,
+)
+from distcomp.methods.base import SHAPES, State, all_reduce_bytes
 from distcomp.methods.reduce_scatter import OwnShard, ShardMean, owned_layout, to_shards
 
 from .world import World, buffer
@@ -46,7 +60,7 @@ def test_pieces_times_n_are_the_sum_of_the_contributions(compressor, size, piece
     estimate, given_ = pieces_of(world, size, size * piece, seed)
     assert estimate.numel() == size * piece
     assert torch.allclose(size * estimate.double(), given_, rtol=0, atol=1e-5)
-    assert world.sent_bytes == [world.method.payload_bytes(world.layout, size)] * size
+    assert world.sent_bytes == [world.method.payload_bytes(world.layout, size, 0)] * size
 
 
 @pytest.mark.parametrize("inner", PATTERNED, ids=str)
@@ -67,7 +81,7 @@ def test_nothing_is_lost_and_nothing_is_told_to_those_who_do_not_own_it(inner: M
     scatter = from_compressor(
         inner.compressor, "all_reduce" if inner.compressor.summable else "reduce_scatter"
     )
-    assert abs(2 * world.sent_bytes[0] / 5 - scatter.payload_bytes(world.layout, size)) <= 200
+    assert abs(2 * world.sent_bytes[0] / 5 - scatter.payload_bytes(world.layout, size, 0)) <= 200
 
 
 def test_the_whole_is_agreed_on_where_a_method_needs_it():
@@ -116,3 +130,29 @@ REFUSED = {
 def test_what_needs_names_or_shapes_is_refused(method: Method):
     with pytest.raises(distcomp.DistcompError, match="without names, padded and interleaved"):
         to_shards(method)
+
+
+@dataclass(frozen=True)
+class Newcomer(Method):
+    """A method of somebody's own, in a file of its own: half of the mean."""
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        total = yield AllReduce(x * (0.5 / context.size))
+        return AggregateResult(total, lambda: 0.5 * x, state)
+
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return all_reduce_bytes(4 * layout.numel, size)
+
+
+class Demanding(Newcomer):
+    """Another, that looks at the matrices."""
+
+    needs = frozenset({SHAPES})
+
+
+def test_a_newcomers_method_is_served_or_refused_by_what_it_says_it_needs() -> None:
+    served = to_shards(ErrorFeedback(Newcomer()))
+    assert served == ErrorFeedback(OwnShard(Newcomer()))
+    for method in (Demanding(), ErrorFeedback(Demanding()), Partition(Rule(), Newcomer(), Demanding())):
+        with pytest.raises(distcomp.DistcompError, match="Demanding needs whole parameters in their shapes"):
+            to_shards(method)

@@ -60,6 +60,8 @@ def test_the_config_string_and_the_call_give_the_same_method(subject: Subject) -
         warnings.simplefilter("ignore")
         assert parse(subject.text) == method
         assert repr(parse(f" {subject.text} ".replace(",", " , "))) == repr(method)
+        assert parse(str(method)) == method
+        assert str(parse(str(method))) == str(method)
 
 
 def test_other_settings_read_otherwise() -> None:

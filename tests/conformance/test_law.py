@@ -31,7 +31,7 @@ def law_error(round_: Round) -> tuple[float, float]:
 
 def check_one_conversation(method: Method, size: int, layout: Layout = ORDINARY) -> Round:
     """The laws that need no second look: one estimate on all ranks, contributions, and bytes as declared."""
-    declared = method.payload_bytes(layout, size)
+    declared = method.payload_bytes(layout, size, 0)
     round_ = once(method, draw(size, layout), layout)
     for estimate in round_.estimates:
         assert estimate.shape == (layout.numel,)
@@ -127,7 +127,7 @@ def test_the_bytes_of_every_step_are_those_declared_for_it(subject: Subject) -> 
     method, size = subject.build(), 3
     states = [method.init(ORDINARY) for _ in range(size)]
     for step in range(6):
-        declared = method.at(step).payload_bytes(ORDINARY, size)
+        declared = method.payload_bytes(ORDINARY, size, step)
         round_ = converse(method, draw(size, seed=step), states, step=step)
         states = round_.states
         requests = len(round_.asked) // size

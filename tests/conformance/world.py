@@ -64,8 +64,8 @@ class Recorded(Method):
             result: AggregateResult = stop.value
             return result
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.inner.payload_bytes(layout, size)
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return self.inner.payload_bytes(layout, size, step)
 
 
 @dataclass

@@ -31,7 +31,7 @@ class TwoRounds(Method):
         second = yield AllReduce(first * 2)
         return AggregateResult(first + second, lambda: x, {"seen": context.step})
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         return 0
 
 

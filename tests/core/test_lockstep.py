@@ -41,7 +41,7 @@ class Script(Method):
         self.answers[context.rank] = yield from self.lines(context)
         return AggregateResult(x.clone(), lambda: x, state)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         return 0
 
 

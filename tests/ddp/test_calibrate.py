@@ -85,7 +85,7 @@ def zeroed(rank, size, method):
     with distcomp.attach(model, optimizer, method) as handle:
         step()
         sent = handle.stats()["last"]["payload_bytes"]
-    declared = sum(method.payload_bytes(layout, size) for layout in layouts)
+    declared = sum(method.payload_bytes(layout, size, 0) for layout in layouts)
     asked = sum(
         one.ask.sent_bytes(size)
         for exchange in profile_exchanges(method, layouts, size)
@@ -122,4 +122,4 @@ def test_a_step_is_observed_by_the_clock_that_was_given(cluster):
 def test_a_method_of_zeros_keeps_no_state():
     layout = Layout.of([("a", (3,))])
     assert Zeros(8, False).init(layout) == {}
-    assert Zeros(8, False).payload_bytes(layout, 3) == ROUNDS * 2 * 40
+    assert Zeros(8, False).payload_bytes(layout, 3, 0) == ROUNDS * 2 * 40

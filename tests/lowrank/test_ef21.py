@@ -77,7 +77,7 @@ def test_what_is_unbiased_but_does_not_contract_is_damped() -> None:
 
 
 def test_its_text_says_all_of_it() -> None:
-    method = parse("ef21:compressor=(Quantize:bits=1,block=64),pattern=all_gather,eta=0.5")
+    method = parse("ef21:compressor=(quantize:bits=1,block=64),pattern=all_gather,eta=0.5")
     assert method == ef21(Quantize(1, 64), "all_gather", 0.5)
     assert method.usual == EF21(Quantize(1, 64), "all_gather", 0.5)
 
@@ -93,7 +93,7 @@ def test_what_it_cannot_do_is_refused() -> None:
         lambda: EF21(Nothing("bf16")),
         lambda: EF21(TopK(0.1), "all_reduce"),
         lambda: ef21("Nonsense"),
-        lambda: ef21("TopK:bits=3"),
+        lambda: ef21("topk:bits=3"),
         lambda: ef21("Compressor"),
         lambda: ef21(AllGatherMean(TopK(0.1))),  # type: ignore[arg-type]
     ):

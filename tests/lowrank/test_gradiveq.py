@@ -175,9 +175,7 @@ def test_the_bytes_of_every_step_are_those_declared() -> None:
     for step in range(18):
         round_ = converse(method, draw(4, layout, seed=step), states, layout, step)
         states = round_.states
-        assert sum(round_.sent_bytes) / 4 == pytest.approx(method.at(step).payload_bytes(layout, 4), abs=8), (
-            step
-        )
+        assert sum(round_.sent_bytes) / 4 == pytest.approx(method.payload_bytes(layout, 4, step), abs=8), step
 
 
 def test_a_run_resumed_anywhere_in_a_cycle_repeats_itself_bit_for_bit() -> None:

@@ -93,8 +93,17 @@ def test_bytes_are_those_declared(nodes, across: str) -> None:
     method = TwoLevel(identity(), parse(across), nodes)
     for step, round_ in enumerate(rounds(method, draw(size), steps=2)):
         requests = len(round_.asked) // size
-        declared = method.at(step).payload_bytes(ORDINARY, size)
+        declared = method.payload_bytes(ORDINARY, size, step)
         assert sum(round_.sent_bytes) / size == pytest.approx(declared, abs=4 + 2 * requests)
+
+
+def test_bytes_are_those_declared_where_the_state_counts_the_phases() -> None:
+    """Of a method between nodes that learns for five steps and compresses for three."""
+    method = two_level(across="gradiveq:ratio=4,loss=0,learn=5,compressed=3", nodes=NODES["2 of 2"])
+    declared = [method.payload_bytes(ORDINARY, 4, step) for step in range(8)]
+    for step, round_ in enumerate(rounds(method, draw(4), steps=8)):
+        assert sum(round_.sent_bytes) / 4 == pytest.approx(declared[step], abs=24), f"step {step}"
+    assert len(set(declared)) > 2
 
 
 def test_between_nodes_every_byte_goes_once_however_many_ranks_a_node_has() -> None:

@@ -111,8 +111,8 @@ def test_bytes_fall_when_the_variance_freezes() -> None:
     for step in range(4):
         round_ = converse(method, draw(4, seed=step), states, step=step)
         states = round_.states
-        assert sum(round_.sent_bytes) / 4 == pytest.approx(method.at(step).payload_bytes(ORDINARY, 4), abs=16)
-    assert method.at(2).payload_bytes(ORDINARY, 4) < method.at(1).payload_bytes(ORDINARY, 4) / 5
+        assert sum(round_.sent_bytes) / 4 == pytest.approx(method.payload_bytes(ORDINARY, 4, step), abs=16)
+    assert method.payload_bytes(ORDINARY, 4, 2) < method.payload_bytes(ORDINARY, 4, 1) / 5
 
 
 def test_the_optimizer_must_be_plain() -> None:

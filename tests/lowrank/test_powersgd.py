@@ -77,7 +77,7 @@ def test_one_round_takes_the_halves_in_turn() -> None:
         factor = (m if step % 2 == 0 else m.T) @ fixed
         estimate = factor @ fixed.T if step % 2 == 0 else fixed @ factor.T
         np.testing.assert_allclose(matrices(round_.estimate)["fc"], estimate, atol=1e-4)
-        assert method.at(step).payload_bytes(NET, size) == round_.sent_bytes[0]
+        assert method.payload_bytes(NET, size, step) == round_.sent_bytes[0]
 
 
 @given(
@@ -124,7 +124,7 @@ def test_the_rank_follows_its_schedule_and_so_do_the_bytes() -> None:
         round_ = converse(method, draw(2, NET, seed=step), states, NET, step)
         states = round_.states
         ranks.append(int(np.linalg.matrix_rank(matrices(round_.estimate)["fc"], tol=1e-4)))
-        assert round_.sent_bytes[0] == method.at(step).payload_bytes(NET, 2)
+        assert round_.sent_bytes[0] == method.payload_bytes(NET, 2, step)
     assert ranks == [1, 1, 4, 4, 2, 2]
 
 
@@ -137,7 +137,7 @@ def test_two_rounds_however_many_matrices_and_bytes_by_the_formula() -> None:
         4 * 2 * (18 + 36), 4
     )
     assert round_.sent_bytes == [sent] * 4
-    assert method.payload_bytes(NET, 4) == sent
+    assert method.payload_bytes(NET, 4, 0) == sent
 
 
 def test_equal_shapes_in_other_buckets_change_no_bit() -> None:

@@ -18,7 +18,7 @@ def steps_of(method: Method, count: int, size: int = 3) -> list[torch.Tensor]:
         states = round_.states
         found.append(round_.estimate)
         assert sum(round_.sent_bytes) / size == pytest.approx(
-            method.at(step).payload_bytes(ORDINARY, size), abs=8
+            method.payload_bytes(ORDINARY, size, step), abs=8
         )
     return found
 

@@ -60,7 +60,7 @@ def test_every_pattern_gives_the_bits_of_the_sum_of_integers(size, format) -> No
         assert torch.equal(estimates[0], (exact * (q.spacing / size)).float())
         assert all(torch.equal(one, q.round(one)) for one in contributions)
         sent = sum(ledger.total_bytes for ledger in net.ledgers) / size
-        assert abs(sent - FixedPointAllReduce(q, pattern).payload_bytes(LAYOUT, size)) <= size
+        assert abs(sent - FixedPointAllReduce(q, pattern).payload_bytes(LAYOUT, size, 0)) <= size
         found[pattern] = estimates[0]
     assert torch.equal(found["all_reduce"], found["reduce_scatter"])
     assert torch.equal(found["all_reduce"], found["all_gather"])
@@ -121,7 +121,7 @@ def test_the_lowest_sum_of_all_fits_its_fields(bits, size) -> None:
 
 def test_a_sum_that_does_not_fit_is_refused() -> None:
     with pytest.raises(DistcompError, match="32 bits"):
-        FixedPointAllReduce(FixedPoint.of("Q1.20")).payload_bytes(LAYOUT, 4096)
+        FixedPointAllReduce(FixedPoint.of("Q1.20")).payload_bytes(LAYOUT, 4096, 0)
     with pytest.raises(DistcompError, match="pattern"):
         distcomp.fixed_point(pattern="nosuch")
     with pytest.raises(DistcompError, match="fixed-point"):

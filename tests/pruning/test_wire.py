@@ -62,7 +62,7 @@ def test_masked_identity_is_support_on_an_all_reduce():
     one = converse(masked, xs, [masked.init(layout)] * 3, layout)
     two = converse(lifted, xs, [lifted.init(layout)] * 3, layout)
     assert torch.equal(one.estimate, two.estimate)
-    assert masked.payload_bytes(layout, 3) == lifted.payload_bytes(layout, 3)
+    assert masked.payload_bytes(layout, 3, 0) == lifted.payload_bytes(layout, 3, 0)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -79,7 +79,7 @@ def test_every_method_sends_less_and_keeps_its_law(spec):
         assert (round_.estimate[inactive] == 0).all()
         total = torch.stack(round_.contributions()).double().sum(0)
         torch.testing.assert_close(total, 3 * round_.estimate.double(), rtol=1e-3, atol=2e-2)
-        planned = method.at(step).payload_bytes(layout, 3)
+        planned = method.payload_bytes(layout, 3, step)
         assert sum(round_.sent_bytes) / 3 <= 1.05 * planned + 300
 
 
@@ -195,7 +195,8 @@ def test_structured_survivors_stay_matrices():
     assert shapes["0.parametrizations.weight.original"] == (4, 3, 3, 3)
     assert shapes["2.parametrizations.weight.original"] == (7, 32)
     rank = distcomp.masked(pruner, "powersgd:rank=1")
-    assert rank.payload_bytes(layout, 2) < distcomp.masked(pruner, "identity").payload_bytes(layout, 2) / 2
+    plain = distcomp.masked(pruner, "identity")
+    assert rank.payload_bytes(layout, 2, 0) < plain.payload_bytes(layout, 2, 0) / 2
     state = rank.init(layout)
     warm = [leaf for leaf in tensors(state).values() if leaf.dim() == 2]
     assert {tuple(leaf.shape) for leaf in warm} == {(1, 27), (1, 32)}

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from distcomp.averaging.base import Averaging
 from distcomp.averaging.ecd import ECD
 from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze
 from distcomp.averaging.topology import Topology
-from distcomp.compressors import Compressor, ScaledSign
+from distcomp.compressors import Compressor
 from distcomp.compressors.fixed import GrowingGrid
-from distcomp.errors import DistcompError
-from distcomp.methods import (
-    Method,
-    Partition,
-    method_of,
-    register,
-)
+from distcomp.methods import Method, compressor_of, register
 from distcomp.schedule import Schedule, varying
 
 
@@ -152,25 +144,3 @@ def deepsqueeze(
     return DeepSqueeze(
         compressor_of(compressor), topology, eta, period=varying(period), on_failure=on_failure
     )
-
-
-def compressor_of(given: Compressor | Method | str) -> Compressor:
-    """The compressor that a gossip setting means: itself, ``"sign"``, or the one inside a gradient method.
-
-    Raises DistcompError for a method that is no compressor and a lifting: neighbours hear one payload, not a
-    exchange.
-    """
-    if isinstance(given, Compressor):
-        return given
-    if given == "sign":
-        return ScaledSign()
-    method: Any = method_of(given)
-    while not isinstance(getattr(method, "compressor", None), Compressor):
-        method = method.usual if isinstance(method, Partition) else getattr(method, "inner", None)
-        if method is None:
-            raise DistcompError(
-                f"{given!r} is a conversation of all ranks, and gossip sends one payload; use a compressor "
-                "such as 'qsgd:bits=4', 'topk:ratio=0.01' or 'sign'"
-            )
-    compressor: Compressor = method.compressor
-    return compressor

@@ -11,9 +11,10 @@ from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.averaging.outer import Outer
 from distcomp.averaging.periodic import Mean, Periodic
 from distcomp.collectives import Rounds
-from distcomp.compressors import Compressor, Identity, TopK
+from distcomp.compressors import Compressor, Identity, TopK, parse_compressor
 from distcomp.compressors.topk import with_values
 from distcomp.errors import DistcompError
+from distcomp.grammar import split_call
 from distcomp.layout import FlatBuffer
 from distcomp.methods import (
     AggregateResult,
@@ -27,6 +28,7 @@ from distcomp.methods import (
     with_feedback,
 )
 from distcomp.methods.base import State, StepContext
+from distcomp.registry import COMPRESSORS, METHODS
 from distcomp.schedule import Schedule, varying
 
 
@@ -289,7 +291,7 @@ def multi_level(
     ``across`` is the averaging of all ranks, or its text (in brackets where it holds commas).
     """
     if isinstance(across, str):
-        across = parse(across.strip().removeprefix("(").removesuffix(")"))
+        across = parse(across)
     if not isinstance(across, Averaging):
         raise DistcompError(f"{across!r} averages no models; give one such as 'diloco:period=500'")
     return MultiLevel((Mean(ranks_per_group=ranks_per_group, period=varying(period)), across))
@@ -311,6 +313,9 @@ class FadingFeedback(ErrorFeedback):
 
 def sent_through(given: Method | Compressor | str) -> Method:
     """The method as given, or a compressor lifted (with error feedback where it is biased)."""
+    if isinstance(given, str):
+        name, _ = split_call(given, "method")
+        given = parse_compressor(given) if name not in METHODS and name in COMPRESSORS else method_of(given)
     if isinstance(given, Identity):
         return from_compressor(given)
     return with_feedback(given) if isinstance(given, Compressor) else method_of(given)

@@ -24,7 +24,7 @@ class Eighths(Method):
         total = yield AllReduce(rounded * (1.0 / context.size))
         return AggregateResult(total, lambda: rounded, state)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         return all_reduce_bytes(4 * layout.numel, size)
 
 

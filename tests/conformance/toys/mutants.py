@@ -66,7 +66,7 @@ class Mean(Method):
         total = yield AllReduce(x * (1.0 / context.size))
         return AggregateResult(total, lambda: x, state)
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         return all_reduce_bytes(4 * layout.numel, size)
 
 
@@ -126,8 +126,8 @@ class LosesTheSecondStage(ReduceScatterMean):
 class UnderstatesItsBytes(Mean):
     """Declare half of what is sent."""
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return super().payload_bytes(layout, size) // 2
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return super().payload_bytes(layout, size, step) // 2
 
 
 @breaks("test_the_bytes_of_a_step_do_not_depend_on_the_values")
