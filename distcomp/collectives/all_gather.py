@@ -31,7 +31,7 @@ class AllGather(Sealed):
     def sends(self) -> tuple[Payload, ...]:
         return (self.payload,)
 
-    def payload_to(self, rank: int) -> Payload:
+    def payload_to(self, place: int) -> Payload:
         return self.payload
 
     def expected(self, rank: int, size: int) -> Sequence[Parts]:

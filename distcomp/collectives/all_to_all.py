@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -31,8 +30,13 @@ class AllToAll(Sealed):
         return (tuple(payload.parts for payload in self.payloads), self.group)
 
     def check_against(self, rank: int, asked: Sequence[Any]) -> None:
-        for sender, parts in zip(self.members(len(asked)), self.parts or (), strict=bool(self.parts)):
-            sent = asked[sender].payload_to(rank).parts
+        self.check_one_each(len(self.payloads), len(asked))
+        if self.parts is None:
+            return
+        self.check_one_each(len(self.parts), len(asked))
+        place = self.place(rank)
+        for sender, parts in zip(self.members(len(asked)), self.parts, strict=True):
+            sent = asked[sender].payload_to(place).parts
             if sent != parts:
                 raise Mismatch(
                     f"rank {rank} expects {parts} from rank {sender}, which sends it {sent}; "
@@ -42,16 +46,16 @@ class AllToAll(Sealed):
     def sends(self) -> tuple[Payload, ...]:
         return self.payloads
 
-    def payload_to(self, rank: int) -> Payload:
-        return self.payloads[self.place(rank)]
+    def payload_to(self, place: int) -> Payload:
+        return self.payloads[place]
 
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
-        return self.parts or [self.payload_to(rank).parts] * len(self.payloads)
+        return self.parts or [self.payloads[self.place(rank)].parts] * len(self.payloads)
 
     def sent_bytes(self, rank: int, size: int) -> Bytes:
-        sent: Bytes = Counter()
+        sent, own = Bytes(), self.place(rank)
         for place, payload in enumerate(self.payloads):
-            if place != self.place(rank):
+            if place != own:
                 sent.update(counted(payload.parts, 1))
         return sent
 
@@ -69,6 +73,8 @@ class AllToAll(Sealed):
         return tuple((to, wire_bytes(payload.parts)) for to, payload in pairs if to != rank)
 
     def drive(self, line: Primitives) -> Pending:
+        self.check_one_each(len(self.payloads), line.size)
+        self.check_one_each(len(self.parts or self.payloads), line.size)
         wires = [payload.wire for payload in self.payloads]
         return line.all_to_all(wires, self.wire_sizes(line.rank, line.size), self.group)
 

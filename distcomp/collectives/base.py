@@ -128,6 +128,15 @@ class Request(ABC):
     def check_against(self, rank: int, asked: Sequence[Any]) -> None:  # noqa: B027  (most have nothing more)
         """Raise Mismatch where ``rank``, which asks this, does not fit with what others ask (by rank)."""
 
+    def check_one_each(self, count: int, size: int) -> None:
+        """Raise DistcompError unless there are as many of what goes to each member as there are members."""
+        members = len(self.members(size))
+        if count != members:
+            raise DistcompError(
+                f"{type(self).__name__} among {members} ranks was given {count} pieces; "
+                "give one for each rank, an empty one where there is nothing to say"
+            )
+
     # ------------------------------------------------------------------------------------------ what is sent
 
     def sends(self) -> tuple[Payload, ...]:
@@ -236,8 +245,8 @@ class Sealed(Request):
     def sends(self) -> tuple[Payload, ...]: ...
 
     @abstractmethod
-    def payload_to(self, rank: int) -> Payload:
-        """What a rank is sent by who asks this."""
+    def payload_to(self, place: int) -> Payload:
+        """What the member at a place is sent by who asks this."""
 
     @abstractmethod
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
@@ -257,14 +266,15 @@ class Sealed(Request):
         )
 
     def delivered(self, rank: int, asked: Sequence[Any]) -> list[Payload]:
-        payloads = [asked[sender].payload_to(rank) for sender in self.senders(len(asked))]
+        place = self.place(rank)
+        payloads = [asked[sender].payload_to(place) for sender in self.senders(len(asked))]
         return SharedAnswers(payloads) if self.alike else payloads
 
     def read(self, delivered: list[Any]) -> Any:
         return delivered
 
     def echo(self, rank: int, size: int, write_header: SealFor) -> list[Tensor]:
-        own, wires = self.payload_to(rank), []
+        own, wires = self.payload_to(self.place(rank)), []
         for sender, parts in zip(self.senders(size), self.expected(rank, size), strict=True):
             said = Payload(own.wire.clone(), parts) if parts == own.parts else zeros(parts)
             write_header(sender, said)

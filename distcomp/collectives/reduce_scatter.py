@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -61,11 +60,14 @@ class ReduceScatter(Sealed):
     def signature(self) -> tuple[object, ...]:
         return (self.sizes, self.x.dtype, self.group)
 
+    def check_against(self, rank: int, asked: Sequence[Any]) -> None:
+        self.check_one_each(len(self.sizes), len(asked))
+
     def sends(self) -> tuple[Payload, ...]:
         return self.payloads
 
-    def payload_to(self, rank: int) -> Payload:
-        return self.payloads[self.place(rank)]
+    def payload_to(self, place: int) -> Payload:
+        return self.payloads[place]
 
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
         return [self.parts_of(self.place(rank))] * len(self.sizes)
@@ -74,9 +76,9 @@ class ReduceScatter(Sealed):
         return in_rank_order([payload[self.kind] for payload in delivered])
 
     def sent_bytes(self, rank: int, size: int) -> Bytes:
-        sent: Bytes = Counter()
+        sent, own = Bytes(), self.place(rank)
         for place in range(len(self.sizes)):
-            if place != self.place(rank):
+            if place != own:
                 sent.update(counted(self.parts_of(place), 1))
         return sent
 
@@ -89,6 +91,7 @@ class ReduceScatter(Sealed):
         return Traffic("swap", sizes, chunked=True)
 
     def drive(self, line: Primitives) -> Pending:
+        self.check_one_each(len(self.sizes), line.size)
         wires = [payload.wire for payload in self.payloads]
         return line.all_to_all(wires, self.wire_sizes(line.rank, line.size), self.group)
 

@@ -53,6 +53,7 @@ class ResilientP2P:
         self._heartbeat = heartbeat
         self._patience = timedelta(seconds=timeout_s)
         self._meetings = 0
+        self._came = tuple(range(self.size))
         self._survivors: dict[tuple[int, ...], Any] = {}
         self._edges: dict[int, Any] = {}
         self._waiting = ThreadPoolExecutor(thread_name_prefix="distcomp-edge")
@@ -64,8 +65,8 @@ class ResilientP2P:
     def start(self, request: Request) -> Pending:
         if request.neighbors_only is not None:
             return request.drive(self)
-        members = self._meet()
-        return self._everyone.start(request) if len(members) == self.size else request.drive(self)
+        self._came = self._meet()
+        return self._everyone.start(request) if len(self._came) == self.size else request.drive(self)
 
     def neighbor_exchange(
         self, wires: Sequence[Tensor], neighbors: Sequence[int], sizes: Sequence[int], group: Group | None
@@ -83,11 +84,10 @@ class ResilientP2P:
         return _Mixing(self, tuple(neighbors), under_way)
 
     def all_reduce(self, x: Tensor, group: Group | None) -> _Joint:
-        """Over the survivors, where some are lost."""
-        members = tuple(rank for rank in range(self.size) if rank not in self.lost)
-        if members not in self._survivors:
-            self._survivors[members] = self._group(f"survivors{self._meetings}", members)
-        work = self._survivors[members].allreduce([x])
+        """Over those who came to the last meeting, where some are lost."""
+        if self._came not in self._survivors:
+            self._survivors[self._came] = self._group(f"survivors{self._meetings}", self._came)
+        work = self._survivors[self._came].allreduce([x])
         return _Joint(work, x, self._heartbeat, self._patience)
 
     def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> Pending:

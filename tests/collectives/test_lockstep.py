@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,6 +127,25 @@ def test_pieces_that_do_not_make_up_the_tensor_are_refused() -> None:
     for sizes in ((1, 1), (4, -1), ()):
         with pytest.raises(DistcompError, match="give each rank a piece"):
             ReduceScatter(torch.ones(3), sizes)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        ReduceScatter(torch.ones(3), (1, 2)),
+        AllToAll((world.message(0, 0),) * 2),
+        AllToAll((world.message(0, 0),) * 3, (world.parts(0, 0),) * 2),
+    ],
+    ids=["reduce-scatter", "all-to-all", "all-to-all, declared"],
+)
+def test_a_piece_too_few_is_refused_in_lock_step_and_by_any_transport(request_: Any) -> None:
+    def lines(context: StepContext) -> Rounds[Any]:
+        return (yield request_)
+
+    with pytest.raises(DistcompError, match="among 3 ranks was given 2 pieces; give one for each rank"):
+        world.together(lines, ones(3))
+    with pytest.raises(DistcompError, match="among 3 ranks was given 2 pieces; give one for each rank"):
+        request_.drive(SimpleNamespace(rank=0, size=3))
 
 
 def test_ranks_that_cut_differently_are_named() -> None:

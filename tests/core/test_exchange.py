@@ -7,7 +7,16 @@ import dataclasses
 import pytest
 import torch
 
-from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, NeighborExchange, Rounds, within
+from distcomp.collectives import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Broadcast,
+    NeighborExchange,
+    ReduceScatter,
+    Rounds,
+    within,
+)
 from distcomp.payload import Part, Payload
 
 PAYLOAD = Payload.empty((Part("values", torch.float32, 2),))
@@ -15,6 +24,7 @@ REQUESTS = [
     AllReduce(torch.ones(2)),
     AllGather(PAYLOAD),
     AllToAll((PAYLOAD, PAYLOAD)),
+    ReduceScatter(torch.ones(2), (1, 1)),
     NeighborExchange(PAYLOAD, (1,)),
     Broadcast(PAYLOAD, 0),
 ]
