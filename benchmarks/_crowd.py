@@ -28,7 +28,7 @@ from distcomp.methods import Method
 from distcomp.methods.base import State, StepContext
 from distcomp.randomness import Key
 from distcomp.recording import surroundings
-from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.ledger import Ledger
 from distcomp.runtime.lockstep import Lockstep
 
@@ -76,7 +76,7 @@ class Gradients:
     def exchange(self, gradients: Tensor) -> None:
         key, size = Key.of(self.seed, self.steps), len(gradients)
         all_rounds = [
-            Exchange(self.method, row, state, StepContext(rank, size, self.layout, self.steps, key))
+            Aggregation(self.method, row, state, StepContext(rank, size, self.layout, self.steps, key))
             for rank, (row, state) in enumerate(zip(gradients.unbind(), self.states, strict=True))
         ]
         self.net.run(all_rounds)

@@ -27,8 +27,8 @@ from distcomp.layout import Layout, ParamSlice
 from distcomp.methods import Method, parse
 from distcomp.methods.base import StepContext
 from distcomp.randomness import Key
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import Channel
-from distcomp.runtime.exchange import Exchange
 from distcomp.runtime.executor import Executor
 from distcomp.runtime.ledger import Ledger
 from distcomp.runtime.states import States, pack, select, unpack
@@ -47,8 +47,8 @@ def DistributedOptimizer(  # noqa: N802  (the name that Horovod's users know)
     """``hvd.DistributedOptimizer`` whose gradients are agreed on by ``method``.
 
     ``options`` go to Horovod's, but for ``op``, ``compression``, ``groups`` and ``num_groups``: every method
-    agrees on the mean. The result has ``.distcomp``, an :class:`HorovodExchange`: its ``state_dict()`` holds
-    the residuals. Parameters of one dimension count as biases.
+    agrees on the mean. The result has ``.distcomp``, an :class:`Exchange`: its ``state_dict()`` holds the
+    residuals. Parameters of one dimension count as biases.
 
     Raises DistcompError without Horovod and for options that belong to the method, SettingsMismatch where
     ranks ask for different methods.
@@ -58,7 +58,7 @@ def DistributedOptimizer(  # noqa: N802  (the name that Horovod's users know)
         raise DistcompError(f"{', '.join(sorted(taken))} is the method's to decide; leave it out")
     hvd = require("horovod.torch", "horovod")
     named = list(named_parameters)
-    exchange = HorovodExchange(named, parse(method) if isinstance(method, str) else method, seed)
+    exchange = Exchange(named, parse(method) if isinstance(method, str) else method, seed)
     wrapped: Any = hvd.DistributedOptimizer(optimizer, named_parameters=named, **options)
     # Horovod asks this for every gradient that is ready, and calls what it is given in synchronize().
     wrapped._allreduce_grad_async = lambda parameter: (exchange.wanted(parameter), None)
@@ -67,7 +67,7 @@ def DistributedOptimizer(  # noqa: N802  (the name that Horovod's users know)
     return distributed
 
 
-class HorovodExchange:
+class Exchange:
     """Agrees on all gradients at once. A step whose gradients are not finite leaves no trace."""
 
     def __init__(self, named_parameters: Parameters, method: Method, seed: int = 0) -> None:
@@ -104,14 +104,14 @@ class HorovodExchange:
         context = StepContext(
             self._rank, self._size, self._layout, self.iterations, Key.of(self._seed, self.iterations)
         )
-        exchange = Exchange(self._method, buffer, old, context)
-        self._executor.start(exchange)()
-        assert exchange.result is not None
-        self._states.commit(self._layout, select(exchange.finite, exchange.result.state, old))
+        aggregation = Aggregation(self._method, buffer, old, context)
+        self._executor.start(aggregation)()
+        assert aggregation.result is not None
+        self._states.commit(self._layout, select(aggregation.finite, aggregation.result.state, old))
         self.iterations += 1
         return {
             param.name: piece.view(param.shape).to(self._parameters[param.name].dtype)
-            for param, piece in self._layout.pieces(exchange.result.estimate)
+            for param, piece in self._layout.pieces(aggregation.result.estimate)
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from distcomp.network.model import Edge
 from distcomp.network.request_sizes import RequestSizes, groups_of, sizes_of, uneven
 from distcomp.payload import Payload, PayloadHeader, write_header
 from distcomp.randomness import Key
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import TRUE, Channel
-from distcomp.runtime.exchange import Exchange
 from distcomp.runtime.ledger import Ledger
 from distcomp.schedule import at
 
@@ -68,9 +68,9 @@ def profiles_of(method: Method, layouts: Sequence[Layout], ranks: int) -> tuple[
     states: list[Any] = [method.init(layout) for layout in layouts]
     buffers = [_gradient(layout) for layout in layouts]
 
-    def begin(bucket: int, rank: int, step: int) -> Exchange:
+    def begin(bucket: int, rank: int, step: int) -> Aggregation:
         context = StepContext(rank, ranks, layouts[bucket], step, Key.of("rehearsal", step))
-        return Exchange(method, buffers[bucket].clone(), states[bucket], context)
+        return Aggregation(method, buffers[bucket].clone(), states[bucket], context)
 
     for step in range(WARM_UP + REPEATS):
         for bucket in range(len(layouts)):
@@ -98,7 +98,7 @@ def _averaging_talk(fragments: Sequence[FragmentState], ranks: int) -> ProfiledE
     model = _gradient(layout)
     step = 0
 
-    def begin(rank: int) -> Exchange:
+    def begin(rank: int) -> Aggregation:
         if not fragments[rank].state:
             fragments[rank].start(model)
         return fragments[rank].aggregate(model + 1e-3 * _gradient(layout, 1), step, 0)
@@ -128,7 +128,7 @@ Held = list[tuple[float, Request | None]]
 
 
 def _summary(
-    held: Sequence[Held], begin: Callable[[int], Exchange], ranks: int, edges: frozenset[Edge]
+    held: Sequence[Held], begin: Callable[[int], Aggregation], ranks: int, edges: frozenset[Edge]
 ) -> ProfiledExchange:
     """Medians over the repetitions; who asks within which group is found out by asking every rank."""
     kept = held[WARM_UP:]
@@ -147,7 +147,7 @@ def _summary(
 
 
 @torch.no_grad()
-def _hold(profile: Exchange, rank: int, ranks: int) -> Held:
+def _hold(profile: Aggregation, rank: int, ranks: int) -> Held:
     """Every request, with the seconds of arithmetic before it: thinking, sealing, opening and checking."""
     echo = _Echo(rank, ranks)
     channel = Channel(echo, 0, Ledger())

@@ -38,7 +38,7 @@ from distcomp.methods.base import StepContext
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Host
 from distcomp.randomness import Key
-from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
 
 ELEMENTWISE = (SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop)
@@ -173,7 +173,7 @@ class Simulation:
         """Each worker's estimate of the mean gradient; states are kept if all was finite."""
         key = Key.of(self._seed, self.steps)
         profiles = [
-            Exchange(method, x, state, StepContext(rank, self.size, self.layout, self.steps, key))
+            Aggregation(method, x, state, StepContext(rank, self.size, self.layout, self.steps, key))
             for rank, (x, state) in enumerate(zip(grads.unbind(), self._states, strict=True))
         ]
         self.net.run(profiles)

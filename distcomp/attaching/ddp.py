@@ -16,8 +16,8 @@ from distcomp.errors import DistcompError
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods.base import Method, State, StepContext
 from distcomp.randomness import Key
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import Channel
-from distcomp.runtime.exchange import Exchange
 from distcomp.runtime.pipeline import Carrier, Running, Timeline, drive
 from distcomp.runtime.states import States, select
 from distcomp.transports.types import GradBucket
@@ -37,7 +37,7 @@ class Bucket:
         self.layout = layout
         self.buffer = buffer
         self.scale = scale
-        self.exchange: Exchange | None = None
+        self.aggregation: Aggregation | None = None
         self.before: State | None = None
         self._answer: Tensor | BaseException | None = None
         devices: list[int | str | torch.device] | None = (
@@ -171,13 +171,13 @@ class IterationRun:
             sync.iterations,
             Key.of(sync._seed, sync.iterations),
         )
-        bucket.exchange = Exchange(sync.method, x, bucket.before, context)
-        return Running(bucket.exchange, lambda: self._answer(bucket))
+        bucket.aggregation = Aggregation(sync.method, x, bucket.before, context)
+        return Running(bucket.aggregation, lambda: self._answer(bucket))
 
     def _answer(self, bucket: Bucket) -> None:
-        assert bucket.exchange is not None
-        assert bucket.exchange.result is not None
-        estimate = bucket.exchange.result.estimate
+        assert bucket.aggregation is not None
+        assert bucket.aggregation.result is not None
+        estimate = bucket.aggregation.result.estimate
         if bucket.scale is not None:
             estimate = estimate * bucket.scale
         bucket.answer(estimate.to(bucket.buffer.dtype))
@@ -187,12 +187,12 @@ class IterationRun:
         sync = self._sync
         finite = torch.tensor(True)
         for bucket in self._buckets:
-            assert bucket.exchange is not None
-            finite = bucket.exchange.finite & finite.to(bucket.exchange.finite.device)
+            assert bucket.aggregation is not None
+            finite = bucket.aggregation.finite & finite.to(bucket.aggregation.finite.device)
         for bucket in self._buckets:
-            assert bucket.exchange is not None
+            assert bucket.aggregation is not None
             assert bucket.before is not None
-            result = bucket.exchange.result
+            result = bucket.aggregation.result
             assert result is not None
             sync.states.commit(bucket.layout, select(finite, result.state, bucket.before))
         sent = sync.channel.ledger.total_bytes - self._sent_before

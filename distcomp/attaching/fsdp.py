@@ -30,8 +30,8 @@ from distcomp.layout import Layout
 from distcomp.methods.base import Method, State, StepContext
 from distcomp.methods.reduce_scatter import owned_layout, refuse_nameless, to_shards
 from distcomp.randomness import Key
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import TRUE
-from distcomp.runtime.exchange import Exchange
 from distcomp.runtime.executor import Executor
 from distcomp.runtime.pipeline import Timeline
 from distcomp.runtime.states import States, select
@@ -185,11 +185,11 @@ class FSDPSync:
         before = self._states.of(layout, buffer.device)
         key = Key.of(self._seed, self.iterations)
         context = StepContext(self._session.rank, self._session.size, layout, self.iterations, key)
-        exchange = Exchange(self._talks, x, before, context)
-        self._talked.append((layout, before, exchange))
-        self._timeline.spans += self._executor.start(exchange)().spans
-        assert exchange.result is not None
-        estimate = exchange.result.estimate
+        aggregation = Aggregation(self._talks, x, before, context)
+        self._talked.append((layout, before, aggregation))
+        self._timeline.spans += self._executor.start(aggregation)().spans
+        assert aggregation.result is not None
+        estimate = aggregation.result.estimate
         return estimate if scale is None else estimate * scale
 
     def _layout(self, name: str, numel: int) -> Layout:
@@ -204,7 +204,7 @@ class FSDPSync:
         return known
 
     def _begin_iteration(self) -> None:
-        self._talked: list[tuple[Layout, State, Exchange]] = []
+        self._talked: list[tuple[Layout, State, Aggregation]] = []
         self._timeline = Timeline()
         self._ready_s = 0.0
         self._sent_before = 0
@@ -215,13 +215,13 @@ class FSDPSync:
         if self.error is not None:
             return
         finite = TRUE
-        for _, _, exchange in self._talked:
-            finite = exchange.finite & finite.to(exchange.finite.device)
+        for _, _, aggregation in self._talked:
+            finite = aggregation.finite & finite.to(aggregation.finite.device)
         if self._across:
             finite = self._everywhere(finite)
-        for layout, before, exchange in self._talked:
-            assert exchange.result is not None
-            self._states.commit(layout, select(finite, exchange.result.state, before))
+        for layout, before, aggregation in self._talked:
+            assert aggregation.result is not None
+            self._states.commit(layout, select(finite, aggregation.result.state, before))
         sent = self._session.ledger.total_bytes - self._sent_before
         self.last = Iteration(self.iterations, self._timeline, self._ready_s, sent)
         self.iterations += 1

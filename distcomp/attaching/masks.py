@@ -22,7 +22,7 @@ from distcomp.methods.from_compressor import from_compressor
 from distcomp.payload import Part, Payload
 from distcomp.pruning.pruner import Pruner
 from distcomp.randomness import Key
-from distcomp.runtime.exchange import Aggregator, Exchange
+from distcomp.runtime.aggregation import Aggregation, Aggregator
 from distcomp.runtime.executor import Executor
 
 
@@ -66,12 +66,12 @@ class Consensus:
         self._asked += 1
         layout = Layout.of([("masks", (x.numel(),))])
         key = Key.of("masks", self._asked)
-        exchange = Exchange(
+        aggregation = Aggregation(
             aggregator, x, {}, StepContext(self._session.rank, self._session.size, layout, self._asked, key)
         )
-        self._executor.start(exchange)()
-        assert exchange.result is not None
-        return exchange.result.estimate
+        self._executor.start(aggregation)()
+        assert aggregation.result is not None
+        return aggregation.result.estimate
 
 
 def pruners_of(method: Any) -> list[Pruner]:

@@ -38,7 +38,7 @@ from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import AggregateResult, State, StepContext, cut_state, join_state
 from distcomp.methods.from_compressor import from_compressor
 from distcomp.randomness import Key
-from distcomp.runtime.exchange import Aggregator, Exchange
+from distcomp.runtime.aggregation import Aggregation, Aggregator
 from distcomp.runtime.executor import Executor
 from distcomp.runtime.pipeline import Timeline
 from distcomp.transports.types import GradBucket
@@ -157,10 +157,10 @@ class ParameterSync:
         """Start the exchange that is due, and finish it unless it overlaps."""
         if not fragment.due(self.iterations):
             return
-        exchange = fragment.aggregate(
+        aggregation = fragment.aggregate(
             self._weights.read(fragment.layout), self.iterations, self._seed, self._session.lost
         )
-        fragment.in_flight = InFlight(self.iterations + fragment.averaging.overlap, self._drive(exchange))
+        fragment.in_flight = InFlight(self.iterations + fragment.averaging.overlap, self._drive(aggregation))
         self._apply(fragment)
 
     def _apply(self, fragment: FragmentState, early: bool = False) -> None:
@@ -180,21 +180,21 @@ class ParameterSync:
         elif fragment.averaging.optimizer_state == "average":
             average(self._optimizer, self._weights.parameters, self._mean)
 
-    def _drive(self, exchange: Exchange) -> Callable[[], AggregateResult]:
+    def _drive(self, aggregation: Aggregation) -> Callable[[], AggregateResult]:
         """Carry an exchange; the function waits for its outcome."""
-        wait = self._executor.start(exchange)
+        wait = self._executor.start(aggregation)
         step = self.iterations
 
         @cache
         def result() -> AggregateResult:
             self._timeline.spans += wait().spans
-            if not exchange.finite:
+            if not aggregation.finite:
                 raise DistcompError(
                     f"a worker's model held a NaN or an infinity after iteration {step}: training diverged; "
                     "lower the learning rate, and restart from the last checkpoint"
                 )
-            assert exchange.result is not None
-            return exchange.result
+            assert aggregation.result is not None
+            return aggregation.result
 
         return result
 
@@ -202,7 +202,7 @@ class ParameterSync:
         """The estimate of an exchange that keeps no state."""
         key = Key.of(self._seed, self.iterations)
         context = StepContext(self._session.rank, self._session.size, layout, self.iterations, key)
-        return self._drive(Exchange(aggregator, x, {}, context))().estimate if x.numel() else x
+        return self._drive(Aggregation(aggregator, x, {}, context))().estimate if x.numel() else x
 
     def _mean(self, x: Tensor, layout: Layout) -> Tensor:
         """The mean over the ranks that are there."""

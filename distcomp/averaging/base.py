@@ -26,7 +26,7 @@ from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import AggregateResult, State, StepContext, map_state
 from distcomp.payload import Payload
 from distcomp.randomness import Key
-from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.schedule import Varying, extremes, whole
 
 ON_FAILURE = ("stop", "continue")
@@ -178,7 +178,7 @@ class FragmentState:
         """Whether an exchange begins after step ``step``."""
         return self.in_flight is None and step - self.last >= whole(self.averaging.period, step)
 
-    def aggregate(self, x: Tensor, step: int, seed: int, absent: frozenset[int] = frozenset()) -> Exchange:
+    def aggregate(self, x: Tensor, step: int, seed: int, absent: frozenset[int] = frozenset()) -> Aggregation:
         """Begin the exchange that is due."""
         shared = Key.of(seed, step).fold("averaging", self.name)
         context = AveragingContext(
@@ -186,7 +186,7 @@ class FragmentState:
         )
         self.last = step
         self.exchanges += 1
-        return Exchange(_Within(self.averaging, self.group), x, self.state, context)
+        return Aggregation(_Within(self.averaging, self.group), x, self.state, context)
 
     def apply_result(self, result: AggregateResult, now: Tensor) -> Tensor:
         """Take the outcome in; return this worker's model."""
@@ -213,8 +213,8 @@ class _Within:
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         assert isinstance(context, AveragingContext)
-        exchange = self.averaging.aggregate(x, state, context)
-        return exchange if self.group is None else within(self.group, exchange)
+        aggregation = self.averaging.aggregate(x, state, context)
+        return aggregation if self.group is None else within(self.group, aggregation)
 
 
 def fragment_states(

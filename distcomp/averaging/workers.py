@@ -51,15 +51,15 @@ class Workers:
         fragments = [fragments[number] for fragments in self.fragments]
         if not fragments[0].due(self.steps):
             return
-        exchanges = [
+        aggregations = [
             fragment.aggregate(
                 gather(self._views(model), fragment.layout), self.steps, self.seed, self._missed(rank)
             )
             for rank, (fragment, model) in enumerate(zip(fragments, self.models, strict=True))
         ]
-        self.net.run(exchanges)
-        for fragment, exchange in zip(fragments, exchanges, strict=True):
-            fragment.in_flight = InFlight(self.steps + fragment.averaging.overlap, _known(exchange.result))
+        self.net.run(aggregations)
+        for fragment, aggregation in zip(fragments, aggregations, strict=True):
+            fragment.in_flight = InFlight(self.steps + fragment.averaging.overlap, _known(aggregation.result))
         self._apply(number)
 
     def _apply(self, number: int) -> None:

@@ -33,14 +33,14 @@ Rounds = Generator[Request, Any, T]
 """An exchange: yields requests, is sent their answers, returns a T."""
 
 
-def within(group: Group, exchange: Rounds[T]) -> Rounds[T]:
+def within(group: Group, aggregation: Rounds[T]) -> Rounds[T]:
     """The same exchange, held inside a group of ranks only. A source or a neighbour that it names is a
     place in the group."""
     try:
-        request = next(exchange)
+        request = next(aggregation)
         while True:
             answer = yield request.within(group)
-            request = exchange.send(answer)
+            request = aggregation.send(answer)
     except StopIteration as stop:
         value: T = stop.value
         return value

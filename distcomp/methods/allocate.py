@@ -90,8 +90,8 @@ class Allocate(Method):
             )
             if part.slices:
                 own = x if part is context.layout else torch.cat([views[name] for name in part.names])
-                exchange = from_compressor(compressor).aggregate(own, {}, replace(context, layout=part))
-                results.append((part, (yield from exchange)))
+                aggregation = from_compressor(compressor).aggregate(own, {}, replace(context, layout=part))
+                results.append((part, (yield from aggregation)))
         if self._plans_in(context.step):
             plan = yield from self._planned(x, context)
         return AggregateResult(

@@ -92,8 +92,8 @@ class PowerSGD(Method):
         ranks = self._ranks(context.layout, context.step)
         matrices = {s.name: piece.view(_sides(s)) for s, piece in context.layout.pieces(x) if s.name in ranks}
         plain = [piece for param, piece in context.layout.pieces(x) if param.name not in ranks]
-        rounds = self._one_round if self.one_round else self._two_rounds
-        return (yield from rounds(x, plain, matrices, state, context))
+        exchange = self._one_round if self.one_round else self._two_rounds
+        return (yield from exchange(x, plain, matrices, state, context))
 
     def _two_rounds(
         self, x: Tensor, plain: list[Tensor], matrices: dict[str, Tensor], state: State, context: StepContext

@@ -125,35 +125,35 @@ class TwoLevel(Method):
         if far == 1:
             return sent
         context = StepContext(0, far, layout, step, Key.of(0))
-        exchange = self.across.aggregate(
+        aggregation = self.across.aggregate(
             torch.zeros(layout.numel), self.across.assumed_state(layout, step), context
         )
         return sent + round(
-            sum(partitioned_bytes(request, near, far) for request in _requests(exchange, far))
+            sum(partitioned_bytes(request, near, far) for request in _requests(aggregation, far))
         )
 
 
-def _shared(position: NodePosition, exchange: Rounds[AggregateResult]) -> Rounds[AggregateResult]:
+def _shared(position: NodePosition, aggregation: Rounds[AggregateResult]) -> Rounds[AggregateResult]:
     """The exchange of a node with the others, every request carried by all of its ranks in parts."""
     try:
-        request = next(exchange)
+        request = next(aggregation)
         while True:
             answer = yield from partitioned(
                 request, position.index, position.column, position.rank, position.node
             )
-            request = exchange.send(answer)
+            request = aggregation.send(answer)
     except StopIteration as stop:
         result: AggregateResult = stop.value
         return result
 
 
-def _requests(exchange: Rounds[AggregateResult], size: int) -> Iterator[Request]:
+def _requests(aggregation: Rounds[AggregateResult], size: int) -> Iterator[Request]:
     """What an exchange asks for, with answers that are made up."""
     try:
-        request = next(exchange)
+        request = next(aggregation)
         while True:
             yield request
-            request = exchange.send(request.made_up(0, size))
+            request = aggregation.send(request.made_up(0, size))
     except StopIteration:
         return
 

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import Channel
-from distcomp.runtime.exchange import Exchange
 from distcomp.runtime.pipeline import Running, Timeline, drive
 
 
@@ -27,17 +27,17 @@ class Executor:
         )
         self._stream = None if on_cpu or not beside else _stream(device)
 
-    def start(self, exchange: Exchange) -> Callable[[], Timeline]:
+    def start(self, aggregation: Aggregation) -> Callable[[], Timeline]:
         """Carry ``aggregate``. The function that is returned waits for it and raises what went wrong."""
         if self._thread is not None:
-            return self._thread.submit(self._drive, exchange).result
+            return self._thread.submit(self._drive, aggregation).result
         if self._stream is None:
-            timeline = self._drive(exchange)
+            timeline = self._drive(aggregation)
             return lambda: timeline
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            timeline = self._drive(exchange)
+            timeline = self._drive(aggregation)
 
         def arrived() -> Timeline:
             torch.cuda.current_stream(self._device).wait_stream(stream)
@@ -51,12 +51,12 @@ class Executor:
             self._thread.shutdown(wait=True)
 
     @torch.no_grad()
-    def _drive(self, exchange: Exchange) -> Timeline:
+    def _drive(self, aggregation: Aggregation) -> Timeline:
         timeline = Timeline()
         carrier = drive(self._channel, timeline)
         next(carrier)
         try:
-            carrier.send(Running(exchange, lambda: None))
+            carrier.send(Running(aggregation, lambda: None))
             carrier.send(None)
         except StopIteration:
             return timeline

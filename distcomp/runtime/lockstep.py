@@ -13,8 +13,8 @@ import torch
 from distcomp.collectives import Group, Request
 from distcomp.errors import Mismatch
 from distcomp.payload import PayloadHeader, check_header
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import TRUE, Answer, Channel, finite_flag
-from distcomp.runtime.exchange import Exchange
 from distcomp.runtime.ledger import Ledger
 
 
@@ -50,30 +50,32 @@ class Lockstep:
             Channel(seat, fingerprint, ledger) for seat, ledger in zip(self._seats, self.ledgers, strict=True)
         ]
 
-    def run(self, exchanges: Sequence[Exchange]) -> None:
+    def run(self, aggregations: Sequence[Aggregation]) -> None:
         """Carry every worker's exchange to its end, one request of each per round.
 
         Raises Mismatch when workers ask different things, or when some are done while others still ask.
         """
         answers: list[Answer | None] = [None] * self.size
         while True:
-            requests = [exchange.ask(answer) for exchange, answer in zip(exchanges, answers, strict=True)]
+            requests = [
+                aggregation.ask(answer) for aggregation, answer in zip(aggregations, answers, strict=True)
+            ]
             if all(request is None for request in requests):
                 return
             _check_alike(requests)
             if self.listen is not None:
                 self.listen(requests)
-            for channel, request, exchange in zip(self._channels, requests, exchanges, strict=True):
+            for channel, request, aggregation in zip(self._channels, requests, aggregations, strict=True):
                 assert request is not None
-                channel.prepare(request, exchange.finite).start()
-            answers = list(self._answers(exchanges))
+                channel.prepare(request, aggregation.finite).start()
+            answers = list(self._answers(aggregations))
 
-    def _answers(self, exchanges: Sequence[Exchange]) -> Iterator[Answer]:
+    def _answers(self, aggregations: Sequence[Aggregation]) -> Iterator[Answer]:
         """What each worker hears. What all of a group hear alike is opened and added up once for all."""
         asked: list[Any] = [seat.asked for seat in self._seats]
         mail = _Mail(asked, self._channels)
-        for rank, exchange in enumerate(exchanges):
-            yield mail.answer(rank, exchange.watch)
+        for rank, aggregation in enumerate(aggregations):
+            yield mail.answer(rank, aggregation.watch)
 
 
 class _Mail:

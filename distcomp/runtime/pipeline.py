@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.profiler import record_function
 
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import Channel, OpenRequest
-from distcomp.runtime.exchange import Exchange
 
 
 @dataclass
@@ -55,14 +55,14 @@ class Timeline:
 class Running:
     """A exchange in the pipeline, and what to do when it is over."""
 
-    exchange: Exchange
+    aggregation: Aggregation
     done: Callable[[], None]
     open_request: OpenRequest | None = None
     rounds: int = 0
 
     @property
     def over(self) -> bool:
-        return self.exchange.result is not None
+        return self.aggregation.result is not None
 
 
 Carrier = Generator[int, Running | None, None]
@@ -113,18 +113,18 @@ def _range(current: Running, bucket: int, phase: str) -> AbstractContextManager[
     """``distcomp::<method>::<phase>`` in the trace of torch.profiler; nothing where none runs."""
     if not torch.autograd.profiler._is_profiler_enabled:  # no public call tells, on every thread
         return nullcontext()
-    return record_function(f"distcomp::{current.exchange.title}::{phase}", f"bucket {bucket}")
+    return record_function(f"distcomp::{current.aggregation.title}::{phase}", f"bucket {bucket}")
 
 
 def _advance(current: Running, channel: Channel, timeline: Timeline) -> bool:
     """The arithmetic between two rounds: take the answer in, make the next request. False when the talk is
     over."""
-    exchange = current.exchange
+    aggregation = current.aggregation
     begin_s = time.perf_counter()
-    answer = current.open_request.open(exchange.watch) if current.open_request is not None else None
-    request = exchange.ask(answer)
+    answer = current.open_request.open(aggregation.watch) if current.open_request is not None else None
+    request = aggregation.ask(answer)
     if request is not None:
-        current.open_request = channel.prepare(request, exchange.finite)
+        current.open_request = channel.prepare(request, aggregation.finite)
     phase = "decode" if request is None else "encode" if current.rounds == 0 else "recode"
     current.rounds += 1
     timeline.spans.append((phase, begin_s, time.perf_counter()))

@@ -15,8 +15,8 @@ from distcomp.methods import AggregateResult, Method, StepContext
 from distcomp.methods.base import State
 from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import Answer, Channel, Transport
-from distcomp.runtime.exchange import Exchange
 from distcomp.runtime.ledger import Ledger
 from distcomp.runtime.lockstep import Lockstep
 
@@ -54,7 +54,7 @@ def together(lines: Callable[[StepContext], Rounds[Any]], xs: Sequence[Tensor]) 
     answers: dict[int, Any] = {}
     net = Lockstep(len(xs))
     exchanges = [
-        Exchange(Script(lines, answers), x, {}, StepContext(rank, len(xs), LAYOUT, 0, Key.of(0)))
+        Aggregation(Script(lines, answers), x, {}, StepContext(rank, len(xs), LAYOUT, 0, Key.of(0)))
         for rank, x in enumerate(xs)
     ]
     net.run(exchanges)

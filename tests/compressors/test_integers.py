@@ -186,11 +186,11 @@ def test_the_requests_are_a_gather_of_ranges_and_a_sum_of_words() -> None:
     for method, kind in ((HomomorphicQuantizer(4), torch.bfloat16), (TernGrad(), torch.float32)):
         from distcomp.methods import StepContext
 
-        exchange = method.aggregate(buffer(layout, 0), {}, StepContext(0, 4, layout, 0, Key.of(0)))
-        asked = next(exchange)
+        aggregation = method.aggregate(buffer(layout, 0), {}, StepContext(0, 4, layout, 0, Key.of(0)))
+        asked = next(aggregation)
         assert isinstance(asked, AllGather)
         assert asked.payload.parts[0].dtype == kind
-        total = exchange.send([asked.payload] * 4)
+        total = aggregation.send([asked.payload] * 4)
         assert isinstance(total, AllReduce)
         assert total.x.dtype == torch.int32
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from distcomp.layout import Layout
 from distcomp.methods import AggregateResult, Method, StepContext
 from distcomp.randomness import Key
-from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
 
 SHAPES = [
@@ -79,14 +79,16 @@ class World:
 
     def aggregate(self, xs: Sequence[Tensor]) -> list[AggregateResult]:
         """One step; states are kept for the next."""
-        exchanges = [
-            Exchange(self.method, x, state, StepContext(rank, self.size, self.layout, self.step, self.shared))
+        aggregations = [
+            Aggregation(
+                self.method, x, state, StepContext(rank, self.size, self.layout, self.step, self.shared)
+            )
             for rank, (x, state) in enumerate(zip(xs, self.states, strict=True))
         ]
-        self.net.run(exchanges)
-        results = [exchange.result for exchange in exchanges]
+        self.net.run(aggregations)
+        results = [aggregation.result for aggregation in aggregations]
         assert all(result is not None for result in results)
-        self.finite = [bool(exchange.finite) for exchange in exchanges]
+        self.finite = [bool(aggregation.finite) for aggregation in aggregations]
         self.states = [result.state for result in results if result is not None]
         self.step += 1
         return [result for result in results if result is not None]

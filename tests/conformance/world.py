@@ -14,7 +14,7 @@ from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods import AggregateResult, Method, StepContext
 from distcomp.methods.base import PerParameter, State, cut_state, join_state, map_state
 from distcomp.randomness import Key
-from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
 
 SEED = 7
@@ -51,15 +51,15 @@ class Recorded(Method):
         self.propagates_nonfinite = inner.propagates_nonfinite
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        exchange = self.inner.aggregate(x, state, context)
+        aggregation = self.inner.aggregate(x, state, context)
         try:
-            request = next(exchange)
+            request = next(aggregation)
             while True:
                 self.asked.append(request)
                 answer = yield request
                 if isinstance(request, AllReduce):
                     answer = request.x.copy_(answer)
-                request = exchange.send(answer)
+                request = aggregation.send(answer)
         except StopIteration as stop:
             result: AggregateResult = stop.value
             return result
@@ -107,16 +107,16 @@ def converse(
     net = Lockstep(size)
     asked: list[Any] = []
     shared = Key.of(SEED, step)
-    exchanges = [
-        Exchange(Recorded(method, asked), x, state, StepContext(rank, size, layout, step, shared))
+    aggregations = [
+        Aggregation(Recorded(method, asked), x, state, StepContext(rank, size, layout, step, shared))
         for rank, (x, state) in enumerate(zip(xs, states, strict=True))
     ]
-    net.run(exchanges)
-    results = [exchange.result for exchange in exchanges]
+    net.run(aggregations)
+    results = [aggregation.result for aggregation in aggregations]
     assert all(result is not None for result in results)
     return Round(
         [result for result in results if result is not None],
-        [bool(exchange.finite) for exchange in exchanges],
+        [bool(aggregation.finite) for aggregation in aggregations],
         asked,
         [ledger.total_bytes for ledger in net.ledgers],
     )

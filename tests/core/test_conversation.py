@@ -12,8 +12,8 @@ from distcomp.layout import Layout
 from distcomp.methods import AggregateResult, Method, StepContext
 from distcomp.methods.base import State
 from distcomp.randomness import Key
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import Answer
-from distcomp.runtime.exchange import Exchange
 
 LAYOUT = Layout.of([("w", (3,))])
 TURN = StepContext(0, 2, LAYOUT, 0, Key.of(0))
@@ -35,47 +35,47 @@ class TwoRounds(Method):
         return 0
 
 
-def aggregate(propagates_nonfinite: bool = False, x: Tensor | None = None) -> Exchange:
-    return Exchange(TwoRounds(propagates_nonfinite), torch.ones(3) if x is None else x, {}, TURN)
+def aggregate(propagates_nonfinite: bool = False, x: Tensor | None = None) -> Aggregation:
+    return Aggregation(TwoRounds(propagates_nonfinite), torch.ones(3) if x is None else x, {}, TURN)
 
 
 def test_requests_come_one_by_one_until_the_outcome_is_there() -> None:
-    exchange = aggregate()
-    first = exchange.ask(None)
+    aggregation = aggregate()
+    first = aggregation.ask(None)
     assert isinstance(first, AllReduce)
-    assert exchange.result is None
-    second = exchange.ask(Answer(torch.full((3,), 5.0), TRUE))
+    assert aggregation.result is None
+    second = aggregation.ask(Answer(torch.full((3,), 5.0), TRUE))
     assert isinstance(second, AllReduce)
     assert torch.equal(second.x, torch.full((3,), 10.0))
-    assert exchange.ask(Answer(torch.full((3,), 1.0), TRUE)) is None
-    assert exchange.result is not None
-    assert torch.equal(exchange.result.estimate, torch.full((3,), 6.0))
-    assert exchange.result.state == {"seen": 0}
-    assert bool(exchange.finite)
+    assert aggregation.ask(Answer(torch.full((3,), 1.0), TRUE)) is None
+    assert aggregation.result is not None
+    assert torch.equal(aggregation.result.estimate, torch.full((3,), 6.0))
+    assert aggregation.result.state == {"seen": 0}
+    assert bool(aggregation.finite)
 
 
 def test_one_answer_that_is_not_finite_spoils_the_estimate() -> None:
     for round_ in range(2):
-        exchange = aggregate()
-        exchange.ask(None)
+        aggregation = aggregate()
+        aggregation.ask(None)
         for index in range(2):
-            exchange.ask(Answer(torch.ones(3), FALSE if index == round_ else TRUE))
-        assert exchange.result is not None
-        assert exchange.result.estimate.isnan().all()
-        assert not bool(exchange.finite)
+            aggregation.ask(Answer(torch.ones(3), FALSE if index == round_ else TRUE))
+        assert aggregation.result is not None
+        assert aggregation.result.estimate.isnan().all()
+        assert not bool(aggregation.finite)
 
 
 def test_what_one_holds_is_looked_at_before_anything_is_asked() -> None:
-    exchange = aggregate(x=torch.tensor([1.0, float("inf"), 2.0]))
-    exchange.ask(None)
-    assert not bool(exchange.finite)
+    aggregation = aggregate(x=torch.tensor([1.0, float("inf"), 2.0]))
+    aggregation.ask(None)
+    assert not bool(aggregation.finite)
 
 
 def test_a_transparent_method_is_not_watched() -> None:
-    exchange = aggregate(propagates_nonfinite=True, x=torch.tensor([1.0, float("inf"), 2.0]))
-    exchange.ask(None)
-    assert not exchange.watch
+    aggregation = aggregate(propagates_nonfinite=True, x=torch.tensor([1.0, float("inf"), 2.0]))
+    aggregation.ask(None)
+    assert not aggregation.watch
     for _ in range(2):
-        exchange.ask(Answer(torch.ones(3), TRUE))
-    assert exchange.result is not None
-    assert torch.equal(exchange.result.estimate, torch.full((3,), 2.0))
+        aggregation.ask(Answer(torch.ones(3), TRUE))
+    assert aggregation.result is not None
+    assert torch.equal(aggregation.result.estimate, torch.full((3,), 2.0))

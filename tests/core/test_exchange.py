@@ -44,16 +44,16 @@ def both() -> Rounds[str]:
 
 
 def test_within_a_group_the_same_is_asked_answered_and_returned() -> None:
-    exchange = within((0, 2), both())
-    asked = next(exchange)
+    aggregation = within((0, 2), both())
+    asked = next(aggregation)
     assert isinstance(asked, AllReduce)
     assert asked.group == (0, 2)
-    asked = exchange.send("one")
+    asked = aggregation.send("one")
     assert isinstance(asked, AllGather)
     assert asked.group == (0, 2)
     assert asked.payload is PAYLOAD
     with pytest.raises(StopIteration) as stop:
-        exchange.send("two")
+        aggregation.send("two")
     assert stop.value.value == "one two"
 
 
@@ -62,9 +62,9 @@ def test_within_a_group_sources_and_neighbours_are_places_in_it() -> None:
         yield Broadcast(PAYLOAD, 1)
         yield NeighborExchange(PAYLOAD, (0, 2))
 
-    exchange = within((3, 5, 8), naming())
-    assert next(exchange).source == 5
-    assert exchange.send(None).neighbours == (3, 8)
+    aggregation = within((3, 5, 8), naming())
+    assert next(aggregation).source == 5
+    assert aggregation.send(None).neighbours == (3, 8)
 
 
 def test_within_a_group_a_talk_that_asks_nothing_returns_at_once() -> None:

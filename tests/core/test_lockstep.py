@@ -17,7 +17,7 @@ from distcomp.methods import AggregateResult, Method, StepContext, parse
 from distcomp.methods.base import State
 from distcomp.payload import Part, Payload
 from distcomp.randomness import Key
-from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
 
 LAYOUT = Layout.of([("w", (4,))])
@@ -50,7 +50,7 @@ def hear(lines: Callable[[StepContext], Rounds[Any]], size: int = 3) -> dict[int
     key = Key.of(0)
     Lockstep(size).run(
         [
-            Exchange(Script(lines, answers), torch.zeros(4), {}, StepContext(rank, size, LAYOUT, 0, key))
+            Aggregation(Script(lines, answers), torch.zeros(4), {}, StepContext(rank, size, LAYOUT, 0, key))
             for rank in range(size)
         ]
     )
@@ -204,25 +204,25 @@ def test_a_neighbour_that_does_not_look_back_is_an_error() -> None:
 @pytest.mark.parametrize(("mine", "theirs"), [("qsgd:bits=4", "qsgd:bits=2"), ("identity", "bf16")])
 def test_ranks_with_different_settings_do_not_hang(mine: str, theirs: str) -> None:
     layout = Layout.of([("w", (40, 20))])
-    exchanges = [
-        Exchange(
+    aggregations = [
+        Aggregation(
             method, torch.ones(layout.numel), method.init(layout), StepContext(rank, 3, layout, 0, Key.of(0))
         )
         for rank, method in enumerate([parse(mine), parse(mine), parse(theirs)])
     ]
     with pytest.raises(Mismatch, match=r"rank 0 asks .* while rank 2 asks"):
-        Lockstep(3).run(exchanges)
+        Lockstep(3).run(aggregations)
 
 
 def test_a_channel_goes_on_after_a_conversation_is_over() -> None:
     net, layout, method = Lockstep(2), Layout.of([("w", (8, 8))]), parse("qsgd:pattern=all_gather")
     for step in range(3):
-        exchanges = [
-            Exchange(
+        aggregations = [
+            Aggregation(
                 method, torch.ones(64), method.init(layout), StepContext(r, 2, layout, step, Key.of(step))
             )
             for r in range(2)
         ]
-        net.run(exchanges)
-        assert all(exchange.result is not None for exchange in exchanges)
+        net.run(aggregations)
+        assert all(aggregation.result is not None for aggregation in aggregations)
     assert net.ledgers[0].requests == {"AllGather": 3}

@@ -88,8 +88,8 @@ def zeroed(rank, size, method):
     declared = sum(method.payload_bytes(layout, size, 0) for layout in layouts)
     asked = sum(
         one.ask.sent_bytes(size)
-        for exchange in profile_exchanges(method, layouts, size)
-        for one in exchange.rounds
+        for aggregation in profile_exchanges(method, layouts, size)
+        for one in aggregation.rounds
     )
     return alone, gradients(model), averaged, sent, declared, asked
 

@@ -11,7 +11,7 @@ import distcomp
 from distcomp.layout import Layout
 from distcomp.methods.base import StepContext
 from distcomp.randomness import Key
-from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
 
 METHODS = [name for name, entry in distcomp.METHODS.items() if entry.kind == "gradient" and not entry.control]
@@ -104,18 +104,18 @@ def lockstep_estimates(spec, size):
     feeds = [list(jobs.batches(rank, 4)) for rank in range(size)]
     taken = [[] for _ in range(size)]
     for step in range(4):
-        exchanges = []
+        aggregations = []
         for rank in range(size):
             optimizers[rank].zero_grad()
             x, y = feeds[rank][step]
             torch.nn.functional.cross_entropy(models[rank](x), y).backward()
             buffer = torch.cat([p.grad.flatten() for p in models[rank].parameters()])
             context = StepContext(rank, size, layout, step, Key.of(0, step))
-            exchanges.append(Exchange(method, buffer, states[rank], context))
-        net.run(exchanges)
-        for rank, exchange in enumerate(exchanges):
-            states[rank] = exchange.result.state
-            grads = {s.name: piece.view(s.shape) for s, piece in layout.pieces(exchange.result.estimate)}
+            aggregations.append(Aggregation(method, buffer, states[rank], context))
+        net.run(aggregations)
+        for rank, aggregation in enumerate(aggregations):
+            states[rank] = aggregation.result.state
+            grads = {s.name: piece.view(s.shape) for s, piece in layout.pieces(aggregation.result.estimate)}
             for name, parameter in models[rank].named_parameters():
                 parameter.grad = grads[name].clone()
             taken[rank].append(grads)

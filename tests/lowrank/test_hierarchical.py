@@ -11,7 +11,7 @@ from distcomp.collectives import AllReduce
 from distcomp.errors import DistcompError
 from distcomp.methods import ErrorFeedback, StepContext, TwoLevel, identity, nodes_of, parse, two_level
 from distcomp.randomness import Key
-from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
 
 NODES = {
@@ -42,13 +42,13 @@ def between(across: str, means: list[torch.Tensor], steps: int) -> list[torch.Te
     states = [method.init(ORDINARY)] * count
     for step in range(steps):
         shared = Key.of(SEED, step).fold("across")
-        exchanges = [
-            Exchange(method, x, state, StepContext(k, count, ORDINARY, step, shared))
+        aggregations = [
+            Aggregation(method, x, state, StepContext(k, count, ORDINARY, step, shared))
             for k, (x, state) in enumerate(zip(means, states, strict=True))
         ]
-        Lockstep(count).run(exchanges)
-        states = [exchange.result.state for exchange in exchanges if exchange.result is not None]
-        found.append(exchanges[0].result.estimate)
+        Lockstep(count).run(aggregations)
+        states = [aggregation.result.state for aggregation in aggregations if aggregation.result is not None]
+        found.append(aggregations[0].result.estimate)
     return found
 
 

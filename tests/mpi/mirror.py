@@ -22,8 +22,8 @@ from torch import Tensor
 from distcomp.collectives import AllReduce, Request
 from distcomp.payload import Payload
 from distcomp.runtime import lockstep
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import Answer, Channel
-from distcomp.runtime.exchange import Exchange
 from distcomp.runtime.ledger import Ledger
 from distcomp.transports.mpi.transport import MPITransport
 
@@ -60,23 +60,23 @@ class Mirrored(lockstep.Lockstep):
         self.own = Ledger()
         self.channel = Channel(MPITransport(COMMUNICATORS[size], Here(), PATIENCE_S), fingerprint, self.own)  # type: ignore[arg-type]
 
-    def run(self, running: Sequence[Exchange]) -> None:
+    def run(self, running: Sequence[Aggregation]) -> None:
         if WORLD.rank >= self.size:
             super().run(running)
             return
         mine = running[WORLD.rank]
         over_mpi = Asked(mine, self.channel)
-        exchanges = list(running)
-        exchanges[WORLD.rank] = over_mpi  # type: ignore[call-overload]
-        super().run(exchanges)
+        aggregations = list(running)
+        aggregations[WORLD.rank] = over_mpi  # type: ignore[call-overload]
+        super().run(aggregations)
         assert self.own.sent_bytes == self.ledgers[WORLD.rank].sent_bytes
 
 
 class Asked:
     """A exchange that asks over MPI, too."""
 
-    def __init__(self, exchange: Exchange, channel: Channel) -> None:
-        self._talk = exchange
+    def __init__(self, aggregation: Aggregation, channel: Channel) -> None:
+        self._talk = aggregation
         self._channel = channel
         self._open: Any = None
 

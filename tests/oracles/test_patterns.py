@@ -11,7 +11,7 @@ from distcomp.layout import Layout
 from distcomp.methods import ErrorFeedback, Method, StepContext, from_compressor
 from distcomp.methods.base import State
 from distcomp.randomness import Key
-from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
 
 from .numpy_qsgd import Quantizer, gather, scatter_reduce, with_feedback
@@ -33,14 +33,14 @@ def buffers(size: int, step: int) -> list[torch.Tensor]:
     return [torch.randn(LAYOUT.numel, generator=generator) for _ in range(size)]
 
 
-def converse(method: Method, xs: list[torch.Tensor], states: list[State], shared: Key) -> list[Exchange]:
+def converse(method: Method, xs: list[torch.Tensor], states: list[State], shared: Key) -> list[Aggregation]:
     size = len(xs)
-    exchanges = [
-        Exchange(method, x, state, StepContext(rank, size, LAYOUT, 0, shared))
+    aggregations = [
+        Aggregation(method, x, state, StepContext(rank, size, LAYOUT, 0, shared))
         for rank, (x, state) in enumerate(zip(xs, states, strict=True))
     ]
-    Lockstep(size).run(exchanges)
-    return exchanges
+    Lockstep(size).run(aggregations)
+    return aggregations
 
 
 @quantizers
@@ -50,11 +50,13 @@ def test_one_step_equals_numpy_bit_for_bit(pattern: str, size: int, bits: int, r
     method = from_compressor(Quantize(bits, 64, rounding=rounding), pattern)
     oracle = Quantizer(bits, 64, stochastic=rounding == "stochastic")
     xs, shared = buffers(size, 0), Key.of(5, 0)
-    exchanges = converse(method, xs, [{}] * size, shared)
+    aggregations = converse(method, xs, [{}] * size, shared)
     estimate, given = PATTERNS[pattern](oracle, PARAMS, [x.numpy() for x in xs], shared)
-    for rank, exchange in enumerate(exchanges):
-        np.testing.assert_array_equal(exchange.result.estimate.numpy(), estimate)
-        np.testing.assert_allclose(exchange.result.contribution().numpy(), given[rank], rtol=1e-5, atol=1e-6)
+    for rank, aggregation in enumerate(aggregations):
+        np.testing.assert_array_equal(aggregation.result.estimate.numpy(), estimate)
+        np.testing.assert_allclose(
+            aggregation.result.contribution().numpy(), given[rank], rtol=1e-5, atol=1e-6
+        )
 
 
 @quantizers
@@ -70,10 +72,10 @@ def test_error_feedback_over_steps_equals_numpy(pattern: str, bits: int, roundin
     )
     states: list[State] = [method.init(LAYOUT) for _ in range(size)]
     for xs, key, estimate in zip(given, keys, wanted, strict=True):
-        exchanges = converse(method, xs, states, key)
+        aggregations = converse(method, xs, states, key)
         # Not to the bit: what is deducted in two parts may be deducted in either order.
-        np.testing.assert_allclose(exchanges[0].result.estimate.numpy(), estimate, rtol=1e-5, atol=1e-6)
-        states = [exchange.result.state for exchange in exchanges]
+        np.testing.assert_allclose(aggregations[0].result.estimate.numpy(), estimate, rtol=1e-5, atol=1e-6)
+        states = [aggregation.result.state for aggregation in aggregations]
     for state, residual in zip(states, residuals, strict=True):
         np.testing.assert_allclose(state["residual"].data.numpy(), residual, rtol=1e-5, atol=1e-5)
 

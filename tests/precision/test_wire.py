@@ -19,7 +19,7 @@ from distcomp.layout import Layout
 from distcomp.methods import FixedPointAllReduce, StepContext
 from distcomp.methods.integers import pack_fields, unpack_fields
 from distcomp.randomness import Key
-from distcomp.runtime.exchange import Exchange
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
 
 from . import oracles
@@ -33,11 +33,11 @@ def converse(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], Lockstep]:
     """Estimates, contributions, and the net with its ledgers."""
     net, size = Lockstep(len(xs)), len(xs)
-    exchanges = [
-        Exchange(method, x, {}, StepContext(rank, size, LAYOUT, 0, Key.of(3))) for rank, x in enumerate(xs)
+    aggregations = [
+        Aggregation(method, x, {}, StepContext(rank, size, LAYOUT, 0, Key.of(3))) for rank, x in enumerate(xs)
     ]
-    net.run(exchanges)
-    return [t.result.estimate for t in exchanges], [t.result.contribution() for t in exchanges], net
+    net.run(aggregations)
+    return [t.result.estimate for t in aggregations], [t.result.contribution() for t in aggregations], net
 
 
 def drawn(size: int, scale: float = 1.0) -> list[torch.Tensor]:
@@ -90,7 +90,7 @@ def test_the_ledger_counts_the_bits_of_the_grid() -> None:
     net = Lockstep(4)
     method = FixedPointAllReduce(FixedPoint.of("Q2.6"), "reduce_scatter")
     net.run([
-        Exchange(method, torch.randn(4096), {}, StepContext(rank, 4, layout, 0, Key.of(1)))
+        Aggregation(method, torch.randn(4096), {}, StepContext(rank, 4, layout, 0, Key.of(1)))
         for rank in range(4)
     ])  # fmt: skip
     assert [ledger.sent_bytes["codes"] for ledger in net.ledgers] == [3 * 1024 * (8 + 10) // 8] * 4
@@ -166,20 +166,20 @@ def in_lockstep(size: int) -> list[float]:
     method = distcomp.parse("fixed_point:format=Q2.14,pattern=all_reduce")
     net, feeds = Lockstep(size), [list(jobs.batches(rank, 6)) for rank in range(size)]
     for step in range(6):
-        exchanges = []
+        aggregations = []
         for rank, one in enumerate(models):
             x, y = feeds[rank][step]
             optimizers[rank].zero_grad()
             nn.functional.cross_entropy(one(x), y).backward()
             gradients = dict(one.named_parameters())
             buffer = torch.cat([gradients[name].grad.flatten() for name in names])
-            exchanges.append(
-                Exchange(method, buffer, {}, StepContext(rank, size, layout, step, Key.of(0, step)))
+            aggregations.append(
+                Aggregation(method, buffer, {}, StepContext(rank, size, layout, step, Key.of(0, step)))
             )
-        net.run(exchanges)
+        net.run(aggregations)
         for rank, one in enumerate(models):
             parameters = dict(one.named_parameters())
-            for param, piece in layout.pieces(exchanges[rank].result.estimate):
+            for param, piece in layout.pieces(aggregations[rank].result.estimate):
                 parameters[param.name].grad = piece.view(param.shape).clone()
             optimizers[rank].step()
     return jobs.flat(models[0]).tolist()

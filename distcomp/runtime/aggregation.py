@@ -27,7 +27,7 @@ class Aggregator(Protocol):
         """The exchange."""
 
 
-class Exchange:
+class Aggregation:
     """One talk about one flat buffer. ``ask`` gives the next request until ``result`` is there."""
 
     def __init__(self, method: Aggregator, x: Tensor, state: State, context: StepContext) -> None:
