@@ -25,13 +25,11 @@ from torch.optim import Optimizer
 from distcomp.errors import DistcompError, SettingsMismatch, require
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods import Method, parse
-from distcomp.methods.base import StepContext
-from distcomp.randomness import Key
-from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import Channel
+from distcomp.runtime.driver import commit, context_of, exchange
 from distcomp.runtime.executor import Executor
 from distcomp.runtime.ledger import Ledger
-from distcomp.runtime.states import States, pack, select, unpack
+from distcomp.runtime.states import States, pack, unpack
 from distcomp.transports.horovod import Horovod
 
 Parameters = Iterable[tuple[str, Tensor]]
@@ -83,8 +81,8 @@ class Exchange:
         transport = Horovod()
         self._rank, self._size = transport.rank, transport.size
         _agree(f"{method}, seed {seed}, {self._layout.slices}")
-        channel = Channel(transport, 0, self.ledger)
-        self._executor = Executor(channel, next(iter(self._parameters.values())).device, beside=False)
+        self._channel = Channel(transport, 0, self.ledger)
+        self._executor = Executor(self._channel, next(iter(self._parameters.values())).device, beside=False)
 
     def wanted(self, parameter: Tensor) -> Callable[[], Tensor]:
         """A function that gives the mean of the parameter's gradient, once in each step."""
@@ -101,17 +99,14 @@ class Exchange:
     def _agreed(self) -> dict[str, Tensor]:
         buffer = torch.cat([_gradient(p) for p in self._parameters.values()])
         old = self._states.of(self._layout, buffer.device)
-        context = StepContext(
-            self._rank, self._size, self._layout, self.iterations, Key.of(self._seed, self.iterations)
-        )
-        aggregation = Aggregation(self._method, buffer, old, context)
-        self._executor.start(aggregation)()
-        assert aggregation.result is not None
-        self._states.commit(self._layout, select(aggregation.finite, aggregation.result.state, old))
+        context = context_of(self._channel, self._layout, self.iterations, self._seed)
+        agreed = exchange(self._method, buffer, old, context, self._executor)
+        estimate = agreed.result().estimate
+        commit(self._states, [agreed.aggregation])
         self.iterations += 1
         return {
             param.name: piece.view(param.shape).to(self._parameters[param.name].dtype)
-            for param, piece in self._layout.pieces(aggregation.result.estimate)
+            for param, piece in self._layout.pieces(estimate)
         }
 
     def state_dict(self) -> dict[str, Any]:

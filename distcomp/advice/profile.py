@@ -76,8 +76,7 @@ def profiles_of(method: Method, layouts: Sequence[Layout], ranks: int) -> tuple[
         for bucket in range(len(layouts)):
             profile = begin(bucket, 0, step)
             held[bucket].append(_hold(profile, 0, ranks))
-            assert profile.result is not None
-            states[bucket] = profile.result.state
+            states[bucket] = profile.finished().state
     last = WARM_UP + REPEATS
     return tuple(
         _summary(one, lambda rank, bucket=bucket: begin(bucket, rank, last), ranks, frozenset())  # type: ignore[misc]
@@ -107,8 +106,7 @@ def _averaging_talk(fragments: Sequence[FragmentState], ranks: int) -> ProfiledE
     for step in range(WARM_UP + REPEATS):  # noqa: B007
         profile = begin(0)
         held.append(_hold(profile, 0, ranks))
-        assert profile.result is not None
-        held[-1][-1] = (held[-1][-1][0] + _landed_s(fragments[0], profile.result), None)
+        held[-1][-1] = (held[-1][-1][0] + _landed_s(fragments[0], profile.finished()), None)
     edges = resolve(averaging.topology, ranks).edges if isinstance(averaging, Gossip) else frozenset()
     return replace(_summary(held, begin, ranks, edges), share=1 / at(averaging.period, 0))
 

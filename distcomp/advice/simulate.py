@@ -39,6 +39,7 @@ from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Host
 from distcomp.randomness import Key
 from distcomp.runtime.aggregation import Aggregation
+from distcomp.runtime.driver import in_lock_step
 from distcomp.runtime.lockstep import Lockstep
 
 ELEMENTWISE = (SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop)
@@ -176,17 +177,14 @@ class Simulation:
             Aggregation(method, x, state, StepContext(rank, self.size, self.layout, self.steps, key))
             for rank, (x, state) in enumerate(zip(grads.unbind(), self._states, strict=True))
         ]
-        self.net.run(profiles)
-        results = [profile.result for profile in profiles]
+        results = in_lock_step(self.net, profiles)
         if not all(profile.finite for profile in profiles):
             raise DistcompError(
                 f"a gradient held a NaN or an infinity in step {self.steps}: training diverged; lower the "
                 "learning rate"
             )
-        assert all(result is not None for result in results)
-        kept = [result for result in results if result is not None]
-        self._states = [result.state for result in kept]
-        for row, result in zip(grads.unbind(), kept, strict=True):
+        self._states = [result.state for result in results]
+        for row, result in zip(grads.unbind(), results, strict=True):
             row.copy_(result.estimate)
         return grads
 

@@ -12,28 +12,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distcomp.attaching.hook_dispatcher import all_reduce_as_ddp
+from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
+from distcomp.attaching.session import Session
 from distcomp.builtin_hooks import parse_builtin
+from distcomp.errors import DistcompError
+from distcomp.methods.base import State, StepContext
+from distcomp.runtime.aggregation import Aggregator
+from distcomp.runtime.driver import Exchange
 from distcomp.runtime.pipeline import Timeline
+from distcomp.training import TrainingClock
 from distcomp.transports.throttle import SlowLink, hold_until
 from distcomp.transports.types import GradBucket
 
 Hook = Callable[[GradBucket], torch.futures.Future[Tensor]]
 
 
-class BuiltinHookSync:
+class BuiltinHookSync(Sync):
     """``ddp`` (plain all-reduce), ``torch:fp16`` or ``torch:powersgd`` (``torch:powersgd:rank=2``), timed
     alike.
 
     Keeps no state that could be saved: PyTorch's PowerSGD hook starts anew after a restart.
     """
 
-    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
-        self.name = name
-        self.iterations = 0
-        self.error: BaseException | None = None
-        self.last: Iteration | None = None
-        self.sent_bytes = 0
+    def __init__(self, name: str, group: dist.ProcessGroup, session: Session, clock: TrainingClock) -> None:
+        super().__init__(name, session, clock)
+        self._sent = 0
         self._size = dist.get_world_size(group)
         self._hook, self._bytes_of = _hook(name, group)
         self._timeline = Timeline()
@@ -42,7 +46,7 @@ class BuiltinHookSync:
 
     def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         if bucket.index() == 0:
-            self._timeline, self._begin_bytes = Timeline(), self.sent_bytes
+            self._timeline, self._begin_bytes = Timeline(), self._sent
         begin_s = time.perf_counter()
         timeline = self._timeline
         reduced = self._hook(bucket)
@@ -56,18 +60,27 @@ class BuiltinHookSync:
             return future.value()
 
         future: torch.futures.Future[Tensor] = reduced.then(finished)
-        self.sent_bytes += round(sent_bytes)
+        self._sent += round(sent_bytes)
         if bucket.is_last():
-            sent = self.sent_bytes - self._begin_bytes
+            sent = self._sent - self._begin_bytes
             self.last = Iteration(self.iterations, timeline, time.perf_counter(), sent)
             self.iterations += 1
         return future
 
-    def idle(self) -> None:
-        """Nothing of ours runs on a thread: DDP has waited for the futures."""
+    @property
+    def text(self) -> str:
+        return str(self.method)
 
-    def close(self) -> None:
-        """Nothing to close."""
+    @property
+    def sent_bytes(self) -> Mapping[str, int]:
+        return {"values": self._sent}
+
+    def exchange(self, aggregator: Aggregator, x: Tensor, state: State, context: StepContext) -> Exchange:
+        """There is no line of ours beside PyTorch's hooks: raises DistcompError."""
+        raise DistcompError(
+            f"{self.text} is PyTorch's own reduction, which carries nothing else; to exchange tensors, "
+            "attach a method of distcomp's, such as 'identity'"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"iterations": self.iterations, "seed": 0, "state": {}}

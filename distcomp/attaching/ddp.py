@@ -10,17 +10,26 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer
 
+from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
+from distcomp.attaching.session import Session
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, ParamSlice
-from distcomp.methods.base import Method, State, StepContext
-from distcomp.randomness import Key
+from distcomp.methods.base import Method
+from distcomp.private_torch import NO_BACKWARD, backward_number
 from distcomp.runtime.aggregation import Aggregation
-from distcomp.runtime.channel import Channel
-from distcomp.runtime.pipeline import Carrier, Running, Timeline, drive
-from distcomp.runtime.states import States, select
+from distcomp.runtime.driver import commit, context_of
+from distcomp.runtime.pipeline import Drive
+from distcomp.runtime.states import States
+from distcomp.training import TrainingClock
 from distcomp.transports.types import GradBucket
+
+SHOWN = 8  # names of parameters in an error
+
+LOOK_S = 5.0
 
 
 class Scaler(Protocol):
@@ -37,14 +46,17 @@ class Bucket:
         self.layout = layout
         self.buffer = buffer
         self.scale = scale
-        self.aggregation: Aggregation | None = None
-        self.before: State | None = None
         self._answer: Tensor | BaseException | None = None
         devices: list[int | str | torch.device] | None = (
             None if buffer.device.type == "cpu" else [buffer.device]
         )
         self._answered: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         self.future: torch.futures.Future[Tensor] = self._answered.then(self._deliver)
+
+    def answer_with(self, estimate: Tensor) -> None:
+        """Let DDP go on with the estimate, in the units and the type of its buffer."""
+        scaled = estimate if self.scale is None else estimate * self.scale
+        self.answer(scaled.to(self.buffer.dtype))
 
     def answer(self, answer: Tensor | BaseException) -> None:
         """Let DDP go on, with the new bucket or with an error. The first answer counts."""
@@ -60,29 +72,41 @@ class Bucket:
         return answered.value()
 
 
-class GradientSync:
+class GradientSync(Sync):
     """Carries the buckets of each backward through ``method``.
 
     On the CPU one thread of its own carries them, so that compression and exchange overlap with backward; on
     a GPU the hook does, on a side stream. State is committed once an iteration, after its last bucket, and
     only if every rank's gradients were finite; otherwise the iteration leaves no trace but the non-finite
     gradient itself.
+
+    Every wait ends: an iteration whose last bucket is there ends with its exchanges, which have a timeout;
+    one that ended short of buckets (a parameter had no gradient) is recognised at the optimizer's step or at
+    the next forward, and named on every rank.
     """
 
+    source = "outputs"
+
     def __init__(
-        self, module: nn.Module, method: Method, channel: Channel, seed: int = 0, scaler: Scaler | None = None
+        self,
+        ddp: DistributedDataParallel,
+        method: Method,
+        session: Session,
+        clock: TrainingClock,
+        seed: int = 0,
+        scaler: Scaler | None = None,
     ) -> None:
-        self.method = method
-        self.channel = channel
+        super().__init__(method, session, clock)
+        self.channel = session.channel
         self.states = States(method)
-        self.iterations = 0
-        self.error: BaseException | None = None
-        self.last: Iteration | None = None
-        self._seed = seed
+        self.seed = seed
         self._scaler = scaler
-        self._segments = slices_of(module)
+        self._ddp = ddp
+        self._segments = slices_of(ddp.module)
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._expected = 0
+        self._came: list[Layout] = []
+        self._ended = False
         self._driver: _Thread | _Stream | None = None
 
     def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -91,44 +115,116 @@ class GradientSync:
             raise self.error
         index, buffer = bucket.index(), bucket.buffer()
         if index != self._expected:
-            self.error = DistcompError(
-                f"bucket {index} came where bucket {self._expected} was due: an earlier backward did not "
-                "finish; "
-                "restart from the last checkpoint"
+            raise self._stop(
+                DistcompError(
+                    f"bucket {index} came where bucket {self._expected} was due: an earlier backward did not "
+                    "finish; restart from the last checkpoint"
+                )
             )
-            raise self.error
         if self._driver is None:
             self._driver = _Thread(self) if buffer.device.type == "cpu" else _Stream(self, buffer.device)
         scale = self._scaler.scale(torch.ones((), device=buffer.device)) if self._scaler is not None else None
         one = Bucket(self._layout(bucket), buffer, scale)
+        self.clock.exchange_begins()
+        self._came = [*self._came, one.layout] if index else [one.layout]
+        self._ended = False
         self._driver.submit(one, first=index == 0, last=bucket.is_last())
         self._expected = 0 if bucket.is_last() else index + 1
         return one.future
 
+    @property
+    def under_way(self) -> bool:
+        return self._expected != 0
+
+    def forward_begins(self) -> None:
+        """The last iteration is over, or it never will be."""
+        if self.error is not None:
+            raise self.error
+        if self.under_way:
+            raise self._stop(self._short())
+        self._ended, self._came = False, []
+
+    def backward_ended(self) -> None:
+        self._ended = True
+
+    def gradients_used(self, optimizer: Optimizer) -> None:
+        """Gradients that were not exchanged are not used."""
+        if self.error is not None:
+            raise self.error
+        if self.under_way:
+            raise self._stop(self._short())
+        if self._ended and not self._came and self._without_gradient():
+            raise self._stop(self._short())
+
     def idle(self) -> None:
-        """Wait until nothing is under way. Raises what went wrong, with its own type."""
-        if self._driver is not None:
+        """Wait for the last iteration, if all of it is there. Raises what went wrong, with its own type.
+
+        Within a backward, or where one broke off, nothing is waited for: the rest may never come.
+        """
+        if self._driver is not None and not self.under_way and backward_number() == NO_BACKWARD:
             self._driver.idle()
         if self.error is not None:
             raise self.error
 
     def close(self) -> None:
+        super().close()
+        if self._driver is None:
+            return
+        driver, self._driver = self._driver, None
+        if self.under_way:
+            driver.abandon(DistcompError("the method was detached before the backward had ended"))
+        driver.close()
+
+    def _stop(self, error: DistcompError) -> DistcompError:
+        """Nothing is exchanged any more, and whoever waits for this rank learns why. Returns the error."""
+        self.error = error
         if self._driver is not None:
-            self._driver.close()
-            self._driver = None
+            self._driver.abandon(error)
+        self.session.leave_note(str(error))
+        return error
+
+    def _short(self) -> DistcompError:
+        """A backward is over, and some of the buckets did not come."""
+        if not self._ended:
+            return DistcompError(
+                f"the backward of iteration {self.iterations} did not finish (it raised, or was interrupted)"
+                "; restart from the last checkpoint"
+            )
+        names = self._without_gradient() or self._missing()
+        shown = ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+        return DistcompError(
+            f"the backward of iteration {self.iterations} ended without a gradient for {len(names)} of "
+            f"{len(self._trained())} parameters ({shown}), for which every rank would wait; let all "
+            "parameters take part in the loss, or wrap the model with DistributedDataParallel(..., "
+            "find_unused_parameters=True), and restart from the last checkpoint"
+        )
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """The parameters whose gradients DDP reduces, by name."""
+        ignored = set(getattr(self._ddp, "parameters_to_ignore", ()))
+        parameters = self._ddp.module.named_parameters()
+        return {name: one for name, one in parameters if one.requires_grad and name not in ignored}
+
+    def _missing(self) -> list[str]:
+        came = {name for layout in self._came for name in layout.names}
+        return [name for name in self._trained() if name not in came]
+
+    def _without_gradient(self) -> list[str]:
+        """Those of no bucket that came, and that hold no gradient (a zero, where it is kept and not set to
+        None)."""
+        trained = self._trained()
+        held = {name: trained[name].grad for name in self._missing()}
+        return [name for name, one in held.items() if one is None or (self._came and not one.any())]
 
     def state_dict(self) -> dict[str, Any]:
         self.idle()
-        return {"iterations": self.iterations, "seed": self._seed, "state": self.states.by_parameter()}
+        return {"iterations": self.iterations, "seed": self.seed, "state": self.states.by_parameter()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.idle()
         self.iterations = int(saved["iterations"])
-        self._seed = int(saved["seed"])
+        self.seed = int(saved["seed"])
         self.states.load(saved["state"])
-
-    def run(self) -> IterationRun:
-        return IterationRun(self)
 
     def _layout(self, bucket: GradBucket) -> Layout:
         parameters = bucket.parameters()
@@ -152,55 +248,30 @@ class IterationRun:
         self._sync = sync
         self._buckets: list[Bucket] = []
         self._sent_before = sync.channel.ledger.total_bytes
-        self.timeline = Timeline()
-        self.ready_s = 0.0
-        self.carrier: Carrier = drive(sync.channel, self.timeline)
+        self._drive = Drive(sync.channel)
 
-    def enter(self, bucket: Bucket) -> Running:
+    def enter(self, bucket: Bucket) -> None:
         """Begin the bucket's exchange, in unscaled float32."""
         sync = self._sync
         self._buckets.append(bucket)
         x = bucket.buffer.float()
         if bucket.scale is not None:
             x = x / bucket.scale
-        bucket.before = sync.states.of(bucket.layout, x.device)
-        context = StepContext(
-            sync.channel.transport.rank,
-            sync.channel.transport.size,
-            bucket.layout,
-            sync.iterations,
-            Key.of(sync._seed, sync.iterations),
-        )
-        bucket.aggregation = Aggregation(sync.method, x, bucket.before, context)
-        return Running(bucket.aggregation, lambda: self._answer(bucket))
+        context = context_of(sync.channel, bucket.layout, sync.iterations, sync.seed)
+        aggregation = Aggregation(sync.method, x, sync.states.of(bucket.layout, x.device), context)
+        self._drive.add(aggregation, lambda: bucket.answer_with(aggregation.finished().estimate))
 
-    def _answer(self, bucket: Bucket) -> None:
-        assert bucket.aggregation is not None
-        assert bucket.aggregation.result is not None
-        estimate = bucket.aggregation.result.estimate
-        if bucket.scale is not None:
-            estimate = estimate * bucket.scale
-        bucket.answer(estimate.to(bucket.buffer.dtype))
-
-    def commit(self) -> None:
-        """Keep the new states if every rank was finite in every bucket."""
+    def end(self, ready_s: float) -> None:
+        """The last bucket was there at ``ready_s``: carry all to their ends and keep what they came to."""
         sync = self._sync
-        finite = torch.tensor(True)
-        for bucket in self._buckets:
-            assert bucket.aggregation is not None
-            finite = bucket.aggregation.finite & finite.to(bucket.aggregation.finite.device)
-        for bucket in self._buckets:
-            assert bucket.aggregation is not None
-            assert bucket.before is not None
-            result = bucket.aggregation.result
-            assert result is not None
-            sync.states.commit(bucket.layout, select(finite, result.state, bucket.before))
+        self._drive.end()
+        commit(sync.states, self._drive.aggregations)
         sent = sync.channel.ledger.total_bytes - self._sent_before
-        sync.last = Iteration(sync.iterations, self.timeline, self.ready_s, sent)
+        sync.last = Iteration(sync.iterations, self._drive.timeline, ready_s, sent)
         sync.iterations += 1
 
     def fail(self, error: BaseException) -> None:
-        self._sync.error = error
+        """Let DDP raise it."""
         for bucket in self._buckets:
             bucket.answer(error)
 
@@ -210,56 +281,75 @@ class _Thread:
 
     def __init__(self, sync: GradientSync) -> None:
         self._sync = sync
-        self._inbox: queue.Queue[tuple[Bucket, bool, bool] | None] = queue.Queue()
-        self._ready_s = 0.0
+        self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._whole = 0  # iterations whose last bucket is there, and which are not over
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._serve, name="distcomp-exchange", daemon=True)
         self._thread.start()
 
     def submit(self, bucket: Bucket, first: bool, last: bool) -> None:
         if last:
-            self._ready_s = time.perf_counter()
-        self._inbox.put((bucket, first, last))
+            with self._changed:
+                self._whole += 1
+        self._inbox.put((bucket, time.perf_counter() if last else None))
+
+    def abandon(self, error: BaseException) -> None:
+        """The iteration under way gets no more buckets: it ends with ``error``."""
+        self._inbox.put(error)
 
     def idle(self) -> None:
-        self._inbox.join()
+        """Wait until all iterations that are whole are over: their exchanges have timeouts of their own."""
+        with self._changed:
+            while not self._changed.wait_for(lambda: self._whole == 0, LOOK_S):
+                if not self._thread.is_alive():
+                    raise RuntimeError("the thread that carries exchanges has ended; attach again")
 
     def close(self) -> None:
+        """End the thread. Its exchange under way ends within the timeout."""
         self._inbox.put(None)
-        self._thread.join()
+        patience_s = self._sync.session.timeout_s + LOOK_S
+        self._thread.join(patience_s)
+        if self._thread.is_alive():
+            raise DistcompError(
+                f"an exchange did not end within {patience_s:g} s of detaching, although its timeout is "
+                f"{self._sync.session.timeout_s:g} s; end this process"
+            )
 
     def _serve(self) -> None:
+        run: IterationRun | None = None
         while (item := self._inbox.get()) is not None:
-            self._iterate(item)
+            if isinstance(item, BaseException):
+                if run is not None:
+                    run.fail(item)
+                run = None
+            else:
+                run = self._take(run, *item)
 
-    def _iterate(self, item: tuple[Bucket, bool, bool]) -> None:
-        """Carry one iteration, of which ``item`` is the first bucket."""
-        run = self._sync.run()
-        taken = 1
+    def _take(self, run: IterationRun | None, bucket: Bucket, ready_s: float | None) -> IterationRun | None:
+        """Carry one bucket more; ``ready_s`` comes with the last one. Returns the iteration if it goes on."""
         try:
             if self._sync.error is not None:
                 raise self._sync.error
-            next(run.carrier)
-            while True:
-                bucket, _, last = item
-                run.carrier.send(run.enter(bucket))
-                if last:
-                    break
-                following = self._inbox.get()
-                if following is None:
-                    return
-                item = following
-                taken += 1
-            run.ready_s = self._ready_s
-            try:
-                run.carrier.send(None)
-            except StopIteration:
-                run.commit()
+            run = run or IterationRun(self._sync)
+            run.enter(bucket)
+            if ready_s is not None:
+                run.end(ready_s)
         except BaseException as error:  # whatever it is, DDP is waiting for it on another thread
-            run.fail(error)
-            item[0].answer(error)
-        finally:
-            for _ in range(taken):
-                self._inbox.task_done()
+            self._sync.error = self._sync.error or error
+            if run is not None:
+                run.fail(error)
+            bucket.answer(error)
+            run = None
+        if ready_s is None:
+            return run
+        with self._changed:
+            self._whole -= 1
+            self._changed.notify_all()
+        return None
+
+
+_Item = tuple[Bucket, float | None] | BaseException | None
+"""A bucket, and when it was there if it is the last; why no more will come; or the end."""
 
 
 class _Stream:
@@ -278,22 +368,23 @@ class _Stream:
             try:
                 self._drive(bucket, first, last)
             except BaseException as error:
-                assert self._run is not None
-                self._run.fail(error)
+                self._sync.error = error
+                if self._run is not None:
+                    self._run.fail(error)
                 raise
 
     def _drive(self, bucket: Bucket, first: bool, last: bool) -> None:
         if first or self._run is None:
-            self._run = self._sync.run()
-            next(self._run.carrier)
-        run = self._run
-        run.carrier.send(run.enter(bucket))
+            self._run = IterationRun(self._sync)
+        self._run.enter(bucket)
         if last:
-            run.ready_s = time.perf_counter()
-            try:
-                run.carrier.send(None)
-            except StopIteration:
-                run.commit()
+            self._run.end(time.perf_counter())
+
+    def abandon(self, error: BaseException) -> None:
+        """The iteration under way gets no more buckets: it ends with ``error``."""
+        if self._run is not None:
+            self._run.fail(error)
+        self._run = None
 
     def idle(self) -> None:
         self._stream.synchronize()
@@ -303,7 +394,13 @@ class _Stream:
 
 
 NORMS = (
-    nn.modules.batchnorm._NormBase,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
     nn.LayerNorm,
     nn.GroupNorm,
     nn.RMSNorm,

@@ -22,19 +22,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distcomp.attaching.ddp import Scaler
+from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
 from distcomp.attaching.target import Target, is_sharded
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
-from distcomp.methods.base import Method, State, StepContext
+from distcomp.methods.base import Method
 from distcomp.methods.reduce_scatter import owned_layout, refuse_nameless, to_shards
-from distcomp.randomness import Key
 from distcomp.runtime.aggregation import Aggregation
-from distcomp.runtime.channel import TRUE
-from distcomp.runtime.executor import Executor
+from distcomp.runtime.driver import commit, context_of, exchange
 from distcomp.runtime.pipeline import Timeline
-from distcomp.runtime.states import States, select
+from distcomp.runtime.states import States
+from distcomp.training import TrainingClock
 
 if TYPE_CHECKING:  # takes seconds to import, and who is attached to has imported it
     from torch.distributed.fsdp import FSDPModule
@@ -128,7 +128,7 @@ def units_of(target: Target) -> list[Unit]:
     return units
 
 
-class FSDPSync:
+class FSDPSync(Sync):
     """Carries the buffers of each backward through ``method``, one after the other.
 
     State is committed when the backward is over, and only if the gradients of every rank were finite. With
@@ -137,12 +137,15 @@ class FSDPSync:
     """
 
     def __init__(
-        self, target: Target, method: Method, session: Session, seed: int = 0, scaler: Scaler | None = None
+        self,
+        target: Target,
+        method: Method,
+        session: Session,
+        clock: TrainingClock,
+        seed: int = 0,
+        scaler: Scaler | None = None,
     ) -> None:
-        self.method = method
-        self.iterations = 0
-        self.error: BaseException | None = None
-        self.last: Iteration | None = None
+        super().__init__(method, session, clock)
         self._session = session
         self._model = target.module
         self._seed = seed
@@ -152,7 +155,6 @@ class FSDPSync:
         self._talks = method if self._across else to_shards(method)
         self._states = States(self._talks)
         self._layouts: dict[str, Layout] = {}
-        self._executor: Executor | None = None
         self._begin_iteration()
         self._units = units_of(target)
         if target.replicas is not None:
@@ -174,22 +176,18 @@ class FSDPSync:
     def _reduce(self, name: str, buffer: Tensor) -> Tensor:
         if not self._talked:
             self._sent_before = self._session.ledger.total_bytes
-            # As DDP and FSDP themselves learn of it: nothing public tells that a backward is over.
-            torch.autograd.Variable._execution_engine.queue_callback(self._commit)
-        if self._executor is None:
-            self._executor = Executor(self._session.channel, buffer.device, beside=False)
+        self.clock.exchange_begins()
         self._ready_s = time.perf_counter()
         layout = self._layout(name, buffer.numel())
         scale = self._scaler.scale(torch.ones((), device=buffer.device)) if self._scaler is not None else None
         x = buffer.float() if scale is None else buffer.float() / scale
-        before = self._states.of(layout, buffer.device)
-        key = Key.of(self._seed, self.iterations)
-        context = StepContext(self._session.rank, self._session.size, layout, self.iterations, key)
-        aggregation = Aggregation(self._talks, x, before, context)
-        self._talked.append((layout, before, aggregation))
-        self._timeline.spans += self._executor.start(aggregation)().spans
-        assert aggregation.result is not None
-        estimate = aggregation.result.estimate
+        context = context_of(self._session.channel, layout, self.iterations, self._seed)
+        agreed = exchange(
+            self._talks, x, self._states.of(layout, buffer.device), context, self.executor(buffer.device)
+        )
+        self._talked.append(agreed.aggregation)
+        self._timeline.spans += agreed.timeline.spans
+        estimate = agreed.result().estimate
         return estimate if scale is None else estimate * scale
 
     def _layout(self, name: str, numel: int) -> Layout:
@@ -204,24 +202,26 @@ class FSDPSync:
         return known
 
     def _begin_iteration(self) -> None:
-        self._talked: list[tuple[Layout, State, Aggregation]] = []
+        self._talked: list[Aggregation] = []
         self._timeline = Timeline()
         self._ready_s = 0.0
         self._sent_before = 0
 
+    def forward_begins(self) -> None:
+        """What a backward that broke off has left is no part of the next iteration."""
+        if self._talked:
+            self._begin_iteration()
+
+    @property
+    def under_way(self) -> bool:
+        return bool(self._talked)
+
     @torch.no_grad()
-    def _commit(self) -> None:
-        """The backward is over: keep the new states if every rank was finite in every buffer."""
+    def backward_ended(self) -> None:
+        """Keep the new states if every rank was finite in every buffer."""
         if self.error is not None:
             return
-        finite = TRUE
-        for _, _, aggregation in self._talked:
-            finite = aggregation.finite & finite.to(aggregation.finite.device)
-        if self._across:
-            finite = self._everywhere(finite)
-        for layout, before, aggregation in self._talked:
-            assert aggregation.result is not None
-            self._states.commit(layout, select(finite, aggregation.result.state, before))
+        commit(self._states, self._talked, self._everywhere)
         sent = self._session.ledger.total_bytes - self._sent_before
         self.last = Iteration(self.iterations, self._timeline, self._ready_s, sent)
         self.iterations += 1
@@ -229,23 +229,17 @@ class FSDPSync:
 
     def _everywhere(self, finite: Tensor) -> Tensor:
         """Whether all shards were finite: replicas of one shard hear nothing of the others."""
-        if dist.get_world_size(self._shards) == 1:
+        if not self._across or dist.get_world_size(self._shards) == 1:
             return finite
         count = finite.int().reshape(1)
         dist.all_reduce(count, dist.ReduceOp.MIN, group=self._shards)
         return count[0].bool()
 
-    def idle(self) -> None:
-        """Raises what went wrong."""
-        if self.error is not None:
-            raise self.error
-
     def close(self) -> None:
         """From now on FSDP reduces as before; replicas are averaged in the gradients' own type."""
         for unit in self._units:
             unit.attached = None
-        if self._executor is not None:
-            self._executor.close()
+        super().close()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

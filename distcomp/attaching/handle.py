@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from distcomp.attaching import masks
 from distcomp.attaching.builtin_hooks import BuiltinHookSync
 from distcomp.attaching.ddp import GradientSync, Scaler
+from distcomp.attaching.exchanges import PREFIX, TensorExchanges
 from distcomp.attaching.fsdp import FSDPSync, refuse_sharded
 from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
 from distcomp.attaching.parameters import ParameterSync, edges_of, refuse_averaging
+from distcomp.attaching.protocol import Sync
 from distcomp.attaching.session import Session
 from distcomp.attaching.target import Target
-from distcomp.attaching.watch import Sink, Sync, Watch
+from distcomp.attaching.watch import Sink, Watch
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.builtin_hooks import is_builtin
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Method, parse
+from distcomp.private_torch import bypasses_hooks, steps_in_a_hook
 from distcomp.runtime.states import pack, unpack
+from distcomp.training import clock_of
 from distcomp.transports.types import ProcessGroup
 from distcomp.version import __version__
 
@@ -82,15 +85,13 @@ def attach(
     dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
     edges = edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
     session = Session.open(target, _settings(target, chosen, optimizer, seed), timeout_s, edges)
-    sync = _open(chosen, target, session, optimizer=optimizer, scaler=scaler, seed=seed)
-    if dispatcher is not None and not isinstance(sync, FSDPSync):
-        dispatcher.attached = sync
+    sync = _open(chosen, target, session, dispatcher, optimizer=optimizer, scaler=scaler, seed=seed)
     _ATTACHED.add(target.key)
     if session.recorder is not None:
         session.recorder.note(
             seed=seed, parameters=sum(parameter.numel() for parameter in model.parameters())
         )
-    return Handle(target, sync, dispatcher, session)
+    return Handle(target, sync, dispatcher, session, seed)
 
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
@@ -100,49 +101,55 @@ def _open(
     chosen: Chosen,
     target: Target,
     session: Session,
+    dispatcher: HookDispatcher | None,
     *,
     optimizer: Optimizer | None,
     scaler: Scaler | None,
     seed: int,
 ) -> Sync:
     """What serves the choice: where gradients or models meet it."""
-    if isinstance(chosen, str):
-        return BuiltinHookSync(chosen, target.group)
+    clock = clock_of(target.called)
     if isinstance(chosen, Method) and target.shards is not None:
-        return FSDPSync(target, chosen, session, seed, scaler)
-    if isinstance(chosen, Method):
-        return GradientSync(target.module, chosen, session.channel, seed, scaler)
-    return ParameterSync(target, chosen, session, optimizer, seed)
+        return FSDPSync(target, chosen, session, clock, seed, scaler)
+    sync: BuiltinHookSync | GradientSync | ParameterSync
+    if isinstance(chosen, str):
+        sync = BuiltinHookSync(chosen, target.group, session, clock)
+    elif isinstance(chosen, Method):
+        sync = GradientSync(target.as_ddp(), chosen, session, clock, seed, scaler)
+    else:
+        sync = ParameterSync(target, chosen, session, clock, optimizer, seed)
+    if dispatcher is not None:
+        dispatcher.attached = sync
+    return sync
 
 
 class Handle:
     """What :func:`attach` gives back. Leaving its context detaches."""
 
     def __init__(
-        self, target: Target, sync: Sync, dispatcher: HookDispatcher | None, session: Session
+        self, target: Target, sync: Sync, dispatcher: HookDispatcher | None, session: Session, seed: int
     ) -> None:
         self._target = target
         self._sync = sync
         self._dispatcher = dispatcher
         self._session = session
-        self._watch = Watch(target.called, sync, session)
-        self._pruners = (
-            masks.join(sync.method, target.module, session, sync)
-            if isinstance(sync, GradientSync | ParameterSync)
-            else []
-        )
+        self._watch = Watch(sync, session)
+        for listener in (sync, self._watch):
+            sync.clock.listen(listener)
+        self._pruners = masks.join(target.module, sync)
+        self._exchanges = TensorExchanges(sync, next(target.module.parameters()).device, seed)
         self._attached = True
 
     @property
     def method(self) -> str:
         """The method, as all ranks agreed on it."""
-        return self._sync.name if isinstance(self._sync, BuiltinHookSync) else str(self._sync.method)
+        return self._sync.text
 
     def stats(self) -> dict[str, Any]:
         """Iterations, bytes sent by this rank (in all, by kind, in the last iteration) and where the last
         one's time went."""
         self._sync.idle()
-        report = self._sync.report() if isinstance(self._sync, ParameterSync | FSDPSync) else {}
+        report = self._sync.report()
         if self._pruners:
             report |= {"sparsity": {name: s for one in self._pruners for name, s in one.sparsity.items()}}
         return {"method": self.method, "iterations": self._sync.iterations, **self._watch.totals(), **report}
@@ -169,14 +176,19 @@ class Handle:
         Save it on *every* rank: ``torch.save`` to a file per rank, or ``torch.distributed.checkpoint`` as it
         is.
         """
-        return pack(*self._target.place, self._sync.state_dict())
+        saved, exchanged = self._sync.state_dict(), self._exchanges.state_dict()
+        state = {**saved["state"], **exchanged["state"]}
+        return pack(*self._target.place, {**saved, "exchanges": exchanged["counts"], "state": state})
 
     def load_state_dict(self, saved: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Continue where a checkpoint stopped, bit for bit.
 
         On another world size pass a list of all old ranks' state dicts: the mean of the residuals is kept.
         """
-        self._sync.load_state_dict(unpack(saved, *self._target.place))
+        fields = unpack(saved, *self._target.place)
+        own = {name: leaves for name, leaves in fields["state"].items() if not name.startswith(PREFIX)}
+        self._sync.load_state_dict({**fields, "state": own})
+        self._exchanges.load_state_dict(fields.get("exchanges", {}), fields["state"])
 
     def gather_state_dicts(self) -> dict[str, Any]:
         """All ranks' :meth:`state_dict` in one, on rank 0, and an empty one elsewhere: for savers that write
@@ -195,6 +207,41 @@ class Handle:
 
         self.load_state_dict(checkpoint.read(path, key))
 
+    def exchange(self, tensor: Tensor, method: Method | str = "identity", name: str | None = None) -> Tensor:
+        """The estimate of the mean of any tensor over the ranks, agreed on by any gradient method.
+
+        ::
+
+            logits = handle.exchange(logits, "qsgd:bits=8")           # nothing is remembered
+            usage = handle.exchange(usage, "topk", name="usage")      # what was not sent is owed
+
+        Call it on every rank alike, before a forward, between forward and backward, or after a backward. It
+        goes in order with everything else on the attached line and waits for its answer; ``stats()`` counts
+        its bytes by kind. Under the law of contributions the estimates of named exchanges sum to what was
+        put in; unnamed ones keep no residual.
+
+        Args:
+            tensor: any shape, floating-point, on a device of the model's kind; not changed. float64 is
+                rounded to float32 on the way.
+            method: an object (``distcomp.qsgd(bits=8)``) or its text. Matrix methods see the tensor's shape.
+            name: of a state that lives as long as the handle and is saved with ``state_dict()``: residuals,
+                warm starts. The same name always with the same method and shape.
+
+        Returns:
+            A new tensor like ``tensor``, equal on every rank, without a gradient. Where a rank's tensor held
+            a NaN or an infinity, all of it is NaN and the state stays as it was.
+
+        Bytes: those of the method for one tensor, and ``n-1`` payloads of 8 bytes to agree on what is
+        exchanged.
+
+        Raises:
+            DistcompError: inside a forward or a backward; a tensor that is not dense floating-point; a
+                method that averages models; for PyTorch's own hooks, which have no line of ours.
+            Mismatch: on every rank, where ranks ask for different shapes, types, methods or names.
+            PeerLost: a rank did not call it within the timeout.
+        """
+        return self._exchanges.exchange(tensor, method, name)
+
     @contextmanager
     def averaged_model(self) -> Iterator[float]:
         """The model holds the mean of all ranks' weights and buffers, to be evaluated or saved; afterwards
@@ -204,24 +251,22 @@ class Handle:
         mean. Enter it on every rank. Under gradient methods all replicas are alike: nothing happens, and the
         distance is 0.
         """
-        if not isinstance(self._sync, ParameterSync):
-            yield 0.0
-            return
         with self._sync.averaged() as spread:
             yield spread
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Let gradients accumulate: a backward in this context is no iteration. With DDP it is DDP's own."""
-        quiet = self._sync.no_sync() if isinstance(self._sync, ParameterSync | FSDPSync) else nullcontext()
-        with quiet, self._target.ddp.no_sync() if self._target.ddp is not None else nullcontext():
+        with (
+            self._sync.no_sync(),
+            self._target.ddp.no_sync() if self._target.ddp is not None else nullcontext(),
+        ):
             yield
 
     def finish(self) -> None:
         """Where models are averaged: once more, in float32. Every rank then holds the same."""
-        if isinstance(self._sync, ParameterSync):
-            self._sync.finish()
-            self._watch.record()
+        self._sync.finish()
+        self._watch.record()
 
     def detach(self) -> None:
         """Leave the model: from now on it reduces gradients as plain DDP or FSDP does, bit for bit. Calls
@@ -239,11 +284,12 @@ class Handle:
             if self._dispatcher is not None:
                 self._dispatcher.attached = None
             _ATTACHED.discard(self._target.key)
-            self._watch.close()
             for pruner in self._pruners:
                 pruner.consensus = None
-            self._sync.close()
-            self._session.close()
+            with ExitStack() as closing:  # each of them, also where one raises; the last first
+                closing.callback(self._session.close)
+                closing.callback(self._sync.close)
+                closing.callback(self._watch.close)
 
     def __enter__(self) -> Handle:
         return self
@@ -294,20 +340,22 @@ def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None
             raise DistcompError(
                 f"{name} has sparse gradients, which DDP reduces outside its buckets; make it sparse=False"
             )
-    if getattr(model, "_use_python_reducer", False):
+    if bypasses_hooks(model):
         raise DistcompError(
             "torch.compile's python_reducer bypasses communication hooks; set "
             "torch._dynamo.config.optimize_ddp = "
             "'ddp_optimizer' before wrapping the model"
         )
-    if optimizer is not None and getattr(optimizer, "_overlap_with_ddp", False):
+    if getattr(model, "skip_all_reduce_unused_params", False):
+        raise DistcompError(
+            "skip_all_reduce_unused_params=True skips buckets for which other ranks wait; wrap the model "
+            "with find_unused_parameters=True alone"
+        )
+    if optimizer is not None and steps_in_a_hook(optimizer):
         raise DistcompError(
             "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps inside a communication hook of its own; "
             "set overlap_with_ddp=False"
         )
-
-
-_COUNT = itertools.count()
 
 
 def _settings(target: Target, method: Chosen, optimizer: Optimizer | None, seed: int) -> dict[str, str]:

@@ -2,54 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distcomp.attaching.ddp import GradientSync
-from distcomp.attaching.parameters import ParameterSync
-from distcomp.attaching.session import Session
+from distcomp.attaching.exchanges import Numbers
+from distcomp.attaching.protocol import Sync
 from distcomp.attaching.target import Target
 from distcomp.averaging.base import Averaging
-from distcomp.collectives import AllGather, Rounds
 from distcomp.compressors import Identity
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
-from distcomp.methods.base import AggregateResult, State, StepContext
 from distcomp.methods.from_compressor import from_compressor
-from distcomp.payload import Part, Payload
 from distcomp.pruning.pruner import Pruner
-from distcomp.randomness import Key
-from distcomp.runtime.aggregation import Aggregation, Aggregator
-from distcomp.runtime.executor import Executor
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Every rank says a number of 63 bits; the estimate holds them all, in rank order."""
-
-    own: int
-    propagates_nonfinite: bool = True
-
-    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        payload = Payload.empty((Part("digest", torch.int64, 1),), x.device)
-        payload["digest"].fill_(self.own)
-        payloads: list[Payload] = yield AllGather(payload)
-        found = torch.cat([one["digest"] for one in payloads])
-        return AggregateResult(found, lambda: found, state)
+from distcomp.runtime.aggregation import Aggregator
+from distcomp.runtime.driver import context_of
 
 
 class Consensus:
     """Means and numbers of all ranks, over the attached method's own line: the ledger counts them."""
 
-    def __init__(self, session: Session, sync: GradientSync | ParameterSync, device: torch.device) -> None:
-        self.replicated = isinstance(sync, GradientSync)
-        self._session = session
+    def __init__(self, sync: Sync, device: torch.device) -> None:
+        self.replicated = sync.replicated
         self._sync = sync
         self._device = device
-        self._executor = Executor(session.channel, device, beside=False)
         self._asked = 0
 
     def mean(self, x: Tensor) -> Tensor:
@@ -58,20 +36,14 @@ class Consensus:
 
     def numbers(self, own: int) -> list[int]:
         """Every rank's number, in rank order."""
-        found: list[int] = self._ask(Numbers(own), torch.zeros(1, device=self._device)).tolist()
-        return found
+        numbers: list[int] = self._ask(Numbers(own), torch.zeros(1, device=self._device)).tolist()
+        return numbers
 
     def _ask(self, aggregator: Aggregator, x: Tensor) -> Tensor:
-        self._sync.idle()
         self._asked += 1
         layout = Layout.of([("masks", (x.numel(),))])
-        key = Key.of("masks", self._asked)
-        aggregation = Aggregation(
-            aggregator, x, {}, StepContext(self._session.rank, self._session.size, layout, self._asked, key)
-        )
-        self._executor.start(aggregation)()
-        assert aggregation.result is not None
-        return aggregation.result.estimate
+        context = context_of(self._sync.session.channel, layout, self._asked, "masks")
+        return self._sync.exchange(aggregator, x, {}, context).result().estimate
 
 
 def pruners_of(method: Any) -> list[Pruner]:
@@ -97,12 +69,10 @@ def check(method: Any, target: Target) -> None:
             raise DistcompError("masks may change during an exchange that overlaps; use overlap=0")
 
 
-def join(
-    method: Any, module: nn.Module, session: Session, sync: GradientSync | ParameterSync
-) -> list[Pruner]:
-    """Let the pruners of an attached method ask the other ranks."""
-    pruners = pruners_of(method)
+def join(module: nn.Module, sync: Sync) -> list[Pruner]:
+    """Let the pruners of the attached method ask the other ranks."""
+    pruners = pruners_of(sync.method)
     device = next(module.parameters()).device
     for pruner in pruners:
-        pruner.consensus = Consensus(session, sync, device)
+        pruner.consensus = Consensus(sync, device)
     return pruners

@@ -1,7 +1,6 @@
 """Models in training: when they are averaged, what else is, and how a run is saved and resumed.
 
-The clock is the *iteration*: a training forward and the backward that followed it, outside ``no_sync()``. It
-is never the optimizer's step, which a GradScaler may skip on one rank while others take it. An iteration's
+The clock is the *iteration* (:mod:`distcomp.training.clock`), never the optimizer's step. An iteration's
 exchange happens at the next forward that builds a graph, when the optimizer has stepped (or not) on every
 rank; or when somebody asks for the models: :meth:`ParameterSync.state_dict`, :meth:`ParameterSync.averaged`,
 :meth:`ParameterSync.finish`.
@@ -14,20 +13,20 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
 from torch.optim.optimizer import Optimizer
 
 from distcomp.attaching.optimizers import average, forget, needed
+from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
-from distcomp.attaching.target import Target, uncompiled
+from distcomp.attaching.target import Target
 from distcomp.attaching.weights import Weights
 from distcomp.averaging.base import Averaging, FragmentState, FromFirst, InFlight, MultiLevel, fragment_states
 from distcomp.averaging.gossip import Gossip
@@ -35,33 +34,35 @@ from distcomp.averaging.topology import resolve
 from distcomp.compressors import Identity
 from distcomp.errors import DistcompError
 from distcomp.layout import FlatBuffer, Layout
-from distcomp.methods.base import AggregateResult, State, StepContext, cut_state, join_state
+from distcomp.methods.base import AggregateResult, State, cut_state, join_state
 from distcomp.methods.from_compressor import from_compressor
-from distcomp.randomness import Key
 from distcomp.runtime.aggregation import Aggregation, Aggregator
+from distcomp.runtime.driver import context_of, start
 from distcomp.runtime.executor import Executor
 from distcomp.runtime.pipeline import Timeline
+from distcomp.training import TrainingClock
 from distcomp.transports.types import GradBucket
 
 
-class ParameterSync:
+class ParameterSync(Sync):
     """Averages a model's weights as ``averaging`` says, over ``channel``.
 
     All ranks start from rank 0's weights and buffers.
     """
+
+    replicated = False
+    source = "parameters"
 
     def __init__(
         self,
         target: Target,
         averaging: Averaging | MultiLevel,
         session: Session,
+        clock: TrainingClock,
         optimizer: Optimizer | None = None,
         seed: int = 0,
     ) -> None:
-        self.method = averaging
-        self.iterations = 0
-        self.last: Iteration | None = None
-        self.error: DistcompError | None = None
+        super().__init__(averaging, session, clock)
         self._session = session
         self._channel = session.channel
         self._lost: frozenset[int] = frozenset()
@@ -74,52 +75,32 @@ class ParameterSync:
         beside = any(fragment.averaging.overlap for fragment in self._fragments)
         self._executor = Executor(session.channel, self._weights.device, beside)
         self._timeline = Timeline()
-        self._fresh = self._pending = self._quiet = False
-        self._hooks: list[Any] = []
+        self._pending = False
         self._broadcast_buffers = target.ddp is not None and target.ddp.broadcast_buffers
         if target.ddp is not None:
             target.ddp.broadcast_buffers = False  # a global call in every forward
         self._begin_alike()
-        self._listen(target)
 
     # ----------------------------------------------------------------------------------------- the clock
 
-    def _listen(self, target: Target) -> None:
-        """Count forwards; and backwards, where no DDP hook tells of them."""
-        self._hooks.append(target.called.register_forward_pre_hook(uncompiled(self._before_forward)))
-        if target.ddp is None:
-            parameters = list(self._weights.parameters.values())
-            self._hooks.append(register_multi_grad_hook(parameters, self._after_gradient, mode="any"))
-
     def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        """Give a bucket back to DDP as it is; its last one ends a backward."""
-        if bucket.is_last():
-            self._after_gradient(None)
+        """Give a bucket back to DDP as it is."""
         buffer = bucket.buffer()
         devices: list[int | str | torch.device] | None = [buffer.device] if buffer.is_cuda else None
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         future.set_result(buffer)
         return future
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Backwards in this context are no iterations: gradients accumulate."""
-        self._quiet = True
-        try:
-            yield
-        finally:
-            self._quiet = False
+        return self.clock.no_sync()
 
-    def _before_forward(self, module: nn.Module, arguments: object) -> None:
-        if torch.is_grad_enabled():
-            self.settle()
-            self._fresh = True
+    def forward_begins(self) -> None:
+        self.settle()
 
-    def _after_gradient(self, gradient: object) -> None:
-        if self._fresh and not self._quiet:
-            self._fresh = False
-            self._pending = True
-            self.iterations += 1
+    def backward_ended(self) -> None:
+        self._pending = True
+        self.iterations += 1
 
     def settle(self) -> None:
         """Make the exchange that the last iteration left to be made, if it did."""
@@ -145,11 +126,6 @@ class ParameterSync:
         for rank in sorted(self._session.lost - self._lost):
             warnings.warn(f"rank {rank} is lost; training goes on without it", stacklevel=2)
         self._lost = self._session.lost
-
-    def idle(self) -> None:
-        """Raises what went wrong."""
-        if self.error is not None:
-            raise self.error
 
     # ----------------------------------------------------------------------------------------- exchanges
 
@@ -182,26 +158,24 @@ class ParameterSync:
 
     def _drive(self, aggregation: Aggregation) -> Callable[[], AggregateResult]:
         """Carry an exchange; the function waits for its outcome."""
-        wait = self._executor.start(aggregation)
+        started = start(aggregation, self._executor)
         step = self.iterations
 
         @cache
         def result() -> AggregateResult:
-            self._timeline.spans += wait().spans
-            if not aggregation.finite:
+            self._timeline.spans += started.timeline.spans
+            if not started.finite:
                 raise DistcompError(
                     f"a worker's model held a NaN or an infinity after iteration {step}: training diverged; "
                     "lower the learning rate, and restart from the last checkpoint"
                 )
-            assert aggregation.result is not None
-            return aggregation.result
+            return started.result()
 
         return result
 
     def _ask(self, aggregator: Aggregator, x: Tensor, layout: Layout) -> Tensor:
         """The estimate of an exchange that keeps no state."""
-        key = Key.of(self._seed, self.iterations)
-        context = StepContext(self._session.rank, self._session.size, layout, self.iterations, key)
+        context = context_of(self._channel, layout, self.iterations, self._seed)
         return self._drive(Aggregation(aggregator, x, {}, context))().estimate if x.numel() else x
 
     def _mean(self, x: Tensor, layout: Layout) -> Tensor:
@@ -253,6 +227,9 @@ class ParameterSync:
         weights.write_buffers(self._mean(weights.read_buffers(), weights.buffers))
         self._start_fragments()
 
+    def executor(self, device: torch.device) -> Executor:
+        return self._executor
+
     def report(self) -> dict[str, Any]:
         """What the theory depends on, in numbers, and what the algorithm has counted."""
         size = self._session.size
@@ -266,8 +243,7 @@ class ParameterSync:
         """Leave the model as it is."""
         if self._ddp is not None:
             self._ddp.broadcast_buffers = self._broadcast_buffers
-        for hook in self._hooks:
-            hook.remove()
+        super().close()
         self._executor.close()
 
     # --------------------------------------------------------------------------------------- checkpoints

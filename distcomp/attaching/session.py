@@ -41,6 +41,8 @@ class Session:
     channel: Channel
     ledger: Ledger
     recorder: Recorder | None
+    timeout_s: float
+    """How long a peer is waited for."""
     _heartbeat: Heartbeat
     _transport: Carrier
 
@@ -71,12 +73,16 @@ class Session:
         ledger = Ledger()
         channel = Channel(throttled(transport), int.from_bytes(digest[:4], "little"), ledger)
         atexit.register(heartbeat.close)
-        return Session(rank, size, channel, ledger, Recorder.from_env(rank), heartbeat, transport)
+        return Session(rank, size, channel, ledger, Recorder.from_env(rank), timeout_s, heartbeat, transport)
 
     @property
     def lost(self) -> frozenset[int]:
         """Ranks that are known to be gone, where the line goes on without them."""
         return frozenset(self._transport.lost) if isinstance(self._transport, ResilientP2P) else frozenset()
+
+    def leave_note(self, sentence: str) -> None:
+        """Tell those who will wait for this rank in vain why it does not come."""
+        self._heartbeat.leave_note(sentence)
 
     def close(self) -> None:
         self._transport.close()

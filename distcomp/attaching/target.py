@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distcomp.errors import DistcompError
+from distcomp.private_torch import inside_compiled
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Target:
 
         Raises DistcompError where that group does not exist, or where ``replicas`` mean nothing.
         """
-        inner = getattr(model, "_orig_mod", model)
+        inner = inside_compiled(model)
         if is_sharded(inner):
             return _sharded(model, inner, replicas)
         if replicas is not None:
@@ -79,13 +77,6 @@ class Target:
                 f"{type(self.module).__name__}; wrap it first: model = DistributedDataParallel(model)"
             )
         return self.ddp
-
-
-def uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """``hook``, which torch.compile leaves to Python. Said here and not by a decorator, for that would import
-    the compiler, which takes seconds, together with distcomp."""
-    left_alone: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    return left_alone
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import Optimizer
 
-from distcomp.attaching.builtin_hooks import BuiltinHookSync
-from distcomp.attaching.ddp import GradientSync
-from distcomp.attaching.fsdp import FSDPSync
-from distcomp.attaching.parameters import ParameterSync
+from distcomp.attaching.protocol import Sync
 from distcomp.attaching.session import Session
-from distcomp.attaching.target import uncompiled
 from distcomp.errors import DistcompError
 from distcomp.network.qdisc import read_qdisc_bytes
-
-Sync = GradientSync | BuiltinHookSync | ParameterSync | FSDPSync
+from distcomp.training import Listener
 
 Sink = Callable[[Mapping[str, Any]], object]
 """What takes records: a function, or an object with a ``close`` of its own."""
@@ -33,34 +21,26 @@ Sink = Callable[[Mapping[str, Any]], object]
 PHASES = ("encode", "recode", "wait", "decode")
 
 
-class Watch:
+class Watch(Listener):
     """Looks at each optimizer step: raises what went wrong on the exchange's thread, verifies that the
     exchange ran, records."""
 
-    def __init__(self, model: nn.Module, sync: Sync, session: Session) -> None:
+    def __init__(self, sync: Sync, session: Session) -> None:
         self._sync = sync
         self._session = session
-        # weakly, since an id alone may come back as another model's parameter once this model is gone
-        self._parameters = {id(parameter): weakref.ref(parameter) for parameter in model.parameters()}
         self._recorded = 0
         self._begin_s = 0.0
         self.sinks: list[Sink] = []
-        self._hooks = [
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
-            model.register_forward_pre_hook(uncompiled(self._before_forward)),
-        ]
 
     def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._sync.clock.leave(self)
         for sink in self.sinks:
             getattr(sink, "close", lambda: None)()
         self.sinks.clear()
 
     def totals(self) -> dict[str, Any]:
-        last = self._sync.last
-        fields: dict[str, Any] = {"payload_bytes": self._sent(), "payload_by_kind": self._by_kind()}
+        last, sent = self._sync.last, self._sync.sent_bytes
+        fields: dict[str, Any] = {"payload_bytes": sum(sent.values()), "payload_by_kind": dict(sent)}
         if last is not None:
             fields["last"] = _describe(last)
         return fields
@@ -71,22 +51,12 @@ class Watch:
         for sink in self.sinks:
             sink({"kind": "metric", **fields})
 
-    def _before_forward(self, module: nn.Module, arguments: object) -> None:
+    def forward_begins(self) -> None:
         self.record()
-        if self._sync.iterations == self._recorded and torch.is_grad_enabled() and not self._begin_s:
+        if self._sync.iterations == self._recorded and not self._begin_s:
             self._begin_s = time.perf_counter()
 
-    def _before_step(self, optimizer: Optimizer, arguments: Any, options: Any) -> None:
-        if not _closure(*arguments, **options):
-            self._look(optimizer)
-
-    def _after_step(self, optimizer: Optimizer, arguments: Any, options: Any) -> None:
-        if _closure(*arguments, **options):  # inside which the backward was
-            self._look(optimizer)
-
-    def _look(self, optimizer: Optimizer) -> None:
-        if not any(self._watches(p) for group in optimizer.param_groups for p in group["params"]):
-            return
+    def gradients_used(self, optimizer: Optimizer) -> None:
         self._sync.idle()
         if self._sync.iterations == 0 and _has_gradient(optimizer):
             raise DistcompError(
@@ -95,10 +65,6 @@ class Watch:
                 "(not model.module), outside no_sync(), before optimizer.step()"
             )
         self.record()
-
-    def _watches(self, parameter: Tensor) -> bool:
-        known = self._parameters.get(id(parameter))
-        return known is not None and known() is parameter
 
     def record(self) -> None:
         """Write down the last iteration, once."""
@@ -110,35 +76,18 @@ class Watch:
         self._begin_s = 0.0
         if self._session.recorder is None and not self.sinks:
             return
-        counted = {"payload_by_kind": self._by_kind(), "qdisc_bytes": _qdisc_bytes()}
+        counted = {"payload_by_kind": dict(self._sync.sent_bytes), "qdisc_bytes": _qdisc_bytes()}
         fields = {"step_s": step_s, **_describe(last), **counted}
         if self._session.recorder is not None:
             self._session.recorder.step(**fields)
         for sink in self.sinks:
             sink({"kind": "step", **fields})
 
-    def _sent(self) -> int:
-        return (
-            self._sync.sent_bytes
-            if isinstance(self._sync, BuiltinHookSync)
-            else self._session.ledger.total_bytes
-        )
-
-    def _by_kind(self) -> dict[str, int]:
-        if isinstance(self._sync, BuiltinHookSync):
-            return {"values": self._sync.sent_bytes}
-        return dict(self._session.ledger.sent_bytes)
-
 
 def _has_gradient(optimizer: Optimizer) -> bool:
     """Whether it steps for real: torch.distributed.checkpoint steps on zeros, to make its state."""
     held = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
     return any((one.to_local() if hasattr(one, "to_local") else one).any() for one in held)
-
-
-def _closure(optimizer: Optimizer, closure: object = None, **options: object) -> bool:
-    """Whether ``optimizer.step`` was given one, as Lightning does."""
-    return closure is not None
 
 
 def _qdisc_bytes() -> int | None:

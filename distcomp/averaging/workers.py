@@ -9,6 +9,7 @@ from torch import Tensor
 from distcomp.averaging.base import Averaging, InFlight, MultiLevel, fragment_states, gather, scatter
 from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult
+from distcomp.runtime.driver import in_lock_step
 from distcomp.runtime.lockstep import Lockstep
 
 
@@ -57,9 +58,8 @@ class Workers:
             )
             for rank, (fragment, model) in enumerate(zip(fragments, self.models, strict=True))
         ]
-        self.net.run(aggregations)
-        for fragment, aggregation in zip(fragments, aggregations, strict=True):
-            fragment.in_flight = InFlight(self.steps + fragment.averaging.overlap, _known(aggregation.result))
+        for fragment, result in zip(fragments, in_lock_step(self.net, aggregations), strict=True):
+            fragment.in_flight = InFlight(self.steps + fragment.averaging.overlap, _known(result))
         self._apply(number)
 
     def _apply(self, number: int) -> None:
@@ -89,6 +89,5 @@ class Workers:
         return float((self.stacked - self.mean).square().mean())
 
 
-def _known(result: AggregateResult | None) -> Callable[[], AggregateResult]:
-    assert result is not None
+def _known(result: AggregateResult) -> Callable[[], AggregateResult]:
     return lambda: result

@@ -1,7 +1,7 @@
 """Which weights exist while we train: a criterion decides, a pruner asks it at the right time, on all ranks
 alike.
 
-**The clock** is the iteration: a training forward and the backward that followed it. Masks change at the
+**The clock** is the iteration (:mod:`distcomp.training.clock`). Masks change at the
 beginning of the next training forward; never in between, and never with an optimizer step, which a GradScaler
 may skip.
 """
@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError, Mismatch
 from distcomp.pruning.masks import Mask, Pruned, digest, put_masks, unwrapped, weights_of
 from distcomp.randomness import Key
+from distcomp.training import Listener, clock_of
 
 Tensors = dict[str, Tensor]
 
@@ -101,14 +100,7 @@ class Change:
     sparsity: dict[str, float]
 
 
-@dataclass
-class _Clock:
-    fresh: bool = False
-    pending: bool = False
-    hooks: list[Any] = field(default_factory=list)
-
-
-class Pruner:
+class Pruner(Listener):
     """Keeps the masks of ``model`` as ``criterion`` decides, from the next iteration on.
 
     Args:
@@ -139,7 +131,7 @@ class Pruner:
         self._model = model
         self._optimizer = optimizer
         self._gradients: Tensors = {}
-        self._clock = _Clock()
+        self._pending = False
         if optimizer is None and (criterion.wants_optimizer or criterion.wants_gradients):
             raise DistcompError(f"{criterion} needs the optimizer; pass it after the model")
         chosen = weights_of(unwrapped(model)) if names is None else list(names)
@@ -148,7 +140,7 @@ class Pruner:
         self.pruned = put_masks(model, chosen, criterion.mask_for)
         self._set(criterion.begin(self.weights, self._key()))
         self._open()
-        self._listen()
+        clock_of(model).listen(self)
 
     def __repr__(self) -> str:
         shares = "" if not self.pruned else f", {len(self.pruned)} parameters"
@@ -188,39 +180,25 @@ class Pruner:
 
     # -------------------------------------------------------------------------------------------- the clock
 
-    def _listen(self) -> None:
-        called = self._model
-        # Not a decorator: that would import the compiler, which takes seconds, together with distcomp.
-        before_forward = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
-        self._clock.hooks.append(called.register_forward_pre_hook(before_forward))
-        parameters = [p for p in called.parameters() if p.requires_grad]
-        self._clock.hooks.append(register_multi_grad_hook(parameters, self._after_gradient, mode="any"))
-        if self._optimizer is not None:
-            self._clock.hooks.append(self._optimizer.register_step_pre_hook(self._before_step))
-            self._clock.hooks.append(self._optimizer.register_step_post_hook(self._after_step))
+    source = "parameters"
 
-    def _before_forward(self, module: nn.Module, arguments: object) -> None:
-        if torch.is_grad_enabled():
-            self.settle()
-            self._clock.fresh = True
+    def forward_begins(self) -> None:
+        self.settle()
 
-    def _after_gradient(self, gradient: object) -> None:
-        inner = getattr(self._model, "_orig_mod", self._model)
-        accumulates = isinstance(inner, DistributedDataParallel) and not inner.require_backward_grad_sync
-        if self._clock.fresh and not accumulates:
-            self._clock.fresh = False
-            self._clock.pending = True
+    def backward_ended(self) -> None:
+        self._pending = True
 
-    def _before_step(self, *_: object) -> None:
-        if self.criterion.wants_gradients and self._clock.pending:
+    def before_step(self, optimizer: Optimizer) -> None:
+        if optimizer is self._optimizer and self.criterion.wants_gradients and self._pending:
             for name, one in self.pruned.items():
                 if self.criterion.due(self.step, name) and one.parameter.grad is not None:
                     self._gradients[name] = one.parameter.grad.detach().float().clone()
 
     @torch.no_grad()
-    def _after_step(self, *_: object) -> None:
-        assert self._optimizer is not None
-        rates = {id(p): float(group["lr"]) for group in self._optimizer.param_groups for p in group["params"]}
+    def after_step(self, optimizer: Optimizer) -> None:
+        if optimizer is not self._optimizer:
+            return
+        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         self.criterion.after_step(self.step, self.pruned, rates)
 
     def settle(self) -> None:
@@ -229,9 +207,9 @@ class Pruner:
         Called by the next training forward; call it yourself, on every rank, before the model is evaluated
         or saved for the last time.
         """
-        if not self._clock.pending:
+        if not self._pending:
             return
-        self._clock.pending = False
+        self._pending = False
         due = tuple(name for name in self.pruned if self.criterion.due(self.step, name))
         if due:
             self._change(due)
@@ -335,7 +313,7 @@ class Pruner:
                 f"the checkpoint is of {saved['criterion']}, this pruner is {self.criterion}; use the same "
                 "settings"
             )
-        self._clock.pending = False
+        self._pending = False
         self.seed, self.step = int(saved["seed"]), int(saved["step"])
         self.memory = {name: value.clone() for name, value in saved["memory"].items()}
         self.history = [Change(int(step), dict(shares)) for step, shares in saved["history"]]
@@ -343,6 +321,4 @@ class Pruner:
 
     def detach(self) -> None:
         """Stop pruning. The masks stay as they are; :func:`distcomp.pruning.materialize` takes them off."""
-        for hook in self._clock.hooks:
-            hook.remove()
-        self._clock.hooks = []
+        clock_of(self._model).leave(self)

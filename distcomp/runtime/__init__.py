@@ -1,1 +1,1 @@
-"""Who drives an exchange, round by round, and in which order?"""
+"""How is an exchange driven, from its first request to what is kept of it?"""

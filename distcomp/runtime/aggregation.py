@@ -12,6 +12,7 @@ from torch import Tensor
 from distcomp.collectives import Request, Rounds
 from distcomp.compressors.base import Compressor
 from distcomp.grammar import Written
+from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
 from distcomp.runtime.channel import TRUE, Answer, finite_flag
 
@@ -32,9 +33,10 @@ class Aggregation:
 
     def __init__(self, method: Aggregator, x: Tensor, state: State, context: StepContext) -> None:
         self.watch = not method.propagates_nonfinite
+        self.before = state
+        """The state that it began from: what is kept where a rank was not finite."""
         self._x = x
         self._method = method
-        self._state = state
         self._turn = context
         self._talk: Rounds[AggregateResult] | None = None
         self._outcome: AggregateResult | None = None
@@ -48,7 +50,18 @@ class Aggregation:
         return text or _title(self._method)
 
     @property
+    def layout(self) -> Layout:
+        return self._turn.layout
+
+    @property
     def result(self) -> AggregateResult | None:
+        """What it came to; None while it is under way."""
+        return self._outcome
+
+    def finished(self) -> AggregateResult:
+        """What it came to. Only whoever has carried it to its end may ask."""
+        if self._outcome is None:
+            raise RuntimeError(f"the exchange of {self.title} is still under way; carry it to its end first")
         return self._outcome
 
     def ask(self, answer: Answer | None) -> Request | None:
@@ -57,9 +70,10 @@ class Aggregation:
             if self._talk is None:
                 if self.watch:
                     self.finite = finite_flag(self._x)
-                self._talk = self._method.aggregate(self._x, self._state, self._turn)
+                self._talk = self._method.aggregate(self._x, self.before, self._turn)
                 return next(self._talk)
-            assert answer is not None
+            if answer is None:
+                raise RuntimeError(f"{self.title} was asked for its next request without the last answer")
             self.finite = self.finite & answer.finite
             return self._talk.send(answer.value)
         except StopIteration as stop:

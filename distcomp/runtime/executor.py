@@ -9,7 +9,7 @@ import torch
 
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import Channel
-from distcomp.runtime.pipeline import Running, Timeline, drive
+from distcomp.runtime.pipeline import Drive, Timeline
 
 
 class Executor:
@@ -52,15 +52,10 @@ class Executor:
 
     @torch.no_grad()
     def _drive(self, aggregation: Aggregation) -> Timeline:
-        timeline = Timeline()
-        carrier = drive(self._channel, timeline)
-        next(carrier)
-        try:
-            carrier.send(Running(aggregation, lambda: None))
-            carrier.send(None)
-        except StopIteration:
-            return timeline
-        raise AssertionError("the pipeline did not end")
+        drive = Drive(self._channel)
+        drive.add(aggregation)
+        drive.end()
+        return drive.timeline
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

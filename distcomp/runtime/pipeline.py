@@ -13,9 +13,9 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-import torch
 from torch.profiler import record_function
 
+from distcomp.private_torch import profiler_runs
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import Channel, OpenRequest
 
@@ -111,7 +111,7 @@ def drive(channel: Channel, timeline: Timeline) -> Carrier:
 
 def _range(current: Running, bucket: int, phase: str) -> AbstractContextManager[object]:
     """``distcomp::<method>::<phase>`` in the trace of torch.profiler; nothing where none runs."""
-    if not torch.autograd.profiler._is_profiler_enabled:  # no public call tells, on every thread
+    if not profiler_runs():
         return nullcontext()
     return record_function(f"distcomp::{current.aggregation.title}::{phase}", f"bucket {bucket}")
 
@@ -140,3 +140,29 @@ def _wait(current: Running, timeline: Timeline) -> None:
     current.open_request.wait()
     timeline.spans.append(("wait", begin_s, time.perf_counter()))
     timeline.spans.append(("wire", current.open_request.started_s, current.open_request.finished_s))
+
+
+class Drive:
+    """The exchanges of one iteration, under way together: :meth:`add` one after the other, then :meth:`end`.
+
+    One exchange by itself is the case of one bucket.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.timeline = Timeline()
+        self.aggregations: list[Aggregation] = []
+        self._carrier = drive(channel, self.timeline)
+        next(self._carrier)
+
+    def add(self, aggregation: Aggregation, done: Callable[[], None] = lambda: None) -> None:
+        """Begin one more; carry what comes before the one after it. ``done`` is called at its end."""
+        self.aggregations.append(aggregation)
+        self._carrier.send(Running(aggregation, done))
+
+    def end(self) -> None:
+        """There are no more: carry all of them to their ends."""
+        try:
+            self._carrier.send(None)
+        except StopIteration:
+            return
+        raise RuntimeError("the pipeline asked for a bucket after the last one")

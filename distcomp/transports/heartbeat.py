@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 
 from distcomp.errors import PeerLost, SettingsMismatch
@@ -52,6 +53,22 @@ class Heartbeat:
         except RuntimeError:  # the store's host has ended before us; nobody is left to read it
             return
 
+    def leave_note(self, sentence: str) -> None:
+        """Say why this rank stops, to those who will wait for it: :meth:`diagnose` reads it."""
+        with suppress(RuntimeError):  # the store's host has ended before us; nobody is left to read it
+            self._store.set(self._note_key(self._rank), sentence)
+
+    def _notes(self) -> str:
+        """What other ranks have said before they stopped."""
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        with suppress(RuntimeError):
+            left = [rank for rank in others if self._store.check([self._note_key(rank)])]
+            return "; ".join(f"rank {one}: {self._store.get(self._note_key(one)).decode()}" for one in left)
+        return ""
+
+    def _note_key(self, rank: int) -> str:
+        return f"distcomp/{self.name}/note/{rank}"
+
     def silent(self) -> set[int]:
         """Other ranks whose heart stood still over :attr:`diagnosis_s`, or that have left. Takes as long."""
         before = self._read()
@@ -60,7 +77,10 @@ class Heartbeat:
         return {rank for rank in range(self._size) if after[rank] == before[rank] and rank != self._rank}
 
     def diagnose(self, error: RuntimeError) -> PeerLost:
-        """The error that names who is lost. Takes :attr:`diagnosis_s`."""
+        """The error that names who is lost. Takes :attr:`diagnosis_s`; less where a rank left a note."""
+        notes = self._notes()
+        if notes:
+            return PeerLost(notes)
         try:
             before = self._read()
             self._stop.wait(self.diagnosis_s)

@@ -1,17 +1,13 @@
 """Ranges in the profiler's trace; records to sinks, to TensorBoard and to Prometheus."""
 
-import gc
 import math
 import re
-from types import SimpleNamespace
 
 import jobs
 import pytest
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from distcomp.attaching.watch import Watch
 from distcomp.runtime import pipeline
 
 STEPS = 3
@@ -143,20 +139,3 @@ def test_prometheus_reads_what_was_sent(cluster, tmp_path):
             assert found["distcomp_sent_bytes_total", ("kind", kind), mine] == sent_bytes
         assert found["distcomp_seconds_total", ("phase", "encode"), mine] > 0
         assert all(re.match("distcomp_", name) for name, *_ in found)
-
-
-def test_a_model_that_is_gone_is_not_taken_for_the_next():
-    """CPython gives the addresses of a dead model's parameters to the next one's, when it likes."""
-    gone, following = nn.Linear(1, 1), nn.Linear(1, 1)
-    sync = SimpleNamespace(idle=lambda: None, iterations=0, last=None)
-    watch = Watch(gone, sync, SimpleNamespace(recorder=None))
-    del gone
-    gc.collect()
-    (dead, *_) = watch._parameters.values()
-    assert dead() is None
-    watch._parameters = {id(parameter): dead for parameter in following.parameters()}
-    try:
-        following(torch.ones(1)).backward()
-        torch.optim.SGD(following.parameters(), lr=0.1).step()
-    finally:
-        watch.close()

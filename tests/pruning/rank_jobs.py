@@ -117,7 +117,7 @@ def strayed(rank: int, size: int) -> str:
         assert handle_stats["iterations"] == 4
         try:
             pruner.step = 6  # a change is due after this
-            pruner._clock.pending = True
+            pruner._pending = True
             pruner.settle()
         except distcomp.Mismatch as error:
             return str(error)

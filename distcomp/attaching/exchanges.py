@@ -1,0 +1,202 @@
+"""Any tensor, agreed on by any gradient method, over the line of an attached model: ``handle.exchange``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distcomp.attaching.protocol import Sync
+from distcomp.collectives import AllGather, Rounds
+from distcomp.errors import DistcompError, Mismatch
+from distcomp.layout import Layout
+from distcomp.methods import Method, parse
+from distcomp.methods.base import AggregateResult, State, StepContext
+from distcomp.payload import Part, Payload
+from distcomp.private_torch import NO_BACKWARD, backward_number
+from distcomp.runtime.driver import commit, context_of
+from distcomp.runtime.states import States
+
+PREFIX = "exchange/"
+"""Begins the names under which a checkpoint keeps these states, beside those of parameters."""
+
+LONGEST_WORDS = 512
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Every rank says a number of 63 bits; the estimate holds them all, in rank order."""
+
+    own: int
+    propagates_nonfinite: bool = True
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        payload = Payload.empty((Part("digest", torch.int64, 1),), x.device)
+        payload["digest"].fill_(self.own)
+        payloads: list[Payload] = yield AllGather(payload)
+        numbers = torch.cat([payload["digest"] for payload in payloads])
+        return AggregateResult(numbers, lambda: numbers, state)
+
+
+@dataclass(frozen=True)
+class Words:
+    """Every rank says a text; the estimate holds them all, in rank order, each of ``LONGEST_WORDS`` bytes."""
+
+    own: str
+    propagates_nonfinite: bool = True
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        payload = Payload.empty((Part("words", torch.uint8, LONGEST_WORDS),), x.device)
+        encoded = self.own.encode()[:LONGEST_WORDS].ljust(LONGEST_WORDS)
+        payload["words"].copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+        payloads: list[Payload] = yield AllGather(payload)
+        texts = torch.stack([payload["words"] for payload in payloads])
+        return AggregateResult(texts, lambda: texts, state)
+
+
+@dataclass
+class _Named:
+    """What is remembered under a name."""
+
+    method: Method
+    layout: Layout
+    states: States
+    count: int
+
+
+class TensorExchanges:
+    """The exchanges of a user's own tensors over an attached line, and what is remembered of them."""
+
+    def __init__(self, sync: Sync, device: torch.device, seed: int) -> None:
+        self._sync = sync
+        self._device = device
+        self._seed = seed
+        self._count = 0
+        self._named: dict[str, _Named] = {}
+        self._loaded: dict[str, Mapping[str, Tensor]] = {}
+        self._loaded_counts: dict[str, int] = {}
+
+    @torch.no_grad()
+    def exchange(self, tensor: Tensor, method: Method | str, name: str | None) -> Tensor:
+        """The estimate of the mean; see :meth:`distcomp.Handle.exchange`."""
+        chosen = _gradient_method(method)
+        self._refuse(tensor, name)
+        self._agree(f"{tuple(tensor.shape)} of {tensor.dtype} by {chosen!r}, name={name!r}")
+        if tensor.numel() == 0:
+            return tensor.detach().clone()
+        layout = _layout(f"{PREFIX}{name or ''}", tensor)
+        kept = self._named_state(name, chosen, layout)
+        context = context_of(self._sync.session.channel, layout, kept.count, self._seed)
+        context = replace(context, shared=context.shared.fold("exchange", name or ""))
+        x = tensor.detach().reshape(-1).to(torch.float32, copy=True)
+        agreed = self._sync.exchange(kept.method, x, kept.states.of(layout, x.device), context)
+        estimate = agreed.result().estimate
+        commit(kept.states, [agreed.aggregation])
+        self._count += name is None
+        kept.count += 1
+        return estimate.view(tensor.shape).to(tensor.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, and states by name: ``{"counts": ..., "state": ...}``."""
+        state: dict[str, Any] = {PREFIX + name: dict(leaves) for name, leaves in self._loaded.items()}
+        counts = {"": self._count, **self._loaded_counts}
+        for name, kept in self._named.items():
+            counts[name] = kept.count
+            state.update(kept.states.by_parameter())
+        return {"counts": {PREFIX + name: count for name, count in counts.items()}, "state": state}
+
+    def load_state_dict(self, counts: Mapping[str, Any], state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from what was saved. A state waits until its name is asked for."""
+        self._named.clear()
+        self._loaded = {
+            name.removeprefix(PREFIX): dict(leaves)
+            for name, leaves in state.items()
+            if name.startswith(PREFIX)
+        }
+        self._loaded_counts = {name.removeprefix(PREFIX): int(count) for name, count in counts.items()}
+        self._count = self._loaded_counts.pop("", 0)
+
+    def _refuse(self, tensor: Tensor, name: str | None) -> None:
+        sync = self._sync
+        if sync.clock.in_forward or backward_number() != NO_BACKWARD or sync.under_way:
+            raise DistcompError(
+                "handle.exchange was called inside a forward or a backward, whose own exchanges it would cut "
+                "in two; call it before the forward, between forward and backward, or after the backward"
+            )
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or hasattr(tensor, "to_local"):
+            raise DistcompError(
+                f"handle.exchange takes a dense floating-point tensor, and this one is {tensor.dtype}, "
+                f"{tensor.layout}; convert it first"
+            )
+        if tensor.device.type != self._device.type:
+            raise DistcompError(
+                f"the tensor lies on {tensor.device} and the attached line carries tensors of "
+                f"{self._device.type}; move it there first"
+            )
+        if name == "":
+            raise DistcompError("the name of an exchange is empty; choose another, or leave it out")
+
+    def _named_state(self, name: str | None, method: Method, layout: Layout) -> _Named:
+        """What is remembered under ``name``; nothing, without one."""
+        if name is None:
+            return _Named(method, layout, States(method), self._count)
+        if name not in self._named:
+            states = States(method)
+            if name in self._loaded:
+                states.load({PREFIX + name: self._loaded.pop(name)})
+            self._named[name] = _Named(method, layout, states, self._loaded_counts.pop(name, 0))
+        kept = self._named[name]
+        if kept.method != method or kept.layout != layout:
+            raise DistcompError(
+                f"the exchange {name!r} began with {kept.method!r} and shape {kept.layout.slices[0].shape} "
+                f"and now comes {method!r} and {layout.slices[0].shape}: its state would mean nothing; use "
+                "another name"
+            )
+        return kept
+
+    def _agree(self, words: str) -> None:
+        """Raise Mismatch on every rank, naming the difference, unless all are about to exchange alike."""
+        self._sync.idle()
+        digest = int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")
+        numbers = self._ask(Numbers(digest)).tolist()
+        odd = [rank for rank, number in enumerate(numbers) if number != numbers[0]]
+        if not odd:
+            return
+        texts = [
+            bytes(text.tolist()).decode(errors="replace").strip() for text in self._ask(Words(words)).cpu()
+        ]
+        raise Mismatch(
+            f"ranks ask to exchange different things: rank 0 {texts[0]}, rank {odd[0]} {texts[odd[0]]}; call "
+            "handle.exchange on every rank alike"
+        )
+
+    def _ask(self, aggregator: Numbers | Words) -> Tensor:
+        layout = Layout.of([("agreement", (1,))])
+        context = context_of(self._sync.session.channel, layout, 0, "agreement")
+        return (
+            self._sync.exchange(aggregator, torch.zeros(1, device=self._device), {}, context)
+            .result()
+            .estimate
+        )
+
+
+def _layout(name: str, tensor: Tensor) -> Layout:
+    """A tensor of fewer than two dimensions is one row: methods send biases of models as they are, and this
+    is none."""
+    shape = tuple(tensor.shape) if tensor.dim() >= 2 else (1, tensor.numel())
+    return Layout.of([(name, shape)], {name: "matrix"})
+
+
+def _gradient_method(method: Method | str) -> Method:
+    chosen = parse(method) if isinstance(method, str) else method
+    if not isinstance(chosen, Method):
+        raise DistcompError(
+            f"{method!r} is no gradient method, and handle.exchange takes one, such as 'identity' or "
+            "'qsgd:bits=4'; choose one"
+        )
+    chosen.check(None)
+    return chosen

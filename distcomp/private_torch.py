@@ -1,0 +1,57 @@
+"""What of PyTorch is used that has no public name: each here, once, with its reason.
+
+A test names each of these where a new version of PyTorch has moved it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+NO_BACKWARD = -1
+
+
+def backward_number() -> int:
+    """The number of the backward that this thread is inside of; :data:`NO_BACKWARD` outside.
+
+    Hooks may ask for what must wait until a backward is over, and nothing public tells them that they run in
+    one.
+    """
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
+def at_backward_end(callback: Callable[[], None]) -> None:
+    """Call ``callback`` when the backward that this thread is inside of has ended, before ``backward()``
+    returns.
+
+    DistributedDataParallel and FSDP learn of it in this way; public hooks see gradients, never the end.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def profiler_runs() -> bool:
+    """Whether a profiler records, on whatever thread: the public calls tell of the own thread alone."""
+    return bool(torch.autograd.profiler._is_profiler_enabled)
+
+
+def inside_compiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` is wrapped around, or the model itself: the wrapper names it by a
+    private attribute alone."""
+    inside: nn.Module = getattr(model, "_orig_mod", model)
+    return inside
+
+
+def bypasses_hooks(ddp: nn.Module) -> bool:
+    """Whether torch.compile's ``python_reducer`` carries this model's gradients, past every hook: chosen by a
+    setting that may have changed since, and kept on the model."""
+    return bool(getattr(ddp, "_use_python_reducer", False))
+
+
+def steps_in_a_hook(optimizer: Optimizer) -> bool:
+    """Whether this is a ZeroRedundancyOptimizer that steps inside a hook of its own: its argument is kept
+    under a private name alone."""
+    return bool(getattr(optimizer, "_overlap_with_ddp", False))

@@ -1,0 +1,89 @@
+"""One driver of exchanges for everybody: DDP's buckets, FSDP's pieces, models, masks, Horovod, lock-step.
+
+A method says what it wants of the other ranks and does no I/O; the pipeline carries its requests in order;
+here they meet. :func:`exchange` begins one, and :func:`commit` is the one place that decides what is kept of
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+
+from torch import Tensor
+
+from distcomp.layout import Layout
+from distcomp.methods.base import AggregateResult, State, StepContext
+from distcomp.randomness import Key
+from distcomp.runtime.aggregation import Aggregation, Aggregator
+from distcomp.runtime.channel import TRUE, Channel
+from distcomp.runtime.executor import Executor
+from distcomp.runtime.lockstep import Lockstep
+from distcomp.runtime.pipeline import Timeline
+from distcomp.runtime.states import States, select
+
+
+def context_of(channel: Channel, layout: Layout, step: int, seed: int | str) -> StepContext:
+    """Who exchanges, about what, and when: of a step of a run with ``seed``."""
+    return StepContext(channel.transport.rank, channel.transport.size, layout, step, Key.of(seed, step))
+
+
+def exchange(
+    method: Aggregator, x: Tensor, state: State, context: StepContext, executor: Executor
+) -> Exchange:
+    """Begin to exchange ``x`` (float32, ``[context.layout.numel]``) in its turn on ``executor``."""
+    return start(Aggregation(method, x, state, context), executor)
+
+
+def start(aggregation: Aggregation, executor: Executor) -> Exchange:
+    """As :func:`exchange`, of an exchange that somebody has prepared."""
+    return Exchange(aggregation, executor.start(aggregation))
+
+
+class Exchange:
+    """An exchange that has begun."""
+
+    def __init__(self, aggregation: Aggregation, wait: Callable[[], Timeline]) -> None:
+        self.aggregation = aggregation
+        self._wait = wait
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """When what was done. Waits for the end; raises what went wrong."""
+        return self._wait()
+
+    def result(self) -> AggregateResult:
+        """What it came to. Waits for the end; raises what went wrong."""
+        _ = self.timeline
+        return self.aggregation.finished()
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether the tensor of every rank was finite (bool, on the tensor's device). Waits for the end."""
+        _ = self.timeline
+        return self.aggregation.finite
+
+
+def in_lock_step(net: Lockstep, aggregations: Sequence[Aggregation]) -> list[AggregateResult]:
+    """What every worker's exchange came to, of many workers in one process."""
+    net.run(aggregations)
+    return [aggregation.finished() for aggregation in aggregations]
+
+
+def commit(
+    states: States,
+    aggregations: Iterable[Aggregation],
+    agreed: Callable[[Tensor], Tensor] = lambda finite: finite,
+) -> None:
+    """Keep the new states of an iteration if every rank was finite in every one of its exchanges, else none.
+
+    ``agreed`` makes one answer of this rank's where not all ranks took part in the same exchanges.
+    """
+    everything = list(aggregations)
+    finite = TRUE
+    for aggregation in everything:
+        finite = aggregation.finite & finite.to(aggregation.finite.device)
+    finite = agreed(finite)
+    for aggregation in everything:
+        kept = select(finite, aggregation.finished().state, aggregation.before)
+        states.commit(aggregation.layout, kept)

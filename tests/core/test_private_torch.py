@@ -1,0 +1,92 @@
+"""Each private name of PyTorch that is used does what it is used for; a red test names what has moved."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import distcomp
+from distcomp import private_torch as private
+
+PACKAGE = Path(distcomp.__file__).parent
+
+
+def test_a_hook_knows_that_it_is_in_a_backward() -> None:
+    """torch._C._current_graph_task_id"""
+    assert private.backward_number() == private.NO_BACKWARD
+    numbers: list[int] = []
+    for _ in range(2):
+        x = torch.ones(2, requires_grad=True)
+        x.register_hook(lambda _: numbers.append(private.backward_number()))
+        x.sum().backward()
+    assert len(set(numbers)) == 2
+    assert private.NO_BACKWARD not in numbers
+
+
+def test_the_end_of_a_backward_is_told_before_it_returns() -> None:
+    """torch.autograd.Variable._execution_engine.queue_callback"""
+    answers: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda _: private.at_backward_end(lambda: answers.append(x.grad is not None)))
+    y.sum().backward()
+    assert answers == [True]
+
+
+def test_a_profiler_is_seen() -> None:
+    """torch.autograd.profiler._is_profiler_enabled"""
+    assert not private.profiler_runs()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert private.profiler_runs()
+
+
+def test_what_is_compiled_is_found() -> None:
+    """OptimizedModule._orig_mod"""
+    model = nn.Linear(2, 2)
+    assert private.inside_compiled(torch.compile(model, backend="eager")) is model
+    assert private.inside_compiled(model) is model
+
+
+@pytest.fixture
+def ddp():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield DistributedDataParallel(nn.Linear(2, 2))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_ddp_keeps_what_is_asked_of_it(ddp: DistributedDataParallel) -> None:
+    """DistributedDataParallel._use_python_reducer, ZeroRedundancyOptimizer._overlap_with_ddp"""
+    assert ddp._use_python_reducer is False
+    assert not private.bypasses_hooks(ddp)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    optimizer = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.SGD, lr=0.1)
+    assert optimizer._overlap_with_ddp is False
+    assert not private.steps_in_a_hook(optimizer)
+
+
+PRIVATE = (
+    "_execution_engine",
+    "_is_profiler_enabled",
+    "_NormBase",
+    "_use_python_reducer",
+    "_overlap_with_ddp",
+)
+"""Names that stand in :mod:`distcomp.private_torch` alone."""
+
+
+@pytest.mark.parametrize(
+    "file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE))
+)
+def test_they_stand_in_one_file(file: Path) -> None:
+    tree = ast.parse(file.read_text())
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert file.name == "private_torch.py" or not (names | texts) & set(PRIVATE)
