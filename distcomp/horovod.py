@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distcomp.attaching.observed import observer
 from distcomp.errors import DistcompError, SettingsMismatch, require
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods import Method, parse
@@ -74,6 +75,7 @@ class Exchange:
         self._layout = Layout(tuple(_segment(name, p) for name, p in self._parameters.items()))
         self._states = States(method)
         self._method = method
+        self._observe = observer(method, self._parameters)
         self._seed = seed
         self._means: dict[str, Tensor] = {}
         self.iterations = 0
@@ -99,7 +101,7 @@ class Exchange:
     def _agreed(self) -> dict[str, Tensor]:
         buffer = torch.cat([_gradient(p) for p in self._parameters.values()])
         old = self._states.of(self._layout, buffer.device)
-        context = context_of(self._channel, self._layout, self.iterations, self._seed)
+        context = context_of(self._channel, self._layout, self.iterations, self._seed, self._observe())
         agreed = exchange(self._method, buffer, old, context, self._executor)
         estimate = agreed.result().estimate
         commit(self._states, [agreed.aggregation])

@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
+from distcomp.active import NOTHING_OBSERVED, Observed
+from distcomp.attaching.observed import observer
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
+from distcomp.attaching.unused import UnusedParameters
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, ParamSlice
+from distcomp.methods.active_only import UNUSED_HERE, UsedOnly
 from distcomp.methods.base import Method
 from distcomp.private_torch import NO_BACKWARD, backward_number
 from distcomp.runtime.aggregation import Aggregation
@@ -42,8 +46,11 @@ class Scaler(Protocol):
 class Bucket:
     """A bucket on its way; DDP waits for its ``future``."""
 
-    def __init__(self, layout: Layout, buffer: Tensor, scale: Tensor | None) -> None:
+    def __init__(
+        self, layout: Layout, buffer: Tensor, scale: Tensor | None, observed: Observed = NOTHING_OBSERVED
+    ) -> None:
         self.layout = layout
+        self.observed = observed
         self.buffer = buffer
         self.scale = scale
         self._answer: Tensor | BaseException | None = None
@@ -83,6 +90,8 @@ class GradientSync(Sync):
     Every wait ends: an iteration whose last bucket is there ends with its exchanges, which have a timeout;
     one that ended short of buckets (a parameter had no gradient) is recognised at the optimizer's step or at
     the next forward, and named on every rank.
+    Where DDP looks for unused parameters (``find_unused_parameters=True``), those that no rank used in an
+    iteration are not sent, and their state stays as it was (:class:`distcomp.methods.active_only.UsedOnly`).
     """
 
     source = "outputs"
@@ -98,11 +107,17 @@ class GradientSync(Sync):
     ) -> None:
         super().__init__(method, session, clock)
         self.channel = session.channel
+        parameters = dict(ddp.module.named_parameters())
+        find_unused = ddp.find_unused_parameters
+        self._unused = UnusedParameters(parameters) if find_unused else None
+        self.exchanged = UsedOnly(method) if find_unused else method
         self.states = States(method)
         self.seed = seed
         self._scaler = scaler
         self._ddp = ddp
         self._segments = slices_of(ddp.module)
+        self._observe = observer(method, parameters)
+        self._observed: Observed = NOTHING_OBSERVED
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._expected = 0
         self._came: list[Layout] = []
@@ -124,7 +139,12 @@ class GradientSync(Sync):
         if self._driver is None:
             self._driver = _Thread(self) if buffer.device.type == "cpu" else _Stream(self, buffer.device)
         scale = self._scaler.scale(torch.ones((), device=buffer.device)) if self._scaler is not None else None
-        one = Bucket(self._layout(bucket), buffer, scale)
+        if index == 0:
+            self._observed = self._observe()
+        layout, observed = self._layout(bucket), self._observed
+        if self._unused is not None:
+            observed = {**observed, UNUSED_HERE: self._unused.take(layout)}
+        one = Bucket(layout, buffer, scale, observed)
         self.clock.exchange_begins()
         self._came = [*self._came, one.layout] if index else [one.layout]
         self._ended = False
@@ -168,6 +188,8 @@ class GradientSync(Sync):
 
     def close(self) -> None:
         super().close()
+        if self._unused is not None:
+            self._unused.close()
         if self._driver is None:
             return
         driver, self._driver = self._driver, None
@@ -257,8 +279,8 @@ class IterationRun:
         x = bucket.buffer.float()
         if bucket.scale is not None:
             x = x / bucket.scale
-        context = context_of(sync.channel, bucket.layout, sync.iterations, sync.seed)
-        aggregation = Aggregation(sync.method, x, sync.states.of(bucket.layout, x.device), context)
+        context = context_of(sync.channel, bucket.layout, sync.iterations, sync.seed, bucket.observed)
+        aggregation = Aggregation(sync.exchanged, x, sync.states.of(bucket.layout, x.device), context)
         self._drive.add(aggregation, lambda: bucket.answer_with(aggregation.finished().estimate))
 
     def end(self, ready_s: float) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distcomp.attaching.exchanges import Numbers
+from distcomp.attaching.observed import pruners_of
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.target import Target
 from distcomp.averaging.base import Averaging
@@ -44,17 +44,6 @@ class Consensus:
         layout = Layout.of([("masks", (x.numel(),))])
         context = context_of(self._sync.session.channel, layout, self._asked, "masks")
         return self._sync.exchange(aggregator, x, {}, context).result().estimate
-
-
-def pruners_of(method: Any) -> list[Pruner]:
-    """The pruners of a method and of those within it."""
-    if isinstance(method, Pruner):
-        return [method]
-    if isinstance(method, tuple):
-        return [pruner for one in method for pruner in pruners_of(one)]
-    if not is_dataclass(method) or isinstance(method, type):
-        return []
-    return [pruner for field in fields(method) for pruner in pruners_of(getattr(method, field.name))]
 
 
 def check(method: Any, target: Target) -> None:

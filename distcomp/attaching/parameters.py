@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from distcomp.attaching.observed import observer
 from distcomp.attaching.optimizers import average, forget, needed
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
@@ -72,6 +73,9 @@ class ParameterSync(Sync):
         self._ddp = target.ddp
         rank, size = session.rank, session.size
         self._fragments = fragment_states(averaging, self._weights.layout, rank, size)
+        observe = observer(averaging, self._weights.parameters)
+        for fragment in self._fragments:
+            fragment.observe = observe
         beside = any(fragment.averaging.overlap for fragment in self._fragments)
         self._executor = Executor(session.channel, self._weights.device, beside)
         self._timeline = Timeline()

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distcomp.active import NOTHING_OBSERVED, Observed
 from distcomp.collectives import Broadcast, Group, Rounds, within
 from distcomp.compressors import Identity
 from distcomp.errors import DistcompError
@@ -164,11 +165,13 @@ class FragmentState:
     exchanges: int = 0
     state: State = field(default_factory=dict)
     in_flight: InFlight | None = None
+    observe: Callable[[], Observed] = lambda: NOTHING_OBSERVED
+    """Tells what the training loop sees (:mod:`distcomp.active`)."""
 
     def start(self, x: Tensor) -> None:
         """Begin (anew) from a model that is equal on all ranks."""
         self.state = map_state(
-            self.averaging.init(x, self.context),
+            self.averaging.init(x, replace(self.context, observed=self.observe())),
             lambda _, buffer: FlatBuffer(buffer.data.to(x.device), buffer.layout),
             lambda _, leaf: leaf,
         )
@@ -182,7 +185,13 @@ class FragmentState:
         """Begin the exchange that is due."""
         shared = Key.of(seed, step).fold("averaging", self.name)
         context = AveragingContext(
-            self.context.rank, self.context.size, self.layout, self.exchanges, shared, absent
+            self.context.rank,
+            self.context.size,
+            self.layout,
+            self.exchanges,
+            shared,
+            absent,
+            observed=self.observe(),
         )
         self.last = step
         self.exchanges += 1

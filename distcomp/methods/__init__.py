@@ -1,5 +1,6 @@
 """What do the workers say to each other, round by round?"""
 
+from distcomp.methods.active_only import ActiveOnly
 from distcomp.methods.allocate import Allocate, allocate
 from distcomp.methods.base import AggregateResult, Method, PerParameter, StepContext
 from distcomp.methods.basic import bf16, except_small, fp16, identity, none, qsgd, with_feedback
@@ -35,6 +36,7 @@ from distcomp.registry import METHODS, Entry
 __all__ = [
     "EF21",
     "METHODS",
+    "ActiveOnly",
     "AggregateResult",
     "AllGatherMean",
     "AllReduceMean",

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from distcomp.active import Observed
 from distcomp.collectives import AllReduce, Rounds, all_reduce_sent_bytes
 from distcomp.grammar import Written
 from distcomp.layout import FlatBuffer, Layout
@@ -56,6 +57,8 @@ class StepContext:
     step: int
     shared: Key
     """The same on every rank in this step."""
+    observed: Observed = field(default_factory=dict, kw_only=True, repr=False, compare=False)
+    """What the training loop has seen and no number tells (:mod:`distcomp.active`)."""
 
     @property
     def private(self) -> Key:

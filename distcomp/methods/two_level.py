@@ -82,16 +82,9 @@ class TwoLevel(Method):
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         position = self._place(context.rank, context.size)
-        near = StepContext(
-            position.rank,
-            len(position.node),
-            context.layout,
-            context.step,
-            context.shared.fold("inside", position.index),
-        )
-        far = StepContext(
-            position.index, len(position.column), context.layout, context.step, context.shared.fold("across")
-        )
+        inside, across = context.shared.fold("inside", position.index), context.shared.fold("across")
+        near = replace(context, rank=position.rank, size=len(position.node), shared=inside)
+        far = replace(context, rank=position.index, size=len(position.column), shared=across)
         if near.size == 1:
             result = yield from within(position.column, self.across.aggregate(x, state["across"], far))
             return replace(result, state={**state, "across": result.state})

@@ -1,11 +1,12 @@
 """Which weights exist while we train?
 
 A *criterion* decides which weights live, a :class:`Pruner` asks it at the right time on all ranks alike, and
-:class:`Masked` keeps what is dead off the wire.
+:func:`distcomp.masked` keeps what is dead off the wire.
 """
 
 from distcomp.files.coding import CorruptFile
 from distcomp.files.container import Size, compress, decompress, sizes
+from distcomp.pruning.active import ActiveMasks, MaskSnapshot
 from distcomp.pruning.correlated import correlation
 from distcomp.pruning.discrimination import dcp
 from distcomp.pruning.frequency import Bands, frequency
@@ -26,15 +27,16 @@ from distcomp.pruning.regrowth import rigl
 from distcomp.pruning.sharing import Codebook, plain_state, share
 from distcomp.pruning.shrinking import shrink
 from distcomp.pruning.surgery import dns
-from distcomp.pruning.wire import Masked, Support
+from distcomp.pruning.wire import Support
 
 __all__ = [
+    "ActiveMasks",
     "Bands",
     "Codebook",
     "CorruptFile",
     "Criterion",
     "Mask",
-    "Masked",
+    "MaskSnapshot",
     "Pruner",
     "PruningContext",
     "Size",

@@ -8,16 +8,19 @@ may skip.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError, Mismatch
+from distcomp.pruning.active import ActiveMasks, MaskSnapshot
 from distcomp.pruning.masks import Mask, Pruned, digest, put_masks, unwrapped, weights_of
 from distcomp.randomness import Key
 from distcomp.training import Listener, clock_of
@@ -122,6 +125,9 @@ class Pruner(Listener):
         names: Iterable[str] | None = None,
         seed: int = 0,
     ) -> None:
+        self.name = f"pruner {next(_NUMBERS)}"
+        """In this process: under it masks are handed to the methods that send what they keep."""
+        _PRUNERS[self.name] = self
         self.criterion = criterion
         self.seed = seed
         self.step = 0
@@ -132,6 +138,7 @@ class Pruner(Listener):
         self._optimizer = optimizer
         self._gradients: Tensors = {}
         self._pending = False
+        self._snapshot: tuple[object, MaskSnapshot] | None = None
         if optimizer is None and (criterion.wants_optimizer or criterion.wants_gradients):
             raise DistcompError(f"{criterion} needs the optimizer; pass it after the model")
         chosen = weights_of(unwrapped(model)) if names is None else list(names)
@@ -177,6 +184,26 @@ class Pruner(Listener):
     def needs_dense(self, step: int, name: str) -> bool:
         """Whether the gradients of dead weights of this parameter are exchanged in iteration ``step``."""
         return self.criterion.wants_dense and self.criterion.due(step, name)
+
+    def snapshot(self) -> MaskSnapshot:
+        """The masks as they are now, and whose gradients the coming iteration wants whole: what does not
+        change any more."""
+        dense = frozenset(
+            one.wire_name for name, one in self.pruned.items() if self.needs_dense(self.step, name)
+        )
+        made_of = (self.version, dense)
+        if self._snapshot is None or self._snapshot[0] != made_of:
+            masks = {one.wire_name: one.mask.detach().cpu().clone() for one in self.pruned.values()}
+            self._snapshot = (made_of, MaskSnapshot(masks, dense))
+        return self._snapshot[1]
+
+    def active_parameters(self, dense: bool = True) -> ActiveMasks:
+        """What the masks keep, as a source of active parameters (:func:`distcomp.active_only`): it holds the
+        masks of today, and is handed newer ones where it is attached.
+
+        ``dense``: all coordinates are active in steps in which the criterion wants their gradients.
+        """
+        return ActiveMasks(self.name, self.snapshot(), self.criterion.keeps_dense_grad, dense)
 
     # -------------------------------------------------------------------------------------------- the clock
 
@@ -322,3 +349,20 @@ class Pruner(Listener):
     def detach(self) -> None:
         """Stop pruning. The masks stay as they are; :func:`distcomp.pruning.materialize` takes them off."""
         clock_of(self._model).leave(self)
+
+
+_NUMBERS = itertools.count()
+_PRUNERS: WeakValueDictionary[str, Pruner] = WeakValueDictionary()
+
+
+def pruner_named(name: str) -> Pruner:
+    """The pruner of this process that goes by a name.
+
+    Raises DistcompError where it is gone, or lives in another process.
+    """
+    if name not in _PRUNERS:
+        raise DistcompError(
+            f"a method sends what {name} keeps, which is not in this process; make the method here, with "
+            "distcomp.masked(pruner, ...)"
+        )
+    return _PRUNERS[name]

@@ -12,6 +12,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from distcomp.active import NOTHING_OBSERVED, Observed
 from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult, State, StepContext
 from distcomp.randomness import Key
@@ -23,9 +24,12 @@ from distcomp.runtime.pipeline import Timeline
 from distcomp.runtime.states import States, select
 
 
-def context_of(channel: Channel, layout: Layout, step: int, seed: int | str) -> StepContext:
+def context_of(
+    channel: Channel, layout: Layout, step: int, seed: int | str, observed: Observed = NOTHING_OBSERVED
+) -> StepContext:
     """Who exchanges, about what, and when: of a step of a run with ``seed``."""
-    return StepContext(channel.transport.rank, channel.transport.size, layout, step, Key.of(seed, step))
+    rank, size = channel.transport.rank, channel.transport.size
+    return StepContext(rank, size, layout, step, Key.of(seed, step), observed=observed)
 
 
 def exchange(

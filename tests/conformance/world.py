@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distcomp.active import NOTHING_OBSERVED, Observed
 from distcomp.collectives import AllReduce, Rounds
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods import AggregateResult, Method, StepContext
@@ -100,16 +101,24 @@ class Round:
 
 
 def converse(
-    method: Method, xs: Sequence[Tensor], states: Sequence[State], layout: Layout = ORDINARY, step: int = 0
+    method: Method,
+    xs: Sequence[Tensor],
+    states: Sequence[State],
+    layout: Layout = ORDINARY,
+    step: int = 0,
+    observed: Observed | Sequence[Observed] = NOTHING_OBSERVED,
 ) -> Round:
     """All workers talk once about a flat buffer."""
     size = len(xs)
     net = Lockstep(size)
     asked: list[Any] = []
     shared = Key.of(SEED, step)
+    each = [observed] * size if isinstance(observed, Mapping) else observed
     aggregations = [
-        Aggregation(Recorded(method, asked), x, state, StepContext(rank, size, layout, step, shared))
-        for rank, (x, state) in enumerate(zip(xs, states, strict=True))
+        Aggregation(
+            Recorded(method, asked), x, state, StepContext(rank, size, layout, step, shared, observed=seen)
+        )
+        for rank, (x, state, seen) in enumerate(zip(xs, states, each, strict=True))
     ]
     net.run(aggregations)
     results = [aggregation.result for aggregation in aggregations]

@@ -16,7 +16,7 @@ from distcomp.compressors import Quantize
 from distcomp.layout import Layout
 from distcomp.methods import AllReduceMean, ErrorFeedback, from_compressor
 from distcomp.payload import body_bytes
-from distcomp.pruning.wire import Masked, Support, active
+from distcomp.pruning.wire import Support
 
 SPECS = [name for name, entry in METHODS.items() if entry.kind == "gradient" and not entry.control]
 
@@ -31,14 +31,24 @@ def pruned(density=0.3, seed=0):
     return pruner, Layout(tuple(slices[id(parameter)] for parameter in model.parameters()))
 
 
+def active_in(pruner, layout):
+    return pruner.snapshot().active(layout, dense=False)
+
+
 def dead_in(pruner, layout):
-    return active(pruner, layout).spread(torch.ones(active(pruner, layout).layout.numel)) == 0
+    active = active_in(pruner, layout)
+    return active.spread(torch.ones(active.layout.numel)) == 0
+
+
+def seen(pruner):
+    """What the training loop hands over in a step."""
+    return {pruner.name: pruner.snapshot()}
 
 
 def test_support_sends_living_values_and_no_indices():
     pruner, layout = pruned()
     x = draw(1, layout)[0]
-    support = Support(pruner)
+    support = Support(pruner.snapshot())
     count = sum(int(mask.sum()) for mask in pruner.masks.values()) + 32 + 10
     payload = support.encode(x, layout, None)
     assert body_bytes(support.parts(layout)) == 4 * count == payload["values"].numel() * 4
@@ -55,10 +65,8 @@ def test_support_sends_living_values_and_no_indices():
 def test_masked_identity_is_support_on_an_all_reduce():
     pruner, layout = pruned()
     xs = draw(3, layout)
-    masked, lifted = (
-        Masked(pruner, from_compressor(distcomp.compressors.Identity())),
-        AllReduceMean(Support(pruner)),
-    )
+    masked = distcomp.masked(pruner, from_compressor(distcomp.compressors.Identity()))
+    lifted = AllReduceMean(Support(pruner.snapshot()))
     one = converse(masked, xs, [masked.init(layout)] * 3, layout)
     two = converse(lifted, xs, [lifted.init(layout)] * 3, layout)
     assert torch.equal(one.estimate, two.estimate)
@@ -136,14 +144,15 @@ def residual_of(state, path):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_what_came_in_is_what_was_sent_held_owed_and_dropped(residuals, size):
     model, pruner, layout = operated()
-    method = Masked(pruner, ErrorFeedback(from_compressor(Quantize(bits=2, rounding="nearest"))), residuals)
+    inner = ErrorFeedback(from_compressor(Quantize(bits=2, rounding="nearest")))
+    method = distcomp.masked(pruner, inner, residuals)
     states = [method.init(layout) for _ in range(size)]
     came = sent = torch.zeros(layout.numel, dtype=torch.float64)
     dense_steps = 0
     for step in range(11):
         xs = draw(size, layout, seed=step)
         dense = pruner.needs_dense(step, "0.weight")
-        round_ = converse(method, xs, states, layout, step)
+        round_ = converse(method, xs, states, layout, step, seen(pruner))
         states = round_.states
         came = came + torch.stack(xs).double().sum(0)
         sent = sent + size * round_.estimate.double()
@@ -170,13 +179,13 @@ def test_a_residual_waits_until_its_weight_lives_again():
     model = nn.Sequential(nn.Linear(4, 2, bias=False))
     pruner = pruning.fixed(model, {"0.weight": torch.ones(2, 4)})
     layout = Layout((slices_of(model)[id(next(model.parameters()))],))
-    method = Masked(pruner, ErrorFeedback(from_compressor(Quantize(bits=1))))
+    method = distcomp.masked(pruner, ErrorFeedback(from_compressor(Quantize(bits=1))))
     x = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8])
     first = converse(method, [x], [method.init(layout)], layout)
     residual = tensors(first.states[0])["0.parametrizations.weight.original/inner/residual"].clone()
     assert (residual != 0).any()
     pruner.pruned["0.weight"].mask[:, 2:] = False
-    second = converse(method, [x], first.states, layout, 1)
+    second = converse(method, [x], first.states, layout, 1, seen(pruner))
     kept = tensors(second.states[0])["0.parametrizations.weight.original/inner/residual"].view(2, 4)
     assert torch.equal(kept[:, 2:], residual.view(2, 4)[:, 2:])
     assert not torch.equal(kept[:, :2], residual.view(2, 4)[:, :2])
@@ -191,7 +200,7 @@ def test_structured_survivors_stay_matrices():
     pruner = pruning.fixed(model, {"0.weight": conv, "2.weight": rows})
     slices = slices_of(model)
     layout = Layout(tuple(slices[id(parameter)] for parameter in model.parameters()))
-    shapes = {one.name: one.shape for one in active(pruner, layout).layout.slices}
+    shapes = {one.name: one.shape for one in active_in(pruner, layout).layout.slices}
     assert shapes["0.parametrizations.weight.original"] == (4, 3, 3, 3)
     assert shapes["2.parametrizations.weight.original"] == (7, 32)
     rank = distcomp.masked(pruner, "powersgd:rank=1")
@@ -210,11 +219,11 @@ def test_a_warm_start_of_another_shape_begins_anew():
     round_ = converse(method, draw(2, layout), [method.init(layout)] * 2, layout)
     pruner.pruned["0.weight"].mask[:, 20:] = False
     xs = draw(2, layout, seed=1)
-    after = converse(method, xs, round_.states, layout, 1)
+    after = converse(method, xs, round_.states, layout, 1, seen(pruner))
     inactive = dead_in(pruner, layout)
     assert (after.estimate[inactive] == 0).all()
     assert torch.isfinite(after.estimate).all()
-    fresh = method.inner.init(active(pruner, layout).layout)
+    fresh = method.inner.init(active_in(pruner, layout).layout)
     kept = {tuple(leaf.shape) for leaf in tensors(after.states[0]).values()}
     assert kept >= {tuple(leaf.shape) for leaf in tensors(fresh).values() if leaf.dim() == 2}
 

@@ -6,7 +6,7 @@ compressor. Within an averaging a method's steps are exchanges.
 """
 
 from distcomp.averaging.recipes.gossip import choco, dcd, deepsqueeze, dpsgd, ecd
-from distcomp.averaging.recipes.masked import masked
+from distcomp.averaging.recipes.masked import active_only, masked
 from distcomp.averaging.recipes.periodic import (
     diloco,
     local_sgd,
@@ -20,6 +20,7 @@ from distcomp.averaging.recipes.periodic import (
 )
 
 __all__ = [
+    "active_only",
     "choco",
     "dcd",
     "deepsqueeze",
