@@ -42,7 +42,8 @@ class ActiveOnly(Method):
         p_i      = x_i + h_i                     h: what is owed to inactive coordinates, if it is held
         estimate = spread(inner(pick(p_i)));     h_i = p_i where inactive, 0 elsewhere
 
-    ``h`` is there where the source says that inactive coordinates have gradients (``source.keeps_dense_grad``).
+    ``h`` is there where the source says that inactive coordinates have gradients
+    (``source.keeps_dense_grad``).
 
     When the active set changes, what ``inner`` remembers of a coordinate stays with it: the residual of one
     that is no longer active waits until it is (``residuals="keep"``) or goes, and is added up under
@@ -162,7 +163,8 @@ def compared(active: ActiveSet, context: StepContext) -> Rounds[None]:
         raise Mismatch(
             f"the active parameters of rank {', '.join(map(str, odd))} differ from those of rank 0 in step "
             f"{context.step} ({active.layout.numel} of {active.whole.numel} elements are active here); "
-            "a source of active parameters may depend on the step, the shared key and what all ranks observe alike"
+            "a source of active parameters may depend on the step, the shared key and what all ranks "
+            "observe alike"
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distcomp.precision.convert import BitWidths, Quantizers, convert
 from distcomp.precision.noise import Noise, sign, straight_through
+from distcomp.precision.quantizer import FULL, WeightQuantizer
 from distcomp.randomness import Key
 
 ENDS = ("first", "last")
@@ -115,7 +116,7 @@ class Clip(nn.Module):
         return w.clamp(-self.limit, self.limit)
 
 
-class BinaryWeight(nn.Module):
+class BinaryWeight(WeightQuantizer):
     """``h sign(w)``, at random where noise is given; the gradient passes straight through."""
 
     def __init__(self, h: float, noise: Noise | None) -> None:
@@ -123,7 +124,12 @@ class BinaryWeight(nn.Module):
         self.h = h
         self.noise = noise
 
-    def forward(self, w: Tensor) -> Tensor:
+    @property
+    def width(self) -> float:
+        """1; with noise, ``eval()`` computes with the latent weight."""
+        return 1 if self.noise is None else FULL
+
+    def decode(self, w: Tensor) -> Tensor:
         """The weight that is computed with."""
         if self.noise is None:
             return straight_through(w, self.h * sign(w))
@@ -131,10 +137,6 @@ class BinaryWeight(nn.Module):
             return w
         chance = ((w / self.h + 1) / 2).clamp(0, 1)
         return straight_through(w, self.h * sign(chance - self.noise(w) - TINIEST))
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        """An assigned value becomes the latent weight."""
-        return value
 
 
 TINIEST = 2.0**-26
@@ -166,17 +168,22 @@ class ScaledSign(torch.autograd.Function):
         return back
 
 
-class ScaledBinary(nn.Module):
+class ScaledBinary(WeightQuantizer):
     """XNOR-Net's weights: see :func:`xnor_net`."""
 
-    def forward(self, w: Tensor) -> Tensor:
+    @property
+    def width(self) -> float:
+        """1."""
+        return 1
+
+    def scales(self, weight: Tensor) -> int:
+        """alpha of each filter."""
+        return weight.shape[0]
+
+    def decode(self, w: Tensor) -> Tensor:
         """``alpha sign(w)``, alpha of each output filter."""
         scaled: Tensor = ScaledSign.apply(w)  # type: ignore[no-untyped-call]
         return scaled
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        """An assigned value becomes the latent weight."""
-        return value
 
 
 class SignAndScale(nn.Module):

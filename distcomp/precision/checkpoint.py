@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distcomp.compressors.fixed import integer_bytes, pack_integers, unpack_integers
 from distcomp.errors import DistcompError
+from distcomp.parametrize import materialize
 from distcomp.precision.convert import remove
 
 WIDEST_CODE = 16
@@ -18,7 +19,8 @@ CODES, VALUES, SHAPE = "codes", "values", "shape"
 
 
 def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The ``state_dict`` of the baked model, for inference, each tensor as small as it can be had exactly.
+    """The ``state_dict`` of the baked model without any parametrization, for inference, each tensor as small
+    as it can be had exactly.
 
     A float32 tensor of v distinct numbers is stored as ``name:values`` (the v numbers), ``name:codes``
     (``ceil(log2 v)`` bits per element) and ``name:shape``, where that is smaller; any other tensor as it is.
@@ -26,7 +28,7 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
     and load it with ``weights_only=True``. The model stays as it is.
     """
     packed: dict[str, Tensor] = {}
-    for name, tensor in remove(copy.deepcopy(model)).state_dict().items():
+    for name, tensor in materialize(remove(copy.deepcopy(model), densify=True)).state_dict().items():
         packed |= _packed(name, tensor.detach())
     return packed
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distcomp.errors import DistcompError
+from distcomp.parametrize import parameters
 from distcomp.precision.binary import BinaryWeight
 from distcomp.precision.convert import BitWidths, Quantizers, convert, converted, latent_of
 from distcomp.precision.noise import sign, straight_through
@@ -115,7 +116,7 @@ def slow_groups(
     of momentum SGD they run off before the weights have learned anything. Adam, whose steps do not grow with
     the gradient, does without.
     """
-    latent = {id(latent_of(layer, "weight")) for _, layer in converted(model)}
+    latent = {id(one) for _, layer in converted(model) for one in parameters(layer, "weight")}
     common = {
         id(one)
         for part in model.modules()

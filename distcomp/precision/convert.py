@@ -1,10 +1,10 @@
 """How quantizers meet an ordinary model, and leave it again: parametrizations, hooks, and a projection.
 
-A converted layer keeps its class of operation. Its weight is read through a parametrization (the latent
-tensor is ``layer.parametrizations.weight.original``); ``layer.input_quantizer`` quantizes what it is given,
-``layer.output_quantizer`` what it gives (forward) and the gradient that comes back (backward);
-``layer.weight_projection`` puts latent tensors back where they belong after each optimizer step (on a grid,
-into [-1, 1]).
+A converted layer keeps its class of operation. Its weight is read through a parametrization, which stacks
+with others (:mod:`distcomp.parametrize`); the latent tensor is :func:`latent_of` it.
+``layer.input_quantizer`` quantizes what it is given, ``layer.output_quantizer`` what it gives (forward) and
+the gradient that comes back (backward); ``layer.weight_projection`` puts latent tensors back where they
+belong after each optimizer step (on a grid, into [-1, 1]).
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from distcomp.errors import DistcompError
-from distcomp.parametrized import own_class
+from distcomp.parametrize import Parametrization, chain, latent, parameters
+from distcomp.parametrize import install as install_parametrization
+from distcomp.parametrize.chain import apply, removal
+from distcomp.parametrize.registered import own_class
+from distcomp.precision.quantizer import FULL
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLACES = ("arriving", "leaving", "resting")
-FULL = 32
+OWNER = "precision"
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Quantizers:
     """What one layer gets. ``parameters`` are parametrizations by the parameter's name."""
 
     bit_widths: BitWidths
-    parameters: dict[str, nn.Module] = field(default_factory=dict)
+    parameters: dict[str, Parametrization] = field(default_factory=dict)
     input_quantizer: nn.Module | None = None
     output_quantizer: nn.Module | None = None
     weight_projection: nn.Module | None = None
@@ -83,8 +87,11 @@ def chosen(model: nn.Module, skip: tuple[str, ...]) -> list[tuple[str, nn.Module
 
 def convert(model: nn.Module, plan: Plan, skip: tuple[str, ...]) -> nn.Module:
     """Give every layer that is not kept its quantizers, in place."""
-    planned = [(layer, plan(name, layer)) for name, layer in chosen(model, skip)]
-    for layer, quantizers in planned:
+    planned = [(name, layer, plan(name, layer)) for name, layer in chosen(model, skip)]
+    for name, layer, quantizers in planned:
+        if quantizers.weight_projection is not None:
+            _check_resting(name, layer, quantizers.weight_projection)
+    for _, layer, quantizers in planned:
         install(layer, quantizers)
     return model
 
@@ -92,16 +99,14 @@ def convert(model: nn.Module, plan: Plan, skip: tuple[str, ...]) -> nn.Module:
 def install(layer: nn.Module, quantizers: Quantizers) -> None:
     """One layer's quantizers."""
     layer.bit_widths = quantizers.bit_widths  # type: ignore[assignment]
-    layer.swapped = (type(layer), tuple(quantizers.attributes))  # type: ignore[assignment]
+    layer.swapped = (type_before_parametrizations(layer), tuple(quantizers.attributes))  # type: ignore[assignment]
     if quantizers.kind is not None:
-        layer.__class__ = quantizers.kind
+        own_class(layer, quantizers.kind)
         for name, value in quantizers.attributes.items():
             setattr(layer, name, value)
     for name, parametrization in quantizers.parameters.items():
-        if getattr(layer, name) is not None:
-            parametrization.to(getattr(layer, name).device)
-            unsafe = getattr(parametrization, "unsafe", False)
-            parametrize.register_parametrization(layer, name, parametrization, unsafe=unsafe)
+        if _has(layer, name):
+            install_parametrization(layer, name, parametrization)
     hooks = []
     if quantizers.input_quantizer is not None:
         layer.input_quantizer = quantizers.input_quantizer.to(_device(layer))
@@ -125,43 +130,58 @@ def converted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, layer) for name, layer in layers(model) if is_converted(layer))
 
 
-def remove(model: nn.Module, materialize: bool = True) -> nn.Module:
-    """Give back a plain model, in place: same classes, same names in ``state_dict``.
+def remove(model: nn.Module, materialize: bool = True, *, densify: bool = False) -> nn.Module:
+    """Take all quantizers off, in place: same classes, same names in ``state_dict`` as before they came.
 
-    ``materialize`` leaves the quantized weights in it, otherwise their latent ones. Activations and gradients
-    are no longer quantized (to keep binary ones, see :func:`distcomp.precision.pack`). Does nothing to a
-    layer that is not converted.
+    ``materialize`` leaves the quantized weights in the model, otherwise their latent ones. Activations and
+    gradients are no longer quantized (to keep binary ones, see :func:`distcomp.precision.pack`). Does
+    nothing to a layer that is not converted. Other parametrizations (masks, codebooks, structures) stay.
+
+    Raises DistcompError, and changes nothing, where a structure or codebook below a quantizer cannot hold the
+    quantized weights exactly: ``materialize=False`` keeps what it holds, ``densify=True`` the quantized
+    weights, as many numbers as these are.
     """
-    for _, layer in list(converted(model)):
+    every = list(converted(model))
+    removals = [
+        removal(model, f"{path}.{name}" if path else name, OWNER, materialize=materialize, densify=densify)
+        for path, layer in every
+        for name in quantized(layer)
+    ]
+    apply(removals)
+    for _, layer in every:
         for hook in layer.precision_hooks:  # type: ignore[union-attr]
             hook.remove()
-        if parametrize.is_parametrized(layer):
-            was_training = layer.training
-            own_class(layer)
-            layer.eval()
-            for name in list(layer.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(layer, name, leave_parametrized=materialize)
-            layer.train(was_training)
-            for name in ("weight", "bias"):  # in the order they had
-                parameter = getattr(layer, name)
-                delattr(layer, name)
-                layer.register_parameter(name, parameter)
         for place in PLACES:
             if hasattr(layer, place):
                 delattr(layer, place)
-        layer.__class__, added = layer.swapped  # type: ignore[misc]
+        kind, added = layer.swapped  # type: ignore[misc]
+        own_class(layer, kind)
         for name in ("widths", "swapped", "precision_hooks", *added):
             delattr(layer, name)
     return model
 
 
+def quantized(layer: nn.Module) -> list[str]:
+    """The names of a layer's parameters that have a quantizer."""
+    return [
+        name
+        for name in getattr(layer, "parametrizations", ())
+        if any(_is_quantizer(link) for link in chain(layer, name))
+    ]
+
+
+def _is_quantizer(link: nn.Module) -> bool:
+    return isinstance(link, Parametrization) and link.owner == OWNER
+
+
 def latent_of(layer: nn.Module, name: str) -> Tensor | None:
-    """The tensor behind a parametrized parameter, or the parameter itself."""
-    if parametrize.is_parametrized(layer, name):
-        behind: Tensor = layer.parametrizations[name].original  # type: ignore[index, union-attr]
-        return behind
-    own: Tensor | None = getattr(layer, name, None)
-    return own
+    """The tensor that a parameter's quantizer is given (the parameter, unless others lie below), or else the
+    parameter; None where there is none."""
+    return latent(layer, name, OWNER) if _has(layer, name) else None
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    return name in getattr(layer, "parametrizations", ()) or layer._parameters.get(name) is not None
 
 
 def _device(layer: nn.Module) -> torch.device:
@@ -196,12 +216,41 @@ class WeightProjection(nn.Module):
 
     @torch.no_grad()
     def project(self, owned: set[int] | None = None) -> None:
-        """Apply the law to the tensors in ``owned`` (ids), or to all."""
-        for name in self.layer.parametrizations:
-            latent = latent_of(self.layer, name)
-            if latent is not None and (owned is None or id(latent) in owned):
-                local = latent.to_local() if hasattr(latent, "to_local") else latent
+        """Apply the law to the tensors in ``owned`` (ids), or to all.
+
+        A law about weights is one about what is stored where weights are numbers of that: not under a
+        structure.
+        """
+        for name in quantized(self.layer):
+            theta = parameters(self.layer, name)
+            mine = [one for one in theta if owned is None or id(one) in owned]
+            if not mine or not _holds_weights(type(self.layer).__name__, self.layer, name, self.law):
+                continue
+            for parameter in mine:
+                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                 local.copy_(self.law(local))
+
+
+def _check_resting(path: str, layer: nn.Module, law: nn.Module) -> None:
+    for name in ("weight", "bias"):
+        if _has(layer, name):
+            _holds_weights(path, layer, name, law)
+
+
+def _holds_weights(path: str, layer: nn.Module, name: str, law: nn.Module) -> bool:
+    """Whether what is stored are numbers of the weight. Raises DistcompError for a law that needs it."""
+    for link in chain(layer, name):
+        if _is_quantizer(link):
+            break
+        if not (isinstance(link, Parametrization) and link.selects):
+            if getattr(law, "needs_weights", False):
+                raise DistcompError(
+                    f"the {name} of {path} is stored as {type(link).__name__}, whose numbers are no "
+                    "weights that could be kept on a grid; name the layer in keep, or use "
+                    "distcomp.precision.gradual"
+                )
+            return False
+    return True
 
 
 _RESTING: WeakSet[WeightProjection] = WeakSet()

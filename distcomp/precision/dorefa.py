@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from distcomp.errors import DistcompError
-from distcomp.precision.convert import FULL, BitWidths, Quantizers, convert
+from distcomp.precision.convert import BitWidths, Quantizers, convert
 from distcomp.precision.noise import Noise, sign, straight_through, uniform_like
+from distcomp.precision.quantizer import FULL, WeightQuantizer
 from distcomp.randomness import Key
 
 TINY = torch.finfo(torch.float32).tiny
@@ -68,24 +69,29 @@ def quantize_unit(x: Tensor, bits: int) -> Tensor:
     return torch.round(x * levels) / levels
 
 
-class DorefaWeight(nn.Module):
+class DorefaWeight(WeightQuantizer):
     """The weight that is computed with; gradients pass straight through the rounding, not through tanh."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
 
-    def forward(self, w: Tensor) -> Tensor:
+    @property
+    def width(self) -> float:
+        """As many as it was made with."""
+        return self.bits
+
+    def scales(self, weight: Tensor) -> int:
+        """``E|w|``, for signs."""
+        return int(self.bits == 1)
+
+    def decode(self, w: Tensor) -> Tensor:
         """Equation of :func:`dorefa`."""
         if self.bits == 1:
             return straight_through(w, sign(w) * w.abs().mean())
         t = torch.tanh(w)
         unit = t / (2 * t.abs().max().clamp(min=TINY)) + 0.5
         return 2 * straight_through(unit, quantize_unit(unit, self.bits)) - 1
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        """An assigned value becomes the latent weight."""
-        return value
 
 
 class DorefaActivation(nn.Module):

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from distcomp.errors import DistcompError
-from distcomp.precision.convert import FULL, BitWidths, Quantizers, convert
+from distcomp.parametrize import Parametrization
+from distcomp.precision.convert import BitWidths, Quantizers, convert
 from distcomp.precision.noise import straight_through
+from distcomp.precision.quantizer import FULL, WeightQuantizer
 
 MOST_ROUNDS = 20
 STEPS = (1.0, 0.5, 0.25, 0.125)
@@ -45,7 +47,7 @@ def weighted_entropy(
         )
 
     def plan(name: str, layer: nn.Module) -> Quantizers:
-        parameters: dict[str, nn.Module] = {"weight": ClusteredWeight(weights, every)}
+        parameters: dict[str, Parametrization] = {"weight": ClusteredWeight(weights, every)}
         input_quantizer = LogActivation(activations, every) if activations < FULL else None
         return Quantizers(BitWidths(weights, activations), parameters, input_quantizer)
 
@@ -104,7 +106,7 @@ def clustered(w: Tensor, bits: int) -> Tensor:
     return out.view_as(w)
 
 
-class ClusteredWeight(nn.Module):
+class ClusteredWeight(WeightQuantizer):
     """Weights in clusters of the largest weighted entropy; kept between the forwards that choose anew."""
 
     values: Tensor
@@ -118,8 +120,17 @@ class ClusteredWeight(nn.Module):
 
     calls: Tensor
 
+    @property
+    def width(self) -> float:
+        """Of the number of a cluster."""
+        return self.bits
+
+    def scales(self, weight: Tensor) -> int:
+        """A representative for each cluster."""
+        return 1 << self.bits
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, w: Tensor) -> Tensor:
+    def decode(self, w: Tensor) -> Tensor:
         """The weight that is computed with."""
         due = self.training and int(self.calls) % self.every == 0
         if self.training:
@@ -127,10 +138,6 @@ class ClusteredWeight(nn.Module):
         if due or not self.training or self.values.shape != w.shape:
             self.values = clustered(w, self.bits)
         return straight_through(w, self.values)
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        """An assigned value becomes the latent weight."""
-        return value
 
 
 def log_levels(x: Tensor, offset: float, step: float, bits: int) -> Tensor:

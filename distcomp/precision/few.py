@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from distcomp.errors import DistcompError
 from distcomp.kernels.reference import round_at_random
 from distcomp.precision.binary import BinaryWeight, Clip, glorot_scale
 from distcomp.precision.convert import BitWidths, Quantizers, convert
 from distcomp.precision.noise import Noise, sign, straight_through, uniform_like
+from distcomp.precision.quantizer import WeightQuantizer
 from distcomp.randomness import Key
 
 
@@ -61,7 +63,7 @@ def few_multiplications(
     return convert(model, plan, skip)
 
 
-class TernaryWeight(nn.Module):
+class TernaryWeight(WeightQuantizer):
     """``h sign(w) b`` with ``P(b = 1) = |w| / h``; the gradient passes straight through."""
 
     def __init__(self, h: float, noise: Noise) -> None:
@@ -69,16 +71,12 @@ class TernaryWeight(nn.Module):
         self.h = h
         self.noise = noise
 
-    def forward(self, w: Tensor) -> Tensor:
+    def decode(self, w: Tensor) -> Tensor:
         """The weight that is computed with."""
         if not self.training:
             return w
         chance = (w.abs() / self.h).clamp(max=1)
         return straight_through(w, self.h * sign(w) * round_at_random(chance, self.noise(w)))
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        """An assigned value becomes the latent weight."""
-        return value
 
 
 def power_of_two(x: Tensor, u: Tensor, exponents: int | None) -> Tensor:
@@ -167,7 +165,7 @@ SWAPPED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FewLinear, nn.Conv
 
 def shifted_kind(layer: nn.Module) -> type[nn.Module]:
     """The class whose weight gradient is computed by shifts."""
-    kind = SWAPPED.get(type(layer))
+    kind = SWAPPED.get(type_before_parametrizations(layer))
     if kind is None or getattr(layer, "padding_mode", "zeros") != "zeros":
         raise DistcompError(
             f"few_multiplications knows Linear and Conv2d with zero padding, not {layer}; name it in keep, "

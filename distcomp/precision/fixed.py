@@ -11,6 +11,7 @@ from distcomp.compressors import FixedPoint
 from distcomp.errors import DistcompError
 from distcomp.precision.convert import BitWidths, Quantizers, convert
 from distcomp.precision.noise import Noise, straight_through, uniform_like
+from distcomp.precision.quantizer import WeightQuantizer
 from distcomp.randomness import Key
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -67,7 +68,10 @@ def fixed_point(
 
         return Quantizers(
             bit_widths,
-            {one: GridGradient(rounder(gradient_format, own.fold(one)), exact) for one in ("weight", "bias")},
+            {
+                one: GridGradient(rounder(gradient_format, own.fold(one)), exact, weight_format.bits)
+                for one in ("weight", "bias")
+            },
             input_quantizer=Widen() if exact else None,
             output_quantizer=GridOutput(
                 rounder(activation_format, own.fold("y")), rounder(gradient_format, own.fold("e"))
@@ -80,6 +84,9 @@ def fixed_point(
 
 class Round(nn.Module):
     """Rounding to a format; at random where a key is given, while training."""
+
+    needs_weights = True
+    """As a law at rest: it says nothing about the factors of a weight."""
 
     def __init__(self, format: FixedPoint, key: Key | None) -> None:
         super().__init__()
@@ -120,28 +127,29 @@ class RoundedBack(torch.autograd.Function):
         return rounded.to(ctx.dtype), None, None
 
 
-class GridGradient(nn.Module):
+class GridGradient(WeightQuantizer):
     """A parameter as it is (widened where sums are exact), whose gradient is rounded."""
 
-    unsafe = True
-    """It may change the type of what it is given."""
+    changes_dtype = True
 
-    def __init__(self, gradient: Round, exact: bool) -> None:
+    def __init__(self, gradient: Round, exact: bool, bits: float) -> None:
         super().__init__()
         self.gradient = gradient
         self.exact = exact
+        self.bits = bits
 
-    def forward(self, latent: Tensor) -> Tensor:
+    @property
+    def width(self) -> float:
+        """Of the grid on which the latent weight is kept."""
+        return self.bits
+
+    def decode(self, latent: Tensor) -> Tensor:
         """The parameter that the layer computes with."""
         if not (self.training or torch.is_grad_enabled()) and not self.exact:
             return latent
         dtype = torch.float64 if self.exact and self.training else latent.dtype
         read: Tensor = RoundedBack.apply(latent, self.gradient.later(), dtype)  # type: ignore[no-untyped-call]
         return read
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        """What is kept of an assigned value: itself."""
-        return value
 
 
 class Widen(nn.Module):

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from distcomp.compressors import FixedPoint
 from distcomp.errors import DistcompError
-from distcomp.precision.convert import FULL, BitWidths, Quantizers, convert, converted
+from distcomp.parametrize import Parametrization
+from distcomp.precision.convert import BitWidths, Quantizers, convert, converted
 from distcomp.precision.noise import straight_through
+from distcomp.precision.quantizer import FULL, WeightQuantizer
 
 
 def gradual(
@@ -48,14 +50,14 @@ def gradual(
     )
 
     def plan(name: str, layer: nn.Module) -> Quantizers:
-        parameters: dict[str, nn.Module] = {"weight": Nearest(weight_format)} if weight_format else {}
+        parameters: dict[str, Parametrization] = {"weight": Nearest(weight_format)} if weight_format else {}
         input_quantizer = Nearest(activation_format, masked) if activation_format else None
         return Quantizers(bit_widths, parameters, input_quantizer)
 
     return convert(model, plan, skip)
 
 
-class Nearest(nn.Module):
+class Nearest(WeightQuantizer):
     """Rounding to the nearest of a format, which can be switched off.
 
     Where ``masked``, what is clamped passes no gradient.
@@ -67,16 +69,17 @@ class Nearest(nn.Module):
         self.masked = masked
         self.on = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def width(self) -> float:
+        """Of the format, while it is on."""
+        return self.format.bits if self.on else FULL
+
+    def decode(self, x: Tensor) -> Tensor:
         """``x`` rounded, or as it is."""
         if not self.on:
             return x
         inside = x.abs() <= self.format.half * self.format.spacing if self.masked else None
         return straight_through(x, self.format.round(x), inside)
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        """An assigned value becomes the latent weight."""
-        return value
 
 
 def set_activations(model: nn.Module, on: bool) -> None:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from distcomp.errors import DistcompError
 from distcomp.kernels.binary import binary_conv2d, binary_linear, pack_filters
-from distcomp.precision.binary import Sign, SignAndScale
+from distcomp.parametrize import chain
+from distcomp.precision.binary import BinaryWeight, ScaledBinary, Sign, SignAndScale
 from distcomp.precision.convert import converted, remove
 
 
@@ -28,7 +29,7 @@ def pack(model: nn.Module) -> nn.Module:
         )
     packed = [(name, layer, _packed(name, layer)) for name, layer in chosen]
     for name, layer, one in packed:
-        remove(layer)
+        remove(layer, densify=True)
         if layer is model:
             return one
         parent, _, child = name.rpartition(".")
@@ -43,6 +44,10 @@ def _is_binary(layer: nn.Module) -> bool:
 
 def _packed(name: str, layer: nn.Module) -> nn.Module:
     scaled = isinstance(layer.input_quantizer, SignAndScale)
+    if chain(layer, "weight")[-1].__class__ not in (BinaryWeight, ScaledBinary):
+        raise DistcompError(
+            f"the binary weight of {name} is pruned, and packed words hold no zeros; take the masks off first"
+        )
     weight: Tensor = layer.weight  # type: ignore[assignment]
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
     if isinstance(layer, nn.Conv2d):

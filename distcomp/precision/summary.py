@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from distcomp.errors import DistcompError
-from distcomp.precision.convert import BitWidths, latent_of, layers
+from distcomp.parametrize import bits as stored_bits
+from distcomp.parametrize import chain, parameters
+from distcomp.precision.convert import BitWidths, latent_of, layers, quantized
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,15 @@ def summary(model: nn.Module, example: Any = None) -> Summary:
 
 def _row(name: str, layer: nn.Module, operations: int) -> LayerSummary:
     bit_widths = getattr(layer, "widths", BitWidths())
-    weight, bias = latent_of(layer, "weight"), latent_of(layer, "bias")
-    assert weight is not None
+    bias = latent_of(layer, "bias")
+    weights = sum(one.numel() for one in parameters(layer, "weight"))
     bias_numel = 0 if bias is None else bias.numel()
-    on_grid = "bias" in getattr(layer, "parametrizations", ())
-    bits = weight.numel() * bit_widths.weights + bias_numel * (bit_widths.weights if on_grid else 32)
-    return LayerSummary(name, bit_widths, weight.numel() + bias_numel, -(-int(bits) // 8), operations)
+    if len(chain(layer, "weight")) > len({"weight"} & {*quantized(layer)}):
+        bits = stored_bits(layer, "weight")
+    else:
+        bits = weights * bit_widths.weights
+    bits += bias_numel * (bit_widths.weights if "bias" in quantized(layer) else 32)
+    return LayerSummary(name, bit_widths, weights + bias_numel, -(-int(bits) // 8), operations)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distcomp.errors import DistcompError
 from distcomp.precision.convert import BitWidths, Quantizers, convert
+from distcomp.precision.quantizer import WeightQuantizer
 
 TERNARY_BITS = 2
 
@@ -66,7 +67,7 @@ class Ternarize(torch.autograd.Function):
         return latent, (g * above).sum().view_as(positive), -(g * below).sum().view_as(negative), None
 
 
-class TrainedTernary(nn.Module):
+class TrainedTernary(WeightQuantizer):
     """The ternary weight and its two magnitudes."""
 
     def __init__(self, latent: Tensor, threshold: float, initial: float | None) -> None:
@@ -77,15 +78,20 @@ class TrainedTernary(nn.Module):
         self.positive = nn.Parameter(_start(w[w > t], initial, w))
         self.negative = nn.Parameter(_start(-w[w < -t], initial, w))
 
-    def forward(self, w: Tensor) -> Tensor:
+    @property
+    def width(self) -> float:
+        """Of -W_n, 0 and W_p."""
+        return TERNARY_BITS
+
+    def scales(self, weight: Tensor) -> int:
+        """W_n and W_p."""
+        return 2
+
+    def decode(self, w: Tensor) -> Tensor:
         """The weight that is computed with."""
         t = self.threshold * w.detach().abs().max()
         weight: Tensor = Ternarize.apply(w, self.positive, self.negative, t)  # type: ignore[no-untyped-call]
         return weight
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        """An assigned value becomes the latent weight."""
-        return value
 
 
 def _start(magnitudes: Tensor, initial: float | None, like: Tensor) -> Tensor:

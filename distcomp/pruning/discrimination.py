@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,8 @@ from torch.nn import functional
 from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
-from distcomp.pruning.masks import evaluating, keep_largest, unwrapped
+from distcomp.parametrize import chain, evaluating, parameters
+from distcomp.pruning.masks import Mask, keep_largest, unwrapped
 from distcomp.pruning.pruner import Criterion, Pruner, PruningContext, Tensors
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -50,19 +50,19 @@ class Discrimination(Criterion):
     def _selected(self, name: str) -> Tensor:
         path, _, tensor = name.rpartition(".")
         layer = self.model.get_submodule(path)
-        chain: Any = layer.parametrizations[tensor]  # type: ignore[index]
-        weight, mask = chain.original, chain[0].mask
-        before, dense_grad = mask.clone(), chain[0].dense_grad
+        (masking,) = [link for link in chain(layer, tensor) if isinstance(link, Mask)]
+        (weight,) = parameters(layer, tensor)
+        mask, before, dense_grad = masking.mask, masking.mask.clone(), masking.dense_grad
         outputs: list[Tensor] = []
         hook = layer.register_forward_hook(lambda *seen: outputs.append(seen[2]))
-        chain[0].dense_grad = True  # channels that are not selected have gradients, too
+        masking.dense_grad = True  # channels that are not selected have gradients, too
         try:
             with evaluating(self.model), torch.enable_grad():
                 return self._greedy(weight, mask, outputs)
         finally:
             hook.remove()
             mask.copy_(before)
-            chain[0].dense_grad = dense_grad
+            masking.dense_grad = dense_grad
 
     def _greedy(self, weight: Tensor, mask: Tensor, outputs: list[Tensor]) -> Tensor:
         inputs, targets = self.data

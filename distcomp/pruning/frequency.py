@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
+from distcomp.parametrize import Order
 from distcomp.pruning.masks import Mask, unwrapped
 from distcomp.pruning.pruner import Pruner
 from distcomp.pruning.surgery import Draws, Surgery, check_rarity
@@ -32,6 +33,8 @@ class FrequencyMask(Mask):
     The transform is orthonormal: the gradient of F is that of w, transformed, and SGD moves the same weights.
     """
 
+    order = Order.STRUCTURE
+    selects = False
     rows: Tensor
     columns: Tensor
 
@@ -40,8 +43,13 @@ class FrequencyMask(Mask):
         for name, size in (("rows", like.shape[-2]), ("columns", like.shape[-1])):
             self.register_buffer(name, dct_basis(size).to(like), persistent=False)
 
-    def forward(self, original: Tensor) -> Tensor:
-        return self.rows.T @ super().forward(original) @ self.columns
+    def decode(self, original: Tensor) -> Tensor:
+        """``B^T (F * mask) B``."""
+        return self.rows.T @ super().decode(original) @ self.columns
+
+    def restore(self, *theta: Tensor) -> Tensor:
+        """The kernels of all coefficients."""
+        return self.rows.T @ theta[0] @ self.columns
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The coefficients of a weight."""

@@ -7,18 +7,18 @@ A pruned parameter ``weight`` becomes ``parametrizations.weight.original`` (the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrize
 
 from distcomp.errors import DistcompError
-from distcomp.parametrized import own_class
+from distcomp.parametrize import Order, Parametrization, Storage, chain, evaluating, install, parameters
+from distcomp.parametrize.chain import apply, chains, removal
+from distcomp.parametrize.links import label
 
 LAYERS = (
     nn.Linear,
@@ -33,13 +33,32 @@ LAYERS = (
 """Whose weights are pruned unless parameters are named."""
 
 
-class Mask(nn.Module):
+OWNER = "pruning"
+
+__all__ = [
+    "LAYERS",
+    "Mask",
+    "Pruned",
+    "digest",
+    "evaluating",
+    "keep_largest",
+    "materialize",
+    "put_masks",
+    "unwrapped",
+    "weights_of",
+]
+
+
+class Mask(Parametrization):
     """``w = original * mask``. While ``dense_grad``, the gradient passes as if there were no mask.
 
     With ``dense_grad`` a dead weight receives the gradient of the weight that the module computed with
     (zero), so that it may come back: dynamic network surgery, regrowth. Without, its gradient is zero.
     """
 
+    owner = OWNER
+    order = Order.PRUNE
+    selects = True
     mask: Tensor
 
     def __init__(self, like: Tensor) -> None:
@@ -47,11 +66,23 @@ class Mask(nn.Module):
         self.register_buffer("mask", torch.ones_like(like, dtype=torch.bool))
         self.dense_grad = False
 
-    def forward(self, original: Tensor) -> Tensor:
+    def decode(self, original: Tensor) -> Tensor:
+        """``original * mask``."""
         if self.dense_grad:
             dense_grad: Tensor = _Through.apply(original, self.mask)  # type: ignore[no-untyped-call]
             return dense_grad
         return original * self.mask
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What is kept of an assigned value: itself."""
+        return weight
+
+    def storage(self, below: Storage, weight: tuple[Tensor, ...]) -> Storage:
+        """A bit for each weight, and only the numbers that live, where one number is stored for each
+        weight."""
+        total = self.mask.numel()
+        numbers = int(self.mask.sum()) if below.numbers == total else below.numbers
+        return Storage(numbers, below.width, below.extra + total)
 
 
 class _Through(torch.autograd.Function):
@@ -100,18 +131,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner.module if isinstance(inner, DistributedDataParallel) else inner
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """In evaluation for a while; each part is then in the mode in which it was."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
 def weights_of(module: nn.Module) -> list[str]:
     """The names of the weights of all linear layers, convolutions and embeddings."""
     return [
@@ -126,59 +145,26 @@ def put_masks(
 ) -> dict[str, Pruned]:
     """Put a mask of ones on each of the parameters; by name.
 
-    Raises DistcompError for a name that is no parameter, one that has a parametrization already, and a tied
-    one.
+    A mask stacks with a quantizer. Raises DistcompError for a name that is no parameter, one that is masked
+    or stored in another form (a structure, a codebook) already, and a tied one.
     """
     module = unwrapped(model)
-    owners = _owners(module)
     pruned: dict[str, Pruned] = {}
     for name in names:
+        for link in chain(module, name):
+            if not isinstance(link, Parametrization) or link.order <= Order.STRUCTURE or link.owner == OWNER:
+                raise DistcompError(
+                    f"{name} has a parametrization already, {label(link)}, over which a pruner cannot choose "
+                    "weight by weight; remove it before pruning"
+                )
         path, _, tensor = name.rpartition(".")
-        try:
-            owner = module.get_submodule(path)
-        except AttributeError:
-            owner = nn.Module()
-        if parametrize.is_parametrized(owner, tensor):
-            raise DistcompError(f"{name} has a parametrization already; remove it before pruning")
-        parameter = owner._parameters.get(tensor)
-        if parameter is None:
-            known = ", ".join(one for one, _ in module.named_parameters())
-            raise DistcompError(f"there is no parameter {name!r} to prune; there are: {known}")
-        if owners[id(parameter)] > 1:
-            raise DistcompError(f"{name} is shared by several layers, which one mask cannot serve; untie it")
+        owner = module.get_submodule(path)
+        parameter = parameters(module, name)[0]
         mask = make(parameter)
-        _parametrize(owner, tensor, parameter, mask)
+        install(model, name, mask)
         pruned[name] = Pruned(name, owner, tensor, mask)
     _keep_from_ddp(module)
     return pruned
-
-
-@torch.no_grad()
-def _parametrize(owner: nn.Module, tensor: str, parameter: nn.Parameter, mask: Mask) -> None:
-    """Register with a stand-in, then put the parameter itself in its place.
-
-    torch would call ``parameter.set_()``, which takes the parameter from a DistributedDataParallel that is
-    there already: its hooks would never be called again.
-    """
-    setattr(owner, tensor, _stand_in(parameter))
-    parametrize.register_parametrization(owner, tensor, mask)
-    original = owner.parametrizations[tensor].original  # type: ignore[index, union-attr]
-    parameter.copy_(original)
-    owner.parametrizations[tensor].original = parameter  # type: ignore[index, union-attr]
-
-
-def _stand_in(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-
-
-def _owners(module: nn.Module) -> dict[int, int]:
-    """How many places hold each parameter."""
-    count: dict[int, int] = {}
-    for part in module.modules():
-        for parameter in part._parameters.values():
-            if parameter is not None:
-                count[id(parameter)] = count.get(id(parameter), 0) + 1
-    return count
 
 
 def _keep_from_ddp(module: nn.Module) -> None:
@@ -189,24 +175,20 @@ def _keep_from_ddp(module: nn.Module) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)  # type: ignore[no-untyped-call]
 
 
-def materialize(model: nn.Module) -> nn.Module:
-    """Take all masks off; each parameter is what the module computed with, under its old name again."""
-    module = unwrapped(model)
-    for part in list(module.modules()):
-        for tensor, chain in list(getattr(part, "parametrizations", {}).items()):
-            if all(isinstance(one, Mask) for one in chain):
-                _unparametrize(part, tensor)
+def materialize(model: nn.Module, *, densify: bool = False) -> nn.Module:
+    """Take all masks off; each parameter is what the module computed with, under its old name again.
+
+    Other parametrizations stay. Raises DistcompError, and changes nothing, where one below a mask cannot hold
+    what is pruned (signs have no zero): take that off first, or let ``densify=True`` do so.
+    """
+    apply(
+        [
+            removal(model, where.name, OWNER, densify=densify)
+            for _, _, where in chains(model)
+            if any(isinstance(link, Mask) for link in where.links)
+        ]
+    )
     return model
-
-
-@torch.no_grad()
-def _unparametrize(owner: nn.Module, tensor: str) -> None:
-    parameter = owner.parametrizations[tensor].original  # type: ignore[index, union-attr]
-    owner.parametrizations[tensor].original = _stand_in(parameter)  # type: ignore[index, union-attr]
-    own_class(owner)
-    parametrize.remove_parametrizations(owner, tensor, leave_parametrized=True)
-    parameter.copy_(getattr(owner, tensor))
-    setattr(owner, tensor, parameter)
 
 
 def digest(masks: Mapping[str, Tensor]) -> int:

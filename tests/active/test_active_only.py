@@ -153,8 +153,8 @@ def test_sources_compose():
     assert both.layout.names == ("fc.weight", "conv.weight", "norm.weight")
     assert torch.equal(both.put(x, both.pick(x)), x)
     assert torch.equal(both.complement(x), x - expected)
-    assert Intersection((Listed((), True), some)).holds
-    assert not Intersection((odd, some)).holds
+    assert Intersection((Listed((), True), some)).keeps_dense_grad
+    assert not Intersection((odd, some)).keeps_dense_grad
 
 
 def test_a_frozen_parameter_is_what_the_loop_has_seen():

@@ -27,7 +27,7 @@ ROOMS = [
     {"methods"},
     {"compressors"},
     {"kernels"},
-    {"training"},
+    {"parametrize", "training"},
     {"errors"},
 ]
 """From the top. A room may import from rooms below its own; those not listed are free of this order."""
@@ -42,9 +42,9 @@ MAY_KNOW_TORCH_DISTRIBUTED = (
     "report",
 )
 
-MAY_KNOW_ITS_WRAPPER = (*MAY_KNOW_TORCH_DISTRIBUTED, "pruning", "advice", "training")
-"""Pruners, calibration and the training clock are given models that DistributedDataParallel is around; they
-say nothing on the wire themselves."""
+MAY_KNOW_ITS_WRAPPER = (*MAY_KNOW_TORCH_DISTRIBUTED, "parametrize", "pruning", "advice", "training")
+"""Parametrizations, pruners, calibration and the training clock are given models that
+DistributedDataParallel is around; they say nothing on the wire themselves."""
 
 
 def room_of(file: Path) -> str:

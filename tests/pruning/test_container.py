@@ -80,6 +80,25 @@ def test_k_means_is_lloyds_from_equal_steps():
     np.testing.assert_allclose(own, found, atol=1e-5)
 
 
+def test_k_means_goes_on_until_no_centroid_moves():
+    """Fifty rounds are not enough for many values."""
+    values = np.random.default_rng(0).normal(size=20_000).astype(np.float32)
+    centroids = np.linspace(values.min(), values.max(), 32)
+    for _ in range(50):
+        member = nearest(values, centroids)
+        counts = np.bincount(member, minlength=32)
+        means = np.bincount(member, values, minlength=32) / np.maximum(counts, 1)
+        centroids = np.where(counts > 0, means, centroids)
+    found = k_means(values, 32)
+    member = nearest(values, found)
+    np.testing.assert_allclose(np.bincount(member, values) / np.bincount(member), found, atol=1e-6)
+
+    def error(centroids):
+        return np.square(values - centroids[nearest(values, centroids)]).mean()
+
+    assert error(found) < 0.75 * error(centroids)
+
+
 def sparse_state():
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(300, 128, generator=generator)

@@ -1,0 +1,187 @@
+"""Chains of parametrizations as values: what is inserted or taken out gives another chain, and touches
+nothing.
+
+A link that torch or somebody else registered (``weight_norm``) takes part as a structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distcomp.errors import DistcompError
+from distcomp.parametrize.base import Order, Parametrization, Storage, Tensors
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Links, innermost first, and theta, which the innermost decodes. ``name`` is for messages."""
+
+    name: str
+    links: tuple[nn.Module, ...]
+    theta: Tensors
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers theta is."""
+        return sum(tensor.numel() for tensor in self.theta)
+
+    def weight(self) -> Tensor:
+        """What is computed with in ``eval()``; without a gradient, drawing no noise."""
+        return applied(self.links, self.theta)[0]
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """In evaluation for a while; each part is then in the mode in which it was."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def passed(links: Sequence[nn.Module], theta: Tensors) -> Tensors:
+    """Theta through links, in the mode in which they are."""
+    for link in links:
+        theta = as_tuple(link(*theta))
+    return theta
+
+
+@torch.no_grad()
+def applied(links: Sequence[nn.Module], theta: Tensors) -> Tensors:
+    """Theta through links, in evaluation."""
+    with evaluating(*links):
+        return passed(links, theta)
+
+
+def as_tuple(value: Tensor | Sequence[Tensor]) -> Tensors:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def label(link: nn.Module) -> str:
+    return link.label if isinstance(link, Parametrization) else f"{type(link).__name__} (not of distcomp)"
+
+
+def order(link: nn.Module) -> Order:
+    return link.order if isinstance(link, Parametrization) else Order.STRUCTURE
+
+
+@torch.no_grad()
+def described(links: Sequence[nn.Module], target: Tensors) -> tuple[tuple[nn.Module, ...], Tensors]:
+    """The links, fitted to what they are to give, and the theta from which they give the nearest to it."""
+    fitted: list[nn.Module] = []
+    for link in reversed(links):
+        if isinstance(link, Parametrization):
+            link = link.refit(target[0] if len(target) == 1 else target)
+        target = _inverse(link, target)
+        fitted.insert(0, link)
+    return tuple(fitted), target
+
+
+def _inverse(link: nn.Module, weight: Tensors) -> Tensors:
+    right_inverse: Any = getattr(link, "right_inverse", None)
+    if right_inverse is None:
+        raise DistcompError(f"{label(link)} has no right_inverse; remove it first")
+    return as_tuple(right_inverse(weight[0] if len(weight) == 1 else weight))
+
+
+@torch.no_grad()
+def inserted(before: Chain, new: Parametrization) -> Chain:
+    """The chain with ``new`` at the place of its order; of equals, the last is outermost.
+
+    What stood under it describes, as nearly as it can, what ``new`` needs to describe what it found.
+    """
+    if new.order <= Order.STRUCTURE:
+        for link in before.links:
+            if order(link) == new.order:
+                raise DistcompError(
+                    f"{before.name} is described by {label(link)}; remove that before "
+                    f"{new.label} is installed"
+                )
+    place = sum(order(link) <= new.order for link in before.links)
+    below, above = before.links[:place], before.links[place:]
+    found = applied(below, before.theta)
+    theta = _inverse(new, found)
+    _try(before.name, new, theta, found)
+    if below and same(theta, found):
+        return Chain(before.name, (*below, new, *above), before.theta)
+    fitted, theta = described(below, theta)
+    return Chain(before.name, (*fitted, new, *above), theta)
+
+
+def _try(name: str, new: Parametrization, theta: Tensors, found: Tensors) -> None:
+    """Decode once, in the mode in which it is, and see that the weight keeps its shape and type."""
+    if new.changes_dtype:
+        return
+    given = passed([new], theta)
+    wrong = [
+        f"{tuple(now.shape)} of {now.dtype}, not {tuple(was.shape)} of {was.dtype}"
+        for now, was in zip(given, found, strict=False)
+        if now.shape != was.shape or now.dtype != was.dtype
+    ]
+    if len(given) != len(found):
+        wrong = [f"{len(given)} tensors, not {len(found)}"]
+    if wrong:
+        raise DistcompError(f"{new.label} decodes {name} to {wrong[0]}; make it for this tensor")
+
+
+@torch.no_grad()
+def without(before: Chain, place: int, materialize: bool, densify: bool) -> Chain:
+    """The chain without one link: see :func:`distcomp.parametrize.remove`."""
+    below, link, above = before.links[:place], before.links[place], before.links[place + 1 :]
+    found = applied(below, before.theta)
+    target = applied([link], found) if materialize else _restored(link, found)
+    if same(target, found):
+        return Chain(before.name, (*below, *above), before.theta)
+    fitted, theta = described(below, target)
+    if materialize and below and not same(applied(fitted, theta), target):
+        if not densify:
+            raise DistcompError(
+                f"{before.name}: {' and '.join(label(one) for one in below)} cannot hold exactly what it "
+                f"computed with under {label(link)}; remove with bake=False, or densify=True, which stores "
+                f"{sum(one.numel() for one in target)} numbers and takes these off, too"
+            )
+        fitted, theta = (), target
+    after = Chain(before.name, (*fitted, *above), theta)
+    if after.numbers > before.numbers and not densify:
+        raise DistcompError(
+            f"{before.name}: without {label(link)} it stores {after.numbers} numbers, not {before.numbers}; "
+            "pass densify=True if that is meant"
+        )
+    return after
+
+
+@torch.no_grad()
+def _restored(link: nn.Module, theta: Tensors) -> Tensors:
+    with evaluating(link):
+        restored = link.restore(*theta) if isinstance(link, Parametrization) else link(*theta)
+    return as_tuple(restored)
+
+
+def same(one: Tensors, other: Tensors) -> bool:
+    """Whether all tensors are equal, bit for bit (but for the sign of zero)."""
+    return len(one) == len(other) and all(
+        a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@torch.no_grad()
+def stored(chain: Chain) -> Storage:
+    """What the chain takes to store, link by link from theta on."""
+    storage = Storage(chain.numbers, 8.0 * chain.theta[0].element_size())
+    value = chain.theta
+    for link in chain.links:
+        value = applied([link], value)
+        if isinstance(link, Parametrization):
+            storage = link.storage(storage, value)
+    return storage
