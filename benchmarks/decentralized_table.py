@@ -28,7 +28,7 @@ from _crowd import Cells, Plan, digit_pairs, train, warm_up_then_cosine
 from torch import Tensor
 
 from distcomp.averaging.base import Averaging
-from distcomp.averaging.ecd import ECD
+from distcomp.averaging.extrapolation import ECD
 from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze
 from distcomp.compressors import Cast, Compressor, Quantize, RandomK, ScaledSign, TopK
 from distcomp.compressors.fixed import GrowingGrid

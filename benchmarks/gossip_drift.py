@@ -16,7 +16,7 @@ import torch
 from _common import write
 
 from distcomp.averaging.base import Averaging
-from distcomp.averaging.ecd import ECD
+from distcomp.averaging.extrapolation import ECD
 from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze
 from distcomp.averaging.workers import Workers
 from distcomp.compressors import Quantize, ScaledSign

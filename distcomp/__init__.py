@@ -2,6 +2,10 @@
 
 >>> model = DistributedDataParallel(model)                              # doctest: +SKIP
 >>> handle = distcomp.attach(model, optimizer, distcomp.qsgd(bits=4))   # doctest: +SKIP
+
+Here are the verbs, the errors, the rooms and the methods that are asked for most. The others are in their
+rooms, ``distcomp.methods.nuqsgd``, ``distcomp.averaging.ecd``, and every one has a text:
+``distcomp.parse("ecd")``.
 """
 
 import importlib
@@ -10,21 +14,99 @@ from typing import TYPE_CHECKING, Any
 from distcomp.registry import when_missing
 from distcomp.version import __version__ as __version__
 
-when_missing(lambda: importlib.import_module("distcomp.public"))
-
 if TYPE_CHECKING:
-    from distcomp.public import *  # noqa: F403
-    from distcomp.public import __all__ as __all__
+    from distcomp import averaging as averaging
+    from distcomp import compressors as compressors
+    from distcomp import methods as methods
+    from distcomp import network as network
+    from distcomp import precision as precision
+    from distcomp import pruning as pruning
+    from distcomp.attaching.handle import Handle as Handle
+    from distcomp.attaching.handle import attach as attach
+    from distcomp.averaging.recipes import choco as choco
+    from distcomp.averaging.recipes import dcd as dcd
+    from distcomp.averaging.recipes import diloco as diloco
+    from distcomp.averaging.recipes import dpsgd as dpsgd
+    from distcomp.averaging.recipes import local_sgd as local_sgd
+    from distcomp.averaging.recipes import post_local_sgd as post_local_sgd
+    from distcomp.averaging.recipes import sparse_loco as sparse_loco
+    from distcomp.averaging.recipes import streaming_diloco as streaming_diloco
+    from distcomp.averaging.recipes.masked import masked as masked
+    from distcomp.errors import CorruptPayload as CorruptPayload
+    from distcomp.errors import DistcompError as DistcompError
+    from distcomp.errors import Mismatch as Mismatch
+    from distcomp.errors import PeerLost as PeerLost
+    from distcomp.errors import SettingsMismatch as SettingsMismatch
+    from distcomp.methods import bf16 as bf16
+    from distcomp.methods import dgc as dgc
+    from distcomp.methods import ef_signsgd as ef_signsgd
+    from distcomp.methods import fp16 as fp16
+    from distcomp.methods import identity as identity
+    from distcomp.methods import natural as natural
+    from distcomp.methods import parse as parse
+    from distcomp.methods import qsgd as qsgd
+    from distcomp.methods import random_k as random_k
+    from distcomp.methods import register as register
+    from distcomp.methods import shared_range as shared_range
+    from distcomp.methods import topk as topk
+    from distcomp.methods.allocate import allocate as allocate
+    from distcomp.methods.demo import demo as demo
+    from distcomp.methods.ef21 import ef21 as ef21
+    from distcomp.methods.fixed_point import fixed_point as fixed_point
+    from distcomp.methods.gradiveq import gradiveq as gradiveq
+    from distcomp.methods.onebit_adam import onebit_adam as onebit_adam
+    from distcomp.methods.powersgd import powersgd as powersgd
+    from distcomp.methods.two_level import two_level as two_level
+    from distcomp.methods.warmup import warmup as warmup
+    from distcomp.transports.rendezvous import init_process_group as init_process_group
+
+__all__ = [
+    "CorruptPayload", "DistcompError", "Handle", "Mismatch", "PeerLost", "SettingsMismatch",
+    "allocate", "attach", "averaging", "bf16", "choco", "compressors", "dcd", "demo", "dgc",
+    "diloco", "dpsgd", "ef21", "ef_signsgd", "fixed_point", "fp16", "gradiveq", "identity",
+    "init_process_group", "local_sgd", "masked", "methods", "natural", "network", "onebit_adam",
+    "parse", "post_local_sgd", "powersgd", "precision", "pruning", "qsgd", "random_k", "register",
+    "shared_range", "sparse_loco", "streaming_diloco", "topk", "two_level", "warmup",
+]  # fmt: skip
+
+ROOMS = {
+    "averaging": "distcomp.averaging",
+    "compressors": "distcomp.compressors",
+    "methods": "distcomp.methods",
+    "network": "distcomp.network",
+    "precision": "distcomp.precision",
+    "pruning": "distcomp.pruning",
+}
+"""The rooms that are attributes, and where each is."""
+
+_SOURCES = (
+    "distcomp.errors",
+    "distcomp.methods",
+    "distcomp.averaging",
+    "distcomp.attaching.handle",
+    "distcomp.transports.rendezvous",
+)
+"""Where the other names are, the lighter modules first."""
+
+when_missing(lambda: importlib.import_module("distcomp.averaging"))
+
+if not TYPE_CHECKING:  # a type checker would take every name for one that exists
+
+    def __getattr__(name: str) -> Any:
+        """A public name, when it is asked for: importing distcomp takes no time, and distcomp.network no
+        torch."""
+        if name in ROOMS:
+            return importlib.import_module(ROOMS[name])
+        if name in __all__:
+            modules = map(importlib.import_module, _SOURCES)
+            globals()[name] = next(getattr(module, name) for module in modules if hasattr(module, name))
+            return globals()[name]
+        if name.startswith("_"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        rooms = [room for room in ("methods", "averaging") if hasattr(__getattr__(room), name)]
+        remedy = f"; it is distcomp.{rooms[0]}.{name}" if rooms else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{remedy}")
 
 
-def __getattr__(name: str) -> Any:
-    """Everything public, when the first of it is asked for: importing distcomp takes no time, and
-    distcomp.network no torch."""
-    if name.startswith("__") and name != "__all__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    public = importlib.import_module("distcomp.public")
-    globals().update({one: getattr(public, one) for one in public.__all__}, __all__=public.__all__)
-    try:
-        return globals()[name]
-    except KeyError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

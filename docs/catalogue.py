@@ -5,10 +5,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import distcomp.public  # noqa: F401  (where every method has registered itself)
 from distcomp.errors import DistcompError
-from distcomp.methods import METHODS, parse
-from distcomp.methods.registry import Entry
+from distcomp.methods import parse
+from distcomp.registry import METHODS, Entry, load_all
+
+load_all()  # every method registers itself when its room is imported
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import distcomp.public  # noqa: F401  (METHODS knows them all)
+from distcomp.registry import load_all
 
 torch.set_num_threads(1)
+load_all()  # METHODS knows them all
 
 settings.register_profile(
     "distcomp",

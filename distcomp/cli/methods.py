@@ -59,8 +59,9 @@ def check(method: str) -> None:
 
 def methods() -> Iterator[dict[str, Any]]:
     """Each registered method."""
-    from distcomp.methods import METHODS
+    from distcomp.registry import METHODS, load_all
 
+    load_all()
     for name, entry in sorted(METHODS.items()):
         yield {
             "name": name,

@@ -51,11 +51,16 @@ class Compressor(ABC):
 
     @abstractmethod
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
-        """Compress a flat buffer (float32, ``[layout.numel]``)."""
+        """Compress a flat buffer (float32, ``[layout.numel]``) into a payload of :meth:`parts`; leave ``x``
+        alone.
+
+        All that is random comes from ``key`` and from where an element lies in its parameter, so that buckets
+        cut otherwise give the same values.
+        """
 
     @abstractmethod
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        """Write the decoded flat buffer into ``out``, or add it to what is there."""
+        """Write the decoded buffer into ``out`` (float32, ``[layout.numel]``), or add it to what is there."""
 
     def decode(self, payload: Payload, layout: Layout) -> Tensor:
         """The decoded flat buffer (float32, ``[layout.numel]``)."""

@@ -16,7 +16,10 @@ from distcomp.randomness import Key
 @register_compressor("identity")
 @dataclass(frozen=True)
 class Identity(Compressor):
-    """``C(x) = x``. 4 bytes per value."""
+    """``C(x) = x``, float32 as it is: exact, and payloads may be added on the wire.
+
+    On the wire: 4 bytes per value.
+    """
 
     summable = True
     unbiased = True

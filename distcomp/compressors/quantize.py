@@ -24,8 +24,8 @@ class Quantize(Compressor):
 
     For a block ``v`` of ``block`` values and ``s = 2^(bits-1) - 1`` levels on either side of zero::
 
-        C(v)_k = |v| / s * sign(v_k) * xi_k,    xi_k in {l, l+1},  l = floor(s |v_k| / |v|),  E[xi_k] = s
-        |v_k| / |v|
+        C(v)_k = |v| / s * sign(v_k) * xi_k,    xi_k in {l, l+1},    l = floor(s |v_k| / |v|),
+        E[xi_k] = s |v_k| / |v|
 
     where ``|v|`` is the largest magnitude (``norm="max"``) or the Euclidean norm (``norm="l2"``). With
     ``bits=1`` there is no room for a zero: ``C(v)_k = sign(v_k) * mean|v|`` (sign(0) = +1), which is biased

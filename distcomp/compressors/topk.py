@@ -66,8 +66,8 @@ def place(out: Tensor, where: Tensor, values: Tensor, add: bool) -> None:
 class TopK(Sparsifier):
     """The ``k = max(1, round(ratio d))`` largest magnitudes of each parameter, exactly::
 
-        C(x)_j = x_j  if |x_j| is among the k largest of its parameter, else 0;    |C(x) - x|^2 <= (1 - k/d)
-        |x|^2
+        C(x)_j = x_j  if |x_j| is among the k largest of its parameter, else 0
+        |C(x) - x|^2 <= (1 - k/d) |x|^2
 
     Ties go to the lower index. ``chunk > 0`` takes as many of every chunk of that many elements instead of
     every parameter: faster (short rows), and a flat buffer may be cut between chunks. Long parameters are

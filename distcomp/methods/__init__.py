@@ -23,7 +23,6 @@ from distcomp.methods.scheduled import Scheduled, Warmup
 from distcomp.methods.slices import Slicing, Subspace
 from distcomp.methods.sparsifiers import (
     CyclicTopK,
-    LowPassFeedback,
     SharedRandomK,
     cyclic_topk,
     random_k,
@@ -50,7 +49,6 @@ __all__ = [
     "FixedPointAllReduce",
     "GradiVeQ",
     "HomomorphicQuantizer",
-    "LowPassFeedback",
     "MajorityVote",
     "Method",
     "MomentumCorrection",

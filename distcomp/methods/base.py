@@ -8,8 +8,7 @@ A method is an exchange, written as a generator that does no I/O. It reads like 
         return Outcome(estimate, contribution, state)
 
 **The law.** A method returns its *estimate* of the mean of ``x`` over the ranks, equal on every rank, and its
-own
-*contribution* to it, such that *the contributions of all ranks sum to n times the estimate*. That is what
+own *contribution* to it, such that *the contributions of all ranks sum to n times the estimate*. That is what
 makes error feedback six lines that work for every method: keep input minus contribution.
 """
 
@@ -68,11 +67,12 @@ class StepContext:
 
 @dataclass(frozen=True)
 class AggregateResult:
-    """What an exchange comes to. ``contribution`` is a function, because only error feedback asks for
-    it."""
+    """What an exchange comes to: the estimate of the mean of ``x`` (float32, ``[layout.numel]``, equal on
+    every rank), this rank's contribution to it, and the state after it."""
 
     estimate: Tensor
     contribution: Callable[[], Tensor]
+    """A function, because only error feedback asks for it."""
     state: State
     subtract_contribution_: Callable[[Tensor], None] | None = None
     """Subtracts the contribution from a tensor in place: the same numbers without making the contribution
@@ -107,8 +107,11 @@ class Method(Written, ABC):
 
     @abstractmethod
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        """Agree on the mean of ``x`` (float32, ``[context.layout.numel]``). Does not change ``x`` or
-        ``state``."""
+        """Agree on the mean of ``x`` (float32, ``[context.layout.numel]``).
+
+        A generator: it yields what it asks of the other ranks (:mod:`distcomp.collectives`) and is sent the
+        answers. All that is random comes from the keys of ``context``. Changes neither ``x`` nor ``state``.
+        """
 
     @abstractmethod
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
@@ -205,8 +208,10 @@ def cut_state(state: State) -> dict[str, dict[str, Tensor]]:
 
 
 def join_state(cut: ByParameter, template: State) -> dict[str, Any]:
-    """The state of a flat buffer put together again. ``template``, a fresh state, gives the shape and what
-    ``cut`` lacks."""
+    """The state of a flat buffer put together again.
+
+    ``template``, a fresh state, gives the shape and what ``cut`` lacks.
+    """
 
     def buffer(path: str, leaf: FlatBuffer) -> FlatBuffer:
         pieces = [

@@ -17,8 +17,7 @@ from distcomp.methods.partition import Partition, Rule
 from distcomp.methods.registry import register
 
 PLAIN = Rule(roles=("bias", "norm"))
-"""What goes uncompressed unless asked otherwise: biases and norms are few, and training is sensitive to
-them."""
+"""What goes uncompressed unless asked otherwise: biases and norms, few and sensitive."""
 
 
 WHOLE_MODEL = 2**40
@@ -47,8 +46,7 @@ def with_feedback(
         known = "" if omega is None else f" (its variance is bounded by {omega:.3g} times its input's square)"
         warnings.warn(
             f"error feedback needs a contraction, and {compressor} guarantees none{known}: residuals may "
-            "grow without "
-            "end; use more bits or smaller blocks, or error_feedback=False where it is unbiased",
+            "grow without end; use more bits or smaller blocks, or error_feedback=False where it is unbiased",
             stacklevel=3,
         )
     return ErrorFeedback(method)
@@ -99,8 +97,7 @@ def fp16() -> Method:
     summable=False,
     biased=False,
     deviations="bits count the sign; fixed-width codes; one bit is sign times the block's mean magnitude, "
-    "with error feedback; "
-    "biases and norms are sent in float32",
+    "with error feedback; biases and norms are sent in float32",
     limitations="at one or two bits without error feedback the noise of rounding exceeds the gradient; "
     "one outlier makes its whole block coarse",
 )
@@ -123,7 +120,10 @@ def qsgd(
 
 @dataclass(frozen=True)
 class NoCommunication(Method):
-    """Say nothing: each rank's own tensor is its estimate. Replicas drift apart: a control, not a method."""
+    """Say nothing: each rank's own tensor is its estimate, ``estimate_i = x_i``, and its contribution.
+
+    Replicas drift apart, so the estimates are not equal: a control, not a method. On the wire: nothing.
+    """
 
     propagates_nonfinite = True
 

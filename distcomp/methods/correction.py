@@ -28,8 +28,9 @@ class MomentumCorrection(Method):
 
     ::
 
-        u_i <- m u_i + x_i;             inner(u_i)                  # nesterov: u_i <- m (u_i + x_i);
-        inner(u_i + x_i) u_i <- 0 where contribution_i is not 0                      # masking
+        u_i <- m u_i + x_i;       inner(u_i)
+        u_i <- m (u_i + x_i);     inner(u_i + x_i)              # instead, with nesterov
+        u_i <- 0 where contribution_i is not 0                  # masking
 
     What error feedback holds back then arrives with the momentum it would have gathered. ``masking`` (for
     sparse methods) ends the momentum of what was sent, lest stale directions be pushed twice. The

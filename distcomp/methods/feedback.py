@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distcomp.collectives import Rounds
 from distcomp.compressors.base import Compressor
+from distcomp.errors import DistcompError
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
 
@@ -19,17 +20,36 @@ class ErrorFeedback(Method):
 
     ::
 
-        p_t = x_t + e_t;    estimate, c_t = inner(p_t);    e_{t+1} = p_t - c_t
+        p_t     = x_t + decay e_t
+        estimate, c_t = inner(p_t)
+        e_{t+1} = (1 - beta) decay e_t + beta (p_t - c_t)
 
-    By the law of contributions, the sum over ranks of what was sent and of what is owed equals the sum of
-    what came in, for every method. Costs one tensor of the model's size per rank.
+    With ``decay = beta = 1`` this is plain error feedback, ``e_{t+1} = p_t - c_t``: by the law of
+    contributions, the sum over ranks of what was sent and of what is owed equals the sum of what came in, for
+    every method. ``decay < 1`` lets old residuals fade; ``beta < 1`` is a low-pass filter: the residual
+    follows slowly what was not sent, so that the ranks' residuals stay alike under a large learning rate.
+    Either way a part is then forgotten, not owed. ``x``: float32 ``[layout.numel]``.
 
-    Source: Seide et al. 2014; Karimireddy et al. 2019. We differ: residuals are in units of the *unscaled*
-    gradient and the learning rate is not inside (at a constant rate the two are the same); on a step that a
-    GradScaler skips, nothing changes.
+    On the wire: ``inner``'s bytes. Memory: one tensor of the model's size per rank, and inner's.
+
+    Source: Seide et al. 2014; Karimireddy et al. 2019; the decay: Sarfi et al., SparseLoCo, 2025; the filter:
+    Chen et al., ScaleCom, NeurIPS 2020. We differ: residuals are in units of the *unscaled* gradient and the
+    learning rate is not inside (at a constant rate the two are the same); on a step that a GradScaler skips,
+    nothing changes.
+
+    Raises DistcompError for a decay or a beta outside (0, 1].
     """
 
     inner: Method
+    decay: float = 1.0
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("decay", self.decay), ("beta", self.beta)):
+            if not 0 < value <= 1:
+                raise DistcompError(
+                    f"{name} lies above 0 and at most at 1, not {value}; 1 is plain error feedback"
+                )
 
     def init(self, layout: Layout) -> State:
         return {"residual": FlatBuffer(torch.zeros(layout.numel), layout), "inner": self.inner.init(layout)}
@@ -38,14 +58,25 @@ class ErrorFeedback(Method):
         return {**self.init(layout), "inner": self.inner.assumed_state(layout, step)}
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        corrected = x + state["residual"].data
+        residual: Tensor = state["residual"].data
+        e = residual if self.decay == 1 else residual * self.decay
+        corrected = x + e
         result = yield from self.inner.aggregate(corrected, state["inner"], context)
-        residual = result.residual(corrected)
-        return AggregateResult(
-            result.estimate,
-            lambda: x + state["residual"].data - residual,
-            {"residual": FlatBuffer(residual, context.layout), "inner": result.state},
-        )
+        if self.beta == 1:
+            residual = result.residual(corrected)  # in place: a model's size less of memory
+
+            def contribution() -> Tensor:
+                return x + e - residual
+
+        else:
+            sent = result.contribution()
+            residual = (1 - self.beta) * e + self.beta * (corrected - sent)
+
+            def contribution() -> Tensor:
+                return sent
+
+        new = {"residual": FlatBuffer(residual, context.layout), "inner": result.state}
+        return AggregateResult(result.estimate, contribution, new)
 
     def sole_compressor(self) -> Compressor | None:
         return self.inner.sole_compressor()

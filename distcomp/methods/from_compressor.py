@@ -38,8 +38,7 @@ REFERENCE_LAYOUT = Layout.of([("yardstick", (1024, 1024))])
 
 
 def from_compressor(compressor: Compressor, pattern: str = "auto") -> Method:
-    """The method in which ``compressor``'s payloads meet by ``pattern``; ``auto`` takes the cheapest legal
-    one.
+    """The method in which ``compressor``'s payloads meet by ``pattern``; ``auto`` is the cheapest legal one.
 
     Raises DistcompError where the pairing is illegal: payloads that cannot be added cannot ride an
     all-reduce.
@@ -105,8 +104,10 @@ class AllReduceMean(Method):
 
 @dataclass(frozen=True)
 class AllGatherMean(Method):
-    """Every rank sends its payload to all: ``estimate = 1/n sum_i decode(payload_i)``, added in rank
-    order."""
+    """Every rank sends its payload to all: ``estimate = 1/n sum_i decode(payload_i)``, added in rank order.
+
+    ``contribution_i = decode(payload_i)``. On the wire: ``n-1`` payloads. Each rank decodes n of them.
+    """
 
     compressor: Compressor
 

@@ -40,11 +40,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Partition(Method):
-    """Parameters that ``rule`` accepts go through ``special``, the others through ``usual``, one after the
-    other.
+    """Parameters that ``rule`` accepts go through ``special``, the others through ``usual``, in this order.
 
     The parameters of each are laid end to end, so that each method talks once however many parameters there
-    are.
+    are. Estimate and contribution are those of both, put where their parameters lie. On the wire: both.
     """
 
     rule: Rule

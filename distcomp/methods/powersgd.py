@@ -49,8 +49,7 @@ class PowerSGD(Method):
     ``4rb`` in turn).
 
     A column of Q that is zero (in the first step, after a gradient that was zero, where ``rank`` has grown)
-    is drawn anew from the key that all ranks share. ``rank`` may be a
-    Schedule.
+    is drawn anew from the key that all ranks share. ``rank`` may be a Schedule.
 
     Source: Vogels, Karimireddy & Jaggi, NeurIPS 2019; one round: epfml/powersgd. We differ: Q is made
     orthonormal before it is used (the span is the same, float32 holds it better); a dead column is drawn

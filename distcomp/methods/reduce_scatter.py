@@ -125,7 +125,7 @@ def _to_owners(method: Method) -> Method:
         case AllReduceMean(c) | AllGatherMean(c) | ReduceScatterMean(c) | Auto(c):
             return ShardMean(c)
         case ErrorFeedback(inner):
-            return ErrorFeedback(_to_owners(inner))
+            return replace(method, inner=_to_owners(inner))
         case Warmup(inner, steps, before):
             return Warmup(_to_owners(inner), steps, _to_owners(before))
         case Scheduled(name, settings, recipe):

@@ -11,7 +11,7 @@ from distcomp.collectives import Broadcast, Rounds
 from distcomp.compressors import Cast, Compressor, Identity, RandomK, TopK
 from distcomp.compressors.topk import place, with_values
 from distcomp.errors import DistcompError
-from distcomp.layout import FlatBuffer, Layout
+from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
 from distcomp.methods.basic import except_small, with_feedback
 from distcomp.methods.feedback import ErrorFeedback
@@ -155,46 +155,6 @@ def _placed(result: AggregateResult, where: Tensor, like: Tensor) -> AggregateRe
     )
 
 
-@dataclass(frozen=True)
-class LowPassFeedback(Method):
-    """Error feedback through a low-pass filter: ``e_{t+1} = (1 - beta) e_t + beta (x_t + e_t - c_t)``.
-
-    ``beta = 1`` is plain error feedback. Below 1 the residual follows the gradient slowly, which keeps the
-    ranks' residuals alike under a large learning rate; part of what was not sent is then forgotten, not owed
-    (nothing is conserved).
-
-    Source: Chen et al., ScaleCom, NeurIPS 2020 (their filter for scaled learning rates).
-
-    Raises DistcompError for a beta outside (0, 1].
-    """
-
-    inner: Method
-    beta: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.beta <= 1:
-            raise DistcompError(
-                f"beta lies above 0 and at most at 1, not {self.beta}; 1 is plain error feedback"
-            )
-
-    def init(self, layout: Layout) -> State:
-        return {"residual": FlatBuffer(torch.zeros(layout.numel), layout), "inner": self.inner.init(layout)}
-
-    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        e = state["residual"].data
-        result = yield from self.inner.aggregate(x + e, state["inner"], context)
-        contribution = result.contribution()
-        e = (1 - self.beta) * e + self.beta * (x + e - contribution)
-        return AggregateResult(
-            result.estimate,
-            lambda: contribution,
-            {"residual": FlatBuffer(e, context.layout), "inner": result.state},
-        )
-
-    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
-        return self.inner.payload_bytes(layout, size, step)
-
-
 def _summed(values: str | Method) -> Method:
     if isinstance(values, str) and values in SUMMED:
         return SUMMED[values]
@@ -240,7 +200,7 @@ def cyclic_topk(
 ) -> Method:
     """Send, on every rank, the elements that are largest on rank t mod n, by an all-reduce, and owe the rest.
 
-    ``beta < 1`` is the paper's low-pass filter (:class:`LowPassFeedback`). See :class:`CyclicTopK`.
+    ``beta < 1`` is the paper's low-pass filter (:class:`ErrorFeedback`). See :class:`CyclicTopK`.
     """
     method = CyclicTopK(TopK(ratio, chunk), _summed(values))
-    return except_small(ErrorFeedback(method) if beta == 1 else LowPassFeedback(method, beta))
+    return except_small(ErrorFeedback(method, beta=beta))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distcomp.averaging.base import Averaging
-from distcomp.averaging.ecd import ECD
+from distcomp.averaging.extrapolation import ECD
 from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze, Gossip
 from distcomp.averaging.periodic import Mean, Periodic
 from distcomp.averaging.recipes import local_sgd, pqasgd, sparse_averaging

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distcomp.averaging.ecd import ECD
+from distcomp.averaging.extrapolation import ECD
 from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze, default_gamma, relative_error
 from distcomp.averaging.periodic import Mean, Periodic
 from distcomp.compressors import Quantize, ScaledSign, TopK

@@ -44,14 +44,14 @@ def in_process(averaging: Averaging, size: int, steps: int) -> list[Tensor]:
 SAME = {
     "dpsgd": distcomp.dpsgd(),
     "dcd": distcomp.dcd(),
-    "ecd": distcomp.ecd(),
+    "ecd": distcomp.averaging.ecd(),
     "choco": distcomp.choco("topk:ratio=0.1"),
-    "deepsqueeze": distcomp.deepsqueeze(period=2),
-    "pqasgd": distcomp.pqasgd(period=2, bits=4),
-    "round-robin": distcomp.pqasgd(period=3, bits=4, schedule="round_robin"),
+    "deepsqueeze": distcomp.averaging.deepsqueeze(period=2),
+    "pqasgd": distcomp.averaging.pqasgd(period=2, bits=4),
+    "round-robin": distcomp.averaging.pqasgd(period=3, bits=4, schedule="round_robin"),
     "streaming": distcomp.streaming_diloco(period=4, fragments=2, overlap=2),
     "sparse-loco": distcomp.sparse_loco(period=3, ratio=0.1, chunk=64),
-    "sparta": distcomp.sparta(share=0.2),
+    "sparta": distcomp.averaging.sparta(share=0.2),
 }
 
 

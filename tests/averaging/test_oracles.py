@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distcomp.averaging.base import Averaging
-from distcomp.averaging.ecd import ECD
+from distcomp.averaging.extrapolation import ECD
 from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze
 from distcomp.averaging.outer import Outer
 from distcomp.averaging.periodic import Periodic

@@ -22,7 +22,6 @@ from distcomp.averaging.recipes import (
     sparta,
     streaming_diloco,
 )
-from distcomp.averaging.recipes.periodic import FadingFeedback
 from distcomp.averaging.workers import Workers
 from distcomp.collectives import all_reduce_sent_bytes
 from distcomp.compressors import TopK
@@ -159,7 +158,7 @@ def test_error_feedback_loses_nothing_over_syncs() -> None:
 
 
 def test_a_residual_fades() -> None:
-    method = FadingFeedback(from_compressor(TopK(0.1), "all_gather"), decay=0.5)
+    method = ErrorFeedback(from_compressor(TopK(0.1), "all_gather"), decay=0.5)
     workers = Workers(Periodic(method, period=1), torch.zeros(10), 1)
     workers.models[0] -= torch.arange(1.0, 11.0)  # the outer gradient is 1 .. 10; the largest goes
     workers.step()
@@ -173,7 +172,7 @@ def test_the_papers_names_are_settings_of_one_class() -> None:
     assert diloco(compressor="qsgd:bits=4").method == qsgd(bits=4)
     assert diloco(compressor=TopK(0.1)).method == ErrorFeedback(from_compressor(TopK(0.1)))
     assert pqasgd(period=2, bits=2, schedule="round_robin").fragments == 2
-    assert isinstance(sparse_loco().method, FadingFeedback)
+    assert sparse_loco().method.decay == 0.95
     assert streaming_diloco(fragments=8).cut == "parameters"
     assert isinstance(multi_level(), MultiLevel)
     assert parse("pqasgd:period=2,bits=2") == pqasgd(period=2, bits=2)

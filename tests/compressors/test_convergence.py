@@ -26,7 +26,6 @@ from distcomp.methods import (
     DecoupledMomentum,
     ErrorFeedback,
     HomomorphicQuantizer,
-    LowPassFeedback,
     MajorityVote,
     Method,
     RandomHadamard,
@@ -76,7 +75,7 @@ def test_error_feedback_is_what_makes_it_arrive(method: Method) -> None:
 ARRIVING: dict[str, Method] = {
     "random-k, owed": ErrorFeedback(SharedRandomK(RandomK(0.1, scaled=False), EXACT)),
     "random-k, scaled": SharedRandomK(RandomK(0.1), EXACT),
-    "cyclic top-k through a filter": LowPassFeedback(CyclicTopK(TopK(0.1), EXACT), 0.5),
+    "cyclic top-k through a filter": ErrorFeedback(CyclicTopK(TopK(0.1), EXACT), beta=0.5),
     "deep gradient compression": dgc(0.1, 0.5),
     "natural": from_compressor(Natural()),
     "NUQSGD": from_compressor(NonUniform(4, 512, "l2")),

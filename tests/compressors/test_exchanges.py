@@ -15,7 +15,7 @@ from distcomp.methods import (
     Clipped,
     CyclicTopK,
     DecoupledMomentum,
-    LowPassFeedback,
+    ErrorFeedback,
     MajorityVote,
     Method,
     SharedRandomK,
@@ -117,7 +117,7 @@ def test_cyclic_top_k_sends_what_is_largest_on_the_rank_whose_turn_it_is(seed, k
 @settings(max_examples=10)
 def test_the_low_pass_filter_follows_scalecom(seed, beta) -> None:
     layout, size = layout_of((60,)), 3
-    world = World(LowPassFeedback(CyclicTopK(TopK(0.1), EXACT), beta), size, layout, seed)
+    world = World(ErrorFeedback(CyclicTopK(TopK(0.1), EXACT), beta=beta), size, layout, seed)
     e = [np.zeros(60) for _ in range(size)]
     for step in range(5):
         xs = [buffer(layout, seed + 10 * step + rank) for rank in range(size)]

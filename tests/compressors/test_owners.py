@@ -87,8 +87,8 @@ def test_nothing_is_lost_and_nothing_is_told_to_those_who_do_not_own_it(inner: M
 def test_the_whole_is_agreed_on_where_a_method_needs_it():
     size, numel = 3, 3 * 40
     layout = owned_layout("u", numel, size)
-    whole = World(distcomp.cyclic_topk(0.2).usual, size, layout)
-    pieces = World(OwnShard(distcomp.cyclic_topk(0.2).usual), size, layout)
+    whole = World(distcomp.methods.cyclic_topk(0.2).usual, size, layout)
+    pieces = World(OwnShard(distcomp.methods.cyclic_topk(0.2).usual), size, layout)
     xs = [buffer(layout, rank) for rank in range(size)]
     expected = whole.aggregate(xs)[0].estimate
     found = torch.cat([result.estimate for result in pieces.aggregate(xs)])

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-import distcomp.methods
+import distcomp
 from distcomp import compressors
 from distcomp.compressors import Compressor
 from distcomp.errors import DistcompError
@@ -82,10 +82,13 @@ def test_a_setting_that_does_not_exist_is_refused_by_name(entry: Entry) -> None:
 
 
 @entries
-def test_a_recipe_is_exported_under_its_name(entry: Entry) -> None:
+def test_a_recipe_is_exported_under_its_name_by_its_room(entry: Entry) -> None:
+    name = entry.recipe.__name__
     if entry.recipe.__module__.startswith("distcomp."):
-        assert getattr(distcomp, entry.recipe.__name__) is entry.recipe
-        assert entry.recipe.__name__ in distcomp.__all__
+        room = distcomp.methods if entry.kind == "gradient" else distcomp.averaging
+        assert getattr(room, name) is entry.recipe
+        assert name in room.__all__
+        assert name not in distcomp.__all__ or getattr(distcomp, name) is entry.recipe
 
 
 @entries

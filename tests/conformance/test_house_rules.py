@@ -16,9 +16,14 @@ from xml.etree import ElementTree
 import pytest
 
 from distcomp.cli import main
-from distcomp.methods import METHODS, parse
+from distcomp.compressors import parse_compressor
+from distcomp.methods import METHODS, from_compressor, parse
+from distcomp.randomness import Key
+from distcomp.registry import COMPRESSORS
 
 from .subjects import methods
+from .test_law import check_one_conversation
+from .world import ODD, ORDINARY, draw
 
 HERE = Path(__file__).parent
 TOYS = HERE / "toys"
@@ -62,9 +67,39 @@ def test_one_file_adds_a_method_to_the_config_the_battery_the_shell_and_the_docs
     assert "`grid=0.125`" in pages["methods/averaging_toy.md"]
 
 
-def test_the_worked_example_that_contributors_read_is_the_file_that_is_tested() -> None:
+@pytest.mark.parametrize("toy", ["averaging_toy", "two_round_toy", "compressor_toy"])
+def test_a_worked_example_that_contributors_read_is_the_file_that_is_tested(toy: str) -> None:
     contributing = (HERE.parent.parent / "CONTRIBUTING.md").read_text()
-    assert f"```python\n{(TOYS / 'averaging_toy.py').read_text()}```" in contributing
+    assert f"```python\n{(TOYS / toy).with_suffix('.py').read_text()}```" in contributing
+
+
+def test_a_method_of_two_rounds_in_one_file_keeps_the_law() -> None:
+    load("two_round_toy", TOYS / "two_round_toy.py")
+    try:
+        method = parse("two_round_toy")
+        for size in (1, 2, 3):
+            assert len(check_one_conversation(method, size).asked) == 2 * size
+            for layout in ODD.values():
+                check_one_conversation(method, size, layout)
+    finally:
+        del METHODS["two_round_toy"], sys.modules["two_round_toy"]
+
+
+def test_one_file_adds_a_compressor_to_the_texts_of_every_method() -> None:
+    load("compressor_toy", TOYS / "compressor_toy.py")
+    try:
+        compressor = parse_compressor("three_bytes")
+        assert str(compressor) == "three_bytes"
+        (x,) = draw(1)
+        payload = compressor.encode(x, ORDINARY, Key.of(0))
+        assert payload.body.numel() == 3 * ORDINARY.numel
+        missed = compressor.decode(payload, ORDINARY) - x
+        assert 0 < float(missed.norm() / x.norm()) ** 2 <= 1 - compressor.delta(ORDINARY.numel)
+        for method in (from_compressor(compressor), parse("ef21:compressor=three_bytes")):
+            for layout in (ORDINARY, *ODD.values()):
+                check_one_conversation(method, 3, layout)
+    finally:
+        del COMPRESSORS["three_bytes"], sys.modules["compressor_toy"]
 
 
 def test_the_battery_passes_a_sound_toy_and_finds_every_mutant(tmp_path: Path) -> None:

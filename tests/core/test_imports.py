@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,6 @@ ROOMS = [
 MAY_KNOW_TORCH_DISTRIBUTED = (
     "transports",
     "attaching",
-    "public",
     "cli",
     "integrations",
     "network",
@@ -82,6 +83,103 @@ def test_imports_point_down_the_list_of_rooms(file: Path) -> None:
         parts = name.split(".")
         if parts[0] == "distcomp" and len(parts) > 1 and parts[1] in rank and parts[1] != room_of(file):
             assert rank[parts[1]] > rank[room_of(file)], f"{file.name} imports {name}"
+
+
+def layers() -> dict[str, int]:
+    """The floor of each room in the contract, counted from the top."""
+    (contract,) = tomllib.loads((PACKAGE / "../../pyproject.toml").read_text())["tool"]["importlinter"][
+        "contracts"
+    ]
+    floors = [re.findall(r"\w+", floor) for floor in contract["layers"]]
+    return {room: number for number, rooms in enumerate(floors) for room in rooms}
+
+
+def dynamic_imports(file: Path) -> Iterator[str]:
+    """What a file imports by a string. Where the string is worked out, every string in the file that begins
+    like one of our modules is taken for it."""
+    tree = ast.parse(file.read_text())
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if called in ("import_module", "__import__", "require", "reload"):
+            given = call.args[0]
+            known = isinstance(given, ast.Constant)
+            texts = [given] if known else [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+            yield from (str(text.value) for text in texts if str(text.value).startswith("distcomp.") or known)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_by_a_string_point_down_the_contract_too(file: Path) -> None:
+    floors, own = layers(), room_of(file)
+    if own in ("__init__", "__main__"):  # the roof: it brings everything, when it is asked for
+        return
+    for name in dynamic_imports(file):
+        root, _, rest = name.partition(".")
+        room = rest.partition(".")[0]
+        if root == "distcomp" and room != own:
+            assert floors[room] > floors[own], f"{file.name} imports {name} by a string"
+
+
+def test_an_import_by_a_string_is_seen_however_it_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(
+        "from importlib import import_module\nimport importlib\n"
+        "import_module('distcomp.cli')\n__import__('distcomp.advice')\nrequire('numpy', 'all')\n"
+        "def f(name): return importlib.import_module(f'distcomp.sync.{name}')\n"
+    )
+    assert {"distcomp.cli", "distcomp.advice", "numpy", "distcomp.sync."} <= set(dynamic_imports(file))
+    found = {
+        file.name for file in FILES if any(name.startswith("distcomp.") for name in dynamic_imports(file))
+    }
+    assert {"__init__.py", "dispatch.py"} <= found
+
+
+def test_no_file_of_the_package_is_in_a_circle() -> None:
+    """Imports of every kind, those by a string included; the roof apart, and what a room loads of its own."""
+    modules = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in FILES}
+    edges: dict[str, set[str]] = {}
+    for module, file in modules.items():
+        roof = module in ("__init__", "__main__")
+        elsewhere = [name for name in dynamic_imports(file) if name.split(".")[1:2] != [room_of(file)]]
+        names = [] if roof else [*static_imports(file), *elsewhere]
+        edges[module] = {found for name in names for found in files_of(name, modules.keys())}
+    assert circles(edges) == []
+
+
+def files_of(name: str, modules: Collection[str]) -> list[str]:
+    """The module of ours that brings a name: the name itself, or what it is an attribute of. Of a name whose
+    end is worked out, ``distcomp.kernels.``, every module it may be."""
+    root, _, inside = name.partition(".")
+    if root != "distcomp":
+        return []
+    if inside.endswith("."):
+        return [one for one in modules if one.startswith(inside) and not one.endswith("__init__")]
+    room = inside.rpartition(".")[0]
+    candidates = [inside, f"{inside}.__init__", room, f"{room}.__init__"]
+    return [one for one in candidates if one in modules][:1]
+
+
+def static_imports(file: Path) -> Iterator[str]:
+    """Of names, when the file is executed: neither inside of functions nor for type checkers alone."""
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def circles(edges: dict[str, set[str]]) -> list[str]:
+    """The modules from which a way leads back to themselves."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        left = [start]
+        while left:
+            for target in edges[left.pop()] - seen:
+                seen.add(target)
+                left.append(target)
+        return seen
+
+    return [module for module in edges if module in reached(module)]
 
 
 def test_the_test_sees_what_it_should(tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ class Cluster:
         self.size = size
         self.patience_s = patience_s
         context = multiprocessing.get_context("forkserver")  # imports torch once, forks clean ranks at once
-        context.set_forkserver_preload(["torch.distributed", "distcomp.public"])
+        context.set_forkserver_preload(
+            ["torch.distributed", "distcomp.attaching.handle", "distcomp.averaging.recipes"]
+        )
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):

@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 
 import distcomp
+from distcomp import registry
 from distcomp.layout import Layout
 from distcomp.methods.base import StepContext
 from distcomp.randomness import Key
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
 
-METHODS = [name for name, entry in distcomp.METHODS.items() if entry.kind == "gradient" and not entry.control]
+METHODS = [name for name, entry in registry.METHODS.items() if entry.kind == "gradient" and not entry.control]
 
 
 def identity_and_ddp(rank, size):

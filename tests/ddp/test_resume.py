@@ -10,8 +10,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import distcomp
+from distcomp import registry
 
-SPECS = [name for name, entry in distcomp.METHODS.items() if entry.kind == "gradient" and not entry.control]
+SPECS = [name for name, entry in registry.METHODS.items() if entry.kind == "gradient" and not entry.control]
 SPECS += ["qsgd:bits=1"]
 
 

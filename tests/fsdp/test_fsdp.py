@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import distcomp
+from distcomp import registry
 
 from . import oracle, shard_jobs
 
 REFUSED = {"powersgd", "gradiveq", "allocate", "warmup"}  # warm-up leads to PowerSGD unless told otherwise
 GRADIENT = [
-    name for name, entry in distcomp.METHODS.items() if entry.kind == "gradient" and not entry.control
+    name for name, entry in registry.METHODS.items() if entry.kind == "gradient" and not entry.control
 ]
 SPECS = [name for name in GRADIENT if name not in REFUSED]
 SPECS += ["qsgd:bits=1", "warmup:inner=qsgd,steps=3", "qsgd:bits=8 -> 4 @ 3"]

@@ -90,7 +90,13 @@ def test_what_needs_no_torch_brings_none(statement: str) -> None:
 
 def test_importing_it_beside_torch_takes_no_time() -> None:
     """Counted, for a time depends on the machine: what little is ours, all else being torch's own already."""
-    ours = {"distcomp", "distcomp.version", "distcomp.transports", "distcomp.transports.mpi"}
+    ours = {
+        "distcomp",
+        "distcomp.registry",
+        "distcomp.version",
+        "distcomp.transports",
+        "distcomp.transports.mpi",
+    }
     assert loaded_by("import torch, distcomp") - loaded_by("import torch") <= ours
     assert {name for name in loaded_by("import torch, distcomp") if name.startswith("distcomp")} <= ours
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import distcomp
-from distcomp.methods import METHODS
 
 
 def promising() -> list[ModuleType]:
@@ -36,6 +39,67 @@ def test_what_is_public_says_what_it_is(package: ModuleType) -> None:
     assert silent == []
 
 
-def test_every_method_is_a_name_of_distcomp() -> None:
-    assert [name for name in METHODS if METHODS[name].recipe not in vars(distcomp).values()] == []
-    assert [name for name in METHODS if name not in distcomp.__all__] == []
+MOST_NAMES = 45
+
+
+def test_the_top_has_few_names_and_they_are_there_before_any_is_used() -> None:
+    assert len(distcomp.__all__) <= MOST_NAMES
+    program = "import distcomp; print(*dir(distcomp))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert set(distcomp.__all__) <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "room", ["averaging", "compressors", "methods", "network", "precision", "pruning"], ids=str
+)
+def test_a_room_is_an_attribute_once_distcomp_is_imported(room: str) -> None:
+    program = f"import distcomp; print(distcomp.{room}.__all__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert len(done.stdout.split()) > 3
+
+
+def test_a_name_that_is_in_a_room_is_said_to_be_there() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'nuqsgd'; it is distcomp\.methods\.nuqsgd"):
+        distcomp.nuqsgd  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'nosuch'$"):
+        distcomp.nosuch  # noqa: B018
+
+
+def test_what_a_type_checker_is_told_is_what_is_there() -> None:
+    """The imports that only a type checker sees bring each public name, from where it really is."""
+    tree = ast.parse(Path(distcomp.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and isinstance(node.test, ast.Name))
+    told = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        told |= {alias.asname: (node.module, alias.name) for alias in node.names}
+    assert set(told) == set(distcomp.__all__)
+    for public, (module, name) in told.items():
+        there = importlib.import_module(module)
+        inside = getattr(there, name) if hasattr(there, name) else importlib.import_module(f"{module}.{name}")
+        assert getattr(distcomp, public) is inside
+
+
+def test_mypy_knows_the_names_and_their_settings(tmp_path: Path) -> None:
+    lines = {
+        "distcomp.nosuch()": "has no attribute",
+        "distcomp.qsgd(bit=4)": "Unexpected keyword argument",
+        "distcomp.methods.powersgd(rnk=1)": "Unexpected keyword argument",
+        "distcomp.qsgd(bits=4)": "",
+        "distcomp.averaging.ecd(bits=6)": "",
+    }
+    file = tmp_path / "script.py"
+    file.write_text("import distcomp\n" + "\n".join(lines))
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--no-incremental",
+        "--follow-imports=silent",
+        str(file),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    for number, (line, error) in enumerate(lines.items(), start=2):
+        told = [one for one in done.stdout.splitlines() if f"script.py:{number}: error" in one]
+        assert (error in told[0]) if error else not told, f"{line}: {done.stdout}{done.stderr}"

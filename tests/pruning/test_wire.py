@@ -9,12 +9,12 @@ from conformance.world import alike, converse, draw, tensors
 from torch import nn
 
 import distcomp
-from distcomp import METHODS, DistcompError, pruning
+from distcomp import DistcompError, pruning
 from distcomp.attaching.ddp import slices_of
 from distcomp.attaching.masks import pruners_of
 from distcomp.compressors import Quantize
 from distcomp.layout import Layout
-from distcomp.methods import AllReduceMean, ErrorFeedback, from_compressor
+from distcomp.methods import METHODS, AllReduceMean, ErrorFeedback, from_compressor
 from distcomp.payload import body_bytes
 from distcomp.pruning.wire import Support
 
@@ -240,7 +240,7 @@ def test_pruners_are_found_within_methods():
 def test_what_cannot_be_masked_is_refused():
     pruner, _ = pruned()
     with pytest.raises(DistcompError, match="cannot be masked"):
-        distcomp.masked(pruner, distcomp.sparta())
+        distcomp.masked(pruner, distcomp.averaging.sparta())
     with pytest.raises(DistcompError, match="'keep' or 'drop'"):
         distcomp.masked(pruner, "identity", residuals="lose")
     with pytest.raises(DistcompError, match="on_failure='stop'"):

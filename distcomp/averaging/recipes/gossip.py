@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distcomp.averaging.base import Averaging
-from distcomp.averaging.ecd import ECD
+from distcomp.averaging.extrapolation import ECD
 from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze
 from distcomp.averaging.topology import Topology
 from distcomp.compressors import Compressor

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-from torch import Tensor
 
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.averaging.outer import Outer
 from distcomp.averaging.periodic import Mean, Periodic
-from distcomp.collectives import Rounds
 from distcomp.compressors import Compressor, Identity, TopK, parse_compressor
 from distcomp.compressors.topk import with_values
 from distcomp.errors import DistcompError
 from distcomp.grammar import split_call
-from distcomp.layout import FlatBuffer
 from distcomp.methods import (
-    AggregateResult,
     ErrorFeedback,
     Method,
     from_compressor,
@@ -27,7 +22,6 @@ from distcomp.methods import (
     register,
     with_feedback,
 )
-from distcomp.methods.base import State, StepContext
 from distcomp.registry import COMPRESSORS, METHODS
 from distcomp.schedule import Schedule, varying
 
@@ -247,7 +241,7 @@ def sparse_loco(
     """
     sparse = with_values(TopK(ratio, chunk), values)
     return Periodic(
-        FadingFeedback(from_compressor(sparse, "all_gather"), decay),
+        ErrorFeedback(from_compressor(sparse, "all_gather"), decay),
         Outer(outer_lr, outer_momentum),
         period=varying(period),
         optimizer_state=optimizer_state,
@@ -295,20 +289,6 @@ def multi_level(
     if not isinstance(across, Averaging):
         raise DistcompError(f"{across!r} averages no models; give one such as 'diloco:period=500'")
     return MultiLevel((Mean(ranks_per_group=ranks_per_group, period=varying(period)), across))
-
-
-@dataclass(frozen=True)
-class FadingFeedback(ErrorFeedback):
-    """Error feedback whose residual fades: ``p_t = x_t + decay e_t``, otherwise as :class:`ErrorFeedback`.
-
-    Source: SparseLoCo, 2025.
-    """
-
-    decay: float = 0.95
-
-    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        faded = FlatBuffer(state["residual"].data * self.decay, context.layout)
-        return (yield from ErrorFeedback.aggregate(self, x, {**state, "residual": faded}, context))
 
 
 def sent_through(given: Method | Compressor | str) -> Method:
