@@ -6,13 +6,10 @@ say to each other is what real ranks would say: bytes are counted where those ar
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks._places import example
 from distcomp.attaching.weights import Weights
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.averaging.workers import Workers
@@ -27,12 +25,9 @@ from distcomp.layout import Layout
 from distcomp.methods import Method
 from distcomp.methods.base import State, StepContext
 from distcomp.randomness import Key
-from distcomp.recording import surroundings
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.ledger import Ledger
 from distcomp.runtime.lockstep import Lockstep
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 Batch = tuple[Tensor, Tensor]
 
@@ -193,9 +188,8 @@ def rows(draw: Callable[[int, torch.Generator], Batch], workers: int, seed: int)
 
 def digit_pairs(batch: int = 32, width: int = 80) -> Task:
     """Two digits side by side, the last digit of their sum; every worker has images of its own."""
-    from digits import digits, pairs
-
-    (images, labels), held_out = digits()
+    shown = example("digits")
+    (images, labels), held_out = shown.digits()
 
     def network() -> nn.Module:
         net = nn.Sequential(
@@ -209,18 +203,17 @@ def digit_pairs(batch: int = 32, width: int = 80) -> Task:
 
     def batches(workers: int, seed: int) -> Iterator[Batch]:
         def draw(worker: int, stream: torch.Generator) -> Batch:
-            return pairs(images[worker::workers], labels[worker::workers], batch, stream)
+            return shown.pairs(images[worker::workers], labels[worker::workers], batch, stream)
 
         return rows(draw, workers, seed)
 
-    test = pairs(*held_out, 4000, torch.Generator().manual_seed(0))
+    test = shown.pairs(*held_out, 4000, torch.Generator().manual_seed(0))
     return Task(network, nn.functional.cross_entropy, batches, test)
 
 
 def byte_language_model(batch: int, context: int) -> Task:
     """The transformer of examples/bytes_lm.py, on texts of ``context`` bytes of Python's standard library."""
-    import bytes_lm
-
+    bytes_lm = example("bytes_lm")
     bytes_lm.CONTEXT = context
     library = bytes_lm.modules()
     held_out = torch.cat(library[::10])
@@ -252,41 +245,3 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             "sent_bytes": through[0]["sent_bytes"],
         }
     return found
-
-
-class Cells:
-    """Results by key in one JSON file, written after each: a study that is stopped goes on where it was.
-
-    ``plan`` says what they were made with; a file with another plan is refused. ``commit`` names every one
-    that made cells.
-    """
-
-    def __init__(self, name: str, plan: Mapping[str, Any]) -> None:
-        self.path = Path(__file__).parent / "results" / f"{name}.json"
-        self.path.parent.mkdir(exist_ok=True)
-        old = json.loads(self.path.read_text()) if self.path.exists() else {}
-        if old and old["plan"] != json.loads(json.dumps(plan)):
-            raise SystemExit(
-                f"{self.path} belongs to another plan ({old['plan']}); move it away to start anew"
-            )
-        begun = {**surroundings(Path(__file__).parent), "plan": dict(plan), "cells": {}}
-        self.document: dict[str, Any] = old or begun
-        self._commit = begun["commit"]
-
-    def get(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of ``key``: from the file, or made and written."""
-        cells: dict[str, dict[str, Any]] = self.document["cells"]
-        if key not in cells:
-            cells[key] = make()
-            if self._commit not in self.document["commit"].split(", "):
-                self.document["commit"] += f", {self._commit}"
-            self.write()
-            shown = {name: value for name, value in cells[key].items() if name != "curve"}
-            print(key, shown, file=sys.stderr, flush=True)
-        return cells[key]
-
-    def write(self) -> None:
-        """Write whole or not at all."""
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.document, indent=1) + "\n")
-        partial.replace(self.path)

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
+from benchmarks._places import RESULTS
+
+
+class Block:
+    """A table of a page: ``write`` makes its text from ``results``, if those (and ``key`` in them) exist."""
+
+    def __init__(self, write: Callable[[], str], *results: str, key: str | None = None) -> None:
+        self.write, self.results, self.key = write, results, key
+
+    @property
+    def text(self) -> str:
+        there = all(measured(name, self.key) for name in self.results)
+        return self.write() if there else "Not measured yet."
+
+
+def measured(name: str, key: str | None = None) -> bool:
+    """Whether there is a committed result of this name, and ``key`` in it."""
+    return (RESULTS / f"{name}.json").exists() and (key is None or key in result(name))
+
+
+def write_blocks(page: Path, blocks: dict[str, Block]) -> None:
+    """Write every table of a page anew."""
+    for name, block in blocks.items():
+        fill(page, name, block.text)
 
 
 def result(name: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Does the method that ``distcomp advise`` names then win in emulation? And does it say no where it should?
 
-    python benchmarks/advice_check.py            # writes results/advice_check.json
+    python -m benchmarks.advice_check            # writes results/advice_check.json
 
 Pairs of digits (928,266 parameters), 4 ranks that share this machine: an unshaped network, and 100 Mbit/s.
 First the advice, then every method of it under ``distcomp emulate``; the time of a step is the median that
@@ -9,7 +9,6 @@ the report tells.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -17,11 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _common import write
-
+from benchmarks._common import arguments_of, write
+from benchmarks._places import EXAMPLES
 from distcomp.advice.advise import METHODS
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "digits.py"
+SCRIPT = EXAMPLES / "digits.py"
 RANKS = "4"
 
 
@@ -54,8 +53,7 @@ def checked(rate: str, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
+    parser = arguments_of(__doc__)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
     cells = [checked(rate, arguments.steps) for rate in ("unshaped", "100mbit")]

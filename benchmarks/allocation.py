@@ -1,6 +1,6 @@
 """A budget of bytes, spent layer by layer or alike: which reaches the lower test loss?
 
-    python benchmarks/allocation.py        # resumes; writes results/allocation.json
+    python -m benchmarks.allocation        # resumes; writes results/allocation.json
 
 Four workers in lock-step on pairs of digits, SGD with momentum, error feedback throughout. ``allocate``
 against uniform settings of its own ladder's kinds that fit the same budget: the largest width of the
@@ -15,8 +15,9 @@ import statistics
 from typing import Any
 
 import torch
-from _crowd import Cells, Plan, Task, digit_pairs, train, warm_up_then_cosine
 
+from benchmarks._common import Cells, arguments_of
+from benchmarks._crowd import Plan, Task, digit_pairs, train, warm_up_then_cosine
 from distcomp.attaching.weights import Weights
 from distcomp.compressors import Compressor, Identity, Quantize, TopK
 from distcomp.compressors.topk import with_values
@@ -78,6 +79,7 @@ def row(cells: Cells, task: Task, name: str, method: Method) -> dict[str, Any]:
 
 
 def main() -> None:
+    arguments_of(__doc__).parse_args()
     torch.set_num_threads(1)
     task = digit_pairs()
     layout = Weights(task.network()).layout

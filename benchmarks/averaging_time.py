@@ -1,9 +1,9 @@
 """How long until the loss is there? Steps counted in lock-step, times seconds per step on a slow network.
 
-    python benchmarks/averaging_time.py steps                      # minutes; resumes
-    python benchmarks/averaging_time.py network --rate 10mbit
-    python benchmarks/averaging_time.py network --rate 100mbit --delay 20ms
-    python benchmarks/averaging_time.py sizes --rate 10mbit        # gossip among 4, 8 and 16 ranks
+    python -m benchmarks.averaging_time steps                      # minutes; resumes
+    python -m benchmarks.averaging_time network --rate 10mbit
+    python -m benchmarks.averaging_time network --rate 100mbit --delay 20ms
+    python -m benchmarks.averaging_time sizes --rate 10mbit        # gossip among 4, 8 and 16 ranks
 
 Writes results/averaging_steps.json, averaging_time_10mbit.json, averaging_time_100mbit_20ms.json and
 averaging_sizes.json. Digit pairs, a network of 146,560 parameters, eight ranks, each with images of its
@@ -20,10 +20,8 @@ computing alone takes where eight ranks share the cores of one machine.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import sys
 import time
 from itertools import islice
@@ -35,6 +33,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
+from benchmarks._common import Cells, arguments_of, median, on_network, start, write
+from benchmarks._crowd import Plan, digit_pairs, train
+from benchmarks._places import RESULTS
 from distcomp.averaging.base import Averaging
 from distcomp.methods import parse
 from distcomp.schedule import whole
@@ -70,8 +71,6 @@ def carrier_of(spec: str) -> Any:
 
 
 def count_steps() -> None:
-    from _crowd import Cells, Plan, digit_pairs, train
-
     task = digit_pairs(width=WIDTH)
 
     def steps(spec: str, rate: float, seed: int) -> dict[str, Any]:
@@ -112,24 +111,16 @@ def count_steps() -> None:
 # ---------------------------------------------------------------------------------------------- seconds
 
 
-def rank_main() -> None:
+def rank_main(settings: Any) -> dict[str, Any]:
     """One rank: every method's windows, all methods in turn."""
-    from _crowd import digit_pairs
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     task = digit_pairs(width=WIDTH)
     rank = dist.get_rank()
     batches = [
         (inputs[rank], targets[rank]) for inputs, targets in islice(task.batches(dist.get_world_size(), 0), 8)
     ]
     model = DistributedDataParallel(task.network())
-    found = {
-        name: _windows(model, spec, batches) for name, spec in json.loads(os.environ["AVERAGING"]).items()
-    }
-    if rank == 0:
-        print(json.dumps({"methods": found}))
-    dist.destroy_process_group()
+    found = {name: _windows(model, spec, batches) for name, spec in settings.items()}
+    return {"methods": found}
 
 
 def _windows(
@@ -157,9 +148,7 @@ def _windows(
 
 def measure(ranks: int, rate: str, delay: str, methods: dict[str, str]) -> dict[str, Any]:
     """All methods on one network."""
-    from _common import median, on_network
-
-    raw = on_network(__file__, ranks, rate, {"AVERAGING": json.dumps(methods)}, delay)
+    raw = on_network("averaging_time", ranks, rate, methods, delay)
     for row in raw["methods"].values():
         row["step_s_median"] = median(row["step_s"])
     return raw
@@ -167,8 +156,6 @@ def measure(ranks: int, rate: str, delay: str, methods: dict[str, str]) -> dict[
 
 def on_the_network(rate: str, delay: str) -> None:
     """Seconds to the target, and how often faster than all-reduce."""
-    from _common import RESULTS, write
-
     raw = measure(RANKS, rate, delay, {**METHODS, "no exchange": ALONE})
     counted = json.loads((RESULTS / "averaging_steps.json").read_text())["methods"]
     baseline = raw["methods"]["all-reduce fp32"]["step_s_median"]
@@ -200,8 +187,6 @@ def _is_gossip(spec: str) -> bool:
 
 def sizes(rate: str) -> None:
     """Does a step of gossip cost the same among more ranks?"""
-    from _common import write
-
     chosen = {name: METHODS[name] for name in ("all-reduce fp32", "DCD 8 bits", "CHOCO 4 bits")}
     found = {
         str(ranks): measure(ranks, rate, "0ms", {**chosen, "no exchange": ALONE}) for ranks in (4, 8, 16)
@@ -215,9 +200,7 @@ def sizes(rate: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_of(__doc__)
     parser.add_argument("part", choices=("steps", "network", "sizes"))
     parser.add_argument("--rate", default="10mbit")
     parser.add_argument("--delay", default="0ms")
@@ -232,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    rank_main() if "AVERAGING" in os.environ else main()
+    start(main, rank_main)

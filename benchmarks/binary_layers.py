@@ -1,6 +1,6 @@
 """Packed binary layers against torch's float32 ones, in one run: seconds and bytes of weights.
 
-    python benchmarks/binary_layers.py            # a minute; one thread; writes results/binary_layers.json
+    python -m benchmarks.binary_layers            # a minute; one thread; writes results/binary_layers.json
 
 Linear layers and 3 x 3 convolutions. The time of a packed layer includes taking the signs of its float32
 input; medians of interleaved runs.
@@ -12,9 +12,9 @@ import time
 from typing import Any
 
 import torch
-from _common import median, write
 from torch import nn
 
+from benchmarks._common import arguments_of, median, write
 from distcomp import kernels, precision
 
 TURNS, WARM = 15, 3
@@ -61,6 +61,7 @@ def _how(layer: nn.Module) -> dict[str, int]:
 
 
 def main() -> None:
+    arguments_of(__doc__).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """What encoding and decoding cost, against copying the same tensor.
 
-    python benchmarks/compressors.py            # writes results/compressors.json
+    python -m benchmarks.compressors            # writes results/compressors.json
 
 One parameter of 4096 x 4096 float32 (16.8 M elements, 67 MB). Every compressor takes turns with a warmed
 ``copy_`` of the same tensor; the figures are medians over turns of (time / time of the copy beside it), on
@@ -12,7 +12,6 @@ most of what is measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -21,10 +20,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _common import median, write
 from torch import Tensor
 
 import distcomp
+from benchmarks._common import arguments_of, median, rank_command, write
 from distcomp import compressors as c
 from distcomp.collectives import AllReduce, ProfiledExchange
 from distcomp.layout import Layout
@@ -166,14 +165,12 @@ def measure(x: Tensor, turns: int) -> dict[str, Any]:
 def keep_freed_memory() -> None:
     """Start this script once more, in the environment that distcomp gives its ranks."""
     if not set(MEMORY_ENV) <= set(os.environ):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MEMORY_ENV})
+        os.execve(sys.executable, [*rank_command("compressors"), *sys.argv[1:]], {**os.environ, **MEMORY_ENV})
 
 
 def main() -> None:
     keep_freed_memory()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_of(__doc__)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print the result, too")
     arguments = parser.parse_args()

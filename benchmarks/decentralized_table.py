@@ -1,7 +1,7 @@
 """Which decentralized method bears which compression? The table of the CHOCO paper, on a small task.
 
-    python benchmarks/decentralized_table.py            # half an hour of one core; resumes
-    python benchmarks/decentralized_table.py --show     # prints the table as it stands in docs/averaging.md
+    python -m benchmarks.decentralized_table            # half an hour of one core; resumes
+    python -m benchmarks.decentralized_table --show     # prints the table as it stands in docs/averaging.md
 
 Writes results/decentralized_table.json. Eight workers on a ring, momentum 0.9, digit pairs (the last digit
 of the sum of two images) with images of its own for each worker, 17,440 parameters, 400 steps, all in lock-
@@ -16,7 +16,6 @@ code.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +23,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from _crowd import Cells, Plan, digit_pairs, train, warm_up_then_cosine
 from torch import Tensor
 
+from benchmarks._common import Cells, shows_only
+from benchmarks._crowd import Plan, digit_pairs, train, warm_up_then_cosine
 from distcomp.averaging.base import Averaging
 from distcomp.averaging.extrapolation import ECD
 from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze
@@ -195,18 +195,14 @@ def _entry(found: dict[str, Any] | None, paper: str | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--show", action="store_true", help="print the table and train nothing")
-    arguments = parser.parse_args()
+    show_only = shows_only(__doc__)
     torch.set_num_threads(1)
     about = {
         "workers": 8, "topology": "ring", "task": "digit pairs, 17,440 parameters, batch 32 per worker",
         "steps": STEPS, "rates": list(RATES), "tuned_on": "seed 0, test loss of a whole run", "seeds": SEEDS,
     }  # fmt: skip
     cells = Cells("decentralized_table", about)
-    if not arguments.show:
+    if not show_only:
         study(cells)
     cells.document |= {"table": tabulate(cells.document["cells"]), "published": PUBLISHED}
     cells.write()

@@ -1,6 +1,6 @@
 """How small does a trained net become, and what does it cost in accuracy? Pruned, shared, coded.
 
-    python benchmarks/deep_compression.py            # resumes; writes results/deep_compression.json
+    python -m benchmarks.deep_compression            # resumes; writes results/deep_compression.json
 
 LeNet-300-100 and a convolutional net of LeNet-5's size on digit pairs (the last digit of a sum), as in the
 paper: a trained dense net is pruned and retrained, then its weights share values, which are trained. The
@@ -10,17 +10,17 @@ against the float32 state dict. The model that is judged is the one read back fr
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from _crowd import Cells
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks._common import Cells, arguments_of
+from benchmarks._places import example
 from distcomp import pruning
 
 SEEDS, BITS, BATCH = 5, 4, 128
@@ -53,7 +53,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], float]] = {
 
 def train(net: nn.Module, phase: str, draw: torch.Generator, set_up: Any = None) -> None:
     """Adam, with a rate that falls along a cosine."""
-    import digits  # from examples/, by _crowd
+    digits = example("digits")
 
     (images, labels), _ = digits.digits()
     optimizer = torch.optim.Adam(net.parameters(), RATES[phase])
@@ -69,7 +69,7 @@ def train(net: nn.Module, phase: str, draw: torch.Generator, set_up: Any = None)
 
 
 def judged(net: nn.Module, name: str = "") -> dict[str, float]:
-    import digits  # from examples/, by _crowd
+    digits = example("digits")
 
     _, held_out = digits.digits()
     pairs = digits.pairs(*held_out, 20_000, torch.Generator().manual_seed(0))
@@ -111,9 +111,7 @@ def cell(network: str, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    arguments_of(__doc__).parse_args()
     torch.set_num_threads(1)
     targets = {network: target for network, (_, target) in NETWORKS.items()}
     cells = Cells(

@@ -1,6 +1,6 @@
 """What does compression cost in test loss? Pairs of digits, every method with the same five seeds.
 
-    python benchmarks/digit_pairs.py            # writes results/digit_pairs.json
+    python -m benchmarks.digit_pairs            # writes results/digit_pairs.json
 
 Four workers, an unshaped network (the loss does not depend on its speed). Differences to DDP are paired by
 seed, because seeds differ more than methods do. Two controls are known to be worse: no communication, and one
@@ -9,7 +9,6 @@ bit without error feedback.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -17,14 +16,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from _common import write
-
+from benchmarks._common import arguments_of, write
+from benchmarks._places import EXAMPLES
 from distcomp.recording import find, read
 
 METHODS = (
     "ddp", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1", "qsgd:bits=1,error_feedback=False", "none",
 )  # fmt: skip
-SCRIPT = Path(__file__).parents[1] / "examples" / "digits.py"
+SCRIPT = EXAMPLES / "digits.py"
 
 
 def final_losses(seed: int, steps: int, methods: tuple[str, ...]) -> dict[str, tuple[float, float]]:
@@ -60,9 +59,7 @@ def summarize(by_seed: list[dict[str, tuple[float, float]]], methods: tuple[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_of(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()

@@ -4,13 +4,12 @@ a cable that is pulled.
 Four hosts of an emulated network, on each a torchrun agent (``launchers/torchrun/elastic.sh``) with a worker
 of ``examples/elastic.py``. ``--soak STEPS`` draws faults at random until so many steps are done.
 
-python benchmarks/faults.py
-python benchmarks/faults.py --soak 2000
+python -m benchmarks.faults
+python -m benchmarks.faults --soak 2000
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import queue
 import random
@@ -26,14 +25,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _common import write
-
+from benchmarks._common import arguments_of, write
+from benchmarks._places import ROOT
 from distcomp.errors import DistcompError
 from distcomp.network import Fabric, Net, emulate
 from distcomp.network.launch import Job
 from distcomp.network.supervisor import descendants
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "examples" / "elastic.py")
 HOSTS, RATE = 4, "100mbit"
 PATIENCE_S = 600.0
@@ -227,7 +225,7 @@ def soak(net: Net, checkpoints: str, steps: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = arguments_of(__doc__)
     parser.add_argument("--soak", type=int, metavar="STEPS", help="random faults for so many steps instead")
     parser.add_argument("--seed", type=int, default=0, help="of the random faults")
     wanted = parser.parse_args()

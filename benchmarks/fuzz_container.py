@@ -1,6 +1,6 @@
 """Is there a file that crashes the reader of .dcz files, or makes it take memory without bound?
 
-    python benchmarks/fuzz_container.py            # writes results/fuzz_container.json
+    python -m benchmarks.fuzz_container            # writes results/fuzz_container.json
 
 Hypothesis draws files: good ones with bytes replaced, cut short, their checksums mended or not, and noise
 behind a good start. Each is read or refused with a DistcompError; all else counts as a crash. The process's
@@ -9,20 +9,17 @@ peak of memory is taken before and after.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import sys
 import time
 import traceback
 from collections import Counter
-from pathlib import Path
 
 import torch
-from _common import write
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks._common import arguments_of, write
 from tests.pruning import fuzz
 
 EDITS = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6)
@@ -38,9 +35,7 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_of(__doc__)
     parser.add_argument("--inputs", type=int, default=100_000)
     inputs = parser.parse_args().inputs
     torch.set_num_threads(1)

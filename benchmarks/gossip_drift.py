@@ -1,6 +1,6 @@
 """Ten thousand steps of every gossip method: does a replica ever part from its owner? Does the mean wander?
 
-    python benchmarks/gossip_drift.py            # two minutes; writes results/gossip_drift.json
+    python -m benchmarks.gossip_drift            # two minutes; writes results/gossip_drift.json
 
 Four workers on a ring in lock-step, 600 parameters, noise for updates. Replicas are compared with what they
 copy, byte by byte, every hundred steps. The sum of all models must change by the updates alone (DCD and ECD
@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from _common import write
 
+from benchmarks._common import arguments_of, write
 from distcomp.averaging.base import Averaging
 from distcomp.averaging.extrapolation import ECD
 from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze
@@ -70,6 +70,7 @@ def run(averaging: Averaging) -> dict[str, Any]:
 
 
 def main() -> None:
+    arguments_of(__doc__).parse_args()
     torch.set_num_threads(1)
     rows = {}
     for name, averaging in METHODS.items():

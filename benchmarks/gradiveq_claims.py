@@ -1,8 +1,8 @@
 """What holds of GradiVeQ's claims here?
 
-    python benchmarks/gradiveq_claims.py structure    # do gradients lie in a subspace? against two controls
-    python benchmarks/gradiveq_claims.py loss         # test loss, five seeds, against no compression; resumes
-    python benchmarks/gradiveq_claims.py link         # aggregation time, 6 ranks at 100 Mbit/s, one run
+    python -m benchmarks.gradiveq_claims structure    # do gradients lie in a subspace? against two controls
+    python -m benchmarks.gradiveq_claims loss         # test loss, five seeds, against no compression; resumes
+    python -m benchmarks.gradiveq_claims link         # aggregation time, 6 ranks at 100 Mbit/s, one run
 
 Each call adds its part to results/gradiveq_claims.json. A ResNet-style net with 3x3 convolutions of 16 to 64
 channels on pairs of digits, six workers, as in the paper, which trains ResNet-32 on CIFAR-100 for 45,000
@@ -13,7 +13,6 @@ and 400. The label is the larger digit of the two: their sum takes such a net ma
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +26,9 @@ from torch.nn.functional import cross_entropy, relu
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
+from benchmarks._common import Cells, arguments_of, gathered, median, on_network, start, write
+from benchmarks._crowd import Oversubscription, Plan, Task, rows, train, warm_up_then_cosine
+from benchmarks._places import RESULTS, example
 from distcomp.methods.slices import Slicing, Subspace, compress, relative_loss, to_slices
 
 WORKERS, BATCH, RATE = 6, 8, 0.05
@@ -68,8 +70,7 @@ def network(blocks: int = 1) -> nn.Module:
 
 
 def task() -> Any:
-    from _crowd import Task, rows
-    from digits import digits
+    digits = example("digits").digits
 
     (images, labels), held_out = digits()
 
@@ -91,8 +92,6 @@ def pictured(images: Tensor, labels: Tensor, count: int, generator: torch.Genera
 
 
 def plan(seed: int, steps: int = STEPS) -> Any:
-    from _crowd import Plan, warm_up_then_cosine
-
     return Plan(
         workers=WORKERS,
         steps=steps,
@@ -107,8 +106,6 @@ def plan(seed: int, steps: int = STEPS) -> Any:
 
 def recorded(steps: int, rate_steps: int = 1000) -> tuple[Any, list[Tensor]]:
     """The aggregated gradients of an uncompressed run."""
-    from _crowd import Oversubscription
-
     oversubscription = Oversubscription(task(), plan(0, rate_steps), distcomp.identity())
     seen: list[Tensor] = []
     assert oversubscription.gradients is not None
@@ -181,8 +178,6 @@ def losses(series: list[Tensor], basis: Tensor, mean: Tensor) -> dict[str, float
 
 def test_losses() -> dict[str, Any]:
     """Test loss over seeds, uncompressed and compressed, everything else the same."""
-    from _crowd import Cells, train
-
     settings = {"workers": WORKERS, "batch": BATCH, "rate": RATE, "steps": STEPS, "method": TRAINED}
     cells = Cells("gradiveq_loss", settings)
     arms = {"float32": distcomp.identity(), TRAINED: distcomp.parse(TRAINED)}
@@ -218,14 +213,12 @@ BLOCKS = 5
 """Residual blocks per stage: the paper's ResNet-32."""
 
 
-def rank_main() -> None:
+def rank_main(settings: Any) -> dict[str, Any]:
     """Some steps by DDP, then a cycle by GradiVeQ: what each exchange took.
 
     All ranks meet when their gradients are there: what is timed is the exchange, not the wait for whom the
     cores served last.
     """
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     found: dict[str, Any] = {}
     for method, steps in (("ddp", 15), (CYCLE, LEARNING + 25)):
         torch.manual_seed(0)
@@ -243,13 +236,10 @@ def rank_main() -> None:
                 last = handle.stats()["last"]
                 mine.append(last["exchange_s"])
                 sent.append(last["payload_bytes"])
-        everyone: list[list[float]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
+        everyone = gathered(mine)
         found[method] = {"exchange_s": [max(one) for one in zip(*everyone, strict=True)], "bytes": sent}
-    if dist.get_rank() == 0:
-        parameters = sum(p.numel() for p in network(BLOCKS).parameters())
-        print(json.dumps({"parameters": parameters, "found": found}))
-    dist.destroy_process_group()
+    parameters = sum(p.numel() for p in network(BLOCKS).parameters())
+    return {"parameters": parameters, "found": found}
 
 
 def meet(gradient: Tensor) -> None:
@@ -259,9 +249,7 @@ def meet(gradient: Tensor) -> None:
 
 def link() -> dict[str, Any]:
     """Aggregation time of each phase against float32's, and of a whole cycle."""
-    from _common import median, on_network
-
-    raw = on_network(os.path.abspath(__file__), WORKERS, "100mbit", {"GRADIVEQ": "1"})
+    raw = on_network("gradiveq_claims", WORKERS, "100mbit", {})
     plain = raw["found"]["ddp"]["exchange_s"][3:]
     ours = raw["found"][CYCLE]["exchange_s"]
     learning, last_learning, compressed = ours[3 : LEARNING - 1], ours[LEARNING - 1], ours[LEARNING + 1 :]
@@ -282,11 +270,12 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {"structure": structure, "loss"
 
 
 def main() -> None:
-    from _common import RESULTS, write
-
+    parser = arguments_of(__doc__)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="these alone")
+    parts = parser.parse_args().parts or list(PARTS)
     torch.set_num_threads(1)
     path = RESULTS / "gradiveq_claims.json"
-    for name in sys.argv[1:] or PARTS:
+    for name in parts:
         part = PARTS[name]()
         kept = json.loads(path.read_text()) if path.exists() else {}
         write("gradiveq_claims", {one: kept[one] for one in PARTS if one in kept} | {name: part})
@@ -294,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    rank_main() if "GRADIVEQ" in os.environ else main()
+    start(main, rank_main)

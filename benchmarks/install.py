@@ -1,6 +1,6 @@
 """Does it install, alone and with each extra, and does importing it cost anything?
 
-python benchmarks/install.py [EXTRA ...]     # all of them, if none is named; writes results/install.json
+python -m benchmarks.install [EXTRA ...]     # all of them, if none is named; writes results/install.json
 
 Builds sdist and wheel, makes an environment that holds PyTorch and nothing else, installs the wheel, and
 measures what ``import distcomp`` adds to ``import torch``, with the network forbidden. Then every extra is
@@ -10,7 +10,6 @@ imported.
 
 from __future__ import annotations
 
-import argparse
 import configparser
 import json
 import os
@@ -23,9 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _common import median, write
+from benchmarks._common import arguments_of, median, write
+from benchmarks._places import ROOT
 
-ROOT = Path(__file__).parents[1]
 TORCH = re.search(r"torch==[\d.]+", (ROOT / "scripts" / "_venv.sh").read_text())[0]
 COMPILES = {"horovod": "built by a script of its own"}
 REPEATS = 7
@@ -132,7 +131,7 @@ def extras() -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = arguments_of(__doc__)
     parser.add_argument("extras", nargs="*", choices=[[], *extras()], help="which (default: all)")
     wanted = parser.parse_args().extras or extras()
     with tempfile.TemporaryDirectory() as name:

@@ -1,7 +1,7 @@
 """How far is the predicted step time from the measured one? Prediction first, then emulation, in one run.
 
-    python benchmarks/model_error.py --ranks 4 --network 100mbit   # a cell; writes results/model_error.json
-    python benchmarks/model_error.py --json                           # what the cells say together
+    python -m benchmarks.model_error --ranks 4 --network 100mbit   # a cell; writes results/model_error.json
+    python -m benchmarks.model_error --json                           # what the cells say together
 
 A cell is a number of ranks and a network: ``10mbit``, ``100mbit``, ``1gbit``, or ``racks`` (100 Mbit/s in
 two racks behind uplinks of 50 Mbit/s). What the prediction knows: the network that was asked for; of the
@@ -25,7 +25,6 @@ import statistics
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +33,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
+from benchmarks._common import arguments_of, median, on_fabric, start, write
+from benchmarks._places import RESULTS, ROOT
 from distcomp.advice.calibrate import calibrate
 from distcomp.advice.predict import predict, profile_method
 from distcomp.network import Fabric, Rack, parse_rate
@@ -44,7 +45,7 @@ METHODS = (
     "qsgd:bits=4,pattern=all_gather",
     "powersgd:rank=4", "topk:ratio=0.01", "random_k:ratio=0.05", "dcd", "choco",
 )  # fmt: skip
-RESULT = Path(__file__).parent / "results" / "model_error.json"
+RESULT = RESULTS / "model_error.json"
 LAYERS, BATCH = 4, 4
 SIDES = {"10mbit": 512}
 SIDE = 1024
@@ -135,16 +136,11 @@ def measure(
     return {"steps_s": steps_s, "phases": phases}
 
 
-def rank_main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    settings = json.loads(os.environ["MODEL_ERROR"])
+def rank_main(settings: Any) -> dict[str, Any]:
     ddp = model(settings["side"])
     found = foretell(settings, ddp)
     found |= measure(settings, ddp, found["predicted"])
-    if dist.get_rank() == 0:
-        print(json.dumps(found))
-    dist.destroy_process_group()
+    return found
 
 
 # ----------------------------------------------------------------------------------------------- in one place
@@ -152,15 +148,13 @@ def rank_main() -> None:
 
 def cell(arguments: argparse.Namespace) -> dict[str, Any]:
     """Predict, then measure."""
-    from _common import median, on_fabric
-
     settings = {
         "network": arguments.network, "side": SIDES.get(arguments.network, SIDE),
         "methods": list(arguments.methods), "turns": arguments.turns,
     }  # fmt: skip
 
     fabric = fabric_of(arguments.network, arguments.ranks)
-    found = on_fabric(__file__, fabric, {"MODEL_ERROR": json.dumps(settings)})
+    found = on_fabric("model_error", fabric, settings)
     rows = {}
     for method, predicted in found["predicted"].items():
         together = list(zip(*found["steps_s"][method], strict=True))
@@ -175,14 +169,12 @@ def cell(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "ranks": arguments.ranks, "network": arguments.network, "described": found["network"],
         "gradient_bytes": 4 * LAYERS * settings["side"] * (settings["side"] + 1),
-        "commit": surroundings(RESULT.parent)["commit"], "machine": found["machine"], "methods": rows,
+        "commit": surroundings(ROOT)["commit"], "machine": found["machine"], "methods": rows,
     }  # fmt: skip
 
 
 def judge(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Median and worst error, and pairs whose order is wrong though they differ by more than 15 %."""
-    from _common import median
-
     errors = {
         f"{one['ranks']} x {one['network']} {method}": row["error"]
         for one in cells
@@ -208,16 +200,13 @@ def judge(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
+    parser = arguments_of(__doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--network", help="measure this cell; without it, judge those that were")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    from _common import write
-
     cells = json.loads(RESULT.read_text())["cells"] if RESULT.exists() else []
     if arguments.network:
         new = cell(arguments)
@@ -232,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    rank_main() if "MODEL_ERROR" in os.environ else main()
+    start(main, rank_main)

@@ -1,7 +1,7 @@
 """What does attaching cost where the network is not the bottleneck? Steps of bare DDP and of DDP with
 identity, in turn.
 
-    python benchmarks/overhead.py               # writes results/overhead.json
+    python -m benchmarks.overhead               # writes results/overhead.json
 
 Two ranks on an unshaped network, a gradient of about 17 MB, batches large enough that compute is most of a
 step.
@@ -9,11 +9,9 @@ step.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
+from benchmarks._common import arguments_of, median, on_network, start, write
 
 SIDE, LAYERS = 1024, 4
 
@@ -41,10 +40,7 @@ def step_s(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer, x: to
     return time.perf_counter() - begin_s
 
 
-def rank_main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    settings = json.loads(os.environ["OVERHEAD"])
+def rank_main(settings: Any) -> dict[str, Any]:
     models = {name: model() for name in ("bare", "identity")}
     optimizers = {name: torch.optim.SGD(one.parameters(), lr=1e-3) for name, one in models.items()}
     x = torch.randn(settings["batch"], SIDE)
@@ -56,21 +52,15 @@ def rank_main() -> None:
             if context >= 3:
                 times[name].append(seconds)
     handle.detach()
-    if dist.get_rank() == 0:
-        print(json.dumps({"times": times}))
-    dist.destroy_process_group()
+    return {"times": times}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_of(__doc__)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=512)
     arguments = parser.parse_args()
-    from _common import median, on_network, write
-
-    found = on_network(__file__, 2, "unshaped", {"OVERHEAD": json.dumps(vars(arguments))})
+    found = on_network("overhead", 2, "unshaped", vars(arguments))
     times = found["times"]
     ratio = median([one / other for one, other in zip(times["identity"], times["bare"], strict=True)])
     result = {
@@ -82,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    rank_main() if "OVERHEAD" in os.environ else main()
+    start(main, rank_main)

@@ -1,6 +1,6 @@
 """Test loss against bytes sent: a byte-level language model, eight workers, every method for the same steps.
 
-    python benchmarks/pareto.py            # an hour of one core; resumes; writes results/pareto.json
+    python -m benchmarks.pareto            # an hour of one core; resumes; writes results/pareto.json
 
 The transformer of examples/bytes_lm.py (863,232 parameters) on the source of Python's standard library, two
 texts of 32 bytes per worker and step; AdamW, 400 steps, every worker reads modules of its own, all in
@@ -11,13 +11,13 @@ control: it quantizes the model instead of the difference.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from typing import Any
 
 import torch
-from _crowd import Cells, Plan, byte_language_model, summary, train, warm_up_then_cosine
 
+from benchmarks._common import Cells, shows_only
+from benchmarks._crowd import Plan, byte_language_model, summary, train, warm_up_then_cosine
 from distcomp.averaging.base import Averaging
 from distcomp.averaging.periodic import Mean
 from distcomp.methods import Method, identity, parse, qsgd
@@ -89,11 +89,7 @@ def _name(name: str, rate: float, seed: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--show", action="store_true", help="print the table and train nothing")
-    arguments = parser.parse_args()
+    show_only = shows_only(__doc__)
     torch.set_num_threads(1)
     about = {
         "task": "bytes of Python's standard library, transformer of 863,232 parameters",
@@ -101,7 +97,7 @@ def main() -> None:
         "rates": list(RATES), "optimizer": "AdamW, betas 0.9 and 0.95, warm-up then cosine",
     }  # fmt: skip
     cells = Cells("pareto", about)
-    if not arguments.show:
+    if not show_only:
         study(cells)
     cells.document["methods"] = tabulate(cells.document["cells"])
     cells.write()

@@ -1,8 +1,8 @@
 """How many seconds to the same test loss, on the same link? PyTorch's reductions against distcomp's methods.
 
-    python benchmarks/peers.py steps       # steps to the loss, counted once on an unshaped network
-    python benchmarks/peers.py 100mbit     # the median step on a link; also 10mbit, 1gbit, unshaped
-    python benchmarks/peers.py table       # seconds = steps x median step
+    python -m benchmarks.peers steps       # steps to the loss, counted once on an unshaped network
+    python -m benchmarks.peers 100mbit     # the median step on a link; also 10mbit, 1gbit, unshaped
+    python -m benchmarks.peers table       # seconds = steps x median step
 
 Methods that exchange every few steps are timed over whole periods, and the mean step counts.
 Steps that differ from the rest, at the beginning (PyTorch's PowerSGD sends two in full, GradiVeQ learns), are
@@ -16,10 +16,8 @@ PyTorch's PowerSGD runs on one bucket, where it survives; what becomes of it on 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import os
 import sys
 import time
 from typing import Any
@@ -31,6 +29,17 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
+from benchmarks._common import (
+    arguments_of,
+    gathered,
+    median,
+    on_network,
+    rank_command,
+    rank_environment,
+    start,
+    write,
+)
+from benchmarks._places import RESULTS, example
 
 RANKS, BATCH, LR, WIDTH = 4, 16, 0.02, 1856
 BUCKET_MB, ONE_BUCKET_MB = 4, 1000
@@ -82,8 +91,7 @@ class Task:
     """Two digits side by side: which is the larger? One rank's images, and the test set."""
 
     def __init__(self, rank: int) -> None:
-        sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))
-        from digits import digits
+        digits = example("digits").digits
 
         (images, labels), held_out = digits()
         self._mine = images[rank::RANKS], labels[rank::RANKS]
@@ -159,10 +167,7 @@ def counted(label: str, rate: str, steps: int) -> tuple[int, int]:
     return 22 if "GradiVeQ" in label else 3 if period == 1 else period, -(-steps // period) * period
 
 
-def rank_main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    asked = json.loads(os.environ["PEERS"])
+def rank_main(asked: Any) -> dict[str, Any]:
     task = Task(dist.get_rank())
     found: dict[str, Any] = {}
     if asked["what"] == "several buckets":
@@ -174,21 +179,16 @@ def rank_main() -> None:
             continue
         first, then = counted(label, asked["what"], asked["steps"])
         mine = timed(label, task, first + then)
-        everyone: list[list[float]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
+        everyone = gathered(mine)
         slowest = [max(one) for one in zip(*everyone, strict=True)]
         found[label] = {"first": slowest[:first], "then": slowest[first:]}
-    if dist.get_rank() == 0:
-        parameters = sum(p.numel() for p in network().parameters())
-        print(json.dumps({"parameters": parameters, "found": found}))
-    dist.destroy_process_group()
+    parameters = sum(p.numel() for p in network().parameters())
+    return {"parameters": parameters, "found": found}
 
 
 def measure(what: str, rate: str, methods: list[str], steps: int) -> dict[str, Any]:
-    from _common import on_network
-
     asked = {"what": what, "methods": methods, "steps": steps}
-    return on_network(os.path.abspath(__file__), RANKS, rate, {"PEERS": json.dumps(asked)})
+    return on_network("peers", RANKS, rate, asked)
 
 
 def several_buckets() -> str:
@@ -197,8 +197,8 @@ def several_buckets() -> str:
     from distcomp.network.launch import show_nothing
 
     with emulate(Fabric.uniform(RANKS, "unshaped")) as net:
-        env = {"PEERS": json.dumps({"what": "several buckets", "methods": [], "steps": 0})}
-        result = net.launch([sys.executable, os.path.abspath(__file__)], env, timeout_s=90, show=show_nothing)
+        env = rank_environment({"what": "several buckets", "methods": [], "steps": 0})
+        result = net.launch(rank_command("peers"), env, timeout_s=90, show=show_nothing)
     if result.ok:
         return "ran to the end"
     lines = [line.strip() for out in result.outputs.values() for line in out.splitlines() if "Error" in line]
@@ -207,8 +207,6 @@ def several_buckets() -> str:
 
 def summary(raw: dict[str, Any]) -> dict[str, Any]:
     """Seconds to the loss on every link that was measured, and how much faster than DDP that is."""
-    from _common import median
-
     rows: dict[str, Any] = {}
     for label in METHODS:
         counted = raw["steps"].get(label)
@@ -257,11 +255,7 @@ def _best(rows: dict[str, Any], ours: list[str], rate: str, seconds: str) -> dic
 
 
 def main() -> None:
-    from _common import RESULTS
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_of(__doc__)
     parser.add_argument("what", nargs="+", help="steps, buckets, a rate, or table")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--timed-steps", type=int, default=12)
@@ -289,8 +283,6 @@ def main() -> None:
 
 def save(raw: dict[str, Any]) -> None:
     """All that was measured so far, and what follows from it."""
-    from _common import write
-
     found = {
         "what": f"seconds to a test loss of {TARGET_LOSS}: steps, counted once, times the median step",
         "ranks": RANKS, "batch": BATCH, "lr": LR, "methods": METHODS,
@@ -300,4 +292,4 @@ def save(raw: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    rank_main() if "PEERS" in os.environ else main()
+    start(main, rank_main)

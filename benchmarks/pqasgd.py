@@ -1,6 +1,6 @@
 """PQASGD's claims: the loss of full SGD with 3.1 % of the data, and a linear speed-up.
 
-    python benchmarks/pqasgd.py            # some minutes; resumes; writes results/pqasgd.json
+    python -m benchmarks.pqasgd            # some minutes; resumes; writes results/pqasgd.json
 
 *Loss*: digit pairs, and the transformer of examples/bytes_lm.py (863,232 parameters) on two texts of 32
 bytes per worker and step; eight workers in lock-step, momentum 0.9; one learning rate for all rows, full
@@ -15,14 +15,14 @@ seed (the error is a mean over 512 parameters: another seed differs by a few per
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from _crowd import (
-    Cells,
+
+from benchmarks._common import Cells, shows_only
+from benchmarks._crowd import (
     Plan,
     Task,
     byte_language_model,
@@ -31,7 +31,6 @@ from _crowd import (
     train,
     warm_up_then_cosine,
 )
-
 from distcomp.averaging.base import Averaging
 from distcomp.averaging.periodic import Mean, Periodic
 from distcomp.averaging.recipes import local_sgd, pqasgd
@@ -171,11 +170,7 @@ def _point(name: str, workers: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--show", action="store_true", help="print the tables and train nothing")
-    arguments = parser.parse_args()
+    show_only = shows_only(__doc__)
     torch.set_num_threads(1)
     about = {
         "loss": {"task": "digit pairs, 17,440 parameters", "workers": 8, "steps": STEPS, "seeds": SEEDS,
@@ -186,7 +181,7 @@ def main() -> None:
                   "workers": list(CROWDS), "rates": list(DESCENTS)},
     }  # fmt: skip
     cells = Cells("pqasgd", about)
-    if not arguments.show:
+    if not show_only:
         for kind in TASKS:
             losses(cells, kind)
         speed(cells)

@@ -1,7 +1,7 @@
 """What do low-precision numbers cost in test loss? Digit pairs, two small networks.
 
-    python benchmarks/precision_table.py            # resumes; writes results/precision_table.json
-    python benchmarks/precision_table.py --json     # and prints it
+    python -m benchmarks.precision_table            # resumes; writes results/precision_table.json
+    python -m benchmarks.precision_table --json     # and prints it
 
 An MLP (128-96-96-96-10), a CNN (1 x 8 x 16 images, 12 and 24 filters) and, for the claim about depth, an MLP
 of eight layers of 64, all with batch norms, so that signs have a scale, and the deep one once more without
@@ -13,7 +13,6 @@ same batches. Rows called "from float32" train half of their steps before they a
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import itertools
 import json
@@ -25,9 +24,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _crowd import Cells, warm_up_then_cosine
 from torch import Tensor, nn
 
+from benchmarks._common import Cells, arguments_of
+from benchmarks._crowd import warm_up_then_cosine
+from benchmarks._places import example
 from distcomp import precision
 
 STEPS, BATCH, SEEDS, RATE = 400, 64, 5, 0.1
@@ -265,7 +266,7 @@ class Loop:
     """Digit pairs for one seed: the same batches for every row."""
 
     def __init__(self, row: Row, network: str, seed: int) -> None:
-        import digits  # from examples/, by _crowd
+        digits = example("digits")
 
         (images, labels), held_out = digits.digits()
         self.pairs, self.train = digits.pairs, (images, labels)
@@ -421,9 +422,7 @@ def plan() -> list[tuple[int, str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_of(__doc__)
     parser.add_argument("--json", action="store_true", help="print the whole result")
     parser.add_argument("--rows", nargs="*", default=[*ROWS, *BARE], help="these alone; none: only tables")
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), help="these alone")

@@ -1,6 +1,6 @@
 """Low precision and a compressed wire together: DoReFa W1 A2 G6 sent in 6 bits, against float32 DDP.
 
-    python benchmarks/precision_wire.py            # resumes; writes results/precision_wire.json
+    python -m benchmarks.precision_wire            # resumes; writes results/precision_wire.json
 
 Four ranks on an emulated 100 Mbit/s network, digit pairs, a network of 168,000 parameters. The rows:
 float32 with DDP, DoReFa with its weight gradients in ``qsgd:bits=6`` and with DDP's float32, a fixed-point
@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
 import statistics
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from _crowd import Cells, warm_up_then_cosine
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
+from benchmarks._common import Cells, arguments_of, on_network, start
+from benchmarks._crowd import warm_up_then_cosine
+from benchmarks._places import example
 from distcomp import precision
 
 RANKS, RATE, STEPS, BATCH, SEEDS, WIDTH, LR = 4, "100mbit", 150, 32, 3, 256, 0.1
@@ -59,13 +56,11 @@ def network(kind: str, rank: int) -> nn.Module:
     return net
 
 
-def worker(kind: str, method: str, seed: int) -> None:
-    """One rank of a run; rank 0 prints the result as JSON."""
-    import digits  # from examples/, by _crowd
+def rank_main(settings: Any) -> dict[str, Any]:
+    """One rank of a run."""
+    kind, method, seed = settings
+    digits = example("digits")
 
-    torch.set_num_threads(1)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("gloo", **alone)
     rank, size = dist.get_rank(), dist.get_world_size()
     (images, labels), held_out = digits.digits()
     feeds = [  # one process goes through the batches of all ranks, whose norms see a rank's batch each
@@ -92,20 +87,14 @@ def worker(kind: str, method: str, seed: int) -> None:
     loss, accuracy = digits.evaluate(
         model.module, *digits.pairs(*held_out, 4000, torch.Generator().manual_seed(0))
     )
-    if rank == 0:
-        print(
-            json.dumps(
-                {
-                    "test_loss": loss,
-                    "test_accuracy": accuracy,
-                    "bytes_per_step": stats["payload_bytes"] / STEPS,
-                    "payload_by_kind": stats["payload_by_kind"],
-                    "exchange_s": statistics.median(exchange_s),
-                    "weights": digest(model.module),
-                }
-            )
-        )
-    dist.destroy_process_group()
+    return {
+        "test_loss": loss,
+        "test_accuracy": accuracy,
+        "bytes_per_step": stats["payload_bytes"] / STEPS,
+        "payload_by_kind": stats["payload_by_kind"],
+        "exchange_s": statistics.median(exchange_s),
+        "weights": digest(model.module),
+    }
 
 
 def digest(model: nn.Module) -> str:
@@ -115,15 +104,7 @@ def digest(model: nn.Module) -> str:
 
 
 def run(kind: str, method: str, seed: int, ranks: int = RANKS) -> dict[str, Any]:
-    from _common import on_network
-
-    with tempfile.TemporaryDirectory() as directory:
-        script = Path(directory) / "worker.py"
-        script.write_text(
-            f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-            f"from precision_wire import worker\nworker({kind!r}, {method!r}, {seed})\n"
-        )
-        return on_network(str(script), ranks, RATE, {"OMP_NUM_THREADS": "1"})
+    return on_network("precision_wire", ranks, RATE, (kind, method, seed), env={"OMP_NUM_THREADS": "1"})
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -139,6 +120,7 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
+    arguments_of(__doc__).parse_args()
     about = {
         "task": "digit pairs", "ranks": RANKS, "rate": RATE, "steps": STEPS, "batch_per_rank": BATCH,
         "seeds": SEEDS, "width": WIDTH, "lr": LR,
@@ -176,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main, rank_main)

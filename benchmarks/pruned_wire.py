@@ -1,6 +1,6 @@
 """Pruned in training and sent in 4 bits: what is left of DDP's bytes, loss and time, as the kernel counts?
 
-    python benchmarks/pruned_wire.py            # writes results/pruned_wire.json
+    python -m benchmarks.pruned_wire            # writes results/pruned_wire.json
 
 Four ranks on an emulated network of 100 Mbit/s train the net of ``examples/digits.py``, and one process
 trains it on the same batches, joined. A cubic schedule prunes to 90 % in the first part of the run;
@@ -10,14 +10,10 @@ check of masks included), the mean over ranks; seconds are rank 0's, tests of th
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +22,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
+from benchmarks._common import arguments_of, gathered, on_network, start, write
+from benchmarks._places import example
 from distcomp import pruning
 from distcomp.network import read_qdisc_bytes
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import digits
+digits = example("digits")
 
 RANKS, RATE, EVERY = 4, "100mbit", 10
 PRUNED = "pruned "
@@ -101,16 +98,11 @@ def alone(plan: Plan, seed: int) -> dict[str, float]:
     return found
 
 
-def rank_main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    plan = Plan(**json.loads(os.environ["PRUNED_WIRE"]))
+def rank_main(settings: Any) -> dict[str, Any]:
+    plan = Plan(**settings)
     mine = {arm: [train(plan, seed, arm) for seed in range(plan.seeds)] for arm in ARMS}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    if dist.get_rank() == 0:
-        print(json.dumps({"ranks": everyone}))
-    dist.destroy_process_group()
+    everyone = gathered(mine)
+    return {"ranks": everyone}
 
 
 def row(plan: Plan, runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -138,20 +130,16 @@ def row(plan: Plan, runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_of(__doc__)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--frozen-from", type=int, default=120)
     parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--target", type=float, default=0.5)
     plan = Plan(**vars(parser.parse_args()))
-    from _common import on_network, write
-
     torch.set_num_threads(1)
     single = [alone(plan, seed) for seed in range(plan.seeds)]
-    raw = on_network(__file__, RANKS, RATE, {"PRUNED_WIRE": json.dumps(asdict(plan))})
+    raw = on_network("pruned_wire", RANKS, RATE, asdict(plan))
     arms = {arm: row(plan, [rank[arm] for rank in raw["ranks"]]) for arm in ARMS}
     for one in arms.values():
         for key in ("queue_bytes_per_step", "queue_bytes_per_step_frozen"):
@@ -164,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    rank_main() if "PRUNED_WIRE" in os.environ else main()
+    start(main, rank_main)

@@ -1,7 +1,7 @@
 """What does each way of pruning cost in test loss, against the weights that remain?
 
-    python benchmarks/pruning_table.py              # resumes; writes results/pruning_table.json
-    python benchmarks/pruning_table.py --json       # and prints it
+    python -m benchmarks.pruning_table              # resumes; writes results/pruning_table.json
+    python -m benchmarks.pruning_table --json       # and prints it
 
 LeNet-300-100 and a residual CNN on digit pairs, SGD with momentum, five seeds. Every row of a seed begins at
 the same weights and sees the same batches; pruning begins after a fifth of the steps (regrowth: at once) and
@@ -11,7 +11,6 @@ remaining weights, interpolated over log(remaining).
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -22,10 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from _crowd import Cells, warm_up_then_cosine
-from deep_compression import lenet
 from torch import Tensor, nn
 
+from benchmarks._common import Cells, arguments_of
+from benchmarks._crowd import warm_up_then_cosine
+from benchmarks._places import example
+from benchmarks.deep_compression import lenet
 from distcomp import pruning
 
 BATCH, SEEDS = 64, 5
@@ -153,7 +154,7 @@ def scaled_up(net: nn.Module, density: float) -> nn.Module:
 
 
 def shared_examples(count: int) -> tuple[Tensor, Tensor]:
-    import digits  # from examples/, by _crowd
+    digits = example("digits")
 
     return digits.pairs(*digits.digits()[0], count, torch.Generator().manual_seed(1))
 
@@ -214,7 +215,7 @@ AGAINST = [
 
 
 def cell(network: str, row: Row, seed: int) -> dict[str, Any]:
-    import digits  # from examples/, by _crowd
+    digits = example("digits")
 
     (images, labels), held_out = digits.digits()
     torch.manual_seed(seed)
@@ -326,9 +327,7 @@ def tabulate(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_of(__doc__)
     parser.add_argument("--json", action="store_true", help="print the whole result")
     wanted = parser.parse_args()
     torch.set_num_threads(1)

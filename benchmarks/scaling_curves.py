@@ -1,6 +1,6 @@
 """Scaling to 4,096 workers on three networks, predicted; and published figures beside the model's.
 
-    python benchmarks/scaling_curves.py      # writes results/scaling_curves.json and a figure for the docs
+    python -m benchmarks.scaling_curves      # writes results/scaling_curves.json and a figure for the docs
 
 The networks: a cloud of 25 Gbit/s TCP (30 us), InfiniBand of 400 Gbit/s (2 us), and the open internet of
 200 Mbit/s and 80 ms. The model: 25.7 million parameters in 16 equal buckets, of which a step computes 250 ms
@@ -11,13 +11,11 @@ Nothing here is measured on such a network.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from _common import write
-
+from benchmarks._common import arguments_of, write
+from benchmarks._places import ROOT
 from distcomp.advice.overlap import Timing, averaging_step, gradient_step
 from distcomp.advice.predict import PREDICTED_HOOKS, around_a_ring
 from distcomp.advice.scale import Rehearsals
@@ -38,7 +36,7 @@ SCALES = tuple(2**i for i in range(1, 13))
 BUCKETS, BUCKET = 16, Layout.of([("weight", (1024, 1568))])
 COMPUTE_S, BACKWARD_FROM_S = 0.25, 0.09
 HOST = Host(message_s=5e-6)
-FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "scaling.svg"
+FIGURE = ROOT / "docs" / "figures" / "scaling.svg"
 
 
 def timing() -> Timing:
@@ -116,8 +114,7 @@ def draw(curves: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
+    parser = arguments_of(__doc__)
     parser.parse_args()
     rehearsals = [Rehearsals(method, [BUCKET]) for method in METHODS]
     curves = {

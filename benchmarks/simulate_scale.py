@@ -1,7 +1,7 @@
 """How long do a thousand workers take in one process, and does it grow with their number?
 
-    python benchmarks/simulate_scale.py --method dcd --workers 1024 --steps 200   # a cell
-    python benchmarks/simulate_scale.py                                            # the fits over all cells
+    python -m benchmarks.simulate_scale --method dcd --workers 1024 --steps 200   # a cell
+    python -m benchmarks.simulate_scale                                            # the fits over all cells
 
 Pairs of digits, 27,674 parameters, each worker with a model and data of its own (drawn with replacement).
 A cell is a process: its seconds of training and its peak memory, the interpreter's own included. The fit is
@@ -12,20 +12,20 @@ round of a thousand is a million messages, here as on a network.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-HERE = Path(__file__)
-RESULT = HERE.parent / "results" / "simulate_scale.json"
-SCRIPT = HERE.parents[1] / "examples" / "digits.py"
+from benchmarks._common import arguments_of, rank_command, write
+from benchmarks._places import EXAMPLES, RESULTS, ROOT
+
+RESULT = RESULTS / "simulate_scale.json"
+SCRIPT = EXAMPLES / "digits.py"
 METHODS = ("dcd", "choco", "pqasgd:pattern=all_gather", "qsgd:pattern=all_gather")
 WORKERS = (16, 64, 256, 1024)
 WIDTH, BATCH = 112, 16
@@ -78,8 +78,7 @@ def fits(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
+    parser = arguments_of(__doc__)
     parser.add_argument("--method", choices=METHODS)
     parser.add_argument("--workers", type=int, nargs="+", default=[])
     parser.add_argument("--steps", type=int, default=20)
@@ -89,19 +88,17 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(cell(arguments.method, arguments.workers[0], arguments.steps)))
         return
-    from _common import write
-
     kept = json.loads(RESULT.read_text())["cells"] if RESULT.exists() else []
     cells = [one for one in kept if one["method"] in METHODS]
     for workers in arguments.workers:
         command = [
-            sys.executable, str(HERE), "--one", "--method", arguments.method,
+            *rank_command("simulate_scale"), "--one", "--method", arguments.method,
             "--workers", str(workers), "--steps", str(arguments.steps),
         ]  # fmt: skip
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
         new = json.loads(done.stdout.splitlines()[-1])
         cells = [one for one in cells if (one["method"], one["workers"]) != (new["method"], workers)] + [new]
-        result = {"what": HERE.read_text().splitlines()[0].strip('"'), "fits": fits(cells), "cells": cells}
+        result = {"what": (__doc__ or "").splitlines()[0], "fits": fits(cells), "cells": cells}
         write("simulate_scale", result)
         print(
             {key: new[key] for key in ("method", "workers", "steps", "seconds", "cpu_seconds", "peak_bytes")}

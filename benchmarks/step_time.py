@@ -1,7 +1,7 @@
 """How long does an exchange take, against the bytes it must send? Methods and DDP in turn, in one run, on one
 network.
 
-    python benchmarks/step_time.py --rate 100mbit --ranks 4        # writes results/step_time_100mbit.json
+    python -m benchmarks.step_time --rate 100mbit --ranks 4        # writes results/step_time_100mbit.json
 
 Each rank's gradient is about 17 MB in several buckets. The exchange's time runs from the first encode to the
 last decode; the prediction is what the queue must be charged (payloads and headers) over the rate. Bytes are
@@ -14,11 +14,11 @@ nothing (as many buckets and rounds).
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
+from benchmarks._common import arguments_of, gathered, median, on_network, start, write
 from distcomp.network import parse_rate, read_qdisc_bytes
 from distcomp.network.framing import exchanged_bytes
 
@@ -91,11 +92,8 @@ def measure(ddp: DistributedDataParallel, method: str, steps: int) -> list[dict[
     return found
 
 
-def rank_main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def rank_main(settings: Any) -> dict[str, Any]:
     ddp, tiny = model(), model(TINY)
-    settings = json.loads(os.environ["STEP_TIME"])
     mine: dict[str, list[dict[str, float | None]]] = {method: [] for method in settings["methods"]}
     floor: dict[str, list[float]] = {method: [] for method in settings["methods"]}
     for _ in range(settings["turns"]):
@@ -103,18 +101,13 @@ def rank_main() -> None:
             mine[method] += measure(ddp, method, settings["steps"])
             if settings["floor"]:
                 floor[method] += [one["exchange_s"] or 0.0 for one in measure(tiny, method, 4)]
-    everyone: list[dict[str, list[dict[str, float | None]]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
-    if dist.get_rank() == 0:
-        numel = sum(p.numel() for p in ddp.parameters())
-        print(json.dumps({"gradient_bytes": 4 * numel, "ranks": everyone, "floor": floor}))
-    dist.destroy_process_group()
+    everyone = gathered(mine)
+    numel = sum(p.numel() for p in ddp.parameters())
+    return {"gradient_bytes": 4 * numel, "ranks": everyone, "floor": floor}
 
 
 def summarize(raw: dict[str, object], rate_bps: float) -> dict[str, dict[str, float | None]]:
     """Per method: medians over steps of the slowest rank's exchange, bytes as means over ranks."""
-    from _common import median
-
     ranks = raw["ranks"]
     assert isinstance(ranks, list)
     rows: dict[str, dict[str, float | None]] = {}
@@ -154,9 +147,7 @@ def summarize(raw: dict[str, object], rate_bps: float) -> dict[str, dict[str, fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_of(__doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rate", default="100mbit")
     parser.add_argument("--turns", type=int, default=3)
@@ -165,15 +156,13 @@ def main() -> None:
     parser.add_argument("--shelf", action="store_true", help="other methods, each against its bound")
     parser.add_argument("--json", action="store_true", help="print the result instead of a table")
     arguments = parser.parse_args()
-    from _common import on_network, write
-
     settings = {
         "methods": list(arguments.methods or (SHELF if arguments.shelf else METHODS)),
         "turns": arguments.turns,
         "steps": arguments.steps,
         "floor": arguments.shelf,
     }
-    raw = on_network(__file__, arguments.ranks, arguments.rate, {"STEP_TIME": json.dumps(settings)})
+    raw = on_network("step_time", arguments.ranks, arguments.rate, settings)
     rows = summarize(raw, parse_rate(arguments.rate))
     result = {
         "what": "exchange time, first encode to last decode, median over steps of the slowest rank",
@@ -197,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    rank_main() if "STEP_TIME" in os.environ else main()
+    start(main, rank_main)

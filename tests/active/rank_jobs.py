@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from conformance.toys.active_toy import SharedCoins
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
+from conformance.toys.active_toy import SharedCoins
 from distcomp.active import ActiveParameters, ActiveSet, Context
 from distcomp.layout import Layout
 from distcomp.randomness import Key

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conformance.world import ORDINARY, alike, converse, draw, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distcomp
+from conformance.world import ORDINARY, alike, converse, draw, tensors
 from distcomp.active import ActiveParameters, ActiveSet, Frozen, Intersection, Planned
 from distcomp.attaching.ddp import slices_of
 from distcomp.attaching.observed import pruners_of

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import distcomp
 from conformance.toys import active_toy
 from conformance.toys.active_toy import SharedCoins
 from conformance.world import ORDINARY, converse, draw
-
-import distcomp
 from distcomp.active import Planned
 from distcomp.errors import DistcompError
 

@@ -12,7 +12,6 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
-from report import synthetic
 
 from distcomp import compressors, recording
 from distcomp.cli import COMMANDS, doctor, emulate, main, methods
@@ -22,6 +21,7 @@ from distcomp.cli.run import new_directory
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS
 from distcomp.report import as_json, as_text, compare
+from report import synthetic
 
 Captured = pytest.CaptureFixture[str]
 

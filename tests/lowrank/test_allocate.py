@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conformance.world import Round, converse, draw
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conformance.world import Round, converse, draw
 from distcomp.compressors import Identity, Quantize, TopK
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conformance.world import ORDINARY, converse, draw
 
+from conformance.world import ORDINARY, converse, draw
 from distcomp.compressors import TopK
 from distcomp.errors import DistcompError
 from distcomp.methods import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conformance.world import converse, draw
 
+from conformance.world import converse, draw
 from distcomp.compressors import Cast, Quantize, RandomK, TopK
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout

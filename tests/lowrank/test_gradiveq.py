@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conformance.world import Round, alike, by_name, converse, draw
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conformance.world import Round, alike, by_name, converse, draw
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conformance.world import ORDINARY, SEED, Round, converse, draw, once
 
+from conformance.world import ORDINARY, SEED, Round, converse, draw, once
 from distcomp.collectives import AllReduce
 from distcomp.errors import DistcompError
 from distcomp.methods import ErrorFeedback, StepContext, TwoLevel, identity, nodes_of, parse, two_level

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conformance.world import SEED, Grouping, by_name, converse, draw, groups, once
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conformance.world import SEED, Grouping, by_name, converse, draw, groups, once
 from distcomp.collectives import all_reduce_sent_bytes
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, ParamSlice

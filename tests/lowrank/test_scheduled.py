@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conformance.world import ORDINARY, converse, draw, once
 
+from conformance.world import ORDINARY, converse, draw, once
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Method, Scheduled, Warmup, identity, parse, powersgd, qsgd, topk, warmup
 from distcomp.schedule import Schedule

@@ -21,6 +21,7 @@ from distcomp.transports.mpi.transport import MPITransport
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "ddp"))
 import jobs as ddp  # (the networks and loops of tests/ddp)
+
 from collectives import world as script  # (of tests/collectives)
 
 HALVES = (torch.float16, torch.bfloat16)

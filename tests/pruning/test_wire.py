@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conformance.world import alike, converse, draw, tensors
 from torch import nn
 
 import distcomp
+from conformance.world import alike, converse, draw, tensors
 from distcomp import DistcompError, pruning
 from distcomp.attaching.ddp import slices_of
 from distcomp.attaching.masks import pruners_of

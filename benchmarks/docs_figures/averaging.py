@@ -1,32 +1,21 @@
-"""Writes the tables and plots of docs/averaging.md, from the committed result files and nothing else.
+"""docs/averaging.md: tables and plots.
 
-    python benchmarks/averaging_docs.py
-
-A table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``. The topologies are drawn, and
-their spectral gaps computed, from distcomp.averaging.topology.
+The topologies are drawn, and their spectral gaps computed, from distcomp.averaging.topology.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from _tables import RESULTS, markdown, result, source
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from benchmarks._tables import Block, markdown, measured, result, source
 from distcomp.averaging.topology import TOPOLOGIES, Topology, resolve
 
-PAGE = Path(__file__).parents[1] / "docs" / "averaging.md"
-FIGURES = PAGE.parent / "figures"
 SIZES = (8, 16, 64)
-
-mpl.use("svg")
-mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "distcomp", "font.size": 9})
 
 
 # ------------------------------------------------------------------------------------------- topologies
@@ -47,11 +36,11 @@ def topologies() -> str:
     )
 
 
-def draw_topologies() -> None:
+def draw_topologies() -> Figure:
     figure, axes = plt.subplots(2, 4, figsize=(8, 4.4))
     for axis, name in zip(axes.flat, TOPOLOGIES, strict=True):
         _draw(axis, resolve(name, 8))
-    save(figure, "topologies")
+    return figure
 
 
 def _draw(axis: Any, topology: Topology) -> None:
@@ -74,7 +63,7 @@ def _draw(axis: Any, topology: Topology) -> None:
 
 
 def decentralized() -> str:
-    from decentralized_table import show
+    from benchmarks.decentralized_table import show
 
     found = result("decentralized_table")
     return f"{show(found['table'], found['published'])}\n\n{source(found, 'decentralized_table.py')}"
@@ -110,7 +99,7 @@ def pqasgd_speed() -> str:
     return markdown(["steps to the target, workers:", *workers], rows)
 
 
-def draw_speed() -> None:
+def draw_speed() -> Figure:
     speed = result("pqasgd")["speed"]
     figure, axis = plt.subplots(figsize=(5.5, 3.6))
     for (name, points), mark in zip(speed.items(), "os^", strict=True):
@@ -122,7 +111,7 @@ def draw_speed() -> None:
     axis.set(xlabel="workers", ylabel="steps to the target", xticks=workers, xticklabels=map(str, workers))
     axis.minorticks_off()
     axis.legend(fontsize=7, frameon=False)
-    save(figure, "pqasgd_speed")
+    return figure
 
 
 def pareto() -> str:
@@ -142,7 +131,7 @@ def pareto() -> str:
     return f"{markdown(head, rows)}\n\n{source(found, 'pareto.py')}"
 
 
-def draw_pareto() -> None:
+def draw_pareto() -> Figure:
     found = {name: row for name, row in result("pareto")["methods"].items() if "mean" in row}
     figure, axis = plt.subplots(figsize=(7, 4.2))
     for name, row in found.items():
@@ -157,7 +146,7 @@ def draw_pareto() -> None:
     axis.axhspan(*found["DDP fp32"]["range"], color="grey", alpha=0.2, linewidth=0)
     axis.set_xscale("log")
     axis.set(xlabel="bytes sent per worker in the whole run", ylabel="test loss, nats per byte")
-    save(figure, "pareto")
+    return figure
 
 
 NETWORKS = {"averaging_time_10mbit": "10 Mbit/s", "averaging_time_100mbit_20ms": "100 Mbit/s and 20 ms"}
@@ -165,7 +154,7 @@ NETWORKS = {"averaging_time_10mbit": "10 Mbit/s", "averaging_time_100mbit_20ms":
 
 def seconds() -> str:
     """A row per method: steps, and what a step and all of them take on each network that was measured."""
-    runs = {label: result(name) for name, label in NETWORKS.items() if (RESULTS / f"{name}.json").exists()}
+    runs = {label: result(name) for name, label in NETWORKS.items() if measured(name)}
     first = next(iter(runs.values()))
     rows = []
     for name in first["methods"]:
@@ -206,48 +195,20 @@ def drift() -> str:
     return f"{markdown(head, rows)}\n\n{source(found, 'gossip_drift.py')}"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "topologies": topologies,
-    "decentralized": decentralized,
-    "pqasgd-loss": pqasgd_loss,
-    "pqasgd-language": lambda: pqasgd_loss("language"),
-    "pqasgd-speed": pqasgd_speed,
-    "pareto": pareto,
-    "seconds": seconds,
-    "sizes": sizes,
-    "drift": drift,
+BLOCKS = {
+    "topologies": Block(topologies),
+    "decentralized": Block(decentralized, "decentralized_table"),
+    "pqasgd-loss": Block(pqasgd_loss, "pqasgd"),
+    "pqasgd-language": Block(lambda: pqasgd_loss("language"), "pqasgd"),
+    "pqasgd-speed": Block(pqasgd_speed, "pqasgd"),
+    "pareto": Block(pareto, "pareto"),
+    "seconds": Block(seconds, next(iter(NETWORKS))),
+    "sizes": Block(sizes, "averaging_sizes"),
+    "drift": Block(drift, "gossip_drift"),
 }
 
-
-def filled(page: str) -> str:
-    """The page with every block written anew."""
-    for name, write in BLOCKS.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if begin in page:
-            pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-            text = f"{begin}\n{write()}\n{end}"
-            page = pattern.sub(lambda _, text=text: text, page)
-    return page
-
-
-def save(figure: Figure, name: str) -> None:
-    FIGURES.mkdir(exist_ok=True)
-    figure.tight_layout(h_pad=1.5)
-    figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-
-
-def main() -> None:
-    page = PAGE.read_text()
-    PAGE.write_text(filled(page))
-    for name, draw in (
-        ("topologies", draw_topologies),
-        ("pqasgd_speed", draw_speed),
-        ("pareto", draw_pareto),
-    ):
-        if f"figures/{name}.svg" in page:
-            draw()
-
-
-if __name__ == "__main__":
-    main()
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "topologies": draw_topologies,
+    "pqasgd_speed": draw_speed,
+    "pareto": draw_pareto,
+}

@@ -1,13 +1,10 @@
-"""Writes docs/faults.md's table from the committed result files, and nothing else.
-
-python benchmarks/faults_docs.py
-"""
+"""docs/faults.md: what each fault cost, and the soak."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from _tables import ROOT, fill, markdown, result, source
+from benchmarks._tables import Block, markdown, result, source
 
 Row = dict[str, Any]
 
@@ -23,7 +20,8 @@ def row(fault: Row) -> list[str]:
     return [fault["name"], named, lost, seconds(fault["went_on_s"]), str(fault["workers"]), losses]
 
 
-def soaked(found: dict[str, Any]) -> str:
+def soaked() -> str:
+    found = result("soak")
     return (
         f"{found['steps']:,} steps under {len(found['faults'])} faults drawn at random: "
         f"{found['steps_trained_twice']} steps were trained twice, test loss {found['first_loss']:.3f} → "
@@ -31,7 +29,8 @@ def soaked(found: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def faults() -> str:
+    """Every fault that was tried, and what it cost."""
     found = result("faults")
     head = ["fault", "detected in", "lost", "went on after", "workers", "test loss before → after"]
     table = markdown(head, [row(fault) for fault in found["faults"]])
@@ -39,10 +38,7 @@ def main() -> None:
         f"Workers wait {found['timeout_s']:g} s for each other and write a checkpoint every "
         f"{found['checkpoint_every']} steps. {source(found, 'faults.py')}"
     )
-    page = ROOT / "docs" / "faults.md"
-    fill(page, "faults", f"{table}\n\n{about}")
-    fill(page, "soak", soaked(result("soak")))
+    return f"{table}\n\n{about}"
 
 
-if __name__ == "__main__":
-    main()
+BLOCKS = {"faults": Block(faults, "faults"), "soak": Block(soaked, "soak")}

@@ -1,15 +1,10 @@
-"""Writes what was measured of pruning into docs/pruning.md, from committed result files and nothing else.
-
-python benchmarks/pruning_docs.py
-"""
+"""docs/pruning.md: losses, bytes on the wire, small files, hostile files."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from _tables import RESULTS, ROOT, fill, markdown, result, source
-
-NOT_YET = "Not measured yet."
+from benchmarks._tables import Block, markdown, result, source
 
 
 def plus_minus(one: dict[str, Any], digits: int = 3) -> str:
@@ -113,16 +108,9 @@ def hostile() -> str:
     )
 
 
-def main() -> None:
-    page = ROOT / "docs" / "pruning.md"
-    for name, place, text in (
-        ("pruning_table", "losses", losses),
-        ("pruned_wire", "wire", wire),
-        ("deep_compression", "small", small),
-        ("fuzz_container", "hostile", hostile),
-    ):
-        fill(page, place, text() if (RESULTS / f"{name}.json").exists() else NOT_YET)
-
-
-if __name__ == "__main__":
-    main()
+BLOCKS = {
+    "losses": Block(losses, "pruning_table"),
+    "wire": Block(wire, "pruned_wire"),
+    "small": Block(small, "deep_compression"),
+    "hostile": Block(hostile, "fuzz_container"),
+}

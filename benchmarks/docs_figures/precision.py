@@ -1,13 +1,8 @@
-"""Writes the measured tables of docs/precision.md, from committed result files and nothing else.
-
-python benchmarks/precision_docs.py
-"""
+"""docs/precision.md: losses, claims, bytes on the wire, packed layers."""
 
 from __future__ import annotations
 
-from _tables import RESULTS, ROOT, fill, markdown, result, source
-
-NOT_YET = "Not measured yet."
+from benchmarks._tables import Block, markdown, result, source
 
 
 def spread(value: float | None) -> str:
@@ -86,17 +81,9 @@ def binary() -> str:
     return f"{markdown(head, lines)}\n\n{source(found, 'binary_layers.py')}"
 
 
-def main() -> None:
-    page = ROOT / "docs" / "precision.md"
-    for name, key, place, text in (
-        ("precision_table", "claims", "claims", claims),
-        ("precision_table", "table", "losses", losses),
-        ("precision_wire", "same_bits", "wire", wire),
-        ("binary_layers", "layers", "binary", binary),
-    ):
-        measured = (RESULTS / f"{name}.json").exists() and key in result(name)
-        fill(page, place, text() if measured else NOT_YET)
-
-
-if __name__ == "__main__":
-    main()
+BLOCKS = {
+    "claims": Block(claims, "precision_table", key="claims"),
+    "losses": Block(losses, "precision_table", key="table"),
+    "wire": Block(wire, "precision_wire", key="same_bits"),
+    "binary": Block(binary, "binary_layers", key="layers"),
+}

@@ -1,14 +1,11 @@
-"""Writes the measured rows of README.md and docs/measured.md, from committed result files and nothing else.
-
-python benchmarks/measured_docs.py
-"""
+"""The measured rows of README.md, and docs/measured.md."""
 
 from __future__ import annotations
 
 import textwrap
 from typing import Any
 
-from _tables import RESULTS, ROOT, fill, markdown, result, source
+from benchmarks._tables import Block, markdown, measured, result, source
 
 Row = dict[str, Any]
 
@@ -56,7 +53,7 @@ def readme() -> str:
 
 def low_precision() -> tuple[list[list[str]], str]:
     """The row of low precision with a compressed wire, and its footnote; nothing before it is measured."""
-    if not (RESULTS / "precision_wire.json").exists():
+    if not measured("precision_wire"):
         return [], ""
     found = result("precision_wire")
     both, plain = (found["table"][name] for name in LOW_PRECISION)
@@ -147,15 +144,12 @@ def codecs() -> str:
     return f"{markdown(head, rows)}\n\nThe copy takes {copies}. GPU: {gpu}. {source(found, 'compressors.py')}"
 
 
-def main() -> None:
-    fill(ROOT / "README.md", "measured", readme())
-    page = ROOT / "docs" / "measured.md"
-    fill(page, "exchanges", exchanges("100mbit"))
-    fill(page, "exchanges 1gbit", exchanges("1gbit"))
-    fill(page, "shelf", shelf())
-    fill(page, "losses", losses())
-    fill(page, "codecs", codecs())
+README: dict[str, Block] = {"measured": Block(readme, "step_time_100mbit", "overhead", "digit_pairs")}
 
-
-if __name__ == "__main__":
-    main()
+BLOCKS: dict[str, Block] = {
+    "exchanges": Block(lambda: exchanges("100mbit"), "step_time_100mbit"),
+    "exchanges 1gbit": Block(lambda: exchanges("1gbit"), "step_time_1gbit"),
+    "shelf": Block(shelf, "step_shelf_100mbit"),
+    "losses": Block(losses, "digit_pairs"),
+    "codecs": Block(codecs, "compressors"),
+}

@@ -1,18 +1,12 @@
-"""Writes the measured tables into docs/compressors.md, from the committed result files and nothing else.
-
-python benchmarks/shelf_docs.py
-"""
+"""docs/compressors.md: every method against the others."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from _common import RESULTS
+from benchmarks._tables import Block, result
 
-PAGE = Path(__file__).parents[1] / "docs" / "compressors.md"
 RATES = {"10mbit": "10 Mbit/s", "100mbit": "100 Mbit/s", "1gbit": "1 Gbit/s", "unshaped": "unshaped"}
 Found = dict[str, Any]
 
@@ -138,24 +132,13 @@ def allocation(found: Found) -> Iterator[str]:
     )
 
 
-TABLES: dict[str, Callable[[Found], Iterator[str]]] = {
-    "peers": peers,
-    "gradiveq_claims": gradiveq,
-    "allocation": allocation,
+def block(write: Callable[[Found], Iterator[str]], name: str) -> Block:
+    """Lines of a table, with an empty line before and after."""
+    return Block(lambda: "\n" + "\n".join(write(result(name))) + "\n", name)
+
+
+BLOCKS = {
+    "peers": block(peers, "peers"),
+    "gradiveq_claims": block(gradiveq, "gradiveq_claims"),
+    "allocation": block(allocation, "allocation"),
 }
-
-
-def main() -> None:
-    text = PAGE.read_text()
-    for name, lines in TABLES.items():
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-            head, rest = text.split(begin)
-            written = "\n".join(lines(json.loads(path.read_text())))
-            text = f"{head}{begin}\n\n{written}\n\n{end}{rest.split(end)[1]}"
-    PAGE.write_text(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,10 @@
-"""Writes the measured tables of docs/advice.md, from committed result files and nothing else.
-
-python benchmarks/advice_docs.py
-"""
+"""docs/advice.md: predictions beside measurements."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from _tables import RESULTS, ROOT, fill, markdown, result, source
+from benchmarks._tables import Block, markdown, result, source
 
 NETWORKS = {"10mbit": "10 Mbit/s", "100mbit": "100 Mbit/s", "racks": "two racks", "1gbit": "1 Gbit/s"}
 
@@ -70,12 +67,8 @@ def check() -> str:
     return f"{markdown(head, rows)}\n\n{source(found, 'advice_check.py')}"
 
 
-def main() -> None:
-    page = ROOT / "docs" / "advice.md"
-    for name, text in {"model_error": errors, "simulate_scale": scale, "advice_check": check}.items():
-        there = (RESULTS / f"{name}.json").exists()
-        fill(page, name, text() if there else "Not measured yet.")
-
-
-if __name__ == "__main__":
-    main()
+BLOCKS = {
+    "model_error": Block(errors, "model_error"),
+    "simulate_scale": Block(scale, "simulate_scale"),
+    "advice_check": Block(check, "advice_check"),
+}

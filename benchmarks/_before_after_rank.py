@@ -1,0 +1,78 @@
+"""One rank of before_after.py, started by path: it imports the distcomp that PYTHONPATH names and nothing of
+this package, for an older checkout has none."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import distcomp
+
+LAYERS, SIDE = 4, 1024
+
+
+def model() -> DistributedDataParallel:
+    torch.manual_seed(0)
+    return DistributedDataParallel(nn.Sequential(*(nn.Linear(SIDE, SIDE) for _ in range(LAYERS))))
+
+
+def step_s(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> float:
+    dist.barrier()
+    began_s = time.perf_counter()
+    optimizer.zero_grad()
+    ddp(x).square().mean().backward()
+    optimizer.step()
+    dist.barrier()
+    return time.perf_counter() - began_s
+
+
+def exchanges(method: str, steps: int) -> list[float]:
+    """What each exchange took, by the slowest rank; the first is a warm-up."""
+    ddp = model()
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
+    mine = []
+    with distcomp.attach(ddp, optimizer, method) as handle:
+        for step in range(steps + 1):
+            step_s(ddp, optimizer, torch.randn(1, SIDE))
+            if step:
+                mine.append(handle.stats()["last"]["exchange_s"])
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return [max(times) for times in zip(*everyone, strict=True)]
+
+
+def overheads(method: str, steps: int) -> list[float]:
+    """A step with the method over a bare step, pair by pair; the first three are warm-ups."""
+    bare, attached = model(), model()
+    optimizers = [torch.optim.SGD(ddp.parameters(), lr=1e-3) for ddp in (bare, attached)]
+    x = torch.randn(512, SIDE)
+    with distcomp.attach(attached, optimizers[1], method):
+        times = [
+            (step_s(bare, optimizers[0], x), step_s(attached, optimizers[1], x)) for _ in range(steps + 3)
+        ]
+    return [with_method / alone for alone, with_method in times[3:]]
+
+
+def main() -> None:
+    settings = json.loads(os.environ["DISTCOMP_BENCHMARK"])
+    if not Path(distcomp.__file__).is_relative_to(settings["source"]):
+        raise SystemExit(f"{distcomp.__file__} is not in {settings['source']}; check PYTHONPATH")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    measure = {"exchange": exchanges, "overhead": overheads}[settings["what"]]
+    seconds = measure(settings["method"], settings["steps"])
+    if dist.get_rank() == 0:
+        print(json.dumps({"seconds": seconds}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Two checkouts side by side: is the newer one as fast? In turns, so that both meet one machine.
+
+    python -m benchmarks.before_after ../old            # writes results/rebuild_speed.json
+
+Exchanges: 17 MB of gradients among 4 ranks on an emulated network of 100 Mbit/s; some steps of the old
+checkout, then some of the new, and so on; a time is the slowest rank's. Attaching: a training step of two
+ranks on an unshaped network, with ``identity`` attached, over the same step bare. Importing: a new process
+that asks for ``distcomp.attach``. Each row holds the median of each checkout and the median of the ratios,
+pair by pair. Every process imports distcomp from the checkout that it measures: ``src/`` where there is one,
+else its root.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks._common import SETTINGS, arguments_of, median, write
+from benchmarks._places import ROOT
+from distcomp.network import Fabric, emulate
+from distcomp.network.launch import show_nothing
+
+RANK = ROOT / "benchmarks" / "_before_after_rank.py"
+METHODS = ("qsgd:bits=4", "qsgd:bits=1", "powersgd:rank=4", "topk:ratio=0.01")
+Measure = Callable[[Path], float]
+
+
+def source_of(checkout: Path) -> Path:
+    """The folder that PYTHONPATH must name for distcomp to be that checkout's."""
+    folder = checkout / "src" if (checkout / "src" / "distcomp").is_dir() else checkout
+    if not (folder / "distcomp" / "__init__.py").is_file():
+        raise SystemExit(f"{checkout} holds no distcomp/ and no distcomp/; name a checkout")
+    return folder
+
+
+def on_ranks(net: Any, what: str, method: str, steps: int, checkout: Path) -> float:
+    """The median of what the ranks measured with the distcomp of ``checkout``."""
+    source = str(source_of(checkout))
+    settings = {"what": what, "method": method, "steps": steps, "source": source}
+    result = net.launch(
+        [sys.executable, str(RANK)],
+        env={SETTINGS: json.dumps(settings), "PYTHONPATH": source},
+        timeout_s=600,
+        show=show_nothing,
+    )
+    if not result.ok:
+        failed = result.first_failure or 0
+        raise SystemExit(f"{what} of {checkout} failed on rank {failed}: {result.outputs[failed][-3000:]}")
+    lines = [line for line in result.outputs[0].splitlines() if line.startswith("{")]
+    return median(json.loads(lines[-1])["seconds"])
+
+
+def import_s(checkout: Path) -> float:
+    """A process that imports distcomp and asks for its first public name."""
+    environ = {**os.environ, "PYTHONPATH": str(source_of(checkout))}
+    code = "import distcomp; distcomp.attach; print(distcomp.__file__)"
+    began_s = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, cwd="/", check=True, capture_output=True, text=True
+    )
+    took_s = time.perf_counter() - began_s
+    check_source(done.stdout.strip(), checkout)
+    return took_s
+
+
+def check_source(file: str, checkout: Path) -> None:
+    """Raise SystemExit where another distcomp than the checkout's was measured."""
+    if not Path(file).is_relative_to(source_of(checkout)):
+        raise SystemExit(f"measured {file}, which is not in {source_of(checkout)}; check PYTHONPATH")
+
+
+def paired(measure: Measure, old: Path, new: Path, pairs: int) -> dict[str, Any]:
+    """``measure`` of each checkout in turn; who begins changes from pair to pair."""
+    times: dict[Path, list[float]] = {old: [], new: []}
+    for number in range(pairs):
+        for checkout in (old, new) if number % 2 == 0 else (new, old):
+            times[checkout].append(measure(checkout))
+    ratios = [after / before for before, after in zip(times[old], times[new], strict=True)]
+    return {
+        "before": median(times[old]),
+        "after": median(times[new]),
+        "ratio": median(ratios),
+        "pairs": [list(pair) for pair in zip(times[old], times[new], strict=True)],
+    }
+
+
+def main() -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument("old", type=Path, help="the older checkout, with its kernels built")
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=6, help="steps of a process")
+    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--dry", action="store_true", help="print the result and write nothing")
+    asked = parser.parse_args()
+    old = asked.old.resolve()
+    rows: dict[str, Any] = {}
+    with emulate(Fabric.uniform(4, "100mbit")) as net:
+        described = net.describe()
+        for method in asked.methods:
+            exchange = partial(on_ranks, net, "exchange", method, asked.steps)
+            rows[f"exchange, {method}"] = paired(exchange, old, ROOT, asked.pairs)
+    with emulate(Fabric.uniform(2, "unshaped")) as net:
+        overhead = partial(on_ranks, net, "overhead", "identity", 4 * asked.steps)
+        rows["step with identity / bare step"] = paired(overhead, old, ROOT, asked.pairs)
+    rows["import"] = paired(import_s, old, ROOT, asked.pairs)
+    result = {"what": (__doc__ or "").splitlines()[0], "network": described, "rows": rows}
+    for name, row in rows.items():
+        print(f"{name:<36}{row['before']:9.4f}{row['after']:9.4f}  ratio {row['ratio']:.3f}")
+    print(json.dumps(result) if asked.dry else f"written to {write('rebuild_speed', result)}")
+
+
+if __name__ == "__main__":
+    main()

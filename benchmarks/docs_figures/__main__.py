@@ -1,0 +1,59 @@
+"""Writes every measured table and plot into README and docs, from committed result files and nothing else.
+
+    python -m benchmarks.docs_figures            # all pages
+    python -m benchmarks.docs_figures averaging  # docs/averaging.md
+
+A table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``. Run on committed results, it
+changes nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from benchmarks._common import arguments_of
+from benchmarks._places import ROOT
+from benchmarks._tables import Block, write_blocks
+from benchmarks.docs_figures import advice, averaging, faults, measured, precision, pruning, shelf
+
+DOCS = ROOT / "docs"
+
+PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
+    "measured": [(ROOT / "README.md", measured.README), (DOCS / "measured.md", measured.BLOCKS)],
+    "advice": [(DOCS / "advice.md", advice.BLOCKS)],
+    "averaging": [(DOCS / "averaging.md", averaging.BLOCKS)],
+    "faults": [(DOCS / "faults.md", faults.BLOCKS)],
+    "precision": [(DOCS / "precision.md", precision.BLOCKS)],
+    "pruning": [(DOCS / "pruning.md", pruning.BLOCKS)],
+    "shelf": [(DOCS / "compressors.md", shelf.BLOCKS)],
+}
+
+mpl.use("svg")
+mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "distcomp", "font.size": 9})
+
+
+def save(figure: Figure, name: str) -> None:
+    """As an SVG that is the same whenever it is drawn."""
+    figure.tight_layout(h_pad=1.5)
+    figure.savefig(DOCS / "figures" / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument("pages", nargs="*", choices=[[], *PAGES], help="these alone")
+    wanted = parser.parse_args().pages or list(PAGES)
+    for name in wanted:
+        for page, blocks in PAGES[name]:
+            write_blocks(page, blocks)
+    if "averaging" in wanted:
+        for name, draw in averaging.FIGURES.items():
+            save(draw(), name)
+
+
+if __name__ == "__main__":
+    main()
