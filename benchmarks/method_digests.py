@@ -28,10 +28,10 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch read it: sums must not depend on the cores
 
-import distcomp
 import numpy as np
 import torch
 
+import distcomp
 from distcomp.averaging.workers import Workers
 from distcomp.layout import Layout
 from distcomp.methods import METHODS, StepContext, parse

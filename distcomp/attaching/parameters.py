@@ -76,6 +76,8 @@ class ParameterSync(Sync):
         observe = observer(averaging, self._weights.parameters)
         for fragment in self._fragments:
             fragment.observe = observe
+        self._gradients_until = max(level.gradients_until for level in averaging.levels())
+        self._gradient_bytes = 0
         beside = any(fragment.averaging.overlap for fragment in self._fragments)
         self._executor = Executor(session.channel, self._weights.device, beside)
         self._timeline = Timeline()
@@ -88,12 +90,20 @@ class ParameterSync(Sync):
     # ----------------------------------------------------------------------------------------- the clock
 
     def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        """Give a bucket back to DDP as it is."""
+        """Give a bucket back to DDP as it is, or its mean while gradients are averaged."""
         buffer = bucket.buffer()
+        if self.iterations < self._gradients_until:
+            self._average_gradients(buffer)
         devices: list[int | str | torch.device] | None = [buffer.device] if buffer.is_cuda else None
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         future.set_result(buffer)
         return future
+
+    def _average_gradients(self, buffer: Tensor) -> None:
+        """Replace a bucket by its mean over the ranks, as DDP does."""
+        sent_before = self._channel.ledger.total_bytes
+        buffer.copy_(self._mean(buffer.float(), Layout.of([("gradients", (buffer.numel(),))])))
+        self._gradient_bytes += self._channel.ledger.total_bytes - sent_before
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Backwards in this context are no iterations: gradients accumulate."""
@@ -122,7 +132,8 @@ class ParameterSync(Sync):
             self.error = error
             raise
         self._mourn()
-        sent = self._channel.ledger.total_bytes - sent_before
+        sent = self._channel.ledger.total_bytes - sent_before + self._gradient_bytes
+        self._gradient_bytes = 0
         self.last = Iteration(self.iterations - 1, self._timeline, begin_s, sent)
 
     def _mourn(self) -> None:
@@ -135,6 +146,11 @@ class ParameterSync(Sync):
 
     def _begin(self, fragment: FragmentState) -> None:
         """Start the exchange that is due, and finish it unless it overlaps."""
+        if self.iterations <= fragment.averaging.gradients_until:
+            fragment.last = self.iterations
+            if self.iterations == fragment.averaging.gradients_until:
+                fragment.start(self._weights.read(fragment.layout))  # equal on all ranks, as gradients were
+            return
         if not fragment.due(self.iterations):
             return
         aggregation = fragment.aggregate(
@@ -329,6 +345,11 @@ def refuse_averaging(target: Target, averaging: Averaging | MultiLevel, optimize
             "find_unused_parameters=True makes DDP ask all ranks in every backward, which averaging is "
             "to avoid; "
             "wrap the model with find_unused_parameters=False, or attach to the plain module"
+        )
+    if target.ddp is None and any(level.gradients_until for level in averaging.levels()):
+        raise DistcompError(
+            "post_local_sgd averages gradients at first, and a plain module hands them to nobody; wrap the "
+            "model in DistributedDataParallel, or use local_sgd"
         )
     for name, part in target.module.named_modules():
         if isinstance(part, nn.SyncBatchNorm):

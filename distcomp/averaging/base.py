@@ -91,6 +91,12 @@ class Averaging(Written, ABC):
         """What becomes of floating-point buffers at an exchange: ``keep`` or ``average``."""
         return "keep"
 
+    @property
+    def gradients_until(self) -> int:
+        """The last step in which gradients are averaged, in the place of models. Where nobody has gradients
+        (many workers in one process), models are averaged in each of these steps."""
+        return 0
+
     def report(self, state: State) -> dict[str, Any]:
         """What the algorithm has counted."""
         return {}
@@ -179,7 +185,8 @@ class FragmentState:
 
     def due(self, step: int) -> bool:
         """Whether an exchange begins after step ``step``."""
-        return self.in_flight is None and step - self.last >= whole(self.averaging.period, step)
+        period = 1 if step <= self.averaging.gradients_until else whole(self.averaging.period, step)
+        return self.in_flight is None and step - self.last >= period
 
     def aggregate(self, x: Tensor, step: int, seed: int, absent: frozenset[int] = frozenset()) -> Aggregation:
         """Begin the exchange that is due."""
@@ -190,7 +197,7 @@ class FragmentState:
             self.layout,
             self.exchanges,
             shared,
-            absent,
+            absent=absent,
             observed=self.observe(),
         )
         self.last = step

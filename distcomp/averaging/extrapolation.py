@@ -12,10 +12,15 @@ from distcomp.averaging.base import AveragingContext, agreed
 from distcomp.averaging.gossip import Gossip, buffers, copies, tensors, weighted
 from distcomp.collectives import Rounds
 from distcomp.compressors import Compressor, Identity
+from distcomp.compressors.anchored import AnchoredGrid, spacing_of
 from distcomp.compressors.fixed import FixedGrid, GrowingGrid
 from distcomp.errors import DistcompError
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import AggregateResult, PerParameter, State
+from distcomp.payload import Payload
+
+ABSOLUTE = (GrowingGrid, AnchoredGrid, FixedGrid, Identity)
+"""Whose error does not grow with what is sent."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,18 @@ class ECD(Gossip):
         x~_{t+1}^j = (1 - 2/t) x~_t^j + (2/t) C(z_{t+1}^j)        all who hold an estimate of j, j included
 
     If the error of ``C(z)`` is bounded *absolutely*, that of ``x~`` falls as 1/t. But ``z`` grows with *t*:
-    the error of a relative quantizer grows with it, and training diverges. So the default is an absolute
-    grid, whose integers must grow by a bit with every doubling of *t*; values that it had to clamp are
-    counted per parameter. A relative quantizer is refused unless ``allow_relative=True``. In short: use
-    CHOCO.
+    the error of a relative quantizer grows with it, and training diverges. So the default is an absolute grid
+    around the model that all began with, whose spacing is chosen from that model, parameter by parameter,
+    equal on all ranks, and whose integers grow by a bit with every doubling of *t*
+    (:class:`~distcomp.compressors.anchored.AnchoredGrid`). Values that do not fit widen their parameter's
+    grid for that message and are counted; they are never clamped. A ``FixedGrid`` clamps and counts, and is
+    refused where it does not reach the model's weights. A relative quantizer is refused unless
+    ``allow_relative=True``. In short: use CHOCO.
 
     Source: Tang et al., "Communication compression for decentralized training", NeurIPS 2018, ECD-PSGD. We
     differ: the count starts at t = 2, so that the first message is C(x_2) itself (the paper's first weights
-    are -1 and 2). Bytes: degree x d bits(t) / 8. Memory: one model per neighbour and two of its own.
+    are -1 and 2); the grid. Bytes: degree x d bits(t) / 8. Memory: one model per neighbour and three of its
+    own.
     """
 
     replicas: ClassVar[bool] = True
@@ -46,7 +55,7 @@ class ECD(Gossip):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.compressor, GrowingGrid | FixedGrid | Identity) and not self.allow_relative:
+        if not isinstance(self.compressor, ABSOLUTE) and not self.allow_relative:
             raise DistcompError(
                 f"the error of {self.compressor} grows with what is sent, and ECD sends ever more: it "
                 "diverges; leave the compressor at its default (an absolute grid), use choco, or pass "
@@ -54,27 +63,33 @@ class ECD(Gossip):
             )
 
     def init(self, x: Tensor, context: AveragingContext) -> State:
-        return {
+        self._refuse_a_short_grid(x)
+        state: dict[str, Any] = {
             "model": FlatBuffer(x.clone(), context.layout),
             "estimate": FlatBuffer(x.clone(), context.layout),
             "replicas": copies(x, self.row(context), context.layout),
             "overflow": PerParameter({name: torch.tensor(0) for name in context.layout.names}),
         }
+        if isinstance(self.compressor, GrowingGrid):
+            state["anchor"] = FlatBuffer(x.clone(), context.layout)
+            state["spacing"] = PerParameter(spacing_of(x, context.layout, self.compressor.spacing))
+        return state
 
     def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
         t = context.step + 2
-        now = self.at(t)
+        now = self.at(t, state)
         before, estimate, replicas = state["model"].data, state["estimate"].data, tensors(state["replicas"])
         model = weighted(self.row(context), estimate, replicas) + (x - before)
-        z = torch.add((1 - t / 2) * before, model, alpha=t / 2)
+        z = torch.add(before, model - before, alpha=t / 2)  # what stands still is exact
         sent = now.encode(z, context)
         _, answers = yield from now.send(sent, context)
-        estimate = now.advance((1 - 2 / t) * estimate, sent, context.layout, 2 / t)
+        estimate = now.averaged(estimate, sent, context.layout, 2 / t)
         for j, payload in answers.items():
-            replicas[j] = now.advance((1 - 2 / t) * replicas[j], payload, context.layout, 2 / t)
+            replicas[j] = now.averaged(replicas[j], payload, context.layout, 2 / t)
         return agreed(
             model.clone(),
             {
+                **state,
                 "model": FlatBuffer(model, context.layout),
                 "estimate": FlatBuffer(estimate, context.layout),
                 "replicas": buffers(replicas, context.layout),
@@ -82,23 +97,46 @@ class ECD(Gossip):
             },
         )
 
-    def at(self, t: int) -> ECD:
+    def averaged(self, estimate: Tensor, payload: Payload, layout: Layout, weight: float) -> Tensor:
+        """``(1 - weight) x~ + weight C(z)``, as owner and neighbours compute it; exact where both agree."""
+        assert isinstance(self.compressor, Compressor)
+        return torch.lerp(estimate, self.compressor.decode(payload, layout), weight)
+
+    def at(self, t: int, state: State) -> ECD:
         """Itself with the grid of exchange *t*."""
         grid = self.compressor
-        return replace(self, compressor=grid.at(t)) if isinstance(grid, GrowingGrid) else self
+        if not isinstance(grid, GrowingGrid):
+            return self
+        anchored = AnchoredGrid(state["anchor"].data, state["spacing"], grid.bits_at(t))
+        return replace(self, compressor=anchored)
 
     def overflown(self, z: Tensor, counted: PerParameter, layout: Layout) -> PerParameter:
-        """How many values of each parameter the grid has clamped so far."""
-        if not isinstance(self.compressor, FixedGrid):
+        """How many values of each parameter did not fit the grid so far."""
+        if isinstance(self.compressor, AnchoredGrid):
+            outside = {param.name: count for param, count in self.compressor.outside(z, layout)}
+        elif isinstance(self.compressor, FixedGrid):
+            limit = self.compressor.limit
+            outside = {param.name: (piece.abs() > limit).sum() for param, piece in layout.pieces(z)}
+        else:
             return counted
-        outside = {one.name: piece.abs() > self.compressor.limit for one, piece in layout.pieces(z)}
-        return PerParameter({name: counted[name] + where.sum() for name, where in outside.items()})
+        return PerParameter({name: counted[name] + count for name, count in outside.items()})
+
+    def _refuse_a_short_grid(self, x: Tensor) -> None:
+        """A grid that would clamp the weights that all begin with."""
+        grid = self.compressor
+        largest = float(x.abs().max()) if x.numel() else 0.0
+        if isinstance(grid, FixedGrid) and largest > grid.limit:
+            raise DistcompError(
+                f"{grid} ends at {grid.limit:.3g}, and the model's largest weight is "
+                f"{largest:.3g}, which it would clamp; leave the compressor at its default, which fits "
+                "itself to the model, or use more bits or a wider spacing"
+            )
 
     def report(self, state: State) -> dict[str, Any]:
-        """Values that the grid had to clamp, by parameter."""
+        """Values that did not fit the grid, by parameter."""
         return {"overflow": {name: int(count) for name, count in state["overflow"].items() if count}}
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
         numbers = super().conditions(layout, size)
         grid = self.compressor
-        return {**numbers, "bits_at_1000": grid.at(1000).bits} if isinstance(grid, GrowingGrid) else numbers
+        return {**numbers, "bits_at_1000": grid.bits_at(1000)} if isinstance(grid, GrowingGrid) else numbers

@@ -11,10 +11,8 @@ A neighbour that does not answer, or is known to be dead, is left out and its we
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -24,11 +22,11 @@ from distcomp.averaging.base import Averaging, AveragingContext, agreed
 from distcomp.averaging.topology import Row, Topology, resolve
 from distcomp.collectives import NeighborExchange, Rounds
 from distcomp.compressors import Compressor, Identity
+from distcomp.compressors.contraction import measured_contraction, relative_error
 from distcomp.errors import DistcompError
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import AggregateResult, State
 from distcomp.payload import Payload
-from distcomp.randomness import Key
 
 ORDERS = ("combine_then_adapt", "adapt_then_combine")
 
@@ -215,14 +213,13 @@ class Choco(Gossip):
 
     def tuned(self, layout: Layout) -> tuple[float, float]:
         """``gamma`` and the damping ``a``."""
-        error = relative_error(self.compressor, layout) ** 2
-        a = 1 / (1 + error) if self.compressor.unbiased else 1.0
-        delta = contraction(self.compressor, layout)
-        return default_gamma(delta) if self.gamma is None else self.gamma, a
+        contraction = measured_contraction(self.compressor, layout)
+        gamma = default_gamma(contraction.delta) if self.gamma is None else self.gamma
+        return gamma, contraction.damping
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
         numbers = super().conditions(layout, size)
-        delta = contraction(self.compressor, layout)
+        delta = measured_contraction(self.compressor, layout).delta
         gap, beta = numbers["spectral_gap"], numbers["mu"]
         proven = gap**2 * delta / (16 * gap + gap**2 + 4 * beta**2 + 2 * gap * beta**2 - 8 * gap * delta)
         gamma, a = self.tuned(layout)
@@ -235,13 +232,15 @@ class DeepSqueeze(Gossip):
 
     ::
 
-        v^i = x^i + e^i;    c^i = C(v^i);    e^i = v^i - c^i
+        v^i = x^i + e^i;    c^i = a C(v^i);    e^i = v^i - c^i
         x^i = x^i + eta sum_j W_ij (c^j - c^i)
 
     No replicas are kept, so the topology may change. Models are compressed, not differences: ``eta`` must be
-    small.
+    small. ``C`` must be contractive: an unbiased compressor with relative error ``omega`` is damped by ``a =
+    1/(1+omega)``, for its errors would feed on each other otherwise; ``a = 1`` for all others.
 
-    Source: Tang et al., "DeepSqueeze", 2019. Bytes: degree x payload. Memory: one model.
+    Source: Tang et al., "DeepSqueeze", 2019. We differ: the damping; ``omega`` is measured on Gaussian data.
+    Bytes: degree x payload. Memory: one model.
     """
 
     eta: float = 0.1
@@ -253,10 +252,28 @@ class DeepSqueeze(Gossip):
         v = x + state["residual"].data
         sent = self.encode(v, context)
         row, messages = yield from self.send(sent, context)
-        mine = self.compressor.decode(sent, context.layout)
-        theirs = {j: self.compressor.decode(payload, context.layout) for j, payload in messages.items()}
+        damping = measured_contraction(self.compressor, context.layout).damping
+        mine = self.damped(sent, context.layout, damping)
+        theirs = {j: self.damped(payload, context.layout, damping) for j, payload in messages.items()}
         model = x + self.eta * (weighted(row, mine, theirs) - mine)
         return agreed(model, {"residual": FlatBuffer(v - mine, context.layout)})
+
+    def damped(self, payload: Payload, layout: Layout, damping: float) -> Tensor:
+        """``a C(v)``."""
+        values = self.compressor.decode(payload, layout)
+        return values if damping == 1.0 else values.mul_(damping)
+
+    def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
+        numbers = super().conditions(layout, size)
+        contraction = measured_contraction(self.compressor, layout)
+        numbers |= {"delta": contraction.delta, "damping": contraction.damping, "eta": self.eta}
+        if self.eta > contraction.delta:
+            numbers["warning"] = (
+                f"deepsqueeze's models drift apart where eta exceeds what the compressor leaves right: "
+                f"eta = {self.eta:.3g}, and on Gaussian data {self.compressor} contracts by delta = "
+                f"{contraction.delta:.3g}; use a smaller eta, more bits, or choco"
+            )
+        return numbers
 
 
 def weighted(row: Row, own: Tensor, theirs: Mapping[int, Tensor]) -> Tensor:
@@ -287,29 +304,6 @@ def tensors(replicas: Mapping[str, FlatBuffer]) -> dict[int, Tensor]:
 def buffers(replicas: Mapping[int, Tensor], layout: Layout) -> dict[str, FlatBuffer]:
     """The replicas, as state."""
     return {str(j): FlatBuffer(replica, layout) for j, replica in replicas.items()}
-
-
-SAMPLE = 1 << 20
-"""Parameters that hold so many elements between them tell how a compressor fares."""
-
-
-@lru_cache
-def relative_error(compressor: Compressor, layout: Layout) -> float:
-    """``alpha = |C(z) - z| / |z|`` on Gaussian data in the model's shapes: the same on every rank."""
-    ends = itertools.accumulate(param.numel for param in layout.slices)
-    some = Layout(
-        tuple(one for one, end in zip(layout.slices, ends, strict=True) if end - one.numel < SAMPLE)
-    )
-    key = Key.of("relative error")
-    z = torch.randn(some.numel, generator=key.generator())
-    error = compressor.decode(compressor.encode(z, some, key), some) - z
-    return float(error.norm() / z.norm()) if some.numel else 0.0
-
-
-def contraction(compressor: Compressor, layout: Layout) -> float:
-    """``delta`` with ``|C(z) - z|^2 <= (1 - delta) |z|^2`` on Gaussian data; damped, if unbiased."""
-    omega = relative_error(compressor, layout) ** 2
-    return 1 / (1 + omega) if compressor.unbiased else 1 - omega
 
 
 def default_gamma(delta: float) -> float:

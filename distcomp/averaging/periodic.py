@@ -51,6 +51,9 @@ class Periodic(Averaging):
     parameters' shapes, in float32). ``buffers``: floating-point buffers (BatchNorm) are ``average``-d at an
     exchange, or ``keep``-t.
 
+    ``gradients_until``: up to and including this step gradients are averaged before the optimizer sees them,
+    as DistributedDataParallel does, and models need not be; the first period begins after it.
+
     Memory: one model (the anchor), one for outer momentum, and the method's state.
     """
 
@@ -62,6 +65,7 @@ class Periodic(Averaging):
     alpha: float = 0.0
     optimizer_state: str = "keep"
     buffers: str = "average"
+    gradients_until: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -184,14 +184,18 @@ class GrowingGrid:
     """A grid whose integers grow by a bit whenever the number of exchanges doubles: so does what ECD sends.
 
     At exchange *t* a value has ``bits + ceil(log2 t)`` bits: every rank knows every payload's size.
+    ``spacing``: of all parameters; None takes it from the models, a 1024th of a typical weight of each
+    parameter (:func:`distcomp.compressors.anchored.spacing_of`).
+
+    Raises DistcompError for a spacing that is not positive or bits outside 2..23.
     """
 
-    spacing: float = 1 / 64
-    bits: int = 6
+    spacing: float | None = None
+    bits: int = 8
 
     def __post_init__(self) -> None:
-        self.at(1)
+        FixedGrid(1.0 if self.spacing is None else self.spacing, self.bits)
 
-    def at(self, exchange: int) -> FixedGrid:
-        """The grid of the exchange number ``exchange``, counted from 1."""
-        return FixedGrid(self.spacing, min(MOST_BITS, self.bits + math.ceil(math.log2(exchange))))
+    def bits_at(self, exchange: int) -> int:
+        """Bits of a value at the exchange number ``exchange``, counted from 1."""
+        return min(MOST_BITS, self.bits + math.ceil(math.log2(exchange)))

@@ -11,6 +11,7 @@ from torch import Tensor
 from distcomp import kernels
 from distcomp.compressors.base import Compressor, register_compressor
 from distcomp.compressors.grid import from_rows, pack_signs, sign_bytes, to_rows, uniform, unpack_signs
+from distcomp.compressors.quantize import worst_variance
 from distcomp.errors import DistcompError
 from distcomp.kernels import reference
 from distcomp.kernels.packing import block_bytes
@@ -162,9 +163,13 @@ class NonUniform(Compressor):
             out.copy_(value)
 
     def omega(self, numel: int) -> float:
-        """``1/8`` from the smallest level l up; below it ``|x| (l|v| - |x|)``, at most ``l^2 |v|^2 / 4``."""
+        """``1/8`` from the smallest level l up. Below it a value errs by ``|x| (l|v| - |x|)``: with the max
+        norm :func:`~distcomp.compressors.quantize.worst_variance` if that is more; with the Euclidean norm at
+        most ``l^2 |v|^2 / 4`` a value and ``l sqrt(B)`` a block on top."""
         length = max(1, min(self.block, numel))
         smallest = 2.0 ** (1 - self.levels)
+        if self.norm == "max":
+            return max(1 / 8, worst_variance(length, smallest))
         return 1 / 8 + min(length * smallest**2 / 4, smallest * math.sqrt(length))
 
 

@@ -146,28 +146,41 @@ class Quantize(Compressor):
                 piece.copy_(codes)
 
     def omega(self, numel: int) -> float | None:
-        """``min(B/s^2, sqrt(B)/s)`` for the Euclidean norm (Lemma 3.1); the max norm is bounded by ``B/(4
-        s^2)``.
-
-        With the max norm each value errs by a variance of at most ``(|v|_max/s)^2 / 4`` and ``|v|_2 >=
-        |v|_max``.
-        """
+        """``min(B/s^2, sqrt(B)/s)`` for the Euclidean norm (Lemma 3.1); ``(sqrt(1 + (B-1)/s^2) - 1) / 2`` for
+        the max norm, which blocks reach: see :func:`worst_variance`."""
         if not self.unbiased:
             return None
         length = max(1, min(self.block, numel))
         if self.norm == "max":
-            return length / (4 * self.levels**2)
+            return worst_variance(length, 1 / self.levels)
         return min(length / self.levels**2, math.sqrt(length) / self.levels)
 
     def delta(self, numel: int) -> float | None:
-        """One bit: ``|v|_1^2 / (B |v|_2^2) >= 1/B``. To nearest with the max norm: half a level per value."""
+        """One bit: ``|v|_1^2 / (B |v|_2^2) >= 1/B``. To nearest with the max norm: ``1 / (1 + (B-1)/(4
+        s^2))``, which all values but the largest just below half a level reach."""
         length = max(1, min(self.block, numel))
         if self.bits == 1:
             return 1 / length
         if self.rounding == "nearest" and self.norm == "max":
-            # An error never exceeds the value itself, nor half a level; the largest value has none.
-            return max(1 / length, 1 - length / (4 * self.levels**2))
+            # The largest value has no error. Of another, the error is v up to half a level and no more than
+            # half a level above: per square of v it is greatest at half a level.
+            return 1 / (1 + (length - 1) / (4 * self.levels**2))
         return super().delta(numel)
+
+
+def worst_variance(length: int, lowest: float) -> float:
+    """The largest ``E|C(v)-v|^2 / |v|^2`` of unbiased rounding to levels of the largest magnitude of a block.
+
+    ``(sqrt(1 + (B-1) l^2) - 1) / 2`` for B values and the lowest level above zero at ``l`` times the largest
+    magnitude, provided that rounding between two levels above zero errs by no more than that.
+
+    Proof. Let the largest magnitude be 1: it is a level and has no error. The variance of another value v
+    below l is ``v (l - v)``. For any w >= 0, ``v (l - v) - w v^2 <= l^2 / (4 (1 + w))``, with equality at
+    ``v = l / (2 (1 + w))``; between higher levels of equal distance l the difference is smaller. So the sum
+    of the variances less w times the sum of squares is at most ``(B-1) l^2 / (4 (1 + w)) - w``, which is zero
+    at the w above: no block exceeds it, and one with all other values at that v reaches it.
+    """
+    return (math.sqrt(1 + (length - 1) * lowest**2) - 1) / 2
 
 
 def _block_l2(x: Tensor, block: int) -> Tensor:

@@ -56,6 +56,9 @@ class StepContext:
     step: int
     shared: Key
     """The same on every rank in this step."""
+    error_feedback: bool = False
+    """Whether the caller keeps input minus contribution for the next step, so that whatever one rank knows
+    better than the others may stay with it."""
     observed: Observed = field(default_factory=dict, kw_only=True, repr=False, compare=False)
     """What the training loop has seen and no number tells (:mod:`distcomp.active`)."""
 

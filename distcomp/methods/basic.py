@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distcomp.collectives import Rounds
 from distcomp.compressors import Cast, Compressor, Identity, Quantize
+from distcomp.compressors.contraction import declared_contraction
 from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
 from distcomp.methods.feedback import ErrorFeedback
@@ -41,8 +42,9 @@ def with_feedback(
     wanted = not compressor.unbiased if error_feedback is None else error_feedback
     if not wanted:
         return method
-    if compressor.delta(WHOLE_MODEL) is None:
-        omega = compressor.omega(WHOLE_MODEL)
+    contraction = declared_contraction(compressor, WHOLE_MODEL)
+    if contraction is None or contraction.damping < 1:
+        omega = None if contraction is None else contraction.omega
         known = "" if omega is None else f" (its variance is bounded by {omega:.3g} times its input's square)"
         warnings.warn(
             f"error feedback needs a contraction, and {compressor} guarantees none{known}: residuals may "
@@ -93,11 +95,13 @@ def fp16() -> Method:
 
 @register(
     paper="Alistarh et al., QSGD, NeurIPS 2017; one bit: Karimireddy et al., ICML 2019",
-    wire="2 (n-1)/n (d bits/8 + 4 d/block), or (n-1) payloads where that is less",
+    wire="(n-1)/n (d (bits + bits2)/8 + 8 d/block), bits2 >= bits those of the mean; at two ranks one "
+    "payload",
     summable=False,
     biased=False,
     deviations="bits count the sign; fixed-width codes; one bit is sign times the block's mean magnitude, "
-    "with error feedback; biases and norms are sent in float32",
+    "with error feedback; biases and norms are sent in float32; from three ranks on their mean is rounded "
+    "a second time, with as many bits as keep the variance below twice that of one rounding",
     limitations="at one or two bits without error feedback the noise of rounding exceeds the gradient; "
     "one outlier makes its whole block coarse",
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distcomp.collectives import Rounds
 from distcomp.compressors import Compressor, TopK
+from distcomp.compressors.contraction import needed_contraction
 from distcomp.errors import DistcompError
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
@@ -56,15 +57,7 @@ class EF21(Method):
 
     def _damping(self, numel: int) -> float:
         """1 for a contraction; 1/(1+omega) makes one of what is unbiased."""
-        if self.compressor.delta(numel) is not None:
-            return 1.0
-        omega = self.compressor.omega(numel)
-        if omega is None:
-            raise DistcompError(
-                f"ef21 needs a contraction or an unbiased compressor, which {self.compressor} is not; "
-                "use TopK or Quantize"
-            )
-        return 1 / (1 + omega)
+        return needed_contraction(self.compressor, numel, "ef21").damping
 
     def init(self, layout: Layout) -> State:
         kept = ("own", "mean") if self.eta == 1 else ("own", "mean", "momentum")
@@ -75,8 +68,9 @@ class EF21(Method):
         if self.eta < 1:
             x = torch.lerp(state["momentum"].data, x, self.eta)
             new["momentum"] = FlatBuffer(x, context.layout)
+        kept = replace(context, error_feedback=True)  # what is not sent now is still in the next difference
         result = yield from from_compressor(self.compressor, self.pattern).aggregate(
-            x - state["own"].data, {}, context
+            x - state["own"].data, {}, kept
         )
         own = state["own"].data + self._damped(result.contribution(), context.layout)
         mean = state["mean"].data + self._damped(result.estimate, context.layout)
@@ -105,7 +99,9 @@ SPARSE = TopK(0.01)
     wire="that of the compressor, by the pattern",
     summable=False,
     biased=True,
-    deviations="begins at zero instead of an uncompressed gradient; biases and norms in float32",
+    deviations="begins at zero instead of an uncompressed gradient; from three ranks on the mean is "
+    "encoded a "
+    "second time; biases and norms in float32",
     limitations="with noisy gradients and eta = 1: the difference to what is known stays as large as the "
     "noise",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,7 +61,8 @@ class ErrorFeedback(Method):
         residual: Tensor = state["residual"].data
         e = residual if self.decay == 1 else residual * self.decay
         corrected = x + e
-        result = yield from self.inner.aggregate(corrected, state["inner"], context)
+        inner = replace(context, error_feedback=True)
+        result = yield from self.inner.aggregate(corrected, state["inner"], inner)
         if self.beta == 1:
             residual = result.residual(corrected)  # in place: a model's size less of memory
 

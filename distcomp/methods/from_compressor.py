@@ -5,7 +5,7 @@ pattern              what happens                                 bytes each ran
 ===================  ===========================================  ==========================================
 ``all_reduce``       payloads are added on the wire               2 (n-1)/n P
 ``all_gather``       every rank decodes and adds all payloads     (n-1) P
-``reduce_scatter``   the owner of a chunk decodes, adds, encodes  2 (n-1)/n P
+``reduce_scatter``   the owner of a chunk decodes, adds, encodes  (n-1)/n (P + P of the second stage)
 ===================  ===========================================  ==========================================
 
 Sums of decoded payloads are added in rank order, so that every rank holds the same bits.
@@ -14,16 +14,18 @@ Sums of decoded payloads are added in rank order, so that every rank holds the s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from distcomp.collectives import AllGather, AllReduce, AllToAll, Rounds, once
 from distcomp.compressors.base import Compressor
+from distcomp.compressors.contraction import relative_error
 from distcomp.compressors.identity import Identity
+from distcomp.compressors.quantize import Quantize
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, chunk_views
 from distcomp.methods.base import AggregateResult, Method, State, StepContext, all_reduce_bytes
@@ -142,56 +144,95 @@ class ReduceScatterMean(Method):
 
     The second encoding errs too. Its error belongs to the owner of the chunk, whose contribution is
     ``decode(c_jj) + n (decode(a_j) - m_j)`` there: the law holds and error feedback loses nothing.
+
+    **Under error feedback** the owner adds its own chunk as it is, ``m_j = 1/n (x_j + sum_{i != j}
+    decode(c_ij))``, for that part crosses no wire. What it owes there is the second stage's error alone, and
+    is added just before the second encoding, as a server adds its own: had it to go through the first encoder
+    with the rest, one rank's blocks would become coarse. Without error feedback the owner's chunk is encoded
+    like all others, so that buckets cut otherwise, which make other owners, change no value.
+
+    ``second`` encodes the mean (``compressor`` where it is None). On the wire: ``(n-1)/n`` of a payload of
+    each.
+
+    Source: the residual on the reducing side is that of Tang et al., "DoubleSqueeze", ICML 2019, and of
+    DeepSpeed's ``server_error``. We differ: it shares one tensor with the worker's residual, which the owner
+    does not need on its own chunk.
     """
 
     compressor: Compressor
+    second: Compressor | None = None
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        c = self.compressor
-        chunks = context.layout.split(context.size, c.alignment)
+        c, second = self.compressor, self.second or self.compressor
+        chunks = self._chunks(context.layout, context.size)
         mine = chunks[context.rank]
-
-        key = context.private.fold("scatter")
-        empty = cache(lambda: c.encode(x[:0], NOTHING, key))  # with more ranks than blocks, most chunks are
-        sent = tuple(
-            c.encode(view, chunk, key) if chunk.slices else empty()
-            for view, chunk in zip(chunk_views(x, chunks), chunks, strict=True)
-        )
+        own = chunk_views(x, chunks)[context.rank] if context.error_feedback else None
+        sent = self._encoded(x, chunks, context)
         received: list[Payload] = yield AllToAll(sent)
-        chunk_mean = mean_of(c, received, mine)
+        chunk_mean = mean_of(c, received, mine, own, context.rank)
 
         # The shared key: the noise of a block must not depend on who owns it, for other buckets make other
         # owners.
-        answer = c.encode(chunk_mean, mine, context.shared.fold("reduce"))
-        answers: list[Payload] = yield AllGather(answer, parts=tuple(c.parts(chunk) for chunk in chunks))
-        estimate = once(answers, (c, context.layout), lambda: _decoded(c, answers, chunks, x))
+        answer = second.encode(chunk_mean, mine, context.shared.fold("reduce"))
+        answers: list[Payload] = yield AllGather(answer, parts=tuple(second.parts(chunk) for chunk in chunks))
+        estimate = once(answers, (second, context.layout), lambda: _decoded(second, answers, chunks, x))
+
+        def subtract_contribution_(given: Tensor) -> None:
+            views = chunk_views(given, chunks)
+            for rank, (view, chunk, payload) in enumerate(zip(views, chunks, sent, strict=True)):
+                if rank == context.rank and own is not None:
+                    view.sub_(own)
+                else:
+                    c.subtract_from(view, payload, chunk)
+            own_estimate = chunk_views(estimate, chunks)[context.rank]
+            views[context.rank].sub_(own_estimate - chunk_mean, alpha=context.size)
 
         def contribution() -> Tensor:
-            given = _decoded(c, sent, chunks, x)
+            given = _decoded(c, sent, chunks, x, own, context.rank)
             own_estimate = chunk_views(estimate, chunks)[context.rank]
             chunk_views(given, chunks)[context.rank].add_(own_estimate - chunk_mean, alpha=context.size)
             return given
 
-        def subtract_contribution_(x: Tensor) -> None:
-            for view, chunk, payload in zip(chunk_views(x, chunks), chunks, sent, strict=True):
-                c.subtract_from(view, payload, chunk)
-            own_estimate = chunk_views(estimate, chunks)[context.rank]
-            chunk_views(x, chunks)[context.rank].sub_(own_estimate - chunk_mean, alpha=context.size)
-
         return AggregateResult(estimate, contribution, state, subtract_contribution_)
+
+    def _chunks(self, layout: Layout, size: int) -> tuple[Layout, ...]:
+        """The chunk of each rank, on a grid that both stages share."""
+        second = self.second or self.compressor
+        return layout.split(size, math.lcm(self.compressor.alignment, second.alignment))
+
+    def _encoded(self, x: Tensor, chunks: tuple[Layout, ...], context: StepContext) -> tuple[Payload, ...]:
+        """The first stage's payloads; under error feedback zeros to oneself, which nobody reads."""
+        c, key = self.compressor, context.private.fold("scatter")
+        empty = cache(lambda: c.encode(x[:0], NOTHING, key))  # with more ranks than blocks, most chunks are
+
+        def payload(rank: int, view: Tensor, chunk: Layout) -> Payload:
+            if context.error_feedback and rank == context.rank:
+                unread = Payload.empty(c.parts(chunk), x.device)
+                unread.wire.zero_()
+                return unread
+            return c.encode(view, chunk, key) if chunk.slices else empty()
+
+        views = chunk_views(x, chunks)
+        return tuple(payload(rank, *both) for rank, both in enumerate(zip(views, chunks, strict=True)))
 
     def sole_compressor(self) -> Compressor:
         return self.compressor
 
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         """The mean over the ranks: chunks differ by a block at most."""
-        sizes = [self.compressor.wire_bytes(chunk) for chunk in layout.split(size, self.compressor.alignment)]
-        return round(2 * sum(sizes) * (size - 1) / size)
+        stages = (self.compressor, self.second or self.compressor)
+        sizes = [stage.wire_bytes(chunk) for stage in stages for chunk in self._chunks(layout, size)]
+        return round(sum(sizes) * (size - 1) / size)
 
 
 @dataclass(frozen=True)
 class Auto(Method):
-    """Gather-and-sum or scatter-reduce, whichever sends fewer bytes at this world size.
+    """All-gather or reduce-scatter: whichever sends fewer bytes without a second rounding that counts.
+
+    Gathered payloads of an unbiased compressor err by ``omega / n``. A second encoding of the mean errs by
+    its whole omega, so that the same compressor twice has up to ``n + 1`` times the variance. The second
+    stage is therefore the narrowest that errs by no more than the first does after the mean (or than a
+    hundredth of the signal over n, which the noise of minibatches hides); see :func:`second_stage`.
 
     Decided on a large tensor instead of the bucket at hand, because cutting the buckets otherwise must change
     no value.
@@ -200,11 +241,7 @@ class Auto(Method):
     compressor: Compressor
 
     def chosen(self, size: int) -> Method:
-        gather, scatter = AllGatherMean(self.compressor), ReduceScatterMean(self.compressor)
-        cheaper = gather.payload_bytes(REFERENCE_LAYOUT, size, 0) <= scatter.payload_bytes(
-            REFERENCE_LAYOUT, size, 0
-        )
-        return gather if cheaper else scatter
+        return _cheapest(self.compressor, size)
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         return (yield from self.chosen(context.size).aggregate(x, state, context))
@@ -216,17 +253,90 @@ class Auto(Method):
         return self.chosen(size).payload_bytes(layout, size, step)
 
 
-def _decoded(c: Compressor, payloads: Sequence[Payload], chunks: tuple[Layout, ...], like: Tensor) -> Tensor:
-    """The flat buffer whose chunks the payloads decode to."""
+@lru_cache(maxsize=256)
+def _cheapest(compressor: Compressor, size: int) -> Method:
+    gather = AllGatherMean(compressor)
+    if size < 3:  # there both send one payload, and gathering rounds once
+        return gather
+    scatter = ReduceScatterMean(compressor, second_stage(compressor, size))
+    gathered, scattered = (one.payload_bytes(REFERENCE_LAYOUT, size, 0) for one in (gather, scatter))
+    return gather if gathered <= scattered else scatter
+
+
+HIDDEN = 0.01
+"""A variance, relative to the square of the signal, that minibatches of one rank exceed by far."""
+
+GAUSSIAN = Layout.of([("gaussian", (256, 256))])
+"""What the errors of two stages are measured on."""
+
+
+def second_stage(compressor: Compressor, size: int) -> Compressor | None:
+    """What encodes the mean of ``size`` ranks' payloads; None for ``compressor`` itself.
+
+    Of an unbiased compressor with variance ``omega`` on Gaussian data, the mean has ``omega / n``. The second
+    stage is the one of fewest bytes with a variance of at most ``max(omega, 0.01) / n``: the compressor
+    itself or :class:`~distcomp.compressors.Quantize` of up to 8 bits. The variance of both stages together is
+    then at most twice that of gathering, or hidden. A biased compressor keeps to itself: its errors do not
+    average out over ranks, and error feedback owes those of both stages.
+    """
+    if not compressor.unbiased:
+        return None
+    allowed = max(_variance(compressor), HIDDEN) / size
+    if _variance(compressor) <= allowed:
+        return None
+    finer = list(_finer(compressor))
+    fitting = [one for one in finer if _variance(one) <= allowed] or finer[-1:]
+    return min(fitting, key=lambda one: one.wire_bytes(REFERENCE_LAYOUT), default=None)
+
+
+def _finer(compressor: Compressor) -> Iterator[Compressor]:
+    """Uniform quantizers, the coarsest first: the compressor with more bits if it is one, and otherwise of no
+    fewer bits than it sends, for real data has longer tails than the Gaussian that errors are measured on."""
+    if isinstance(compressor, Quantize):
+        return (replace(compressor, bits=bits) for bits in range(compressor.bits + 1, 9))
+    block = compressor.alignment if compressor.alignment > 1 else Quantize.block
+    sent_bits = 8 * compressor.wire_bytes(REFERENCE_LAYOUT) // REFERENCE_LAYOUT.numel
+    return (Quantize(bits, block) for bits in range(min(8, max(2, sent_bits)), 9))
+
+
+def _variance(compressor: Compressor) -> float:
+    return relative_error(compressor, GAUSSIAN) ** 2
+
+
+def _decoded(
+    c: Compressor,
+    payloads: Sequence[Payload],
+    chunks: tuple[Layout, ...],
+    like: Tensor,
+    own: Tensor | None = None,
+    rank: int = 0,
+) -> Tensor:
+    """The flat buffer whose chunks the payloads decode to; the chunk of ``rank`` is ``own`` where that is
+    given."""
     buffer = torch.empty_like(like)
-    for view, chunk, payload in zip(chunk_views(buffer, chunks), chunks, payloads, strict=True):
-        c.decode_into(view, payload, chunk)
+    for index, (view, chunk, payload) in enumerate(
+        zip(chunk_views(buffer, chunks), chunks, payloads, strict=True)
+    ):
+        if own is not None and index == rank:
+            view.copy_(own)
+        else:
+            c.decode_into(view, payload, chunk)
     return buffer
 
 
-def mean_of(compressor: Compressor, payloads: list[Payload], layout: Layout) -> Tensor:
-    """The mean of what the payloads decode to, added in the order given."""
-    out = torch.empty(layout.numel, dtype=torch.float32, device=payloads[0].wire.device)
+def mean_of(
+    compressor: Compressor,
+    payloads: list[Payload],
+    layout: Layout,
+    own: Tensor | None = None,
+    rank: int = 0,
+) -> Tensor:
+    """The mean of what the payloads decode to, added in the order given; that of ``rank`` is ``own`` where
+    that is given."""
+    out = torch.zeros(layout.numel, dtype=torch.float32, device=payloads[0].wire.device)
     for index, payload in enumerate(payloads):
-        compressor.decode_into(out, payload, layout, add=index > 0)
+        if own is not None and index == rank:
+            out.add_(own)
+        else:
+            compressor.decode_into(out, payload, layout, add=index > 0)
     return out.mul_(1.0 / len(payloads))

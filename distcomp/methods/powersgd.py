@@ -53,9 +53,11 @@ class PowerSGD(Method):
 
     Source: Vogels, Karimireddy & Jaggi, NeurIPS 2019; one round: epfml/powersgd. We differ: Q is made
     orthonormal before it is used (the span is the same, float32 holds it better); a dead column is drawn
-    anew, where theirs stays dead; the contribution is the rank's own product (theirs subtracts the mean's:
-    the sum over ranks is the same). The orthonormal P is computed by every rank from the same bits: ranks
-    need the same torch build and kind of CPU.
+    anew, where theirs stays dead; the contribution is the rank's own product, as in epfml/powersgd (the
+    paper's code and PyTorch's hook subtract the mean's: the sum over ranks is the same); ``one_round``
+    decides by ``min_compression`` on both halves, ``4r(a+b)``, though a step sends one of them. The
+    orthonormal P is computed by every rank from the same bits: ranks need the same torch build and kind of
+    CPU.
 
     Raises DistcompError for a rank below 1, and for parameters that arrive in pieces (FSDP): their matrices
     are unknown.
@@ -260,7 +262,8 @@ def _is_matrix(param: ParamSlice) -> bool:
     summable=True,
     biased=True,
     deviations="Q is made orthonormal before use; a column that is zero is drawn anew; each rank owes "
-    "against its own product",
+    "against its own product (as epfml/powersgd; PyTorch's hook: against the mean's); one_round counts both "
+    "halves in min_compression",
     limitations="vectors and small matrices do not shrink; gradients of high rank come through slowly, "
     "the more so at rank 1 in one round",
 )

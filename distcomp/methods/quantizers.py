@@ -10,10 +10,13 @@ from distcomp.methods.registry import register
 
 @register(
     paper="Horváth et al., Natural compression for distributed deep learning, 2019",
-    wire="2 (n-1)/n 9d/8 (up to 8 bits: d bits/8 + 4 d/block), or (n-1) payloads where that is less",
+    wire="(n-1)/n (9d/8 + d + 4 d/block); up to 8 bits (n-1)/n (d (bits + bits2)/8 + 8 d/block); at two "
+    "ranks one payload",
     summable=False,
     biased=False,
-    deviations="up to 8 bits count exponents from the block's largest magnitude down, and round to 0 below",
+    deviations="up to 8 bits count exponents from the block's largest magnitude down, and round to 0 below; "
+    "from "
+    "three ranks on the mean is rounded a second time, to a uniform grid of at most 8 bits",
     limitations="where 9 bits are still too many; fewer bits are coarse in the upper half of each block's "
     "range",
 )
@@ -29,10 +32,13 @@ def natural(bits: int = 9, block: int = 512) -> Method:
 
 @register(
     paper="Ramezani-Kebrya et al., NUQSGD, JMLR 2021",
-    wire="2 (n-1)/n (d bits/8 + 4 d/block), or (n-1) payloads where that is less",
+    wire="(n-1)/n (d (bits + bits2)/8 + 8 d/block), bits2 >= bits those of the mean; at two ranks one "
+    "payload",
     summable=False,
     biased=False,
-    deviations="fixed-width codes in the place of Huffman's; bits count the sign; blocks",
+    deviations="fixed-width codes in the place of Huffman's; bits count the sign; blocks; from three ranks "
+    "on the "
+    "mean is rounded a second time, to a uniform grid with as many bits as keep the variance below twice",
     limitations="few levels near the norm: blocks whose values are of one size are rounded coarsely",
 )
 def nuqsgd(bits: int = 4, block: int = 512, norm: str = "l2") -> Method:
@@ -48,8 +54,9 @@ def nuqsgd(bits: int = 4, block: int = 512, norm: str = "l2") -> Method:
     wire="2 (n-1)/n (d/8 + 4 per parameter), or (n-1) payloads where that is less",
     summable=False,
     biased=True,
-    deviations="residuals in gradient units (no learning rate inside); sign(0) = +1; biases and norms in "
-    "float32",
+    deviations="residuals in gradient units (no learning rate inside); sign(0) = +1; from three ranks on the "
+    "mean is "
+    "encoded a second time, and the owner of a chunk owes for it; biases and norms in float32",
     limitations="without its residual; and where magnitudes differ much within a parameter, for which "
     "block > 0 helps",
 )

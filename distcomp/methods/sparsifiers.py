@@ -30,6 +30,10 @@ SUMMED = {
 }
 """How values at places that all ranks share may be summed, by name."""
 
+OWED = {**SUMMED, **{name: from_compressor(Cast(name), "reduce_scatter") for name in ("bf16", "fp16")}}
+"""The same under error feedback. A ring rounds sums of a narrow type at every hop, and nobody would owe that:
+owners of chunks add in float32 instead, for the same bytes, and owe what their answer is rounded by."""
+
 
 @register(
     paper="Aji & Heafield, EMNLP 2017; Stich et al., Sparsified SGD with memory, NeurIPS 2018",
@@ -155,9 +159,9 @@ def _placed(result: AggregateResult, where: Tensor, like: Tensor) -> AggregateRe
     )
 
 
-def _summed(values: str | Method) -> Method:
+def _summed(values: str | Method, residual: bool) -> Method:
     if isinstance(values, str) and values in SUMMED:
-        return SUMMED[values]
+        return OWED[values] if residual else SUMMED[values]
     name = values.partition(":")[0].strip("( ") if isinstance(values, str) else ""
     if isinstance(values, str) and name not in METHODS:
         raise DistcompError(
@@ -171,7 +175,9 @@ def _summed(values: str | Method) -> Method:
     wire="2 (n-1)/n 4k, k = ratio d",
     summable=True,
     biased=True,
-    deviations="without replacement, from a key that all ranks share; biases and norms in float32",
+    deviations="without replacement, from a key that all ranks share; under error feedback bf16 and fp16 "
+    "values are "
+    "added in float32 by owners of chunks; biases and norms in float32",
     limitations="at small ratios most of a gradient is d/k steps old when it is sent",
 )
 def random_k(ratio: float = 0.01, values: str | Method = "fp32", error_feedback: bool = True) -> Method:
@@ -181,7 +187,7 @@ def random_k(ratio: float = 0.01, values: str | Method = "fp32", error_feedback:
     by d/k, so that the mean is right. ``values``: ``fp32``, ``bf16``, ``fp16``, or integers that add exactly,
     ``int8``, ``int4``. See :class:`SharedRandomK`.
     """
-    method = SharedRandomK(RandomK(ratio, scaled=not error_feedback), _summed(values))
+    method = SharedRandomK(RandomK(ratio, scaled=not error_feedback), _summed(values, error_feedback))
     return except_small(ErrorFeedback(method) if error_feedback else method)
 
 
@@ -191,7 +197,8 @@ def random_k(ratio: float = 0.01, values: str | Method = "fp32", error_feedback:
     summable=True,
     biased=True,
     deviations="exact top-k, not the chunk-wise quasi-sort; beta=1 (plain error feedback) is the default; "
-    "packed indices; biases and norms in float32",
+    "packed indices; bf16 and fp16 values are added in float32 by owners of chunks; biases and norms in "
+    "float32",
     limitations="where ranks see different data, what is largest on one of them is not what is largest on "
     "the others",
 )
@@ -202,5 +209,5 @@ def cyclic_topk(
 
     ``beta < 1`` is the paper's low-pass filter (:class:`ErrorFeedback`). See :class:`CyclicTopK`.
     """
-    method = CyclicTopK(TopK(ratio, chunk), _summed(values))
+    method = CyclicTopK(TopK(ratio, chunk), _summed(values, residual=True))
     return except_small(ErrorFeedback(method, beta=beta))

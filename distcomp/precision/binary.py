@@ -84,7 +84,9 @@ def xnor_net(model: nn.Module, *, input_scale: bool = True, skip: tuple[str, ...
     ``input_scale=False`` drops K, as most implementations do. K is a constant to the gradient. The paper's
     block is norm, sign, convolution, pool: put the batch norm before each layer.
 
-    Source: Rastegari et al., "XNOR-Net", ECCV 2016, algorithm 1 and section 3.2.
+    Source: Rastegari et al., "XNOR-Net", ECCV 2016, algorithm 1 and section 3.2. We differ from the authors'
+    code, and agree with the paper's equations: weights are neither centred per filter nor clamped to [-1, 1],
+    and the gradient is not scaled by the number of weights.
     """
 
     def plan(name: str, layer: nn.Module) -> Quantizers:

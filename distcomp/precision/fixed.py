@@ -48,7 +48,8 @@ def fixed_point(
     ``rank`` makes the noise of activations and gradients a rank's own; that of the weights is the same on all
     ranks, which must keep the same weights. In ``eval()`` activations are rounded to the nearest.
 
-    Source: Gupta et al., "Deep learning with limited numerical precision", ICML 2015. We differ: the
+    Source: Gupta et al., "Deep learning with limited numerical precision", ICML 2015. We differ: an output
+    that saturates passes no gradient (the paper says nothing of it); the
     optimizer's own state (momentum) stays in float32.
 
     Raises DistcompError for an unknown format or rounding, or a model without layers to convert.

@@ -79,7 +79,8 @@ def rigl(
     then carry the signal as all of them did.
 
     Source: Evci et al., Rigging the lottery, ICML 2020. We differ: the same share of dead weights in every
-    layer; a weight that was just dropped may grow again.
+    layer; a weight that was just dropped may grow again; the optimizer steps in every iteration, where the
+    authors' code skips its step when connections change.
     """
     if not 0 <= sparsity < 1 or not 0 <= fraction <= 1 or every < 1:
         raise DistcompError(

@@ -332,3 +332,42 @@ def mourning(rank: int, size: int, spec: Any, dies: int, how: str, timeout_s: fl
             found["error"] = f"{type(error).__name__}: {error}"
     found["warned"] = [str(one.message) for one in caught if "lost" in str(one.message)]
     return found
+
+
+def post_local(rank: int, size: int, kind: str, after: int, period: int, steps: int) -> list[Tensor]:
+    """Weights after each step under AdamW: by distcomp, or by PyTorch's hook and averager, whose first
+    exchange of models is at its ``warmup_steps`` + 1."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 5))
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.001)
+    inner = torch.optim.AdamW(ddp.parameters(), lr=0.01)
+    optimizer: Any = inner
+    if kind == "distcomp":
+        handle = distcomp.attach(ddp, inner, distcomp.post_local_sgd(period=period, after=after))
+    else:
+        optimizer = _pytorch_post_local(ddp, inner, after, period)
+    seen = []
+    for index in range(steps):
+        train(ddp, optimizer, rank, 1, start=index)
+        if kind == "distcomp":
+            handle.state_dict()  # makes the exchange of this step now instead of at the next forward
+        seen.append(flat(model).clone())
+    if kind == "distcomp":
+        handle.detach()
+    return seen
+
+
+def _pytorch_post_local(
+    ddp: DistributedDataParallel, inner: torch.optim.Optimizer, after: int, period: int
+) -> Any:
+    from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook as post_local_hook
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    alone, _ = dist.new_subgroups(group_size=1)
+    state = post_local_hook.PostLocalSGDState(
+        None, alone, start_localSGD_iter=after, post_local_gradient_allreduce=False
+    )
+    ddp.register_comm_hook(state, post_local_hook.post_localSGD_hook)
+    averager = PeriodicModelAverager(period=period, warmup_steps=after + period - 1)
+    return PostLocalSGDOptimizer(optim=inner, averager=averager)

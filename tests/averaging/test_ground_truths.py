@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from distcomp.averaging.extrapolation import ECD
-from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze, default_gamma, relative_error
+from distcomp.averaging.gossip import DCD, DPSGD, Choco, DeepSqueeze, default_gamma
 from distcomp.averaging.periodic import Mean, Periodic
-from distcomp.compressors import Quantize, ScaledSign, TopK
+from distcomp.averaging.recipes.gossip import ecd
+from distcomp.averaging.workers import Workers
+from distcomp.compressors import Compressor, NonUniform, Quantize, RandomK, ScaledSign, TopK
+from distcomp.compressors.contraction import relative_error
 from distcomp.compressors.fixed import FixedGrid, GrowingGrid
+from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods import qsgd
 
@@ -74,6 +78,52 @@ def test_ecd_counts_what_its_grid_had_to_clamp(training_task: Quadratic) -> None
     assert narrow.averaging.report(narrow.state)["overflow"]["x"] > 0
     growing = training_task.train(ECD(GrowingGrid(1 / 64, bits=10)), 50).fragments[0][0]
     assert growing.averaging.report(growing.state) == {"overflow": {}}
+    short = training_task.train(ECD(GrowingGrid(1 / 4096, bits=2)), 50).fragments[0][0]
+    assert short.averaging.report(short.state)["overflow"]["x"] > 0
+
+
+def test_ecd_widens_its_grid_instead_of_clamping(training_task: Quadratic) -> None:
+    """A grid of 2 bits that reaches 1/4096 at first, and optima at distance 1: still it gets there."""
+    assert errors_at(training_task, ECD(GrowingGrid(1 / 4096, bits=2)), (200,))[0] < 0.1
+
+
+MODELS = {
+    "weights of 1": lambda draw: draw,
+    "weights of 10": lambda draw: 10 * draw,
+    "weights of a thousandth": lambda draw: 1e-3 * draw,
+    "one weight of 100": lambda draw: torch.cat([torch.tensor([100.0]), 0.02 * draw[1:]]),
+    "all ones": torch.ones_like,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ecd_leaves_models_alone_that_nobody_trains(name: str) -> None:
+    """Eight equal workers, no gradient: by the equations nothing moves."""
+    x = MODELS[name](torch.randn(600, generator=torch.Generator().manual_seed(1)))
+    workers = Workers(ecd(), x, 8)
+    for _ in range(50):
+        workers.step()
+    assert float((workers.stacked - x).abs().max()) <= 0.01 * float(x.abs().median())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ecd_follows_uncompressed_gossip_whatever_the_size_of_the_weights(name: str) -> None:
+    """Local updates of a hundredth of a typical weight: the means stay within 1 % of it of one another."""
+    x = MODELS[name](torch.randn(600, generator=torch.Generator().manual_seed(1)))
+    typical = float(x.abs().median())
+    means = []
+    for averaging in (ecd(), DPSGD()):
+        generator, workers = torch.Generator().manual_seed(2), Workers(averaging, x, 4)
+        for _ in range(60):
+            workers.stacked += 0.01 * typical * torch.randn(4, 600, generator=generator)
+            workers.step()
+        means.append(workers.mean)
+    assert float((means[0] - means[1]).square().mean().sqrt()) < 0.01 * typical
+
+
+def test_ecd_refuses_a_grid_that_would_clamp_the_model() -> None:
+    with pytest.raises(DistcompError, match=r"ends at 0\.109, and the model's largest weight is 2,"):
+        Workers(ECD(FixedGrid(1 / 64, bits=4)), torch.full((5,), 2.0), 3)
 
 
 def test_ecd_with_a_relative_quantizer_and_noise_diverges_where_choco_does_not(
@@ -163,6 +213,24 @@ def test_choco_preserves_the_sum_of_models() -> None:
     workers = consensus(Choco(ScaledSign(), "star"), starts, 100)
     assert workers.spread < 0.5 * float((starts - starts.mean(0)).square().mean())
     torch.testing.assert_close(stacked(workers).sum(0), starts.sum(0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("compressor", [Quantize(2), NonUniform(3), RandomK(0.1)], ids=str)
+def test_deepsqueeze_damps_what_is_unbiased_and_does_not_contract(compressor: Compressor) -> None:
+    """Pure consensus on a ring of 8: undamped, 2 bits are 10^5 apart after 200 exchanges."""
+    starts = torch.randn(8, 1024, generator=torch.Generator().manual_seed(0))
+    apart = float((starts - starts.mean(0)).square().mean())
+    assert consensus(DeepSqueeze(compressor, eta=0.05), starts, 150).spread < 0.1 * apart
+
+
+def test_deepsqueeze_says_in_numbers_how_it_is_damped_and_when_its_eta_is_too_large() -> None:
+    layout = Layout.of([("w", (64, 64))])
+    numbers = DeepSqueeze(Quantize(2)).conditions(layout, 8)
+    omega = relative_error(Quantize(2), layout) ** 2
+    assert omega > 1
+    assert numbers["damping"] == pytest.approx(1 / (1 + omega))
+    assert "warning" not in numbers
+    assert "delta = 0.37" in DeepSqueeze(Quantize(2), eta=0.5).conditions(layout, 8)["warning"]
 
 
 def test_deepsqueeze_needs_a_small_eta() -> None:

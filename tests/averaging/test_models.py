@@ -246,3 +246,20 @@ def test_frozen_parameters_and_masks_stay_out() -> None:
     weights = Weights(model)
     assert weights.layout.names == ("1.weight", "1.bias", "2.weight", "2.bias")
     assert weights.buffers == Layout.of([("2.running_mean", (3,)), ("2.running_var", (3,))])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_post_local_sgd_is_what_pytorchs_hook_and_averager_do(size: int, cluster: Clusters) -> None:
+    """AdamW, which makes averaged models differ from averaged gradients: alike after each of 12 steps."""
+    ours = cluster(size).run(jobs.post_local, "distcomp", 5, 3, 12)
+    theirs = cluster(size).run(jobs.post_local, "pytorch", 5, 3, 12)
+    for rank in range(size):
+        for step, (own, reference) in enumerate(zip(ours[rank], theirs[rank], strict=True), 1):
+            torch.testing.assert_close(own, reference, atol=2e-5, rtol=1e-4, msg=f"rank {rank}, step {step}")
+    apart = [not torch.equal(a, b) for a, b in zip(ours[0], ours[1], strict=True)]
+    assert [step for step, yes in enumerate(apart, 1) if not yes] == [1, 2, 3, 4, 5, 8, 11]
+
+
+def test_post_local_sgd_needs_somebody_who_has_the_gradients(cluster: Clusters) -> None:
+    with pytest.raises(Exception, match="a plain module hands them to nobody"):
+        cluster(2).run(jobs.trained, "plain", distcomp.post_local_sgd(), 2)

@@ -57,10 +57,16 @@ def test_all_agree_every_period_steps() -> None:
 
 def test_the_period_may_be_a_schedule() -> None:
     expected = [True, True, True, False, False, True, False, False, True]
-    assert agreement(post_local_sgd(period=3, after=4), 9) == expected
     assert agreement(local_sgd(period="1 -> 3 @ 4"), 9) == expected
     assert agreement(parse("local_sgd:period=1 -> 3 @ 4"), 9) == expected
     assert agreement(Periodic(period=Schedule(((0, 1), (4, 3)))), 9) == expected
+
+
+def test_post_local_sgd_agrees_up_to_its_switch_and_then_every_period_steps() -> None:
+    agreed = [
+        step for step, all_agree in enumerate(agreement(post_local_sgd(5, after=20), 31), 1) if all_agree
+    ]
+    assert agreed == [*range(1, 21), 25, 30]
 
 
 def test_fragments_take_turns() -> None:

@@ -159,6 +159,8 @@ class Grouping:
     states: list[dict[str, Any]] = field(default_factory=list)
     """Per worker: parameter name -> path of the leaf -> tensor."""
     asked: list[Any] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    """Those of the last step, bucket by bucket."""
 
     def __post_init__(self) -> None:
         self.states = self.states or [{} for _ in range(self.size)]
@@ -166,6 +168,7 @@ class Grouping:
     def aggregate(self, given: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """One step: ``given`` holds each worker's gradient by parameter, and so is the answer."""
         out: dict[str, Tensor] = {}
+        self.rounds = []
         for layout in self.buckets:
             xs = [slab_of(named, layout) for named in given]
             before = [join_state(states, self.method.init(layout)) for states in self.states]
@@ -173,6 +176,7 @@ class Grouping:
             for states, after in zip(self.states, round_.states, strict=True):
                 states.update(cut_state(after))
             self.asked += round_.asked
+            self.rounds.append(round_)
             out.update({param.name: piece for param, piece in layout.pieces(round_.estimate)})
         self.step += 1
         return out

@@ -76,6 +76,19 @@ def test_what_is_unbiased_but_does_not_contract_is_damped() -> None:
     assert descend(EF21(coarse), 150, rate=0.05) < 0.5
 
 
+def test_two_bits_are_damped_by_what_they_do_and_not_by_a_loose_bound() -> None:
+    """Three workers with targets of their own. Damped by a bound of 128, it is 0.65 away after 100 steps."""
+    layout = Layout.of([("w", (32, 32))])
+    targets, w = torch.stack(draw(3, layout)), torch.zeros(layout.numel)
+    method = EF21(Quantize(2))
+    states = [method.init(layout)] * 3
+    for step in range(100):
+        round_ = converse(method, [w - target for target in targets], states, layout, step)
+        states, w = round_.states, w - 0.1 * round_.estimate
+    mean = targets.mean(0)
+    assert float((w - mean).norm() / mean.norm()) < 0.05
+
+
 def test_its_text_says_all_of_it() -> None:
     method = parse("ef21:compressor=(quantize:bits=1,block=64),pattern=all_gather,eta=0.5")
     assert method == ef21(Quantize(1, 64), "all_gather", 0.5)

@@ -148,8 +148,18 @@ def gather(q: Quantizer, params: Params, xs: Sequence[np.ndarray], shared: Key):
     return mean_in_rank_order(sent), sent
 
 
-def scatter_reduce(q: Quantizer, params: Params, xs: Sequence[np.ndarray], shared: Key):
-    """Owners of chunks average what was sent of them and send the mean anew; n times the loss is theirs."""
+def scatter_reduce(
+    q: Quantizer,
+    params: Params,
+    xs: Sequence[np.ndarray],
+    shared: Key,
+    own_exact: bool = False,
+    second: Quantizer | None = None,
+):
+    """Owners of chunks average what was sent of them and send the mean anew; n times the loss is theirs.
+
+    ``own_exact``: an owner adds what it has of its chunk as it is (under error feedback).
+    """
     n, starts = (
         len(xs),
         dict(zip([p for p, _ in params], np.cumsum([0, *(m for _, m in params)]), strict=False)),
@@ -161,9 +171,10 @@ def scatter_reduce(q: Quantizer, params: Params, xs: Sequence[np.ndarray], share
             where = slice(starts[name] + first, starts[name] + first + count)
             for rank, x in enumerate(xs):
                 key = rank_key(shared, rank).fold("scatter")
-                given[rank][where] = q.through(x[where], key, name, first)
+                kept = own_exact and rank == owner
+                given[rank][where] = x[where] if kept else q.through(x[where], key, name, first)
             mean = mean_in_rank_order([g[where] for g in given])
-            estimate[where] = q.through(mean, shared.fold("reduce"), name, first)
+            estimate[where] = (second or q).through(mean, shared.fold("reduce"), name, first)
             given[owner][where] += F(n) * (estimate[where] - mean)
     return estimate, given
 

@@ -70,12 +70,13 @@ def dcd(
     summable=False,
     biased=False,
     kind="gossip",
-    deviations="an absolute grid whose integers grow, and a count of overflows: relative quantizers diverge",
+    deviations="an absolute grid around the common start, with a spacing from the model, whose integers grow "
+    "and which widens where values do not fit: relative quantizers diverge; the count starts at t = 2",
     limitations="relative quantizers diverge, and its integers grow with the step: prefer choco",
 )
 def ecd(
-    spacing: float = 1 / 64,
-    bits: int = 6,
+    spacing: float | None = None,
+    bits: int = 8,
     topology: str | Topology = "ring",
     compressor: Compressor | Method | str | None = None,
     allow_relative: bool = False,
@@ -84,7 +85,8 @@ def ecd(
 ) -> Averaging:
     """Send neighbours a compressed extrapolation of the model, whose noise averages out; prefer ``choco``.
 
-    Values are multiples of ``spacing`` in ``bits`` bits, and one more with every doubling of the step.
+    Values are multiples of ``spacing`` away from the model that all began with, in ``bits`` bits and one more
+    with every doubling of the step; ``spacing=None`` takes a 1024th of a typical weight of each parameter.
     ``compressor`` replaces that grid; a relative one is refused unless ``allow_relative``. ``topology`` as
     for ``dpsgd``, fixed. ``period``: steps between exchanges. ``on_failure``: when a neighbour dies, ``stop``
     or ``continue`` without it.
@@ -99,7 +101,9 @@ def ecd(
     summable=False,
     biased=False,
     kind="gossip",
-    deviations="public copies start from the common model and are kept one by one; a default step size",
+    deviations="public copies start from the common model and are kept one by one; a default step size; "
+    "unbiased "
+    "compressors are damped by 1/(1+omega), measured on Gaussian data",
     limitations="a gamma above what the compressor's error allows diverges; long rings mix slowly",
 )
 def choco(
@@ -125,6 +129,9 @@ def choco(
     summable=False,
     biased=False,
     kind="gossip",
+    deviations="unbiased compressors are damped by 1/(1+omega), measured on Gaussian data; warns where eta "
+    "exceeds "
+    "their contraction",
     limitations="an eta above what the compressor's error allows diverges; whole models are harder to "
     "compress than differences",
 )

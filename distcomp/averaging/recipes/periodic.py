@@ -78,12 +78,12 @@ def sparse_averaging(
 @register(
     paper="Jiang & Agrawal, A linear speedup analysis of distributed deep learning with sparse and quantized "
     "communication, NeurIPS 2018: PQASGD",
-    wire="2 (n-1)/n (d bits/8 + 4 d/block) / period, or (n-1) payloads where that is less",
+    wire="(n-1)/n (d (bits + bits2)/8 + 8 d/block) / period, bits2 >= bits those of the mean",
     summable=False,
     biased=False,
     kind="periodic",
-    deviations="scatter-reduce (a second quantization) where it sends less; error feedback is an "
-    "extension, off "
+    deviations="scatter-reduce from three ranks on (a second quantization, of more bits as qsgd has it); "
+    "error feedback is an extension, off "
     "by default; biases and norms in float32",
     limitations="few bits and long periods at a large learning rate: what is rounded is the whole way "
     "since the last exchange",
@@ -123,20 +123,20 @@ def pqasgd(
     summable=True,
     biased=False,
     kind="periodic",
-    deviations="the switch is a step, not the first decay of the learning rate",
+    deviations="the switch is a step, not the first decay of the learning rate; BatchNorm's buffers are "
+    "averaged when models are; PyTorch's PeriodicModelAverager averages at after + 1 already",
     limitations="switched too early, it is local_sgd; its savings begin after the switch only",
 )
 def post_local_sgd(
     period: int = 16, after: int = 1000, optimizer_state: str = "keep", buffers: str = "average"
 ) -> Averaging:
-    """Average the models in every step up to step ``after``, then every ``period`` steps.
+    """Average the gradients in every step up to step ``after``, then the models every ``period`` steps.
 
-    ``optimizer_state``: ``keep``, ``reset`` or ``average`` it at an exchange; ``buffers``: ``average`` or
-    ``keep`` them.
+    With ``after=20, period=5`` gradients are averaged in steps 1 to 20 and models after steps 25, 30 and so
+    on. It needs a DistributedDataParallel model. ``optimizer_state``: ``keep``, ``reset`` or ``average`` it
+    at an exchange of models; ``buffers``: ``average`` or ``keep`` them.
     """
-    return Periodic(
-        period=Schedule(((0, 1), (after, period))), optimizer_state=optimizer_state, buffers=buffers
-    )
+    return Periodic(period=period, optimizer_state=optimizer_state, buffers=buffers, gradients_until=after)
 
 
 @register(
