@@ -85,7 +85,6 @@ def measure(ddp: DistributedDataParallel, method: str, steps: int) -> list[dict[
                         "payload_bytes": last["payload_bytes"],
                         "queue_bytes": sent,
                         "cpu_s": cpu_s,
-                        "wire_idle_s": last["wire_idle_s"],
                         **last["phases"],
                     }
                 )
@@ -128,7 +127,7 @@ def summarize(raw: dict[str, object], rate_bps: float) -> dict[str, dict[str, fl
             "queue_over_predicted": queue / predicted if queue else None,
             **{
                 name: median([step[0][name] for step in steps])
-                for name in ("cpu_s", "wire_idle_s", "encode_s", "recode_s", "wait_s", "decode_s")
+                for name in ("cpu_s", "encode_s", "recode_s", "wait_s", "decode_s")
             },
         }
     floor, cores = raw["floor"], os.cpu_count() or 1

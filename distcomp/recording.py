@@ -3,11 +3,13 @@
 ``run.json`` says what was run, where and on which network; the launcher writes it, or rank 0 where there is
 no launcher. Each rank appends to its own ``rank{r}.jsonl``, one JSON object a line, of three kinds::
 
-    {"kind": "note", "seed": 0, "steps": 300}        # what only the script knows; later notes add to earlier
-    {"kind": "step", "step": 7, "step_s": 0.41, "exchange_s": 0.33, "wire_idle_s": 0.02,
+    {"kind": "note", "seed": 0, "steps": 300,        # what only the script knows; later notes add to earlier
+     "method": "qsgd:bits=4",                        # what attach put in place, whatever was asked for
+     "method_from": "environment"}                   # or "script", where the script names the method itself
+    {"kind": "step", "step": 7, "step_s": 0.41, "exchange_s": 0.33,
      "phases": {"encode_s": .., "recode_s": .., "wait_s": .., "decode_s": ..},
      "exposed": {..},                                # of the phases, what no computation hid
-     "payload_bytes": 524288, "payload_by_kind": {"codes": .., "scales": ..},
+     "payload_bytes": 524288, "payload_by_kind": {"codes": .., "scales": ..},   # of this step
      "predicted_wire_bytes": 548231,
      "qdisc_bytes": 81234567}                        # counted by the kernel since the link was made, or null
     {"kind": "metric", "step": 7, "train_s": 3.1, "test_loss": 1.2, "test_accuracy": 0.61}
@@ -22,6 +24,7 @@ import math
 import os
 import platform
 import subprocess
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +32,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from distcomp.atomic_write import write_whole
 from distcomp.errors import DistcompError
 from distcomp.version import __version__
 
@@ -36,24 +40,34 @@ RUN_DIR = "DISTCOMP_RUN_DIR"
 METHOD = "DISTCOMP_METHOD"
 FORMAT = 1
 KINDS = ("note", "step", "metric")
+COUNTED = ("step_s", "exchange_s", "payload_bytes", "predicted_wire_bytes", "qdisc_bytes")
+"""What the record of a step counts: numbers of zero or more, or null."""
+GROUPED = ("phases", "exposed", "payload_by_kind")
+LARGEST = 1e30
+"""A number beyond this is none that was measured; it counts as infinite."""
 
 Record = Mapping[str, Any]
 
 
 class Recorder:
-    """Appends to one rank's file. One system call per line: what was recorded survives the process."""
+    """Appends to one rank's file. One system call per line: what was recorded survives the process.
+
+    A record that cannot be written (a full disk) stops no training: the recorder warns once and is silent.
+    """
 
     def __init__(self, directory: Path, rank: int) -> None:
-        path = directory / f"rank{rank}.jsonl"
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        _drop_torn_tail(self._file)
+        self._path = directory / f"rank{rank}.jsonl"
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._broken = False
+        try:
+            _drop_torn_tail(self._file)
+        except OSError as error:
+            self._give_up(error)
 
     @classmethod
     def from_env(cls, rank: int) -> Recorder | None:
-        """The recorder into ``DISTCOMP_RUN_DIR``, or None where that is not set.
-
-        Raises DistcompError where the directory cannot be written.
-        """
+        """The recorder into ``DISTCOMP_RUN_DIR``, or None where that is not set, or cannot be written: then
+        with a warning that says so."""
         name = os.environ.get(RUN_DIR)
         if not name:
             return None
@@ -61,12 +75,11 @@ class Recorder:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if rank == 0 and not (directory / "run.json").exists():
-                write_about(directory, surroundings(Path.cwd()) | {"method": os.environ.get(METHOD)})
+                write_about(directory, surroundings(Path.cwd()) | {"asked": os.environ.get(METHOD)})
             return cls(directory, rank)
         except OSError as error:
-            raise DistcompError(
-                f"{RUN_DIR}={name} cannot be written ({error}); name one you may write to, or unset it"
-            ) from None
+            _warn(f"{RUN_DIR}={name} cannot be written ({error})")
+            return None
 
     def step(self, **fields: Any) -> None:
         """What one step took and sent."""
@@ -85,8 +98,27 @@ class Recorder:
         os.close(self._file)
 
     def _append(self, kind: str, fields: Record) -> None:
-        line = json.dumps({"kind": kind, **fields}, default=_plain)
-        os.write(self._file, line.encode() + b"\n")
+        line = json.dumps({"kind": kind, **fields}, default=_plain).encode() + b"\n"
+        if self._broken:
+            return
+        try:
+            written = os.write(self._file, line)
+            if written < len(line):
+                os.write(self._file, line[written:])  # says why the rest has no place
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """What is torn now is cut when the record is read; nothing may come after it."""
+        self._broken = True
+        _warn(f"{self._path} cannot be written ({error})")
+
+
+def _warn(what: str) -> None:
+    warnings.warn(
+        f"{what}; training goes on and is not recorded any more: make room there, or name another directory",
+        stacklevel=4,
+    )
 
 
 def scalars(record: Record) -> dict[str, float]:
@@ -113,8 +145,14 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The method as it was asked for."""
-        return str(self.about.get("method") or "unknown")
+        """The method that was attached; where none was, what was asked for, said to be no more than that."""
+        method, asked = self.about.get("method"), self.about.get("asked")
+        return method or (f"{asked} (never attached)" if asked else "unknown")
+
+    @property
+    def asked(self) -> str | None:
+        """The method that the launcher asked for."""
+        return self.about.get("asked")
 
     def of_kind(self, kind: str, rank: int = 0) -> list[Record]:
         """One rank's ``step`` or ``metric`` records."""
@@ -123,11 +161,8 @@ class Run:
 
 def write_about(directory: Path, about: Record) -> None:
     """Write run.json whole or not at all."""
-    partial = directory / f".run.json.{os.getpid()}"
-    partial.write_text(
-        json.dumps({"format": FORMAT, **about}, indent=2, default=_plain) + "\n", encoding="utf-8"
-    )
-    partial.replace(directory / "run.json")
+    text = json.dumps({"format": FORMAT, **about}, indent=2, default=_plain) + "\n"
+    write_whole(directory / "run.json", text.encode())
 
 
 def surroundings(where: Path) -> dict[str, Any]:
@@ -174,11 +209,12 @@ def read(directory: Path) -> Run:
     try:
         about = json.loads((directory / "run.json").read_text(encoding="utf-8"))
         version = about["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _check_about(about)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DistcompError(
             f"{directory} is not the record of a run ({error}); name a directory made by distcomp"
         ) from None
-    if version != FORMAT:
+    if version != FORMAT or isinstance(version, bool):
         raise DistcompError(
             f"{directory} is in format {version}, this distcomp reads {FORMAT}; use the version that wrote it"
         )
@@ -187,9 +223,14 @@ def read(directory: Path) -> Run:
         number = path.stem.removeprefix("rank")
         if number.isdecimal():
             ranks[int(number)] = tuple(read_lines(path))
-    for note in ranks.get(0, ()):
-        if note["kind"] == "note":
-            about |= {key: value for key, value in note.items() if key != "kind"}
+    notes = [note for note in ranks.get(0, ()) if note["kind"] == "note"]
+    for note in notes:
+        about |= {key: value for key, value in note.items() if key != "kind"}
+    attached = dict.fromkeys(note["method"] for note in notes if note.get("method"))
+    if attached:  # one after the other, where there were several
+        about["method"] = ", then ".join(attached)
+    if about.get("ranks") is None and ranks:
+        about["ranks"] = len(ranks)
     return Run(directory, about, {rank: _latest(ranks[rank]) for rank in sorted(ranks)})
 
 
@@ -199,15 +240,80 @@ def read_lines(path: Path) -> Iterator[Record]:
     for number, line in enumerate(whole, start=1):
         try:
             record = json.loads(line)
-            if record["kind"] not in KINDS:
-                raise ValueError(f"unknown kind {record['kind']!r}")
-            if record["kind"] != "note" and not isinstance(record["step"], int):
-                raise ValueError(f"the step {record['step']!r} is not a whole number")
-        except (ValueError, KeyError, TypeError) as error:
+            _check_record(record)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DistcompError(
                 f"line {number} of {path} is damaged ({error}); remove that line to read the rest"
             ) from None
         yield record
+
+
+def _check_record(record: Any) -> None:
+    """Raise ValueError, KeyError or TypeError for a line that no recorder wrote. What a script logged itself
+    may be anything."""
+    if record["kind"] not in KINDS:
+        raise ValueError(f"unknown kind {str(record['kind'])[:40]!r}")
+    if record["kind"] == "note":
+        _check_about(record)
+        return
+    if not isinstance(record["step"], int) or isinstance(record["step"], bool):
+        raise ValueError(f"the step {str(record['step'])[:40]!r} is not a whole number")
+    if record["kind"] == "metric":
+        return
+    for name in COUNTED:
+        _check_counted(name, record.get(name))
+    for group in GROUPED:
+        for name, value in _mapping(group, record.get(group)).items():
+            _check_counted(f"{group}/{name}", value)
+
+
+def _check_counted(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
+        raise ValueError(f"{name} is {str(value)[:40]!r}")
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {str(value)[:40]!r}")
+    return value
+
+
+def _check_about(about: Any) -> None:
+    """Raise ValueError or TypeError where what was run is not said in the kinds that a launcher writes."""
+    _mapping("a description", about)
+    for name in ("method", "asked", "method_from", "commit", "started"):
+        if not isinstance(about.get(name), str | None):
+            raise ValueError(f"{name} is {str(about[name])[:40]!r}")
+    ranks, argv = about.get("ranks"), about.get("argv")
+    if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
+        raise ValueError(f"ranks is {str(ranks)[:40]!r}")
+    if argv is not None and not (isinstance(argv, list) and all(isinstance(one, str) for one in argv)):
+        raise ValueError(f"argv is {str(argv)[:40]!r}")
+    for name in ("host", "versions"):
+        _mapping(name, about.get(name))
+    network = _mapping("network", about.get("network"))
+    for name in ("asked", "fabric", "packets", "achieved"):
+        if not isinstance(network.get(name), str | None):
+            raise ValueError(f"network/{name} is {str(network[name])[:40]!r}")
+    for link in network.get("links") or ():
+        for name in ("asked_bps", "achieved_bps", "after_idle_bps"):
+            value = _mapping("a link", link).get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{name} is {str(value)[:40]!r}")
+
+
+def measured(value: object) -> float | None:
+    """What a script logged, as a number to reckon with: None for what is no number, infinite where it is
+    larger than anything that is measured."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if value != value or abs(value) <= LARGEST:
+        return float(value)
+    return math.inf if value > 0 else -math.inf
 
 
 def _latest(records: Iterable[Record]) -> tuple[Record, ...]:

@@ -2,7 +2,9 @@
 the committed results of the benchmarks."""
 
 import json
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from distcomp.errors import DistcompError
@@ -36,6 +38,8 @@ Row = tuple[str, str, str]
 def pages() -> dict[str, str]:
     """Path under ``docs`` -> Markdown."""
     measured = list(evidence())
+    told = {method for method, _ in measured}
+    measured += [(method, row) for method, row in mentions() if method not in told]
     return {"methods.md": index()} | {
         f"methods/{name}.md": page(entry, [row for method, row in measured if method == name])
         for name, entry in METHODS.items()
@@ -89,6 +93,44 @@ def evidence() -> Iterator[tuple[str, Row]]:
     yield from _losses(RESULTS / "digit_pairs.json")
     yield from _seconds()
     yield from _accuracies(RESULTS / "decentralized_table.json")
+
+
+def mentions() -> Iterator[tuple[str, Row]]:
+    """(method, row) for each result file that has something of a method, alone or within another, under the
+    text that names it there."""
+    for path in sorted(RESULTS.glob("*.json")):
+        texts: dict[str, str] = {}
+        for text in _strings(json.loads(path.read_text())):
+            for part in text.split(" | "):
+                for name in _named(part.strip()):
+                    texts.setdefault(name, part.strip())
+        for name, text in texts.items():
+            yield name, (f"`{text}`", "see the file, and the page that shows it", f"`{path.name}`")
+
+
+def _strings(found: object) -> Iterator[str]:
+    """All keys and texts, however deep."""
+    if isinstance(found, str):
+        yield found
+    elif isinstance(found, dict):
+        for key, value in found.items():
+            yield key
+            yield from _strings(value)
+    elif isinstance(found, list):
+        for value in found:
+            yield from _strings(value)
+
+
+@cache
+def _named(text: str) -> tuple[str, ...]:
+    """The methods in a text that ``parse`` takes for one: its own name, and those in its settings."""
+    if not re.match(r"[a-z]\w*(:|$)", text) or len(text) > 300:
+        return ()
+    try:
+        parse(text)
+    except DistcompError:
+        return ()
+    return tuple(name for name in dict.fromkeys(re.findall(r"[a-z]\w*", text)) if name in METHODS)
 
 
 def _losses(path: Path) -> Iterator[tuple[str, Row]]:

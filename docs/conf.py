@@ -16,7 +16,7 @@ project_copyright = "the distcomp authors"
 release = version = __version__
 
 extensions = ["myst_parser"]
-myst_enable_extensions = ["deflist", "dollarmath"]
+myst_enable_extensions = ["deflist"]  # no mathematics that a browser asks another host for
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 nitpicky = True

@@ -2,11 +2,14 @@
 # Sourced by its neighbours: goes to the root of the repository and makes .venv there, or brings it up to date.
 # Afterwards $venv holds Python and every tool. Two seconds when there is nothing to do.
 #
-# PYTHON names the Python to start from (default: python3).
+# PYTHON names the Python to start from (default: python3), TORCH_INDEX where PyTorch comes from (default: PyPI, whose
+# builds bring CUDA). A script that needs less than everything says which extras, before it sources this: extras=report
 
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=$PWD/.venv
+everything=emulate,report,mpi,examples,lightning,accelerate,transformers,tensorboard,prometheus,dev
+extras=${extras:-$everything}
 
 say() { printf '%s: %s\n' "${0##*/}" "$1" >&2; }
 
@@ -29,18 +32,20 @@ make_venv() {
 install() {
     say "installing (some minutes the first time)"
     # PyTorch first and on its own, at the tested version: asked for by a range, its newest release would come.
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable \
-        '.[emulate,report,mpi,examples,lightning,accelerate,transformers,tensorboard,prometheus,dev]'
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
 }
 
 # A moved or copied environment has scripts that point elsewhere; it is made again.
 if [[ $(.venv/bin/python -c 'import sys; print(sys.prefix)' 2>/dev/null) != "$venv" ]]; then
     make_venv
 fi
-if [[ $(recipe) != "$(cat .venv/recipe 2>/dev/null)" ]]; then
+# What was installed with everything serves a script that needs less.
+made=$(cat .venv/recipe 2>/dev/null || true)
+if [[ $made != "$(recipe) $everything" && $made != "$(recipe) $extras" ]]; then
     install
-    recipe >.venv/recipe
+    echo "$(recipe) $extras" >.venv/recipe
 fi
 
 export PATH=$venv/bin:$PATH

@@ -39,7 +39,9 @@ mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "distcomp", "font.s
 def save(figure: Figure, name: str) -> None:
     """As an SVG that is the same whenever it is drawn."""
     figure.tight_layout(h_pad=1.5)
-    figure.savefig(DOCS / "figures" / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(
+        DOCS / "figures" / f"{name}.svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight"
+    )
     plt.close(figure)
 
 

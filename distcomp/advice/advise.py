@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from distcomp.advice.predict import Machine, Prediction, predict
 from distcomp.advice.scale import Rehearsals
 from distcomp.advice.task import TrainingTask
-from distcomp.attaching.observe import observe_alone
+from distcomp.attaching.observe import Observed, observe_alone
 from distcomp.errors import DistcompError
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Host
@@ -50,27 +50,36 @@ class Advice:
     parameters: int
     curves: dict[str, list[tuple[float, float]]]
     """Method -> (rate of every link, seconds of a step)."""
+    noise: float = 0.0
+    """By what share two measurements on this machine disagree about how much faster a method is: the most."""
 
     @property
     def best(self) -> Row:
-        """The fastest, or plain DDP where nothing is faster by 5 %."""
+        """The fastest, or plain DDP where nothing is faster by 5 % and by more than the noise."""
         baseline = next(row for row in self.rows if row.method == BASELINE)
-        return self.rows[0] if self.rows[0].speed_up >= WORTH else baseline
+        return self.rows[0] if self.rows[0].speed_up >= max(WORTH, 1 + self.noise) else baseline
 
     @property
     def sentence(self) -> str:
         """The recommendation."""
-        step_ms = 1e3 * self.best.prediction.step_s
+        step, fastest = milliseconds(self.best.prediction.step_s), self.rows[0]
+        if self.best.method == BASELINE and fastest.speed_up >= WORTH:
+            return (
+                f"Nothing is recommended: {fastest.method} is predicted {fastest.speed_up:.2f} times as fast "
+                f"as plain DDP, and two measurements on this machine differ by {self.noise:.0%}. Try again "
+                "when nothing else runs on it."
+            )
         if self.best.method == BASELINE:
             return (
-                f"Do not compress: plain DDP takes {step_ms:.3g} ms a step, and nothing here is faster by "
+                f"Do not compress: plain DDP takes {step} a step, and nothing here is faster by "
                 f"{WORTH - 1:.0%}."
             )
         even = self.best.break_even_bps
         until = f"below {_rate(even)} per link" if even < math.inf else "at any rate"
         return (
-            f"Use {self.best.method}: {step_ms:.3g} ms a step, {self.best.speed_up:.3g} times plain DDP's "
-            f"speed; it wins {until}. Compare test losses before you trust it: distcomp emulate."
+            f"Use {self.best.method}: {step} a step, {self.best.speed_up:.3g} times plain DDP's speed, give "
+            f"or take {self.noise:.0%}; it wins {until}. Compare test losses before you trust it: distcomp "
+            "emulate."
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -79,35 +88,43 @@ class Advice:
         return {
             "recommended": self.best.method, "sentence": self.sentence, "fabric": self.fabric.to_toml(),
             "compute_s": self.compute_s, "parameters": self.parameters, "methods": rows,
-            "curves": self.curves,
+            "curves": self.curves, "noise": self.noise,
         }  # fmt: skip
 
 
 def advise(
-    training_task: TrainingTask,
+    trained: TrainingTask | tuple[Observed, Observed],
     fabric: Fabric,
     methods: Sequence[str] = METHODS,
     ranks_here: int = 1,
     cores: int = 1,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> Advice:
-    """Some real steps of the model, and every method's exchange, timed here; then the model of the
-    network.
+    """Some real steps of the model, and every method's exchange, timed here twice; then the model of the
+    network. The figures are those of the faster time, and what the two differ by is the noise.
 
-    ``ranks_here`` ranks share a machine of ``cores`` cores like this one (1: each has its own).
+    ``trained`` is a problem, or what was observed of a script's own loop. ``ranks_here`` ranks share a
+    machine of ``cores`` cores like this one (1: each has its own). ``tell`` hears what is being done.
     """
-    if BASELINE not in methods:
-        methods = (BASELINE, *methods)
-    observed = observe_alone(
-        training_task.model,
-        training_task.batch(0, fabric.ranks, 0),
-        training_task.loss,
-        training_task.optimizer,
-    )
+    methods = tuple(dict.fromkeys((BASELINE, *methods) if BASELINE not in methods else methods))
+    if isinstance(trained, TrainingTask):
+        tell("timing steps of the model")
+        trained = _observed(trained, fabric), _observed(trained, fabric)
+    observed, again = sorted(trained, key=lambda one: one.step_s)
     host = Host(ranks_here, cores) if ranks_here > 1 else ALONE
     machine = Machine(observed, host, host.oversubscription)
-    rehearsals = [Rehearsals(method, observed.layouts) for method in dict.fromkeys(methods)]
-    baseline = rehearsals[[one.method for one in rehearsals].index(BASELINE)]
-    rows = [_row(one, baseline, machine, fabric) for one in rehearsals]
+    second = Machine(again, host, host.oversubscription)
+    rehearsals, repeated, rows = [], [], []
+    for at, method in enumerate(methods, start=1):
+        tell(f"[{at}/{len(methods)}] timing {method}")
+        rehearsals.append(Rehearsals(method, observed.layouts))
+        repeated.append(predict(Rehearsals(method, again.layouts).among(fabric.ranks), second, fabric).step_s)
+    baseline = rehearsals[methods.index(BASELINE)]
+    for at, one in enumerate(rehearsals, start=1):
+        tell(f"[{at}/{len(methods)}] predicting {one.method}")
+        rows.append(_row(one, baseline, machine, fabric))
+    plain_s = repeated[methods.index(BASELINE)]
+    noise = max(abs(plain_s / step_s / row.speed_up - 1) for row, step_s in zip(rows, repeated, strict=True))
     rates = [SLOWEST_BPS * 10 ** (i / PER_DECADE) for i in range(6 * PER_DECADE + 1)]
     curves = {one.method: [(bps, _at_rate(one, machine, fabric, bps)) for bps in rates] for one in rehearsals}
     return Advice(
@@ -116,7 +133,19 @@ def advise(
         machine.timing.step_s,
         sum(layout.numel for layout in observed.layouts),
         curves,
+        noise,
     )
+
+
+def _observed(training_task: TrainingTask, fabric: Fabric) -> Observed:
+    batch = training_task.batch(0, fabric.ranks, 0)
+    return observe_alone(training_task.model, batch, training_task.loss, training_task.optimizer)
+
+
+def milliseconds(time_s: float) -> str:
+    """Three digits, never in powers of ten."""
+    value = 1e3 * time_s
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def _row(one: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: Fabric) -> Row:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from distcomp.attaching import masks
+from distcomp.attaching.arguments import check_arguments, check_optimizer
 from distcomp.attaching.builtin_hooks import BuiltinHookSync
 from distcomp.attaching.ddp import GradientSync, Scaler
 from distcomp.attaching.exchanges import PREFIX, TensorExchanges
@@ -23,6 +24,7 @@ from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
 from distcomp.attaching.parameters import ParameterSync, edges_of, refuse_averaging
 from distcomp.attaching.protocol import Sync
+from distcomp.attaching.requested import attached_note
 from distcomp.attaching.session import Session
 from distcomp.attaching.target import Target
 from distcomp.attaching.watch import Sink, Watch
@@ -76,11 +78,13 @@ def attach(
         SettingsMismatch: ranks were attached with different settings; every rank names the difference.
         PeerLost: a rank did not attach in time.
     """
+    check_arguments(model, optimizer, method, seed, timeout_s)
     chosen = _method(method)
     target = Target.of(model, replicas)
     if target.key in _ATTACHED:
         raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
     _refuse(target, chosen, optimizer)
+    check_optimizer(target.module, optimizer)
     masks.check(chosen, target)
     dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
     edges = edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
@@ -88,9 +92,8 @@ def attach(
     sync = _open(chosen, target, session, dispatcher, optimizer=optimizer, scaler=scaler, seed=seed)
     _ATTACHED.add(target.key)
     if session.recorder is not None:
-        session.recorder.note(
-            seed=seed, parameters=sum(parameter.numel() for parameter in model.parameters())
-        )
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        session.recorder.note(seed=seed, parameters=parameters, **attached_note(method, chosen, session.rank))
     return Handle(target, sync, dispatcher, session, seed)
 
 
@@ -164,9 +167,12 @@ class Handle:
 
     def watch(self, sink: Sink) -> None:
         """Call ``sink(record)`` for each step and each :meth:`log` of this rank, with the record that
-        ``DISTCOMP_RUN_DIR`` would keep (:mod:`distcomp.recording`). A sink with a ``close`` is closed on
-        :meth:`detach`.
+        ``DISTCOMP_RUN_DIR`` would keep (:mod:`distcomp.recording`). A sink with a ``begin`` is first
+        told ``begin(rank, world_size)``; one with a ``close`` is closed on :meth:`detach`.
         """
+        begin = getattr(sink, "begin", None)
+        if begin is not None:
+            begin(self._session.rank, self._session.size)
         self._watch.sinks.append(sink)
 
     def state_dict(self) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class Target:
         return self.ddp
 
 
+def has_process_group() -> bool:
+    """Whether this process is a rank of anything yet."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether this is an FSDP2 module. FSDP takes seconds to import, and who has not imported it has none."""
     if "torch.distributed.fsdp" not in sys.modules:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
+from distcomp.attaching.elapsed import TrainingTime
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.session import Session
 from distcomp.errors import DistcompError
@@ -30,6 +32,8 @@ class Watch(Listener):
         self._session = session
         self._recorded = 0
         self._begin_s = 0.0
+        self._trained = TrainingTime()
+        self._counted: dict[str, int] = {}
         self.sinks: list[Sink] = []
 
     def close(self) -> None:
@@ -46,15 +50,38 @@ class Watch(Listener):
         return fields
 
     def log(self, fields: Mapping[str, Any]) -> None:
+        """Write a line of metrics; ``step`` and ``train_s`` are filled in where they are not given."""
+        self._trained.interrupt()
+        fields = {"step": self._sync.iterations, "train_s": self._trained.seconds, **fields}
         if self._session.recorder is not None:
             self._session.recorder.metric(**fields)
-        for sink in self.sinks:
-            sink({"kind": "metric", **fields})
+        self._tell_sinks({"kind": "metric", **fields})
+
+    def _tell_sinks(self, record: Mapping[str, Any]) -> None:
+        """A sink that cannot write (a full disk) is left out from then on: telemetry stops no training."""
+        for sink in list(self.sinks):
+            try:
+                sink(record)
+            except OSError as error:
+                self.sinks.remove(sink)
+                name = type(sink).__name__
+                warnings.warn(
+                    f"{name} cannot write ({error}); training goes on without it: make room, or leave it out",
+                    stacklevel=3,
+                )
 
     def forward_begins(self) -> None:
         self.record()
+        self._trained.forward()
         if self._sync.iterations == self._recorded and not self._begin_s:
             self._begin_s = time.perf_counter()
+
+    def evaluation_begins(self) -> None:
+        self.record()
+        self._trained.interrupt()
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        self._trained.stepped()
 
     def gradients_used(self, optimizer: Optimizer) -> None:
         self._sync.idle()
@@ -74,14 +101,15 @@ class Watch(Listener):
         self._recorded = last.index + 1
         step_s = time.perf_counter() - self._begin_s if self._begin_s else None
         self._begin_s = 0.0
+        before, self._counted = self._counted, dict(self._sync.sent_bytes)
+        by_kind = {kind: sent - before.get(kind, 0) for kind, sent in self._counted.items()}
         if self._session.recorder is None and not self.sinks:
             return
-        counted = {"payload_by_kind": dict(self._sync.sent_bytes), "qdisc_bytes": _qdisc_bytes()}
+        counted = {"payload_by_kind": by_kind, "qdisc_bytes": _qdisc_bytes()}
         fields = {"step_s": step_s, **_describe(last), **counted}
         if self._session.recorder is not None:
             self._session.recorder.step(**fields)
-        for sink in self.sinks:
-            sink({"kind": "step", **fields})
+        self._tell_sinks({"kind": "step", **fields})
 
 
 def _has_gradient(optimizer: Optimizer) -> bool:
@@ -104,5 +132,4 @@ def _describe(last: Any) -> dict[str, Any]:
         "exchange_s": timeline.exchange_s,
         "phases": {f"{phase}_s": timeline.seconds(phase) for phase in PHASES},
         "exposed": {f"{phase}_s": timeline.seconds(phase, last.ready_s) for phase in PHASES},
-        "wire_idle_s": timeline.wire_idle_s,
     }

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import errno
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from distcomp.cli import (
@@ -41,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without "×" is no reason to fail
     parser = _parser()
+    parser.called = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments = parser.parse_args(argv)
         if arguments.command is None:
@@ -54,25 +59,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader (head, less) has seen enough; nothing more may be written to it
+    except OSError as error:
+        return _unwritable(error)
+
+
+def _unwritable(error: OSError) -> int:
+    """What was written to is full or closed: no traceback, wherever that was met. Other errors are raised."""
+    if isinstance(error, BrokenPipeError):  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        raise error
+    name = error.filename or "the output"
+    print(f"distcomp: {name} cannot be written ({error.strerror}); make room there", file=sys.stderr)
+    with suppress(OSError, ValueError):  # what waits in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):
     """Mistakes are told as every other error is: one sentence and a remedy."""
 
+    known: Mapping[str, argparse.ArgumentParser] = {}
+    """The commands below this one."""
+    called: Sequence[str] = ()
+    """What the shell was given."""
+
     def error(self, message: str) -> NoReturn:
-        raise DistcompError(f"{message}; see: {self.prog} --help")
+        raise DistcompError(f"{message}; {self._close_to(message)}see: {self.prog} --help")
+
+    def _close_to(self, message: str) -> str:
+        """What may have been meant by an option or command that there is none of."""
+        unknown = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (--[^ =]+)", message)
+        if unknown is None:
+            return ""
+        wrong = unknown[1] or unknown[2]
+        known = list(self.known) if unknown[1] else re.findall(r"--[a-z][a-z_-]+", self._help_of())
+        close = difflib.get_close_matches(wrong, known, n=1)
+        return f"did you mean {close[0]}? " if close else ""
+
+    def _help_of(self) -> str:
+        """Of the command that was called."""
+        called = next((one for one in self.called if one in self.known), None)
+        return self.known[called].format_help() if called is not None else self.format_help()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> _Parser:
     plain = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="distcomp", description=DESCRIPTION, epilog=EPILOG, formatter_class=plain)
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for command in COMMANDS:
         command.add(commands)
+    parser.known = commands.choices
     return parser
 
 

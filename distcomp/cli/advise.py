@@ -6,11 +6,13 @@ import argparse
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distcomp.cli import methods as catalogue
 from distcomp.cli.fabrics import add_fabric, fabric_of
+from distcomp.cli.plugins import add_import, import_plugins
 from distcomp.cli.run import existing
 from distcomp.errors import DistcompError, require
 
@@ -18,9 +20,11 @@ if TYPE_CHECKING:
     from distcomp.advice.advise import Advice, Row
 
 DESCRIPTION = """\
-Time a few real steps of what SCRIPT's problem() describes, and what each
-method does with its gradients, on this machine; predict step times on the
-network that the options describe; recommend a method, or plain DDP.
+Time a few real steps of SCRIPT on this machine, and what each method does with
+its gradients; predict step times on the network that the options describe;
+recommend a method, or plain DDP. SCRIPT is any training loop with a
+DistributedDataParallel model, which is run as the only rank and stopped after
+some steps, or defines problem() as examples/digits.py does.
 """
 SHOWN_SCALES = (2, 16, 128, 1024, 4096)
 
@@ -37,19 +41,22 @@ def add(commands: Any) -> None:
         help="ranks that share a machine like this one (default 1), as under distcomp emulate",
     )  # fmt: skip
     parser.add_argument("--methods", metavar="LIST", help="what to compare, separated by semicolons")
+    add_import(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="step time against bandwidth (.svg, .png)")
-    parser.add_argument("--model", type=Path, required=True, metavar="SCRIPT", help="defines problem()")
+    parser.add_argument("--model", type=Path, required=True, metavar="SCRIPT", help="what is trained")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="what the script is given")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, predict, recommend."""
-    from distcomp.advice.advise import METHODS, advise
+    from distcomp.advice.advise import METHODS, advise, milliseconds
     from distcomp.advice.predict import PREDICTED_HOOKS
-    from distcomp.advice.task import task_of
+    from distcomp.advice.script import defines, observe_script
+    from distcomp.advice.task import NAME, task_of
 
+    import_plugins(arguments, arguments.model)
     listed = arguments.methods.split(";") if arguments.methods else METHODS
     methods = [one.strip() for one in listed if one.strip()]
     for method in methods:
@@ -61,31 +68,52 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.ranks_here < 1:
         raise DistcompError("--ranks-here is 1 or more")
     fabric = fabric_of(arguments, "ranks")
-    training_task = task_of(existing(arguments.model), [one for one in arguments.arguments if one != "--"])
+    script, given = existing(arguments.model), [one for one in arguments.arguments if one != "--"]
+    trained = task_of(script, given) if defines(script, NAME) else observe_script(script, given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    advice = advise(training_task, fabric, methods, arguments.ranks_here, cores)
+    advice = advise(trained, fabric, methods, arguments.ranks_here, cores, _tell)
+    _done()
     if arguments.plot is not None:
         plot(advice, arguments.plot)
     if arguments.json:
         print(json.dumps(advice.as_json(), indent=2))
         return 0
-    print(f"{advice.parameters:,} parameters, a step computes {1e3 * advice.compute_s:.3g} ms here;")
-    print(f"predicted for {fabric.ranks} ranks, fastest first; efficiency by number of ranks\n")
+    print(f"{advice.parameters:,} parameters, a step computes {milliseconds(advice.compute_s)} here;")
+    print(f"predicted for {fabric.ranks} ranks, fastest first; efficiency by number of ranks;")
+    print(f"two measurements on this machine differ by {advice.noise:.0%}\n")
     shown = [n for n in SHOWN_SCALES if n in advice.rows[0].efficiency]
     heads = "".join(f"{n:>7}" for n in shown)
-    print(f"{'method':<26}{'step':>10}{'sent':>11}{'speed-up':>10}{'faster below':>15}{heads}")
+    width = 2 + max(map(len, methods))
+    print(f"{'method':<{width}}{'step':>12}{'sent':>13}{'speed-up':>10}{'faster below':>15}{heads}")
     for row in advice.rows:
-        print(_line(row, shown))
+        print(_line(row, shown, width))
     print(f"\n{advice.sentence}")
     return 0
 
 
-def _line(row: Row, shown: list[int]) -> str:
+def _tell(what: str) -> None:
+    """On a terminal the last line only, elsewhere a line each."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{what} ...", end="", file=sys.stderr, flush=True)
+    else:
+        print(f"{what} ...", file=sys.stderr, flush=True)
+
+
+def _done() -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _line(row: Row, shown: list[int], width: int) -> str:
+    from distcomp.advice.advise import WORTH, milliseconds
+
     efficiency = "".join(f"{row.efficiency[n]:>7.0%}" for n in shown)
     even = "-" if row.method == "ddp" else _rate(row.break_even_bps)
+    if row.method != "ddp" and math.isinf(row.break_even_bps) and row.speed_up < WORTH:
+        even = f"not by {WORTH - 1:.0%}"
     sent = f"{row.prediction.sent_bytes / 1e3:,.0f} kB"
-    step = f"{1e3 * row.prediction.step_s:.4g} ms"
-    return f"{row.method:<26}{step:>10}{sent:>11}{row.speed_up:>9.2f}x{even:>15}{efficiency}"
+    step = milliseconds(row.prediction.step_s)
+    return f"{row.method:<{width}}{step:>12}{sent:>13}{row.speed_up:>9.2f}x{even:>15}{efficiency}"
 
 
 def _rate(bps: float) -> str:
@@ -93,7 +121,7 @@ def _rate(bps: float) -> str:
 
     if bps == 0:
         return "never"
-    return "always" if math.isinf(bps) else format_rate(float(f"{bps:.2g}"))
+    return "any rate" if math.isinf(bps) else format_rate(float(f"{bps:.2g}"))
 
 
 def plot(advice: Advice, path: Path) -> None:

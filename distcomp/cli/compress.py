@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from distcomp.atomic_write import write_whole
 from distcomp.errors import DistcompError
 
 DESCRIPTION = """\
@@ -51,16 +52,24 @@ def read_state(path: Path) -> dict[str, Any]:
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a file that is none of its own
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    except OSError as error:
+        raise DistcompError(f"{path} cannot be read ({error.strerror}); name a saved state dict") from None
+    except Exception:  # torch.load raises many kinds for a file that is none of its own
         raise DistcompError(
-            f"{path} is no saved state dict ({reason}); write one: torch.save(model.state_dict(), ...)"
+            f"{path} is no saved state dict (torch reads no tensors from it without running code of the "
+            "file's); write one: torch.save(model.state_dict(), ...)"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(one, torch.Tensor) for one in state.values()):
         raise DistcompError(
             f"{path} holds more than tensors by name; save distcomp.pruning.plain_state(model) or "
             "model.state_dict()"
         )
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise DistcompError(f"{path} has {name!r} for a name; name its tensors by text")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            kind = "no values (it is on the meta device)" if tensor.is_meta else f"the layout {tensor.layout}"
+            raise DistcompError(f"{name} has {kind}; save dense tensors: tensor.to_dense()")
     masked = next((name for name in state if ".parametrizations." in f".{name}"), None)
     if masked is not None:
         raise DistcompError(
@@ -71,10 +80,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(data)
-        partial.replace(path)
+        write_whole(path, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise DistcompError(f"{path} cannot be written ({error}); name another file with -o") from None

@@ -6,19 +6,18 @@ import argparse
 import dataclasses
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distcomp import recording
 from distcomp.cli import methods as catalogue
 from distcomp.cli import prefork_client, report
+from distcomp.cli.plugins import add_import, import_plugins
 from distcomp.cli.progress import progress
-from distcomp.cli.run import existing, new_directory
+from distcomp.cli.run import dated_directory, existing, new_directory
 from distcomp.errors import DistcompError
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 METHODS = "ddp; torch:fp16; bf16; qsgd:bits=8; qsgd:bits=4; qsgd:bits=1; none"
 TAIL_LINES = 20
+BASELINE = "ddp"
 
 DESCRIPTION = """\
 Run SCRIPT once per method, every rank on a host of its own, on a network that
@@ -68,6 +68,11 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--target", type=float, metavar="LOSS", help="test loss to reach (default: DDP's + 5 %%)"
     )
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N",
+        help="runs of each method, in turn (default 1, and ddp once more at the end)",
+    )  # fmt: skip
+    add_import(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where records and page go")
     parser.add_argument("-v", "--verbose", action="store_true", help="show what rank 0 prints, not bars")
     parser.add_argument("--cold", action="store_true", help="start a fresh Python for each rank and method")
@@ -84,11 +89,32 @@ class Experiment:
     arguments: tuple[str, ...]
     methods: tuple[str, ...]
     directory: Path
+    repeats: int = 1
 
-    def record_of(self, method: str) -> Path:
-        """The run directory of a method; their names sort in the order of the methods."""
-        name = re.sub(r"[^A-Za-z0-9.=]+", "-", method)
-        return self.directory / f"{self.methods.index(method) + 1:02}-{name}"
+    @property
+    def turns(self) -> tuple[StepContext, ...]:
+        """All methods in turn, ``repeats`` times. Where that is once, the baseline runs again at the end:
+        what its two runs differ by is chance."""
+        order = self.methods * self.repeats
+        if self.repeats == 1 and len(self.methods) > 1 and BASELINE in self.methods:
+            order += (BASELINE,)
+        turns = []
+        for at, method in enumerate(order):
+            again = order[:at].count(method)
+            name = re.sub(r"[^A-Za-z0-9.=]+", "-", method)[:100]
+            shown = f"{method} (again)" if again == 1 else f"{method} ({again + 1})" if again else method
+            turns.append(StepContext(shown, method, self.directory / f"{at + 1:02}-{name}"))
+        return tuple(turns)
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """One run: what it is called while it runs, its method, and where its record goes; the names of these
+    directories sort as the runs do."""
+
+    shown: str
+    method: str
+    directory: Path
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -96,18 +122,24 @@ def run(arguments: argparse.Namespace) -> int:
     from distcomp.network import emulate
 
     fabric = _fabric(arguments)
+    import_plugins(arguments, arguments.script)
     chosen = _methods(arguments)
     script = existing(arguments.script)
-    directory = new_directory(arguments.output or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))
-    experiment = Experiment(script, tuple(arguments.arguments), chosen, directory)
+    if arguments.repeats < 1:
+        raise DistcompError(f"--repeats is {arguments.repeats}; give 1 or more")
+    directory = new_directory(arguments.output) if arguments.output else dated_directory(Path("runs"))
+    experiment = Experiment(script, tuple(arguments.arguments), chosen, directory, arguments.repeats)
+    turns = experiment.turns
     with emulate(fabric, packets=False if arguments.no_packets else None) as net:
         print("\n".join(net.describe()), flush=True)
         start = _cold(experiment) if arguments.cold else _warm(experiment, net)
-        with start as command, progress(chosen, bars=not arguments.verbose) as shown:
+        with start as command, progress([context.shown for context in turns], not arguments.verbose) as shown:
             failed = [
-                one for one in chosen if not _one(experiment, one, net, command, shown, arguments.verbose)
+                context
+                for context in turns
+                if not _one(experiment, context, net, command, shown, arguments.verbose)
             ]
-    if len(failed) == len(chosen):
+    if len(failed) == len(turns):
         return 1
     comparison = report.compare_directories([experiment.directory], arguments.target)
     report.write_page(comparison, directory / "report.html")
@@ -118,15 +150,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _one(
-    experiment: Experiment, method: str, net: Net, command: Sequence[str], shown: Any, verbose: bool
+    experiment: Experiment, context: StepContext, net: Net, command: Sequence[str], shown: Any, verbose: bool
 ) -> bool:
     """Run one method on all ranks; tell of a failure, keep the record."""
     from distcomp.network.launch import show_nothing, show_rank_0
 
-    directory = experiment.record_of(method)
+    method, directory = context.method, context.directory
     directory.mkdir()
     about = {
-        "method": method,
+        "asked": method,
         "ranks": net.fabric.ranks,
         "argv": [str(experiment.script), *experiment.arguments],
         "network": network(net),
@@ -134,7 +166,7 @@ def _one(
     }
     recording.write_about(directory, about)
     environment = {recording.METHOD: method, recording.RUN_DIR: str(directory.resolve())}
-    with shown.method(method, directory):
+    with shown.method(context.shown, directory):
         job = net.start([*command, str(experiment.script), *experiment.arguments], environment)
         result = job.wait(show=show_rank_0 if verbose else show_nothing)
     status = 0 if result.ok else _first_status(result)
@@ -143,11 +175,28 @@ def _one(
         (directory / f"output{rank}.txt").write_text(output, encoding="utf-8")
     if status:
         _tell_failure(method, result, directory)
-    elif not (directory / "rank0.jsonl").exists():
-        raise DistcompError(
-            f"{experiment.script} recorded nothing; let it call distcomp.attach(model, optimizer)"
-        )
+    _check_attached(experiment, method, directory, failed=status != 0)
     return status == 0
+
+
+def _check_attached(experiment: Experiment, method: str, directory: Path, failed: bool) -> None:
+    """Raise DistcompError unless the script attached what it was asked to, and will the next method, too."""
+    about = recording.read(directory).about
+    attached, script = about.get("method"), experiment.script
+    if attached is None and not failed:
+        raise DistcompError(
+            f"{script} attached no method, so nothing was recorded; let it call "
+            "distcomp.attach(model, optimizer)"
+        )
+    remedy = f"leave the method out in {script.name}: distcomp.attach(model, optimizer)"
+    if attached not in (None, method):
+        raise DistcompError(
+            f"{script} attached {attached} and not {method}, which it was asked for; {remedy}"
+        )
+    if about.get("method_from") == "script" and len(experiment.methods) > 1:
+        raise DistcompError(
+            f"{script} names {attached} itself, so it would run for every other method, too; {remedy}"
+        )
 
 
 def network(net: Net) -> dict[str, Any]:
@@ -186,10 +235,10 @@ def _cold(experiment: Experiment) -> AbstractContextManager[list[str]]:
 @contextmanager
 def _warm(experiment: Experiment, net: Net) -> Iterator[list[str]]:
     """Start a warm process on every host; yields the command that runs a script in them."""
-    with tempfile.TemporaryDirectory(prefix="distcomp-") as sockets:
-        warm = [sys.executable, "-P", "-m", "distcomp.cli.prefork", sockets, str(experiment.script.resolve())]
-        with closing(net.start(warm)):
-            yield [sys.executable, "-I", "-S", prefork_client.__file__, sockets]
+    sockets = net.folder()
+    warm = [sys.executable, "-P", "-m", "distcomp.cli.prefork", sockets, str(experiment.script.resolve())]
+    with closing(net.start(warm)):
+        yield [sys.executable, "-I", "-S", prefork_client.__file__, sockets]
 
 
 def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import json
 import shutil
@@ -12,6 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from distcomp.builtin_hooks import BUILTIN_HOOKS, is_builtin, parse_builtin
+from distcomp.cli.plugins import add_import, import_plugins
+from distcomp.errors import DistcompError
+from distcomp.plugins import load as load_plugins
 
 HOOK_SUMMARIES = {hook.name: hook.summary for hook in BUILTIN_HOOKS.values()}
 EXAMPLE_SIDE = 1000
@@ -24,12 +28,17 @@ def add(commands: Any) -> None:
         help="list every method and compressor",
         description="List every method and compressor: settings, bytes on the wire, paper.",
     )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show this one only")
+    add_import(parser)
     parser.add_argument("--json", action="store_true", help="print them as JSON")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print them all."""
+    """Print them all, or one."""
+    import_plugins(arguments)
+    if arguments.name is not None:
+        return _show(arguments.name, arguments.json)
     if arguments.json:
         told = {"methods": list(methods()), "compressors": list(compressors()), "stock": HOOK_SUMMARIES}
         print(json.dumps(told, indent=2))
@@ -53,8 +62,42 @@ def check(method: str) -> None:
 
     if is_builtin(method):
         parse_builtin(method)
-    else:
-        parse(method)
+        return
+    name = method.partition(":")[0].strip()
+    if name not in _names():
+        raise DistcompError(f"there is no method {name!r}; {_close(name)}{_OWN}")
+    parse(method)
+
+
+_OWN = "distcomp methods lists all, and --import FILE.py brings one of your own"
+
+
+def _names() -> list[str]:
+    """Of all methods, those of plugins and PyTorch's own among them."""
+    from distcomp.registry import METHODS, load_all
+
+    load_all()
+    load_plugins()
+    return [*METHODS, *HOOK_SUMMARIES]
+
+
+def _close(name: str) -> str:
+    close = difflib.get_close_matches(name, _names(), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _show(name: str, as_json: bool) -> int:
+    """One method or compressor, whatever settings stand behind its name."""
+    _names()
+    plain = name.partition(":")[0]
+    found = [one for one in (*methods(), *compressors()) if one["name"] == plain]
+    if name in HOOK_SUMMARIES:
+        found = [{"name": name, "summary": HOOK_SUMMARIES[name], "settings": {}}]
+    if not found:
+        raise DistcompError(f"there is no method {name!r}; {_close(plain)}{_OWN}")
+    width = min(shutil.get_terminal_size().columns, 100)
+    print(json.dumps(found[0], indent=2) if as_json else _paragraph(found[0], width).rstrip("\n"))
+    return 0
 
 
 def methods() -> Iterator[dict[str, Any]]:

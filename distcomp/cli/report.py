@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from distcomp import recording
+from distcomp.atomic_write import write_whole
 from distcomp.errors import DistcompError
 from distcomp.report import Comparison, as_json, as_text, compare, page
+from distcomp.report.claims import verdict
+from distcomp.report.page import other_names
 from distcomp.report.predicted import Predicted, as_lines, pairs, read_advice
-from distcomp.report.table import rich_table
+from distcomp.report.table import as_cards, rich_table
 
 DESCRIPTION = """\
 Compare runs of the same script on the same network. RUN is the directory of
@@ -30,7 +33,7 @@ def add(commands: Any) -> None:
         "report", help="compare runs: a table and a page", description=DESCRIPTION, formatter_class=plain
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run, or of runs")
-    parser.add_argument("-o", "--output", type=Path, help="where the page goes (default: report.html)")
+    parser.add_argument("-o", "--output", type=Path, help="where the page goes (default: RUN/report.html)")
     parser.add_argument(
         "--json", action="store_true", help="print figures as JSON; no page unless -o is given"
     )
@@ -51,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     comparison = compare_directories(arguments.runs, arguments.target)
     predicted = read_advice(arguments.advice) if arguments.advice is not None else None
     beside = pairs(comparison, predicted) if predicted is not None else []
-    path = arguments.output or (None if arguments.json else Path("report.html"))
+    path = arguments.output or (None if arguments.json else arguments.runs[0] / "report.html")
     if path is not None:
         write_page(comparison, path, predicted)
     if arguments.json:
@@ -73,23 +76,32 @@ def compare_directories(directories: Sequence[Path], target_loss: float | None =
 
 def show(comparison: Comparison) -> None:
     """Print the table: with ``rich`` on a terminal where it is installed, in plain characters elsewhere."""
+    print(_drawn(comparison))
+    print(f"\n{verdict(comparison).sentence}")
+    names = other_names(comparison)
+    if names:
+        print(f"also logged, and drawn on the page: {', '.join(names)}")
+
+
+def _drawn(comparison: Comparison) -> str:
     if sys.stdout.isatty():
         try:
-            import rich
+            import rich.console
             import rich.table
         except ImportError:
-            print(as_text(comparison))
-        else:
-            rich.print(rich_table(comparison, rich.table))
-    else:
-        print(as_text(comparison))
+            return as_text(comparison)
+        console = rich.console.Console()
+        if max(map(len, as_text(comparison).splitlines())) > console.width:
+            return as_cards(comparison)
+        with console.capture() as captured:
+            console.print(rich_table(comparison, rich.table))
+        return captured.get().rstrip("\n")
+    return as_text(comparison)
 
 
 def write_page(comparison: Comparison, path: Path, predicted: Predicted | None = None) -> None:
     """Write the page whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(page(comparison, predicted), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, page(comparison, predicted).encode("utf-8", errors="replace"))
     except OSError as error:
         raise DistcompError(f"{path} cannot be written ({error}); name another file with -o") from None

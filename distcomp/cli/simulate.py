@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from distcomp import recording
+from distcomp.cli import methods as catalogue
 from distcomp.cli.fabrics import add_fabric, fabric_of
+from distcomp.cli.plugins import add_import, import_plugins
 from distcomp.cli.run import existing, new_directory
 from distcomp.errors import DistcompError
 
@@ -28,6 +30,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     add_fabric(parser, "--workers")
     parser.add_argument("--method", required=True, help="what carries gradients or models")
+    add_import(parser)
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="of training (default 200)")
     parser.add_argument("--eval-every", type=int, default=20, metavar="N", help="steps (default 20)")
     parser.add_argument("--compute", default="20ms", metavar="TIME", help="of a step (default 20ms)")
@@ -42,12 +45,12 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, print, record."""
     from distcomp.advice import Scenario, Setting, Simulation, task_of
-    from distcomp.methods import parse
     from distcomp.network import parse_time
 
     if arguments.steps < 1 or arguments.eval_every < 1:
         raise DistcompError("--steps and --eval-every are 1 or more")
-    method = parse(arguments.method)
+    import_plugins(arguments, arguments.script)
+    method = _method(arguments.method)
     fabric = fabric_of(arguments, "workers")
     scenario = (
         Scenario(parse_time(arguments.compute))
@@ -73,6 +76,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _method(text: str) -> Any:
+    """The method to simulate. Raises DistcompError for PyTorch's own, which are held by their processes."""
+    from distcomp.methods import parse
+
+    if text == "ddp" or text.startswith("torch:"):
+        raise DistcompError(
+            f"{text} is PyTorch's own and runs in real processes only; simulate identity, which sends the "
+            "same float32 values as ddp, or bf16"
+        )
+    catalogue.check(text)
+    return parse(text)
+
+
 def _recorder(arguments: argparse.Namespace, workers: int) -> recording.Recorder | None:
     if arguments.output is None:
         return None
@@ -84,5 +100,8 @@ def _recorder(arguments: argparse.Namespace, workers: int) -> recording.Recorder
         "argv": [str(arguments.script), *arguments.arguments],
         **recording.surroundings(arguments.script.resolve().parent),
     }
-    recording.write_about(directory, about)
-    return recording.Recorder(directory, 0)
+    try:
+        recording.write_about(directory, about)
+        return recording.Recorder(directory, 0)
+    except OSError as error:
+        raise DistcompError(f"{directory} cannot be written ({error}); name another with -o") from None

@@ -3,12 +3,13 @@ checkpoint."""
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distcomp.atomic_write import write_whole
 from distcomp.attaching.handle import Handle
 from distcomp.errors import DistcompError
 
@@ -19,9 +20,9 @@ def save(handle: Handle, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     state = handle.state_dict()
     path = _path(directory, state)
-    partial = path.with_suffix(f".partial{os.getpid()}")
-    torch.save(state, partial)
-    partial.replace(path)
+    memory = io.BytesIO()
+    torch.save(state, memory)
+    write_whole(path, memory.getbuffer())
 
 
 def holds(directory: str | Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from distcomp.attaching.handle import Chosen, Handle, attach
 from distcomp.errors import require
+from distcomp.integrations.alone import Alone, attached_or_alone
 
 Callback: Any = require("lightning.pytorch", "lightning").Callback
 
@@ -18,11 +19,11 @@ class Compression(Callback):
 
     What the method remembers is in Lightning's own checkpoint: rank 0 gathers it from all ranks when it
     saves, and so needs memory for all of them. ``handle`` is there while it trains. ``options`` are those
-    of :func:`distcomp.attach`.
+    of :func:`distcomp.attach`. A single process sends nothing, and trains as without this.
     """
 
     def __init__(self, method: Chosen | None = None, **options: Any) -> None:
-        self.handle: Handle | None = None
+        self.handle: Handle | Alone | None = None
         self._method = method
         self._options = options
         self._saved: dict[str, Any] = {}
@@ -30,9 +31,20 @@ class Compression(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self.handle = attach(trainer.strategy.model, optimizer, self._method, scaler=scaler, **self._options)
+        model = trainer.strategy.model
+        self.handle = attached_or_alone(
+            lambda: attach(model, optimizer, self._method, scaler=scaler, **self._options),
+            model,
+            trainer.world_size,
+        )
         if self._saved:
             self.handle.load_state_dict(self._saved)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
+        """What the step sent, in Lightning's own logs: ``distcomp/payload_bytes``."""
+        last = self.handle.stats().get("last") if self.handle is not None else None
+        if last is not None:
+            pl_module.log("distcomp/payload_bytes", float(last["payload_bytes"]))
 
     def state_dict(self) -> dict[str, Any]:
         """All ranks' parts, on rank 0. Lightning calls it on every rank and saves what rank 0 has."""
@@ -50,6 +62,6 @@ class Compression(Callback):
             self.handle = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self.handle is not None:
+        if isinstance(self.handle, Handle):
             self.handle.__exit__(type(exception), exception, None)
-            self.handle = None
+        self.handle = None

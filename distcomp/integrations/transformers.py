@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from distcomp.attaching.handle import Chosen, Handle, attach
-from distcomp.errors import require
+from distcomp.errors import DistcompError, require
 from distcomp.integrations import files
+from distcomp.integrations.alone import Alone, attached_or_alone
 
 TrainerCallback: Any = require("transformers", "transformers").TrainerCallback
 
@@ -22,7 +23,12 @@ class Compression(TrainerCallback):
     """
 
     def __init__(self, trainer: Any, method: Chosen | None = None, **options: Any) -> None:
-        self.handle: Handle | None = None
+        if not hasattr(trainer, "model_wrapped"):
+            raise DistcompError(
+                f"{trainer!r} stands in the trainer's place; write trainer.add_callback(Compression(trainer, "
+                "'qsgd:bits=4'))"
+            )
+        self.handle: Handle | Alone | None = None
         self._trainer = trainer  # a callback is handed the bare model, never the one that communicates
         self._method = method
         self._options = options
@@ -31,8 +37,15 @@ class Compression(TrainerCallback):
         trainer = self._trainer
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         scaler = trainer.accelerator.scaler
-        self.handle = attach(trainer.model_wrapped, optimizer, self._method, scaler=scaler, **self._options)
-        if state.global_step == 0:
+        model = trainer.model_wrapped
+        self.handle = attached_or_alone(
+            lambda: attach(model, optimizer, self._method, scaler=scaler, **self._options),
+            model,
+            args.world_size,
+        )
+        called = trainer.callback_handler.callbacks
+        called.insert(0, called.pop(called.index(self)))  # what it adds to a log is there for the others
+        if state.global_step == 0 or isinstance(self.handle, Alone):
             return
         if files.holds(_checkpoint(args, state)):
             files.load(self.handle, _checkpoint(args, state))
@@ -42,7 +55,18 @@ class Compression(TrainerCallback):
                 stacklevel=2,
             )
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        """What the last step sent, in the trainer's own logs: ``distcomp_payload_bytes``."""
+        last = self.handle.stats().get("last") if self.handle is not None else None
+        if last is None or logs is None:
+            return
+        logs["distcomp_payload_bytes"] = last["payload_bytes"]
+        if state.log_history:
+            state.log_history[-1]["distcomp_payload_bytes"] = last["payload_bytes"]
+
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if isinstance(self.handle, Alone):
+            return
         assert self.handle is not None
         files.save(self.handle, _checkpoint(args, state))
 

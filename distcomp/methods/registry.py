@@ -17,6 +17,7 @@ from distcomp.errors import DistcompError
 from distcomp.grammar import nested, no_such, read_settings, remember, split_call
 from distcomp.methods.base import Method
 from distcomp.methods.scheduled import with_schedules
+from distcomp.plugins import load as load_plugins
 from distcomp.registry import COMPRESSORS, METHODS, Entry, find
 
 Recipe = TypeVar("Recipe", bound=Callable[..., Any])
@@ -72,6 +73,9 @@ def parse(text: str) -> Any:
     """
     name, texts = split_call(text, "method")
     entry = find(METHODS, name)
+    if entry is None:
+        load_plugins()
+        entry = METHODS.get(name)
     if entry is None:
         raise no_such("method", name, METHODS)
     with nested():

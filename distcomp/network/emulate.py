@@ -139,6 +139,10 @@ class Net:
         self._check_host(rank)
         self._ask({"ask": "link", "host": rank, "up": up})
 
+    def folder(self) -> str:
+        """A new temporary folder, which is removed with the network, also where this process is killed."""
+        return str(self._ask({"ask": "folder"})["folder"])
+
     def facts(self) -> dict[str, Any]:
         """What :meth:`describe` says, as values for a result file; rates asked for as text."""
         return {

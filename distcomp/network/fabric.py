@@ -32,6 +32,8 @@ from typing import Any
 from distcomp.errors import DistcompError
 from distcomp.network.units import UNSHAPED, format_rate, format_time, parse_rate, parse_time
 
+MOST_RANKS = 100_000
+
 
 @dataclass(frozen=True)
 class Rack:
@@ -160,6 +162,8 @@ class Fabric:
 def _count(ranks: object) -> int:
     if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
         raise DistcompError(f"the number of ranks is {ranks!r}; give a whole number of 1 or more")
+    if ranks > MOST_RANKS:
+        raise DistcompError(f"the number of ranks is {ranks}; a fabric has {MOST_RANKS:,} at most")
     return ranks
 
 

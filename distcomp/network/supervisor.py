@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -43,6 +45,7 @@ class Holder:
         self._selector = selectors.DefaultSelector()
         self._parent = os.getppid()
         self._wanted = True
+        self._folders: list[str] = []
 
     def serve(self) -> None:
         """Answer until the emulator is gone, then leave nothing behind."""
@@ -55,6 +58,8 @@ class Holder:
                     key.data(key.fileobj)
         finally:
             _kill(os.getpid())
+            for folder in self._folders:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _answer(self, control: socket.socket) -> None:
         letter = control_socket.collect(control)
@@ -66,6 +71,7 @@ class Holder:
             "build": self._build,
             "link": self._link,
             "count": self._count,
+            "folder": self._folder,
         }
         try:
             if message["ask"] == "start":
@@ -90,6 +96,11 @@ class Holder:
     def _link(self, message: dict[str, Any]) -> dict[str, Any]:
         shape.set_link(self._hosts[message["host"]].plug, message["up"])
         return {}
+
+    def _folder(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A temporary folder that goes with the network, however the emulator ends."""
+        self._folders.append(tempfile.mkdtemp(prefix="distcomp-"))
+        return {"folder": self._folders[-1]}
 
     def _count(self, message: dict[str, Any]) -> dict[str, Any]:
         counts = []

@@ -12,19 +12,22 @@ UNSHAPED = math.inf
 """The rate of a link that nothing holds back: a byte takes ``8 / inf = 0`` seconds."""
 
 _RATE_UNITS = {"bit": 0, "kbit": 3, "mbit": 6, "gbit": 9}  # powers of ten
+_ALIASES = {"bps": "bit", "kbps": "kbit", "mbps": "mbit", "gbps": "gbit"}
 _TIME_UNITS = {"us": -6, "ms": -3, "s": 0}
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z/]+)\s*")
 
 
 def parse_rate(text: str | float) -> float:
-    """Bits per second of ``"100mbit"`` (or ``"100 Mbit/s"``, or a number); ``inf`` for ``"unshaped"``.
+    """Bits per second of ``"100mbit"`` (or ``"100 Mbit/s"``, ``"100Mbps"``, or a number); ``inf`` for
+    ``"unshaped"``. Everything is in bits, ``"mbps"`` too, which `tc` alone reads as bytes.
 
-    Raises DistcompError for anything else, ``"100mbps"`` included: `tc` reads that as bytes, most people as
-    bits.
+    Raises DistcompError for anything else, and for bytes, ``"100MB/s"``.
     """
     if isinstance(text, str) and text.strip().lower() == "unshaped":
         return UNSHAPED
     remedy = 'write it like "100mbit" (bit, kbit, mbit or gbit per second) or "unshaped"'
+    if isinstance(text, str) and re.search(r"[0-9\s][kKMG]?B(/s|ps)?\s*$", text):
+        raise DistcompError(f"the rate {text!r} is in bytes; give bits per second, 8 times as many: {remedy}")
     value = _parse(text, _RATE_UNITS, "rate", remedy, suffix="/s")
     if not value > 0:
         raise DistcompError(f"the rate {text!r} is not above zero; {remedy}")
@@ -57,6 +60,7 @@ def _parse(text: str | float, units: dict[str, int], what: str, remedy: str, suf
         return float(text)
     match = _QUANTITY.fullmatch(text)
     unit = match[2].lower().removesuffix(suffix) if match else ""
+    unit = _ALIASES.get(unit, unit) if units is _RATE_UNITS else unit
     if match is None or unit not in units:
         raise DistcompError(f"the {what} {text!r} cannot be read; {remedy}")
     return float(Decimal(match[1]).scaleb(units[unit]))

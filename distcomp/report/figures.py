@@ -9,17 +9,19 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from distcomp.errors import DistcompError
-from distcomp.recording import Record, Run
+from distcomp.recording import Record, Run, measured
 
 BASELINE = "ddp"
 CONTROLS = ("none",)
+CURVES = ("test_loss", "test_accuracy", "pruned")
+"""What is logged of an evaluation and drawn by itself."""
 PHASES = ("encode", "recode", "wait", "decode")
 TARGET_MARGIN = 0.05
 """The default target is the baseline's final test loss plus this share of it: room for chance."""
@@ -35,6 +37,8 @@ class Point:
     test_accuracy: float | None
     pruned: float | None = None
     """The share of dead weights, of those that may be pruned."""
+    others: Mapping[str, float] = field(default_factory=dict)
+    """Whatever else was logged as a number, by its name."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,14 @@ class Figures:
     next one; they leave out its first step, in which buckets are built."""
     exchange_s: float | None
     """From the first encode to the last decode: median."""
-    wire_idle: float | None
-    """Share of the exchange in which nothing was on the wire."""
+    starting_s: float | None
+    """What the first step took longer than the median: buckets are built, memory is touched, kernels are
+    loaded. It is left out of all seconds to a loss."""
     spent_s: dict[str, float] | None
     """Where the mean step's time went: ``compute``, and of each phase what computation did not hide."""
     curve: tuple[Point, ...]
+    unread: tuple[str, ...] = ()
+    """Names of what was logged and is no number."""
 
     @property
     def test_loss(self) -> float | None:
@@ -156,6 +163,8 @@ def figures(run: Run) -> Figures:
     steps = [run.of_kind("step", rank) for rank in run.ranks]
     first, *rest = run.of_kind("step", 0) or [{}]
     later = rest or [first]
+    starting_s = _starting_s(first, rest)
+    metrics = run.of_kind("metric")
     return Figures(
         method=run.method,
         seed=run.about.get("seed"),
@@ -165,16 +174,36 @@ def figures(run: Run) -> Figures:
         predicted_wire_bytes=mean(one.get("predicted_wire_bytes") for rank in steps for one in rank),
         step_s=median(one.get("step_s") for one in later),
         exchange_s=median(one.get("exchange_s") for one in later),
-        wire_idle=_share(later, "wire_idle_s", "exchange_s"),
+        starting_s=starting_s,
         spent_s=_spent(later),
-        curve=tuple(_curve(run.ranks.get(0, ()))),
+        curve=tuple(_curve(run.ranks.get(0, ()), starting_s or 0.0, first.get("step_s") or 0.0)),
+        unread=tuple(
+            dict.fromkeys(
+                name
+                for one in metrics
+                for name, value in one.items()
+                if name != "kind" and value is not None and measured(value) is None
+            )
+        ),
     )
+
+
+def _starting_s(first: Record, later: Sequence[Record]) -> float | None:
+    usual_s = median(one.get("step_s") for one in later)
+    if usual_s is None or first.get("step_s") is None:
+        return None
+    return max(0.0, float(first["step_s"]) - usual_s)
 
 
 def mean(values: Iterable[float | None]) -> float | None:
     """Of the values that were recorded, or None where none was."""
     there = [value for value in values if value is not None]
-    return statistics.fmean(there) if there else None
+    return _fmean(there) if there else None
+
+
+def _fmean(values: Sequence[float]) -> float:
+    """As statistics.fmean, which refuses to add infinities of both signs: no number comes of that."""
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
 
 
 def median(values: Iterable[float | None]) -> float | None:
@@ -192,7 +221,7 @@ def spread(values: Iterable[float | None]) -> Spread | None:
         known.append(value)
     if not known:
         return None
-    centre = statistics.fmean(known)
+    centre = _fmean(known)
     if len(known) == 1 or not all(math.isfinite(value) for value in known):
         return Spread(centre)
     return Spread(centre, statistics.stdev(known))
@@ -211,32 +240,40 @@ def _counted(steps: Sequence[Record]) -> Iterator[float]:
             yield second - first
 
 
-def _share(steps: Sequence[Record], part: str, whole: str) -> float | None:
-    pairs = [(one.get(part), one.get(whole)) for one in steps]
-    known = [(a, b) for a, b in pairs if a is not None and b]
-    return sum(a for a, _ in known) / sum(b for _, b in known) if known else None
-
-
 def _spent(steps: Sequence[Record]) -> dict[str, float] | None:
     """Compute is what remains of the step. None where a phase was not timed."""
     timed = [one for one in steps if one.get("step_s") is not None and one.get("exposed")]
     if not timed:
         return None
     parts = {
-        phase: statistics.fmean(one["exposed"].get(f"{phase}_s", 0.0) for one in timed) for phase in PHASES
+        phase: statistics.fmean(one["exposed"].get(f"{phase}_s") or 0.0 for one in timed) for phase in PHASES
     }
     compute = statistics.fmean(one["step_s"] for one in timed) - sum(parts.values())
     return {"compute": compute, **parts} if compute >= 0 else None
 
 
-def _curve(records: Iterable[Record]) -> Iterator[Point]:
-    sent_bytes = 0.0
+def _curve(records: Iterable[Record], starting_s: float, first_s: float) -> Iterator[Point]:
+    """Evaluations in order; what the first step took longer than usual is taken off their seconds. Where the
+    script logged no ``train_s``, the seconds of the steps so far stand for it."""
+    sent_bytes = steps_s = 0.0
     for record in records:
         if record["kind"] == "step":
             sent_bytes += record.get("payload_bytes") or 0
-        elif record.get("train_s") is not None:
-            found = (record.get(name) for name in ("test_loss", "test_accuracy", "pruned"))
-            yield Point(record["train_s"], sent_bytes, *found)
+            steps_s += record.get("step_s") or 0.0
+            continue
+        train_s = measured(record.get("train_s"))
+        if train_s is None or not 0 <= train_s < math.inf:
+            train_s = steps_s
+        named = {name: value for name, logged in record.items() if (value := measured(logged)) is not None}
+        others = {name: named[name] for name in named if name not in ("step", "train_s", *CURVES)}
+        yield Point(
+            train_s - (starting_s if train_s >= first_s else 0.0),
+            sent_bytes,
+            named.get("test_loss"),
+            named.get("test_accuracy"),
+            named.get("pruned"),
+            others,
+        )
 
 
 def _default_target(baseline: Sequence[Figures]) -> float | None:

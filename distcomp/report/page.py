@@ -12,6 +12,7 @@ from typing import Any
 
 from distcomp.recording import Run
 from distcomp.report import svg, words
+from distcomp.report.claims import verdict
 from distcomp.report.figures import BASELINE, CONTROLS, Comparison, Row
 from distcomp.report.predicted import Predicted, pairs, section
 from distcomp.report.table import Column, columns
@@ -19,6 +20,8 @@ from distcomp.report.table import Column, columns
 WIDE, NARROW = (540, 320), (358, 270)
 NO_CHARTS = '<p class="aside">No evaluation was recorded.</p>'
 RINGS = "A ring marks the evaluation at which a method first meets the target."
+MOST_OTHERS = 8
+"""So many of what a script logged under names of its own are drawn; the rest is named."""
 PARTS = {
     "compute": "forward, backward and whatever else the step did",
     "encode": "compressing, not hidden behind backward",
@@ -32,15 +35,17 @@ def page(comparison: Comparison, predicted: Predicted | None = None) -> str:
     """The report as one HTML document; with what was ``predicted`` of steps, where that is given."""
     folder = resources.files("distcomp.report")
     template = Template((folder / "page.html").read_text(encoding="utf-8"))
+    found = verdict(comparison)
     return template.substitute(
         style=(folder / "page.css").read_text(encoding="utf-8"),
         script=(folder / "page.js").read_text(encoding="utf-8"),
-        title=escape(_headline(comparison)),
+        title=escape(found.sentence),
         setting=escape(_setting(comparison)),
-        tiles="".join(_tiles(comparison)),
-        table=_table(comparison),
+        tiles="".join(_tiles(comparison, found.winner)),
+        table=_table(comparison, found.winner),
         legend="".join(_legend(comparison)),
-        charts="".join(_charts(comparison)) or NO_CHARTS,
+        charts="".join([*_charts(comparison), *_other_charts(comparison)]) or NO_CHARTS,
+        unread=_unread(comparison),
         time=_time(comparison),
         predicted=section(pairs(comparison, predicted)) if predicted is not None else "",
         meaning=escape(" ".join(filter(None, (column.meaning for column in columns(comparison))))),
@@ -48,16 +53,6 @@ def page(comparison: Comparison, predicted: Predicted | None = None) -> str:
         rings=RINGS if comparison.target_loss is not None else "",
         environment="".join(_environment(comparison)),
     )
-
-
-def _headline(comparison: Comparison) -> str:
-    best = comparison.best
-    if best is None or best.speed_up is None:
-        one = len(comparison.rows) == 1
-        return f"{comparison.rows[0].method}: what it took and sent" if one else "Methods side by side"
-    if best.speed_up > 1:
-        return f"{best.method} trains to the same test loss {words.speed_up(best)} sooner than DDP"
-    return f"Plain DDP is fastest on this network; {best.method} has {words.speed_up(best)} its speed"
 
 
 def _setting(comparison: Comparison) -> str:
@@ -71,9 +66,9 @@ def _setting(comparison: Comparison) -> str:
     return f"{script}, {network.get('asked')}, {real}"
 
 
-def _tiles(comparison: Comparison) -> Iterator[str]:
-    """The three figures that matter, of the soonest method beside the baseline."""
-    best, base = comparison.best, comparison.baseline
+def _tiles(comparison: Comparison, best: Row | None) -> Iterator[str]:
+    """The three figures that matter, of the method that won beside the baseline."""
+    base = comparison.baseline
     if best is None or base is None or best.to_target_s is None or base.to_target_s is None:
         return
     target = words.told(comparison.target_loss or 0.0, words.loss)
@@ -103,11 +98,11 @@ def _tile(title: str, value: str, beside: str) -> str:
     )
 
 
-def _table(comparison: Comparison) -> str:
+def _table(comparison: Comparison, winner: Row | None) -> str:
     head = "".join(
         f'<th scope="col">{escape(_heading(column.heading))}</th>' for column in columns(comparison)
     )
-    body = "".join(_table_row(comparison, style, row) for style, row in enumerate(comparison.rows))
+    body = "".join(_table_row(comparison, style, row, winner) for style, row in enumerate(comparison.rows))
     head = f'<tr><th scope="col">method</th>{head}</tr>'
     return f'<table class="methods"><thead>{head}</thead><tbody>{body}</tbody></table>'
 
@@ -118,9 +113,9 @@ def _heading(lines: tuple[str, str]) -> str:
     return first + second if first.endswith("-") else f"{first}\n{second}"
 
 
-def _table_row(comparison: Comparison, style: int, row: Row) -> str:
+def _table_row(comparison: Comparison, style: int, row: Row, winner: Row | None) -> str:
     cells = "".join(_cell(column, row) for column in columns(comparison))
-    best = " best" if row is comparison.best else ""
+    best = " best" if row is winner else ""
     return (
         f'<tr class="row{best}" data-style="{style}"><th scope="row"><div>{svg.swatch(style)}'
         f"<span>{_breakable(row.method)}{_role(row)}</span></div></th>{cells}</tr>"
@@ -175,6 +170,43 @@ def _charts(comparison: Comparison) -> Iterator[str]:
                 yield f"<figure>{caption}{wide}{narrow}{silent}</figure>"
 
 
+def _other_charts(comparison: Comparison) -> Iterator[str]:
+    """What a script logged under names of its own, against seconds."""
+    for at, name in enumerate(other_names(comparison)[:MOST_OTHERS]):
+        lines = [
+            svg.Line(style, _label(row, run.seed), points)
+            for style, row in enumerate(comparison.rows)
+            for run in row.runs
+            if (points := _other_points(run.curve, name))
+        ]
+        if not lines:
+            continue
+        x = svg.span([x for line in lines for x, _ in line.points], _short, zero=True)
+        y = svg.span([y for line in lines for _, y in line.points], _short)
+        chart = svg.Chart(tuple(lines), x, y, "seconds of training", f"{name} against seconds of training")
+        wide = f'<div class="wide">{chart.draw(*WIDE, f"other{at}-wide")}</div>'
+        narrow = f'<div class="narrow">{chart.draw(*NARROW, f"other{at}")}</div>'
+        yield f"<figure><figcaption>{escape(chart.title)}</figcaption>{wide}{narrow}</figure>"
+
+
+def _other_points(curve: Any, name: str) -> tuple[tuple[float, float], ...]:
+    found = ((point.train_s, point.others.get(name)) for point in curve)
+    return tuple((x, y) for x, y in found if y is not None and math.isfinite(y))
+
+
+def other_names(comparison: Comparison) -> list[str]:
+    """Numbers that were logged under names of the script's own, in the order in which they came."""
+    points = (point for row in comparison.rows for run in row.runs for point in run.curve)
+    return list(dict.fromkeys(name for point in points for name in point.others))
+
+
+def _unread(comparison: Comparison) -> str:
+    """What was logged and is not drawn, by its name."""
+    names = [*other_names(comparison)[MOST_OTHERS:]]
+    names += [name for row in comparison.rows for run in row.runs for name in run.unread]
+    return f"Logged and not drawn: {escape(', '.join(dict.fromkeys(names)))}." if names else ""
+
+
 def _chart(comparison: Comparison, figure: str, over: str, title: str, label: str) -> svg.Chart | None:
     lines = [
         svg.Line(style, _label(row, run.seed), points)
@@ -187,7 +219,8 @@ def _chart(comparison: Comparison, figure: str, over: str, title: str, label: st
     log, loss = over == "sent_bytes", figure == "test_loss"
     target = comparison.target_loss if loss else None
     x = svg.span([x for line in lines for x, _ in line.points], _short_size if log else _short, log, not log)
-    values = [y for line in lines for _, y in line.points if not loss or y <= _ceiling(comparison)]
+    every = [y for line in lines for _, y in line.points]
+    values = [y for y in every if not loss or y <= _ceiling(comparison)] or every
     y = svg.span([*values, *([target] if target is not None else [])], _short if loss else _whole_percent)
     rings = tuple(_rings(comparison, over)) if loss else ()
     return svg.Chart(tuple(lines), x, y, label, title, target, rings)
@@ -265,7 +298,7 @@ def _bar(row: Row, parts: Mapping[str, float] | None, longest: float) -> str:
         for part in PARTS
         if parts[part]
     )
-    told = " · ".join([*_parts_told(parts), *_wire_told(row)])
+    told = " · ".join([*_parts_told(parts), *_starting_told(row)])
     whole = words.told(sum(parts.values()), words.seconds)
     bar = f'<div class="bar" role="img" aria-label="{escape(told)}">{pieces}<b>{whole}</b></div>'
     return (
@@ -278,9 +311,10 @@ def _parts_told(parts: Mapping[str, float]) -> list[str]:
     return [f"{part} {words.told(parts[part], words.seconds)}" for part in PARTS if parts[part]]
 
 
-def _wire_told(row: Row) -> list[str]:
-    idle = row.spread("wire_idle")
-    return [] if idle is None else [f"wire idle {words.told(idle.mean, words.percent)} of the exchange"]
+def _starting_told(row: Row) -> list[str]:
+    found = row.spread("starting_s")
+    told = None if found is None else words.told(found.mean, words.seconds)
+    return [] if told is None else [f"the first step took {told} more, which counts nowhere"]
 
 
 def _bytes(comparison: Comparison) -> str:

@@ -35,9 +35,10 @@ def read_advice(path: Path) -> Predicted:
     try:
         advice = json.loads(path.read_text(encoding="utf-8"))
         return {row["method"]: float(row["prediction"]["step_s"]) for row in advice["methods"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DistcompError(
-            f"{path} is no advice ({error!r}); write it with: distcomp advise --json ... > {path.name}"
+            f"{path} is no advice ({error!r}); write it to a new file: "
+            "distcomp advise --json ... > advice.json"
         ) from None
 
 
@@ -61,10 +62,13 @@ def pairs(comparison: Comparison, predicted: Predicted) -> list[Pair]:
 
 def as_lines(found: list[Pair]) -> list[str]:
     """A table in plain characters."""
-    lines = [f"{'method':<32}{'predicted':>12}{'measured':>12}{'error':>9}"]
+    width = 2 + max(len("method"), *(len(one.method) for one in found))
+    lines = [f"{'method':<{width}}{'predicted':>12}{'measured':>12}{'error':>9}"]
     for one in found:
         told = (words.told(seconds, words.seconds) for seconds in (one.predicted_s, one.measured_s))
-        lines.append(f"{one.method:<32}" + "".join(f"{text:>12}" for text in told) + f"{one.error:>+9.1%}")
+        lines.append(
+            f"{one.method:<{width}}" + "".join(f"{text:>12}" for text in told) + f"{one.error:>+9.1%}"
+        )
     return lines
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from distcomp.recording import Run
 from distcomp.report import words
+from distcomp.report.claims import comparison_noise, verdict
 from distcomp.report.figures import Comparison, Row, Spread, network_asked
 
 
@@ -49,7 +50,8 @@ def _columns(comparison: Comparison) -> list[Column]:
         Column(
             ("s to loss", "" if target is None else f"≤ {words.told(target, words.loss)}"),
             lambda row: words.to_target(row, comparison),
-            "Seconds to a loss are of training, until the first evaluation at or below it "
+            "Seconds to a loss are of training (evaluations and what the first step takes longer are left "
+            "out), until the first evaluation at or below it "
             + ("(it was given)." if comparison.target_given else "(what DDP ends with, plus 5 %)."),
         ),
         Column(
@@ -71,14 +73,34 @@ def as_text(comparison: Comparison) -> str:
     return "\n".join(_aligned(line, widths) for line in [*lines[:2], rule, *lines[2:]])
 
 
+def as_cards(comparison: Comparison) -> str:
+    """One method below the other, for where the table is too wide: no name and no figure is cut."""
+    cells = [(" ".join(filter(None, column.heading)), column) for column in columns(comparison)]
+    heads = [head.replace("speed- up", "speed-up") for head, _ in cells]
+    width = max(map(len, heads), default=0)
+    return "\n\n".join(
+        "\n".join(
+            [
+                name(row),
+                *(
+                    f"  {head:<{width}}  {column.cell(row)}"
+                    for head, (_, column) in zip(heads, cells, strict=True)
+                ),
+            ]
+        )
+        for row in comparison.rows
+    )
+
+
 def rich_table(comparison: Comparison, rich_table_module: Any) -> Any:
     """The table as ``rich`` draws it; the soonest method stands out."""
     table = rich_table_module.Table(box=None, pad_edge=False, header_style="bold")
+    winner = verdict(comparison).winner
     table.add_column("\nmethod", overflow="fold")
     for column in columns(comparison):
         table.add_column("\n".join(column.heading), justify="right", no_wrap=True)
     for row in comparison.rows:
-        style = "bold green" if row is comparison.best else None
+        style = "bold green" if row is winner else None
         table.add_row(name(row), *(column.cell(row) for column in columns(comparison)), style=style)
     return table
 
@@ -97,6 +119,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "network": first.get("network"),
         "network_asked": network_asked(comparison.runs[0]),
         "target_loss": _plain(comparison.target_loss),
+        "verdict": verdict(comparison).sentence,
+        "noise": comparison_noise(comparison),
         "rows": [_row(row) for row in comparison.rows],
         "runs": [_run(run) for run in comparison.runs],
     }
@@ -105,7 +129,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 def _row(row: Row) -> dict[str, Any]:
     names = (
         "test_loss", "test_accuracy", "payload_bytes", "wire_bytes", "predicted_wire_bytes",
-        "step_s", "exchange_s", "wire_idle",
+        "step_s", "exchange_s", "starting_s",
     )  # fmt: skip
     return {
         "method": row.method,

@@ -42,14 +42,6 @@ class Timeline:
             return 0.0
         return max(end for _, _, end in self.spans) - min(begin for _, begin, _ in self.spans)
 
-    @property
-    def wire_idle_s(self) -> float:
-        """Time between the first and the last request during which nothing was on the wire."""
-        wire = [(begin, end) for name, begin, end in self.spans if name == "wire"]
-        if not wire:
-            return 0.0
-        return max(e for _, e in wire) - min(b for b, _ in wire) - self.seconds("wire")
-
 
 @dataclass
 class Running:

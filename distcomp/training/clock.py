@@ -4,6 +4,7 @@ An *iteration* is a training forward and the backward that followed it, outside 
 optimizer's step, which a GradScaler may skip on one rank while others take it. One step of a loop::
 
     forward_begins   a forward that builds a graph: what the last iteration left to be done is done now
+    evaluation_begins   one that builds none
     backward_ended   an iteration is over; within no_sync(), nobody is told
     gradients_used   an optimizer of the model's parameters uses the gradients
     before_step, after_step   around each of its steps
@@ -43,6 +44,9 @@ class Listener:
 
     def forward_begins(self) -> None:
         """A forward that builds a graph is about to begin."""
+
+    def evaluation_begins(self) -> None:
+        """A forward that builds no graph is about to begin."""
 
     def backward_ended(self) -> None:
         """An iteration is over: its backward has ended, all its gradients are there."""
@@ -125,6 +129,8 @@ class TrainingClock:
             return
         self.in_forward = True
         if not torch.is_grad_enabled():
+            for listener in tuple(self._listeners):
+                listener.evaluation_begins()
             return
         for listener in tuple(self._listeners):
             listener.forward_begins()

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from distcomp.collectives import Pending, Request
+from distcomp.errors import DistcompError
 from distcomp.runtime.channel import Transport
+
+LEAST_BPS = 1e3
+LONGEST_DELAY_S = 60.0
+"""A delay beyond what networks have would look like a hang."""
 
 
 class SlowLink:
@@ -29,8 +34,8 @@ class SlowLink:
     @staticmethod
     def from_env() -> SlowLink | None:
         """The link that the environment describes; None where it says nothing."""
-        rate_bps = float(os.environ.get("DISTCOMP_THROTTLE_BPS", "inf"))
-        delay_s = float(os.environ.get("DISTCOMP_DELAY_S", "0"))
+        rate_bps = _from_environment("DISTCOMP_THROTTLE_BPS", "inf", LEAST_BPS, float("inf"))
+        delay_s = _from_environment("DISTCOMP_DELAY_S", "0", 0.0, LONGEST_DELAY_S)
         return None if rate_bps == float("inf") and delay_s == 0 else SlowLink(rate_bps, delay_s)
 
     def arrival_s(self, sent_bytes: float, hops: int) -> float:
@@ -38,6 +43,20 @@ class SlowLink:
         with self._lock:
             self._free_s = max(self._free_s, time.perf_counter()) + 8 * sent_bytes / self._rate_bps
             return self._free_s + hops * self._delay_s
+
+
+def _from_environment(name: str, default: str, least: float, most: float) -> float:
+    """A number between two bounds. Raises DistcompError for anything else."""
+    text = os.environ.get(name, default)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value <= most:
+        raise DistcompError(
+            f"{name}={text[:40]} is no number from {least:g} to {most:g}; correct or unset it"
+        )
+    return value
 
 
 def hold_until(moment_s: float) -> None:

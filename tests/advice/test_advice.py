@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from distcomp import cli
 from distcomp.advice import TrainingTask
-from distcomp.advice.advise import advise, at_rate, break_even_bps
+from distcomp.advice.advise import Advice, Row, advise, at_rate, break_even_bps
 from distcomp.advice.calibrate import late
 from distcomp.advice.overlap import Timing, averaging_step, gradient_step
-from distcomp.advice.predict import Machine, predict, profile_method
+from distcomp.advice.predict import Machine, Prediction, predict, profile_method
 from distcomp.advice.profile import ProfiledExchange, Round, clock
 from distcomp.advice.scale import Rehearsals
 from distcomp.attaching.observe import Observed
@@ -291,7 +291,87 @@ def training_task() -> TrainingTask:
 def test_on_a_network_that_costs_nothing_the_advice_is_not_to_compress() -> None:
     advice = advise(training_task(), Fabric.uniform(4))
     assert advice.best.method == "ddp"
-    assert advice.sentence.startswith("Do not compress")
+    assert advice.sentence.startswith(("Do not compress", "Nothing is recommended"))
+
+
+def _row(method: str, step_s: float, speed_up: float) -> Row:
+    return Row(method, Prediction(step_s, 0.0, 0.0, sent_bytes=1.0), speed_up, math.inf, {})
+
+
+@pytest.mark.parametrize(
+    ("noise", "begins"),
+    [
+        (0.05, "Use bf16: 2,000 ms a step, 1.5 times"),
+        (0.7, "Nothing is recommended: bf16 is predicted 1.50 t"),
+    ],
+)
+def test_nothing_is_recommended_inside_the_noise(noise: float, begins: str) -> None:
+    rows = (_row("bf16", 2.0, 1.5), _row("ddp", 3.0, 1.0))
+    advice = Advice(rows, Fabric.uniform(2), 1.0, 10, {}, noise)
+    assert advice.sentence.startswith(begins)
+    assert advice.best.method == ("bf16" if noise < 0.5 else "ddp")
+    assert f"{noise:.0%}" in advice.sentence
+
+
+def test_what_two_measurements_differ_by_is_the_noise() -> None:
+    layout = Layout.of([("weight", (64, 64))])
+    quiet, busy = Observed((layout,), (0.01,), 0.02), Observed((layout,), (0.05,), 0.1)
+    fabric = Fabric.uniform(2, "1mbit")
+    told: list[str] = []
+    advice = advise((busy, quiet), fabric, ("ddp", "bf16"), tell=told.append)
+    assert advice.compute_s == 0.02  # of the faster time
+    assert advice.noise > 0.1
+    assert "[2/2] timing bf16" in told
+
+
+LOOP = """\
+import sys
+import torch, torch.distributed as dist, distcomp
+from torch.nn.parallel import DistributedDataParallel
+
+assert sys.argv[1:] == ["--width", "48"] and __name__ == "__main__"
+dist.init_process_group("gloo")
+model = DistributedDataParallel(torch.nn.Linear(48, 48))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+ATTACH
+for step in range(STEPS):
+    optimizer.zero_grad()
+    model(torch.ones(4, 48)).square().mean().backward()
+    optimizer.step()
+    print("step", step)
+"""
+
+
+@pytest.mark.parametrize("attach", ["", "handle = distcomp.attach(model, optimizer, 'qsgd:bits=4')"])
+def test_advise_reads_a_training_loop_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], attach: str
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(LOOP.replace("ATTACH", attach).replace("STEPS", "10**9"))
+    asked = [
+        "advise",
+        "--ranks",
+        "4",
+        "--rate",
+        "1mbit",
+        "--methods",
+        "bf16",
+        "--json",
+        "--model",
+        str(script),
+    ]
+    assert cli.main([*asked, "--width", "48"]) == 0
+    told = capsys.readouterr()
+    everything = json.loads(told.out)
+    assert everything["parameters"] == 48 * 48 + 48
+    assert "step 3" in told.err
+    assert not torch.distributed.is_initialized()
+    script.write_text(LOOP.replace("ATTACH", attach).replace("STEPS", "3"))
+    assert cli.main([*asked, "--width", "48"]) == 2
+    assert "took 3 steps with a DistributedDataParallel model" in capsys.readouterr().err
+    script.write_text("raise RuntimeError('boom')")
+    assert cli.main(asked) == 2
+    assert "failed after 0 steps" in capsys.readouterr().err
 
 
 def test_on_a_slow_one_it_names_what_is_fastest() -> None:

@@ -82,7 +82,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
 def test_the_network_is_told_before_and_the_table_after(compared: tuple[Path, str, str]) -> None:
     where, out, _ = compared
     assert out.startswith("2 ranks at 1gbit: ")
-    assert re.search(r"^ddp +0\.2500 +100\.0 % ", out, flags=re.MULTILINE)
+    assert re.search(r"^ddp \(2 runs\) +0\.2500 +100\.0 % ", out, flags=re.MULTILINE)
     assert re.search(r"^bf16 +0\.2500 +100\.0 % ", out, flags=re.MULTILINE)
     assert out.endswith("wrote out/report.html\n")
     assert (where / "out" / "report.html").exists()
@@ -100,8 +100,8 @@ def test_each_method_ran_in_the_script_s_own_environment(compared: tuple[Path, s
 def test_the_record_says_what_was_run_and_how_it_ended(compared: tuple[Path, str, str]) -> None:
     where, out, _ = compared
     runs = [recording.read(path) for path in recording.find([where / "out"])]
-    assert [run.method for run in runs] == ["ddp", "bf16"]
-    assert [run.about["exit_status"] for run in runs] == [0, 1]
+    assert [run.method for run in runs] == ["ddp", "bf16", "ddp"]
+    assert [run.about["exit_status"] for run in runs] == [0, 1, 0]
     for run in runs:
         assert run.about["ranks"] == 2
         assert run.about["argv"] == ["learner.py", "--seed", "3"]
@@ -161,6 +161,35 @@ def test_ctrl_c_ends_everything_quietly(tmp_path: Path) -> None:
     assert not any(running(pid) for pid in pids)
 
 
+def test_an_emulation_that_is_killed_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    os.mkfifo(tmp_path / "fifo")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    fifo = os.open(tmp_path / "fifo", os.O_RDWR)
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "distcomp", "emulate", "--no-packets", "--ranks", "1", "--method", "ddp",
+            "-o", "out", "endless.py", "fifo",
+        ],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": SOURCE, "TMPDIR": str(temporary)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert select.select([fifo], [], [], 120)[0], "the rank never started"
+    (rank,) = os.read(fifo, 100).split()
+    os.close(fifo)
+    assert [path.name.startswith("distcomp-") for path in temporary.iterdir()] == [True]
+    process.kill()
+    process.wait()
+    ended = os.pidfd_open(int(rank)) if running(int(rank)) else None
+    assert ended is None or select.select([ended], [], [], 60)[0]
+    for _ in range(600):  # its holder removes the folder last
+        if not list(temporary.iterdir()):
+            break
+        select.select([], [], [], 0.1)
+    assert not list(temporary.iterdir())
+
+
 def test_run_is_torchrun_with_the_method_and_a_record(tmp_path: Path) -> None:
     (tmp_path / "learner.py").write_text(LEARNER)
     (tmp_path / "beside.py").write_text("NAME = 'beside'")
@@ -202,3 +231,102 @@ def test_a_script_that_python_refuses_is_told_as_python_tells_it(tmp_path: Path)
     assert "SyntaxError" in err
     assert 'broken.py", line 2' in err
     assert "warm.py" not in err
+
+
+STUBBORN = """\
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import distcomp
+
+dist.init_process_group("gloo")
+model = DistributedDataParallel(torch.nn.Linear(64, 8))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+with distcomp.attach(model, optimizer, METHOD):
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(4, 64)).square().mean().backward()
+        optimizer.step()
+dist.destroy_process_group()
+"""
+
+
+def said(where: Path, *argv: str) -> tuple[int, str, str]:
+    process = distcomp(*argv, where=where)
+    out, err = process.communicate(timeout=280)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("given", ["distcomp.qsgd(bits=4)", '"qsgd:bits=4"'])
+def test_a_script_that_names_its_method_is_never_labelled_with_another(tmp_path: Path, given: str) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN.replace("METHOD", given))
+    script = ["--no-packets", "--ranks", "1", "-o", "out", "stubborn.py"]
+    status, out, err = said(tmp_path, "emulate", "--methods", "ddp; bf16", *script)
+    assert status == 2, (out, err)
+    assert "stubborn.py attached " in err
+    assert "and not ddp" in err
+    assert "distcomp.attach(model, optimizer)" in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["01-ddp"]  # the second never ran
+    assert recording.read(tmp_path / "out" / "01-ddp").method not in ("ddp", "bf16")
+
+
+def test_a_script_that_names_the_first_method_itself_is_refused_before_the_second_runs(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN.replace("METHOD", "distcomp.qsgd(bits=4)"))
+    script = ["--no-packets", "--ranks", "1", "-o", "out", "stubborn.py"]
+    status, _, err = said(tmp_path, "emulate", "--methods", "qsgd:bits=4; bf16", *script)
+    assert status == 2, err
+    assert "names qsgd:bits=4 itself" in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["01-qsgd-bits=4"]
+
+
+def test_run_records_what_was_attached_and_says_where_that_is_not_what_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN.replace("METHOD", "'qsgd:bits=4'"))
+    status, out, err = said(tmp_path, "run", "--method", "bf16", "-o", "out", "stubborn.py")
+    assert status == 2, (out, err)
+    assert "attached qsgd:bits=4 and not bf16" in err
+    assert "DISTCOMP_METHOD=bf16 asks for another method" in err
+    run = recording.read(tmp_path / "out")
+    assert (run.method, run.asked) == ("qsgd:bits=4", "bf16")
+
+
+def test_a_script_that_attaches_nothing_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text("print('trained')\n")
+    status, out, err = said(tmp_path, "run", "--method", "bf16", "-o", "out", "plain.py")
+    assert status == 2
+    assert "trained" in out
+    assert "attached no method" in err
+    assert recording.read(tmp_path / "out").method == "bf16 (never attached)"
+    status, out, err = said(
+        tmp_path, "emulate", "--no-packets", "--ranks", "1", "--method", "ddp", "-o", "o2", "plain.py"
+    )
+    assert status == 2
+    assert "attached no method" in err
+
+
+OWN = """\
+from distcomp.methods import Method, register
+from distcomp.methods.basic import Silence
+
+
+@register(paper="none", wire="0", summable=True, biased=False)
+def says_nothing() -> Method:
+    '''Of the user's own.'''
+    return Silence()
+"""
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_method_of_one_s_own_stands_in_the_table(tmp_path: Path, warm: bool) -> None:
+    (tmp_path / "learner.py").write_text(LEARNER)
+    (tmp_path / "beside.py").write_text("NAME = 'beside'")
+    (tmp_path / "own.py").write_text(OWN)
+    start = [] if warm else ["--cold"]
+    status, out, err = said(
+        tmp_path, "emulate", "--no-packets", *start, "--ranks", "1", "--method", "says_nothing", "-o", "out",
+        "--import", "own.py", "learner.py", "--seed", "3",
+    )  # fmt: skip
+    assert status == 0, (out, err)
+    assert re.search(r"^says_nothing ", out, flags=re.MULTILINE)
+    assert recording.read(tmp_path / "out" / "01-says-nothing").method == "says_nothing"

@@ -21,6 +21,7 @@ from distcomp.cli.run import new_directory
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS
 from distcomp.report import as_json, as_text, compare
+from distcomp.report.claims import verdict
 from report import synthetic
 
 Captured = pytest.CaptureFixture[str]
@@ -114,11 +115,14 @@ def test_report_prints_the_table_and_writes_the_page(
     runs: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "report.html").write_text("mine")
     assert main(["report", str(runs)]) == 0
     comparison = compare([recording.read(path) for path in recording.find([runs])])
-    assert capsys.readouterr().out == as_text(comparison) + "\n\nwrote report.html\n"
-    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
-    assert not list(tmp_path.glob(".*"))
+    sentence = verdict(comparison).sentence
+    assert capsys.readouterr().out == f"{as_text(comparison)}\n\n{sentence}\n\nwrote {runs}/report.html\n"
+    assert (runs / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert (tmp_path / "report.html").read_text() == "mine"
+    assert not list(runs.glob(".*"))
 
 
 def test_report_as_json_writes_no_page_unless_asked(
@@ -128,13 +132,39 @@ def test_report_as_json_writes_no_page_unless_asked(
     assert main(["report", "--json", "--target", "0.5", str(runs)]) == 0
     comparison = compare([recording.read(path) for path in recording.find([runs])], 0.5)
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(as_json(comparison)))
-    assert not (tmp_path / "report.html").exists()
+    assert not (runs / "report.html").exists()
     assert main(["report", "--json", "-o", "other.html", str(runs)]) == 0
     assert (tmp_path / "other.html").exists()
 
 
 MISTAKES = {
     "no such command": (["dance"], "invalid choice"),
+    "a command misspelt": (["emulat"], "did you mean emulate?"),
+    "an option misspelt": (["report", "--targt=1", "{runs}"], "did you mean --target?"),
+    "a method misspelt": (["emulate", "--method", "qsdg:bits=4", "{script}"], "did you mean 'qsgd'?"),
+    "a method to show that is none": (["methods", "powersdg"], "did you mean 'powersgd'?"),
+    "a method of one's own": (["emulate", "--method", "averaging_toy", "{script}"], "--import FILE.py"),
+    "a module that is not there": (["run", "--import", "absent_module", "{script}"], "absent_module"),
+    "no processes": (["run", "--nproc", "0", "{script}"], "--nproc is '0'"),
+    "a GPU that is not there": (["run", "--nproc_per_node", "gpu", "{script}"], "no GPU"),
+    "no hosts": (["run", "--nnodes", "0", "{script}"], "do not fit"),
+    "a meeting place that nobody knows": (
+        ["run", "--nnodes", "2", "--master", "no.such.host.invalid:29500", "{script}"],
+        "is not known here",
+    ),
+    "a port that is none": (
+        ["run", "--nnodes", "2", "--master", "localhost:99999", "{script}"],
+        "port 99999",
+    ),
+    "advice that is a script": (["report", "{runs}", "--advice", "{script}"], "> advice.json"),
+    "PyTorch's own, simulated": (
+        ["simulate", "--workers", "2", "--method", "ddp", "{script}"],
+        "simulate identity",
+    ),
+    "a rate in bytes": (["emulate", "--rate", "100MBps", "{script}"], "is in bytes"),
+    "a fabric of millions": (["emulate", "--ranks", "100000000", "{script}"], "100,000 at most"),
+    "a model that is a script": (["compress", "{script}", "-o", "{tmp}/m.dcz"], "no saved state dict"),
+    "no model": (["compress", "{tmp}/absent", "-o", "{tmp}/m.dcz"], "cannot be read"),
     "no run": (["report", "{tmp}"], "holds no run"),
     "a run without end": (["report", "{tmp}/absent"], "holds no run"),
     "a page that cannot be written": (["report", "{runs}", "-o", "{tmp}/no/where.html"], "cannot be written"),
@@ -206,12 +236,12 @@ def test_run_gives_torchrun_its_options_and_passes_its_status_on(
         return subprocess.CompletedProcess(command, status)
 
     monkeypatch.setattr(subprocess, "run", torchrun)
-    several = ["--nnodes", "2", "--node-rank", "1", "--master", "host0:29500"]
+    several = ["--nnodes", "2", "--node-rank", "1", "--master", "localhost:29500"]
     assert main(["run", "--nproc", "4", "--method", "bf16", "train.py", "--lr", "1"]) == told
     assert main(["run", *several, "--method", "bf16", "train.py"]) == told
     assert asked[0][3:] == ["--standalone", "--nproc-per-node=4", "train.py", "--lr", "1", "bf16"]
     assert asked[1][3:] == [
-        "--nproc-per-node=1", "--nnodes=2", "--node-rank=1", "--master-addr=host0", "--master-port=29500",
+        "--nproc-per-node=1", "--nnodes=2", "--node-rank=1", "--master-addr=localhost", "--master-port=29500",
         "train.py", "bf16",
     ]  # fmt: skip
 
@@ -225,8 +255,8 @@ def test_methods_are_split_at_semicolons_and_named_once() -> None:
 def test_records_sort_as_the_methods_were_named(tmp_path: Path) -> None:
     named = ("qsgd:bits=4,block=64", "ddp", "qsgd:bits=4")
     experiment = emulate.Experiment(tmp_path / "s.py", (), named, tmp_path)
-    directories = [experiment.record_of(method).name for method in named]
-    assert directories == ["01-qsgd-bits=4-block=64", "02-ddp", "03-qsgd-bits=4"]
+    directories = [context.directory.name for context in experiment.turns]
+    assert directories == ["01-qsgd-bits=4-block=64", "02-ddp", "03-qsgd-bits=4", "04-ddp"]
 
 
 def test_a_new_directory_is_made_and_a_used_one_refused(tmp_path: Path) -> None:

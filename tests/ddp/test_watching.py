@@ -93,7 +93,10 @@ def test_a_sink_gets_every_step_and_is_closed(cluster, tmp_path):
     for rank, stat in enumerate(stats):
         *steps, metric = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert [(one["kind"], one["step"]) for one in steps] == [("step", index) for index in range(STEPS)]
-        assert steps[-1]["payload_by_kind"] == stat["payload_by_kind"]
+        for kind, sent_bytes in stat["payload_by_kind"].items():
+            assert sum(one["payload_by_kind"][kind] for one in steps) == sent_bytes
+        trained_s = metric.pop("train_s")
+        assert trained_s >= sum(one["step_s"] for one in steps) > 0
         assert sum(one["payload_bytes"] for one in steps) == stat["payload_bytes"]
         assert metric == {"kind": "metric", "step": STEPS, "test_loss": 0.25, "note": "text is no scalar"}
 
@@ -101,7 +104,7 @@ def test_a_sink_gets_every_step_and_is_closed(cluster, tmp_path):
 def board(rank, directory):
     from distcomp.integrations.tensorboard import TensorBoard
 
-    return TensorBoard(directory / f"rank{rank}")
+    return TensorBoard(directory)  # the same words on every rank, as in a script
 
 
 def test_tensorboard_reads_what_was_sent(cluster, tmp_path):
@@ -121,7 +124,7 @@ def test_tensorboard_reads_what_was_sent(cluster, tmp_path):
 def prometheus(rank, directory):
     from distcomp.integrations.prometheus import Prometheus
 
-    return Prometheus(directory / f"rank{rank}.prom", every_s=math.inf, rank=str(rank))
+    return Prometheus(directory / "job.prom", every_s=math.inf)  # the same words on every rank
 
 
 def test_prometheus_reads_what_was_sent(cluster, tmp_path):
@@ -130,7 +133,9 @@ def test_prometheus_reads_what_was_sent(cluster, tmp_path):
     )
     stats = cluster(2).run(watched, prometheus, tmp_path)
     for rank, stat in enumerate(stats):
-        families = parser.text_string_to_metric_families((tmp_path / f"rank{rank}.prom").read_text())
+        families = parser.text_string_to_metric_families((tmp_path / f"job-rank{rank}.prom").read_text())
+        families = list(families)
+        assert {family.name: family.type for family in families}["distcomp_sent_bytes"] == "counter"
         found = {(s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples}
         mine = ("rank", str(rank))
         assert found["distcomp_steps_total", mine] == STEPS

@@ -62,6 +62,21 @@ def test_manifests_are_what_kubernetes_takes(name: str) -> None:
     jsonschema.validate(told, {"$ref": f"#/$defs/{told['kind']}", "$defs": definitions})
 
 
+def test_the_script_that_a_pod_runs_is_where_the_image_has_it() -> None:
+    """docker/cpu.Dockerfile copies ``examples`` to ``/examples`` and works in ``/work``."""
+    image = (LAUNCHERS.parent / "docker" / "cpu.Dockerfile").read_text()
+    assert "COPY examples /examples" in image
+    for name in ("jobset.yaml", "trainjob.yaml"):
+        (script,) = re.findall(r"\S*digits\.py", (LAUNCHERS / "kubernetes" / name).read_text())
+        assert script == "/examples/digits.py"
+        assert (LAUNCHERS.parent / script.removeprefix("/")).is_file()
+
+
+def test_every_launcher_is_on_a_page_of_the_docs() -> None:
+    page = (LAUNCHERS.parent / "docs" / "launchers.md").read_text()
+    assert set(re.findall(r"launchers/(\w+)/README.md", page)) == {folder.name for folder in FOLDERS}
+
+
 def test_the_trainjob_names_the_runtime_that_starts_torchrun() -> None:
     spec = manifest("trainjob.yaml")["spec"]
     assert spec["runtimeRef"] == {"name": "torch-distributed"}

@@ -28,6 +28,9 @@ delays = st.one_of(st.just(0.0), st.integers(1, 999).map(lambda n: n * 1e-3), st
         ("100 Mbit/s", 100e6),
         ("64kbit", 64e3),
         ("9600bit", 9600.0),
+        ("100Mbps", 100e6),
+        ("1Gbps", 1e9),
+        ("100mbps", 100e6),
         ("unshaped", math.inf),
         (5e6, 5e6),
     ],
@@ -38,7 +41,23 @@ def test_rates_as_people_write_them(text: str | float, bps: float) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["100mbps", "100", "fast", "", "-5mbit", "0mbit", "1e3mbit", "100mbit/h", 0, -1.0, math.nan, True, None],
+    [
+        "100MBps",
+        "100 MB/s",
+        "100kB",
+        "100",
+        "fast",
+        "",
+        "-5mbit",
+        "0mbit",
+        "1e3mbit",
+        "100mbit/h",
+        0,
+        -1.0,
+        math.nan,
+        True,
+        None,
+    ],
 )
 def test_a_rate_that_cannot_be_meant_is_an_error_with_a_remedy(text: object) -> None:
     with pytest.raises(DistcompError, match='like "100mbit"'):

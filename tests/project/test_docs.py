@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from distcomp.cli.methods import check
 from distcomp.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +123,43 @@ def test_a_page_tells_paper_bytes_defaults_and_failures(catalogue: ModuleType) -
         "forces",
     ):
         assert told in page
+
+
+@pytest.mark.parametrize("name", ["gradiveq", "allocate", "sparse_loco", "warmup"])
+def test_a_method_that_a_result_file_has_is_not_said_to_be_unmeasured(
+    catalogue: ModuleType, name: str
+) -> None:
+    page = catalogue.pages()[f"methods/{name}.md"]
+    assert catalogue.NOTHING not in page
+    files = re.findall(r"`(\w+\.json)` \|$", page, flags=re.MULTILINE)
+    assert files
+    for file in files:
+        assert name in (catalogue.RESULTS / file).read_text()
+
+
+def test_no_page_asks_another_host_for_its_mathematics() -> None:
+    assert "dollarmath" not in (ROOT / "docs" / "conf.py").read_text()
+    for page in WRITTEN:
+        assert not re.search(
+            r"\$[^\s$][^$\n]*\$|\{math\}", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        )
+
+
+def test_a_demo_installs_what_it_needs_and_no_more() -> None:
+    demo = (ROOT / "scripts" / "demo").read_text()
+    (extras,) = re.findall(r"^extras=(.*)$", demo, flags=re.MULTILINE)
+    assert demo.index("extras=") < demo.index("source ")
+    assert set(extras.split(",")) == {"emulate", "report", "examples"}
+
+
+def test_the_methods_that_commands_on_the_pages_name_can_be_asked_for() -> None:
+    named = []
+    for page in [*WRITTEN, *(ROOT / "launchers").rglob("*.md"), *(ROOT / "src").rglob("*.md")]:
+        for told in re.findall(r'--methods? +("[^"]*"|[^\s`]+)', page.read_text()):
+            named += [one.strip() for one in told.strip('"').split(";")]
+    assert len(named) >= 3
+    for one in named:
+        check(one)
 
 
 def test_every_method_says_when_it_fails() -> None:

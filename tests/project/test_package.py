@@ -72,8 +72,10 @@ def test_an_installation_has_every_file(tmp_path: Path) -> None:
 
 
 def test_the_changelog_begins_with_this_version() -> None:
+    """Below what is not released yet, if there is any."""
     versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert versions[0] == distcomp.__version__
+    assert next(one for one in versions if one != "Unreleased") == distcomp.__version__
+    assert "Unreleased" not in versions[1:]
 
 
 def loaded_by(statement: str) -> set[str]:

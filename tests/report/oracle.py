@@ -63,10 +63,17 @@ def default_target(baselines: list[Records]) -> float | None:
     return float(np.mean(finals) + 0.05 * abs(np.mean(finals)))
 
 
+def starting_s(run: Records) -> float:
+    first, *later = [one["step_s"] for one in steps_of(run, 0)]
+    there = [one for one in later if one is not None]
+    return max(0.0, first - float(np.median(there))) if there and first is not None else 0.0
+
+
 def to_target_s(run: Records, target: float | None) -> float | None:
     for one in metrics_of(run):
         if target is not None and one["test_loss"] is not None and one["test_loss"] <= target:
-            return float(one["train_s"])
+            began = one["train_s"] >= (steps_of(run, 0)[0]["step_s"] or 0.0)
+            return float(one["train_s"]) - (starting_s(run) if began else 0.0)
     return None
 
 

@@ -87,7 +87,7 @@ def training(directory: Path, method: str, seed: int = 0, steps: int = 250, rank
                 {
                     "kind": "step", "step": step, "step_s": step_s,
                     "exchange_s": waited + encode + recode + decode,
-                    "phases": exposed, "exposed": exposed, "wire_idle_s": 0.02 * waited,
+                    "phases": exposed, "exposed": exposed,
                     "payload_bytes": payload, "payload_by_kind": {"values": payload},
                     "predicted_wire_bytes": int(payload * 1.045), "qdisc_bytes": counted,
                 }

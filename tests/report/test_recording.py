@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,14 @@ def test_a_torn_tail_longer_than_a_page_is_dropped(tmp_path: Path) -> None:
         '{"kind": "song", "step": 1}',
         '{"kind": "step"}',
         '{"kind": "metric", "step": "x"}',
+        '{"kind": "step", "step": 1, "step_s": "fast"}',
+        '{"kind": "step", "step": 1, "payload_bytes": -5}',
+        '{"kind": "step", "step": 1, "payload_bytes": 1e308}',
+        '{"kind": "step", "step": 1, "exposed": [1]}',
+        '{"kind": "step", "step": 1, "exposed": {"wait_s": null, "encode_s": "x"}}',
+        '{"kind": "note", "method": 3}',
+        '{"kind": "note", "argv": "text"}',
+        "[" * 100_000,
     ],
 )
 def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path, line: str) -> None:
@@ -140,7 +149,7 @@ def test_sigkill_loses_nothing(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     run = recording.read(tmp_path / "new" / "run")
     assert len(run.of_kind("step")) == 5
-    assert run.method == "bf16"
+    assert (run.asked, run.method) == ("bf16", "bf16 (never attached)")
     assert run.about["versions"]["python"] == sys.version.split()[0]
     assert run.about["host"]["cpu"]
 
@@ -150,8 +159,55 @@ def test_no_directory_no_recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert Recorder.from_env(0) is None
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(recording.RUN_DIR, str(tmp_path / "file" / "run"))
-    with pytest.raises(DistcompError, match="cannot be written"):
-        Recorder.from_env(1)
+    with pytest.warns(UserWarning, match="file/run cannot be written .* training goes on"):
+        assert Recorder.from_env(1) is None
+
+
+def test_a_full_disk_is_warned_of_once_and_stops_nothing(tmp_path: Path) -> None:
+    recorder = record(tmp_path)
+    recorder.step(step=0)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, recorder._file)
+    os.close(full)
+    with pytest.warns(UserWarning, match=r"rank0\.jsonl cannot be written .*training goes on") as told:
+        recorder.step(step=1)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recorder.step(step=2)
+        recorder.metric(step=2, test_loss=1.0)
+    recorder.close()
+    assert len(recording.read(tmp_path).of_kind("step")) == 1
+
+
+def test_a_line_that_found_room_for_its_beginning_only_is_left_out(tmp_path: Path) -> None:
+    """A file may grow to 60 bytes: the second line is torn, the third is not written behind it."""
+    script = (
+        "import resource, sys, warnings; from pathlib import Path; from distcomp.recording import Recorder\n"
+        "warnings.simplefilter('error', ResourceWarning)\n"
+        "r = Recorder(Path(sys.argv[1]), 0)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60, resource.RLIM_INFINITY))\n"
+        "for i in range(3): r.step(step=i, what='x')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n"
+        "r.step(step=3)\n"
+    )
+    record(tmp_path, rank=1).close()
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("cannot be written") == 1
+    assert [one["step"] for one in recording.read(tmp_path).of_kind("step")] == [0]
+
+
+def test_the_method_is_what_was_attached_not_what_was_asked_for(tmp_path: Path) -> None:
+    recording.write_about(tmp_path, {"asked": "bf16", "ranks": None})
+    recorder = Recorder(tmp_path, 0)
+    assert recording.read(tmp_path).method == "bf16 (never attached)"
+    recorder.note(method="qsgd:bits=4")
+    recorder.note(steps=3)
+    run = recording.read(tmp_path)
+    assert (run.method, run.asked, run.about["ranks"]) == ("qsgd:bits=4", "bf16", 1)
+    recorder.note(method="ddp")
+    assert recording.read(tmp_path).method == "qsgd:bits=4, then ddp"
 
 
 def test_a_launcher_s_description_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

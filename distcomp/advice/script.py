@@ -1,0 +1,179 @@
+"""How long does a step of a training script take, and when is each bucket ready? The script runs as it is, as
+the only rank, and is stopped after some steps."""
+
+from __future__ import annotations
+
+import ast
+import os
+import runpy
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from distcomp.attaching.hook_dispatcher import dispatcher_of
+from distcomp.attaching.observe import WARM_UP, Observed, Watcher
+from distcomp.errors import DistcompError
+
+REPEATS = 10
+ALONE = {
+    "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+}  # fmt: skip
+
+
+def defines(script: Path, name: str) -> bool:
+    """Whether a script has a name at its first level; it is read, not run."""
+    try:
+        statements = ast.parse(script.read_bytes()).body
+    except (SyntaxError, ValueError) as error:
+        raise DistcompError(f"{script} is no Python that can be read ({error}); correct it") from None
+    return any(name in _names(node) for node in statements)
+
+
+def _names(node: ast.stmt) -> list[str]:
+    """What a statement binds."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [alias.asname or alias.name for alias in node.names]
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return []
+
+
+def observe_script(script: Path, arguments: Sequence[str]) -> tuple[Observed, Observed]:
+    """The first and the second half of some steps of the loop that ``script`` runs with its
+    DistributedDataParallel model. What it prints goes to standard error; nothing is sent.
+
+    Raises DistcompError where it takes no such step, or fails before it has taken enough.
+    """
+    if dist.is_initialized():
+        raise DistcompError("this process is a rank already; start it without torchrun")
+    observer = _Observer()
+    try:
+        with _as_main(script, arguments), observer.watching(), redirect_stdout(sys.stderr):
+            runpy.run_path(str(script), run_name="__main__")
+    except (_Enough, SystemExit):
+        pass
+    except Exception as error:
+        raise DistcompError(
+            f"{script} failed after {len(observer.steps)} steps as the only rank ({type(error).__name__}: "
+            f"{str(error)[:200]}); let it run under torchrun --nproc-per-node 1 first"
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if len(observer.steps) < WARM_UP + REPEATS:
+        raise DistcompError(
+            f"{script} took {len(observer.steps)} steps with a DistributedDataParallel model, and "
+            f"{WARM_UP + REPEATS} are needed; let it train longer, or define problem(arguments) as "
+            "examples/digits.py does"
+        )
+    timed = observer.steps[WARM_UP:]
+    return _observed(timed[: REPEATS // 2]), _observed(timed[REPEATS // 2 :])
+
+
+class _Enough(BaseException):
+    """Ends the script from inside its loop; no handler of errors takes it for one."""
+
+
+class _Observer:
+    """Sits in the first DistributedDataParallel model that is made, and in the optimizer that steps on it."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, list[tuple[Any, float]]]] = []
+        self._began_s = 0.0
+        self._watcher: Watcher | None = None
+        self._parameters: set[int] = set()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Until it ends, every model that is made is looked at, and nothing of distcomp's is attached."""
+        make = DistributedDataParallel.__init__
+
+        def made(ddp: DistributedDataParallel, *arguments: Any, **options: Any) -> None:
+            make(ddp, *arguments, **options)
+            if self._watcher is None:
+                self._watcher = Watcher(ddp, time.perf_counter)
+                dispatcher_of(ddp).attached = self._watcher
+                self._parameters = {id(parameter) for parameter in ddp.parameters()}
+                self._began_s = time.perf_counter()
+
+        import distcomp
+        from distcomp.attaching import handle
+
+        hook = register_optimizer_step_post_hook(self._stepped)
+        try:
+            with (
+                mock.patch.object(DistributedDataParallel, "__init__", made),
+                mock.patch.object(handle, "attach", _unattached),
+                mock.patch.object(distcomp, "attach", _unattached),
+            ):
+                yield
+        finally:
+            hook.remove()
+
+    def _stepped(self, optimizer: Optimizer, arguments: Any, options: Any) -> None:
+        own = (id(p) in self._parameters for group in optimizer.param_groups for p in group["params"])
+        if self._watcher is None or not any(own):
+            return
+        end_s = time.perf_counter()
+        seen = [(layout, moment_s - self._began_s) for layout, moment_s in self._watcher.seen]
+        self.steps.append((end_s - self._began_s, seen))
+        self._watcher.seen.clear()
+        if len(self.steps) == WARM_UP + REPEATS:
+            raise _Enough
+        self._began_s = time.perf_counter()
+
+
+class _Unattached:
+    """A handle that belongs to nothing: whatever a loop asks of it, it gives itself."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+def _unattached(*arguments: Any, **options: Any) -> _Unattached:
+    return _Unattached()
+
+
+@contextmanager
+def _as_main(script: Path, arguments: Sequence[str]) -> Iterator[None]:
+    """The arguments, path and environment of a script that torchrun starts as the only rank."""
+    argv, path = sys.argv, list(sys.path)
+    with mock.patch.dict(os.environ, ALONE):
+        sys.argv = [str(script), *arguments]
+        sys.path.insert(0, str(script.resolve().parent))
+        try:
+            yield
+        finally:
+            sys.argv, sys.path[:] = argv, path
+
+
+def _observed(steps: Sequence[tuple[float, list[tuple[Any, float]]]]) -> Observed:
+    layouts = tuple(layout for layout, _ in steps[0][1])
+    if not layouts or any(tuple(layout for layout, _ in seen) != layouts for _, seen in steps):
+        raise DistcompError(
+            "the gradients of a step do not come in the same buckets each time, so that there is no step to "
+            "predict; let every step be one backward through the whole model"
+        )
+    ready_s = zip(*([moment_s for _, moment_s in seen] for _, seen in steps), strict=True)
+    return Observed(layouts, tuple(map(statistics.fmean, ready_s)), statistics.fmean(s for s, _ in steps))

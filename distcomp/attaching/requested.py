@@ -1,0 +1,43 @@
+"""Which method runs, and who chose it: the script, or ``DISTCOMP_METHOD``. The record of a run says what was
+attached, never what was asked for."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+from distcomp.errors import DistcompError
+from distcomp.methods import parse
+from distcomp.recording import METHOD
+
+
+def attached_note(given: Any, chosen: Any, rank: int) -> dict[str, Any]:
+    """What the record says of the method ``chosen``, which ``attach`` was ``given`` as an object, as text, or
+    not at all: ``method``, in the words of ``DISTCOMP_METHOD`` where that names the same method, and
+    ``method_from``, ``"script"`` or ``"environment"``.
+
+    Warns on rank 0 where the environment asks for another method than the script names.
+    """
+    asked = os.environ.get(METHOD)
+    if given is None:
+        return {"method": asked, "method_from": "environment"}
+    same = asked is not None and _is(asked, chosen)
+    if asked is not None and not same and rank == 0:
+        warnings.warn(
+            f"{METHOD}={asked} asks for another method than the script attaches, and the script's own runs; "
+            "to have it run another, leave the method out: distcomp.attach(model, optimizer)",
+            stacklevel=3,
+        )
+    own = given if isinstance(given, str) else str(chosen)
+    return {"method": asked if same else own, "method_from": "script"}
+
+
+def _is(text: str, chosen: Any) -> bool:
+    """Whether a text names the method that was chosen, in whatever spelling."""
+    if isinstance(chosen, str) or text == chosen:
+        return bool(text == chosen)
+    try:
+        return repr(parse(text)) == repr(chosen)
+    except DistcompError:  # one of PyTorch's own, or a name that is not known here
+        return False
