@@ -16,7 +16,7 @@ from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import Answer
 
 LAYOUT = Layout.of([("w", (3,))])
-TURN = StepContext(0, 2, LAYOUT, 0, Key.of(0))
+CONTEXT = StepContext(0, 2, LAYOUT, 0, Key.of(0))
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 
 
@@ -36,10 +36,10 @@ class TwoRounds(Method):
 
 
 def aggregate(propagates_nonfinite: bool = False, x: Tensor | None = None) -> Aggregation:
-    return Aggregation(TwoRounds(propagates_nonfinite), torch.ones(3) if x is None else x, {}, TURN)
+    return Aggregation(TwoRounds(propagates_nonfinite), torch.ones(3) if x is None else x, {}, CONTEXT)
 
 
-def test_requests_come_one_by_one_until_the_outcome_is_there() -> None:
+def test_requests_come_one_by_one_until_the_result_is_there() -> None:
     aggregation = aggregate()
     first = aggregation.ask(None)
     assert isinstance(first, AllReduce)

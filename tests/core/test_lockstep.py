@@ -197,7 +197,7 @@ def test_a_neighbour_that_does_not_look_back_is_an_error() -> None:
     def lines(context: StepContext) -> Rounds[None]:
         yield NeighborExchange(payload(1), ((context.rank + 1) % 3,))
 
-    with pytest.raises(Mismatch, match="rank 0 mixes with rank 1, which does not mix with rank 0"):
+    with pytest.raises(Mismatch, match="rank 0 exchanges with rank 1, which does not with rank 0"):
         hear(lines)
 
 
