@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-import distcomp.attaching.handle as attaching
 from distcomp.attaching.hook_dispatcher import dispatcher_of
 from distcomp.attaching.observe import WARM_UP, Observed, Watcher
 from distcomp.errors import DistcompError
