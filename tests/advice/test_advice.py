@@ -295,7 +295,7 @@ def test_on_a_network_that_costs_nothing_the_advice_is_not_to_compress() -> None
 
 
 def _row(method: str, step_s: float, speed_up: float) -> Row:
-    return Row(method, Prediction(step_s, 0.0, 0.0, sent_bytes=1.0), speed_up, math.inf, {})
+    return Row(method, Prediction(step_s, 0.0, 0.0, 0.0, sent_bytes=1.0), speed_up, math.inf, {})
 
 
 @pytest.mark.parametrize(
@@ -360,14 +360,14 @@ def test_advise_reads_a_training_loop_as_it_is(
         "--model",
         str(script),
     ]
-    assert cli.main([*asked, "--width", "48"]) == 0
+    assert cli.main([*asked, "--", "--width", "48"]) == 0
     told = capsys.readouterr()
     everything = json.loads(told.out)
     assert everything["parameters"] == 48 * 48 + 48
     assert "step 3" in told.err
     assert not torch.distributed.is_initialized()
     script.write_text(LOOP.replace("ATTACH", attach).replace("STEPS", "3"))
-    assert cli.main([*asked, "--width", "48"]) == 2
+    assert cli.main([*asked, "--", "--width", "48"]) == 2
     assert "took 3 steps with a DistributedDataParallel model" in capsys.readouterr().err
     script.write_text("raise RuntimeError('boom')")
     assert cli.main(asked) == 2
