@@ -32,7 +32,7 @@ def seconds(layer: nn.Module, x: torch.Tensor) -> float:
 def compare(plain: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     """The plain layer against the same one, binary and packed."""
     weight_bytes = plain.weight.nbytes
-    binary = precision.bnn(type(plain)(*_sizes(plain), bias=False, **_how(plain)), keep=())
+    binary = precision.bnn(type(plain)(*_sizes(plain), bias=False, **_how(plain)), skip=())
     expected = binary(x)
     packed = precision.pack(binary)
     assert torch.equal(packed(x), expected)

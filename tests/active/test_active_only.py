@@ -232,7 +232,7 @@ def test_a_method_whose_pruner_is_elsewhere_is_refused():
     source = pruner.active_parameters()
     moved = type(source)("pruner of another process", source.initial)
     with pytest.raises(DistcompError, match="not in this process"):
-        pruners_of(distcomp.active_only("identity", moved))
+        pruners_of(distcomp.averaging.active_only("identity", moved))
 
 
 def test_a_mask_of_another_shape_is_refused():

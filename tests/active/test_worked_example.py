@@ -36,7 +36,7 @@ def test_coins_fall_as_often_as_they_should_and_leave_the_rest_alone():
 
 def test_around_any_method_what_sleeps_is_not_sent():
     coins = SharedCoins(("fc",), survival=0.5)
-    method = distcomp.active_only("qsgd:bits=1", coins, compare=False)
+    method = distcomp.averaging.active_only("qsgd:bits=1", coins, compare=False)
     states = [method.init(ORDINARY)] * 2
     by_sleep: dict[bool, set[int]] = {True: set(), False: set()}
     for step in range(8):

@@ -386,13 +386,13 @@ def test_on_a_slow_one_it_names_what_is_fastest() -> None:
 
 SCRIPT = """\
 import torch
-from distcomp.advice import Problem
+from distcomp.advice import TrainingTask
 
-def problem(arguments):
+def training_task(arguments):
     model = torch.nn.Linear(256, 256)
     def batch(worker, workers, step):
         return torch.ones(4, 256), torch.ones(4, 256)
-    return Problem(model, batch, torch.nn.functional.mse_loss, lambda p: torch.optim.SGD(p, 0.1))
+    return TrainingTask(model, batch, torch.nn.functional.mse_loss, lambda p: torch.optim.SGD(p, 0.1))
 """
 
 

@@ -54,7 +54,7 @@ def answers(size: int, backend: str) -> dict[str, list[Any]]:
     return {job: [one["answer"] for one in told if one["job"] == job] for job in jobs}
 
 
-def test_the_battery_passes_over_mpi_with_the_bits_of_lock_step() -> None:
+def test_the_conformance_tests_pass_over_mpi_with_the_bits_of_lock_step() -> None:
     """All of it where ``DISTCOMP_NIGHTLY`` is set; otherwise every method and setting for several steps, one
     with a NaN."""
     whole = bool(os.environ.get("DISTCOMP_NIGHTLY"))

@@ -61,7 +61,7 @@ def test_a_structure_is_the_nearest_to_the_weight_it_found() -> None:
     torch.testing.assert_close(model[0].weight, (u[:, :3] * s[:3]) @ v[:3])
 
 
-@pytest.mark.parametrize("bake", [True, False])
+@pytest.mark.parametrize("materialize", [True, False])
 def test_a_structure_goes_only_where_it_is_asked_to_densify(materialize) -> None:
     model = stacked()
     before, state = model[0].weight.detach(), copy.deepcopy(model.state_dict())

@@ -248,7 +248,7 @@ WRONG = [
     (lambda m: pruning.gradual(m, None, 1.2), "in \\[0, 1\\)"),
     (lambda m: pruning.gradual(m, None, 0.5, scope="model"), "'layer' or 'global'"),
     (lambda m: pruning.gradual(m, None, names=["3.weight"]), "no parameter '3.weight'"),
-    (lambda m: pruning.magnitude(m, None, 1.5), "share of dead weights"),
+    (lambda m: pruning.magnitude(m, None, 1.5), "share of pruned weights"),
     (lambda m: pruning.magnitude(m, None, by="size"), "'share' or 'quality'"),
     (lambda m: pruning.magnitude(m, None, steps=(5, 3)), "must rise"),
     (lambda m: pruning.dsd(m, None, sparse_from=5, dense_from=5), "must come before"),

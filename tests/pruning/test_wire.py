@@ -1,4 +1,4 @@
-"""What is dead is not sent, nothing is lost, and every method works on what lives."""
+"""Pruned weights are not sent, nothing is lost, and every method works on the active ones."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_with_all_alive_it_is_the_method_itself(spec):
 
 
 class Surgeon(pruning.Criterion):
-    """Masks drawn anew every third step, while dead weights are trained, too."""
+    """Masks drawn anew every third step, while pruned weights are trained, too."""
 
     wants_dense = keeps_dense_grad = True
     restarts = False
