@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jobs
 import numpy as np
 import pytest
 import torch
@@ -21,8 +20,8 @@ from distcomp.methods.integers import pack_fields, unpack_fields
 from distcomp.randomness import Key
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
-
-from . import oracles
+from tests.attaching.ddp import jobs
+from tests.precision import oracles
 
 PATTERNS = ("all_reduce", "reduce_scatter", "all_gather")
 LAYOUT = Layout.of([("a", (37, 11)), ("b", (5,)), ("empty", (0,)), ("c", ())])
@@ -130,7 +129,7 @@ def test_a_sum_that_does_not_fit_is_refused() -> None:
 
 def test_the_wire_rounds_as_the_paper_says() -> None:
     q, x = FixedPoint(3, 5), drawn(1)[0]
-    from shelf.oracles import noise
+    from tests.compressors.oracles import noise
 
     u = noise(LAYOUT, Key.of(3).fold("rank", 0).fold("round"))
     (estimate,), _, _ = converse(FixedPointAllReduce(q, "all_gather"), [x])
