@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distcomp.advice.profile import profiles_of
 from distcomp.advice.scenario import Scenario
-from distcomp.advice.virtual_clock import Clock
+from distcomp.advice.virtual_clock import VirtualClock
 from distcomp.collectives import (
     AllGather,
     AllReduce,
@@ -248,7 +248,7 @@ def test_an_uneven_all_to_all_takes_as_long_as_its_busiest_link() -> None:
     fabric = Fabric.uniform(4, "10mbit", "5ms")
     requests = [script.uneven_swap(rank, range(4)) for rank in range(4)]
     sent = [(i, j, wire_bytes(script.parts(i, j))) for i in range(4) for j in range(4) if i != j]
-    clock = Clock(fabric, Scenario())
+    clock = VirtualClock(fabric, Scenario())
     clock.exchange(requests)
     expected = pairs(sent, fabric).cost(fabric).seconds
     assert expected > 8 * 60_000 / 1e7

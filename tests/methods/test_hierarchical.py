@@ -8,10 +8,8 @@ import torch
 
 from distcomp.collectives import AllReduce
 from distcomp.errors import DistcompError
-from distcomp.methods import ErrorFeedback, StepContext, TwoLevel, identity, nodes_of, parse, two_level
+from distcomp.methods import ErrorFeedback, TwoLevel, identity, nodes_of, parse, two_level
 from distcomp.randomness import Key
-from distcomp.runtime.aggregation import Aggregation
-from distcomp.runtime.lockstep import Lockstep
 from tests.buffers import ORDINARY, draw
 from tests.lockstep import SEED, Round, converse, once
 
@@ -43,13 +41,9 @@ def between(across: str, means: list[torch.Tensor], steps: int) -> list[torch.Te
     states = [method.init(ORDINARY)] * count
     for step in range(steps):
         shared = Key.of(SEED, step).fold("across")
-        aggregations = [
-            Aggregation(method, x, state, StepContext(k, count, ORDINARY, step, shared))
-            for k, (x, state) in enumerate(zip(means, states, strict=True))
-        ]
-        Lockstep(count).run(aggregations)
-        states = [aggregation.result.state for aggregation in aggregations if aggregation.result is not None]
-        found.append(aggregations[0].result.estimate)
+        round_ = converse(method, means, states, step=step, shared=shared)
+        states = round_.states
+        found.append(round_.estimate)
     return found
 
 

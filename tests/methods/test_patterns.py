@@ -11,11 +11,10 @@ import torch
 
 from distcomp.compressors import Compressor, Quantize
 from distcomp.layout import Layout
-from distcomp.methods import ErrorFeedback, Method, StepContext, from_compressor, parse
+from distcomp.methods import ErrorFeedback, Method, from_compressor, parse
 from distcomp.methods.base import State
 from distcomp.randomness import Key
-from distcomp.runtime.aggregation import Aggregation
-from distcomp.runtime.lockstep import Lockstep
+from tests.lockstep import World, converse
 from tests.methods.numpy_qsgd import Quantizer, gather, scatter_reduce, with_feedback
 
 PARAMS = [("w", 700), ("b", 30), ("e", 0), ("v", 257), ("s", 1)]
@@ -35,16 +34,6 @@ def buffers(size: int, step: int) -> list[torch.Tensor]:
     return [torch.randn(LAYOUT.numel, generator=generator) for _ in range(size)]
 
 
-def converse(method: Method, xs: list[torch.Tensor], states: list[State], shared: Key) -> list[Aggregation]:
-    size = len(xs)
-    aggregations = [
-        Aggregation(method, x, state, StepContext(rank, size, LAYOUT, 0, shared))
-        for rank, (x, state) in enumerate(zip(xs, states, strict=True))
-    ]
-    Lockstep(size).run(aggregations)
-    return aggregations
-
-
 @quantizers
 @sizes
 @patterns
@@ -52,13 +41,11 @@ def test_one_step_equals_numpy_bit_for_bit(pattern: str, size: int, bits: int, r
     method = from_compressor(Quantize(bits, 64, rounding=rounding), pattern)
     oracle = Quantizer(bits, 64, stochastic=rounding == "stochastic")
     xs, shared = buffers(size, 0), Key.of(5, 0)
-    aggregations = converse(method, xs, [{}] * size, shared)
+    round_ = converse(method, xs, [{}] * size, LAYOUT, shared=shared)
     estimate, given = PATTERNS[pattern](oracle, PARAMS, [x.numpy() for x in xs], shared)
-    for rank, aggregation in enumerate(aggregations):
-        np.testing.assert_array_equal(aggregation.result.estimate.numpy(), estimate)
-        np.testing.assert_allclose(
-            aggregation.result.contribution().numpy(), given[rank], rtol=1e-5, atol=1e-6
-        )
+    for rank, result in enumerate(round_.results):
+        np.testing.assert_array_equal(result.estimate.numpy(), estimate)
+        np.testing.assert_allclose(result.contribution().numpy(), given[rank], rtol=1e-5, atol=1e-6)
 
 
 @quantizers
@@ -75,10 +62,10 @@ def test_error_feedback_over_steps_equals_numpy(pattern: str, bits: int, roundin
     )
     states: list[State] = [method.init(LAYOUT) for _ in range(size)]
     for xs, key, estimate in zip(given, keys, wanted, strict=True):
-        aggregations = converse(method, xs, states, key)
+        round_ = converse(method, xs, states, LAYOUT, shared=key)
         # Not to the bit: what is deducted in two parts may be deducted in either order.
-        np.testing.assert_allclose(aggregations[0].result.estimate.numpy(), estimate, rtol=1e-5, atol=1e-6)
-        states = [aggregation.result.state for aggregation in aggregations]
+        np.testing.assert_allclose(round_.estimate.numpy(), estimate, rtol=1e-5, atol=1e-6)
+        states = round_.states
     for state, residual in zip(states, residuals, strict=True):
         np.testing.assert_allclose(state["residual"].data.numpy(), residual, rtol=1e-5, atol=1e-5)
 
@@ -87,7 +74,7 @@ def test_error_feedback_over_steps_equals_numpy(pattern: str, bits: int, roundin
 def test_auto_gathers_up_to_two_ranks_and_sends_the_mean_finer_from_three_on(size: int) -> None:
     """n-1 payloads against (n-1)/n of two; 4 bits twice would err four times as much as gathering."""
     xs, shared = buffers(size, 0), Key.of(5, 0)
-    found = converse(from_compressor(Quantize(4, 64)), xs, [{}] * size, shared)[0].result.estimate
+    found = converse(from_compressor(Quantize(4, 64)), xs, [{}] * size, LAYOUT, shared=shared).estimate
     arrays, oracle = [x.numpy() for x in xs], Quantizer(4, 64)
     if size <= 2:
         wanted, _ = gather(oracle, PARAMS, arrays, shared)
@@ -109,17 +96,15 @@ def test_auto_errs_at_most_twice_as_much_as_gathering_where_ranks_share_a_signal
     def variance(method: Method) -> float:
         errors = []
         for draw in range(3):
-            aggregations = [
-                Aggregation(method, signal, {}, StepContext(rank, size, layout, 0, Key.of("auto", draw)))
-                for rank in range(size)
-            ]
-            Lockstep(size).run(aggregations)
-            errors.append((aggregations[0].result.estimate - signal).square().sum() / signal.square().sum())
+            round_ = converse(method, [signal] * size, [{}] * size, layout, shared=Key.of("auto", draw))
+            errors.append((round_.estimate - signal).square().sum() / signal.square().sum())
         return float(torch.stack(errors).mean())
 
     gathering = from_compressor(compressor, "all_gather")
     assert variance(from_compressor(compressor)) <= max(2.1 * variance(gathering), 0.021 / size)
-    assert from_compressor(compressor).payload_bytes(layout, size) < gathering.payload_bytes(layout, size)
+    assert from_compressor(compressor).payload_bytes(layout, size, 0) < gathering.payload_bytes(
+        layout, size, 0
+    )
 
 
 def _compressor_of(method: Method) -> Compressor:
@@ -131,12 +116,12 @@ def _compressor_of(method: Method) -> Compressor:
 def test_float32_and_half_widths_ride_a_sum() -> None:
     """The mean of float32 multiplied by 1/n before it is added; of bfloat16, rounded after each addition."""
     xs = buffers(3, 0)
-    found = converse(parse("identity"), xs, [{}] * 3, Key.of(0))[0].result.estimate.numpy()
+    found = converse(parse("identity"), xs, [{}] * 3, LAYOUT).estimate.numpy()
     third = np.float32(1 / 3)
     a, b, c = (x.numpy() * third for x in xs)
     np.testing.assert_array_equal(found, (a + b) + c)
 
-    found = converse(parse("bf16"), xs, [{}] * 3, Key.of(0))[0].result.estimate
+    found = converse(parse("bf16"), xs, [{}] * 3, LAYOUT).estimate
     half = torch.bfloat16
     a, b, c = ((x * float(third)).to(half) for x in xs)
     np.testing.assert_array_equal(found.numpy(), ((a + b) + c).float().numpy())
@@ -164,19 +149,10 @@ def test_what_the_owner_owes_is_added_just_before_the_second_encoding(size: int)
 
     def away(method: Method) -> float:
         generator, w = torch.Generator().manual_seed(3), torch.zeros(layout.numel)
-        states: list[State] = [method.init(layout)] * size
-        missed = []
-        for step in range(100):
+        world, missed = World(method, size, layout), []
+        for _ in range(100):
             xs = [w - target + 0.5 * torch.randn(layout.numel, generator=generator) for _ in range(size)]
-            aggregations = [
-                Aggregation(method, x, state, StepContext(rank, size, layout, step, Key.of(0, step)))
-                for rank, (x, state) in enumerate(zip(xs, states, strict=True))
-            ]
-            Lockstep(size).run(aggregations)
-            states, w = (
-                [aggregation.result.state for aggregation in aggregations],
-                w - 0.1 * aggregations[0].result.estimate,
-            )
+            w = w - 0.1 * world.aggregate(xs)[0].estimate
             missed.append(float((w - target).square().mean()))
         return sum(missed[-50:]) / 50
 
@@ -190,9 +166,7 @@ def test_what_rounding_the_sum_of_narrow_values_takes_away_is_owed(text: str, va
     """On the wire of a ring the sum of four bfloat16s loses 2.3e-3 of what came in."""
     method, size = parse(f"{text},values={values}"), 4
     xs = buffers(size, 0)
-    aggregations = converse(method, xs, [method.init(LAYOUT)] * size, Key.of(5, 0))
-    given = torch.stack([aggregation.result.contribution() for aggregation in aggregations]).double().sum(0)
-    missed = (given - size * aggregations[0].result.estimate.double()).norm() / torch.stack(
-        xs
-    ).double().norm()
+    round_ = converse(method, xs, [method.init(LAYOUT)] * size, LAYOUT, shared=Key.of(5, 0))
+    given = torch.stack(round_.contributions()).double().sum(0)
+    missed = (given - size * round_.estimate.double()).norm() / torch.stack(xs).double().norm()
     assert missed < 1e-6

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, NeighborExchange, Rounds, within
 from distcomp.errors import Mismatch
 from distcomp.layout import Layout
-from distcomp.methods import AggregateResult, Method, StepContext, parse
-from distcomp.methods.base import State
+from distcomp.methods import StepContext, parse
 from distcomp.payload import Part, Payload
 from distcomp.randomness import Key
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
+from tests.lockstep import together
 
 LAYOUT = Layout.of([("w", (4,))])
 PARTS = (Part("values", torch.float32, 1),)
@@ -30,31 +28,8 @@ def payload(value: float, numel: int = 1) -> Payload:
     return made
 
 
-@dataclass(frozen=True)
-class Script(Method):
-    """Run a function as a talk; whatever it returns is kept in ``answers``."""
-
-    lines: Callable[[StepContext], Rounds[Any]]
-    answers: dict[int, Any]
-
-    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        self.answers[context.rank] = yield from self.lines(context)
-        return AggregateResult(x.clone(), lambda: x, state)
-
-    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
-        return 0
-
-
 def hear(lines: Callable[[StepContext], Rounds[Any]], size: int = 3) -> dict[int, Any]:
-    answers: dict[int, Any] = {}
-    key = Key.of(0)
-    Lockstep(size).run(
-        [
-            Aggregation(Script(lines, answers), torch.zeros(4), {}, StepContext(rank, size, LAYOUT, 0, key))
-            for rank in range(size)
-        ]
-    )
-    return answers
+    return together(lines, [torch.zeros(4)] * size).answers
 
 
 def numbers(payloads: list[Payload]) -> list[float]:

@@ -9,11 +9,8 @@ import torch.distributed as dist
 import distcomp
 from distcomp import registry
 from distcomp.layout import Layout
-from distcomp.methods.base import StepContext
-from distcomp.randomness import Key
-from distcomp.runtime.aggregation import Aggregation
-from distcomp.runtime.lockstep import Lockstep
 from tests.attaching.ddp import jobs
+from tests.lockstep import World
 
 METHODS = [name for name, entry in registry.METHODS.items() if entry.kind == "gradient" and not entry.control]
 
@@ -100,23 +97,18 @@ def lockstep_estimates(spec, size):
     method = distcomp.parse(spec)
     named = list(models[0].named_parameters())
     layout = Layout.of([(n, tuple(p.shape)) for n, p in named], {"2.weight": "norm", "2.bias": "norm"})
-    states = [method.init(layout) for _ in range(size)]
-    net = Lockstep(size)
+    world = World(method, size, layout)
     feeds = [list(jobs.batches(rank, 4)) for rank in range(size)]
     taken = [[] for _ in range(size)]
     for step in range(4):
-        aggregations = []
+        buffers = []
         for rank in range(size):
             optimizers[rank].zero_grad()
             x, y = feeds[rank][step]
             torch.nn.functional.cross_entropy(models[rank](x), y).backward()
-            buffer = torch.cat([p.grad.flatten() for p in models[rank].parameters()])
-            context = StepContext(rank, size, layout, step, Key.of(0, step))
-            aggregations.append(Aggregation(method, buffer, states[rank], context))
-        net.run(aggregations)
-        for rank, aggregation in enumerate(aggregations):
-            states[rank] = aggregation.result.state
-            grads = {s.name: piece.view(s.shape) for s, piece in layout.pieces(aggregation.result.estimate)}
+            buffers.append(torch.cat([p.grad.flatten() for p in models[rank].parameters()]))
+        for rank, result in enumerate(world.aggregate(buffers)):
+            grads = {s.name: piece.view(s.shape) for s, piece in layout.pieces(result.estimate)}
             for name, parameter in models[rank].named_parameters():
                 parameter.grad = grads[name].clone()
             taken[rank].append(grads)
