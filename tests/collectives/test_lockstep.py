@@ -270,7 +270,7 @@ def test_a_collective_that_nobody_knows_is_carried_counted_and_priced() -> None:
     assert meeting.ledgers[1].requests == {"Maximum": 1}
     ask = sizes_of(Maximum(torch.zeros(3)), 3, None, frozenset())
     assert ask.sent_bytes(3) == meeting.ledgers[1].total_bytes
-    with pytest.raises(Mismatch, match=r"rank 0 asks .*'Maximum'.* while rank 1 asks .*'Sum'"):
+    with pytest.raises(Mismatch, match=r"rank 0 asks .*'Maximum'.* while rank 1 asks .*'AllReduce'"):
         together(lambda context: iter_one(context), ones(2))
 
 
