@@ -18,7 +18,7 @@ RANK, VALUES = 3, 8
 
 
 def quantizer(model: nn.Module, seed: int) -> None:
-    precision.gradual(model, None, "Q2.4", keep=("2",))
+    precision.gradual(model, None, "Q2.4", skip=("2",))
 
 
 def mask(model: nn.Module, seed: int) -> None:
