@@ -18,7 +18,7 @@ from distcomp.randomness import Key
 from .subjects import Subject, every_compressor
 from .world import ODD, ORDINARY, draw
 
-KEY = Key.of("battery")
+KEY = Key.of("conformance")
 DRAWS = 200
 
 subjects = pytest.mark.parametrize("subject", every_compressor(), ids=str)
