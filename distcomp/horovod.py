@@ -46,8 +46,8 @@ def DistributedOptimizer(  # noqa: N802  (the name that Horovod's users know)
     """``hvd.DistributedOptimizer`` whose gradients are agreed on by ``method``.
 
     ``options`` go to Horovod's, but for ``op``, ``compression``, ``groups`` and ``num_groups``: every method
-    agrees on the mean. The result has ``.distcomp``, an :class:`Exchange`: its ``state_dict()`` holds the
-    residuals. Parameters of one dimension count as biases.
+    agrees on the mean. The result has ``.distcomp``, a :class:`GradientExchange`: its ``state_dict()`` holds
+    the residuals. Parameters of one dimension count as biases.
 
     Raises DistcompError without Horovod and for options that belong to the method, SettingsMismatch where
     ranks ask for different methods.
@@ -57,7 +57,7 @@ def DistributedOptimizer(  # noqa: N802  (the name that Horovod's users know)
         raise DistcompError(f"{', '.join(sorted(taken))} is the method's to decide; leave it out")
     hvd = require("horovod.torch", "horovod")
     named = list(named_parameters)
-    exchange = Exchange(named, parse(method) if isinstance(method, str) else method, seed)
+    exchange = GradientExchange(named, parse(method) if isinstance(method, str) else method, seed)
     wrapped: Any = hvd.DistributedOptimizer(optimizer, named_parameters=named, **options)
     # Horovod asks this for every gradient that is ready, and calls what it is given in synchronize().
     wrapped._allreduce_grad_async = lambda parameter: (exchange.wanted(parameter), None)
@@ -66,7 +66,7 @@ def DistributedOptimizer(  # noqa: N802  (the name that Horovod's users know)
     return distributed
 
 
-class Exchange:
+class GradientExchange:
     """Agrees on all gradients at once. A step whose gradients are not finite leaves no trace."""
 
     def __init__(self, named_parameters: Parameters, method: Method, seed: int = 0) -> None:

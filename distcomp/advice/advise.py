@@ -28,7 +28,7 @@ SCALES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
-class Row:
+class AdviceRow:
     """What is predicted of a method. ``break_even_bps``: the rate of every link from which on it is slower
     than plain DDP; inf where it never is, 0 where it always is. ``efficiency``: computing's share of a step,
     by number of ranks."""
@@ -44,7 +44,7 @@ class Row:
 class Advice:
     """The methods, fastest first, and a sentence."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[AdviceRow, ...]
     fabric: Fabric
     compute_s: float
     parameters: int
@@ -54,7 +54,7 @@ class Advice:
     """By what share two measurements on this machine disagree about how much faster a method is: the most."""
 
     @property
-    def best(self) -> Row:
+    def best(self) -> AdviceRow:
         """The fastest, or plain DDP where nothing is faster by 5 % and by more than the noise."""
         baseline = next(row for row in self.rows if row.method == BASELINE)
         return self.rows[0] if self.rows[0].speed_up >= max(WORTH, 1 + self.noise) else baseline
@@ -104,7 +104,7 @@ def advise(
     network. The figures are those of the faster time, and what the two differ by is the noise.
 
     ``trained`` is a training task, or what was observed of a script's own loop. ``ranks_here`` ranks share a
-    machine of ``cores`` cores like this one (1: each has its own). ``tell`` hears what is being done.
+    machine of ``cores`` cores like this one (1: each has its own). ``tell`` is called with the progress.
     """
     methods = tuple(dict.fromkeys((BASELINE, *methods) if BASELINE not in methods else methods))
     if isinstance(trained, TrainingTask):
@@ -148,7 +148,7 @@ def milliseconds(time_s: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
-def _row(one: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: Fabric) -> Row:
+def _row(one: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: Fabric) -> AdviceRow:
     prediction = predict(one.among(fabric.ranks), machine, fabric)
     plain = predict(baseline.among(fabric.ranks), machine, fabric)
     efficiency = {}
@@ -159,7 +159,7 @@ def _row(one: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: Fabric
             break
         efficiency[ranks] = machine.timing.step_s / predict(one.among(ranks), machine, there).step_s
     even = math.inf if one is baseline else break_even_bps(one, baseline, machine, fabric)
-    return Row(one.method, prediction, plain.step_s / prediction.step_s, even, efficiency)
+    return AdviceRow(one.method, prediction, plain.step_s / prediction.step_s, even, efficiency)
 
 
 def break_even_bps(one: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: Fabric) -> float:

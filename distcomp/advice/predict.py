@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from distcomp.advice.overlap import StepTime, Timing, averaging_step, gradient_step
-from distcomp.advice.profile import ProfiledExchange, Round, clock, exchanges_of, profiles_of
+from distcomp.advice.profile import ProfiledExchange, ProfiledRound, clock, exchanges_of, profiles_of
 from distcomp.attaching.observe import Observed
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.builtin_hooks import BUILTIN_HOOKS
@@ -42,7 +42,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class ProfiledMethod:
-    """A method as it was held with an echo among ``ranks``."""
+    """A method as it was profiled among ``ranks``, on this machine alone."""
 
     method: str
     ranks: int
@@ -58,9 +58,9 @@ class Prediction(StepTime):
 
 
 def profile_method(method: str, layouts: Sequence[Layout], ranks: int) -> ProfiledMethod:
-    """Hold the method's exchanges about these buckets, timed, on this machine."""
+    """Run the method's exchanges of these buckets on this machine, timed."""
     if method in PREDICTED_HOOKS:
-        return ProfiledMethod(method, ranks, tuple(_stock_talk(method, layout) for layout in layouts))
+        return ProfiledMethod(method, ranks, tuple(_hook_exchange(method, layout) for layout in layouts))
     parsed = parse(method)
     if isinstance(parsed, Averaging | MultiLevel):
         model = Layout(tuple(param for layout in reversed(layouts) for param in layout.slices))
@@ -85,7 +85,7 @@ def predict(profiled: ProfiledMethod, machine: Machine, fabric: Fabric) -> Predi
 
 
 def around_a_ring(profiles: Sequence[ProfiledExchange]) -> tuple[ProfiledExchange, ...]:
-    """The talks with every sum around a ring, however small: PyTorch's own know no other way."""
+    """The exchanges with every sum around a ring, however small: PyTorch's own know no other way."""
     return tuple(
         replace(
             profile, rounds=tuple(replace(one, ask=replace(one.ask, kind="ring")) for one in profile.rounds)
@@ -94,7 +94,7 @@ def around_a_ring(profiles: Sequence[ProfiledExchange]) -> tuple[ProfiledExchang
     )
 
 
-def _stock_talk(method: str, layout: Layout) -> ProfiledExchange:
+def _hook_exchange(method: str, layout: Layout) -> ProfiledExchange:
     """One sum of a bucket, multiplied by 1/n, and cast where that is what the hook does."""
     bucket, times_s = torch.randn(layout.numel), []
     for _ in range(7):
@@ -103,6 +103,10 @@ def _stock_talk(method: str, layout: Layout) -> ProfiledExchange:
         sent.mul_(0.5)
         times_s.append(clock() - begin_s)
     return ProfiledExchange(
-        (Round(statistics.median(times_s), RequestSizes("sum", (PREDICTED_HOOKS[method] * layout.numel,))),),
+        (
+            ProfiledRound(
+                statistics.median(times_s), RequestSizes("sum", (PREDICTED_HOOKS[method] * layout.numel,))
+            ),
+        ),
         0.0,
     )

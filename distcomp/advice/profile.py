@@ -1,4 +1,4 @@
-"""What a method says, and how long it thinks in between: its exchange held with an echo, here."""
+"""What a method sends, and how long it computes in between: its exchange, run here with itself."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def clock() -> float:
 
 
 @dataclass(frozen=True)
-class Round:
+class ProfiledRound:
     """``work_s`` of arithmetic, then a request."""
 
     work_s: float
@@ -46,10 +46,10 @@ class Round:
 
 @dataclass(frozen=True)
 class ProfiledExchange:
-    """A exchange of one flat buffer: its rounds, and the arithmetic after the last answer. ``share``: of the
-    steps in which it is held."""
+    """An exchange of one flat buffer: its rounds, and the arithmetic after the last answer. ``share``: of the
+    steps in which it takes place."""
 
-    rounds: tuple[Round, ...]
+    rounds: tuple[ProfiledRound, ...]
     last_s: float
     share: float = 1.0
 
@@ -60,9 +60,9 @@ class ProfiledExchange:
 
 
 def profiles_of(method: Method, layouts: Sequence[Layout], ranks: int) -> tuple[ProfiledExchange, ...]:
-    """What rank 0 of ``ranks`` says about each bucket in a step, timed here on one thread.
+    """What rank 0 of ``ranks`` exchanges of each bucket in a step, timed here on one thread.
 
-    The buckets take turns, so that each finds the caches as it will find them.
+    The buckets alternate, so that each finds the caches as it will find them.
     """
     held: list[list[Held]] = [[] for _ in layouts]
     states: list[Any] = [method.init(layout) for layout in layouts]
@@ -87,12 +87,12 @@ def profiles_of(method: Method, layouts: Sequence[Layout], ranks: int) -> tuple[
 def exchanges_of(
     averaging: Averaging | MultiLevel, layout: Layout, ranks: int
 ) -> tuple[ProfiledExchange, ...]:
-    """What rank 0 says about the model at each of an averaging's exchanges."""
+    """What rank 0 exchanges of the model at each of an averaging's exchanges."""
     fragments = [fragment_states(averaging, layout, rank, ranks) for rank in range(ranks)]
-    return tuple(_averaging_talk(column, ranks) for column in map(list, zip(*fragments, strict=True)))
+    return tuple(_averaging_exchange(column, ranks) for column in map(list, zip(*fragments, strict=True)))
 
 
-def _averaging_talk(fragments: Sequence[FragmentState], ranks: int) -> ProfiledExchange:
+def _averaging_exchange(fragments: Sequence[FragmentState], ranks: int) -> ProfiledExchange:
     layout, averaging = fragments[0].layout, fragments[0].averaging
     model = _gradient(layout)
     step = 0
@@ -106,12 +106,12 @@ def _averaging_talk(fragments: Sequence[FragmentState], ranks: int) -> ProfiledE
     for step in range(WARM_UP + REPEATS):  # noqa: B007
         profile = begin(0)
         held.append(_hold(profile, 0, ranks))
-        held[-1][-1] = (held[-1][-1][0] + _landed_s(fragments[0], profile.finished()), None)
+        held[-1][-1] = (held[-1][-1][0] + _copying_s(fragments[0], profile.finished()), None)
     edges = resolve(averaging.topology, ranks).edges if isinstance(averaging, Gossip) else frozenset()
     return replace(_summary(held, begin, ranks, edges), share=1 / at(averaging.period, 0))
 
 
-def _landed_s(fragment: FragmentState, result: AggregateResult) -> float:
+def _copying_s(fragment: FragmentState, result: AggregateResult) -> float:
     """To read the weights before an exchange and after it, and to write them."""
     flat = torch.zeros(fragment.layout.numel)
     views = {param.name: piece for param, piece in fragment.layout.pieces(flat)}
@@ -140,7 +140,7 @@ def _summary(
         sizes_of(request, ranks, groups_of(column) if column else None, edges, column)
         for request, column in zip(requests, columns, strict=True)
     ]
-    rounds = tuple(Round(work_s, ask) for work_s, ask in zip(works_s, request_sizes, strict=False))
+    rounds = tuple(ProfiledRound(work_s, ask) for work_s, ask in zip(works_s, request_sizes, strict=False))
     return ProfiledExchange(rounds, works_s[-1])
 
 
@@ -169,7 +169,7 @@ def _gradient(layout: Layout, seed: int = 0) -> Tensor:
 
 
 class _Echo:
-    """A transport on which everybody says what one says oneself; where that does not fit, zeros."""
+    """A transport on which every rank sends what this one sends; where that does not fit, zeros."""
 
     started_s = finished_s = 0.0
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from distcomp.advice.predict import PREDICTED_HOOKS, ProfiledMethod, profile_method
-from distcomp.advice.profile import ProfiledExchange, Round
+from distcomp.advice.profile import ProfiledExchange, ProfiledRound
 from distcomp.averaging.gossip import Gossip
 from distcomp.averaging.topology import resolve
 from distcomp.layout import Layout
@@ -52,7 +52,7 @@ def _extended(
         return at_many + slope * (ranks - MANY)
 
     rounds = tuple(
-        Round(work_s(a.work_s, b.work_s), b.ask.among(ranks, edges))
+        ProfiledRound(work_s(a.work_s, b.work_s), b.ask.among(ranks, edges))
         for a, b in zip(earlier.rounds, many.rounds, strict=True)
     )
     return ProfiledExchange(rounds, work_s(earlier.last_s, many.last_s), many.share)

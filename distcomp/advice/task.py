@@ -62,7 +62,7 @@ def task_of(script: Path, arguments: Sequence[str]) -> TrainingTask:
     made = names[NAME](list(arguments))
     if not isinstance(made, TrainingTask):
         raise DistcompError(
-            f"training_task() in {script} returned a {type(made).__name__}; return a "
-            "distcomp.advice.TrainingTask"
+            f"training_task() in {script} returned a {type(made).__name__}; "
+            "return a distcomp.advice.TrainingTask"
         )
     return made

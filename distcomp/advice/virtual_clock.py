@@ -16,7 +16,7 @@ from distcomp.network.request_sizes import RequestSizes, groups_of, sizes_of, un
 
 
 class VirtualClock:
-    """``now_s[i]`` is worker i's time. Workers wait for those they hear, and for nobody else.
+    """``now_s[i]`` is worker i's time. Workers wait for those they receive from, and for nobody else.
 
     An exchange takes what :mod:`distcomp.network.model` says with the network to itself. What compressing
     takes is not on the clock.

@@ -29,7 +29,7 @@ LONGEST_WORDS = 512
 
 @dataclass(frozen=True)
 class Numbers:
-    """Every rank says a number of 63 bits; the estimate holds them all, in rank order."""
+    """Every rank sends a number of 63 bits; the estimate holds them all, in rank order."""
 
     own: int
     propagates_nonfinite: bool = True
@@ -44,7 +44,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Words:
-    """Every rank says a text; the estimate holds them all, in rank order, each of ``LONGEST_WORDS`` bytes."""
+    """Every rank sends a text; the estimate holds all, in rank order, each of ``LONGEST_WORDS`` bytes."""
 
     own: str
     propagates_nonfinite: bool = True

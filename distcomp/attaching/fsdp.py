@@ -228,7 +228,7 @@ class FSDPSync(Sync):
         self._begin_iteration()
 
     def _everywhere(self, finite: Tensor) -> Tensor:
-        """Whether all shards were finite: replicas of one shard hear nothing of the others."""
+        """Whether all shards were finite: replicas of one shard learn nothing of the others."""
         if not self._across or dist.get_world_size(self._shards) == 1:
             return finite
         count = finite.int().reshape(1)

@@ -57,7 +57,7 @@ def attach(
             it. Methods that average models, such as ``distcomp.diloco()`` or ``distcomp.choco()``, leave
             gradients local and take a plain module, too.
         optimizer: needed by some methods; gradient methods accept its absence.
-        method: what to say on the wire: an object such as ``distcomp.qsgd(bits=4)`` or a string such as
+        method: how to aggregate: an object such as ``distcomp.qsgd(bits=4)`` or a string such as
             ``"qsgd:bits=4"``. ``"ddp"``, ``"torch:fp16"`` and ``"torch:powersgd"`` are PyTorch's own, for
             comparison; ``"none"`` does not communicate (a control). None takes the environment variable
             ``DISTCOMP_METHOD``.
@@ -65,7 +65,7 @@ def attach(
         seed: of all random rounding; must be the same on every rank.
         timeout_s: how long to wait for a peer before naming it and giving up.
         replicas: of an FSDP model sharded over one dimension of a mesh: the group of those that hold the same
-            shard. The method then talks across them, after FSDP's own reduce-scatter inside each.
+            shard. The method then averages across them, after FSDP's own reduce-scatter inside each.
 
     Returns:
         A handle: ``stats()``, ``log()``, ``state_dict()``, ``load_state_dict()``, ``detach()``; also a

@@ -60,7 +60,7 @@ _DISPATCHERS: "WeakKeyDictionary[DistributedDataParallel, HookDispatcher]" = Wea
 
 
 def dispatcher_of(model: DistributedDataParallel) -> HookDispatcher:
-    """The model's hook dispatcher, put there the first time."""
+    """The :class:`HookDispatcher` of a model, registered the first time."""
     if model not in _DISPATCHERS:
         _DISPATCHERS[model] = HookDispatcher(model)
     return _DISPATCHERS[model]

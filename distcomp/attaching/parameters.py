@@ -177,7 +177,7 @@ class ParameterSync(Sync):
             average(self._optimizer, self._weights.parameters, self._mean)
 
     def _drive(self, aggregation: Aggregation) -> Callable[[], AggregateResult]:
-        """Carry an exchange; the function waits for its outcome."""
+        """Carry an exchange; the function waits for its result."""
         started = start(aggregation, self._executor)
         step = self.iterations
 
@@ -206,7 +206,7 @@ class ParameterSync(Sync):
         return mean * (self._session.size / present) if self._session.lost else mean
 
     def _begin_alike(self) -> None:
-        """Take rank 0's weights and buffers, and start all tracks from them."""
+        """Take rank 0's weights and buffers, and start all fragment states from them."""
         weights = self._weights
         weights.write(weights.layout, self._ask(FromFirst(), weights.read(weights.layout), weights.layout))
         weights.write_buffers(self._ask(FromFirst(), weights.read_buffers(), weights.buffers))
@@ -308,7 +308,7 @@ class ParameterSync(Sync):
         for fragment in self._fragments:
             fragment.state = tree["tracks"][fragment.name]
             if fragment.in_flight is not None:
-                arrived = tree["landing"][fragment.name]
+                arrived = tree["in_flight"][fragment.name]
                 result = AggregateResult(arrived["model"].data, lambda: torch.empty(0), arrived["state"])
                 fragment.in_flight = InFlight(fragment.in_flight.at, _known(result))
             if resized and fragment.averaging.starts_anew:
@@ -327,7 +327,7 @@ class ParameterSync(Sync):
             "weights": FlatBuffer(weights.read(weights.layout), weights.layout),
             "buffers": FlatBuffer(weights.read_buffers(), weights.buffers),
             "tracks": {fragment.name: fragment.state for fragment in self._fragments},
-            "landing": {
+            "in_flight": {
                 fragment.name: {"model": FlatBuffer(result.estimate, fragment.layout), "state": result.state}
                 for fragment, result in arriving.items()
             },
@@ -370,7 +370,7 @@ def refuse_averaging(target: Target, averaging: Averaging | MultiLevel, optimize
 
 
 def _refuse_to_go_on(target: Target, averaging: Averaging | MultiLevel) -> None:
-    """Where one cannot go on without the dead."""
+    """Refuse ``on_failure="continue"`` where training cannot go on without a lost rank."""
     if all(level.on_failure == "stop" for level in averaging.levels()):
         return
     on_cpu = all(parameter.device.type == "cpu" for parameter in target.module.parameters())

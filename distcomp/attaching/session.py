@@ -1,5 +1,4 @@
-"""The line between the ranks of one attached model: agreed settings, a process group of its own, heartbeat,
-ledger."""
+"""What an attached model's ranks share: agreed settings, a process group of their own, heartbeat, ledger."""
 
 from __future__ import annotations
 
@@ -55,7 +54,7 @@ class Session:
     ) -> Session:
         """Agree on the settings with every rank, then open the line.
 
-        Neighbours along ``edges`` talk over connections of their own, and go on when one of them dies.
+        Neighbours along ``edges`` exchange over connections of their own, and go on when one of them dies.
 
         Raises SettingsMismatch or PeerLost on every rank, within ``timeout_s``.
         """

@@ -21,16 +21,16 @@ class Target:
     module: nn.Module
     ddp: DistributedDataParallel | None
     group: dist.ProcessGroup
-    """The ranks that talk."""
+    """The ranks that exchange."""
     shards: dist.ProcessGroup | None = None
     """The ranks that an FSDP model is sharded over."""
     replicas: dist.ProcessGroup | None = None
-    """Across which a method talks about an FSDP model's shards: the whole of a hybrid mesh's other side."""
+    """Across which a method exchanges an FSDP model's shards: the replicas of a hybrid mesh."""
 
     @staticmethod
     def of(model: nn.Module, replicas: dist.ProcessGroup | None = None) -> Target:
-        """Looks under torch.compile's wrapper. A plain module talks over the default process group, an FSDP
-        model over its mesh, or across ``replicas``.
+        """Looks under torch.compile's wrapper. A plain module exchanges over the default process group, an
+        FSDP model over its mesh, or across ``replicas``.
 
         Raises DistcompError where that group does not exist, or where ``replicas`` mean nothing.
         """

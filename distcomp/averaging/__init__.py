@@ -1,4 +1,4 @@
-"""What do workers say to each other about models: rarely, with neighbours only, or both?"""
+"""How do workers average models: rarely, with neighbours only, or both?"""
 
 from distcomp.averaging.recipes import *  # noqa: F403
 from distcomp.averaging.recipes import __all__ as __all__

@@ -1,9 +1,9 @@
 """Models, not gradients, are what workers agree on: rarely, with neighbours only, or both.
 
 An :class:`Averaging` is the algorithm: settings, and an exchange that does no I/O. A :class:`FragmentState`
-is one worker's side of it for one fragment of the model: when it is due, and what it remembers. Who steps the
-tracks is decided elsewhere: a training loop (:class:`distcomp.attaching.parameters.ParameterSync`) or many
-workers in one process (:class:`distcomp.averaging.workers.Workers`).
+is one worker's side of it for one fragment of the model: when it is due, and what it remembers. It is driven
+by a training loop (:class:`distcomp.attaching.parameters.ParameterSync`) or by many workers in one process
+(:class:`distcomp.averaging.workers.Workers`).
 
 Step *t* is the iteration: a backward pass that finished, counted from 1.
 """
@@ -35,7 +35,7 @@ ON_FAILURE = ("stop", "continue")
 
 @dataclass(frozen=True)
 class AveragingContext(StepContext):
-    """A turn in an averaging. ``step`` counts the exchanges from 0; ``absent`` are ranks known to be dead."""
+    """The context of an exchange of models. ``step`` counts exchanges from 0; ``absent``: lost ranks."""
 
     absent: frozenset[int] = frozenset()
 
@@ -66,7 +66,7 @@ class Averaging(Written, ABC):
     def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
         """Exchange ``x``, this worker's model (float32, ``[context.layout.numel]``).
 
-        The outcome's estimate is its new model. Does not change ``x`` or ``state``.
+        The result's estimate is its new model. Does not change ``x`` or ``state``.
         """
 
     @abstractmethod
@@ -111,11 +111,11 @@ class Averaging(Written, ABC):
         return (self,)
 
     def group(self, rank: int, size: int) -> Group | None:
-        """The ranks that talk; None for all."""
+        """The ranks that take part; None for all."""
         return None
 
     def fragments_of(self, layout: Layout) -> tuple[Layout, ...]:
-        """The fragments of the model that take turns."""
+        """The fragments of the model, which are averaged one after the other."""
         return (layout,)
 
     def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class Averaging(Written, ABC):
 
 
 def agreed(model: Tensor, state: State) -> AggregateResult:
-    """The outcome of an averaging: the new model and the state. Nothing is owed."""
+    """The result of an averaging: the new model and the state. There is no residual."""
     return AggregateResult(model, lambda: model, state)
 
 
@@ -135,7 +135,7 @@ class MultiLevel(Written):
     parts: tuple[Averaging, ...]
 
     def levels(self) -> tuple[Averaging, ...]:
-        """The averagings, in the order in which they talk where several are due."""
+        """The averagings, in the order in which they exchange where several are due."""
         return self.parts
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class FragmentState:
         return Aggregation(_Within(self.averaging, self.group), x, self.state, context)
 
     def apply_result(self, result: AggregateResult, now: Tensor) -> Tensor:
-        """Take the outcome in; return this worker's model."""
+        """Take the result in; return this worker's model."""
         self.state = result.state
         self.in_flight = None
         return self.averaging.merge(now, result.estimate)
@@ -236,7 +236,7 @@ class _Within:
 def fragment_states(
     averaging: Averaging | MultiLevel, layout: Layout, rank: int, size: int
 ) -> list[FragmentState]:
-    """One worker's tracks, level by level, fragment by fragment: in the same order on every rank."""
+    """One worker's fragment states, level by level, fragment by fragment: in the same order on every rank."""
     fragments = []
     for number, level in enumerate(averaging.levels()):
         group = level.group(rank, size)

@@ -6,7 +6,7 @@ exchange ``x`` is the model after the local update, whatever optimizer made it: 
 the compressor; what it did is never computed again by the receiver, who applies the bytes that the owner
 applied: replicas equal their owners' models bit for bit.
 
-A neighbour that does not answer, or is known to be dead, is left out and its weight stays at home.
+A neighbour that does not answer, or is known to be lost, is left out; its weight goes to the worker itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distcomp.averaging.base import Averaging, AveragingContext, agreed
-from distcomp.averaging.topology import Row, Topology, resolve
+from distcomp.averaging.topology import MixingRow, Topology, resolve
 from distcomp.collectives import NeighborExchange, Rounds
 from distcomp.compressors import Compressor, Identity
 from distcomp.compressors.contraction import measured_contraction, relative_error
@@ -48,11 +48,11 @@ class Gossip(Averaging):
     def starts_anew(self) -> bool:
         return True
 
-    def row(self, context: AveragingContext) -> Row:
-        """This worker's neighbours and weights, the dead left out."""
+    def row(self, context: AveragingContext) -> MixingRow:
+        """This worker's neighbours and weights, lost ones left out."""
         return resolve(self.topology, context.size).row(context.rank, context.step).without(context.absent)
 
-    def send(self, payload: Payload, context: AveragingContext) -> Rounds[tuple[Row, SharedAnswers]]:
+    def send(self, payload: Payload, context: AveragingContext) -> Rounds[tuple[MixingRow, SharedAnswers]]:
         """Exchange payloads with the neighbours: the row over those who answered, and what they sent."""
         row = self.row(context)
         answers: list[Payload | None] = yield NeighborExchange(payload, row.neighbours)
@@ -276,7 +276,7 @@ class DeepSqueeze(Gossip):
         return numbers
 
 
-def weighted(row: Row, own: Tensor, theirs: Mapping[int, Tensor]) -> Tensor:
+def weighted(row: MixingRow, own: Tensor, theirs: Mapping[int, Tensor]) -> Tensor:
     """``sum_j W_ij x_j``, in rank order: on a complete graph everybody gets the same bits.
 
     Summed as ``x_k + sum_j W_ij (x_j - x_k)`` with *k* the lowest rank, because weights need not sum to 1 in
@@ -291,7 +291,7 @@ def weighted(row: Row, own: Tensor, theirs: Mapping[int, Tensor]) -> Tensor:
     return total
 
 
-def copies(x: Tensor, row: Row, layout: Layout) -> dict[str, FlatBuffer]:
+def copies(x: Tensor, row: MixingRow, layout: Layout) -> dict[str, FlatBuffer]:
     """A replica of each neighbour's model, which is the common one."""
     return {str(j): FlatBuffer(x.clone(), layout) for j in row.neighbours}
 

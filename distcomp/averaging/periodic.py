@@ -42,7 +42,7 @@ class Periodic(Averaging):
     updates may come from any optimizer; weight decay, clipping, momentum and learning-rate changes between
     two exchanges are in them.
 
-    ``fragments > 1``: a part of the model each time, in turns, each every ``period`` steps: ``cut="blocks"``
+    ``fragments > 1``: a part of the model at a time, each every ``period`` steps: ``cut="blocks"``
     by blocks of 512 elements, ``cut="parameters"`` by whole parameters, every ``fragments``-th to the same
     one. ``overlap``: the exchange goes on during so many steps of computing, and ``x_i = alpha x_i + (1 -
     alpha) anchor`` when it is over.

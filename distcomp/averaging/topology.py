@@ -1,6 +1,6 @@
-"""Who talks to whom, and how much each neighbour counts: graphs, mixing weights and how fast they mix.
+"""Which workers are neighbours, and with what weight: graphs, mixing matrices and how fast they mix.
 
-A :class:`Topology` is a symmetric, doubly stochastic matrix ``W`` per step (one, or a few that take turns)::
+A :class:`Topology` is a symmetric, doubly stochastic matrix ``W`` per step (one, or a few that alternate)::
 
     W = W^T,    W 1 = 1,    W_ij > 0 only along an edge (and on the diagonal)
 
@@ -27,7 +27,7 @@ ResilientP2P = Iterable[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Row:
+class MixingRow:
     """One worker's row of ``W``: its neighbours in rising order, their weights, and its own."""
 
     rank: int
@@ -35,8 +35,8 @@ class Row:
     weights: tuple[float, ...]
     own: float
 
-    def without(self, absent: Iterable[int]) -> Row:
-        """The row when some neighbours are gone: their weight stays at home.
+    def without(self, absent: Iterable[int]) -> MixingRow:
+        """The row when some neighbours are gone: their weight goes to the worker itself.
 
         Every survivor can do that alone, and what remains of ``W`` is symmetric and doubly stochastic again.
         """
@@ -45,11 +45,11 @@ class Row:
             return self
         kept = [(j, w) for j, w in zip(self.neighbours, self.weights, strict=True) if j not in gone]
         own = self.own + sum(w for j, w in zip(self.neighbours, self.weights, strict=True) if j in gone)
-        return Row(self.rank, tuple(j for j, _ in kept), tuple(w for _, w in kept), own)
+        return MixingRow(self.rank, tuple(j for j, _ in kept), tuple(w for _, w in kept), own)
 
 
 class Topology:
-    """Who talks to whom among ``size`` workers. ``matrices`` take turns, one per exchange.
+    """The neighbours of each of ``size`` workers. ``matrices`` alternate, one per exchange.
 
     Raises DistcompError for a matrix that is not symmetric and doubly stochastic.
     """
@@ -60,20 +60,20 @@ class Topology:
         for matrix in self.matrices:
             _check(name, matrix)
         self.size = len(self.matrices[0])
-        self._rows: dict[tuple[int, int], Row] = {}
+        self._rows: dict[tuple[int, int], MixingRow] = {}
 
     @property
     def changes(self) -> bool:
         """Whether neighbours change from one exchange to the next."""
         return len(self.matrices) > 1
 
-    def row(self, rank: int, step: int = 0) -> Row:
+    def row(self, rank: int, step: int = 0) -> MixingRow:
         """``rank``'s neighbours and weights in the exchange number ``step``."""
         context = step % len(self.matrices)
         if (rank, context) not in self._rows:
             weights = self.matrices[context][rank]
             neighbours = tuple(int(j) for j in np.flatnonzero(weights) if j != rank)
-            self._rows[rank, context] = Row(
+            self._rows[rank, context] = MixingRow(
                 rank, neighbours, tuple(float(weights[j]) for j in neighbours), float(weights[rank])
             )
         return self._rows[rank, context]
@@ -87,7 +87,7 @@ class Topology:
     def rho(self) -> float:
         """``max(|lambda_2|, |lambda_n|)``: by how much one exchange leaves disagreement, in the worst case.
 
-        Where the matrices take turns it is that of their product, per exchange (its root).
+        Where the matrices alternate it is that of their product, per exchange (its root).
         """
         product = np.linalg.multi_dot(self.matrices) if self.changes else self.matrices[0]
         deviation = product - np.full_like(product, 1 / self.size)
@@ -108,7 +108,7 @@ class Topology:
 
     @cached_property
     def connected(self) -> bool:
-        """Whether everybody hears of everybody, sooner or later."""
+        """Whether the graph is connected, over a period."""
         reached, frontier = {0}, [0]
         while frontier:
             here = frontier.pop()
@@ -119,7 +119,7 @@ class Topology:
 
     @property
     def edges(self) -> frozenset[tuple[int, int]]:
-        """Every pair that ever talks, smaller rank first."""
+        """Every pair that ever exchanges, smaller rank first."""
         pairs = (pair for matrix in self.matrices for pair in np.argwhere(np.triu(matrix, 1)).tolist())
         return frozenset((i, j) for i, j in pairs)
 
@@ -155,7 +155,7 @@ def metropolis(size: int, edges: ResilientP2P) -> Matrix:
 
 
 def ring(size: int) -> Topology:
-    """Each worker talks to the one before it and the one behind it. Two workers share one edge."""
+    """The neighbours of a worker are those before and behind it. Two workers share one edge."""
     return Topology("ring", [metropolis(size, ((i, (i + 1) % size) for i in range(size) if size > 1))])
 
 
@@ -177,14 +177,14 @@ def torus(size: int, rows: int | None = None) -> Topology:
 
 
 def hypercube(size: int) -> Topology:
-    """Workers whose numbers differ in one bit talk. Needs a power of two."""
+    """Workers whose numbers differ in one bit are neighbours. Needs a power of two."""
     bits = _bits(size, "a hypercube")
     edges = ((i, i ^ 1 << b) for b in range(bits) for i in range(size))
     return Topology("hypercube", [metropolis(size, edges)])
 
 
 def exponential(size: int) -> Topology:
-    """Each worker talks to those 1, 2, 4, 8, ... places away, in both directions: degree about 2 log2 n."""
+    """The neighbours are 1, 2, 4, 8, ... places away, in both directions: degree about 2 log2 n."""
     hops = [1 << b for b in range(max(1, math.ceil(math.log2(size)))) if size > 1]
     edges = ((i, (i + hop) % size) for hop in hops for i in range(size) if hop % size)
     return Topology("exponential", [metropolis(size, edges)])
@@ -194,8 +194,8 @@ def one_peer_exponential(size: int) -> Topology:
     """One neighbour per exchange, 1, 2, 4, ... places away in turn; after log2 n exchanges all agree exactly.
 
     Source: Ying et al., "Exponential graph is provably efficient", NeurIPS 2021. We differ: their graph is
-    directed (one sends to ``i + 2^k`` and hears from ``i - 2^k``); here pairs ``(i, i xor 2^k)`` talk both
-    ways, which averages exactly after as many exchanges and keeps ``W`` symmetric. Needs a power of two.
+    directed (one sends to ``i + 2^k`` and receives from ``i - 2^k``); here pairs ``(i, i xor 2^k)`` exchange,
+    which averages exactly after as many exchanges and keeps ``W`` symmetric. Needs a power of two.
     """
     bits = _bits(size, "the one-peer exponential graph")
     pairs = ([(i, i ^ 1 << b) for i in range(size)] for b in range(bits))
@@ -203,12 +203,12 @@ def one_peer_exponential(size: int) -> Topology:
 
 
 def star(size: int) -> Topology:
-    """Everybody talks to worker 0 only."""
+    """Every worker's only neighbour is worker 0."""
     return Topology("star", [metropolis(size, ((0, i) for i in range(1, size)))])
 
 
 def complete(size: int) -> Topology:
-    """Everybody talks to everybody: each exchange is an average."""
+    """All workers are neighbours: each exchange is an average."""
     return Topology("complete", [metropolis(size, ((i, j) for i in range(size) for j in range(i)))])
 
 
@@ -262,7 +262,7 @@ def resolve(topology: str | Topology, size: int) -> Topology:
     if found.size != size:
         raise DistcompError(f"{found} is for {found.size} workers and there are {size}; make one for {size}")
     if not found.connected:
-        raise DistcompError(f"{found} falls apart into pieces that never hear of each other; connect them")
+        raise DistcompError(f"{found} falls apart into pieces that never exchange; connect them")
     return found
 
 

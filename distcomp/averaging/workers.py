@@ -46,9 +46,9 @@ class Workers:
         self.steps += 1
         for number in range(len(self.fragments[0])):
             self._apply(number)
-            self._talk(number)
+            self._exchange(number)
 
-    def _talk(self, number: int) -> None:
+    def _exchange(self, number: int) -> None:
         fragments = [fragments[number] for fragments in self.fragments]
         if not fragments[0].due(self.steps):
             return

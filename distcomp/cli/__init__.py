@@ -29,7 +29,7 @@ from distcomp.errors import DistcompError
 COMMANDS = (run, emulate, probe, advise, simulate, report, methods, compress, decompress, doctor)
 
 DESCRIPTION = """\
-Distributed training in fewer bits: compress what PyTorch workers say to each
+Distributed training in fewer bits: compress what PyTorch workers send to each
 other, see it on a slow network made on this machine, and report what it saved.
 """
 EPILOG = """\
@@ -78,7 +78,7 @@ def _unwritable(error: OSError) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes are told as every other error is: one sentence and a remedy."""
+    """Mistakes are reported as every other error is: one sentence and a remedy."""
 
     known: Mapping[str, argparse.ArgumentParser] = {}
     """The commands below this one."""

@@ -17,7 +17,7 @@ from distcomp.cli.run import existing
 from distcomp.errors import DistcompError, require
 
 if TYPE_CHECKING:
-    from distcomp.advice.advise import Advice, Row
+    from distcomp.advice.advise import Advice, AdviceRow
 
 DESCRIPTION = """\
 Time a few real steps of SCRIPT on this machine, and what each method does with
@@ -104,7 +104,7 @@ def _done() -> None:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _line(row: Row, shown: list[int], width: int) -> str:
+def _line(row: AdviceRow, shown: list[int], width: int) -> str:
     from distcomp.advice.advise import WORTH, milliseconds
 
     efficiency = "".join(f"{row.efficiency[n]:>7.0%}" for n in shown)

@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.name is not None:
         return _show(arguments.name, arguments.json)
     if arguments.json:
-        told = {"methods": list(methods()), "compressors": list(compressors()), "stock": HOOK_SUMMARIES}
-        print(json.dumps(told, indent=2))
+        listed = {"methods": list(methods()), "compressors": list(compressors()), "hooks": HOOK_SUMMARIES}
+        print(json.dumps(listed, indent=2))
         return 0
     width = min(shutil.get_terminal_size().columns, 100)
     print("Methods, by the name that attach() and --method take (d parameters, n ranks)\n")
@@ -108,7 +108,7 @@ def methods() -> Iterator[dict[str, Any]]:
     for name, entry in sorted(METHODS.items()):
         yield {
             "name": name,
-            "law": entry.summary,
+            "summary": entry.summary,
             "settings": {key: _plain(value) for key, value in entry.parameters.items()},
             "wire": entry.wire,
             "paper": entry.paper,
@@ -134,12 +134,12 @@ def compressors() -> Iterator[dict[str, Any]]:
         ):
             continue
         settings = _settings(kind)
-        told: dict[str, Any] = {"name": name, "law": _first_sentence(kind), "settings": settings}
+        known: dict[str, Any] = {"name": name, "summary": _first_sentence(kind), "settings": settings}
         if inspect.signature(kind).parameters.keys() <= _defaults(kind):
             default = kind()
             bits = 8 * default.wire_bytes(layout) / layout.numel
-            told |= {"summable": default.summable, "biased": not default.unbiased, "bits_per_value": bits}
-        yield told
+            known |= {"summable": default.summable, "biased": not default.unbiased, "bits_per_value": bits}
+        yield known
 
 
 def _defaults(kind: Any) -> set[str]:
@@ -181,7 +181,7 @@ def _paragraph(one: dict[str, Any], width: int) -> str:
         "differs": one.get("differs", ""),
         "fails": one.get("fails", ""),
     }
-    lines = [_wrapped(one["name"], one["law"], width)]
+    lines = [_wrapped(one["name"], one["summary"], width)]
     lines += [_wrapped(f"    {key}", text, width) for key, text in particulars.items() if text]
     return "\n".join(lines) + "\n"
 

@@ -30,7 +30,7 @@ from distcomp.network import netns
 
 
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     """What a rank is to run."""
 
     argv: list[str]
@@ -137,7 +137,7 @@ class _Ending:
         os._exit(self.status & 0xFF)
 
 
-def _become(request: Request) -> None:
+def _become(request: RunRequest) -> None:
     """Take on everything that a fresh process would have been given."""
     os.setpgid(0, 0)
     netns.die_with_parent(signal.SIGKILL)
@@ -153,7 +153,7 @@ def _become(request: Request) -> None:
         sys.modules["numpy"].random.seed()
 
 
-def _receive(connection: socket.socket) -> Request | None:
+def _receive(connection: socket.socket) -> RunRequest | None:
     """A request with the descriptors of its outputs, or None from a client that was killed."""
     header, descriptors, _, _ = socket.recv_fds(connection, 4, 2)
     body = connection.recv(struct.unpack("=I", header)[0], socket.MSG_WAITALL) if len(header) == 4 else b""
@@ -163,10 +163,10 @@ def _receive(connection: socket.socket) -> Request | None:
         return None
     told = json.loads(body)
     stdout, stderr = descriptors
-    return Request(told["argv"], told["env"], told["cwd"], (stdout, stderr))
+    return RunRequest(told["argv"], told["env"], told["cwd"], (stdout, stderr))
 
 
-def _refuse(request: Request, connection: socket.socket, reason: str) -> None:
+def _refuse(request: RunRequest, connection: socket.socket, reason: str) -> None:
     """Tell the rank's own output why its script does not run."""
     os.write(request.outputs[1], f"{reason}, which a fork would lose; use --cold\n".encode())
     request.close()

@@ -110,8 +110,8 @@ def spacing_of(x: Tensor, layout: Layout, given: float | None = None) -> dict[st
     """A spacing for each parameter: ``given``, or the power of two below a 1024th of its typical weight.
 
     Typical is the median magnitude of the weights that are not zero, as of a Gaussian: one outlier does not
-    make the others coarse. A parameter of zeros takes the median over the others; a model of zeros, which
-    tells nothing, counts as one of weights of 1.
+    make the others coarse. A parameter of zeros takes the median over the others; a model of zeros counts as
+    one of weights of 1.
     """
     if given is not None:
         return {name: torch.tensor(given, dtype=torch.float32) for name in layout.names}

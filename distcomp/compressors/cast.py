@@ -27,7 +27,8 @@ class Cast(Compressor):
 
     float16 clamps finite values to its range (65504) and lets an infinity through: an overflow must not look
     like a number, and a number must not look like an overflow. Payloads may be added on the wire; every hop
-    of the ring then rounds once more, which is why the lifting divides by the world size *before* it encodes.
+    of the ring then rounds once more, so :class:`distcomp.methods.AllReduceMean` divides by the world size
+    *before* it encodes.
 
     Raises DistcompError for a dtype other than ``bf16`` and ``fp16``.
     """

@@ -24,7 +24,7 @@ from distcomp.layout import Layout
 from distcomp.randomness import Key
 
 SAMPLE = 1 << 20
-"""Parameters that hold so many elements between them tell how a compressor fares."""
+"""A sample of parameters with so many elements in all is enough to measure a compressor's error."""
 
 
 @lru_cache

@@ -99,7 +99,7 @@ class DctTopK(Sparsifier):
         for rows in (grid.rows for grid in self._grids(layout)):
             size = rows.rows * rows.code.nbytes
             indices = rows.code.decode(codes[at : at + size].view(rows.rows, rows.code.nbytes))
-            where.append(rows.in_slab(indices))
+            where.append(rows.in_buffer(indices))
             at += size
         return torch.cat(where)
 

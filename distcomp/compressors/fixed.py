@@ -20,7 +20,7 @@ from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
 
 MOST_BITS = 23
-"""Integers of more bits than a float32 has would say nothing."""
+"""Integers of more bits than the significand of a float32 would hold no more information."""
 
 WIDEST_PLANES = 15
 """Bits that the planar layout of the kernels holds (8 + 4 + 2 + 1)."""

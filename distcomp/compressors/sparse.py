@@ -160,7 +160,7 @@ class Rows:
     def code(self) -> IndexCode:
         return IndexCode(self.length, self.count)
 
-    def in_slab(self, indices: Tensor) -> Tensor:
+    def in_buffer(self, indices: Tensor) -> Tensor:
         """From places in the rows to places in the flat buffer, flat."""
         first = torch.arange(self.rows, device=indices.device) * self.length + self.start
         return (indices + first[:, None]).view(-1)

@@ -40,7 +40,7 @@ class Sparsifier(Compressor):
 
     @abstractmethod
     def index_part(self, layout: Layout) -> Part:
-        """What tells which elements they are (uint8)."""
+        """The part of the payload that holds the indices (uint8)."""
 
     @abstractmethod
     def positions(self, payload: Payload, layout: Layout) -> Tensor:
@@ -120,7 +120,7 @@ class TopK(Sparsifier):
         codes = [torch.empty(0, dtype=torch.uint8, device=x.device)]
         for rows in rows_of(layout, self.ratio, self.chunk):
             indices = top_indices(rows.view(x), rows.count)
-            where.append(rows.in_slab(indices))
+            where.append(rows.in_buffer(indices))
             codes.append(rows.code.encode(indices).reshape(-1))
         return torch.cat(where), torch.cat(codes)
 
@@ -130,7 +130,7 @@ class TopK(Sparsifier):
         for rows in rows_of(layout, self.ratio, self.chunk):
             size = rows.rows * rows.code.nbytes
             where.append(
-                rows.in_slab(rows.code.decode(codes[at : at + size].view(rows.rows, rows.code.nbytes)))
+                rows.in_buffer(rows.code.decode(codes[at : at + size].view(rows.rows, rows.code.nbytes)))
             )
             at += size
         return torch.cat(where)

@@ -22,7 +22,7 @@ def attach(
 ) -> Handle:
     """As :func:`distcomp.attach`, for a model that was sharded over ``mesh["dp_shard"]``.
 
-    Where the mesh has a dimension ``dp_replicate``, too (hybrid sharding), the method talks across it, and
+    Where the mesh has a dimension ``dp_replicate``, too (hybrid sharding), the method averages across it, and
     FSDP reduces inside each replica as before.
     """
     across = "dp_replicate" in (mesh.mesh_dim_names or ()) and mesh["dp_replicate"].size() > 1

@@ -226,7 +226,7 @@ def remembered(after: State, before: State, active: ActiveSet, keeps: bool = Tru
         new, old = after.get(name), before.get(name)
         kind = old if new is None else new
         if isinstance(kind, FlatBuffer):
-            merged[name] = _merged_slab(new, old, active, keeps)
+            merged[name] = _merged_buffer(new, old, active, keeps)
         elif isinstance(kind, PerParameter):
             waiting = {n: value for n, value in (old or {}).items() if keeps and n not in active.elements}
             merged[name] = PerParameter(_in_order({**(new or {}), **waiting}, old or {}))
@@ -235,7 +235,7 @@ def remembered(after: State, before: State, active: ActiveSet, keeps: bool = Tru
     return merged
 
 
-def _merged_slab(
+def _merged_buffer(
     new: FlatBuffer | None, old: FlatBuffer | None, active: ActiveSet, keeps: bool
 ) -> FlatBuffer:
     """One number per element of the whole: the new one where active, the old one elsewhere."""

@@ -105,7 +105,7 @@ def compressor_of(given: Compressor | Method | str) -> Compressor:
     if isinstance(given, str):
         name, texts = split_call(given, "compressor")
         entry, is_method = COMPRESSORS.get(name), find(METHODS, name) is not None
-        # Some names are those of both, such as topk; settings that only the method has tell which is meant.
+        # Some names are those of both, such as topk; settings that only the method has decide which is meant.
         if entry is not None and (
             not is_method or texts.keys() <= inspect.signature(entry.make).parameters.keys()
         ):
@@ -115,7 +115,7 @@ def compressor_of(given: Compressor | Method | str) -> Compressor:
     compressor = method_of(given).sole_compressor()
     if compressor is None:
         raise DistcompError(
-            f"'{given}' is a conversation of all ranks, and here one payload is sent; use a compressor "
+            f"'{given}' is an exchange of all ranks, and here one payload is sent; use a compressor "
             "such as 'quantize:bits=4', 'topk:ratio=0.01' or 'sign'"
         )
     return compressor

@@ -1,6 +1,6 @@
 """What would another network do? Describe it (:class:`Fabric`), or stand it up here (:func:`emulate`)."""
 
-from distcomp.network.emulate import Net, Support, Traffic, emulate, support
+from distcomp.network.emulate import CableCounters, EmulationSupport, Net, emulate, support
 from distcomp.network.fabric import Fabric, Rack
 from distcomp.network.launch import Job, LaunchResult
 from distcomp.network.link_self_test import LinkTest
@@ -10,6 +10,8 @@ from distcomp.network.units import UNSHAPED, format_rate, format_time, parse_rat
 
 __all__ = [
     "UNSHAPED",
+    "CableCounters",
+    "EmulationSupport",
     "Fabric",
     "Job",
     "LaunchResult",
@@ -17,8 +19,6 @@ __all__ = [
     "Net",
     "Rack",
     "Refused",
-    "Support",
-    "Traffic",
     "emulate",
     "format_rate",
     "format_time",

@@ -35,7 +35,7 @@ _INFINITY = float("inf")
 
 
 @dataclass(frozen=True)
-class Traffic:
+class CableCounters:
     """What has crossed one rank's cable, as the queues at its two ends count it, and what TCP sent twice."""
 
     sent: QueueCount
@@ -124,12 +124,14 @@ class Net:
         told = {host: {**self._environment(host, port), **(env or {})} for host in commands}
         return Job(self._control, {host: Command(argv, told[host]) for host, argv in commands.items()})
 
-    def counters(self) -> list[Traffic]:
+    def counters(self) -> list[CableCounters]:
         """What has crossed each rank's cable so far: the figures of `tc -s qdisc`."""
         self._demand_packets("there is no queue that counts")
         counts = self._ask({"ask": "count"})["counts"]
         return [
-            Traffic(QueueCount(**count["sent"]), QueueCount(**count["received"]), count["retransmitted"])
+            CableCounters(
+                QueueCount(**count["sent"]), QueueCount(**count["received"]), count["retransmitted"]
+            )
             for count in counts
         ]
 
@@ -206,7 +208,7 @@ class Net:
 
 
 @dataclass(frozen=True)
-class Support:
+class EmulationSupport:
     """What this machine allows: real packets or not (`refusal` says why, with the remedy), and how."""
 
     refusal: str | None
@@ -214,7 +216,7 @@ class Support:
     netem: bool
 
 
-def support(force_rootless: bool = False) -> Support:
+def support(force_rootless: bool = False) -> EmulationSupport:
     """Try it: build a network of two ranks, tell what worked, and leave nothing behind."""
     fabric = Fabric.uniform(2, "1mbit")
     with _holder() as control:
@@ -223,8 +225,8 @@ def support(force_rootless: bool = False) -> Support:
             try:
                 built = control_socket.answer(envelope)
             except Refused as refusal:
-                return Support(str(refusal), rootless=False, netem=False)
-            return Support(None, built["rootless"], built["netem"])
+                return EmulationSupport(str(refusal), rootless=False, netem=False)
+            return EmulationSupport(None, built["rootless"], built["netem"])
 
 
 @contextmanager

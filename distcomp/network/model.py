@@ -136,7 +136,7 @@ class Cost:
 
 
 @dataclass(frozen=True, eq=False)
-class Exchange:
+class ExchangeLoad:
     """What an exchange asks of a network: loads one behind the other, hops of ``delay_s``, messages per rank.
     ``around``: its hops wait for each other, as on a ring."""
 
@@ -174,11 +174,11 @@ class Exchange:
         return sum(load.sent_bytes for load in self.stages)
 
 
-def together(exchanges: Iterable[Exchange]) -> Exchange:
+def together(exchanges: Iterable[ExchangeLoad]) -> ExchangeLoad:
     """Exchanges of several groups at the same time: links carry the loads of all."""
     every = list(exchanges)
     columns = zip_longest(*(one.stages for one in every))
-    return Exchange(
+    return ExchangeLoad(
         tuple(_added([load for load in column if load is not None]) for column in columns),
         max((one.hops for one in every), default=0),
         max((one.delay_s for one in every), default=0.0),
@@ -284,65 +284,65 @@ def _rack_delays(fabric: Fabric) -> Bytes:
 # ------------------------------------------------------------------------------------------------- exchanges
 
 
-def ring(nbytes: float, group: Group, fabric: Fabric) -> Exchange:
+def ring(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     """A sum of ``nbytes`` around a ring in the order of ranks: scatter-reduce, then gather."""
     n = len(group)
     if n == 1:
-        return Exchange()
+        return ExchangeLoad()
     edges = [(group[i], group[(i + 1) % n]) for i in range(n)]
     load = along(dict.fromkeys(edges, 2 * (n - 1) / n * nbytes), fabric)
-    return Exchange((load,), 2 * (n - 1), delay_s(edges, fabric), 2 * (n - 1), around=True)
+    return ExchangeLoad((load,), 2 * (n - 1), delay_s(edges, fabric), 2 * (n - 1), around=True)
 
 
-def tree(nbytes: float, group: Group, fabric: Fabric) -> Exchange:
+def tree(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     """A sum of ``nbytes`` up a binomial tree and down again; its levels do not overlap."""
     down = cast(nbytes, group, fabric)
     up = tuple(Load(load.into, load.out, load.down, load.up) for load in down.stages)
-    return Exchange(up[::-1] + down.stages, 2 * down.hops, down.delay_s, 2 * down.messages, around=True)
+    return ExchangeLoad(up[::-1] + down.stages, 2 * down.hops, down.delay_s, 2 * down.messages, around=True)
 
 
-def direct(nbytes: float, group: Group, fabric: Fabric) -> Exchange:
+def direct(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     """A sum of ``nbytes`` that everybody sends to everybody."""
     return gather([nbytes] * len(group), group, fabric)
 
 
-def gather(payload_bytes: Sequence[float], group: Group, fabric: Fabric) -> Exchange:
+def gather(payload_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
     """Member i sends ``payload_bytes[i]`` to every other."""
     return _at_once(among(payload_bytes, np.ones(len(group)), group, fabric), group, fabric)
 
 
-def swap(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> Exchange:
+def swap(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
     """Every member sends ``chunk_bytes[j]`` to member j."""
     return _at_once(among(np.ones(len(group)), chunk_bytes, group, fabric), group, fabric)
 
 
-def two_stage(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> Exchange:
+def two_stage(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
     """A :func:`swap` of chunks, and a :func:`gather` of what their owners made of them."""
     one, other = swap(chunk_bytes, group, fabric), gather(chunk_bytes, group, fabric)
-    return Exchange(
+    return ExchangeLoad(
         one.stages + other.stages, one.hops + other.hops, one.delay_s, one.messages + other.messages
     )
 
 
-def pairs(sent: Iterable[tuple[int, int, float]], fabric: Fabric) -> Exchange:
+def pairs(sent: Iterable[tuple[int, int, float]], fabric: Fabric) -> ExchangeLoad:
     """Messages (from, to, bytes), all at once, at most one from a rank to another."""
     edges = {(source, target): nbytes for source, target, nbytes in sent}
     if not edges:
-        return Exchange()
+        return ExchangeLoad()
     most = int(np.bincount([source for source, _ in edges]).max())
-    return Exchange((along(edges, fabric),), 1, delay_s(list(edges), fabric), most)
+    return ExchangeLoad((along(edges, fabric),), 1, delay_s(list(edges), fabric), most)
 
 
-def mix(nbytes: float, edges: Iterable[Edge], fabric: Fabric) -> Exchange:
+def mix(nbytes: float, edges: Iterable[Edge], fabric: Fabric) -> ExchangeLoad:
     """Neighbours send each other ``nbytes``; each edge is named once."""
     both = [pair for i, j in edges for pair in ((i, j), (j, i))]
     if not both:
-        return Exchange()
+        return ExchangeLoad()
     degree = int(np.bincount([i for i, _ in both]).max())
-    return Exchange((along(dict.fromkeys(both, nbytes), fabric),), 1, delay_s(both, fabric), degree)
+    return ExchangeLoad((along(dict.fromkeys(both, nbytes), fabric),), 1, delay_s(both, fabric), degree)
 
 
-def cast(nbytes: float, group: Group, fabric: Fabric) -> Exchange:
+def cast(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     """The first member's ``nbytes`` to all, down a binomial tree: in round k, 2^k members send."""
     n, stages, slowest_s, reached = len(group), [], 0.0, 1
     while reached < n:
@@ -350,9 +350,9 @@ def cast(nbytes: float, group: Group, fabric: Fabric) -> Exchange:
         stages.append(along(dict.fromkeys(edges, nbytes), fabric))
         slowest_s = max(slowest_s, delay_s(edges, fabric))
         reached *= 2
-    return Exchange(tuple(stages), len(stages), slowest_s, len(stages), around=True)
+    return ExchangeLoad(tuple(stages), len(stages), slowest_s, len(stages), around=True)
 
 
-def _at_once(load: Load, group: Group, fabric: Fabric) -> Exchange:
+def _at_once(load: Load, group: Group, fabric: Fabric) -> ExchangeLoad:
     n = len(group)
-    return Exchange((load,), 1, farthest_s(group, fabric), n - 1) if n > 1 else Exchange()
+    return ExchangeLoad((load,), 1, farthest_s(group, fabric), n - 1) if n > 1 else ExchangeLoad()

@@ -9,7 +9,7 @@ from distcomp.collectives import Group, Request, is_summed_directly
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import (
     Edge,
-    Exchange,
+    ExchangeLoad,
     cast,
     direct,
     gather,
@@ -41,7 +41,7 @@ class RequestSizes:
     chunked: bool = False
     messages: tuple[tuple[int, int, float], ...] = ()
 
-    def exchange(self, fabric: Fabric) -> Exchange:
+    def exchange(self, fabric: Fabric) -> ExchangeLoad:
         """What it asks of a network of ``fabric.ranks`` ranks."""
         groups = self.groups or (tuple(range(fabric.ranks)),)
         if self.messages:
@@ -50,7 +50,7 @@ class RequestSizes:
             return mix(self.sizes[0], self.edges, fabric)
         return together(self._within(group, fabric) for group in groups)
 
-    def _within(self, group: Group, fabric: Fabric) -> Exchange:
+    def _within(self, group: Group, fabric: Fabric) -> ExchangeLoad:
         size = self.sizes[0]
         if self.kind == "sum":
             return (direct if is_summed_directly(size, len(group)) else ring)(size, group, fabric)

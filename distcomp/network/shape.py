@@ -49,7 +49,7 @@ _SIOCETHTOOL, _STSO, _SGSO, _SGRO = 0x8946, 0x1F, 0x24, 0x2C  # from linux/ethto
 
 
 @dataclass(frozen=True)
-class Host:
+class EmulatedHost:
     """One rank's machine: its namespace, its address, and the bridge's end of its cable."""
 
     namespace: int
@@ -66,7 +66,7 @@ def burst_bytes(rate_bps: float) -> int:
     return int(max(min(rate_bps, _FASTEST_BPS) / 8 * _BURST_S, 2 * FRAME_BYTES))
 
 
-def build(fabric: Fabric, netem: bool) -> list[Host]:
+def build(fabric: Fabric, netem: bool) -> list[EmulatedHost]:
     """Build the whole network and return its hosts; `netem` puts the delays into the kernel's queues.
 
     Raises DistcompError for a fabric that cannot be built, Refused where the kernel lacks or forbids a part.
@@ -140,8 +140,8 @@ def retransmitted_segments() -> int:
     return int(values[names.index("RetransSegs")])
 
 
-def _host(route: Any, fabric: Fabric, rank: int, bridge: int, netem: bool) -> Host:
-    host = Host(netns.create(), str(_SUBNET[rank + 1]), f"rank{rank}")
+def _host(route: Any, fabric: Fabric, rank: int, bridge: int, netem: bool) -> EmulatedHost:
+    host = EmulatedHost(netns.create(), str(_SUBNET[rank + 1]), f"rank{rank}")
     rate_bps = fabric.rates_bps[rank]
     _cable(route, host.plug, {"ifname": DEVICE, "net_ns_fd": host.namespace})
     _plug(route, host.plug, bridge)

@@ -40,7 +40,7 @@ class Holder:
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
-        self._hosts: list[shape.Host] = []
+        self._hosts: list[shape.EmulatedHost] = []
         self._running: dict[int, tuple[subprocess.Popen[bytes], socket.socket]] = {}
         self._selector = selectors.DefaultSelector()
         self._parent = os.getppid()

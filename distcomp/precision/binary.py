@@ -153,7 +153,7 @@ class Sign(nn.Module):
         return straight_through(x, sign(x), x.abs() <= 1)
 
 
-class ScaledSign(torch.autograd.Function):
+class XnorSign(torch.autograd.Function):
     """``alpha sign(w)`` with the gradient of XNOR-Net's algorithm."""
 
     @staticmethod
@@ -184,7 +184,7 @@ class ScaledBinary(WeightQuantizer):
 
     def decode(self, w: Tensor) -> Tensor:
         """``alpha sign(w)``, alpha of each output filter."""
-        scaled: Tensor = ScaledSign.apply(w)  # type: ignore[no-untyped-call]
+        scaled: Tensor = XnorSign.apply(w)  # type: ignore[no-untyped-call]
         return scaled
 
 

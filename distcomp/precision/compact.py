@@ -45,7 +45,7 @@ def compact_binary(
     last = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1:]
 
     def plan(name: str, layer: nn.Module) -> Quantizers:
-        output_quantizer = Scale(layer) if scale_last and layer in last else None
+        output_quantizer = LearnedScale(layer) if scale_last and layer in last else None
         return Quantizers(
             BitWidths(1, binarizations),
             {"weight": BinaryWeight(1.0, None)},
@@ -76,7 +76,7 @@ class Residual(nn.Module):
         return straight_through(x, total, x.abs() <= 1)
 
 
-class Scale(nn.Module):
+class LearnedScale(nn.Module):
     """A learnable factor; begins at ``1 / sqrt(n)`` of the layer's n products, which are +-1."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -120,7 +120,7 @@ def slow_groups(
     common = {
         id(one)
         for part in model.modules()
-        if isinstance(part, Scale | TrainedTernary)
+        if isinstance(part, LearnedScale | TrainedTernary)
         for one in part.parameters(recurse=False)
     }
     groups: dict[float, list[nn.Parameter]] = {1.0: [], slower: [], shared: []}

@@ -64,8 +64,8 @@ def fixed_point(
     def plan(name: str, layer: nn.Module) -> Quantizers:
         shared, own = Key.of("precision", seed, name), Key.of("precision", seed, name, rank)
 
-        def rounder(format: FixedPoint, key: Key) -> Round:
-            return Round(format, key if rounding == "stochastic" else None)
+        def rounder(format: FixedPoint, key: Key) -> RoundToFormat:
+            return RoundToFormat(format, key if rounding == "stochastic" else None)
 
         return Quantizers(
             bit_widths,
@@ -83,7 +83,7 @@ def fixed_point(
     return convert(model, plan, skip)
 
 
-class Round(nn.Module):
+class RoundToFormat(nn.Module):
     """Rounding to a format; at random where a key is given, while training."""
 
     needs_weights = True
@@ -133,7 +133,7 @@ class GridGradient(WeightQuantizer):
 
     changes_dtype = True
 
-    def __init__(self, gradient: Round, exact: bool, bits: float) -> None:
+    def __init__(self, gradient: RoundToFormat, exact: bool, bits: float) -> None:
         super().__init__()
         self.gradient = gradient
         self.exact = exact
@@ -164,7 +164,7 @@ class Widen(nn.Module):
 class GridOutput(nn.Module):
     """Round what leaves a layer, and the error that comes back to it."""
 
-    def __init__(self, output: Round, error: Round) -> None:
+    def __init__(self, output: RoundToFormat, error: RoundToFormat) -> None:
         super().__init__()
         self.output = output
         self.error = error

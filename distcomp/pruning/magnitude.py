@@ -146,7 +146,7 @@ def magnitude(
     """Train, prune what is small in each layer, train the survivors on from where they are.
 
     ``amount`` is a share of pruned weights, or with ``by="quality"`` the factor of a layer's standard
-    deviation below which a weight dies; one number, or one per layer such as :func:`sensitivity` finds.
+    deviation below which a weight is pruned; one number, or one per layer such as :func:`sensitivity` finds.
     ``steps``: the iterations after which it happens.
 
     Source: Han et al., Learning both weights and connections, NeurIPS 2015. Shrink dropout for the

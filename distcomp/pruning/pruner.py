@@ -198,8 +198,9 @@ class Pruner(Listener):
         return self._snapshot[1]
 
     def active_parameters(self, dense: bool = True) -> ActiveMasks:
-        """What the masks keep, as a source of active parameters (:func:`distcomp.averaging.active_only`): it
-        holds the masks of today, and is handed newer ones where it is attached.
+        """What the masks keep, as a source of active parameters (:func:`distcomp.averaging.active_only`).
+
+        It holds today's masks, and is handed newer ones where it is attached.
 
         ``dense``: all coordinates are active in steps in which the criterion wants their gradients.
         """

@@ -99,8 +99,8 @@ def dns(
     one number, or one per layer. A layer is operated on with a probability that falls with ``gamma`` and
     ``power``, and no more from step ``until`` on.
 
-    On the wire pruned weights' gradients gather on each rank, and are sent in the iteration before their
-    layer is operated on.
+    Gradients of pruned weights are kept on each rank, and are sent in the iteration before their layer is
+    operated on.
 
     Source: Guo et al., Dynamic network surgery, NeurIPS 2016, and its public code. We differ: thresholds are
     of a layer's weights alone (there weights and bias are pooled).

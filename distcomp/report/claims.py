@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from distcomp.recording import Run
 from distcomp.report import words
-from distcomp.report.figures import Comparison, Row
+from distcomp.report.figures import Comparison, MethodRow
 
 MARGIN = 2.0
 """A difference is told from chance where it is so many times as large as what runs of a method differ by."""
@@ -22,7 +22,7 @@ class Verdict:
     """A sentence, and the method that it recommends, if it does."""
 
     sentence: str
-    winner: Row | None = None
+    winner: MethodRow | None = None
 
 
 def verdict(comparison: Comparison) -> Verdict:
@@ -71,7 +71,7 @@ def comparison_noise(comparison: Comparison) -> float | None:
     return max(_range(row, comparison) for row in comparison.rows if row.to_target_s is not None)
 
 
-def _range(row: Row, comparison: Comparison) -> float:
+def _range(row: MethodRow, comparison: Comparison) -> float:
     points = [run.reached(comparison.target_loss or 0.0) for run in row.runs]
     times_s = [point.train_s for point in points if point is not None]
     middle_s = sum(times_s) / len(times_s)
@@ -91,7 +91,7 @@ def off_rate(run: Run) -> str | None:
     return None
 
 
-def _how(best: Row, base: Row) -> str:
+def _how(best: MethodRow, base: MethodRow) -> str:
     """What a reader would otherwise take for granted."""
     steps = [row.spread("step_s") for row in (best, base)]
     sent = [row.spread("payload_bytes") for row in (best, base)]

@@ -93,7 +93,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """One method: all its runs in this comparison."""
 
     method: str
@@ -122,17 +122,17 @@ class Comparison:
     """Runs of the same script on the same network, side by side."""
 
     runs: tuple[Run, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[MethodRow, ...]
     target_loss: float | None
     target_given: bool = False
 
     @cached_property
-    def baseline(self) -> Row | None:
+    def baseline(self) -> MethodRow | None:
         """The rows' DistributedDataParallel, if it is there."""
         return next((row for row in self.rows if row.method == BASELINE), None)
 
     @cached_property
-    def best(self) -> Row | None:
+    def best(self) -> MethodRow | None:
         """The method that reaches the target soonest, controls left out."""
         able = [row for row in self.rows if row.to_target_s and row.method not in (*CONTROLS, BASELINE)]
         return min(able, key=lambda row: row.to_target_s.mean if row.to_target_s else math.inf, default=None)
@@ -288,11 +288,13 @@ def _to_target(group: Sequence[Figures], target_loss: float | None) -> Spread | 
     return spread(None if point is None else point.train_s for point in points)
 
 
-def _row(method: str, runs: tuple[Figures, ...], target: float | None, baseline_s: Spread | None) -> Row:
+def _row(
+    method: str, runs: tuple[Figures, ...], target: float | None, baseline_s: Spread | None
+) -> MethodRow:
     mine = _to_target(runs, target)
     reached = 0 if target is None else sum(run.reached(target) is not None for run in runs)
     faster = baseline_s.mean / mine.mean if mine and baseline_s and mine.mean > 0 else None
-    return Row(method, runs, mine, reached, faster)
+    return MethodRow(method, runs, mine, reached, faster)
 
 
 def _check_comparable(runs: Sequence[Run]) -> None:

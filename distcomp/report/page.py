@@ -13,7 +13,7 @@ from typing import Any
 from distcomp.recording import Run
 from distcomp.report import svg, words
 from distcomp.report.claims import verdict
-from distcomp.report.figures import BASELINE, CONTROLS, Comparison, Row
+from distcomp.report.figures import BASELINE, CONTROLS, Comparison, MethodRow
 from distcomp.report.predicted import Predicted, pairs, section
 from distcomp.report.table import Column, columns
 
@@ -66,7 +66,7 @@ def _setting(comparison: Comparison) -> str:
     return f"{script}, {network.get('asked')}, {real}"
 
 
-def _tiles(comparison: Comparison, best: Row | None) -> Iterator[str]:
+def _tiles(comparison: Comparison, best: MethodRow | None) -> Iterator[str]:
     """The three figures that matter, of the method that won beside the baseline."""
     base = comparison.baseline
     if best is None or base is None or best.to_target_s is None or base.to_target_s is None:
@@ -98,7 +98,7 @@ def _tile(title: str, value: str, beside: str) -> str:
     )
 
 
-def _table(comparison: Comparison, winner: Row | None) -> str:
+def _table(comparison: Comparison, winner: MethodRow | None) -> str:
     head = "".join(
         f'<th scope="col">{escape(_heading(column.heading))}</th>' for column in columns(comparison)
     )
@@ -113,7 +113,7 @@ def _heading(lines: tuple[str, str]) -> str:
     return first + second if first.endswith("-") else f"{first}\n{second}"
 
 
-def _table_row(comparison: Comparison, style: int, row: Row, winner: Row | None) -> str:
+def _table_row(comparison: Comparison, style: int, row: MethodRow, winner: MethodRow | None) -> str:
     cells = "".join(_cell(column, row) for column in columns(comparison))
     best = " best" if row is winner else ""
     return (
@@ -122,7 +122,7 @@ def _table_row(comparison: Comparison, style: int, row: Row, winner: Row | None)
     )
 
 
-def _cell(column: Column, row: Row) -> str:
+def _cell(column: Column, row: MethodRow) -> str:
     """A figure; its spread below it in small print, where there is one."""
     label = escape(_heading(column.heading).replace("\n", " "))
     kind = "speed-up" if column.heading == ("speed-", "up") else "figure"
@@ -135,7 +135,7 @@ def _breakable(text: str) -> str:
     return escape(text).replace(":", ":<wbr>").replace(",", ",<wbr>")
 
 
-def _role(row: Row) -> str:
+def _role(row: MethodRow) -> str:
     role = "baseline" if row.method == BASELINE else "control" if row.method in CONTROLS else ""
     several = f"{len(row.runs)} runs" if len(row.runs) > 1 else ""
     told = ", ".join(filter(None, (role, several)))
@@ -252,7 +252,7 @@ def _rings(comparison: Comparison, over: str) -> Iterator[tuple[int, float, floa
                 yield style, getattr(point, over), point.test_loss
 
 
-def _label(row: Row, seed: object) -> str:
+def _label(row: MethodRow, seed: object) -> str:
     return row.method if len(row.runs) == 1 else f"{row.method}, seed {seed}"
 
 
@@ -289,7 +289,7 @@ def _time(comparison: Comparison) -> str:
     return f'<div class="parts">{key}</div><div class="bars">{bars}</div>'
 
 
-def _bar(row: Row, parts: Mapping[str, float] | None, longest: float) -> str:
+def _bar(row: MethodRow, parts: Mapping[str, float] | None, longest: float) -> str:
     if parts is None:
         told = "not split: the record lacks phases, or they overlap"
         return f'<div class="bar-name">{_breakable(row.method)}</div><div class="bar-cell aside">{told}</div>'
@@ -311,7 +311,7 @@ def _parts_told(parts: Mapping[str, float]) -> list[str]:
     return [f"{part} {words.told(parts[part], words.seconds)}" for part in PARTS if parts[part]]
 
 
-def _starting_told(row: Row) -> list[str]:
+def _starting_told(row: MethodRow) -> list[str]:
     found = row.spread("starting_s")
     told = None if found is None else words.told(found.mean, words.seconds)
     return [] if told is None else [f"the first step took {told} more, which counts nowhere"]

@@ -10,7 +10,7 @@ from typing import Any
 from distcomp.recording import Run
 from distcomp.report import words
 from distcomp.report.claims import comparison_noise, verdict
-from distcomp.report.figures import Comparison, Row, Spread, network_asked
+from distcomp.report.figures import Comparison, MethodRow, Spread, network_asked
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Column:
     """A heading in two lines, what stands below it, and a sentence that says what it means."""
 
     heading: tuple[str, str]
-    cell: Callable[[Row], str]
+    cell: Callable[[MethodRow], str]
     meaning: str
 
 
@@ -29,7 +29,7 @@ def columns(comparison: Comparison) -> list[Column]:
 
 
 def _columns(comparison: Comparison) -> list[Column]:
-    def figure(name: str, write: words.Write) -> Callable[[Row], str]:
+    def figure(name: str, write: words.Write) -> Callable[[MethodRow], str]:
         return lambda row: words.spread(row.spread(name), write)
 
     target = comparison.target_loss
@@ -105,7 +105,7 @@ def rich_table(comparison: Comparison, rich_table_module: Any) -> Any:
     return table
 
 
-def name(row: Row) -> str:
+def name(row: MethodRow) -> str:
     """The method, and how many runs where there are several."""
     return row.method if len(row.runs) == 1 else f"{row.method} ({len(row.runs)} runs)"
 
@@ -126,7 +126,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: MethodRow) -> dict[str, Any]:
     names = (
         "test_loss", "test_accuracy", "payload_bytes", "wire_bytes", "predicted_wire_bytes",
         "step_s", "exchange_s", "starting_s",

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distcomp.report.figures import Comparison, Row, Spread
+from distcomp.report.figures import Comparison, MethodRow, Spread
 
 MISSING = "–"
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True)
-class Scale:
+class Unit:
     """How a value is written: so many decimals of a unit."""
 
     decimals: int
@@ -25,37 +25,37 @@ class Scale:
         return f"{value / self.per_unit:.{self.decimals}f}" if math.isfinite(value) else "diverged"
 
 
-def number(value: float) -> Scale:
+def number(value: float) -> Unit:
     """Three significant digits, never in powers of ten: 0.0123, 1.23, 12.3, 1230."""
-    return Scale(_decimals(value))
+    return Unit(_decimals(value))
 
 
-def size(nbytes: float) -> Scale:
+def size(nbytes: float) -> Unit:
     """Decimal units: 980 B, 12.3 kB, 6.31 MB."""
     power = 0
     while power < len(_BYTE_UNITS) - 1 and abs(nbytes) >= 999.5 * 1000**power:
         power += 1
-    return Scale(_decimals(nbytes / 1000**power) if power else 0, f" {_BYTE_UNITS[power]}", 1000.0**power)
+    return Unit(_decimals(nbytes / 1000**power) if power else 0, f" {_BYTE_UNITS[power]}", 1000.0**power)
 
 
-def seconds(value: float) -> Scale:
+def seconds(value: float) -> Unit:
     """Milliseconds below a tenth of a second: 3.20 ms, 0.534 s, 41.2 s."""
     if 0 < value < 0.1:
-        return Scale(_decimals(value * 1000), " ms", 1e-3)
-    return Scale(_decimals(value), " s")
+        return Unit(_decimals(value * 1000), " ms", 1e-3)
+    return Unit(_decimals(value), " s")
 
 
-def percent(share: float) -> Scale:
+def percent(share: float) -> Unit:
     """A share of one: 89.1 %."""
-    return Scale(1, " %", 0.01)
+    return Unit(1, " %", 0.01)
 
 
-def loss(value: float) -> Scale:
+def loss(value: float) -> Unit:
     """Four decimals while it is small."""
-    return Scale(4) if abs(value) < 10 else number(value)
+    return Unit(4) if abs(value) < 10 else number(value)
 
 
-Write = Callable[[float], Scale]
+Write = Callable[[float], Unit]
 
 
 def told(value: float, write: Write) -> str:
@@ -75,7 +75,7 @@ def spread(found: Spread | None, write: Write) -> str:
     return f"{scale.write(found.mean)} ±{deviation}{scale.unit}"
 
 
-def to_target(row: Row, comparison: Comparison) -> str:
+def to_target(row: MethodRow, comparison: Comparison) -> str:
     """Seconds until the target loss, or how many of the runs got there."""
     if comparison.target_loss is None or all(run.test_loss is None for run in row.runs):
         return MISSING
@@ -84,7 +84,7 @@ def to_target(row: Row, comparison: Comparison) -> str:
     return f"{row.reached} of {len(row.runs)}" if row.reached else "never"
 
 
-def speed_up(row: Row) -> str:
+def speed_up(row: MethodRow) -> str:
     """How many times sooner than the baseline."""
     return MISSING if row.speed_up is None else f"{told(row.speed_up, number)}×"
 

@@ -1,5 +1,4 @@
-"""A method's generator under way: what it asks next, what it came to, and whether every rank's tensor was
-finite."""
+"""A method's generator under way: its next request, its result, and whether all tensors were finite."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from distcomp.runtime.channel import TRUE, Answer, finite_flag
 
 
 class Aggregator(Protocol):
-    """Whoever converses about a flat buffer: a Method, or an averaging of models."""
+    """What exchanges a flat buffer: a Method, or an averaging of models."""
 
     @property
     def propagates_nonfinite(self) -> bool:
@@ -29,7 +28,7 @@ class Aggregator(Protocol):
 
 
 class Aggregation:
-    """One talk about one flat buffer. ``ask`` gives the next request until ``result`` is there."""
+    """One exchange of one flat buffer. ``ask`` gives the next request until ``result`` is there."""
 
     def __init__(self, method: Aggregator, x: Tensor, state: State, context: StepContext) -> None:
         self.watch = not method.propagates_nonfinite
@@ -37,11 +36,11 @@ class Aggregation:
         """The state that it began from: what is kept where a rank was not finite."""
         self._x = x
         self._method = method
-        self._turn = context
-        self._talk: Rounds[AggregateResult] | None = None
-        self._outcome: AggregateResult | None = None
+        self._context = context
+        self._rounds: Rounds[AggregateResult] | None = None
+        self._result: AggregateResult | None = None
         self.finite: Tensor = TRUE
-        """Of this rank and of all others, as far as the exchanges so far have told."""
+        """Whether this rank's tensor is finite, and those of all others as far as answers have announced."""
 
     @property
     def title(self) -> str:
@@ -51,33 +50,33 @@ class Aggregation:
 
     @property
     def layout(self) -> Layout:
-        return self._turn.layout
+        return self._context.layout
 
     @property
     def result(self) -> AggregateResult | None:
-        """What it came to; None while it is under way."""
-        return self._outcome
+        """The result; None while the exchange is under way."""
+        return self._result
 
     def finished(self) -> AggregateResult:
-        """What it came to. Only whoever has carried it to its end may ask."""
-        if self._outcome is None:
+        """The result. Only a caller that has carried the exchange to its end may ask for it."""
+        if self._result is None:
             raise RuntimeError(f"the exchange of {self.title} is still under way; carry it to its end first")
-        return self._outcome
+        return self._result
 
     def ask(self, answer: Answer | None) -> Request | None:
-        """Take in the answer to the last request; return the next one, or None when the talk is over."""
+        """Take in the answer to the last request; return the next one, or None when the exchange is over."""
         try:
-            if self._talk is None:
+            if self._rounds is None:
                 if self.watch:
                     self.finite = finite_flag(self._x)
-                self._talk = self._method.aggregate(self._x, self.before, self._turn)
-                return next(self._talk)
+                self._rounds = self._method.aggregate(self._x, self.before, self._context)
+                return next(self._rounds)
             if answer is None:
                 raise RuntimeError(f"{self.title} was asked for its next request without the last answer")
             self.finite = self.finite & answer.finite
-            return self._talk.send(answer.value)
+            return self._rounds.send(answer.value)
         except StopIteration as stop:
-            self._outcome = self._poisoned(stop.value)
+            self._result = self._poisoned(stop.value)
             return None
 
     def _poisoned(self, result: AggregateResult) -> AggregateResult:

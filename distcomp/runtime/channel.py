@@ -1,4 +1,4 @@
-"""The door through which everything sent passes: seal, carry, check, count."""
+"""The channel through which everything sent passes: seal, carry, check, count."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from distcomp.runtime.ledger import Ledger
 class Transport(Protocol):
     """Carries requests between ranks. Requests are started in the same order on every rank, one at a time.
 
-    It knows a few primitives (:class:`distcomp.collectives.Primitives`) and no request: how a request is
-    carried by them, the request says itself.
+    It knows a few primitives (:class:`distcomp.collectives.Primitives`) and no request: each request defines
+    how these carry it.
     """
 
     rank: int
@@ -53,7 +53,7 @@ class Channel:
         self.exchange = 0
 
     def prepare(self, request: Request, finite: Tensor) -> OpenRequest:
-        """Seal and count, off the wire's time. ``finite`` tells of the tensors that this rank talks about."""
+        """Seal and count, outside of network time. ``finite``: whether this rank's tensor is."""
         self.exchange = (self.exchange + 1) % 2**32
         request = request.poisoned(finite)
         for payload in dict.fromkeys(request.sends()):  # one that goes to many is sealed once
@@ -63,7 +63,7 @@ class Channel:
 
 
 class OpenRequest:
-    """A sealed request: ``start`` it, ``wait`` for the wire, ``open`` what came back."""
+    """A sealed request: ``start`` it, ``wait`` for the network, ``open`` what came back."""
 
     def __init__(self, channel: Channel, request: Request, number: int) -> None:
         self._channel = channel
@@ -78,13 +78,13 @@ class OpenRequest:
         self._pending = self._channel.transport.start(self._request)
 
     def wait(self) -> None:
-        """Block until the wire is done with it; opening is left to :meth:`open`, off the wire's time."""
+        """Block until the network is done with it; :meth:`open` follows outside of network time."""
         assert self._pending is not None
         self._waited = self._pending.wait()
         self.started_s, self.finished_s = self._pending.started_s, self._pending.finished_s
 
     def open(self, watch: bool) -> Answer:
-        """Check and unpack. ``watch``: look for non-finite values in sums, too (payloads always tell)."""
+        """Check and unpack. ``watch``: look for non-finite values in sums, too (payloads announce theirs)."""
         transport, flags = self._channel.transport, list[Tensor]()
 
         def unsealed(sender: int, parts: Parts, wire: Tensor) -> Payload:

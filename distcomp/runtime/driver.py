@@ -1,8 +1,7 @@
 """One driver of exchanges for everybody: DDP's buckets, FSDP's pieces, models, masks, Horovod, lock-step.
 
-A method says what it wants of the other ranks and does no I/O; the pipeline carries its requests in order;
-here they meet. :func:`exchange` begins one, and :func:`commit` is the one place that decides what is kept of
-it.
+A method yields its requests and does no I/O; the pipeline carries them in order; here they meet.
+:func:`exchange` begins one, and :func:`commit` is the one place that decides what is kept of it.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def context_of(
 def exchange(
     method: Aggregator, x: Tensor, state: State, context: StepContext, executor: Executor
 ) -> Exchange:
-    """Begin to exchange ``x`` (float32, ``[context.layout.numel]``) in its turn on ``executor``."""
+    """Begin to exchange ``x`` (float32, ``[context.layout.numel]``), in order, on ``executor``."""
     return start(Aggregation(method, x, state, context), executor)
 
 
@@ -57,7 +56,7 @@ class Exchange:
         return self._wait()
 
     def result(self) -> AggregateResult:
-        """What it came to. Waits for the end; raises what went wrong."""
+        """The result. Waits for the end; raises what went wrong."""
         _ = self.timeline
         return self.aggregation.finished()
 
@@ -69,7 +68,7 @@ class Exchange:
 
 
 def in_lock_step(net: Lockstep, aggregations: Sequence[Aggregation]) -> list[AggregateResult]:
-    """What every worker's exchange came to, of many workers in one process."""
+    """The result of every worker's exchange, of many workers in one process."""
     net.run(aggregations)
     return [aggregation.finished() for aggregation in aggregations]
 

@@ -28,7 +28,7 @@ class Executor:
         self._stream = None if on_cpu or not beside else _stream(device)
 
     def start(self, aggregation: Aggregation) -> Callable[[], Timeline]:
-        """Carry ``aggregate``. The function that is returned waits for it and raises what went wrong."""
+        """Carry ``aggregation``. The function that is returned waits for it and raises what went wrong."""
         if self._thread is not None:
             return self._thread.submit(self._drive, aggregation).result
         if self._stream is None:

@@ -1,4 +1,4 @@
-"""Counts what passes the door: bytes by kind, and requests."""
+"""Counts what passes the channel: bytes by kind, and requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distcomp.collectives import Request
 
 class Ledger:
     """Bytes that this rank has sent, by kind (values, codes, scales, indices, header), and how often it
-    asked. What a request sends, it says itself: :meth:`distcomp.collectives.Request.sent_bytes`."""
+    asked. Each request defines what it sends: :meth:`distcomp.collectives.Request.sent_bytes`."""
 
     def __init__(self) -> None:
         self.sent_bytes: Counter[str] = Counter()

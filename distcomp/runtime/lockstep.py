@@ -43,7 +43,7 @@ class Lockstep:
     def __init__(self, size: int, fingerprint: int = 0) -> None:
         self.size = size
         self.listen: Callable[[Sequence[Request | None]], None] | None = None
-        """Is told what all ask, round by round."""
+        """Called with what all workers ask, round by round."""
         self.ledgers = [Ledger() for _ in range(size)]
         self._seats = [_Seat(rank, size) for rank in range(size)]
         self._channels = [
@@ -71,7 +71,7 @@ class Lockstep:
             answers = list(self._answers(aggregations))
 
     def _answers(self, aggregations: Sequence[Aggregation]) -> Iterator[Answer]:
-        """What each worker hears. What all of a group hear alike is opened and added up once for all."""
+        """What each worker receives. What all of a group receive alike is opened and added up once."""
         asked: list[Any] = [seat.asked for seat in self._seats]
         mail = _Mail(asked, self._channels)
         for rank, aggregation in enumerate(aggregations):
@@ -92,7 +92,7 @@ class _Mail:
         self._common: dict[tuple[Group | None, bool], tuple[Any, torch.Tensor]] = {}
 
     def answer(self, rank: int, watch: bool) -> Answer:
-        """What this rank hears; where all of a group hear alike, it is delivered once."""
+        """What this rank receives; where all of a group receive alike, it is delivered once."""
         request = self._asked[rank]
         if not request.alike:
             delivered, finite = self._delivered(rank, watch)

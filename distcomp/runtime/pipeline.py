@@ -1,4 +1,4 @@
-"""The order in which the buckets of one iteration talk.
+"""The order in which the buckets of one iteration exchange.
 
 Requests are started in an order that is a pure function of (bucket, round), so every rank starts the same
 ones in the same order, whatever its timing; the transport carries them in that order. The order runs along
@@ -45,7 +45,7 @@ class Timeline:
 
 @dataclass
 class Running:
-    """A exchange in the pipeline, and what to do when it is over."""
+    """An exchange in the pipeline, and what to do when it is over."""
 
     aggregation: Aggregation
     done: Callable[[], None]
@@ -109,8 +109,8 @@ def _range(current: Running, bucket: int, phase: str) -> AbstractContextManager[
 
 
 def _advance(current: Running, channel: Channel, timeline: Timeline) -> bool:
-    """The arithmetic between two rounds: take the answer in, make the next request. False when the talk is
-    over."""
+    """The arithmetic between two rounds: take the answer in, make the next request. False when the exchange
+    is over."""
     aggregation = current.aggregation
     begin_s = time.perf_counter()
     answer = current.open_request.open(aggregation.watch) if current.open_request is not None else None
@@ -126,7 +126,7 @@ def _advance(current: Running, channel: Channel, timeline: Timeline) -> bool:
 
 
 def _wait(current: Running, timeline: Timeline) -> None:
-    """Wait for the wire; from here on the answer lies ready."""
+    """Wait for the network; from here on the answer lies ready."""
     assert current.open_request is not None
     begin_s = time.perf_counter()
     current.open_request.wait()

@@ -1,2 +1,1 @@
-"""Who carries a question? torch.distributed, or N workers stepped in one process; a ledger counts for any of
-them."""
+"""Who carries a request? torch.distributed, point-to-point connections, MPI or Horovod."""

@@ -1,4 +1,4 @@
-"""What can carry a question on this machine, and what does in a given group?"""
+"""Which backends can carry a request on this machine, and which does in a given group?"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Who is still there: heartbeats through the rendezvous store, and the agreement at the start.
 
-Collectives tell that *somebody* is missing, after their timeout. The heartbeat tells who.
+A collective that times out says that *some* rank is missing. The heartbeat says which.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Heartbeat:
 
     @property
     def diagnosis_s(self) -> float:
-        """How long it takes to tell who is lost."""
+        """Seconds until a rank that stopped is known to be lost."""
         return 3 * self._interval_s
 
     def close(self) -> None:

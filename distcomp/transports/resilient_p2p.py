@@ -1,4 +1,4 @@
-"""Neighbours talk over a connection of their own each, so that the death of one is nobody else's.
+"""Neighbours exchange over a connection of their own each, so that the loss of one affects no other.
 
 A Gloo group falls silent as a whole when one wait in it times out. Here every edge of the graph is a group of
 two; an edge whose other end dies, or does not answer in time, is given up, and the others go on. What all
@@ -104,7 +104,7 @@ class ResilientP2P:
 
     @property
     def cut_off(self) -> bool:
-        """Whether nobody is left to talk to."""
+        """Whether no neighbour is left."""
         return bool(self._edges) and self.lost >= set(self._edges)
 
     def close(self) -> None:

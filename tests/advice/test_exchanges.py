@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from distcomp.network import Fabric, Rack
 from distcomp.network.model import (
     ALONE,
-    Exchange,
+    ExchangeLoad,
     Host,
     cast,
     direct,
@@ -79,7 +79,9 @@ groups = st.sets(st.integers(0, 5), min_size=2).map(lambda ranks: tuple(sorted(r
 sizes = st.lists(st.integers(0, 10**6), min_size=6, max_size=6)
 
 
-def agree(exchange: Exchange, fabric: Fabric, stages: list[list[Message]], hops: int, apart: float) -> None:
+def agree(
+    exchange: ExchangeLoad, fabric: Fabric, stages: list[list[Message]], hops: int, apart: float
+) -> None:
     moved_s = sum(busiest_s(stage, fabric) for stage in stages)
     assert exchange.cost(fabric).seconds == pytest.approx(moved_s + hops * apart)
 

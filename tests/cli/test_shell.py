@@ -68,7 +68,7 @@ def test_methods_as_json_has_what_the_registry_has(capsys: Captured) -> None:
         assert one["wire"] == entry.wire
         assert (one["summable"], one["biased"]) == (entry.summable, entry.biased)
         assert one["settings"].keys() == entry.parameters.keys()
-        assert one["law"]
+        assert one["summary"]
     named = [getattr(compressors, name) for name in compressors.__all__]
     public = {one for one in named if isinstance(one, type)}
     expected = {one for one in public if issubclass(one, compressors.Compressor) and is_dataclass(one)}

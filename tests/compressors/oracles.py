@@ -1,4 +1,4 @@
-"""The shelf's algorithms in plain NumPy, one parameter at a time, written from the papers.
+"""The algorithms in plain NumPy, one parameter at a time, written from the papers.
 
 Randomness is an argument: uniform numbers in [0, 1), one per element. :func:`noise` draws the ones that the
 package draws (a counter-based hash, keyed by names).

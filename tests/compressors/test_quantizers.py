@@ -1,4 +1,4 @@
-"""Compressors of the shelf against the papers, and the bounds that they declare."""
+"""Every compressor against the papers, and the bounds that they declare."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distcomp.randomness import Key
 from tests.buffers import KINDS, buffer, kinds, layout_of, layouts, seeds
 from tests.compressors import oracles
 
-SHELF: list[Compressor] = [
+COMPRESSORS: list[Compressor] = [
     Natural(),
     NonUniform(4, 512, "l2"),
     NonUniform(3, 7, "max"),
@@ -45,9 +45,9 @@ SHELF: list[Compressor] = [
     Chain(RandomK(0.3), Quantize(8)),
     DctTopK(4, 8),
 ]
-every = pytest.mark.parametrize("compressor", SHELF, ids=repr)
-UNBIASED = [compressor for compressor in SHELF if compressor.unbiased]
-CONTRACTIVE = [compressor for compressor in SHELF if compressor.delta(512) is not None]
+every = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+UNBIASED = [compressor for compressor in COMPRESSORS if compressor.unbiased]
+CONTRACTIVE = [compressor for compressor in COMPRESSORS if compressor.delta(512) is not None]
 
 
 def recoded(compressor: Compressor, x: torch.Tensor, layout, key: Key) -> torch.Tensor:

@@ -17,7 +17,7 @@ from distcomp.randomness import Key
 from tests.buffers import ODD, ORDINARY, draw
 from tests.conformance.subjects import Subject, every_compressor
 
-KEY = Key.of("battery")
+KEY = Key.of("conformance")
 DRAWS = 200
 
 subjects = pytest.mark.parametrize("subject", every_compressor(), ids=str)

@@ -58,7 +58,7 @@ def test_one_file_adds_a_method_to_the_config_the_conformance_tests_the_shell_an
 
     assert main(["methods", "--json"]) == 0
     (told,) = (one for one in json.loads(capsys.readouterr().out)["methods"] if one["name"] == toy)
-    assert told["law"] == "Average what is rounded to multiples of ``grid``."
+    assert told["summary"] == "Average what is rounded to multiples of ``grid``."
     assert told["settings"] == {"grid": 0.125}
     assert (told["wire"], told["paper"], told["biased"]) == ("2 (n-1)/n 4d", "none: a toy", True)
 

@@ -1,4 +1,4 @@
-"""Every biased method of the shelf arrives with error feedback and stops short without it.
+"""Every biased method arrives with error feedback and stops short without it.
 
 Worker i pulls towards its own centre; the optimum is the mean of the centres, where no worker's gradient is
 zero. A method without memory keeps forgetting the same part of every gradient there.

@@ -1,4 +1,4 @@
-"""Methods of the shelf among workers, step after step, against the papers."""
+"""Methods among workers, step after step, against the papers."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_the_largest_divisor(number, limit) -> None:
     assert largest_divisor(number, limit) == max(divisors)
 
 
-SHELF: list[Method] = [
+METHODS: list[Method] = [
     natural(),
     natural(bits=4),
     nuqsgd(),
@@ -249,7 +249,7 @@ SHELF: list[Method] = [
     demo(),
     demo(k=3, side=8, sign=False),
 ]
-every = pytest.mark.parametrize("method", SHELF, ids=repr)
+every = pytest.mark.parametrize("method", METHODS, ids=repr)
 
 
 @every

@@ -193,9 +193,9 @@ def streaming_diloco(
     nesterov: bool = True,
     buffers: str = "average",
 ) -> Averaging:
-    """DiLoCo with the model in ``fragments`` that take turns, exchanged while training goes on.
+    """DiLoCo with the model in ``fragments`` that alternate, exchanged while training goes on.
 
-    Each fragment's turn comes every ``period`` steps. Its exchange may take ``overlap`` steps of computing;
+    Each fragment is due every ``period`` steps. Its exchange may take ``overlap`` steps of computing;
     then the worker keeps ``alpha`` of its own weights and takes ``1 - alpha`` of what was agreed.
     ``compressor``, ``outer_lr``, ``outer_momentum``, ``nesterov`` as for ``diloco``; ``buffers``: ``average``
     them with the first fragment, or ``keep`` them.
@@ -292,7 +292,7 @@ def multi_level(
 
 
 def sent_through(given: Method | Compressor | str) -> Method:
-    """The method as given, or a compressor lifted (with error feedback where it is biased)."""
+    """The method as given, or that of a compressor (with error feedback where it is biased)."""
     if isinstance(given, str):
         name, _ = split_call(given, "method")
         given = parse_compressor(given) if name not in METHODS and name in COMPRESSORS else method_of(given)

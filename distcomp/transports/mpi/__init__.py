@@ -1,4 +1,4 @@
-"""Who carries a question where MPI is the network? mpi4py, also as a backend of torch.distributed."""
+"""Who carries a request where MPI is the network? mpi4py, also as a backend of torch.distributed."""
 
 from typing import Any
 

@@ -44,7 +44,7 @@ def create(options: Any) -> MpiGroup:
     return MpiGroup(comm, options.store, options.timeout)
 
 
-class InFlight(dist.Work):
+class MPIWork(dist.Work):
     """What torch.distributed waits for: a collective under way, whose future holds ``output``.
 
     ``finish`` puts what MPI brought where the caller wants it; it runs on the progress thread.
@@ -118,14 +118,14 @@ class MpiGroup(dist.ProcessGroup):
         """End the whole MPI job, which is what MPI can do about a rank that does not answer."""
         self.comm.Abort(1)
 
-    def allreduce(self, tensors: Tensors, opts: Any = None) -> InFlight:
+    def allreduce(self, tensors: Tensors, opts: Any = None) -> MPIWork:
         (x,) = tensors
         name, mean = _operation(opts)
         work = x.contiguous()
         request = self.comm.Iallreduce(library().IN_PLACE, addends(work), reduction(name, x.dtype))
         return self._fly(request, work, [x], lambda: _put(work, x, self.size() if mean else 1))
 
-    def reduce(self, tensors: Tensors, opts: Any) -> InFlight:
+    def reduce(self, tensors: Tensors, opts: Any) -> MPIWork:
         (x,) = tensors
         name, mean = _operation(opts)
         work = x.contiguous()
@@ -134,33 +134,33 @@ class MpiGroup(dist.ProcessGroup):
         request = self.comm.Ireduce(*data, reduction(name, x.dtype), opts.rootRank)
         return self._fly(request, work, [x], lambda: _put(work, x, self.size() if mean and here else 1))
 
-    def reduce_scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any = None) -> InFlight:
+    def reduce_scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any = None) -> MPIWork:
         return self._reduce_scatter_base(outputs[0], torch.cat([x.reshape(-1) for x in inputs[0]]), opts)
 
-    def _reduce_scatter_base(self, output: Tensor, x: Tensor, opts: Any = None) -> InFlight:
+    def _reduce_scatter_base(self, output: Tensor, x: Tensor, opts: Any = None) -> MPIWork:
         name, mean = _operation(opts)
         sent, received = x.contiguous(), torch.empty(output.numel(), dtype=output.dtype)
         request = self.comm.Ireduce_scatter_block(addends(sent), addends(received), reduction(name, x.dtype))
         scale = self.size() if mean else 1
         return self._fly(request, (sent, received), [output], lambda: _put(received, output, scale))
 
-    def broadcast(self, tensors: Tensors, opts: Any) -> InFlight:
+    def broadcast(self, tensors: Tensors, opts: Any) -> MPIWork:
         (x,) = tensors
         work = x.contiguous()
         return self._fly(self.comm.Ibcast(raw(work), opts.rootRank), work, [x], lambda: _put(work, x))
 
-    def allgather(self, outputs: list[Tensors], inputs: Tensors, opts: Any = None) -> InFlight:
+    def allgather(self, outputs: list[Tensors], inputs: Tensors, opts: Any = None) -> MPIWork:
         (x,) = inputs
         sent, received = x.contiguous(), torch.empty(self.size(), x.numel(), dtype=x.dtype)
         request = self.comm.Iallgather(raw(sent), raw(received))
         return self._fly(request, (sent, received), outputs[0], lambda: _spread(received, outputs[0]))
 
-    def _allgather_base(self, output: Tensor, x: Tensor, opts: Any = None) -> InFlight:
+    def _allgather_base(self, output: Tensor, x: Tensor, opts: Any = None) -> MPIWork:
         sent, received = x.contiguous(), output.contiguous()
         request = self.comm.Iallgather(raw(sent), raw(received))
         return self._fly(request, (sent, received), [output], lambda: _put(received, output))
 
-    def gather(self, outputs: list[Tensors], inputs: Tensors, opts: Any) -> InFlight:
+    def gather(self, outputs: list[Tensors], inputs: Tensors, opts: Any) -> MPIWork:
         sent = inputs[0].contiguous()
         here = opts.rootRank == self.rank()
         received = torch.empty(self.size() if here else 0, sent.numel(), dtype=sent.dtype)
@@ -168,7 +168,7 @@ class MpiGroup(dist.ProcessGroup):
         request = self.comm.Igather(raw(sent), raw(received) if here else None, opts.rootRank)
         return self._fly(request, (sent, received), into, lambda: _spread(received, into))
 
-    def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> InFlight:
+    def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> MPIWork:
         (x,) = outputs
         here = opts.rootRank == self.rank()
         sent = torch.stack([one.reshape(-1) for one in inputs[0]]) if here else None
@@ -178,7 +178,7 @@ class MpiGroup(dist.ProcessGroup):
 
     def alltoall_base(
         self, output: Tensor, x: Tensor, output_sizes: list[int], sizes: list[int], opts: Any = None
-    ) -> InFlight:
+    ) -> MPIWork:
         sent, received = x.contiguous(), output.contiguous()
         row = x[:1].numel() * x.element_size()
         outgoing = [size * row for size in sizes or [x.shape[0] // self.size()] * self.size()]
@@ -187,7 +187,7 @@ class MpiGroup(dist.ProcessGroup):
         request = self.comm.Ialltoallv([data, outgoing, kind], [into, incoming, kind])
         return self._fly(request, (sent, received), [output], lambda: _put(received, output))
 
-    def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> InFlight:
+    def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> MPIWork:
         sent = torch.cat([x.reshape(-1) for x in inputs])
         received = torch.empty(sum(x.numel() for x in outputs), dtype=sent.dtype)
         sizes = [[x.numel() * x.element_size() for x in each] for each in (inputs, outputs)]
@@ -198,16 +198,16 @@ class MpiGroup(dist.ProcessGroup):
             request, (sent, received), outputs, lambda: _spread(torch.split(received, cuts), outputs)
         )
 
-    def send(self, tensors: Tensors, dst: int, tag: int = 0) -> InFlight:
+    def send(self, tensors: Tensors, dst: int, tag: int = 0) -> MPIWork:
         work = tensors[0].contiguous()
         return self._fly(self.comm.Isend(raw(work), dst, tag), work, tensors)
 
-    def recv(self, tensors: Tensors, src: int, tag: int = 0) -> InFlight:
+    def recv(self, tensors: Tensors, src: int, tag: int = 0) -> MPIWork:
         (x,) = tensors
         work = x.contiguous()
         return self._fly(self.comm.Irecv(raw(work), src, tag), work, tensors, lambda: _put(work, x))
 
-    def barrier(self, opts: Any = None) -> InFlight:
+    def barrier(self, opts: Any = None) -> MPIWork:
         return self._fly(self.comm.Ibarrier(), None, [])
 
     # What torch 2.13 calls three of them by.
@@ -217,8 +217,8 @@ class MpiGroup(dist.ProcessGroup):
 
     def _fly(
         self, request: Any, buffers: object, output: Tensors, finish: Callable[[], None] | None = None
-    ) -> InFlight:
-        return InFlight([request], buffers, output, self._timeout, finish)
+    ) -> MPIWork:
+        return MPIWork([request], buffers, output, self._timeout, finish)
 
 
 def _put(brought: Tensor, wanted: Tensor, divisor: int = 1) -> None:

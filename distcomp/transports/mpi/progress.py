@@ -45,7 +45,7 @@ class Flight:
             raise RuntimeError(f"MPI: {self.error}") from self.error
 
     def test(self) -> bool:
-        """Whether it has landed; the progress thread alone asks."""
+        """Whether it is done; the progress thread alone asks."""
         try:
             if not library().Request.Testall(self._requests):
                 return False
@@ -62,7 +62,7 @@ class Flight:
         return True
 
 
-class Progress:
+class ProgressThread:
     """The thread, one for the process. It sleeps while nothing is under way."""
 
     def __init__(self) -> None:
@@ -108,12 +108,12 @@ class Progress:
 
 
 _STARTING = threading.Lock()
-_PROGRESS: list[Progress] = []
+_PROGRESS: list[ProgressThread] = []
 
 
 def take_off(requests: list[Any], buffers: object, arrived: Callable[[Flight], None] | None = None) -> Flight:
     """Watch requests that have just been posted. ``arrived`` is called on the thread when all are done."""
     with _STARTING:
         if not _PROGRESS:
-            _PROGRESS.append(Progress())
+            _PROGRESS.append(ProgressThread())
     return _PROGRESS[0].add(Flight(requests, buffers, arrived))
