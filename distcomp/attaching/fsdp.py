@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods.base import Method
 from distcomp.methods.reduce_scatter import owned_layout, refuse_nameless, to_shards
+from distcomp.private_torch import FSDPGroup, fsdp_divide_factor, fsdp_group
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.driver import commit, context_of, exchange
 from distcomp.runtime.pipeline import Timeline
@@ -49,6 +50,7 @@ class Unit:
 
     def __init__(self, name: str, module: FSDPModule, replicas: dist.ProcessGroup | None) -> None:
         self.name = name
+        self._module = ref(cast("nn.Module", module))  # who keeps the units keeps no module alive
         self.attached: FSDPSync | None = None
         self.replicas = replicas
         try:
@@ -84,41 +86,71 @@ class Unit:
         return None
 
     def after(self, output: Tensor) -> None:
-        """What FSDP calls with a module's reduced piece: average it over the replicas, in place."""
+        """What FSDP calls with a module's reduced piece: average it over the replicas, in place.
+
+        With a divide factor the user divides by what is his own count, and is owed the sum.
+        """
+        assert self.replicas is not None
+        size = dist.get_world_size(self.replicas)
         if self.attached is None:
-            assert self.replicas is not None
-            output.mul_(1.0 / dist.get_world_size(self.replicas))
+            output.mul_(1.0 / size)
             dist.all_reduce(output, group=self.replicas)
         else:
             output.copy_(self.attached.reduce(self.name, output))
+        module = self._module()
+        if module is not None and fsdp_divide_factor(module) is not None:
+            output.mul_(float(size))
 
 
 def _factor(op: Any, size: int) -> float:
-    """What FSDP expects, as a multiple of the mean: with float16 it divides by itself, before and after."""
+    """What FSDP expects, as a multiple of the mean. Where it asks for a sum it divides by itself, before or
+    after; a factor given to ``set_gradient_divide_factor`` comes within the operation."""
     if op == dist.ReduceOp.AVG:
         return 1.0
     if op == dist.ReduceOp.SUM:
         return float(size)
+    if op == dist.ReduceOp.PREMUL_SUM:
+        return size * float(op.__getstate__()[1])
     raise DistcompError(
-        "set_gradient_divide_factor makes FSDP reduce by a factor that it does not tell; leave it unset and "
-        "scale the loss instead"
+        f"FSDP asks for a reduction by {op}, and a method gives a mean or a sum; leave the gradients' "
+        "reduction as it is, or set its factor by set_gradient_divide_factor"
     )
 
 
 _UNITS: WeakKeyDictionary[nn.Module, Unit] = WeakKeyDictionary()
 
 
+def groups_of(model: nn.Module) -> dict[FSDPGroup, tuple[str, nn.Module]]:
+    """Each flat buffer of the model: its parameters, and the name and module it is known by.
+
+    Modules that were wrapped as a list, ``fully_shard([norm, output])``, share one, under the first's name.
+    Raises DistcompError for parameters of one module on several meshes.
+    """
+    groups: dict[FSDPGroup, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if not is_sharded(module):
+            continue
+        try:
+            group = fsdp_group(module)
+        except ValueError as error:
+            raise DistcompError(
+                f"the reductions of {name or 'root'} cannot be taken over: {error}; wrap the model with one "
+                "mesh for all parameters of a module"
+            ) from error
+        if group is not None:
+            groups.setdefault(group, (name or "root", module))
+    return groups
+
+
 def units_of(target: Target) -> list[Unit]:
-    """The unit of every FSDP module, put there the first time.
+    """The unit of every flat buffer, put there the first time.
 
     Raises DistcompError where a module was attached before with other replicas.
     """
     units = []
-    for name, module in target.module.named_modules():
-        if not is_sharded(module):
-            continue
+    for name, module in groups_of(target.module).values():
         if module not in _UNITS:
-            _UNITS[module] = Unit(name or "root", cast("FSDPModule", module), target.replicas)
+            _UNITS[module] = Unit(name, cast("FSDPModule", module), target.replicas)
         if _UNITS[module].replicas is not target.replicas:
             raise DistcompError(
                 "this FSDP model was attached before with other replicas, which FSDP cannot forget; wrap the "
