@@ -372,8 +372,8 @@ def refuse_gathers(target: Target, replicas: dist.ProcessGroup | None) -> None:
     """Raise DistcompError where there are no gathers of weights to compress, or ranks that no line joins."""
     if target.shards is None:
         raise DistcompError(
-            f"weights= says how an FSDP2 model gathers its shards, and {type(target.module).__name__} has none; "
-            "leave it out, or wrap the model with fully_shard"
+            f"weights= says how an FSDP2 model gathers its shards, and {type(target.module).__name__} has "
+            "none; leave it out, or wrap the model with fully_shard"
         )
     if replicas is not None:
         raise DistcompError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -52,7 +52,8 @@ class GatherUnit:
             module.set_custom_all_gather(self)  # type: ignore[arg-type]  # the base class is private
         except AttributeError as error:
             raise DistcompError(
-                f"the gathers of {name} cannot be taken over: {error}; FSDP2 of PyTorch 2.9 or newer is needed"
+                f"the gathers of {name} cannot be taken over: {error}; FSDP2 of PyTorch 2.9 or newer is "
+                "needed"
             ) from error
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -94,8 +95,8 @@ def shard_layout(model: nn.Module, group: FSDPGroup, size: int) -> Layout:
         parameter = getattr(module, attribute)
         if not isinstance(parameter, DTensor):
             raise DistcompError(
-                f"{attribute} of a {type(module).__name__} is gathered at the moment; attach before a forward, "
-                "or call model.reshard() first"
+                f"{attribute} of a {type(module).__name__} is gathered at the moment; attach before a "
+                "forward, or call model.reshard() first"
             )
         whole = named[id(parameter)]
         (placement,) = parameter.placements
@@ -156,12 +157,13 @@ class WeightGathers:
         if not shard.is_floating_point():
             raise DistcompError(
                 f"FSDP gathers the weights of {name} as bytes, because they have several types; give all "
-                "parameters of a module one type (MixedPrecisionPolicy(param_dtype=...)), or leave weights= out"
+                "parameters of a module one type (MixedPrecisionPolicy(param_dtype=...)), or leave weights= "
+                "out"
             )
         if shard.numel() != layout.numel:
             raise DistcompError(
-                f"FSDP gathers {shard.numel()} elements of {name}, and its parameters have {layout.numel}: they "
-                "were changed since the model was attached; detach, then attach again"
+                f"FSDP gathers {shard.numel()} elements of {name}, and its parameters have {layout.numel}: "
+                "they were changed since the model was attached; detach, then attach again"
             )
         return layout
 
@@ -193,7 +195,9 @@ class WeightGathers:
         """Go on from it; with other shards begin anew, by one plain gather of each flat buffer."""
         self._states.clear()
         self._loaded = {}
-        held = {name.removeprefix(PREFIX): one["held"] for name, one in saved.items() if name.startswith(PREFIX)}
+        held = {
+            name.removeprefix(PREFIX): one["held"] for name, one in saved.items() if name.startswith(PREFIX)
+        }
         if held and not same_shards:
             warnings.warn(
                 "what all ranks hold of the weights was saved by another number of shards; it begins anew, by "

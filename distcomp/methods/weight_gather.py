@@ -40,11 +40,11 @@ PLAIN = ("bias", "norm")
 
 @dataclass(frozen=True)
 class ShardCodec:
-    """One shard as one payload: biases and norms as they are, in ``dtype``, everything else by ``compressor``.
+    """One shard as one payload: biases and norms as they are, in ``dtype``, the rest by ``compressor``.
 
-    On the wire: one part, of kind ``weights``: the plain values, padded to 8 bytes, then the compressor's body.
-    Plain values come back bit for bit; what is coded is decoded in float32 and rounded once, by the caller, to
-    the type that is computed with.
+    On the wire: one part, of kind ``weights``: the plain values, padded to 8 bytes, then the compressor's
+    body. Plain values come back bit for bit; what is coded is decoded in float32 and rounded once, by the
+    caller, to the type that is computed with.
     """
 
     compressor: Compressor
@@ -104,8 +104,8 @@ class WeightGather(ABC):
     def gather(
         self, x: Tensor, state: State, context: StepContext, dtype: torch.dtype
     ) -> Rounds[AggregateResult]:
-        """Tell all ranks this rank's shard ``x`` (float32, ``[context.layout.numel]``, of values that ``dtype``
-        holds); equal on every rank: float32, ``[n * context.layout.numel]``."""
+        """Tell all ranks this rank's shard ``x`` (float32, ``[context.layout.numel]``, of values that
+        ``dtype`` holds). The estimate is equal on every rank: float32, ``[n * context.layout.numel]``."""
 
     def again(self, state: State, layout: Layout, size: int, dtype: torch.dtype) -> Tensor | None:
         """What the last gather came to, where it is kept: for the backward, without a byte."""
@@ -183,7 +183,9 @@ class Gather(WeightGather):
         if "payloads" not in state:
             return None
         codec = ShardCodec(self.compressor, dtype)
-        return self._decoded([Payload(wire, codec.parts(layout)) for wire in state["payloads"]], codec, layout)
+        return self._decoded(
+            [Payload(wire, codec.parts(layout)) for wire in state["payloads"]], codec, layout
+        )
 
     def payload_bytes(self, layout: Layout, size: int, dtype: torch.dtype) -> int:
         return (size - 1) * wire_bytes(ShardCodec(self.compressor, dtype).parts(layout))
