@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks._common import arguments_of, median, write
 from distcomp import kernels, precision
 
-TURNS, WARM = 15, 3
+REPETITIONS, WARM = 15, 3
 LINEAR = [(256, 64), (512, 1), (512, 64), (1024, 64), (2048, 64)]
 CONVOLUTIONS = [(128, 28), (256, 14), (512, 7), (512, 14), (1024, 7)]
 
@@ -32,15 +32,15 @@ def seconds(layer: nn.Module, x: torch.Tensor) -> float:
 def compare(plain: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     """The plain layer against the same one, binary and packed."""
     weight_bytes = plain.weight.nbytes
-    binary = precision.bnn(type(plain)(*_sizes(plain), bias=False, **_how(plain)), keep=())
+    binary = precision.bnn(type(plain)(*_sizes(plain), bias=False, **_how(plain)), skip=())
     expected = binary(x)
     packed = precision.pack(binary)
     assert torch.equal(packed(x), expected)
     times: dict[str, list[float]] = {"float32": [], "packed": []}
-    for context in range(TURNS + WARM):
+    for repetition in range(REPETITIONS + WARM):
         for name, layer in (("float32", plain), ("packed", packed)):
             spent_s = seconds(layer, x)
-            if context >= WARM:
+            if repetition >= WARM:
                 times[name].append(spent_s)
     float_s, packed_s = median(times["float32"]), median(times["packed"])
     return {
@@ -74,7 +74,7 @@ def main() -> None:
             nn.Conv2d(channels, channels, 3, padding=1, bias=False), torch.randn(8, channels, side, side)
         )
     path = write(
-        "binary_layers", {"threads": 1, "backend": kernels.backend(), "turns": TURNS, "layers": rows}
+        "binary_layers", {"threads": 1, "backend": kernels.backend(), "turns": REPETITIONS, "layers": rows}
     )
     for name, row in rows.items():
         print(f"{name:<52}{row['ratio']:6.1f} x faster{row['weights_smaller']:6.1f} x smaller")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
 
 SEEDS = range(5)
+RATE = 1.0
+"""Learning rate of the classifier of digit pairs."""
 
 
 def converse(method: Method, xs: list[Tensor], states: list[Any], layout: Layout, key: Key, step: int) -> Any:
@@ -70,7 +73,7 @@ def deepsqueeze_agrees(seed: int) -> dict[str, float]:
     return found
 
 
-def digit_pairs(seed: int, size: int, method: Method, steps: int = 150) -> float:
+def digit_pairs(seed: int, size: int, method: Method, steps: int = 300) -> float:
     """Final training loss of a small classifier of pairs of digits, mean of the last 30 steps."""
     from sklearn.datasets import load_digits
 
@@ -94,7 +97,7 @@ def digit_pairs(seed: int, size: int, method: Method, steps: int = 150) -> float
         estimate, states = converse(method, xs, states, layout, Key.of(seed, step), step)
         with torch.no_grad():
             for (_, parameter), (_, piece) in zip(parameters, layout.pieces(estimate), strict=True):
-                parameter -= 0.1 * piece.view_as(parameter)
+                parameter -= RATE * piece.view_as(parameter)
     return sum(losses[-30 * size :]) / (30 * size)
 
 
@@ -154,6 +157,11 @@ TABLES = {
 }
 
 
+def plain(number: float) -> float | str:
+    """What JSON can hold: what is not finite, as text."""
+    return number if math.isfinite(number) else str(number)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -171,11 +179,14 @@ def main() -> None:
     for title in arguments.tables:
         rows = [TABLES[title](seed) for seed in SEEDS]
         table = {
-            name: {"mean": sum(row[name] for row in rows) / len(rows), "each": [row[name] for row in rows]}
+            name: {
+                "mean": plain(sum(row[name] for row in rows) / len(rows)),
+                "each": [plain(row[name]) for row in rows],
+            }
             for name in rows[0]
         }
         result.setdefault(arguments.label, {})[title] = table
-        print(title, {name: round(value["mean"], 5) for name, value in table.items()}, flush=True)
+        print(title, {name: value["mean"] for name, value in table.items()}, flush=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -134,13 +134,29 @@ def each(form: str, *values: object) -> list[str]:
     return [form.format(value) for value in values]
 
 
+SPELT_TODAY = {
+    "pattern=gather": "pattern=all_gather",
+    "pattern=scatter": "pattern=reduce_scatter",
+    "(Quantize:": "(quantize:",
+    "(Cast:dtype=bf16)": "bf16",
+    "hierarchical:": "multi_level:",
+}
+"""Words of the names that have become others since the rows were first named."""
+
+
+def as_spelt_today(name: str) -> str:
+    for first, today in SPELT_TODAY.items():
+        name = name.replace(first, today)
+    return name
+
+
 ROWS: dict[str, str] = {
-    name: name
+    name: as_spelt_today(name)
     for name in [
         "identity", "bf16", "fp16", "none",
         *each("qsgd:bits={}", 1, 2, 4, 8),
-        *each("qsgd:bits=4,pattern={}", "all_gather", "reduce_scatter"),
-        *each("qsgd:bits=1,pattern={}", "all_gather", "reduce_scatter"),
+        *each("qsgd:bits=4,pattern={}", "gather", "scatter"),
+        *each("qsgd:bits=1,pattern={}", "gather", "scatter"),
         *each("qsgd:bits={},error_feedback=true", 2, 4),
         "qsgd:bits=1,error_feedback=false",
         "qsgd:bits=4,norm=l2", "qsgd:bits=4,rounding=nearest", "qsgd:bits=3,block=128",
@@ -149,12 +165,12 @@ ROWS: dict[str, str] = {
         "momentum_correction:inner=(qsgd:bits=1)",
         "dgc:ratio=0.05", "dgc:ratio=0.05,clip=1.0,nesterov=true,values=int4",
         "demo", "demo:k=8,side=16,sign=false",
-        "ef21", "ef21:eta=0.25", *each("ef21:pattern={}", "all_gather", "reduce_scatter"),
+        "ef21", "ef21:eta=0.25", *each("ef21:pattern={}", "gather", "scatter"),
         "ef21:compressor=(Quantize:bits=4)", "ef21:compressor=(Cast:dtype=bf16),pattern=all_reduce",
         *each("shared_range:bits={}", 2, 4, 8),
         "shared_range:bits=4,hadamard=true", "shared_range:bits=2,error_feedback=true",
         "terngrad", "terngrad:clip=0.0",
-        "fixed_point", *each("fixed_point:pattern={}", "all_reduce", "all_gather", "reduce_scatter"),
+        "fixed_point", *each("fixed_point:pattern={}", "all_reduce", "gather", "scatter"),
         "fixed_point:format=Q2.6",
         "gradiveq:learn=5,compressed=10",
         "gradiveq:learn=5,compressed=10,mean=zero,error_feedback=true,coefficient_bits=4,plain_bits=32",
@@ -170,7 +186,7 @@ ROWS: dict[str, str] = {
         *each("natural:bits={}", 9, 4), *each("nuqsgd:bits={}", 3, 4), "nuqsgd:norm=max",
         "ef_signsgd", "ef_signsgd:block=128", "ef_signsgd:error_feedback=false",
         "onebit", "onebit:error_feedback=false",
-        "topk", "topk:ratio=0.05,error_feedback=false", "topk:ratio=0.05,pattern=reduce_scatter",
+        "topk", "topk:ratio=0.05,error_feedback=false", "topk:ratio=0.05,pattern=scatter",
         *each("topk:ratio=0.05,values={}", "fp16", "int8", "int4", "int2"), "topk:ratio=0.05,chunk=256",
         "topk:ratio=0.2 *> 0.01 @ 30",
         "random_k:ratio=0.05", "random_k:ratio=0.05,error_feedback=false", "random_k:ratio=0.05,values=int4",
@@ -188,7 +204,7 @@ ROWS: dict[str, str] = {
         "local_sgd", "local_sgd:period=1", "local_sgd:period=1 -> 8 @ 20",
         "sparse_averaging", "sparse_averaging:schedule=round_robin",
         *each("pqasgd:period=4,bits={}", 1, 2, 4, 8), "pqasgd:period=4,schedule=round_robin",
-        *each("pqasgd:period=4,pattern={}", "all_gather", "reduce_scatter"),
+        *each("pqasgd:period=4,pattern={}", "gather", "scatter"),
         "pqasgd:period=4,bits=2,error_feedback=true",
         "post_local_sgd:period=8,after=10",
         "diloco:period=10", "diloco:period=10,nesterov=false,compressor=(qsgd:bits=4)",

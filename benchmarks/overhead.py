@@ -46,10 +46,10 @@ def rank_main(settings: Any) -> dict[str, Any]:
     x = torch.randn(settings["batch"], SIDE)
     handle = distcomp.attach(models["identity"], optimizers["identity"], "identity")
     times: dict[str, list[float]] = {name: [] for name in models}
-    for context in range(settings["steps"]):
+    for step in range(settings["steps"]):
         for name in models:
             seconds = step_s(models[name], optimizers[name], x)
-            if context >= 3:
+            if step >= 3:
                 times[name].append(seconds)
     handle.detach()
     return {"times": times}

@@ -172,9 +172,9 @@ ROWS: dict[str, Row] = {
     "dorefa 32-32-4, no noise": dorefa(32, 32, 4, stochastic=False),
     "dorefa 32-32-2, no noise": dorefa(32, 32, 2, stochastic=False),
     "dorefa 1-2-6": dorefa(1, 2, 6),
-    "binary_connect": Row(lambda net: precision.binary_connect(net, keep=("first", "last")), (1, 32, 32)),
+    "binary_connect": Row(lambda net: precision.binary_connect(net, skip=("first", "last")), (1, 32, 32)),
     "binary_connect, stochastic": Row(
-        lambda net: precision.binary_connect(net, stochastic=True, glorot=True, keep=("first", "last")),
+        lambda net: precision.binary_connect(net, stochastic=True, glorot=True, skip=("first", "last")),
         (1, 32, 32),
     ),
     "bnn": Row(lambda net: precision.bnn(without_relus(net)), (1, 1, 32)),
@@ -183,19 +183,19 @@ ROWS: dict[str, Row] = {
         lambda net: precision.xnor_net(without_relus(net), input_scale=False), (1, 1, 32)
     ),
     "few_multiplications": Row(
-        lambda net: precision.few_multiplications(net, keep=("first", "last")), (2, 32, 32)
+        lambda net: precision.few_multiplications(net, skip=("first", "last")), (2, 32, 32)
     ),
     "ttq": Row(precision.ttq, (2, 32, 32), optimizer=slowly(1.0)),
     "ttq, one rate for all": Row(precision.ttq, (2, 32, 32)),
     "ttq, AdamW": Row(precision.ttq, (2, 32, 32), optimizer=adamw),
     "dorefa 1-32-32, AdamW": dorefa(1, 32, 32, optimizer=adamw),
     "binary_connect, AdamW": Row(
-        lambda net: precision.binary_connect(net, keep=("first", "last")), (1, 32, 32), optimizer=adamw
+        lambda net: precision.binary_connect(net, skip=("first", "last")), (1, 32, 32), optimizer=adamw
     ),
     "ttq, from float32": Row(precision.ttq, (2, 32, 32), optimizer=slowly(1.0), late=True),
     "dorefa 1-32-32, from float32": dorefa(1, 32, 32, late=True),
     "binary_connect, from float32": Row(
-        lambda net: precision.binary_connect(net, keep=("first", "last")), (1, 32, 32), late=True
+        lambda net: precision.binary_connect(net, skip=("first", "last")), (1, 32, 32), late=True
     ),
     "weighted_entropy 3-32": Row(lambda net: precision.weighted_entropy(net, 3, every=10), (3, 32, 32)),
     "weighted_entropy 3-3": Row(lambda net: precision.weighted_entropy(net, 3, 3, every=10), (3, 3, 32)),
@@ -203,7 +203,7 @@ ROWS: dict[str, Row] = {
         precision.compact_binary, (1, 2, 32), penalty=1e-6, optimizer=slowly(0.1)
     ),
     "compact_binary, last in float32": Row(
-        lambda net: precision.compact_binary(net, keep=("first", "last")), (1, 2, 32), penalty=1e-6,
+        lambda net: precision.compact_binary(net, skip=("first", "last")), (1, 2, 32), penalty=1e-6,
         optimizer=slowly(0.1),
     ),
     "4-bit activations, fine-tuned": tuned("plain"),

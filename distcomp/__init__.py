@@ -103,7 +103,9 @@ if not TYPE_CHECKING:  # a type checker would take every name for one that exist
             return globals()[name]
         if name.startswith("_"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        rooms = [room for room in ("methods", "averaging") if hasattr(__getattr__(room), name)]
+        rooms = [
+            room for room in ("methods", "averaging") if callable(getattr(__getattr__(room), name, None))
+        ]
         remedy = f"; it is distcomp.{rooms[0]}.{name}" if rooms else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{remedy}")
 

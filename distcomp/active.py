@@ -5,7 +5,7 @@ A source of active parameters (:class:`ActiveParameters`) is a frozen value that
 method and a resumed run come to the same answer. What is inactive is not sent and not decayed, and what is
 owed to it stays owed (:class:`distcomp.methods.ActiveOnly`).
 
-What no number of the context can tell, such as the masks of a pruner or which parameters were used, is
+What the step and the keys do not determine, such as the masks of a pruner or which parameters were used, is
 *observed* by the training loop, once a step, and handed over in the context as immutable values.
 """
 

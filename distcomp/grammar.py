@@ -6,7 +6,7 @@
 >>> split_call("topk:ratio=0.1,values=(quantize:bits=4)", "method")
 ('topk', {'ratio': '0.1', 'values': '(quantize:bits=4)'})
 
-A text within a text stands in brackets where it holds a comma. What a value may be is said by the
+A text within a text stands in brackets where it holds a comma. What a value may be is declared by the
 annotation of the setting, in text and in calls alike. :func:`canonical` writes what a recipe made in such a
 way that equal things are written alike, and are read again.
 """
@@ -136,9 +136,9 @@ def read_settings(name: str, texts: Mapping[str, str | None], make: Callable[...
     values = {}
     for key, text in texts.items():
         if key not in known or text is None:
-            said = key if text is None else f"{key}={text}"
+            written_as = key if text is None else f"{key}={text}"
             raise DistcompError(
-                f"{name} has no setting {shortened(said)!r}{did_you_mean(key, known)}; "
+                f"{name} has no setting {shortened(written_as)!r}{did_you_mean(key, known)}; "
                 f"its settings are: {', '.join(known) or 'none'}"
             )
         values[key] = _read(text, hints.get(key, Any))
@@ -260,7 +260,7 @@ def _fitted_number(value: Any, kind: type) -> Any:
 
 
 def _kind_of(hint: Any) -> str:
-    """An annotation, as one would say it."""
+    """An annotation in words."""
     if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
         return " or ".join(_kind_of(one) for one in get_args(hint))
     if hint is type(None):
@@ -298,7 +298,7 @@ def remember(thing: Any, name: str, settings: Mapping[str, Any]) -> None:
 
 
 def canonical(name: str, settings: Mapping[str, Any]) -> str:
-    """The shortest text of what a recipe makes: settings that change nothing are not said."""
+    """The shortest text of what a recipe makes: settings that change nothing are left out."""
     entry = METHODS[name]
     needed = {key: settings[key] for key in entry.parameters if key in settings}
     with warnings.catch_warnings():

@@ -136,11 +136,11 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _agree(settings: str) -> None:
-    """Raise SettingsMismatch on every rank unless all say the same."""
+    """Raise SettingsMismatch on every rank unless all have the same settings."""
     hvd = require("horovod.torch", "horovod")
-    told = hvd.allgather(torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8))
+    gathered = hvd.allgather(torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8))
     own = torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8)
-    if not torch.equal(told, own.repeat(hvd.size())):
+    if not torch.equal(gathered, own.repeat(hvd.size())):
         raise SettingsMismatch(
             f"ranks ask for different methods, seeds or parameters; this one for {settings[:200]}"
         )

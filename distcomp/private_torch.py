@@ -19,7 +19,7 @@ NO_BACKWARD = -1
 def backward_number() -> int:
     """The number of the backward that this thread is inside of; :data:`NO_BACKWARD` outside.
 
-    Hooks may ask for what must wait until a backward is over, and nothing public tells them that they run in
+    Hooks may ask for what must wait until a backward is over, and no public call says whether they run in
     one.
     """
     number: int = torch._C._current_graph_task_id()

@@ -1,4 +1,4 @@
-"""Who am I, and how many are we? Every launcher says it in words of its own; here they are read, once."""
+"""Which rank is this process, and of how many? Launchers have variables of their own; they are read here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distcomp.errors import DistcompError
 
 @dataclass(frozen=True)
 class Launcher:
-    """The variables in which a launcher tells a process its rank, the world size, and both on its host."""
+    """The variables in which a launcher gives a process its rank, the world size, and both on its host."""
 
     name: str
     rank: str
@@ -51,9 +51,9 @@ class ProcessEnvironment:
 
 
 def place(environment: Mapping[str, str] | None = None) -> ProcessEnvironment:
-    """What the launcher says. A process that nobody launched is rank 0 of 1.
+    """What the launcher has set. A process without a launcher is rank 0 of 1.
 
-    Raises DistcompError where a launcher's words make no sense.
+    Raises DistcompError where a launcher's variables make no sense.
     """
     given = os.environ if environment is None else environment
     for launcher in LAUNCHERS:

@@ -324,7 +324,7 @@ def _latest(records: Iterable[Record]) -> tuple[Record, ...]:
             continue
         kind, step = record["kind"], record["step"]
         if kind == "metric" and kept and (kept[-1]["kind"], kept[-1]["step"]) == (kind, step):
-            kept[-1] = {**kept[-1], **record}  # told in two halves
+            kept[-1] = {**kept[-1], **record}  # recorded in two halves
             continue
         last = next((old["step"] for old in reversed(kept) if old["kind"] == kind), -math.inf)
         if last >= step:

@@ -103,7 +103,7 @@ def advise(
     """Some real steps of the model, and every method's exchange, timed here twice; then the model of the
     network. The figures are those of the faster time, and what the two differ by is the noise.
 
-    ``trained`` is a problem, or what was observed of a script's own loop. ``ranks_here`` ranks share a
+    ``trained`` is a training task, or what was observed of a script's own loop. ``ranks_here`` ranks share a
     machine of ``cores`` cores like this one (1: each has its own). ``tell`` hears what is being done.
     """
     methods = tuple(dict.fromkeys((BASELINE, *methods) if BASELINE not in methods else methods))

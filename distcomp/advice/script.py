@@ -75,7 +75,7 @@ def observe_script(script: Path, arguments: Sequence[str]) -> tuple[Observed, Ob
     if len(observer.steps) < WARM_UP + REPEATS:
         raise DistcompError(
             f"{script} took {len(observer.steps)} steps with a DistributedDataParallel model, and "
-            f"{WARM_UP + REPEATS} are needed; let it train longer, or define problem(arguments) as "
+            f"{WARM_UP + REPEATS} are needed; let it train longer, or define training_task(arguments) as "
             "examples/digits.py does"
         )
     timed = observer.steps[WARM_UP:]

@@ -2,7 +2,7 @@
 
 A script that lets distcomp advise on it, or train many workers in one process, defines::
 
-    def problem(arguments: list[str]) -> distcomp.advice.Problem: ...
+    def training_task(arguments: list[str]) -> distcomp.advice.TrainingTask: ...
 
 ``arguments`` are what the script was given. See ``examples/digits.py``.
 """
@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
 
-NAME = "problem"
+NAME = "training_task"
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,13 @@ def task_of(script: Path, arguments: Sequence[str]) -> TrainingTask:
         sys.path[:] = before
     if NAME not in names:
         raise DistcompError(
-            f"{script} does not say what it trains; define problem(arguments) in it that returns a "
-            "distcomp.advice.Problem, as examples/digits.py does"
+            f"{script} does not say what it trains; define training_task(arguments) in it that "
+            "returns a distcomp.advice.TrainingTask, as examples/digits.py does"
         )
     made = names[NAME](list(arguments))
     if not isinstance(made, TrainingTask):
-        raise DistcompError(f"problem() in {script} returned a {type(made).__name__}; return a Problem")
+        raise DistcompError(
+            f"training_task() in {script} returned a {type(made).__name__}; return a "
+            "distcomp.advice.TrainingTask"
+        )
     return made

@@ -200,8 +200,8 @@ class WeightGathers:
         }
         if held and not same_shards:
             warnings.warn(
-                "what all ranks hold of the weights was saved by another number of shards; it begins anew, by "
-                "one plain gather of each module",
+                "what all ranks hold of the weights was saved by another number of shards; it begins anew, "
+                "by one plain gather of each module",
                 stacklevel=2,
             )
             return

@@ -24,7 +24,7 @@ Time a few real steps of SCRIPT on this machine, and what each method does with
 its gradients; predict step times on the network that the options describe;
 recommend a method, or plain DDP. SCRIPT is any training loop with a
 DistributedDataParallel model, which is run as the only rank and stopped after
-some steps, or defines problem() as examples/digits.py does.
+some steps, or defines training_task() as examples/digits.py does.
 """
 SHOWN_SCALES = (2, 16, 128, 1024, 4096)
 

@@ -10,7 +10,7 @@ from distcomp.atomic_write import write_whole
 from distcomp.errors import DistcompError
 
 DESCRIPTION = """\
-Deep Compression (Han et al. 2016): living weights share 2^bits values, and
+Deep Compression (Han et al. 2016): active weights share 2^bits values, and
 both values and places are coded. MODEL is a state dict that torch.save wrote.
 Prune first (distcomp.pruning): what is zero costs next to nothing.
 """

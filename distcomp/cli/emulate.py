@@ -92,23 +92,23 @@ class Experiment:
     repeats: int = 1
 
     @property
-    def turns(self) -> tuple[StepContext, ...]:
-        """All methods in turn, ``repeats`` times. Where that is once, the baseline runs again at the end:
-        what its two runs differ by is chance."""
+    def runs(self) -> tuple[PlannedRun, ...]:
+        """All methods one after the other, ``repeats`` times. Where that is once, the baseline runs again at
+        the end: what its two runs differ by is chance."""
         order = self.methods * self.repeats
         if self.repeats == 1 and len(self.methods) > 1 and BASELINE in self.methods:
             order += (BASELINE,)
-        turns = []
+        runs = []
         for at, method in enumerate(order):
             again = order[:at].count(method)
             name = re.sub(r"[^A-Za-z0-9.=]+", "-", method)[:100]
             shown = f"{method} (again)" if again == 1 else f"{method} ({again + 1})" if again else method
-            turns.append(StepContext(shown, method, self.directory / f"{at + 1:02}-{name}"))
-        return tuple(turns)
+            runs.append(PlannedRun(shown, method, self.directory / f"{at + 1:02}-{name}"))
+        return tuple(runs)
 
 
 @dataclass(frozen=True)
-class StepContext:
+class PlannedRun:
     """One run: what it is called while it runs, its method, and where its record goes; the names of these
     directories sort as the runs do."""
 
@@ -129,17 +129,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise DistcompError(f"--repeats is {arguments.repeats}; give 1 or more")
     directory = new_directory(arguments.output) if arguments.output else dated_directory(Path("runs"))
     experiment = Experiment(script, tuple(arguments.arguments), chosen, directory, arguments.repeats)
-    turns = experiment.turns
+    runs = experiment.runs
     with emulate(fabric, packets=False if arguments.no_packets else None) as net:
         print("\n".join(net.describe()), flush=True)
         start = _cold(experiment) if arguments.cold else _warm(experiment, net)
-        with start as command, progress([context.shown for context in turns], not arguments.verbose) as shown:
+        with start as command, progress([planned.shown for planned in runs], not arguments.verbose) as shown:
             failed = [
-                context
-                for context in turns
-                if not _one(experiment, context, net, command, shown, arguments.verbose)
+                planned
+                for planned in runs
+                if not _one(experiment, planned, net, command, shown, arguments.verbose)
             ]
-    if len(failed) == len(turns):
+    if len(failed) == len(runs):
         return 1
     comparison = report.compare_directories([experiment.directory], arguments.target)
     report.write_page(comparison, directory / "report.html")
@@ -150,12 +150,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _one(
-    experiment: Experiment, context: StepContext, net: Net, command: Sequence[str], shown: Any, verbose: bool
+    experiment: Experiment, planned: PlannedRun, net: Net, command: Sequence[str], shown: Any, verbose: bool
 ) -> bool:
-    """Run one method on all ranks; tell of a failure, keep the record."""
+    """Run one method on all ranks; report a failure, keep the record."""
     from distcomp.network.launch import show_nothing, show_rank_0
 
-    method, directory = context.method, context.directory
+    method, directory = planned.method, planned.directory
     directory.mkdir()
     about = {
         "asked": method,
@@ -166,7 +166,7 @@ def _one(
     }
     recording.write_about(directory, about)
     environment = {recording.METHOD: method, recording.RUN_DIR: str(directory.resolve())}
-    with shown.method(context.shown, directory):
+    with shown.method(planned.shown, directory):
         job = net.start([*command, str(experiment.script), *experiment.arguments], environment)
         result = job.wait(show=show_rank_0 if verbose else show_nothing)
     status = 0 if result.ok else _first_status(result)
@@ -174,7 +174,7 @@ def _one(
     for rank, output in result.outputs.items():
         (directory / f"output{rank}.txt").write_text(output, encoding="utf-8")
     if status:
-        _tell_failure(method, result, directory)
+        _report_failure(method, result, directory)
     _check_attached(experiment, method, directory, failed=status != 0)
     return status == 0
 
@@ -201,8 +201,8 @@ def _check_attached(experiment: Experiment, method: str, directory: Path, failed
 
 def network(net: Net) -> dict[str, Any]:
     """The network as it was asked for and as it was measured, for the record."""
-    told, *details = net.describe()
-    asked, _, packets = told.partition(": ")
+    summary, *details = net.describe()
+    asked, _, packets = summary.partition(": ")
     return {
         "asked": asked,
         "fabric": net.fabric.to_toml(),
@@ -219,13 +219,13 @@ def _first_status(result: LaunchResult) -> int:
     return next(code for code in result.exit_codes.values() if code)
 
 
-def _tell_failure(method: str, result: LaunchResult, directory: Path) -> None:
-    """Who failed first, and what it said last."""
+def _report_failure(method: str, result: LaunchResult, directory: Path) -> None:
+    """Which rank failed first, and what it printed last."""
     rank = result.first_failure if result.first_failure is not None else 0
     print(f"{method} failed: rank {rank} ended with status {result.exit_codes[rank]}", file=sys.stderr)
     for line in result.outputs[rank].splitlines()[-TAIL_LINES:]:
         print(f"    {line}", file=sys.stderr)
-    print(f"    (all that the ranks said is in {directory}/output*.txt)", file=sys.stderr)
+    print(f"    (all that the ranks printed is in {directory}/output*.txt)", file=sys.stderr)
 
 
 def _cold(experiment: Experiment) -> AbstractContextManager[list[str]]:

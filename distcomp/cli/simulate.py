@@ -15,7 +15,7 @@ from distcomp.cli.run import existing, new_directory
 from distcomp.errors import DistcompError
 
 DESCRIPTION = """\
-Train what SCRIPT's problem() describes with many workers in this process, in
+Train what SCRIPT's training_task() describes with many workers in one process, in
 lock-step: real numerics, virtual time. Seconds are those that the network
 model predicts for the fabric; computing takes what the scenario says.
 """
@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--scenario", type=Path, metavar="FILE", help="stragglers and failures, in TOML")
     parser.add_argument("--seed", type=int, default=0, help="of the method's random rounding")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="record the run in this directory")
-    parser.add_argument("script", type=Path, metavar="SCRIPT", help="a script that defines problem()")
+    parser.add_argument("script", type=Path, metavar="SCRIPT", help="a script that defines training_task()")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="what the script is given")
     parser.set_defaults(run=run)
 

@@ -1,4 +1,4 @@
-"""What may one worker ask of the others? A file for each collective; a collective says all of itself."""
+"""What may one worker ask of the others? One file for each collective, with all that is known of it."""
 
 from distcomp.collectives.all_gather import AllGather
 from distcomp.collectives.all_reduce import (

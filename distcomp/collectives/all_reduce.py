@@ -97,7 +97,7 @@ class AllReduce(Request):
 
 
 def is_summed_directly(nbytes: float, members: int) -> bool:
-    """Whether a Sum of this size is carried in one hop, by everyone to everyone, instead of around a ring."""
+    """Whether a sum of this size is carried in one hop, by everyone to everyone, instead of around a ring."""
     return nbytes <= DIRECT_BYTES and members <= 8
 
 

@@ -84,6 +84,6 @@ class AllToAll(Sealed):
         return replace(self, payloads=payloads, parts=parts)
 
     def mean_answer_parts(self, size: int) -> Sequence[Parts]:
-        """Every rank hears n times what is meant for it: on average, one of each. With declared parts, what
-        this rank hears."""
+        """Every rank receives n payloads: on average, one of each. With declared parts, what this rank
+        receives."""
         return self.parts or [payload.parts for payload in self.payloads]

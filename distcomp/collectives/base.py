@@ -1,4 +1,4 @@
-"""What every collective says of itself: who takes part, what it sends, how it is carried, what its answer is.
+"""What every collective declares: who takes part, what it sends, how it is carried, what its answer is.
 
 A collective is a small frozen dataclass in one file. The channel, the ledger, every transport, lock-step, the
 prices of :mod:`distcomp.network` and the two-level method ask it what they need to know, by the methods of
@@ -38,11 +38,11 @@ class Pending(Protocol):
 
     @property
     def started_s(self) -> float:
-        """When the wire began with it (``time.perf_counter``); known once it has been waited for."""
+        """When the network began with it (``time.perf_counter``); known once it has been waited for."""
 
     @property
     def finished_s(self) -> float:
-        """When the wire was done with it; known once it has been waited for."""
+        """When the network was done with it; known once it has been waited for."""
 
     def wait(self) -> Any:
         """Block until the answer is there. Raises PeerLost if it never will be."""
@@ -134,7 +134,7 @@ class Request(ABC):
         if count != members:
             raise DistcompError(
                 f"{type(self).__name__} among {members} ranks was given {count} pieces; "
-                "give one for each rank, an empty one where there is nothing to say"
+                "give one for each rank, an empty one where there is nothing to send"
             )
 
     # ------------------------------------------------------------------------------------------ what is sent
@@ -144,7 +144,7 @@ class Request(ABC):
         return ()
 
     def poisoned(self, finite: Tensor) -> Self:
-        """The request as a rank sends it whose tensor is finite or not: what has no header turns NaN."""
+        """The request as it is sent: what has no header becomes NaN where the rank's tensor is not finite."""
         return self
 
     @abstractmethod
@@ -160,8 +160,8 @@ class Request(ABC):
         """What all ranks send, where all others ask alike."""
 
     def messages(self, rank: int, size: int) -> tuple[tuple[int, int], ...]:
-        """(to which rank, how many bytes), where that is not told by :meth:`traffic` of any one rank: then
-        every rank's request must be asked. Empty where it is."""
+        """(to which rank, how many bytes), where :meth:`traffic` of one rank does not give it for all: then
+        every rank's request must be asked. Empty otherwise."""
         return ()
 
     def hops(self, size: int) -> int:
@@ -172,7 +172,7 @@ class Request(ABC):
     def drive(self, line: Primitives) -> Pending:
         """Begin to carry it by a transport's primitives."""
 
-    # ----------------------------------------------------------------------------------------- what is heard
+    # -------------------------------------------------------------------------------------- what is received
 
     @abstractmethod
     def open(self, received: Any, rank: int, size: int, check_header: Unseal) -> Any:
@@ -188,7 +188,7 @@ class Request(ABC):
 
     @abstractmethod
     def echo(self, rank: int, size: int, write_header: SealFor) -> Any:
-        """What :meth:`drive` would bring if everybody said what this rank says; zeros where that does not
+        """What :meth:`drive` would bring if every rank sent what this rank sends; zeros where that does not
         fit."""
 
     def made_up(self, rank: int, size: int) -> Any:
@@ -226,7 +226,7 @@ class Request(ABC):
 
 
 class SharedAnswers(list[Any]):
-    """What all of a group hear alike: one list for many workers in one process."""
+    """What all of a group receive alike: one list for many workers in one process."""
 
     def __init__(self, said: Iterable[Any]) -> None:
         super().__init__(said)
@@ -234,11 +234,11 @@ class SharedAnswers(list[Any]):
 
 
 class Sealed(Request):
-    """A request that sends payloads. A subclass says who sends (all members, unless it says otherwise), what
-    it sends to whom, and what must come."""
+    """A request that sends payloads. A subclass declares who sends (by default all members), what is sent to
+    whom, and what must arrive."""
 
     def senders(self, size: int) -> Group:
-        """The ranks whose payloads are heard, in the order of the answer."""
+        """The ranks whose payloads are received, in the order of the answer."""
         return self.members(size)
 
     @abstractmethod

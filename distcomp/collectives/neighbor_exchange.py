@@ -38,7 +38,7 @@ class NeighborExchange(Sealed):
         for neighbor in self.neighbours:
             if rank not in asked[neighbor].neighbours:
                 raise Mismatch(
-                    f"rank {rank} mixes with rank {neighbor}, which does not mix with rank {rank}; "
+                    f"rank {rank} exchanges with rank {neighbor}, which does not with rank {rank}; "
                     "neighbourhood must be mutual: give every rank the same topology"
                 )
 

@@ -1,4 +1,4 @@
-"""Reduce-scatter: the sum of a tensor over the ranks, each rank being told its own piece of it."""
+"""Reduce-scatter: the sum of a tensor over the ranks, of which each rank receives its own piece."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 
 def once(answers: Sequence[Any], name: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """``make()``, which every rank makes alike of what all have heard: in lock-step the first of them makes
-    it, and the others get copies."""
+    """``make()``, which every rank computes alike from the same answers: in lock-step the first of them does,
+    and the others get copies."""
     if not isinstance(answers, SharedAnswers):
         return make()
     if name not in answers.made:

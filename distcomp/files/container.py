@@ -11,9 +11,9 @@ bodies      in the order of the table
 ==========  =====================================================================================
 
 A raw body: coder u8 (0 as it is, 2 zlib), then the values. A shared body: bits of a gap u8, centroids u16,
-living weights u32, gaps u32; the centroids (float32); coder u8, bytes u32 and the gaps; coder u8, bytes u32
-and the codes. Gap symbol g < 2^b - 1 stands for g dead weights and a living one, 2^b - 1 for as many dead
-weights and none living.
+nonzero weights u32, gaps u32; the centroids (float32); coder u8, bytes u32 and the gaps; coder u8, bytes u32
+and the codes. Gap symbol g < 2^b - 1 stands for g zeros and a nonzero weight, 2^b - 1 for as many zeros and
+no weight.
 
 Nothing in it is ever executed or unpickled. A reader needs memory for what the table declares, and refuses
 more than it was told to allow, before it allocates.
@@ -62,8 +62,8 @@ class Size:
 def compress(state: Mapping[str, Tensor], bits: int = 5) -> bytes:
     """A model's tensors as the bytes of a ``.dcz`` file.
 
-    float32 tensors whose living values are at most ``2^bits`` different ones are stored exactly; so are those
-    too small to share values in, and all other types. Otherwise living values are shared: k-means with
+    float32 tensors whose nonzero values are at most ``2^bits`` different ones are stored exactly; so are
+    those too small to share values in, and all other types. Otherwise nonzero values are shared: k-means with
     ``2^bits`` centroids (see :func:`distcomp.pruning.share` for training them), and what
     :func:`decompress` gives back are the centroids.
 
@@ -103,7 +103,7 @@ def _body(name: str, tensor: Tensor, bits: int) -> tuple[int, bytes]:
 
 
 def _shared(values: np.ndarray, bits: int) -> bytes | None:
-    """The body of a tensor whose living values share centroids; None where that is no use."""
+    """The body of a tensor whose nonzero values share centroids; None where that is no use."""
     places = np.flatnonzero(values)
     centroids, codes = shared_values(values[places], 1 << bits)
     if not 0 < len(centroids) < 65536:
@@ -116,7 +116,7 @@ def _shared(values: np.ndarray, bits: int) -> bytes | None:
 
 
 def _gaps(places: Symbols, bits: int) -> Symbols:
-    """Gap symbols: as many "no living weight yet" as fit, then what is left."""
+    """Gap symbols: as many "no nonzero weight yet" as fit, then what is left."""
     most = (1 << bits) - 1
     gaps = np.diff(places, prepend=-1) - 1
     long, rest = gaps // most, gaps % most

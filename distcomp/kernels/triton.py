@@ -115,9 +115,9 @@ def _quantize_tiles(
     elif bits == 1:
         lanes = tl.zeros((rows, LANES), tl.float32)
         for start in tl.static_range(0, block, LANES):
-            executor = start + tl.arange(0, LANES)[None, :]
-            inside = (row[:, None] < rows_all) & (executor < block)
-            lanes += tl.abs(tl.load(x_at + row[:, None] * block + executor, mask=inside, other=0.0))
+            place = start + tl.arange(0, LANES)[None, :]
+            inside = (row[:, None] < rows_all) & (place < block)
+            lanes += tl.abs(tl.load(x_at + row[:, None] * block + place, mask=inside, other=0.0))
         total = _folded(lanes, rows)
         scale = tl.div_rn(total, tl.full(total.shape, block, tl.float32))
     else:
@@ -269,8 +269,8 @@ def _scale_of(x_at, scale_at, block, bits: tl.constexpr, given: tl.constexpr, ch
     if bits == 1:
         lanes = tl.zeros((1, LANES), tl.float32)
         for start in range(0, block, LANES):
-            executor = start + tl.arange(0, LANES)[None, :]
-            lanes += tl.abs(tl.load(x_at + executor, mask=executor < block, other=0.0))
+            place = start + tl.arange(0, LANES)[None, :]
+            lanes += tl.abs(tl.load(x_at + place, mask=place < block, other=0.0))
         scale = tl.div_rn(_folded(lanes, 1), tl.zeros((1,), tl.float32) + block)
     else:
         largest = tl.zeros((1, chunk), tl.int32)

@@ -1,4 +1,4 @@
-"""What do the workers say to each other, round by round?"""
+"""How do the ranks agree on a gradient, round by round?"""
 
 from distcomp.methods.active_only import ActiveOnly
 from distcomp.methods.allocate import Allocate, allocate

@@ -106,8 +106,8 @@ class UsedOnly(Method):
 
     DistributedDataParallel with ``find_unused_parameters=True`` leaves the ``.grad`` of a parameter alone
     that no rank used, whatever was agreed on for it: what error feedback had paid out then would be lost.
-    So the ranks first tell each other which parameters of the bucket they used, as bits; those that nobody
-    did are not sent, and their residuals and warm starts do not change. The state is that of ``inner``.
+    So the ranks first all-gather which parameters of the bucket they used, as bits; those that no rank used
+    are not sent, and their residuals and warm starts do not change. The state is that of ``inner``.
 
     Bytes: ``(n-1)`` payloads of one bit for each parameter, and those of ``inner`` for what was used.
     """

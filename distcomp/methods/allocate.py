@@ -41,7 +41,7 @@ class Allocate(Method):
     ::
 
         every step               layer l through C_o(l)
-        every period-th, too     E_lo = sum_i |x_il - C_o(x_il)|^2  for layer l and option o, told to all
+        every period-th, too     E_lo = sum_i |x_il - C_o(x_il)|^2  for layer l and option o, all-gathered
                                  o(l) <- argmin sum_l E_l,o(l)   with   sum_l bytes_l,o(l) <= budget 4d
 
     The plan is found by dynamic programming from numbers that are the same on every rank to the last bit,

@@ -1,11 +1,11 @@
-"""What the workers say to each other, round by round.
+"""What a method is: how the ranks agree on the mean of a flat buffer, round by round.
 
 A method is an exchange, written as a generator that does no I/O. It reads like the paper::
 
-    def talk(self, x, state, turn):
-        p = yield from mean(x @ q, turn)
+    def aggregate(self, x, state, context):
+        p = yield from mean(x @ q, context)
         ...
-        return Outcome(estimate, contribution, state)
+        return AggregateResult(estimate, contribution, state)
 
 **The law.** A method returns its *estimate* of the mean of ``x`` over the ranks, equal on every rank, and its
 own *contribution* to it, such that *the contributions of all ranks sum to n times the estimate*. That is what
@@ -48,7 +48,10 @@ class PerParameter(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class StepContext:
-    """Who is talking, about what, and when. ``rank`` and ``size`` are those of the group that talks."""
+    """The rank that aggregates, the layout of its buffer, and the step.
+
+    ``rank`` and ``size`` are those of the group in which the exchange runs.
+    """
 
     rank: int
     size: int
@@ -60,7 +63,7 @@ class StepContext:
     """Whether the caller keeps input minus contribution for the next step, so that whatever one rank knows
     better than the others may stay with it."""
     observed: Observed = field(default_factory=dict, kw_only=True, repr=False, compare=False)
-    """What the training loop has seen and no number tells (:mod:`distcomp.active`)."""
+    """What the training loop has observed by this step, equal on all ranks (:mod:`distcomp.active`)."""
 
     @property
     def private(self) -> Key:
@@ -70,8 +73,8 @@ class StepContext:
 
 @dataclass(frozen=True)
 class AggregateResult:
-    """What an exchange comes to: the estimate of the mean of ``x`` (float32, ``[layout.numel]``, equal on
-    every rank), this rank's contribution to it, and the state after it."""
+    """The result of an exchange: the estimate of the mean of ``x`` (float32, ``[layout.numel]``, equal on
+    every rank), this rank's contribution to it, and the new state."""
 
     estimate: Tensor
     contribution: Callable[[], Tensor]
@@ -90,7 +93,7 @@ class AggregateResult:
 
 
 class Method(Written, ABC):
-    """A exchange and the state it keeps between steps. Subclasses are frozen dataclasses.
+    """An exchange and the state it keeps between steps. Subclasses are frozen dataclasses.
 
     ``str`` of one that a registered recipe made is the text that :func:`distcomp.methods.parse` reads; its
     ``repr`` says what it is made of.
@@ -98,11 +101,11 @@ class Method(Written, ABC):
 
     propagates_nonfinite: bool = False
     """Whether a NaN or an infinity in ``x`` reaches the estimate by itself. Declared, never guessed:
-    where it is not, every ``x`` is looked at, and what was found is told with each request."""
+    where it is not, every ``x`` is checked, and each request announces a non-finite one."""
 
     needs: frozenset[str] = frozenset()
-    """What a method must know of parameters beside the numbers in them, each as a few words (:data:`NAMES`,
-    :data:`SHAPES`). Whoever has buffers without it refuses the method by these words."""
+    """What a method must know of parameters beside their values, each as a few words (:data:`NAMES`,
+    :data:`SHAPES`). A caller whose buffers lack it (FSDP) refuses the method by these words."""
 
     def init(self, layout: Layout) -> State:
         """The state before the first step, for the parameters of ``layout``."""
@@ -131,15 +134,15 @@ class Method(Written, ABC):
     def assumed_state(self, layout: Layout, step: int) -> State:
         """The state that :meth:`payload_bytes` takes for granted in ``step``.
 
-        A fresh one, unless what is said depends on a phase that the state counts, as in GradiVeQ; what
-        wraps such methods passes the question on.
+        A fresh one, unless what is sent depends on a phase that the state counts, as in GradiVeQ; a method
+        around such a one asks it.
         """
         return self.init(layout)
 
     def sole_compressor(self) -> Compressor | None:
-        """The compressor whose payloads are all that is said of a matrix; None where there is none such.
+        """The compressor whose payloads are all that is sent of a matrix; None where there is none such.
 
-        So the text of a method may stand for a compressor: gossip sends its neighbours a payload, no
+        So the text of a method may stand for a compressor: gossip sends its neighbours a payload and runs no
         exchange.
         """
         return None

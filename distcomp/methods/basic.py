@@ -33,7 +33,7 @@ def except_small(method: Method) -> Method:
 def with_feedback(
     compressor: Compressor, pattern: str = "auto", error_feedback: bool | None = None
 ) -> Method:
-    """The lifted compressor, with error feedback where it is biased (or where it is asked for).
+    """The method made from a compressor, with error feedback where it is biased (or where it is asked for).
 
     Warns where error feedback meets a compressor that declares no contraction: its residuals may grow without
     end.
@@ -124,7 +124,7 @@ def qsgd(
 
 @dataclass(frozen=True)
 class NoCommunication(Method):
-    """Say nothing: each rank's own tensor is its estimate, ``estimate_i = x_i``, and its contribution.
+    """Send nothing: each rank's own tensor is its estimate, ``estimate_i = x_i``, and its contribution.
 
     Replicas drift apart, so the estimates are not equal: a control, not a method. On the wire: nothing.
     """

@@ -78,7 +78,7 @@ class FixedPointAllReduce(Method):
         return AggregateResult(estimate, lambda: k.float() * spacing, state)
 
     def _around_the_ring(self, k: Tensor, context: StepContext) -> Rounds[Tensor]:
-        # Integers cannot carry a NaN: a float that the door poisons tells of it.
+        # Integers cannot carry a NaN: one float beside them, which the channel turns to NaN, announces it.
         yield AllReduce(torch.zeros(1, device=k.device), kind="header")
         return (yield from sum_integers(k, self.width(context.size)))
 

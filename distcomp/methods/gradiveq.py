@@ -226,7 +226,7 @@ class GradiVeQ(Method):
     def _found(
         self, state: dict[str, Any], due: tuple[ParamSlice, ...], context: StepContext
     ) -> Rounds[dict[str, Any]]:
-        """Bases and means of the layers whose learning is over: what all remember, mixed as rank 0 says."""
+        """Bases and means of the layers whose learning is over, by the mixtures that rank 0 broadcasts."""
         rows = range(self.cycle.learn)
         samples = [torch.stack([state["samples"][_row(age)][s.name] for age in rows], dim=1) for s in due]
         payload = Payload.empty(self._parts(due), samples[0].device)
@@ -263,7 +263,7 @@ class GradiVeQ(Method):
         self, x: Tensor, state: State, context: StepContext, rest: Tensor
     ) -> Rounds[tuple[AggregateResult, Tensor]]:
         """Send coefficients, behind them a vote of each layer for learning anew, and behind these what rides;
-        the mean of that beside the outcome."""
+        the mean of that beside the result."""
         known = [_Known.of(param, state) for param in context.layout.slices]
         coefficients, votes = [], []
         reference, ages = PerParameter(state["reference"]), PerParameter(state["age"])
@@ -411,7 +411,7 @@ def _lifted(bits: int, what: str) -> Method:
     wire="learning 2 (n-1)/n d plain_bits/8; compressed 2 (n-1)/n 4d/ratio at most; bases once a cycle",
     summable=True,
     biased=True,
-    deviations="which basis, rank 0 tells the others; its size is chosen on held-out gradients; a mean for "
+    deviations="rank 0 broadcasts the basis; its size is chosen on held-out gradients; a mean for "
     "every slice; the rule for learning anew is spelled out",
     limitations="where gradients do not stay in a subspace, as in wide dense layers; its bases cost "
     "seconds of computing",

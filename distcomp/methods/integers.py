@@ -235,7 +235,7 @@ class TernGrad(Method):
 
 @dataclass(frozen=True)
 class RandomHadamard(Method):
-    """Speak of a randomly rotated flat buffer: ``y = H D x`` by blocks; random signs D, Hadamard's matrix H.
+    """Aggregate a randomly rotated flat buffer: ``y = H D x`` by blocks; random signs D, Hadamard matrix H.
 
     A rotation spreads outliers over their block, so that the largest magnitude is near the typical one.
     ``estimate = D H estimate'``; the inverse is linear, so the law holds for any inner method. Signs are the

@@ -33,7 +33,7 @@ class MajorityVote(Method):
     the wire ``2 (n-1)/n d/8`` bytes, and an all-reduce of 4 bytes per parameter.
 
     **Contributions.** A rank's own votes, ``s sign(x_i)``, sum to ``s`` times the count, not to n times the
-    outcome. The difference is made where the rounding happens: the owner of a chunk adds ``s (n v - count)``
+    result. The difference is made where the rounding happens: the owner of a chunk adds ``s (n v - count)``
     to its own there, so that the law holds exactly (counts are integers). A vote does not weigh how much is
     owed, so error feedback does not repair it: an outvoted debt stays.
 

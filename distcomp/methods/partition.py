@@ -42,8 +42,9 @@ class Rule:
 class Partition(Method):
     """Parameters that ``rule`` accepts go through ``special``, the others through ``usual``, in this order.
 
-    The parameters of each are laid end to end, so that each method talks once however many parameters there
-    are. Estimate and contribution are those of both, put where their parameters lie. On the wire: both.
+    The parameters of each are laid end to end, so that each method runs one exchange however many parameters
+    there are. Estimate and contribution are those of both, put where their parameters lie. Bytes: those of
+    both.
     """
 
     rule: Rule

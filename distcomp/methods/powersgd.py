@@ -40,7 +40,7 @@ class PowerSGD(Method):
         Q = mean_i(M_i^T P)                     # b x r, second all-reduce
         estimate = P Q^T,   contribution_i = P (M_i^T P)^T
 
-    ``one_round=True`` takes the halves in turn, one in each step: ``P = mean_i(M_i Q)``, estimate ``P Q^T``
+    ``one_round=True`` alternates the halves, one in each step: ``P = mean_i(M_i Q)``, estimate ``P Q^T``
     in even steps, ``Q = mean_i(M_i^T P)`` with an orthonormal P in odd ones.
 
     All matrices of a flat buffer share one all-reduce per round. What is not compressed rides the first one
@@ -52,8 +52,8 @@ class PowerSGD(Method):
     is drawn anew from the key that all ranks share. ``rank`` may be a Schedule.
 
     Source: Vogels, Karimireddy & Jaggi, NeurIPS 2019; one round: epfml/powersgd. We differ: Q is made
-    orthonormal before it is used (the span is the same, float32 holds it better); a dead column is drawn
-    anew, where theirs stays dead; the contribution is the rank's own product, as in epfml/powersgd (the
+    orthonormal before it is used (the span is the same, float32 holds it better); a column of zeros is drawn
+    anew, where theirs stays zero; the contribution is the rank's own product, as in epfml/powersgd (the
     paper's code and PyTorch's hook subtract the mean's: the sum over ranks is the same); ``one_round``
     decides by ``min_compression`` on both halves, ``4r(a+b)``, though a step sends one of them. The
     orthonormal P is computed by every rank from the same bits: ranks need the same torch build and kind of

@@ -1,9 +1,9 @@
-"""Reduce-scatter: every rank owns a piece of a flat buffer and is told its piece of the mean alone.
+"""Reduce-scatter: every rank owns a piece of a flat buffer and receives its piece of the mean alone.
 
 That is all FSDP asks for, and half of an all-reduce: the second half of every pattern in
-:mod:`distcomp.methods.from_compressor`, telling the mean to everyone, falls away, and with it a second
+:mod:`distcomp.methods.from_compressor`, which sends the mean to everyone, falls away, and with it a second
 encoding's error. The buffer has no names: it is laid out by owner (:func:`owned_layout`), and the methods
-that need to know a parameter's name or shape cannot talk about it.
+that need to know a parameter's name or shape cannot aggregate it.
 
 The law of contributions holds with the estimate that lies spread over the ranks: laid end to end, the pieces
 of all ranks times n are the sum of the contributions, each of which is as long as the buffer. So is the
@@ -110,9 +110,9 @@ def _pieces(layout: Layout) -> list[Layout]:
 def to_shards(method: Method) -> Method:
     """``method`` as a reduce-scatter of nameless buffers.
 
-    Compressors that were lifted to an all-reduce, with error feedback, warm-up and schedules around them,
-    send each piece to its owner; any other method agrees on the whole first (:class:`OwnShard`). What a
-    method would have sent as a bias or a norm cannot be told apart here and goes as the rest does.
+    Methods made from a compressor (:func:`distcomp.methods.from_compressor`), with error feedback, warm-up
+    and schedules around them, send each piece to its owner; any other method aggregates the whole first
+    (:class:`OwnShard`). Biases and norms cannot be told from the rest here, and are compressed as it is.
 
     Raises DistcompError for methods that need names or shapes; see :func:`refuse_nameless`.
     """

@@ -28,8 +28,8 @@ class Scheduled(Method):
     """The method that ``recipe`` builds from the settings' values of the step.
 
     Every registered recipe makes one where a setting is given as a :class:`~distcomp.schedule.Schedule`.
-    The state must be of one form throughout: a recipe that keeps a residual only for some values needs to
-    be told to keep one always. Every step costs what the step's method costs.
+    The state must be of one form throughout: set a recipe that keeps a residual only for some values to keep
+    one always. Every step costs what the step's method costs.
 
     Raises DistcompError for a value that the recipe refuses, and for states that differ in form.
     """

@@ -104,7 +104,7 @@ class CyclicTopK(Method):
 
     ::
 
-        S_t = the k largest magnitudes of x_{t mod n}, told to all
+        S_t = the k largest magnitudes of x_{t mod n}, broadcast
         estimate_j = 1/n sum_i (x_i)_j  for j in S_t, else 0
 
     Because all ranks send the same places, traffic does not grow with n as top-k's does. Contracts for the

@@ -53,7 +53,7 @@ class TwoLevel(Method):
     does it all.
 
     Source: the two-level all-reduce of most collective libraries; of ranks that share the exchange between
-    nodes, Cho et al., BlueConnect, 2019. We differ: between nodes any method may talk, of however many
+    nodes, Cho et al., BlueConnect, 2019. We differ: between nodes any method may run, of however many
     rounds.
 
     Raises DistcompError for nodes of unequal size, or that are not all the ranks there are.
@@ -152,9 +152,9 @@ def _requests(aggregation: Rounds[AggregateResult], size: int) -> Iterator[Reque
 
 
 def nodes_of(environment: Mapping[str, str]) -> tuple[Group, ...] | None:
-    """The ranks of each node, as a launcher tells them; None where none does.
+    """The ranks of each node, from a launcher's environment variables; None where there are none.
 
-    Ranks are taken to be numbered node by node, as these launchers do unless told otherwise.
+    Ranks are taken to be numbered node by node, which is the default of these launchers.
 
     Raises DistcompError where nodes cannot be of equal size.
     """
@@ -180,7 +180,7 @@ ACROSS = qsgd()
     wire="inside's within a node; 1/L of across's between nodes of L ranks, and within the node what came in",
     summable=False,
     biased=False,
-    deviations="any method may talk between nodes; all ranks of a node carry its requests in parts",
+    deviations="any method may run between nodes; all ranks of a node carry its requests in parts",
     limitations="where the network inside a node is no faster than that between nodes",
 )
 def two_level(

@@ -71,12 +71,12 @@ def isotonic_fit(
     if span == 0:
         return np.full(len(y), low)
     scale = (noise(y) if sigma is None else sigma) or span / 2**levels
-    training_task = _Problem(y, loss, scale, low, span / (2**levels - 1))
+    problem = _Problem(y, loss, scale, low, span / (2**levels - 1))
     active = [np.zeros(1, dtype=np.int64)] * len(y)
     for level in range(levels, -1, -1):
-        active = [training_task.split(one) if level < levels else one for one in active]
-        active = training_task.prune(active, 2**level)
-    return low + training_task.step * training_task.best.astype(np.float64)
+        active = [problem.split(one) if level < levels else one for one in active]
+        active = problem.prune(active, 2**level)
+    return low + problem.step * problem.best.astype(np.float64)
 
 
 def noise(y: Floats) -> float:

@@ -147,8 +147,8 @@ def without(before: Chain, place: int, materialize: bool, densify: bool) -> Chai
         if not densify:
             raise DistcompError(
                 f"{before.name}: {' and '.join(label(one) for one in below)} cannot hold exactly what it "
-                f"computed with under {label(link)}; remove with bake=False, or densify=True, which stores "
-                f"{sum(one.numel() for one in target)} numbers and takes these off, too"
+                f"computed with under {label(link)}; remove with materialize=False, or densify=True, which "
+                f"stores {sum(one.numel() for one in target)} numbers and takes these off, too"
             )
         fitted, theta = (), target
     after = Chain(before.name, (*fitted, *above), theta)

@@ -27,7 +27,7 @@ from distcomp.parametrize.registered import own_class
 from distcomp.precision.quantizer import FULL
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-PLACES = ("arriving", "leaving", "resting")
+PLACES = ("input_quantizer", "output_quantizer", "weight_projection")
 OWNER = "precision"
 
 
@@ -74,11 +74,11 @@ def chosen(model: nn.Module, skip: tuple[str, ...]) -> list[tuple[str, nn.Module
     skipped = {{"first": every[0][0], "last": every[-1][0]}.get(name, name) for name in skip}
     if unknown := skipped - {name for name, _ in every}:
         raise DistcompError(
-            f"keep names {sorted(unknown)}, which are no layers; those are: {', '.join(n for n, _ in every)}"
+            f"skip names {sorted(unknown)}, which are no layers; those are: {', '.join(n for n, _ in every)}"
         )
     left = [(name, layer) for name, layer in every if name not in skipped]
     if not left:
-        raise DistcompError("every layer is kept; name fewer in keep, such as keep=()")
+        raise DistcompError("every layer is skipped; name fewer in skip, such as skip=()")
     for name, layer in left:
         if is_converted(layer):
             raise DistcompError(f"{name} is converted already; call distcomp.precision.remove(model) first")
@@ -86,11 +86,11 @@ def chosen(model: nn.Module, skip: tuple[str, ...]) -> list[tuple[str, nn.Module
 
 
 def convert(model: nn.Module, plan: Plan, skip: tuple[str, ...]) -> nn.Module:
-    """Give every layer that is not kept its quantizers, in place."""
+    """Give every layer that is not skipped its quantizers, in place."""
     planned = [(name, layer, plan(name, layer)) for name, layer in chosen(model, skip)]
     for name, layer, quantizers in planned:
         if quantizers.weight_projection is not None:
-            _check_resting(name, layer, quantizers.weight_projection)
+            _check_projection(name, layer, quantizers.weight_projection)
     for _, layer, quantizers in planned:
         install(layer, quantizers)
     return model
@@ -122,7 +122,7 @@ def install(layer: nn.Module, quantizers: Quantizers) -> None:
 
 def is_converted(layer: nn.Module) -> bool:
     """Whether the layer has quantizers."""
-    return hasattr(layer, "widths")
+    return hasattr(layer, "bit_widths")
 
 
 def converted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -156,7 +156,7 @@ def remove(model: nn.Module, materialize: bool = True, *, densify: bool = False)
                 delattr(layer, place)
         kind, added = layer.swapped  # type: ignore[misc]
         own_class(layer, kind)
-        for name in ("widths", "swapped", "precision_hooks", *added):
+        for name in ("bit_widths", "swapped", "precision_hooks", *added):
             delattr(layer, name)
     return model
 
@@ -231,7 +231,7 @@ class WeightProjection(nn.Module):
                 local.copy_(self.law(local))
 
 
-def _check_resting(path: str, layer: nn.Module, law: nn.Module) -> None:
+def _check_projection(path: str, layer: nn.Module, law: nn.Module) -> None:
     for name in ("weight", "bias"):
         if _has(layer, name):
             _holds_weights(path, layer, name, law)
@@ -246,7 +246,7 @@ def _holds_weights(path: str, layer: nn.Module, name: str, law: nn.Module) -> bo
             if getattr(law, "needs_weights", False):
                 raise DistcompError(
                     f"the {name} of {path} is stored as {type(link).__name__}, whose numbers are no "
-                    "weights that could be kept on a grid; name the layer in keep, or use "
+                    "weights that could be kept on a grid; name the layer in skip, or use "
                     "distcomp.precision.gradual"
                 )
             return False

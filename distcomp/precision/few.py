@@ -168,7 +168,7 @@ def shifted_kind(layer: nn.Module) -> type[nn.Module]:
     kind = SWAPPED.get(type_before_parametrizations(layer))
     if kind is None or getattr(layer, "padding_mode", "zeros") != "zeros":
         raise DistcompError(
-            f"few_multiplications knows Linear and Conv2d with zero padding, not {layer}; name it in keep, "
+            f"few_multiplications knows Linear and Conv2d with zero padding, not {layer}; name it in skip, "
             "or use shift_bits=0"
         )
     return kind

@@ -38,7 +38,7 @@ def pack(model: nn.Module) -> nn.Module:
 
 
 def _is_binary(layer: nn.Module) -> bool:
-    input_quantizer = getattr(layer, "arriving", None)
+    input_quantizer = getattr(layer, "input_quantizer", None)
     return isinstance(input_quantizer, Sign | SignAndScale) and isinstance(layer, nn.Linear | nn.Conv2d)
 
 
@@ -55,7 +55,8 @@ def _packed(name: str, layer: nn.Module) -> nn.Module:
         usual = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
         if not (usual and len(stride) == len(padding) == 1 and not isinstance(layer.padding, str)):
             raise DistcompError(
-                f"{name} is grouped, dilated or not square, which packed convolutions are not; keep it"
+                f"{name} is grouped, dilated or not square, which packed convolutions are not; name it in "
+                "skip"
             )
         return BinaryConv2d(weight, bias, layer.stride[0], int(layer.padding[0]), scaled)
     return BinaryLinear(weight, bias, scaled)

@@ -87,7 +87,7 @@ def summary(model: nn.Module, example: Any = None) -> Summary:
 
 
 def _row(name: str, layer: nn.Module, operations: int) -> LayerSummary:
-    bit_widths = getattr(layer, "widths", BitWidths())
+    bit_widths = getattr(layer, "bit_widths", BitWidths())
     bias = latent_of(layer, "bias")
     weights = sum(one.numel() for one in parameters(layer, "weight"))
     bias_numel = 0 if bias is None else bias.numel()

@@ -1,7 +1,7 @@
 """Which weights exist while we train?
 
 A *criterion* decides which weights live, a :class:`Pruner` asks it at the right time on all ranks alike, and
-:func:`distcomp.masked` keeps what is dead off the wire.
+:func:`distcomp.masked` sends active weights only.
 """
 
 from distcomp.files.coding import CorruptFile

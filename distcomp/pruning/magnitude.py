@@ -45,13 +45,13 @@ def smallest_pruned(weights: Tensors, masks: Tensors, sparsity: float, scope: st
 
 @dataclass(frozen=True)
 class Gradual(Criterion):
-    """Raise the share of dead weights along a schedule, every ``every`` steps, by magnitude.
+    """Raise the share of pruned weights along a schedule, every ``every`` steps, by magnitude.
 
     ::
 
         s_t = s_f + (s_0 - s_f) (1 - (t - t_0) / (t_f - t_0))^3          (the default schedule, cubic)
 
-    A dead weight stays dead. ``scope``: the share is that of each ``layer``, or of all weights together
+    A pruned weight stays pruned. ``scope``: the share is that of each ``layer``, or of all weights together
     (``global``).
     """
 
@@ -62,7 +62,7 @@ class Gradual(Criterion):
     def __post_init__(self) -> None:
         low, high = extremes(self.sparsity)
         if not 0 <= low <= high < 1:
-            raise DistcompError(f"a share of dead weights is in [0, 1), not {low:g} to {high:g}")
+            raise DistcompError(f"a share of pruned weights is in [0, 1), not {low:g} to {high:g}")
         if self.every < 1 or self.scope not in ("layer", "global"):
             raise DistcompError(
                 f"every is 1 step or more and scope 'layer' or 'global', not {self.every} and {self.scope!r}"
@@ -90,7 +90,7 @@ def gradual(
 ) -> Pruner:
     """Prune by magnitude, more and more along a cubic curve from step ``begin`` to step ``end``.
 
-    ``target`` is the share of dead weights at the end, or a Schedule of it (whose points then say when).
+    ``target`` is the share of pruned weights at the end, or a Schedule of it (whose points then say when).
 
     Source: Zhu & Gupta, To prune, or not to prune, 2017. We differ: any Schedule; shared masks by
     construction.
@@ -107,8 +107,8 @@ class Magnitude(Criterion):
 
     ::
 
-        dead where |w| < quality * std(w)              (``by="quality"``), or
-        dead where |w| is among the ``share`` smallest (``by="share"``)
+        pruned where |w| < quality * std(w)              (``by="quality"``), or
+        pruned where |w| is among the ``share`` smallest (``by="share"``)
 
     ``at`` are the steps after which it happens; where there are several, the k-th of K prunes to
     ``1 - (1 - share)^(k/K)``.
@@ -145,9 +145,9 @@ def magnitude(
 ) -> Pruner:
     """Train, prune what is small in each layer, train the survivors on from where they are.
 
-    ``amount`` is a share of dead weights, or with ``by="quality"`` the factor of a layer's standard deviation
-    below which a weight dies; one number, or one per layer such as :func:`sensitivity` finds. ``steps``: the
-    iterations after which it happens.
+    ``amount`` is a share of pruned weights, or with ``by="quality"`` the factor of a layer's standard
+    deviation below which a weight dies; one number, or one per layer such as :func:`sensitivity` finds.
+    ``steps``: the iterations after which it happens.
 
     Source: Han et al., Learning both weights and connections, NeurIPS 2015. Shrink dropout for the
     retraining with :func:`retraining_dropout`.
@@ -156,7 +156,7 @@ def magnitude(
         raise DistcompError(f"by is 'share' or 'quality', not {by!r}")
     amounts = amount.values() if isinstance(amount, Mapping) else [amount]
     if any(one < 0 or (by == "share" and one >= 1) for one in amounts):
-        raise DistcompError(f"a share of dead weights is in [0, 1) and a quality 0 or more, not {amount}")
+        raise DistcompError(f"a share of pruned weights is in [0, 1) and a quality 0 or more, not {amount}")
     if not steps or sorted(set(steps)) != list(steps):
         raise DistcompError(f"steps must rise, and there must be one, not {list(steps)}")
     return Pruner(model, optimizer, Magnitude(frozen(amount), tuple(steps), by), names, seed)
@@ -287,7 +287,7 @@ def dsd(
     names: Iterable[str] | None = None,
     seed: int = 0,
 ) -> Pruner:
-    """Train dense, prune once and train sparse, then let the dead come back at zero and train dense again.
+    """Train dense, prune once and train sparse, then let pruned weights return at zero and train dense again.
 
     The aim is a better dense model, not a smaller one. In the last phase the paper trains at a tenth of the
     learning rate: that is your scheduler's to do. Weights that come back have no momentum.
@@ -319,7 +319,7 @@ def fixed(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimizer | 
 
 
 def random_masks(weights: Tensors, sparsity: float, key: Key) -> Tensors:
-    """Masks drawn at random from a key, each layer with the same share of dead weights."""
+    """Masks drawn at random from a key, each layer with the same share of pruned weights."""
     masks: Tensors = {}
     for name, weight in weights.items():
         draw = torch.rand(weight.numel(), generator=key.fold("initial", name).generator())

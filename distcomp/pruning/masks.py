@@ -52,7 +52,7 @@ __all__ = [
 class Mask(Parametrization):
     """``w = original * mask``. While ``dense_grad``, the gradient passes as if there were no mask.
 
-    With ``dense_grad`` a dead weight receives the gradient of the weight that the module computed with
+    With ``dense_grad`` a pruned weight receives the gradient of the weight that the module computed with
     (zero), so that it may come back: dynamic network surgery, regrowth. Without, its gradient is zero.
     """
 
@@ -109,7 +109,7 @@ class Pruned:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The trained values, dead ones included."""
+        """The trained values, pruned ones included."""
         original = self.module.parametrizations[self.tensor].original  # type: ignore[index, union-attr]
         assert isinstance(original, nn.Parameter)
         return original

@@ -35,7 +35,7 @@ class PruningContext:
     step: int
     due: tuple[str, ...]
     weights: Tensors
-    """Trained values by name, dead ones included; their mean over ranks where ranks differ."""
+    """Trained values by name, pruned ones included; their mean over ranks where ranks differ."""
     masks: Tensors
     gradients: Tensors
     """What the optimizer last saw, where the criterion asks for it."""
@@ -48,9 +48,9 @@ class Criterion(ABC):
     """Decides which weights live. Subclasses are frozen dataclasses: their ``repr`` is what ranks compare."""
 
     wants_dense: bool = False
-    """Whether gradients of dead weights are needed when a mask is due to change."""
+    """Whether gradients of pruned weights are needed when a mask is due to change."""
     keeps_dense_grad: bool = False
-    """Whether dead weights are trained too: what is not sent of their gradients is owed until it is."""
+    """Whether pruned weights are trained too: what is not sent of their gradients is owed until it is."""
     restarts: bool = True
     """Whether a weight that comes back begins at zero; otherwise where it was left."""
     wants_gradients: bool = False
@@ -97,7 +97,7 @@ class Consensus(Protocol):
 
 @dataclass
 class Change:
-    """That masks changed after iteration ``step``: the share of dead weights by name, from then on."""
+    """That masks changed after iteration ``step``: the share of pruned weights by name, from then on."""
 
     step: int
     sparsity: dict[str, float]
@@ -162,7 +162,7 @@ class Pruner(Listener):
 
     @property
     def weights(self) -> Tensors:
-        """The trained values by name, dead ones included."""
+        """The trained values by name, pruned ones included."""
         return {name: one.parameter.detach() for name, one in self.pruned.items()}
 
     @property
@@ -172,7 +172,7 @@ class Pruner(Listener):
 
     @property
     def sparsity(self) -> dict[str, float]:
-        """The share of dead weights of each parameter."""
+        """The share of pruned weights of each parameter."""
         return {name: 1 - one.mask.float().mean().item() for name, one in self.pruned.items()}
 
     @property
@@ -182,7 +182,7 @@ class Pruner(Listener):
         return active / max(1, sum(one.mask.numel() for one in self.pruned.values()))
 
     def needs_dense(self, step: int, name: str) -> bool:
-        """Whether the gradients of dead weights of this parameter are exchanged in iteration ``step``."""
+        """Whether the gradients of pruned weights of this parameter are exchanged in iteration ``step``."""
         return self.criterion.wants_dense and self.criterion.due(step, name)
 
     def snapshot(self) -> MaskSnapshot:
@@ -198,8 +198,8 @@ class Pruner(Listener):
         return self._snapshot[1]
 
     def active_parameters(self, dense: bool = True) -> ActiveMasks:
-        """What the masks keep, as a source of active parameters (:func:`distcomp.active_only`): it holds the
-        masks of today, and is handed newer ones where it is attached.
+        """What the masks keep, as a source of active parameters (:func:`distcomp.averaging.active_only`): it
+        holds the masks of today, and is handed newer ones where it is attached.
 
         ``dense``: all coordinates are active in steps in which the criterion wants their gradients.
         """
@@ -245,7 +245,7 @@ class Pruner(Listener):
         self._open()
 
     def _open(self) -> None:
-        """Let gradients of dead weights through where the coming iteration wants them."""
+        """Let gradients of pruned weights through where the coming iteration wants them."""
         for name, one in self.pruned.items():
             one.parametrization.dense_grad = self.criterion.keeps_dense_grad or self.needs_dense(
                 self.step, name

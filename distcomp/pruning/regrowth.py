@@ -19,12 +19,12 @@ from distcomp.randomness import Key
 
 @dataclass(frozen=True)
 class Regrowth(Criterion):
-    """Every ``every`` steps a part of the living weights is exchanged for dead ones.
+    """Every ``every`` steps a part of the active weights is exchanged for pruned ones.
 
     ::
 
         f_t  = fraction / 2 (1 + cos(pi t / until))
-        drop the f_t n smallest |w| of a layer's n living weights
+        drop the f_t n smallest |w| of a layer's n active weights
         grow as many: the largest |dL/dw| among those that do not live now; they begin at zero
     """
 
@@ -72,13 +72,13 @@ def rigl(
     """Train a network that is sparse from the start, and move its connections to where the gradient asks.
 
     ``sparsity`` of every layer stays what it is; ``every`` so many steps, until ``until``, a ``fraction``
-    that falls along a cosine is exchanged. On the wire, gradients of dead weights are sent in those
+    that falls along a cosine is exchanged. On the wire, gradients of pruned weights are sent in those
     iterations alone.
 
     Where no normalization follows, scale the weights up by ``1/sqrt(1 - sparsity)`` first: as few of them
     then carry the signal as all of them did.
 
-    Source: Evci et al., Rigging the lottery, ICML 2020. We differ: the same share of dead weights in every
+    Source: Evci et al., Rigging the lottery, ICML 2020. We differ: the same share of pruned weights in every
     layer; a weight that was just dropped may grow again; the optimizer steps in every iteration, where the
     authors' code skips its step when connections change.
     """

@@ -108,11 +108,11 @@ def _codebook(tensors: Tensors, codes: NDArray[np.int64], most: int) -> Codebook
 
 
 def share(model: nn.Module, bits: int = 5) -> nn.Module:
-    """Let the living weights of each layer share ``2^bits`` values, which are trained from now on.
+    """Let the active weights of each layer share ``2^bits`` values, which are trained from now on.
 
     Masks on plain weights are taken off and built in: zeros stay zero. What a structure stores shares values
     in the place of the weights; a quantizer goes on quantizing, and its masks stay. Parameters are new
-    (``centroids``): make the optimizer, and DistributedDataParallel, afterwards. Layers with fewer living
+    (``centroids``): make the optimizer, and DistributedDataParallel, afterwards. Layers with fewer active
     numbers than four times the centroids are left as they are. Returns the model.
 
     Source: Han et al., Deep Compression, ICLR 2016.

@@ -1,4 +1,4 @@
-"""A smaller ordinary model with the same outputs: dead filters, channels and layers are taken out.
+"""A smaller ordinary model with the same outputs: pruned filters, channels and layers are taken out.
 
 The graph is walked with a *value* for each tensor: which channel each of its features is, and which features
 are constants. Channels that are added up, or that belong to one group of a convolution, live or die together.
@@ -117,7 +117,7 @@ class Walk:
             if value is not None:
                 self.needed.update(value.channels)
 
-    def dead(self) -> set[int]:
+    def removable(self) -> set[int]:
         """Channels nobody needs; but one of each layer's inputs and of its outputs stays."""
         needed = {self.root(channel) for channel in self.needed}
         for layer in self.layers:
@@ -334,8 +334,8 @@ def shrink(model: nn.Module) -> fx.GraphModule:
         walk = Walk(small)
         if walk.branch is not None:
             _cut(small, *walk.branch)
-        elif dead := walk.dead():
-            _take_out(walk, dead)
+        elif removed := walk.removable():
+            _take_out(walk, removed)
         else:
             small.recompile()
             return small
@@ -402,9 +402,9 @@ def _cut(small: fx.GraphModule, node: fx.Node, kept: fx.Node, constant: Value) -
 
 
 @torch.no_grad()
-def _take_out(walk: Walk, dead: set[int]) -> None:
+def _take_out(walk: Walk, removed: set[int]) -> None:
     def kept(value: Value) -> Tensor:
-        return torch.tensor([channel not in dead for channel in value.channels])
+        return torch.tensor([channel not in removed for channel in value.channels])
 
     for layer in walk.layers:
         module, rows = layer.module, kept(layer.out)

@@ -39,7 +39,7 @@ class Draws:
 
 
 def hysteresis(magnitudes: Tensor, mask: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Dead at ``low`` and below, alive above ``high``, as before in between."""
+    """Pruned at ``low`` and below, active above ``high``, as before in between."""
     return (magnitudes > high) | (mask & (magnitudes > low))
 
 
@@ -52,7 +52,7 @@ class Surgery(Criterion):
         base = max(mean|w| + rate std|w|, 0)       of a layer, once, at the first operation
         mask = 0 where |w| <= 0.9 base;  1 where |w| > 1.1 base;  as it was in between
 
-    ``w`` takes the gradient of the masked weights, also where it is dead.
+    ``w`` takes the gradient of the masked weights, also where it is pruned.
     """
 
     wants_dense = True
@@ -99,8 +99,8 @@ def dns(
     one number, or one per layer. A layer is operated on with a probability that falls with ``gamma`` and
     ``power``, and no more from step ``until`` on.
 
-    On the wire dead weights' gradients gather on each rank, and are sent in the iteration before their layer
-    is operated on.
+    On the wire pruned weights' gradients gather on each rank, and are sent in the iteration before their
+    layer is operated on.
 
     Source: Guo et al., Dynamic network surgery, NeurIPS 2016, and its public code. We differ: thresholds are
     of a layer's weights alone (there weights and bias are pooled).

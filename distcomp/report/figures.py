@@ -36,7 +36,7 @@ class Point:
     test_loss: float | None
     test_accuracy: float | None
     pruned: float | None = None
-    """The share of dead weights, of those that may be pruned."""
+    """The share of pruned weights, of those that may be pruned."""
     others: Mapping[str, float] = field(default_factory=dict)
     """Whatever else was logged as a number, by its name."""
 

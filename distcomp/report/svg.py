@@ -157,13 +157,13 @@ class _Frame:
 
 def marker(style: int, x: float, y: float) -> str:
     """A shape that tells styles apart without colour: circle, square, triangle, diamond and so on."""
-    sides, context = ((0, 0.0), (4, 0.25), (3, 0.5), (4, 0.0), (3, 0.0), (5, 0.5), (6, 0.0))[style % 7]
+    sides, rotation = ((0, 0.0), (4, 0.25), (3, 0.5), (4, 0.0), (3, 0.0), (5, 0.5), (6, 0.0))[style % 7]
     if sides == 0:
         return f'<circle class="mark" cx="{x}" cy="{y}" r="3.6"/>'
     corners = []
     for side in range(sides):
         angle = math.tau * (
-            side / sides + context / sides * (1 if sides == 3 else 2) + (0.25 if sides != 4 else 0)
+            side / sides + rotation / sides * (1 if sides == 3 else 2) + (0.25 if sides != 4 else 0)
         )
         corners.append(f"{x + 4.6 * math.cos(angle):.1f},{y + 4.6 * math.sin(angle):.1f}")
     return f'<polygon class="mark" points="{" ".join(corners)}"/>'

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
-from conformance.toys.active_toy import SharedCoins
 from distcomp.active import ActiveParameters, ActiveSet, Context
 from distcomp.layout import Layout
 from distcomp.randomness import Key
+from tests.conformance.toys.active_toy import SharedCoins
 
 
 class Layers(nn.Module):
@@ -196,7 +196,7 @@ def strayed(rank: int, size: int, averaged: bool) -> tuple[int, str]:
     """The step to which training came, and the words in which it ended."""
     model: nn.Module = Layers()
     inner = distcomp.local_sgd(period=1) if averaged else "qsgd:bits=1"
-    method = distcomp.active_only(inner, Astray(rank))
+    method = distcomp.averaging.active_only(inner, Astray(rank))
     if not averaged:
         model = DistributedDataParallel(model, bucket_cap_mb=0.003)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
@@ -215,7 +215,7 @@ def strayed(rank: int, size: int, averaged: bool) -> tuple[int, str]:
 def resumed(rank: int, size: int, at: int) -> Tensor:
     """The weights after 12 steps with shared coins and 1 bit; from ``at`` on with copies of the method, the
     model and all that was saved."""
-    method = distcomp.active_only("qsgd:bits=1", Coins())
+    method = distcomp.averaging.active_only("qsgd:bits=1", Coins())
     model = DistributedDataParallel(Layers(), bucket_cap_mb=0.003)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     handle = distcomp.attach(model, optimizer, method)
@@ -269,7 +269,9 @@ def with_coins(rank: int, size: int) -> tuple[list[int], list[int], Tensor]:
     model = DistributedDataParallel(Deep(coins), find_unused_parameters=True)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     sent, awake, total = [], [], 0
-    with distcomp.attach(model, optimizer, distcomp.active_only("identity", coins), seed=7) as handle:
+    with distcomp.attach(
+        model, optimizer, distcomp.averaging.active_only("identity", coins), seed=7
+    ) as handle:
         for step in range(10):
             model.module.step = step
             optimizer.zero_grad()

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import distcomp
-from conformance.toys import active_toy
-from conformance.toys.active_toy import SharedCoins
-from conformance.world import ORDINARY, converse, draw
 from distcomp.active import Planned
 from distcomp.errors import DistcompError
-
-from . import rank_jobs as jobs
+from tests.active import rank_jobs as jobs
+from tests.buffers import ORDINARY, draw
+from tests.conformance.toys import active_toy
+from tests.conformance.toys.active_toy import SharedCoins
+from tests.lockstep import converse
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -36,7 +36,7 @@ def test_coins_fall_as_often_as_they_should_and_leave_the_rest_alone():
 
 def test_around_any_method_what_sleeps_is_not_sent():
     coins = SharedCoins(("fc",), survival=0.5)
-    method = distcomp.active_only("qsgd:bits=1", coins, compare=False)
+    method = distcomp.averaging.active_only("qsgd:bits=1", coins, compare=False)
     states = [method.init(ORDINARY)] * 2
     by_sleep: dict[bool, set[int]] = {True: set(), False: set()}
     for step in range(8):

@@ -295,7 +295,7 @@ def test_on_a_network_that_costs_nothing_the_advice_is_not_to_compress() -> None
 
 
 def _row(method: str, step_s: float, speed_up: float) -> Row:
-    return Row(method, Prediction(step_s, 0.0, 0.0, sent_bytes=1.0), speed_up, math.inf, {})
+    return Row(method, Prediction(step_s, 0.0, 0.0, 0.0, sent_bytes=1.0), speed_up, math.inf, {})
 
 
 @pytest.mark.parametrize(
@@ -360,14 +360,14 @@ def test_advise_reads_a_training_loop_as_it_is(
         "--model",
         str(script),
     ]
-    assert cli.main([*asked, "--width", "48"]) == 0
+    assert cli.main([*asked, "--", "--width", "48"]) == 0
     told = capsys.readouterr()
     everything = json.loads(told.out)
     assert everything["parameters"] == 48 * 48 + 48
     assert "step 3" in told.err
     assert not torch.distributed.is_initialized()
     script.write_text(LOOP.replace("ATTACH", attach).replace("STEPS", "3"))
-    assert cli.main([*asked, "--width", "48"]) == 2
+    assert cli.main([*asked, "--", "--width", "48"]) == 2
     assert "took 3 steps with a DistributedDataParallel model" in capsys.readouterr().err
     script.write_text("raise RuntimeError('boom')")
     assert cli.main(asked) == 2
@@ -386,13 +386,13 @@ def test_on_a_slow_one_it_names_what_is_fastest() -> None:
 
 SCRIPT = """\
 import torch
-from distcomp.advice import Problem
+from distcomp.advice import TrainingTask
 
-def problem(arguments):
+def training_task(arguments):
     model = torch.nn.Linear(256, 256)
     def batch(worker, workers, step):
         return torch.ones(4, 256), torch.ones(4, 256)
-    return Problem(model, batch, torch.nn.functional.mse_loss, lambda p: torch.optim.SGD(p, 0.1))
+    return TrainingTask(model, batch, torch.nn.functional.mse_loss, lambda p: torch.optim.SGD(p, 0.1))
 """
 
 

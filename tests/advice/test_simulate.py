@@ -165,15 +165,15 @@ def test_what_cannot_be_simulated_is_refused() -> None:
 SCRIPT = """\
 import torch
 from torch.nn.functional import mse_loss
-from distcomp.advice import Problem
+from distcomp.advice import TrainingTask
 
-def problem(arguments):
+def training_task(arguments):
     torch.manual_seed(int(arguments[0]))
     model = torch.nn.Linear(4, 2)
     def batch(worker, workers, step):
         x = torch.randn(3, 4, generator=torch.Generator().manual_seed(worker + 100 * step))
         return x, x[:, :2]
-    return Problem(model, batch, mse_loss, lambda parameters: torch.optim.SGD(parameters, 0.1),
+    return TrainingTask(model, batch, mse_loss, lambda parameters: torch.optim.SGD(parameters, 0.1),
                    lambda model: {"test_loss": model.weight.square().mean().item()})
 """
 
@@ -196,7 +196,7 @@ def test_the_command_trains_prints_and_records(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("x = 1", "define problem"), ("def problem(arguments): return 3", "returned a int")],
+    [("x = 1", "define training_task"), ("def training_task(arguments): return 3", "returned a int")],
 )
 def test_a_script_without_a_problem_is_told_what_to_define(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str

@@ -22,7 +22,7 @@ from distcomp.errors import DistcompError
 from distcomp.methods import METHODS
 from distcomp.report import as_json, as_text, compare
 from distcomp.report.claims import verdict
-from report import synthetic
+from tests.report import synthetic
 
 Captured = pytest.CaptureFixture[str]
 
@@ -255,7 +255,7 @@ def test_methods_are_split_at_semicolons_and_named_once() -> None:
 def test_records_sort_as_the_methods_were_named(tmp_path: Path) -> None:
     named = ("qsgd:bits=4,block=64", "ddp", "qsgd:bits=4")
     experiment = emulate.Experiment(tmp_path / "s.py", (), named, tmp_path)
-    directories = [context.directory.name for context in experiment.turns]
+    directories = [planned.directory.name for planned in experiment.runs]
     assert directories == ["01-qsgd-bits=4-block=64", "02-ddp", "03-qsgd-bits=4", "04-ddp"]
 
 

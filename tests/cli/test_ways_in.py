@@ -18,7 +18,7 @@ from distcomp.cli.run import dated_directory
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS
 from distcomp.transports.throttle import SlowLink
-from report import synthetic
+from tests.report import synthetic
 
 Captured = pytest.CaptureFixture[str]
 
@@ -32,7 +32,7 @@ def runs(tmp_path: Path) -> Path:
 def test_methods_take_turns_and_the_baseline_runs_twice(tmp_path: Path) -> None:
     def order(*methods: str, repeats: int = 1) -> list[str]:
         return [
-            context.shown for context in emulate.Experiment(tmp_path, (), methods, tmp_path, repeats).turns
+            planned.shown for planned in emulate.Experiment(tmp_path, (), methods, tmp_path, repeats).runs
         ]
 
     assert order("ddp", "bf16") == ["ddp", "bf16", "ddp (again)"]

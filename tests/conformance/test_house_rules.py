@@ -1,4 +1,4 @@
-"""A method in one file is found by everything; and the conformance tests finds what is broken."""
+"""A method in one file is found by everything; and the conformance tests find what is broken."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from torch import nn
 
+from distcomp import precision, pruning
 from distcomp.cli import main
 from distcomp.compressors import parse_compressor
 from distcomp.methods import METHODS, from_compressor, parse
+from distcomp.parametrize import bits, chain, install, parameters, remove
 from distcomp.randomness import Key
 from distcomp.registry import COMPRESSORS
-
-from .subjects import methods
-from .test_law import check_one_conversation
-from .world import ODD, ORDINARY, draw
+from tests.buffers import ODD, ORDINARY, draw
+from tests.conformance.subjects import methods
+from tests.conformance.test_law import check_one_conversation
 
 HERE = Path(__file__).parent
 TOYS = HERE / "toys"
@@ -47,7 +50,7 @@ def toy(tmp_path: Path) -> Iterator[str]:
     del METHODS["averaging_toy"], sys.modules["averaging_toy"]
 
 
-def test_one_file_adds_a_method_to_the_config_the_battery_the_shell_and_the_docs(
+def test_one_file_adds_a_method_to_the_config_the_conformance_tests_the_shell_and_the_docs(
     toy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert parse(f"{toy}:grid=0.5") == METHODS[toy].recipe(grid=0.5)
@@ -62,14 +65,14 @@ def test_one_file_adds_a_method_to_the_config_the_battery_the_shell_and_the_docs
     assert main(["methods"]) == 0
     assert toy in capsys.readouterr().out
 
-    pages = load("catalogue", HERE.parent.parent / "docs" / "catalogue.py").pages()
+    pages = load("catalogue", HERE.parents[1] / "docs" / "catalogue.py").pages()
     assert "Average what is rounded to" in pages["methods.md"]
     assert "`grid=0.125`" in pages["methods/averaging_toy.md"]
 
 
-@pytest.mark.parametrize("toy", ["averaging_toy", "two_round_toy", "compressor_toy"])
+@pytest.mark.parametrize("toy", ["averaging_toy", "two_round_toy", "compressor_toy", "parametrization_toy"])
 def test_a_worked_example_that_contributors_read_is_the_file_that_is_tested(toy: str) -> None:
-    contributing = (HERE.parent.parent / "CONTRIBUTING.md").read_text()
+    contributing = (HERE.parents[1] / "CONTRIBUTING.md").read_text()
     assert f"```python\n{(TOYS / toy).with_suffix('.py').read_text()}```" in contributing
 
 
@@ -102,16 +105,59 @@ def test_one_file_adds_a_compressor_to_the_texts_of_every_method() -> None:
         del COMPRESSORS["three_bytes"], sys.modules["compressor_toy"]
 
 
-def test_the_battery_passes_a_sound_toy_and_finds_every_mutant(tmp_path: Path) -> None:
+def test_one_file_adds_a_parametrization_that_trains_stacks_and_comes_off() -> None:
+    toeplitz = load("parametrization_toy", TOYS / "parametrization_toy.py").Toeplitz
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 5))
+    dense = model[0].weight.detach().clone()
+    install(model, "0.weight", toeplitz(24, 12))
+    diagonals = [dense.diagonal(12 - 1 - number).mean() for number in range(24 + 12 - 1)]
+    torch.testing.assert_close(parameters(model, "0.weight")[0], torch.stack(diagonals))
+    assert bits(model, "0.weight") == 32 * (24 + 12 - 1)
+
+    link = pruning.Mask(dense)
+    link.mask.copy_(torch.arange(24 * 12).view(24, 12) % 3 != 0)
+    install(model, "0.weight", link)
+    precision.gradual(model, None, "Q2.4", skip=("2",))
+    assert [type(link) for link in chain(model, "0.weight")][::2] == [toeplitz, pruning.Mask]
+    x = torch.randn(64, 12)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), x[:, :5].argmax(1))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    masked = model.eval()[0].weight.detach().clone()
+    for owner in ("pruning", "precision"):
+        remove(model, "0.weight", owner, materialize=False)
+    theta = parameters(model, "0.weight")[0].detach()
+    weight = model[0].weight.detach().clone()
+    assert torch.equal(weight[1:, 1:], weight[:-1, :-1])
+    assert torch.equal(masked, torch.round(weight * 16) / 16 * link.mask)
+    copied = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 5))
+    install(copied, "0.weight", toeplitz(24, 12))
+    copied.load_state_dict(model.state_dict())
+    assert torch.equal(copied[0].weight, theta[toeplitz(24, 12).diagonal])
+
+    remove(model, "0.weight", "structured", densify=True)
+    assert type(model[0]) is nn.Linear
+    assert torch.equal(model[0].weight, weight)
+
+
+def test_the_conformance_tests_pass_a_sound_toy_and_find_every_mutant(tmp_path: Path) -> None:
     """Run on methods and compressors that each break a law (``toys/mutants.py``) and one that breaks none."""
     report, wanted = tmp_path / "report.xml", tmp_path / "wanted.json"
     files = [str(file) for file in sorted(HERE.glob("test_*.py")) if file.name != Path(__file__).name]
-    options = ["-q", "--tb=line", "-p", "mutants", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    path = os.pathsep.join([str(TOYS), *filter(None, sys.path)])
+    plugins = ["-p", "tests.conformance.toys.mutants", "-p", "no:cacheprovider"]
+    options = ["-q", "--tb=line", *plugins, f"--junitxml={report}"]
+    path = os.pathsep.join([str(HERE.parents[1]), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
         env={**os.environ, "PYTHONPATH": path, "MUTANTS": str(wanted)},
-        cwd=HERE.parent.parent,
+        cwd=HERE.parents[1],
         capture_output=True,
         text=True,
         timeout=600,

@@ -11,15 +11,14 @@ from torch import nn
 from distcomp import precision
 from distcomp.parametrize import chain, install, parameters
 from distcomp.pruning import Codebook, Mask
-
-from .toys import LowRank, network
+from tests.parametrize.toys import LowRank, network
 
 W = "0.weight"
 RANK, VALUES = 3, 8
 
 
 def quantizer(model: nn.Module, seed: int) -> None:
-    precision.gradual(model, None, "Q2.4", keep=("2",))
+    precision.gradual(model, None, "Q2.4", skip=("2",))
 
 
 def mask(model: nn.Module, seed: int) -> None:

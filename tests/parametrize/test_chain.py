@@ -13,8 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from distcomp import DistcompError
 from distcomp.parametrize import bits, chain, install, latent, materialize, parameters, remove
-
-from .toys import Halves, Keep, LowRank, Signs, batch, network, train
+from tests.parametrize.toys import Halves, Keep, LowRank, Signs, batch, network, train
 
 W = "0.weight"
 
@@ -61,7 +60,7 @@ def test_a_structure_is_the_nearest_to_the_weight_it_found() -> None:
     torch.testing.assert_close(model[0].weight, (u[:, :3] * s[:3]) @ v[:3])
 
 
-@pytest.mark.parametrize("bake", [True, False])
+@pytest.mark.parametrize("materialize", [True, False])
 def test_a_structure_goes_only_where_it_is_asked_to_densify(materialize) -> None:
     model = stacked()
     before, state = model[0].weight.detach(), copy.deepcopy(model.state_dict())

@@ -10,8 +10,7 @@ from torch import nn
 
 from distcomp import DistcompError, precision, pruning
 from distcomp.parametrize import bits, chain, install, parameters, remove
-
-from .toys import LowRank, batch, network, train
+from tests.parametrize.toys import LowRank, batch, network, train
 
 W = "0.weight"
 
@@ -36,7 +35,7 @@ def kinds(model: nn.Module) -> list[str]:
 def test_restoring_a_quantized_structure_leaves_the_weight_its_shape() -> None:
     model = low_rank()
     before = model[0].weight.detach()
-    precision.dorefa(model, 1, 32, 32, keep=())
+    precision.dorefa(model, 1, 32, 32, skip=())
     precision.remove(model, materialize=False)
     assert kinds(model) == ["LowRank"]
     assert torch.equal(model[0].weight, before)
@@ -44,7 +43,7 @@ def test_restoring_a_quantized_structure_leaves_the_weight_its_shape() -> None:
 
 
 def test_baking_a_quantized_structure_says_that_it_stores_more_numbers() -> None:
-    model = precision.dorefa(low_rank(), 1, 32, 32, keep=()).eval()
+    model = precision.dorefa(low_rank(), 1, 32, 32, skip=()).eval()
     before, output = model[0].weight.detach(), model(batch()[0])
     with pytest.raises(
         DistcompError, match=r"LowRank .* cannot hold .* densify=True, which stores 288 numbers"
@@ -78,8 +77,8 @@ def test_what_is_pruned_stays_zero_under_one_bit() -> None:
     mask = torch.rand(24, 12, generator=torch.Generator().manual_seed(0)) < 0.4
     first, second = network(), network()
     pruning.fixed(first, {W: mask})
-    precision.bnn(first, keep=())
-    precision.bnn(second, keep=())
+    precision.bnn(first, skip=())
+    precision.bnn(second, skip=())
     pruning.fixed(second, {W: mask})
     for model in (first, second):
         assert kinds(model) == ["BinaryWeight", "Mask"]
@@ -98,7 +97,7 @@ def test_a_pruner_goes_on_over_a_quantizer() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     pruner = pruning.magnitude(model, optimizer, 0.5, names=[W], steps=(1,))
-    precision.gradual(model, None, "Q2.4", keep=("2",))
+    precision.gradual(model, None, "Q2.4", skip=("2",))
     train(model, optimizer, 3)
     pruner.settle()
     assert (model[0].weight == 0).float().mean() >= 0.5
@@ -126,7 +125,7 @@ def test_layers_whose_class_is_swapped_keep_their_masks() -> None:
 def test_shared_values_are_quantized_and_their_zeros_stay() -> None:
     mask = torch.rand(24, 12, generator=torch.Generator().manual_seed(0)) < 0.5
     model = network()
-    precision.gradual(model, None, "Q2.4", keep=("2",))
+    precision.gradual(model, None, "Q2.4", skip=("2",))
     pruning.fixed(model, {W: mask})
     pruning.share(model, bits=2)
     assert kinds(model) == ["Codebook", "Nearest", "Mask"]
@@ -143,7 +142,7 @@ def test_shared_values_are_quantized_and_their_zeros_stay() -> None:
 def test_laws_at_rest_hold_for_shared_weights_and_are_refused_for_factors() -> None:
     model = network()
     pruning.share(model, bits=2)
-    precision.fixed_point(model, "Q2.4", keep=("2",))
+    precision.fixed_point(model, "Q2.4", skip=("2",))
     train(model, torch.optim.SGD(model.parameters(), 0.5), 2)
     for part in parameters(model, W):
         assert torch.equal(part, torch.round(part * 16) / 16)
@@ -172,7 +171,7 @@ def test_frequencies_are_transformed_before_they_are_quantized() -> None:
     before = model[0].weight.detach().clone()
     pruner = pruning.frequency(model)
     pruner.pruned[W].mask[..., 2, 2] = False
-    precision.gradual(model, None, "Q2.4", keep=())
+    precision.gradual(model, None, "Q2.4", skip=())
     assert kinds(model) == ["FrequencyMask", "Nearest"]
     weight = model[0].weight.detach()
     assert torch.equal(weight, torch.round(weight * 16) / 16)
@@ -182,7 +181,7 @@ def test_frequencies_are_transformed_before_they_are_quantized() -> None:
 
 
 def test_the_summary_and_the_packed_checkpoint_see_the_chain() -> None:
-    model = precision.dorefa(low_rank(), 4, 32, 32, keep=("2",))
+    model = precision.dorefa(low_rank(), 4, 32, 32, skip=("2",))
     row = precision.summary(model, batch()[0]).layers[0]
     assert row.numel == 108 + 24
     assert row.bytes == 288 * 4 / 8 + 4 * 24
@@ -198,14 +197,14 @@ def test_the_summary_and_the_packed_checkpoint_see_the_chain() -> None:
 
 def test_bits_of_a_quantizer_count_its_scales_and_noise_is_not_stored() -> None:
     expected = {
-        "dorefa": (lambda net: precision.dorefa(net, 1, 32, 32, keep=()), 288 + 32),
-        "dorefa 3": (lambda net: precision.dorefa(net, 3, 32, 32, keep=()), 3 * 288),
+        "dorefa": (lambda net: precision.dorefa(net, 1, 32, 32, skip=()), 288 + 32),
+        "dorefa 3": (lambda net: precision.dorefa(net, 3, 32, 32, skip=()), 3 * 288),
         "binary": (lambda net: precision.binary_connect(net), 288),
         "binary, stochastic": (lambda net: precision.binary_connect(net, stochastic=True), 32 * 288),
-        "xnor": (lambda net: precision.xnor_net(net, keep=()), 288 + 32 * 24),
-        "ttq": (lambda net: precision.ttq(net, keep=()), 2 * 288 + 64),
+        "xnor": (lambda net: precision.xnor_net(net, skip=()), 288 + 32 * 24),
+        "ttq": (lambda net: precision.ttq(net, skip=()), 2 * 288 + 64),
         "few": (lambda net: precision.few_multiplications(net), 32 * 288),
-        "entropy": (lambda net: precision.weighted_entropy(net, 2, keep=()), 2 * 288 + 4 * 32),
+        "entropy": (lambda net: precision.weighted_entropy(net, 2, skip=()), 2 * 288 + 4 * 32),
         "fixed": (lambda net: precision.fixed_point(net, "Q4.4"), 8 * 288),
     }
     assert {name: bits(make(network()), W) for name, (make, _) in expected.items()} == {

@@ -14,9 +14,8 @@ from distcomp import DistcompError, pruning
 from distcomp.pruning.magnitude import n_of_m, smallest_pruned
 from distcomp.pruning.masks import keep_largest
 from distcomp.schedule import Schedule
-
-from . import oracles
-from .training import NAMES, network, sgd, train
+from tests.pruning import oracles
+from tests.pruning.training import NAMES, network, sgd, train
 
 
 def watched(pruner, model, optimizer, steps, expected, changed=lambda name, grown: None):
@@ -248,7 +247,7 @@ WRONG = [
     (lambda m: pruning.gradual(m, None, 1.2), "in \\[0, 1\\)"),
     (lambda m: pruning.gradual(m, None, 0.5, scope="model"), "'layer' or 'global'"),
     (lambda m: pruning.gradual(m, None, names=["3.weight"]), "no parameter '3.weight'"),
-    (lambda m: pruning.magnitude(m, None, 1.5), "share of dead weights"),
+    (lambda m: pruning.magnitude(m, None, 1.5), "share of pruned weights"),
     (lambda m: pruning.magnitude(m, None, by="size"), "'share' or 'quality'"),
     (lambda m: pruning.magnitude(m, None, steps=(5, 3)), "must rise"),
     (lambda m: pruning.dsd(m, None, sparse_from=5, dense_from=5), "must come before"),

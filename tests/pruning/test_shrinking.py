@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distcomp import DistcompError, pruning
-
-from .training import network, sgd, train
+from tests.pruning.training import network, sgd, train
 
 
 class Block(nn.Module):
@@ -105,7 +104,7 @@ def test_sizes_are_those_of_what_lives_and_the_original_trains_on():
         nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 3)
     )
     conv, linear = torch.ones(6, 2, 3, 3, dtype=torch.bool), torch.ones(8, 24, dtype=torch.bool)
-    conv[[1, 4]] = False  # dead filters are constants, which go into the biases behind
+    conv[[1, 4]] = False  # pruned filters are constants, which go into the biases behind
     linear.view(8, 6, 4)[:, 3] = False  # a channel that nobody reads
     linear[2:] = False
     pruner = pruning.fixed(net, {"0.weight": conv, "3.weight": linear})

@@ -1,4 +1,4 @@
-"""What is dead is not sent, nothing is lost, and every method works on what lives."""
+"""Pruned weights are not sent, nothing is lost, and every method works on the active ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import distcomp
-from conformance.world import alike, converse, draw, tensors
 from distcomp import DistcompError, pruning
 from distcomp.attaching.ddp import slices_of
 from distcomp.attaching.masks import pruners_of
@@ -17,6 +16,8 @@ from distcomp.layout import Layout
 from distcomp.methods import METHODS, AllReduceMean, ErrorFeedback, from_compressor
 from distcomp.payload import body_bytes
 from distcomp.pruning.wire import Support
+from tests.buffers import alike, draw, tensors
+from tests.lockstep import converse
 
 SPECS = [name for name, entry in METHODS.items() if entry.kind == "gradient" and not entry.control]
 
@@ -106,7 +107,7 @@ def test_with_all_alive_it_is_the_method_itself(spec):
 
 
 class Surgeon(pruning.Criterion):
-    """Masks drawn anew every third step, while dead weights are trained, too."""
+    """Masks drawn anew every third step, while pruned weights are trained, too."""
 
     wants_dense = keeps_dense_grad = True
     restarts = False

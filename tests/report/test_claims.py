@@ -12,8 +12,7 @@ from distcomp import recording
 from distcomp.report import Comparison, as_json, compare, page
 from distcomp.report.claims import verdict
 from distcomp.report.table import as_cards, columns
-
-from . import synthetic
+from tests.report import synthetic
 
 LINK = {"asked_bps": 1e10, "achieved_bps": 1.5e9, "after_idle_bps": 3.4e9}
 
@@ -114,9 +113,9 @@ def test_whatever_a_script_logs_makes_a_page(tmp_path: Path, name: str) -> None:
         {"kind": "metric", "step": at, "train_s": at, "test_loss": 1.0, "test_accuracy": 0.5, name: value}
         for at, value in enumerate(LOGGED)
     ]
-    for context in range(len(metrics)):
-        turned = [one | {"step": at} for at, one in enumerate(metrics[context:] + metrics[:context])]
-        made = synthetic.write(tmp_path / str(context), synthetic.about("ddp"), {0: turned})
+    for start in range(len(metrics)):
+        turned = [one | {"step": at} for at, one in enumerate(metrics[start:] + metrics[:start])]
+        made = synthetic.write(tmp_path / str(start), synthetic.about("ddp"), {0: turned})
         found = compare([recording.read(made)])
         as_json(found)
         as_cards(found)

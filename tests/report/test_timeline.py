@@ -19,9 +19,9 @@ def test_seconds_are_the_moments_at_which_the_phase_was_under_way(
     timeline = Timeline([(phase, float(begin), float(begin + length)) for phase, begin, length in spans])
     for phase in ("wait", "wire"):
         moments = {
-            context
+            moment
             for name, begin, length in spans
-            for context in range(begin, begin + length)
-            if name == phase and context >= after
+            for moment in range(begin, begin + length)
+            if name == phase and moment >= after
         }
         assert timeline.seconds(phase, float(after)) == len(moments)

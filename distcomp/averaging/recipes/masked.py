@@ -54,13 +54,13 @@ def active_only(
 
 
 def masked(pruner: Pruner, method: Method | Averaging | str, residuals: str = "keep") -> Any:
-    """Let a method send what lives of a pruned model, and nothing of what is dead.
+    """Let a method send the active weights of a pruned model, and nothing of the others.
 
     It is :func:`active_only` with the pruner's masks, which the pruner itself has the ranks compare whenever
     they change.
 
-    Bytes: the method's, for the living weights; in the iteration before a mask changes all, where the
-    criterion needs gradients of dead weights; 8 bytes and a header to each rank at each change.
+    Bytes: the method's, for the active weights; in the iteration before a mask changes all, where the
+    criterion needs gradients of pruned weights; 8 bytes and a header to each rank at each change.
 
     Raises DistcompError as :func:`active_only` does.
     """
