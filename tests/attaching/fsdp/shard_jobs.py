@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import distcomp
 
@@ -114,6 +115,23 @@ def trained(rank: int, size: int, spec: str, steps: int, replicas: int = 1) -> t
     with handle:
         train(model, optimizer, rank, steps)
         return flat(model), handle.stats()
+
+
+def divided(rank: int, size: int, factor: float, steps: int, replicas: int) -> list[Tensor]:
+    """With ``set_gradient_divide_factor`` on every module: attached, and after leaving."""
+    found = []
+    for attached in (True, False):
+        model, optimizer, handle = start(rank, size, "identity", replicas)
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.set_gradient_divide_factor(factor)
+                part.set_force_sum_reduction_for_comms(True)
+        if not attached:
+            handle.detach()
+        train(model, optimizer, rank, steps)
+        found.append(flat(model))
+        handle.detach()
+    return found
 
 
 def left(rank: int, size: int, steps: int) -> Tensor:
@@ -255,6 +273,8 @@ def sentence(rank: int, size: int, kind: str, spec: str = "identity") -> str:
             distcomp.attach(sharded(mesh), None, spec)
         elif kind == "replicas without shards":
             distcomp.attach(network(), None, spec, replicas=mesh.get_group("shard"))
+        elif kind == "replicated":
+            distcomp.attach(replicate(network(), mesh=mesh["shard"]), None, spec)
         else:
             model = sharded(mesh["shard"])
             distcomp.attach(model, None, spec)
@@ -267,12 +287,6 @@ def sentence(rank: int, size: int, kind: str, spec: str = "identity") -> str:
 
 def _misuse(kind: str, model: nn.Module, rank: int) -> None:
     x, y = batch(rank, 0)
-    if kind == "factor":
-        model.set_gradient_divide_factor(3.0)
-        for part in model:
-            if isinstance(part, nn.Linear):
-                part.set_gradient_divide_factor(3.0)
-        nn.functional.cross_entropy(model(x), y).backward()
     if kind == "unused":
         nn.functional.cross_entropy(model(x), y).backward()
         model[3].bias.requires_grad_(False)

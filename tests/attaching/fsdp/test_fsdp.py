@@ -107,16 +107,24 @@ def test_residuals_are_in_unscaled_units(cluster):
         assert torch.allclose(plain, found, rtol=1e-4, atol=1e-5)
 
 
+def test_a_divide_factor_counts_all_ranks_also_across_replicas(cluster):
+    """Divided by the number of ranks, a sum is the mean: inside the shards and across the replicas."""
+    mean = cluster(4).run(shard_jobs.trained, "identity", 3, 2)
+    for expected, found in zip(mean, cluster(4).run(shard_jobs.divided, 4.0, 3, 2), strict=True):
+        assert torch.allclose(expected[0], found[0], rtol=1e-6, atol=1e-7)
+        assert torch.allclose(expected[0], found[1], rtol=1e-5, atol=1e-6)  # detached
+
+
 SENTENCES = {
-    ("", "powersgd"): "powersgd needs whole matrices",
-    ("", "gradiveq"): "gradiveq needs whole convolutions",
-    ("", "allocate"): "allocate chooses layer by layer",
-    ("", "warmup"): "powersgd needs whole matrices",
+    ("", "powersgd"): "PowerSGD needs whole parameters",
+    ("", "gradiveq"): "GradiVeQ needs whole parameters",
+    ("", "allocate"): "Allocate needs the name",
+    ("", "warmup"): "PowerSGD needs whole parameters",
     ("", "diloco"): "holds pieces",
     ("", "ddp"): "holds pieces",
     ("hybrid", "identity"): "mesh of 2 dimensions",
     ("replicas without shards", "identity"): "Sequential is none",
-    ("factor", "identity"): "set_gradient_divide_factor",
+    ("replicated", "identity"): "wrapped by replicate()",
     ("unused", "identity"): "set_reduce_scatter_unused_params",
 }
 
