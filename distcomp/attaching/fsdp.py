@@ -268,18 +268,22 @@ class FSDPSync(Sync):
             "state": self._states.by_parameter(),
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Raises DistcompError for another number of ranks or shards: buffers are interleaved by them."""
-        self.idle()
+    def expected_state(self, saved: Mapping[str, Any]) -> None:
+        """Raises DistcompError for another number of ranks or shards: buffers are interleaved by them.
+
+        What they hold is known when FSDP first reduces one; another shape is refused then.
+        """
         shards, size = dist.get_world_size(self._shards), dist.get_world_size()
-        if (int(saved.get("shards", 0)), int(saved["world_size"])) != (shards, size):
+        if (saved.get("shards"), saved["world_size"]) != (shards, size):
             raise DistcompError(
                 f"the checkpoint is of {saved['world_size']} ranks and {saved.get('shards', 'no')} shards, "
                 f"and here are {size} and {shards}: what is owed lies interleaved by shard and cannot be "
                 "handed on; go on without it (do not load it), or on as many ranks"
             )
-        self.iterations = int(saved["iterations"])
-        self._seed = int(saved["seed"])
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.idle()
+        self.iterations, self._seed = saved["iterations"], saved["seed"]
         self._states.load(saved["state"])
 
 
