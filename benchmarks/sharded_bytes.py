@@ -3,8 +3,8 @@
     python -m benchmarks.sharded_bytes            # writes results/sharded_bytes.json
 
 2 and 4 ranks on an emulated network, whose queues count what each rank sends, packet headers included; beside
-it what the ledger has counted. Bytes per parameter, rank and step, of steps after the first two (the first one
-gathers differences plainly). Also the training loss after all steps, of one seed: a sign of life and no
+it what the ledger has counted. Bytes per parameter, rank and step, of steps after the first two (the first
+one gathers differences plainly). Also the training loss after all steps, of one seed: a sign of life and no
 comparison. Blocks reshard after the forward, so that weights are gathered twice a step.
 """
 

@@ -14,8 +14,9 @@ asks for each gradient, and all of them are exchanged at once when the first is 
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ from distcomp.runtime.channel import Channel
 from distcomp.runtime.driver import commit, context_of, exchange
 from distcomp.runtime.executor import Executor
 from distcomp.runtime.ledger import Ledger
-from distcomp.runtime.states import States, pack, unpack
+from distcomp.runtime.saved_state import Fingerprint, Place, described, pack, unpack
+from distcomp.runtime.states import States
 from distcomp.transports.horovod import Horovod
 
 Parameters = Iterable[tuple[str, Tensor]]
@@ -82,6 +84,10 @@ class GradientExchange:
         self.ledger = Ledger()
         transport = Horovod()
         self._rank, self._size = transport.rank, transport.size
+        shapes = [(param.name, param.shape) for param in self._layout.slices]
+        digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+        self._place = Place(self._rank, tuple(range(self._size)))
+        self._fingerprint = Fingerprint(described(method), f"{len(shapes)} tensors, digest {digest}")
         _agree(f"{method}, seed {seed}, {self._layout.slices}")
         self._channel = Channel(transport, 0, self.ledger)
         self._executor = Executor(self._channel, next(iter(self._parameters.values())).device, beside=False)
@@ -112,15 +118,28 @@ class GradientExchange:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank keeps between steps: save one for every rank."""
-        return pack(
-            self._rank, self._size, {"iterations": self.iterations, "state": self._states.by_parameter()}
-        )
+        """What this rank keeps between steps, and of what it is: save one for every rank."""
+        content = {"iterations": self.iterations, "seed": self._seed, "state": self._states.by_parameter()}
+        return pack(self._place, self._fingerprint, content)
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; with another number of ranks, from a list of all of them."""
-        fields = unpack(saved, self._rank, self._size)
-        self.iterations = int(fields["iterations"])
+    def load_state_dict(
+        self, saved: Mapping[str, Any] | Sequence[Mapping[str, Any]], strict: bool = True
+    ) -> None:
+        """Go on from :meth:`state_dict`; with another number of ranks, from a list of all of them. Call it on
+        every rank: all take over, or none; see :meth:`distcomp.Handle.load_state_dict`.
+
+        Raises DistcompError for a part that is damaged, missing or (with ``strict``) of something else;
+        SettingsMismatch on the other ranks, and where parts are of different steps.
+        """
+        try:
+            fields = unpack(
+                saved, self._place, self._fingerprint, lambda _: self._states.expected(self._layout), strict
+            )
+        except DistcompError as error:
+            _agree(f"a checkpoint that cannot be loaded ({error})")
+            raise
+        _agree(f"a checkpoint of iteration {fields['iterations']}, seed {fields['seed']}, {fields['method']}")
+        self.iterations, self._seed = fields["iterations"], fields["seed"]
         self._states.load(fields["state"])
 
 

@@ -17,7 +17,7 @@ from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
 from distcomp.builtin_hooks import parse_builtin
 from distcomp.errors import DistcompError
-from distcomp.methods.base import State, StepContext
+from distcomp.methods.base import ByParameter, State, StepContext
 from distcomp.runtime.aggregation import Aggregator
 from distcomp.runtime.driver import Exchange
 from distcomp.runtime.pipeline import Timeline
@@ -85,8 +85,11 @@ class BuiltinHookSync(Sync):
     def state_dict(self) -> dict[str, Any]:
         return {"iterations": self.iterations, "seed": 0, "state": {}}
 
+    def expected_state(self, saved: Mapping[str, Any]) -> ByParameter:
+        return {}
+
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        self.iterations = int(saved["iterations"])
+        self.iterations = saved["iterations"]
 
 
 def _hook(name: str, group: dist.ProcessGroup) -> tuple[Hook, Callable[[GradBucket], int]]:

@@ -39,5 +39,6 @@ def read(path: str | Path, key: str) -> dict[str, Any]:
     load(template, checkpoint_id=path, no_dist=True)
     parts: dict[str, Any] = template[key]
     for part in parts.values():
-        part.setdefault("state", {})  # a method without state leaves no key behind
+        if isinstance(part, dict):
+            part.setdefault("state", {})  # a method without state leaves no key behind
     return parts

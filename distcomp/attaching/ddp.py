@@ -22,7 +22,7 @@ from distcomp.attaching.unused import UnusedParameters
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods.active_only import UNUSED_HERE, UsedOnly
-from distcomp.methods.base import Method
+from distcomp.methods.base import ByParameter, Method
 from distcomp.private_torch import NO_BACKWARD, backward_number
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.driver import commit, context_of
@@ -242,10 +242,13 @@ class GradientSync(Sync):
         self.idle()
         return {"iterations": self.iterations, "seed": self.seed, "state": self.states.by_parameter()}
 
+    def expected_state(self, saved: Mapping[str, Any]) -> ByParameter:
+        trained = [self._segments[id(parameter)] for parameter in self._trained().values()]
+        return self.states.expected(Layout(tuple(trained)))
+
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.idle()
-        self.iterations = int(saved["iterations"])
-        self.seed = int(saved["seed"])
+        self.iterations, self.seed = saved["iterations"], saved["seed"]
         self.states.load(saved["state"])
 
     def _layout(self, bucket: GradBucket) -> Layout:

@@ -19,6 +19,7 @@ from distcomp.methods.base import AggregateResult, State, StepContext
 from distcomp.payload import Part, Payload
 from distcomp.private_torch import NO_BACKWARD, backward_number
 from distcomp.runtime.driver import commit, context_of
+from distcomp.runtime.saved_state import damaged, described, fitting, whole_number
 from distcomp.runtime.states import States
 
 PREFIX = "exchange/"
@@ -78,7 +79,7 @@ class TensorExchanges:
         self._count = 0
         self._named: dict[str, _Named] = {}
         self._loaded: dict[str, Mapping[str, Tensor]] = {}
-        self._loaded_counts: dict[str, int] = {}
+        self._loaded_said: dict[str, Mapping[str, Any]] = {}
 
     @torch.no_grad()
     def exchange(self, tensor: Tensor, method: Method | str, name: str | None) -> Tensor:
@@ -101,15 +102,18 @@ class TensorExchanges:
         return estimate.view(tensor.shape).to(tensor.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, and states by name: ``{"counts": ..., "state": ...}``."""
+        """Counts and methods by name, and states: ``{"exchanges": ..., "state": ...}``."""
         state: dict[str, Any] = {PREFIX + name: dict(leaves) for name, leaves in self._loaded.items()}
-        counts = {"": self._count, **self._loaded_counts}
+        said = {PREFIX: {"count": self._count, "method": ""}}
+        said |= {PREFIX + name: dict(each) for name, each in self._loaded_said.items()}
         for name, kept in self._named.items():
-            counts[name] = kept.count
+            said[PREFIX + name] = {"count": kept.count, "method": described(kept.method)}
             state.update(kept.states.by_parameter())
-        return {"counts": {PREFIX + name: count for name, count in counts.items()}, "state": state}
+        return {"exchanges": said, "state": state}
 
-    def load_state_dict(self, counts: Mapping[str, Any], state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load_state_dict(
+        self, said: Mapping[str, Mapping[str, Any]], state: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
         """Go on from what was saved. A state waits until its name is asked for."""
         self._named.clear()
         self._loaded = {
@@ -117,8 +121,9 @@ class TensorExchanges:
             for name, leaves in state.items()
             if name.startswith(PREFIX)
         }
-        self._loaded_counts = {name.removeprefix(PREFIX): int(count) for name, count in counts.items()}
-        self._count = self._loaded_counts.pop("", 0)
+        self._loaded_said = {name.removeprefix(PREFIX): each for name, each in said.items()}
+        unnamed = self._loaded_said.pop("", None)
+        self._count = unnamed["count"] if unnamed is not None else 0
 
     def _refuse(self, tensor: Tensor, name: str | None) -> None:
         sync = self._sync
@@ -145,10 +150,13 @@ class TensorExchanges:
         if name is None:
             return _Named(method, layout, States(method), self._count)
         if name not in self._named:
-            states = States(method)
-            if name in self._loaded:
-                states.load({PREFIX + name: self._loaded.pop(name)})
-            self._named[name] = _Named(method, layout, states, self._loaded_counts.pop(name, 0))
+            states, said = States(method), self._loaded_said.get(name)
+            if said is not None:
+                self._check_loaded(name, states, said["method"], method, layout)
+                states.load({PREFIX + name: self._loaded.get(name, {})})
+            self._named[name] = _Named(method, layout, states, said["count"] if said is not None else 0)
+            self._loaded.pop(name, None)
+            self._loaded_said.pop(name, None)
         kept = self._named[name]
         if kept.method != method or kept.layout != layout:
             raise DistcompError(
@@ -157,6 +165,16 @@ class TensorExchanges:
                 "another name"
             )
         return kept
+
+    def _check_loaded(self, name: str, states: States, saved: str, method: Method, layout: Layout) -> None:
+        """Raise DistcompError where what a checkpoint kept under ``name`` is of another method or shape."""
+        if saved != described(method):
+            raise DistcompError(
+                f"the checkpoint kept the exchange {name!r} with {saved}, and now comes {described(method)}: "
+                "its state would mean nothing; use the same method, or another name"
+            )
+        kept = {PREFIX + name: self._loaded.get(name, {})}
+        fitting(kept, states.expected(layout), strict=True, whole=True)
 
     def _agree(self, words: str) -> None:
         """Raise Mismatch on every rank, naming the difference, unless all are about to exchange alike."""
@@ -182,6 +200,19 @@ class TensorExchanges:
             .result()
             .estimate
         )
+
+
+def checked_exchanges(said: object) -> dict[str, dict[str, Any]]:
+    """What a checkpoint says of exchanges, by name. Raises DistcompError for what nobody saved."""
+    if not isinstance(said, Mapping):
+        raise damaged("exchanges", "they are no mapping")
+    for name, each in said.items():
+        if not isinstance(name, str) or not name.startswith(PREFIX) or not isinstance(each, Mapping):
+            raise damaged("exchanges", f"{repr(name)[:80]} is no name of one")
+        whole_number(name[:80], "count", each.get("count"), 0)
+        if not isinstance(each.get("method"), str):
+            raise damaged(name[:80], "its method is no text")
+    return {name: {"count": each["count"], "method": each["method"]} for name, each in said.items()}
 
 
 def _layout(name: str, tensor: Tensor) -> Layout:

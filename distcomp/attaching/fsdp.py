@@ -29,7 +29,7 @@ from distcomp.attaching.session import Session
 from distcomp.attaching.target import Target, is_sharded
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
-from distcomp.methods.base import Method
+from distcomp.methods.base import ByParameter, Method
 from distcomp.methods.reduce_scatter import owned_layout, refuse_nameless, to_shards
 from distcomp.methods.weight_gather import WeightGather
 from distcomp.private_torch import FSDPGroup, fsdp_divide_factor, fsdp_group
@@ -192,6 +192,7 @@ class FSDPSync(Sync):
         self._talks = method if self._across else to_shards(method)
         self._states = States(self._talks)
         self._layouts: dict[str, Layout] = {}
+        self._sent_before: int | None = None
         self._begin_iteration()
         groups = groups_of(target.module)
         self._units = units_of(groups, target.replicas)
@@ -201,8 +202,7 @@ class FSDPSync(Sync):
         self._gather_units = gather_units(groups) if weights else []
         if target.replicas is not None:
             _begin_alike(self._model, target.replicas)
-        for unit in (*self._units, *self._gather_units):
-            unit.attached = self
+        self._put_in_units(self)
 
     @torch.no_grad()
     def gather(self, name: str, shard: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ class FSDPSync(Sync):
         self._talked: list[Aggregation] = []
         self._timeline = Timeline()
         self._ready_s = 0.0
-        self._sent_before: int | None = None
+        self._sent_before = None
 
     def forward_begins(self) -> None:
         """What a backward that broke off has left is no part of the next iteration."""
@@ -296,9 +296,14 @@ class FSDPSync(Sync):
 
     def close(self) -> None:
         """From now on FSDP reduces as before; replicas are averaged in the gradients' own type."""
-        for unit in (*self._units, *self._gather_units):
-            unit.attached = None
+        self._put_in_units(None)
         super().close()
+
+    def _put_in_units(self, sync: FSDPSync | None) -> None:
+        for unit in self._units:
+            unit.attached = sync
+        for gather_unit in self._gather_units:
+            gather_unit.attached = sync
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -329,24 +334,35 @@ class FSDPSync(Sync):
             | (self._weights.state_dict() if self._weights is not None else {}),
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def expected_state(self, saved: Mapping[str, Any]) -> None:
         """Raises DistcompError where something is owed by another number of ranks or shards: buffers are
-        interleaved by them. What is held of the weights begins anew there, with a warning."""
-        self.idle()
-        shards, size = dist.get_world_size(self._shards), dist.get_world_size()
-        alike = (int(saved.get("shards", 0)), int(saved["world_size"])) == (shards, size)
-        owed = {name: one for name, one in saved["state"].items() if not name.startswith(PREFIX)}
-        if owed and not alike:
+        interleaved by them. What is held of the weights begins anew there, with a warning.
+
+        What buffers hold is known when FSDP first reduces one; another shape is refused then.
+        """
+        if _owed(saved["state"]) and not self._is_of_these_shards(saved):
+            shards, size = dist.get_world_size(self._shards), dist.get_world_size()
             raise DistcompError(
                 f"the checkpoint is of {saved['world_size']} ranks and {saved.get('shards', 'no')} shards, "
                 f"and here are {size} and {shards}: what is owed lies interleaved by shard and cannot be "
                 "handed on; go on without it (do not load it), or on as many ranks"
             )
-        self.iterations = int(saved["iterations"])
-        self._seed = int(saved["seed"])
-        self._states.load(owed)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.idle()
+        self.iterations, self._seed = saved["iterations"], saved["seed"]
+        self._states.load(_owed(saved["state"]))
         if self._weights is not None:
-            self._weights.load_state_dict(saved["state"], alike)
+            self._weights.load_state_dict(saved["state"], self._is_of_these_shards(saved))
+
+    def _is_of_these_shards(self, saved: Mapping[str, Any]) -> bool:
+        here = (dist.get_world_size(self._shards), dist.get_world_size())
+        return (saved.get("shards"), saved["world_size"]) == here
+
+
+def _owed(state: ByParameter) -> dict[str, Mapping[str, Tensor]]:
+    """What the method keeps; the rest is of the gathered weights."""
+    return {name: leaves for name, leaves in state.items() if not name.startswith(PREFIX)}
 
 
 def _begin_alike(model: nn.Module, replicas: dist.ProcessGroup) -> None:

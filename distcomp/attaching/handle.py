@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from distcomp.attaching import masks
+from distcomp.attaching.agreement import Loads
 from distcomp.attaching.arguments import check_arguments, check_optimizer
 from distcomp.attaching.builtin_hooks import BuiltinHookSync
 from distcomp.attaching.ddp import GradientSync, Scaler
-from distcomp.attaching.exchanges import PREFIX, TensorExchanges
+from distcomp.attaching.exchanges import PREFIX, TensorExchanges, checked_exchanges
 from distcomp.attaching.fsdp import FSDPSync, refuse_gathers, refuse_sharded
 from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
@@ -31,11 +31,12 @@ from distcomp.attaching.watch import Sink, Watch
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.builtin_hooks import is_builtin
 from distcomp.compressors.base import Compressor
-from distcomp.errors import DistcompError
+from distcomp.errors import DistcompError, PeerLost
 from distcomp.methods import METHODS, Method, parse
+from distcomp.methods.base import ByParameter
 from distcomp.methods.weight_gather import WeightGather, parse_weight_gather
 from distcomp.private_torch import bypasses_hooks, steps_in_a_hook
-from distcomp.runtime.states import pack, unpack
+from distcomp.runtime.saved_state import Fingerprint, described, pack, unpack
 from distcomp.training import clock_of
 from distcomp.transports.types import ProcessGroup
 from distcomp.version import __version__
@@ -155,6 +156,9 @@ class Handle:
             sync.clock.listen(listener)
         self._pruners = masks.join(target.module, sync)
         self._exchanges = TensorExchanges(sync, next(target.module.parameters()).device, seed)
+        self._fingerprint = Fingerprint(described(sync.method), target.shapes_digest)
+        place, store = target.place, target.everyone.get_group_store()
+        self._loads = Loads(store, place.rank, place.ranks, session.name, session.timeout_s)
         self._attached = True
 
     @property
@@ -190,25 +194,55 @@ class Handle:
         self._watch.sinks.append(sink)
 
     def state_dict(self) -> dict[str, Any]:
-        """Residuals, warm starts, counters of this rank, under one key that names the rank. Tensors and
-        numbers only.
+        """Residuals, warm starts, counters of this rank, under one key that names the rank, and of what they
+        are: method, parameters, step, seed, ranks. Tensors, numbers and text only.
 
         Save it on *every* rank: ``torch.save`` to a file per rank, or ``torch.distributed.checkpoint`` as it
         is.
         """
         saved, exchanged = self._sync.state_dict(), self._exchanges.state_dict()
-        state = {**saved["state"], **exchanged["state"]}
-        return pack(*self._target.place, {**saved, "exchanges": exchanged["counts"], "state": state})
+        state = {**saved["state"], **exchanged.pop("state")}
+        return pack(self._target.place, self._fingerprint, {**saved, **exchanged, "state": state})
 
-    def load_state_dict(self, saved: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Continue where a checkpoint stopped, bit for bit.
+    def load_state_dict(self, saved: Saved, strict: bool = True) -> None:
+        """Continue where a checkpoint stopped, bit for bit. Call it on every rank: all take over, or none.
 
         On another world size pass a list of all old ranks' state dicts: the mean of the residuals is kept.
+        Without ``strict``, a state of another method, of other settings or of other parameters is taken as
+        far as it fits by name, shape and dtype; what does not fit, or is not finite, begins anew.
+
+        Raises, on every rank the same sentence and before anything is changed:
+            DistcompError: a rank's part is damaged or missing, or (with ``strict``) of another method, of
+                other parameters, or not finite.
+            Mismatch: ranks load parts of different steps, seeds or methods.
+            PeerLost: a rank did not load within the timeout.
         """
-        fields = unpack(saved, *self._target.place)
+        self.load_from(lambda: saved, strict)
+
+    def load_from(self, read: Callable[[], Saved], strict: bool = True) -> None:
+        """As :meth:`load_state_dict`, of what ``read`` returns on this rank: where it raises a DistcompError
+        on one rank, no rank takes anything over, and all raise it."""
+        self._sync.idle()
+
+        def leaves(part: dict[str, Any]) -> ByParameter | None:
+            exchanged = {name: each for name, each in part["state"].items() if name.startswith(PREFIX)}
+            own = {name: each for name, each in part["state"].items() if name not in exchanged}
+            expected = self._sync.expected_state({**part, "state": own})
+            return None if expected is None else {**expected, **exchanged}
+
+        def checked() -> dict[str, Any]:
+            fields = unpack(read(), self._target.place, self._fingerprint, leaves, strict)
+            return {**fields, "exchanges": checked_exchanges(fields.get("exchanges", {}))}
+
+        try:
+            fields = self._loads.agreed(checked)
+        except PeerLost as error:
+            self._sync.error = error
+            self._session.leave_note(str(error))
+            raise
         own = {name: leaves for name, leaves in fields["state"].items() if not name.startswith(PREFIX)}
         self._sync.load_state_dict({**fields, "state": own})
-        self._exchanges.load_state_dict(fields.get("exchanges", {}), fields["state"])
+        self._exchanges.load_state_dict(fields["exchanges"], fields["state"])
 
     def gather_state_dicts(self) -> dict[str, Any]:
         """All ranks' :meth:`state_dict` in one, on rank 0, and an empty one elsewhere: for savers that write
@@ -217,7 +251,7 @@ class Handle:
         parts = to_first(self.state_dict(), self._target.everyone)
         return {rank: part for one in parts for rank, part in one.items()}
 
-    def load_checkpoint(self, path: str | Path, key: str = "distcomp") -> None:
+    def load_checkpoint(self, path: str | Path, key: str = "distcomp", strict: bool = True) -> None:
         """As :meth:`load_state_dict`, from ``torch.distributed.checkpoint``: ``dcp.save({key:
         handle.state_dict()}, ...)``.
 
@@ -225,7 +259,7 @@ class Handle:
         """
         from distcomp.attaching import checkpoint  # torch.distributed.checkpoint takes seconds to import
 
-        self.load_state_dict(checkpoint.read(path, key))
+        self.load_from(lambda: checkpoint.read(path, key), strict)
 
     def exchange(self, tensor: Tensor, method: Method | str = "identity", name: str | None = None) -> Tensor:
         """The estimate of the mean of any tensor over the ranks, agreed on by any gradient method.
@@ -320,6 +354,9 @@ class Handle:
         self._leave(agree=kind is None)
 
 
+Saved = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""One rank's part of a checkpoint, all ranks' in one, or a list of them."""
+
 Chosen = Method | Averaging | MultiLevel | str
 
 
@@ -380,13 +417,11 @@ def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None
 
 def _settings(target: Target, method: Chosen, optimizer: Optimizer | None, seed: int) -> dict[str, str]:
     """What ranks must have in common."""
-    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in target.module.named_parameters()]
-    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     return {
         "method": str(method),
         "method in full": repr(method),
         "seed": str(seed),
-        "parameters": f"{len(shapes)} tensors, digest {digest}",
+        "parameters": target.shapes_digest,
         "bucket_cap_bytes": str(getattr(target.ddp, "bucket_bytes_cap", None)),
         "replicas": str(target.replicas is not None),
         "optimizer": type(optimizer).__name__,

@@ -35,12 +35,13 @@ from distcomp.averaging.topology import resolve
 from distcomp.compressors import Identity
 from distcomp.errors import DistcompError
 from distcomp.layout import FlatBuffer, Layout
-from distcomp.methods.base import AggregateResult, State, cut_state, join_state
+from distcomp.methods.base import AggregateResult, ByParameter, State, cut_state, join_state
 from distcomp.methods.from_compressor import from_compressor
 from distcomp.runtime.aggregation import Aggregation, Aggregator
 from distcomp.runtime.driver import context_of, start
 from distcomp.runtime.executor import Executor
 from distcomp.runtime.pipeline import Timeline
+from distcomp.runtime.saved_state import LARGEST, damaged, whole_number
 from distcomp.training import TrainingClock
 from distcomp.transports.types import GradBucket
 
@@ -286,22 +287,61 @@ class ParameterSync(Sync):
             "state": cut_state(self._tree()),
         }
 
+    def expected_state(self, saved: Mapping[str, Any]) -> ByParameter:
+        """On another world size what fits is taken: states of gossip count neighbours."""
+        self.settle()
+        flights = self._flights(saved)
+        landing = {
+            fragment.name: {
+                "model": FlatBuffer(self._weights.read(fragment.layout), fragment.layout),
+                "state": fragment.state,
+            }
+            for fragment in self._fragments
+            if flights[fragment.name]["lands_at"] >= 0
+        }
+        expected = cut_state({**self._tree(), "landing": landing})
+        if saved["world_size"] == self._session.size:
+            return expected
+        own: Mapping[str, Mapping[str, Tensor]] = saved["state"]
+        return {
+            name: {path: expected.get(name, {}).get(path, value) for path, value in leaves.items()}
+            for name, leaves in {**expected, **own}.items()
+        }
+
+    def _flights(self, saved: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+        """What a part says of each fragment. Raises DistcompError for what cannot be."""
+        flights, step = saved.get("tracks"), saved["iterations"]
+        names = {fragment.name for fragment in self._fragments}
+        if not isinstance(flights, Mapping) or set(flights) != names:
+            raise damaged("tracks", f"it is not of the fragments {', '.join(sorted(names))}")
+        for fragment in self._fragments:
+            said = flights[fragment.name]
+            if not isinstance(said, Mapping):
+                raise damaged("tracks", f"{fragment.name} says nothing")
+            whole_number("tracks", "last", said.get("last"), -LARGEST, step)
+            whole_number("tracks", "exchanges", said.get("exchanges"), 0, step)
+            at = whole_number("tracks", "lands_at", said.get("lands_at"), -1)
+            if at != -1 and not step < at <= step + fragment.averaging.overlap:
+                raise damaged("tracks", f"what is under way would land at step {at}, and this is {step}")
+        return {name: dict(flights[name]) for name in names}
+
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from what was saved. On another world size, weights, anchors and residuals are means.
 
         Gossip then starts anew from the mean of the models: replicas of workers that are gone mean nothing.
         """
         self.settle()
-        self.iterations, self._seed = int(saved["iterations"]), int(saved["seed"])
-        resized = int(saved.get("world_size", self._session.size)) != self._session.size
+        self.iterations, self._seed = saved["iterations"], saved["seed"]
+        resized = saved["world_size"] != self._session.size
         for fragment in self._fragments:
             counts = saved["tracks"][fragment.name]
-            fragment.last, fragment.exchanges = int(counts["last"]), int(counts["exchanges"])
-            if int(counts["lands_at"]) >= 0:
+            fragment.last, fragment.exchanges = counts["last"], counts["exchanges"]
+            fragment.in_flight = None
+            if counts["lands_at"] >= 0:
                 blank = AggregateResult(
                     self._weights.read(fragment.layout), lambda: torch.empty(0), fragment.state
                 )
-                fragment.in_flight = InFlight(int(counts["lands_at"]), _known(blank))
+                fragment.in_flight = InFlight(counts["lands_at"], _known(blank))
         tree = join_state(saved["state"], self._tree())
         self._weights.write(self._weights.layout, tree["weights"].data)
         self._weights.write_buffers(tree["buffers"].data)

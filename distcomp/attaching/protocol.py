@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
-from distcomp.methods.base import State, StepContext
+from distcomp.methods.base import ByParameter, State, StepContext
 from distcomp.runtime import driver
 from distcomp.runtime.aggregation import Aggregator
 from distcomp.runtime.executor import Executor
@@ -95,9 +95,16 @@ class Sync(Listener, ABC):
     def state_dict(self) -> dict[str, Any]:
         """What this rank remembers between iterations: tensors, numbers and text."""
 
+    def expected_state(self, saved: Mapping[str, Any]) -> ByParameter | None:
+        """What the state of a saved part must be like (tensors without values); None where nobody can say.
+
+        Raises DistcompError where what the part says beside its state cannot be, or means nothing here.
+        """
+        return None
+
     @abstractmethod
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from it."""
+        """Go on from it. It was looked at, and every rank has one of the same step."""
 
     def close(self) -> None:
         """Leave the model: stop listening, end threads. Always returns."""

@@ -75,6 +75,11 @@ class Session:
         return Session(rank, size, channel, ledger, Recorder.from_env(rank), timeout_s, heartbeat, transport)
 
     @property
+    def name(self) -> str:
+        """Of this attachment: the same on every rank, and of no other one."""
+        return self._heartbeat.name
+
+    @property
     def lost(self) -> frozenset[int]:
         """Ranks that are known to be gone, where the line goes on without them."""
         return frozenset(self._transport.lost) if isinstance(self._transport, ResilientP2P) else frozenset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distcomp.errors import DistcompError
 from distcomp.private_torch import inside_compiled
+from distcomp.runtime.saved_state import Place
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,16 @@ class Target:
         return self.group if self.shards is None else world
 
     @property
-    def place(self) -> tuple[int, int]:
-        """This rank's number, and of how many: names its part of a checkpoint."""
-        return dist.get_rank(self.everyone), dist.get_world_size(self.everyone)
+    def place(self) -> Place:
+        """Names this rank's part of a checkpoint: ranks of several groups save into one."""
+        return Place(dist.get_rank(), tuple(sorted(dist.get_process_group_ranks(self.everyone))))
+
+    @property
+    def shapes_digest(self) -> str:
+        """Names, shapes and types of all parameters, in short."""
+        shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in self.module.named_parameters()]
+        digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+        return f"{len(shapes)} tensors, digest {digest}"
 
     def as_ddp(self) -> DistributedDataParallel:
         """The DDP model. Raises DistcompError where there is none: gradients are taken from DDP's buckets."""

@@ -78,7 +78,7 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all."""
     try:
         write_whole(path, data)

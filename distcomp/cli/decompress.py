@@ -29,12 +29,12 @@ def run(arguments: argparse.Namespace) -> int:
     from distcomp.pruning import decompress
 
     try:
-        data = arguments.file.read_bytes()
+        with arguments.file.open("rb") as file:
+            state = decompress(file, arguments.limit)
     except OSError as error:
         raise DistcompError(f"{arguments.file} cannot be read ({error}); name a file") from None
-    state = decompress(data, arguments.limit)
     memory = io.BytesIO()
     torch.save(state, memory)
-    write(arguments.output, memory.getvalue())
+    write(arguments.output, memory.getbuffer())
     print(f"{len(state)} tensors: {arguments.output}")
     return 0

@@ -1,7 +1,8 @@
 """Symbols in few bytes and back: packed bits, canonical Huffman codes, or zlib, whichever is smallest.
 
 Decoders trust nothing: they know how many symbols are due and from what alphabet, and raise CorruptFile for
-anything else. None allocates more than the symbols take.
+anything else before they expand it. Beside the symbols, in one or two bytes each, none takes more than a few
+megabytes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from distcomp.errors import DistcompError
 
 Symbols = NDArray[np.int64]
+Narrow = NDArray[np.uint8 | np.uint16]
+AT_ONCE = 1 << 16
+"""Symbols (a multiple of 8) or bits that are expanded at a time."""
 PACKED, HUFFMAN, ZLIB = 0, 1, 2
 CODERS = {PACKED: "packed bits", HUFFMAN: "canonical Huffman", ZLIB: "zlib"}
 LONGEST = 15
@@ -33,18 +37,25 @@ def width(alphabet: int) -> int:
 
 def encode(symbols: Symbols, alphabet: int) -> tuple[int, bytes]:
     """The coder that makes the fewest bytes, and these."""
-    narrow = symbols.astype(np.uint8 if alphabet <= 256 else "<u2")
+    plain = symbols.astype(narrow(alphabet)).astype("<u1" if alphabet <= 256 else "<u2")
     ways = {
         PACKED: _pack(symbols, width(alphabet)),
         HUFFMAN: _huffman(symbols, alphabet),
-        ZLIB: zlib.compress(narrow.tobytes(), 9),
+        ZLIB: zlib.compress(plain.tobytes(), 9),
     }
     coder = min(ways, key=lambda one: (len(ways[one]), one))
     return coder, ways[coder]
 
 
-def decode(coder: int, data: bytes, count: int, alphabet: int) -> Symbols:
-    """``count`` symbols below ``alphabet``. Raises CorruptFile where the bytes do not hold just these."""
+def narrow(alphabet: int) -> type[np.uint8] | type[np.uint16]:
+    """The type of a symbol below ``alphabet``."""
+    return np.uint8 if alphabet <= 256 else np.uint16
+
+
+def decode(coder: int, data: bytes | memoryview, count: int, alphabet: int) -> Narrow:
+    """``count`` symbols below ``alphabet``, of the type :func:`narrow`. Raises CorruptFile where the bytes do
+    not hold just these."""
+    symbols: Narrow
     if coder == PACKED:
         symbols = _unpack(data, count, width(alphabet))
     elif coder == HUFFMAN:
@@ -63,15 +74,21 @@ def _pack(symbols: Symbols, bits: int) -> bytes:
     return np.packbits(planes.astype(np.uint8).ravel(), bitorder="little").tobytes()
 
 
-def _unpack(data: bytes, count: int, bits: int) -> Symbols:
+def _unpack(data: bytes | memoryview, count: int, bits: int) -> Narrow:
     if len(data) != -(-count * bits // 8):
         raise CorruptFile(f"{count} symbols of {bits} bits do not lie in {len(data)} bytes")
-    planes = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")[: count * bits]
-    weights: Symbols = planes.reshape(count, bits).astype(np.int64) @ (1 << np.arange(bits))
-    return weights
+    symbols = np.empty(count, narrow(1 << bits))
+    coded = np.frombuffer(data, np.uint8)
+    weights = 1 << np.arange(bits)
+    for start in range(0, count, AT_ONCE):
+        some = min(AT_ONCE, count - start)
+        first = start * bits // 8  # a whole byte: AT_ONCE is a multiple of 8
+        planes = np.unpackbits(coded[first : first + -(-some * bits // 8)], bitorder="little")
+        symbols[start : start + some] = planes[: some * bits].reshape(some, bits).astype(np.int64) @ weights
+    return symbols
 
 
-def _inflate(data: bytes, count: int, itemsize: int) -> Symbols:
+def _inflate(data: bytes | memoryview, count: int, itemsize: int) -> Narrow:
     unzip = zlib.decompressobj()
     try:
         raw = unzip.decompress(data, count * itemsize + 1)
@@ -79,7 +96,9 @@ def _inflate(data: bytes, count: int, itemsize: int) -> Symbols:
         raise CorruptFile(f"a zlib stream is damaged ({error})") from None
     if len(raw) != count * itemsize or not unzip.eof or unzip.unused_data:
         raise CorruptFile("a zlib stream does not hold as many symbols as it should")
-    return np.frombuffer(raw, np.uint8 if itemsize == 1 else "<u2").astype(np.int64)
+    if itemsize == 1:
+        return np.frombuffer(raw, np.uint8)
+    return np.frombuffer(raw, "<u2").astype(np.uint16)
 
 
 def code_lengths(counts: Symbols) -> Symbols:
@@ -134,35 +153,51 @@ def _huffman(symbols: Symbols, alphabet: int) -> bytes:
     return _pack(lengths, 4) + np.packbits(bits).tobytes()
 
 
-def _unhuffman(data: bytes, count: int, alphabet: int) -> Symbols:
+def _unhuffman(data: bytes | memoryview, count: int, alphabet: int) -> Narrow:
     head = -(-alphabet * 4 // 8)
-    lengths = _unpack(data[:head], alphabet, 4)
+    lengths = _unpack(data[:head], alphabet, 4).astype(np.int64)
     if sum(1 << (LONGEST - int(n)) for n in lengths if n) > 1 << LONGEST:
         raise CorruptFile("a Huffman table is no prefix code: the file is damaged")
-    if (len(data) - head) * 8 < count:
-        raise CorruptFile("a Huffman stream is too short for its symbols")
-    return _read_codes(np.unpackbits(np.frombuffer(data, np.uint8)[head:]), count, lengths)
+    if not count <= (len(data) - head) * 8 <= count * LONGEST + 7:
+        raise CorruptFile("a Huffman stream is longer or shorter than its symbols")
+    return _read_codes(np.frombuffer(data, np.uint8)[head:], count, lengths, narrow(alphabet))
 
 
-def _read_codes(bits: NDArray[np.uint8], count: int, lengths: Symbols) -> Symbols:
+def _read_codes(
+    coded: NDArray[np.uint8], count: int, lengths: Symbols, type_: type[np.uint8] | type[np.uint16]
+) -> Narrow:
     """Symbols one after the other, by the table of all codes of up to 15 bits."""
     table = np.full(1 << LONGEST, -1, np.int64)
     for symbol, code in enumerate(canonical(lengths)):
         if lengths[symbol]:
             free = LONGEST - int(lengths[symbol])
             table[int(code) << free : (int(code) + 1) << free] = symbol
-    padded = np.concatenate([bits, np.zeros(LONGEST, np.uint8)]).astype(np.int64)
-    windows = np.zeros(len(bits) + 1, np.int64)
-    for bit in range(LONGEST):
-        windows = (windows << 1) | padded[bit : bit + len(windows)] if bit else padded[: len(windows)].copy()
-    found = table[windows]
-    steps = np.where(found >= 0, lengths[found], 0).tolist()
-    symbols, at, out = found.tolist(), 0, []
-    for _ in range(count):
-        if at >= len(bits) or symbols[at] < 0:
-            raise CorruptFile("a Huffman stream ends early or holds no code: the file is damaged")
-        out.append(symbols[at])
-        at += steps[at]
-    if at > len(bits) or len(bits) - at >= 8:
+    out = np.empty(count, type_)
+    at, done, end = 0, 0, 8 * len(coded)
+    while done < count:
+        first = at // 8  # the byte in which the next code begins
+        symbols, steps = _windows(coded[first : first + AT_ONCE // 8 + 2], table, lengths)
+        place, stop = at - 8 * first, min(AT_ONCE, end - 8 * first)
+        found: list[int] = []
+        while place < stop and done + len(found) < count:
+            if symbols[place] < 0:
+                raise CorruptFile("a Huffman stream holds no code: the file is damaged")
+            found.append(symbols[place])
+            place += steps[place]
+        if not found:
+            raise CorruptFile("a Huffman stream ends early: the file is damaged")
+        out[done : done + len(found)] = found
+        at, done = 8 * first + place, done + len(found)
+    if at > end or end - at >= 8:
         raise CorruptFile("a Huffman stream is longer or shorter than its symbols")
-    return np.array(out, np.int64)
+    return out
+
+
+def _windows(coded: NDArray[np.uint8], table: Symbols, lengths: Symbols) -> tuple[list[int], list[int]]:
+    """For each bit of ``coded``, the symbol whose code begins there (-1: none) and the code's length."""
+    bits = np.concatenate([np.unpackbits(coded), np.zeros(LONGEST, np.uint8)]).astype(np.int64)
+    windows = np.zeros(8 * len(coded), np.int64)
+    for bit in range(LONGEST):
+        windows = (windows << 1) | bits[bit : bit + len(windows)]
+    symbols = table[windows]
+    return symbols.tolist(), np.where(symbols >= 0, lengths[symbols], 0).tolist()

@@ -15,23 +15,27 @@ nonzero weights u32, gaps u32; the centroids (float32); coder u8, bytes u32 and 
 and the codes. Gap symbol g < 2^b - 1 stands for g zeros and a nonzero weight, 2^b - 1 for as many zeros and
 no weight.
 
-Nothing in it is ever executed or unpickled. A reader needs memory for what the table declares, and refuses
-more than it was told to allow, before it allocates.
+Nothing in it is ever executed or unpickled. A reader needs memory for what the table declares, whatever the
+bodies hold, and refuses more than it was told to allow, before it allocates. No body is longer than its
+tensor's values and one byte.
 """
 
 from __future__ import annotations
 
+import io
+import math
 import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distcomp.errors import DistcompError
-from distcomp.files.coding import CODERS, PACKED, ZLIB, CorruptFile, Symbols, decode, encode
+from distcomp.files.coding import AT_ONCE, CODERS, PACKED, ZLIB, CorruptFile, Symbols, decode, encode
 from distcomp.files.k_means import shared_values
 
 MAGIC, VERSION = b"dcz1", 1
@@ -45,6 +49,9 @@ DTYPES = (
 RAW, SHARED = 0, 1
 GAP_BITS = range(1, 9)
 LIMIT_BYTES = 1 << 30
+TENSOR_BYTES = 1 << 10
+"""What a tensor takes in memory beside its values, at most: its name, its line of the table, the object."""
+LONGEST_LINE = 2 + 65535 + 2 + 4 * 255 + 9
 
 
 @dataclass(frozen=True)
@@ -125,28 +132,37 @@ def _gaps(places: Symbols, bits: int) -> Symbols:
     return symbols
 
 
-def _places(symbols: Symbols, bits: int) -> Symbols:
+def _places(symbols: Symbols, bits: int, before: int = 0) -> tuple[Symbols, int]:
+    """Where living weights are, and where the last symbol ends; the first begins at ``before``."""
     most = (1 << bits) - 1
-    ends = np.cumsum(np.where(symbols == most, most, symbols + 1))
-    found: Symbols = ends[symbols != most] - 1
-    return found
+    ends = before + np.cumsum(np.where(symbols == most, most, symbols + 1))
+    places: Symbols = ends[symbols != most] - 1
+    return places, int(ends[-1]) if ends.size else before
 
 
 class _Reader:
     """Takes bytes from the front; never more than there are."""
 
-    def __init__(self, data: bytes) -> None:
-        self.data = memoryview(data)
-        self.at = 0
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    @staticmethod
+    def of(data: bytes | BinaryIO) -> _Reader:
+        """Of bytes, or of a file that is read no further than it must be."""
+        return _Reader(io.BytesIO(data) if isinstance(data, bytes | bytearray | memoryview) else data)
 
     def take(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
+        taken = self._stream.read(count)
+        if len(taken) < count:
             raise CorruptFile("the file ends before what it announces: it was cut short")
-        self.at += count
-        return bytes(self.data[self.at - count : self.at])
+        return taken
 
     def unpack(self, form: str) -> tuple[int, ...]:
         return struct.unpack(form, self.take(struct.calcsize(form)))
+
+    @property
+    def at_end(self) -> bool:
+        return not self._stream.read(1)
 
 
 @dataclass(frozen=True)
@@ -160,24 +176,38 @@ class _Entry:
 
     @property
     def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=object))
+        return math.prod(self.shape)
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
-def decompress(data: bytes, limit_bytes: int = LIMIT_BYTES) -> dict[str, Tensor]:
+def decompress(data: bytes | BinaryIO, limit_bytes: int = LIMIT_BYTES) -> dict[str, Tensor]:
     """The tensors of a ``.dcz`` file, bit for bit as they were coded.
 
+    ``data``: its bytes, or the file, opened to read bytes; that is read no further than the limit allows.
+    Memory: at most twice ``limit_bytes`` and a few megabytes.
+
     Raises CorruptFile for bytes that are damaged, cut short, or not of this format; DistcompError where the
-    tensors would take more than ``limit_bytes``.
+    tensors, each with 1 KiB for itself, would take more than ``limit_bytes``.
     """
-    reader, entries = _table(data, limit_bytes)
-    return {entry.name: _tensor(entry, reader.take(entry.nbytes)) for entry in entries}
+    reader = _Reader.of(data)
+    state = {entry.name: _tensor(entry, reader.take(entry.nbytes)) for entry in _table(reader, limit_bytes)}
+    _check_end(reader)
+    return state
+
+
+def _check_end(reader: _Reader) -> None:
+    if not reader.at_end:
+        raise CorruptFile("the file is longer than its table says: it was added to")
 
 
 def sizes(data: bytes) -> list[Size]:
     """What each tensor of a file takes, its line in the table included."""
-    reader, entries = _table(data, 1 << 62)
+    reader = _Reader.of(data)
     found = []
-    for entry in entries:
+    for entry in _table(reader, 1 << 62):
         body = reader.take(entry.nbytes)
         line = 2 + len(entry.name.encode()) + 2 + 4 * len(entry.shape) + 9
         active, coding = entry.numel, "raw, zlib" if body[:1] == bytes([ZLIB]) else "raw"
@@ -188,34 +218,40 @@ def sizes(data: bytes) -> list[Size]:
             )
         dense = entry.numel * entry.dtype.itemsize
         found.append(Size(entry.name, entry.numel, active, dense, line + entry.nbytes, coding))
+    _check_end(reader)
     return found
 
 
-def _table(data: bytes, limit_bytes: int) -> tuple[_Reader, list[_Entry]]:
-    reader = _Reader(data)
+def _table(reader: _Reader, limit_bytes: int) -> list[_Entry]:
     magic, version, zero, count, length, check = HEADER.unpack(reader.take(HEADER.size))
     if magic != MAGIC or zero:
         raise CorruptFile("this is no .dcz file; name one that distcomp compress wrote")
     if version != VERSION:
         raise CorruptFile(f"the file is of version {version}, this distcomp reads {VERSION}; use a newer one")
+    _check_limit(count * TENSOR_BYTES, limit_bytes)
+    if length > count * LONGEST_LINE:
+        raise CorruptFile("the table of tensors is damaged: it is longer than it could be")
+    _check_limit(length, limit_bytes)
     listed = reader.take(length)
     if zlib.crc32(listed) != check:
         raise CorruptFile("the table of tensors is damaged: its checksum is wrong")
-    table = _Reader(listed)
-    entries = []
-    for _ in range(count):
-        entries.append(_entry(table))
-    if table.at != length or len({entry.name for entry in entries}) != count:
+    table = _Reader.of(listed)
+    entries = [_entry(table) for _ in range(count)]
+    if not table.at_end or len({entry.name for entry in entries}) != count:
         raise CorruptFile("the table of tensors is damaged: it holds other tensors than it announces")
-    if sum(entry.nbytes for entry in entries) != len(data) - reader.at:
-        raise CorruptFile("the file is not as long as its table says: it was cut short or added to")
-    needed = sum(entry.numel * entry.dtype.itemsize for entry in entries)
+    _check_limit(sum(entry.dense_bytes + TENSOR_BYTES for entry in entries), limit_bytes)
+    for entry in entries:
+        if entry.nbytes > entry.dense_bytes + 1:
+            raise CorruptFile(f"{entry.name} takes more bytes than it holds values: the file is damaged")
+    return entries
+
+
+def _check_limit(needed: int, limit_bytes: int) -> None:
     if needed > limit_bytes:
         raise DistcompError(
             f"the tensors would take {needed} bytes, more than the {limit_bytes} allowed; raise the limit if "
             "you trust the file"
         )
-    return reader, entries
 
 
 def _entry(table: _Reader) -> _Entry:
@@ -240,10 +276,8 @@ def _tensor(entry: _Entry, body: bytes) -> Tensor:
     if entry.coding != RAW or body[:1] not in (bytes([PACKED]), bytes([ZLIB])):
         raise CorruptFile(f"{entry.name} is coded in an unknown way; the file is of a later version")
     nbytes = entry.numel * entry.dtype.itemsize
-    if body[0] == ZLIB:
-        raw = decode(ZLIB, body[1:], nbytes, 256).astype(np.uint8)
-    else:
-        raw = np.frombuffer(body[1:], np.uint8).copy()
+    coded = memoryview(body)[1:]
+    raw = (decode(ZLIB, coded, nbytes, 256) if body[0] == ZLIB else np.frombuffer(coded, np.uint8)).copy()
     if raw.size != nbytes:
         raise CorruptFile(f"{entry.name} holds {raw.size} bytes where {nbytes} are due")
     if entry.dtype == torch.bool and raw.size and raw.max() > 1:
@@ -259,7 +293,7 @@ Streams = tuple[tuple[int, bytes], tuple[int, bytes]]
 
 
 def _streams(body: bytes) -> tuple[int, np.ndarray, int, int, Streams]:
-    reader = _Reader(body)
+    reader = _Reader.of(body)
     bits, count, active, gaps = SHARED_HEAD.unpack(reader.take(SHARED_HEAD.size))
     if bits not in GAP_BITS:
         raise CorruptFile(f"gaps of {bits} bits are not possible: the file is damaged")
@@ -270,7 +304,7 @@ def _streams(body: bytes) -> tuple[int, np.ndarray, int, int, Streams]:
         if coder not in CODERS:
             raise CorruptFile(f"there is no coder {coder}; the file is damaged or of a later version")
         streams.append((coder, reader.take(nbytes)))
-    if reader.at != len(body):
+    if not reader.at_end:
         raise CorruptFile("a tensor holds more bytes than it announces")
     return bits, centroids, active, gaps, (streams[0], streams[1])
 
@@ -279,9 +313,19 @@ def _unshared(entry: _Entry, body: bytes) -> np.ndarray:
     bits, centroids, active, count, (gaps, codes) = _streams(body)
     if not active <= count <= entry.numel or not centroids.size:
         raise CorruptFile(f"{entry.name} holds more weights than its shape: the file is damaged")
-    places = _places(decode(*gaps, count, 1 << bits), bits)
-    if len(places) != active or (active and int(places[-1]) >= entry.numel):
-        raise CorruptFile(f"{entry.name} has weights outside its shape: the file is damaged")
+    symbols = decode(*gaps, count, 1 << bits)
+    shared = decode(*codes, active, centroids.size)
     values = np.zeros(entry.numel, np.float32)
-    values[places] = centroids[decode(*codes, active, centroids.size)]
-    return values
+    end = filled = 0
+    for start in range(0, count, AT_ONCE):
+        places, end = _places(symbols[start : start + AT_ONCE].astype(np.int64), bits, end)
+        if end > entry.numel and (len(places) and int(places[-1]) >= entry.numel):
+            raise CorruptFile(f"{entry.name} has weights outside its shape: the file is damaged")
+        if filled + len(places) > active:
+            break
+        values[places] = centroids[shared[filled : filled + len(places)]]
+        filled += len(places)
+    else:
+        if filled == active:
+            return values
+    raise CorruptFile(f"{entry.name} holds another number of weights than it says: the file is damaged")

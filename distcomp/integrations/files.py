@@ -4,6 +4,7 @@ checkpoint."""
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,21 @@ def load(handle: Handle, directory: str | Path) -> None:
 
     Raises DistcompError where a rank's part is missing.
     """
-    directory = Path(directory)
+    place = handle.state_dict()
+    handle.load_from(lambda: _parts(Path(directory), place))
+
+
+def _parts(directory: Path, place: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
+    """This rank's part, if it is of the same ranks; else all parts."""
     if not holds(directory):
         raise DistcompError(
             f"{directory} holds nothing of distcomp's; name a checkpoint that was saved while a method was "
             "attached, or go on without loading"
         )
-    place = handle.state_dict()
     own = _path(directory, place)
-    if own.exists() and _world_size(part := _read(own)) == _world_size(place):
-        handle.load_state_dict(part)
-    else:
-        handle.load_state_dict([_read(path) for path in sorted(directory.glob("distcomp-rank*.pt"))])
+    if own.exists() and _ranks(part := _read(own)) == _ranks(place):
+        return part
+    return [_read(path) for path in sorted(directory.glob("distcomp-rank*.pt"))]
 
 
 def _path(directory: Path, state: dict[str, Any]) -> Path:
@@ -56,10 +60,19 @@ def _path(directory: Path, state: dict[str, Any]) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    part: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """A file's part. Raises DistcompError for a file that is damaged or none of :func:`save`'s."""
+    try:
+        part = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a file that is none of its own
+        raise DistcompError(
+            f"{path} cannot be read ({type(error).__name__}); use a checkpoint that was saved in whole"
+        ) from None
+    if not isinstance(part, dict):
+        raise DistcompError(f"{path} holds no state of a method; use a checkpoint that was saved in whole")
     return part
 
 
-def _world_size(state: dict[str, Any]) -> int:
-    (part,) = state.values()
-    return int(part["world_size"])
+def _ranks(state: Mapping[str, Any]) -> object:
+    """The ranks that a part says it is one of; what it is otherwise, its reader checks."""
+    part = next(iter(state.values()), None)
+    return part.get("ranks") if isinstance(part, Mapping) else None

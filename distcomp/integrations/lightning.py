@@ -27,6 +27,7 @@ class Compression(Callback):
         self._method = method
         self._options = options
         self._saved: dict[str, Any] = {}
+        self._to_load: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
@@ -37,8 +38,9 @@ class Compression(Callback):
             model,
             trainer.world_size,
         )
-        if self._saved:
-            self.handle.load_state_dict(self._saved)
+        if self._to_load:
+            self.handle.load_state_dict(self._to_load)
+            self._to_load = {}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         """What the step sent, in Lightning's own logs: ``distcomp/payload_bytes``."""
@@ -53,7 +55,7 @@ class Compression(Callback):
         return self._saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved = state_dict
+        self._saved = self._to_load = state_dict
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self.handle is not None:

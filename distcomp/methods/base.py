@@ -24,6 +24,7 @@ from torch import Tensor
 
 from distcomp.active import Observed
 from distcomp.collectives import AllReduce, Rounds, all_reduce_sent_bytes
+from distcomp.errors import DistcompError
 from distcomp.grammar import Written
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.randomness import Key
@@ -216,19 +217,24 @@ def cut_state(state: State) -> dict[str, dict[str, Tensor]]:
 def join_state(cut: ByParameter, template: State) -> dict[str, Any]:
     """The state of a flat buffer put together again.
 
-    ``template``, a fresh state, gives the shape and what ``cut`` lacks.
+    ``template``, a fresh state, gives the shape and what ``cut`` lacks. Raises DistcompError for a tensor of
+    another shape: it would be read outside its memory.
     """
 
+    def taken(name: str, path: str, fresh: Tensor) -> Tensor:
+        value = cut.get(name, {}).get(path, fresh)
+        if value.shape != fresh.shape:
+            raise DistcompError(
+                f"the state {path!r} of {name!r} has the shape {tuple(value.shape)} where "
+                f"{tuple(fresh.shape)} is due: it is of another model or method; load this one's checkpoint"
+            )
+        return value.to(fresh)
+
     def buffer(path: str, leaf: FlatBuffer) -> FlatBuffer:
-        pieces = [
-            cut.get(param.name, {}).get(path, fresh).reshape(-1).to(fresh)
-            for param, fresh in leaf.layout.pieces(leaf.data)
-        ]
+        pieces = [taken(param.name, path, fresh) for param, fresh in leaf.layout.pieces(leaf.data)]
         return FlatBuffer(torch.cat(pieces) if pieces else leaf.data, leaf.layout)
 
     def each(path: str, leaf: PerParameter) -> PerParameter:
-        return PerParameter(
-            {name: cut.get(name, {}).get(path, fresh).to(fresh) for name, fresh in leaf.items()}
-        )
+        return PerParameter({name: taken(name, path, fresh) for name, fresh in leaf.items()})
 
     return map_state(template, buffer, each)

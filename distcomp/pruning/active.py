@@ -52,7 +52,7 @@ class ActiveMasks(ActiveParameters):
 
     pruner: str = field(repr=False)
     """The pruner's name in this process (``Pruner.name``)."""
-    initial: MaskSnapshot
+    initial: MaskSnapshot = field(metadata={"fingerprint": False})
     keeps_dense_grad: bool = False
     dense: bool = True
     """Whether gradients of inactive coordinates are exchanged where the criterion asks for them. Averaging

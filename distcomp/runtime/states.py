@@ -1,19 +1,14 @@
-"""A method's state between steps: by parameter, so that buckets may come and go; saved by rank, so that
-worlds may."""
+"""A method's state between steps: by parameter, so that buckets may come and go."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from distcomp.errors import DistcompError
 from distcomp.layout import FlatBuffer, Layout
-from distcomp.methods.base import Method, PerParameter, State, cut_state, join_state, map_state
-
-FORMAT = 1
+from distcomp.methods.base import ByParameter, Method, PerParameter, State, cut_state, join_state, map_state
 
 
 class States:
@@ -59,6 +54,11 @@ class States:
         self._slabs.clear()
         self._loose = {name: dict(leaves) for name, leaves in cut.items()}
 
+    def expected(self, layout: Layout) -> ByParameter:
+        """What the state of these parameters is like before the first step: tensors without values."""
+        with torch.device("meta"):
+            return cut_state(self._method.init(layout))
+
     def _retire(self, names: set[str]) -> None:
         for layout in [one for one in self._slabs if names & set(one.names)]:
             self._loose.update(cut_state(self._slabs.pop(layout)))
@@ -81,56 +81,3 @@ def select(finite: Tensor, new: State, old: State) -> State:
         return PerParameter({name: pick(name, path, value) for name, value in leaf.items()})
 
     return map_state(new, buffer, each)
-
-
-def pack(rank: int, size: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint of one rank. Its one key names the rank: savers that merge ranks then lose nothing."""
-    return {f"rank{rank}": {"format": FORMAT, "world_size": size, **fields}}
-
-
-def unpack(saved: Mapping[str, Any] | Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:
-    """This rank's part of a checkpoint.
-
-    For the same world size it is what this rank saved. For another, parts of *all* old ranks are needed, and
-    every floating tensor becomes their mean: DistributedDataParallel averages, so what n workers owe together
-    is the mean of what they owe.
-
-    Raises DistcompError when a rank is missing or the format is unknown.
-    """
-    parts: dict[str, Any] = {}
-    for one in [saved] if isinstance(saved, Mapping) else saved:
-        parts.update(one)
-    if not parts:
-        raise DistcompError(
-            "the checkpoint holds no state of any rank; pass what handle.state_dict() returned"
-        )
-    first = next(iter(parts.values()))
-    if not isinstance(first, Mapping) or first.get("format") != FORMAT:
-        raise DistcompError(
-            "the checkpoint is not distcomp's, or of another format; pass what handle.state_dict() returned"
-        )
-    old_size = int(first["world_size"])
-    if old_size == size and f"rank{rank}" in parts:
-        return dict(parts[f"rank{rank}"])
-    missing = [old for old in range(old_size) if f"rank{old}" not in parts]
-    if missing:
-        raise DistcompError(
-            f"the checkpoint was saved by {old_size} ranks and this is rank {rank} of {size}; the parts "
-            f"of ranks {missing} are missing: pass a list of all ranks' state dicts"
-        )
-    return {**first, "state": _mean([parts[f"rank{old}"]["state"] for old in range(old_size)])}
-
-
-def _mean(states: list[Mapping[str, Mapping[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:
-    """Floating tensors averaged over ranks; others as rank 0 had them. What some rank lacks is left out."""
-    first = states[0]
-    return {
-        name: {
-            path: torch.stack([state[name][path] for state in states]).mean(0)
-            if value.is_floating_point()
-            else value
-            for path, value in leaves.items()
-            if all(path in state[name] for state in states)
-        }
-        for name, leaves in first.items()
-    }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import struct
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -64,7 +67,7 @@ def test_gaps_say_where_weights_live(alive, bits):
     places = np.flatnonzero(alive)
     symbols = _gaps(places, bits)
     assert (symbols < 1 << bits).all()
-    np.testing.assert_array_equal(_places(symbols, bits), places)
+    np.testing.assert_array_equal(_places(symbols, bits)[0], places)
 
 
 def test_k_means_is_lloyds_from_equal_steps():
@@ -163,6 +166,97 @@ def test_a_bomb_is_refused_before_it_takes_memory():
         pruning.decompress(data, limit_bytes=1000)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+def one_float(stream: tuple[int, bytes]) -> bytes:
+    """A file of one float32 whose gaps are coded by ``stream``."""
+    codes = coding.encode(np.array([0]), 1)
+    body = struct.pack("<BHII", 1, 1, 1, 1) + struct.pack("<f", 1.0)
+    body += b"".join(struct.pack("<BI", coder, len(data)) + data for coder, data in (stream, codes))
+    line = struct.pack("<H", 1) + b"w" + struct.pack("<BBI", 0, 1, 1)
+    line += struct.pack("<BII", 1, len(body), zlib.crc32(body))
+    return fuzz.HEADER.pack(b"dcz1", 1, 0, 1, len(line), zlib.crc32(line)) + line + body
+
+
+STREAM_BYTES = 1 << 20
+LONG_STREAMS = {
+    "huffman": (coding.HUFFMAN, bytes([0x11]) + bytes(STREAM_BYTES)),
+    "packed": (coding.PACKED, bytes(STREAM_BYTES)),
+    "zlib": (coding.ZLIB, zlib.compress(bytes(STREAM_BYTES << 5))),
+}
+
+
+def peak_bytes(action):
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("stream", LONG_STREAMS.values(), ids=LONG_STREAMS)
+def test_a_stream_that_is_longer_than_its_count_is_not_expanded(stream):
+    data = one_float(stream)
+
+    def refused():
+        with pytest.raises(pruning.CorruptFile):
+            pruning.decompress(data, limit_bytes=1 << 12)
+        with pytest.raises(pruning.CorruptFile):
+            coding.decode(*stream, 1, 2)
+
+    assert peak_bytes(refused) < 4 * STREAM_BYTES
+
+
+@pytest.mark.parametrize("coder", coding.CODERS)
+def test_expanding_takes_little_more_than_the_symbols(coder):
+    rng = np.random.default_rng(0)
+    count, alphabet = 3 * coding.AT_ONCE + 5, 300
+    symbols = np.minimum(rng.geometric(0.02, count), alphabet - 1)
+    encoded = {
+        coding.PACKED: lambda: coding._pack(symbols, coding.width(alphabet)),
+        coding.HUFFMAN: lambda: coding._huffman(symbols, alphabet),
+        coding.ZLIB: lambda: zlib.compress(symbols.astype("<u2").tobytes()),
+    }[coder]()
+    np.testing.assert_array_equal(coding.decode(coder, encoded, count, alphabet), symbols)
+    assert coding.decode(coder, encoded, count, alphabet).dtype == np.uint16
+
+
+def test_a_large_tensor_comes_back_and_takes_at_most_twice_its_bytes():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1 << 19, generator=generator).round(decimals=0)
+    data = pruning.compress({"w": weight}, bits=5)
+    decoded = {}
+    nbytes = 4 * weight.numel()
+    peak = peak_bytes(lambda: decoded.update(pruning.decompress(data, 2 * nbytes)))
+    assert torch.equal(decoded["w"], weight)
+    assert peak < 2 * nbytes + (12 << 20)
+
+
+def test_an_endless_file_is_read_no_further_than_the_limit_allows(tmp_path, capsys):
+    class Endless(io.RawIOBase):
+        given = 0
+
+        def __init__(self, front: bytes) -> None:
+            self.front = front
+
+        def read(self, count: int = -1) -> bytes:
+            assert count >= 0, "all of it was asked for"
+            self.given += count
+            taken, self.front = self.front[:count], self.front[count:]
+            return taken.ljust(count, b"\0")
+
+    for header in (
+        b"",
+        fuzz.HEADER.pack(b"dcz1", 1, 0, 1, 0xFFFFFFF, 0),
+        fuzz.HEADER.pack(b"dcz1", 1, 0, 9**9, 9, 0),
+    ):
+        endless = Endless(header)
+        with pytest.raises(pruning.CorruptFile.__base__):
+            pruning.decompress(endless, limit_bytes=1 << 16)
+        assert endless.given <= 1 << 16
+    assert main(["decompress", "/dev/zero", "--limit", "10", "-o", str(tmp_path / "out")]) == 2
+    assert "no .dcz file" in capsys.readouterr().err
 
 
 def test_centroids_are_trained_by_the_sum_of_their_members_gradients():

@@ -122,11 +122,16 @@ def test_another_world_size_keeps_the_mean_of_the_residuals(cluster, size, tmp_p
                 assert torch.equal(leaves[path], torch.stack(old).mean(0)), (rank, name)
 
 
+def part_of_another_world(size):
+    about = {"method": "qsgd:bits=1", "parameters": "6 tensors", "iterations": 1, "seed": 0, "state": {}}
+    return {"format": 2, "world_size": size, "ranks": f"0-{size - 1}", **about}
+
+
 def wrong_checkpoints(rank, size):
     _, _, handle = jobs.attached("qsgd:bits=1", rank)
     sentences = []
     with handle:
-        other_world = {"rank0": {"format": 1, "world_size": 5, "iterations": 1, "seed": 0, "state": {}}}
+        other_world = {"rank0": part_of_another_world(5)}
         for saved in ({}, {"model": 3}, {"rank0": {"format": 99}}, other_world):
             try:
                 handle.load_state_dict(saved)
