@@ -6,6 +6,8 @@ A test names each of these where a new version of PyTorch has moved it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,3 +57,14 @@ def steps_in_a_hook(optimizer: Optimizer) -> bool:
     """Whether this is a ZeroRedundancyOptimizer that steps inside a hook of its own: its argument is kept
     under a private name alone."""
     return bool(getattr(optimizer, "_overlap_with_ddp", False))
+
+
+def timeout_of(group: Any) -> timedelta | None:
+    """How long a process group's collectives wait, where its backend tells; None elsewhere. A public call
+    sets it, and none asks for it."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        patience = getattr(options, "_timeout", None)
+        if isinstance(patience, timedelta):
+            return patience
+    return None
