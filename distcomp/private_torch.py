@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -98,3 +99,14 @@ def _param_groups(state: Any) -> list[Any]:
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+
+
+def timeout_of(group: Any) -> timedelta | None:
+    """How long a process group's collectives wait, where its backend tells; None elsewhere. A public call
+    sets it, and none asks for it."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        patience = getattr(options, "_timeout", None)
+        if isinstance(patience, timedelta):
+            return patience
+    return None

@@ -38,8 +38,11 @@ def check_arguments(model: Any, optimizer: Any, method: Any, seed: Any, timeout_
         raise DistcompError(f"{name} was not called; write distcomp.attach(model, optimizer, {name}(...))")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise DistcompError(f"the seed is {seed!r}; give a whole number, the same on every rank")
-    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
-        raise DistcompError(f"timeout_s is {timeout_s!r}; give seconds, more than 0")
+    if timeout_s is not None and (not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf):
+        raise DistcompError(
+            f"timeout_s is {timeout_s!r}; give seconds, more than 0, or None for the process group's own "
+            "timeout"
+        )
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer | None) -> None:

@@ -25,7 +25,8 @@ from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
 from distcomp.attaching.parameters import ParameterSync, edges_of, refuse_averaging
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.requested import attached_note
-from distcomp.attaching.session import Session
+from distcomp.attaching.session import Meeting, Session
+from distcomp.attaching.settings import details_of, settings_of
 from distcomp.attaching.target import Target
 from distcomp.attaching.watch import Sink, Watch
 from distcomp.averaging.base import Averaging, MultiLevel
@@ -38,8 +39,8 @@ from distcomp.methods.weight_gather import WeightGather, parse_weight_gather
 from distcomp.private_torch import bypasses_hooks, steps_in_a_hook
 from distcomp.runtime.saved_state import Fingerprint, described, pack, unpack
 from distcomp.training import clock_of
+from distcomp.transports.backends import patience_s
 from distcomp.transports.types import ProcessGroup
-from distcomp.version import __version__
 
 
 def attach(
@@ -49,7 +50,7 @@ def attach(
     *,
     scaler: Scaler | None = None,
     seed: int = 0,
-    timeout_s: float = 60.0,
+    timeout_s: float | None = None,
     replicas: ProcessGroup | None = None,
     weights: WeightGather | Compressor | Method | str | None = None,
 ) -> Handle:
@@ -67,7 +68,9 @@ def attach(
             ``DISTCOMP_METHOD``.
         scaler: the run's GradScaler, if it has one: residuals are then kept in unscaled units.
         seed: of all random rounding; must be the same on every rank.
-        timeout_s: how long to wait for a peer before naming it and giving up.
+        timeout_s: how long to wait for a peer before naming it and giving up; None takes the timeout of the
+            model's process group (30 minutes over Gloo, where ``init_process_group`` was not told otherwise).
+            A rank may compute or evaluate alone for so long.
         replicas: of an FSDP model sharded over one dimension of a mesh: the group of those that hold the same
             shard. The method then averages across them, after FSDP's own reduce-scatter inside each.
         weights: of an FSDP2 model: how its weights are gathered, a compressor such as ``"qsgd:bits=8"``,
@@ -87,24 +90,23 @@ def attach(
         PeerLost: a rank did not attach in time.
     """
     check_arguments(model, optimizer, method, seed, timeout_s)
-    chosen = _method(method)
     target = Target.of(model, replicas)
-    if target.key in _ATTACHED:
-        raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
-    _refuse(target, chosen, optimizer)
-    gathered = None if weights is None else parse_weight_gather(weights)
-    if gathered is not None:
-        refuse_gathers(target, replicas)
-    check_optimizer(target.module, optimizer)
-    masks.check(chosen, target)
-    dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
-    edges = edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
-    settings = _settings(target, chosen, optimizer, seed) | {"weights": repr(gathered)}
-    session = Session.open(target, settings, timeout_s, edges)
-    clock = clock_of(target.called)
+    meeting = Meeting(target, patience_s(target.group) if timeout_s is None else timeout_s)
+    try:
+        chosen = _method(method)
+        edges = _check(target, chosen, optimizer)
+        gathered = None if weights is None else parse_weight_gather(weights)
+        if gathered is not None:
+            refuse_gathers(target, replicas)
+        dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
+    except DistcompError as error:
+        meeting.refuse(str(error))
+        raise
+    settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)}
+    session = Session.open(meeting, settings, details_of(target), edges)
     sync: Sync
     if isinstance(chosen, Method) and target.shards is not None:
-        sync = FSDPSync(target, chosen, session, clock, seed, scaler, gathered)
+        sync = FSDPSync(target, chosen, session, clock_of(target.called), seed, scaler, gathered)
     else:
         sync = _open(chosen, target, session, dispatcher, optimizer=optimizer, scaler=scaler, seed=seed)
     _ATTACHED.add(target.key)
@@ -115,6 +117,16 @@ def attach(
 
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
+
+
+def _check(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> frozenset[tuple[int, int]]:
+    """Raise DistcompError for what cannot be served. The edges that need connections of their own."""
+    if target.key in _ATTACHED:
+        raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
+    _refuse(target, chosen, optimizer)
+    check_optimizer(target.module, optimizer)
+    masks.check(chosen, target)
+    return edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
 
 
 def _open(
@@ -413,17 +425,3 @@ def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None
             "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps inside a communication hook of its own; "
             "set overlap_with_ddp=False"
         )
-
-
-def _settings(target: Target, method: Chosen, optimizer: Optimizer | None, seed: int) -> dict[str, str]:
-    """What ranks must have in common."""
-    return {
-        "method": str(method),
-        "method in full": repr(method),
-        "seed": str(seed),
-        "parameters": target.shapes_digest,
-        "bucket_cap_bytes": str(getattr(target.ddp, "bucket_bytes_cap", None)),
-        "replicas": str(target.replicas is not None),
-        "optimizer": type(optimizer).__name__,
-        "distcomp": __version__,
-    }

@@ -5,30 +5,52 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch import nn
 
+from distcomp.attaching.groups import pool_of
 from distcomp.attaching.target import Target
+from distcomp.errors import PeerLost
 from distcomp.recording import Recorder
 from distcomp.runtime.channel import Channel
 from distcomp.runtime.ledger import Ledger
+from distcomp.transports.agreement import Agreement
 from distcomp.transports.backends import carrier_of
+from distcomp.transports.bounded import STORE_SILENT, Result, bounded
 from distcomp.transports.gloo_p2p import GlooP2P
-from distcomp.transports.heartbeat import Heartbeat, agree
+from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.mpi.transport import MPITransport
 from distcomp.transports.resilient_p2p import ResilientP2P
 from distcomp.transports.throttle import throttled
 from distcomp.transports.torchdist import TorchDist
-
-_GROUPS: WeakKeyDictionary[nn.Module, dist.ProcessGroup] = WeakKeyDictionary()
-
+from distcomp.transports.types import Store
 
 Carrier = TorchDist | GlooP2P | MPITransport | ResilientP2P
+
+STORE_S = 5.0
+"""So long the rendezvous store may take for one answer."""
+
+
+class Meeting:
+    """The ranks of a target about to attach, and what they say to one another first.
+
+    Every call of ``attach`` that knows its ranks is one, also one that is then refused: ranks count alike.
+    """
+
+    def __init__(self, target: Target, timeout_s: float) -> None:
+        self.target = target
+        self.timeout_s = timeout_s
+        self.rank, self.size = dist.get_rank(target.group), dist.get_world_size(target.group)
+        self.store: Store = target.group.get_group_store()
+        count = f"distcomp/attached/{self.rank}"  # every rank counts alike in a group
+        self.name = f"attach{bounded(lambda: self.store.add(count, 1), STORE_S, STORE_SILENT)}"
+        self.agreement = Agreement(self.store, self.rank, self.size, self.name, timeout_s)
+
+    def refuse(self, sentence: str) -> None:
+        """Tell the other ranks, who may wait for this one, why it will not attach."""
+        self.agreement.refuse(sentence)
 
 
 @dataclass
@@ -44,12 +66,13 @@ class Session:
     """How long a peer is waited for."""
     _heartbeat: Heartbeat
     _transport: Carrier
+    _give_back: Callable[[], None]
 
     @staticmethod
     def open(
-        target: Target,
+        meeting: Meeting,
         settings: Mapping[str, str],
-        timeout_s: float,
+        details: Mapping[str, Sequence[str]],
         edges: frozenset[tuple[int, int]] = frozenset(),
     ) -> Session:
         """Agree on the settings with every rank, then open the line.
@@ -58,21 +81,35 @@ class Session:
 
         Raises SettingsMismatch or PeerLost on every rank, within ``timeout_s``.
         """
-        parent = target.group
-        rank, size = dist.get_rank(parent), dist.get_world_size(parent)
-        store = parent.get_group_store()
-        name = f"attach{store.add(f'distcomp/attached/{rank}', 1)}"  # every rank counts alike in a group
-        agree(store, rank, size, name, settings, timeout_s)
-        group = _own_group(target, timeout_s)
-        heartbeat = Heartbeat(store, rank, size, name)
-        transport: Carrier = carrier_of(group, heartbeat, timeout_s)
-        if edges and not isinstance(transport, MPITransport):  # mpirun ends every rank when one dies
-            transport = ResilientP2P(transport, edges, store, heartbeat, timeout_s)
+        rank, size, timeout_s = meeting.rank, meeting.size, meeting.timeout_s
+        parent = meeting.target.group
+        pool = pool_of(parent)
+        everyone = meeting.agreement.agree({**settings, **pool.proposal()}, details)
+        heartbeat = Heartbeat(meeting.store, rank, size, meeting.name, timeout_s=timeout_s)
+        try:
+            number, group = _named(heartbeat, timeout_s, lambda: pool.take(parent, everyone, timeout_s))
+            transport: Carrier = carrier_of(group, heartbeat, timeout_s)
+            if edges and not isinstance(transport, MPITransport):  # mpirun ends every rank when one dies
+                plain = transport
+                transport = _named(
+                    heartbeat,
+                    timeout_s,
+                    lambda: ResilientP2P(plain, edges, meeting.store, heartbeat, timeout_s),
+                )
+        except BaseException:
+            heartbeat.close()
+            raise
         digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).digest()
         ledger = Ledger()
         channel = Channel(throttled(transport), int.from_bytes(digest[:4], "little"), ledger)
+        heartbeat.progress = lambda: channel.exchange
         atexit.register(heartbeat.close)
-        return Session(rank, size, channel, ledger, Recorder.from_env(rank), timeout_s, heartbeat, transport)
+        recorder = Recorder.from_env(rank)
+
+        def give_back() -> None:
+            pool.free[number] = group
+
+        return Session(rank, size, channel, ledger, recorder, timeout_s, heartbeat, transport, give_back)
 
     @property
     def name(self) -> str:
@@ -88,24 +125,18 @@ class Session:
         """Tell those who will wait for this rank in vain why it does not come."""
         self._heartbeat.leave_note(sentence)
 
-    def close(self) -> None:
+    def close(self, whole: bool = True) -> None:
+        """Say goodbye. ``whole``: every exchange that was begun has ended; others may use the line."""
         self._transport.close()
+        if whole and not self._heartbeat.diagnosed:
+            self._give_back()
         self._heartbeat.close()
         atexit.unregister(self._heartbeat.close)
 
 
-def _own_group(target: Target, timeout_s: float) -> dist.ProcessGroup:
-    """A process group for distcomp's exchanges alone, one per model: nobody else's collectives come
-    between."""
-    if target.key not in _GROUPS:
-        parent = target.group
-        ranks = [dist.get_global_rank(parent, rank) for rank in range(dist.get_world_size(parent))]
-        group = dist.new_group(
-            ranks,
-            timeout=timedelta(seconds=timeout_s + 10),
-            backend=dist.get_backend(parent),
-            use_local_synchronization=True,
-        )
-        assert isinstance(group, dist.ProcessGroup)
-        _GROUPS[target.key] = group
-    return _GROUPS[target.key]
+def _named(heartbeat: Heartbeat, timeout_s: float, connect: Callable[[], Result]) -> Result:
+    """What ``connect`` returns. Raises PeerLost naming the rank that does not come to connect."""
+    try:
+        return bounded(connect, timeout_s + 1.0, f"a connection was not made within timeout_s={timeout_s:g}")
+    except (RuntimeError, PeerLost) as error:
+        raise heartbeat.diagnose(error) from error

@@ -60,6 +60,11 @@ class Target:
         return self.ddp if self.ddp is not None else self.module
 
     @property
+    def ignored(self) -> frozenset[str]:
+        """The names that DistributedDataParallel was told to leave alone: each rank's own."""
+        return frozenset(getattr(self.ddp, "parameters_to_ignore", None) or ())
+
+    @property
     def everyone(self) -> dist.ProcessGroup:
         """The ranks that each have a part of a checkpoint."""
         world = dist.group.WORLD

@@ -6,6 +6,7 @@ import importlib.util
 
 import torch.distributed as dist
 
+from distcomp.private_torch import timeout_of
 from distcomp.transports import mpi
 from distcomp.transports.gloo_p2p import GlooP2P
 from distcomp.transports.heartbeat import Heartbeat
@@ -35,3 +36,8 @@ def carrier_of(
     if isinstance(group, MpiGroup):
         return MPITransport(group.comm, heartbeat, timeout_s)
     return (GlooP2P if dist.get_backend(group) == "gloo" else TorchDist)(group, heartbeat, timeout_s)
+
+
+def patience_s(group: dist.ProcessGroup) -> float:
+    """How long the group itself waits for a peer."""
+    return (timeout_of(group) or dist.default_pg_timeout).total_seconds()

@@ -47,7 +47,7 @@ class GlooP2P:
             raise self._heartbeat.diagnose(error) from error
 
     def close(self) -> None:
-        self._groups.close()
+        """Nothing to close: groups are kept for who comes next."""
 
     def all_reduce(self, x: Tensor, group: Group | None) -> PendingMessages:
         nbytes, count = x.numel() * x.element_size(), len(self._members(group))

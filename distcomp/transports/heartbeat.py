@@ -1,39 +1,83 @@
-"""Who is still there: heartbeats through the rendezvous store, and the agreement at the start.
+"""Who is still there, and who is named when an exchange fails.
 
-A collective that times out says that *some* rank is missing. The heartbeat says which.
+Collectives tell that *somebody* is missing, after their timeout. The heartbeat tells who. Up to three ranks,
+spread over the world, keep a notice board each (:mod:`distcomp.transports.board`), to which every rank says
+once a second that it is there and how far it has come. What one says when it stops stays on the boards of the
+others: nobody depends on the host of the rendezvous store, nor on whoever reports first.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
+import selectors
+import socket
 import threading
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
-from distcomp.errors import PeerLost, SettingsMismatch
+from distcomp.errors import DistcompError, PeerLost
+from distcomp.transports.board import Board, Line, addresses, connect, listen
+from distcomp.transports.bounded import STORE_SILENT, Result, bounded
 from distcomp.transports.types import Store
+from distcomp.transports.verdict import Findings, verdict
 
-LEFT = "left"
+ANSWER_S = 1.0
+"""So long one waits for the answers of boards; one whose host is stopped never answers."""
+
+LOOK_S = 0.2
+
+REMEDY = "restart from the last checkpoint"
 
 
 class Heartbeat:
-    """Writes this rank's heartbeat to the store and reads the others'.
+    """Says on every board that this rank is there, and reads from them who else is.
 
-    A beat is a counter, so that no two clocks are ever compared. A rank whose counter stands still over
-    :attr:`diagnosis_s` is lost. A rank that detaches or ends in order says so.
+    A rank that nobody has heard for :attr:`diagnosis_s`, by a board's clock, is lost. One whose connections
+    end without a goodbye is gone at once. One thread does it all; its sockets never block.
+
+    Raises PeerLost where the boards' addresses cannot be had within ``timeout_s``.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, name: str, interval_s: float = 1.0) -> None:
-        # Its own connection: a blocked wait elsewhere must not stop the beat.
-        self._store: Store = store.clone()  # type: ignore[attr-defined]
-        self._rank = rank
-        self._size = size
+    def __init__(
+        self, store: Store, rank: int, size: int, name: str, interval_s: float = 1.0, timeout_s: float = 60.0
+    ) -> None:
         self.name = name
+        self.timeout_s = timeout_s
+        """Of the exchanges that are watched: a message names it."""
+        self.progress: Callable[[], int] = lambda: 0
+        """How many exchanges this rank has begun."""
+        self.diagnosed = False
+        """Whether an exchange has failed."""
+        self._rank, self._size = rank, size
         self._interval_s = interval_s
-        self._stop = threading.Event()
-        self._beat(0)
+        self._notes: list[str] = []
+        self._left = False
+        self._stopped = False
+        self._asked = self._served = 0
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._changed = threading.Condition()
+        self._selector = selectors.DefaultSelector()
+        self._board: Board | None = None
+        self._listening: list[socket.socket] = []
+        self._speakers: list[Line] = []
+        self._lines: dict[int, Line] = {}
+        self._token = secrets.token_hex(16)
+        self._tokens: dict[int, str] = {}
+        self._stopped = size == 1
+        if size == 1:
+            return
+        self._waker, self._wakes = socket.socketpair()
+        self._selector.register(self._wakes, selectors.EVENT_READ, lambda: self._wakes.recv(1 << 10))
+        try:
+            self._open(store)
+        except BaseException:
+            self._release()
+            raise
         self._thread = threading.Thread(target=self._run, name="distcomp-heartbeat", daemon=True)
         self._thread.start()
 
@@ -44,128 +88,203 @@ class Heartbeat:
 
     def close(self) -> None:
         """Say goodbye."""
-        if self._stop.is_set():
+        if self._stopped:
             return
-        self._stop.set()
+        self._left = True
+        self._ask()
+        self._stopped = True
+        self._waker.send(b".")
         self._thread.join()
-        try:
-            self._store.set(self._key(self._rank), LEFT)
-        except RuntimeError:  # the store's host has ended before us; nobody is left to read it
-            return
 
     def leave_note(self, sentence: str) -> None:
         """Say why this rank stops, to those who will wait for it: :meth:`diagnose` reads it."""
-        with suppress(RuntimeError):  # the store's host has ended before us; nobody is left to read it
-            self._store.set(self._note_key(self._rank), sentence)
-
-    def _notes(self) -> str:
-        """What other ranks have said before they stopped."""
-        others = [rank for rank in range(self._size) if rank != self._rank]
-        with suppress(RuntimeError):
-            left = [rank for rank in others if self._store.check([self._note_key(rank)])]
-            return "; ".join(f"rank {one}: {self._store.get(self._note_key(one)).decode()}" for one in left)
-        return ""
-
-    def _note_key(self, rank: int) -> str:
-        return f"distcomp/{self.name}/note/{rank}"
+        self._tell(f"rank {self._rank}: {sentence}")
 
     def silent(self) -> set[int]:
-        """Other ranks whose heart stood still over :attr:`diagnosis_s`, or that have left. Takes as long."""
-        before = self._read()
-        self._stop.wait(self.diagnosis_s)
-        after = self._read()
-        return {rank for rank in range(self._size) if after[rank] == before[rank] and rank != self._rank}
+        """Other ranks that are gone, have left, or were not heard for :attr:`diagnosis_s`."""
+        findings = self._ask()
+        return findings.gone | findings.left | findings.silent
 
-    def diagnose(self, error: RuntimeError) -> PeerLost:
-        """The error that names who is lost. Takes :attr:`diagnosis_s`; less where a rank left a note."""
-        notes = self._notes()
-        if notes:
-            return PeerLost(notes)
-        try:
-            before = self._read()
-            self._stop.wait(self.diagnosis_s)
-            after = self._read()
-        except RuntimeError:
-            return PeerLost(
-                "the rendezvous store does not answer: the process that hosts it (rank 0, or the "
-                "launcher's agent) is lost; "
-                f"restart from the last checkpoint ({_first_line(error)})"
-            )
-        others = [rank for rank in range(self._size) if rank != self._rank]
-        left = [rank for rank in others if after[rank] == LEFT]
-        lost = [rank for rank in others if after[rank] == before[rank] and rank not in left]
-        if lost or left:
-            sentences = []
-            if lost:
-                sentences.append(f"{_ranks(lost)} died or hangs (no heartbeat for {self.diagnosis_s:g} s)")
-            if left:
-                sentences.append(f"{_ranks(left)} ended or detached while others still exchange")
-            return PeerLost(
-                f"{'; '.join(sentences)}; restart from the last checkpoint ({_first_line(error)})"
-            )
-        return PeerLost(
-            "an exchange failed or timed out while every rank is alive: some rank does not take part in "
-            "it (did its "
-            f"backward run?), or the network is cut; restart from the last checkpoint ({_first_line(error)})"
-        )
+    def diagnose(self, error: Exception) -> PeerLost:
+        """The error that names who is lost; within :attr:`diagnosis_s` and a second.
 
-    def _run(self) -> None:
-        count = 0
-        while not self._stop.wait(self._interval_s):
-            count += 1
+        What it says stays on the boards, so that every rank says the same.
+        """
+        self.diagnosed = True
+        begin_s = time.monotonic()
+        while True:
+            findings, took_s = self._ask(), time.monotonic() - begin_s
+            certain = findings.notes or findings.gone
+            likely = took_s >= self._interval_s and (findings.silent or findings.left)
+            if certain or likely or took_s >= self.diagnosis_s:
+                break
+            threading.Event().wait(LOOK_S)
+        said = "; ".join(findings.notes)
+        if not said:
+            said = verdict(findings, self._rank, self._size, self.diagnosis_s, self.timeout_s)
+            self._tell(said)
+        remedy = "" if REMEDY in said else f"; {REMEDY}"
+        return PeerLost(f"{said}{remedy} ({_first_line(error)})")
+
+    # ------------------------------------------------------------------------------------ asking the boards
+
+    def _tell(self, note: str) -> None:
+        self._notes.append(note)
+        self._ask()
+
+    def _ask(self) -> Findings:
+        """What all boards that answer say together."""
+        if self._size == 1 or self._stopped:
+            return Findings()
+        with self._changed:
+            self._asked += 1
+            number = self._asked
+            self._waker.send(b".")
+            self._changed.wait_for(lambda: self._answered(number), ANSWER_S)
+            answers = {host: one for host, one in self._answers.items() if one["id"] >= number}
+        if not answers:
+            return Findings(deaf=True)
+        return Findings.of(list(answers.values()), self._rank, self._size, self.diagnosis_s)
+
+    def _answered(self, number: int) -> bool:
+        hosts = {*self._lines, *([self._rank] if self._board is not None else [])}
+        return all(host in self._answers and self._answers[host]["id"] >= number for host in hosts)
+
+    # ------------------------------------------------------------------------------------------ the boards
+
+    def _open(self, store: Store) -> None:
+        """Put up the board, if this rank keeps one, and reach those of the others."""
+        store = store.clone()  # type: ignore[attr-defined]  # its own connection: others may be blocked on theirs
+        if self._rank in keepers(self._size):
+            self._board = Board(self._size)
+            self._listening.append(listen())
+            self._listening[0].setblocking(False)
+            self._selector.register(self._listening[0], selectors.EVENT_READ, self._accept)
+            place = {
+                "hosts": addresses(store), "port": self._listening[0].getsockname()[1], "token": self._token
+            }  # fmt: skip
+            self._ask_store(lambda: store.set(self._key(self._rank), json.dumps(place)), self._rank)
+        failures = []
+        for host in set(keepers(self._size)) - {self._rank}:
             try:
-                self._beat(count)
-            except RuntimeError:  # the store is gone; whoever waits for a collective will find out and say so
-                return
+                self._reach(host, store)
+            except DistcompError as error:
+                if isinstance(error, PeerLost):
+                    raise
+                failures.append(f"rank {host}'s board, {error}")
+        if failures and not self._lines and self._board is None:
+            raise DistcompError(f"rank {self._rank} reaches no notice board: {'; '.join(failures)}")
+        if failures:
+            warnings.warn(f"rank {self._rank} cannot reach {'; '.join(failures)}", stacklevel=5)
 
-    def _beat(self, count: int) -> None:
-        self._store.set(self._key(self._rank), str(count))
+    def _reach(self, host: int, store: Store) -> None:
+        """Connect to another rank's board."""
+        key = self._key(host)
+
+        def place() -> bytes:
+            store.wait([key], timedelta(seconds=self.timeout_s))
+            return store.get(key)
+
+        where = json.loads(self._ask_store(place, host))
+        line = connect(where)
+        self._lines[host], self._tokens[host] = line, where["token"]
+        self._selector.register(line.socket, selectors.EVENT_READ, lambda: self._read_answers(host))
+
+    def _ask_store(self, call: Callable[[], Result], host: int) -> Result:
+        try:
+            return bounded(call, self.timeout_s + LOOK_S, STORE_SILENT)
+        except RuntimeError as error:
+            raise PeerLost(
+                f"rank {host} was lost while attaching, or the host of the rendezvous store "
+                f"({_first_line(error)}); {REMEDY}"
+            ) from error
 
     def _key(self, rank: int) -> str:
-        return f"distcomp/{self.name}/beat/{rank}"
+        return f"distcomp/{self.name}/board/{rank}"
 
-    def _read(self) -> list[str]:
-        return [self._store.get(self._key(rank)).decode() for rank in range(self._size)]
+    # ------------------------------------------------------------------------------------------- the thread
 
+    def _run(self) -> None:
+        next_s, told = 0.0, 0
+        while not self._stopped:
+            for key, _ in self._selector.select(max(0.0, next_s - time.monotonic())):
+                key.data()
+            if time.monotonic() >= next_s or self._asked > told:
+                next_s, told = time.monotonic() + self._interval_s, self._asked
+                self._beat(told)
+        self._release()
 
-def agree(
-    store: Store, rank: int, size: int, name: str, settings: Mapping[str, str], timeout_s: float
-) -> None:
-    """Compare every rank's settings; return on all ranks or raise on all ranks.
+    def _release(self) -> None:
+        self._selector.close()
+        for line in (*self._lines.values(), *self._speakers):
+            line.close()
+        for end in (*self._listening, self._waker, self._wakes):
+            end.close()
 
-    Raises SettingsMismatch naming the first difference, PeerLost naming the ranks that did not come.
-    """
-    deadline = time.monotonic() + timeout_s
-    store.set(f"distcomp/{name}/settings/{rank}", json.dumps(settings))
-    theirs: dict[int, Mapping[str, str]] = {}
-    missing = []
-    for other in range(size):
-        key = f"distcomp/{name}/settings/{other}"
-        left_s = max(0.01, deadline - time.monotonic())
+    def _beat(self, number: int) -> None:
+        message = {
+            "rank": self._rank, "id": number, "at": self.progress(),
+            "ask": number > self._served, "left": self._left, "notes": self._notes,
+        }  # fmt: skip
+        self._served = number
+        if self._board is not None:
+            self._heard(self._rank, self._board.hear(message))
+        for host, line in list(self._lines.items()):
+            try:
+                line.say({**message, "token": self._tokens[host]})
+            except OSError:
+                self._drop(host)
+
+    def _heard(self, host: int, answer: dict[str, Any]) -> None:
+        with self._changed:
+            self._answers[host] = answer
+            self._changed.notify_all()
+
+    def _drop(self, host: int) -> None:
+        """A board is gone, with its host."""
+        line = self._lines.pop(host)
+        self._selector.unregister(line.socket)
+        line.close()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _read_answers(self, host: int) -> None:
+        messages = self._lines[host].hear()
+        if messages is None:
+            self._drop(host)
+            return
+        for answer in messages:
+            self._heard(host, answer)
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            connection, _ = self._listening[0].accept()
+            line = Line(connection)
+            self._speakers.append(line)
+            self._selector.register(connection, selectors.EVENT_READ, lambda: self._read_words(line))
+
+    def _read_words(self, line: Line) -> None:
+        """What a rank says to the board here. Who does not know the token is not heard."""
+        assert self._board is not None
+        messages = line.hear()
         try:
-            store.wait([key], timedelta(seconds=left_s))
-        except RuntimeError:
-            missing.append(other)
-            continue
-        theirs[other] = json.loads(store.get(key))
-    if missing:
-        raise PeerLost(
-            f"{_ranks(missing)} did not attach within {timeout_s:g} s; call distcomp.attach on every "
-            "rank, in the same order"
-        )
-    for other in range(1, size):
-        for setting in dict.fromkeys([*theirs[0], *theirs[other]]):
-            first, second = theirs[0].get(setting), theirs[other].get(setting)
-            if first != second:
-                raise SettingsMismatch(
-                    f"ranks were attached with different settings: {setting} is {first!r} on rank 0 and "
-                    f"{second!r} on rank {other}; give every rank the same"
-                )
+            if messages is None or any(message["token"] != self._token for message in messages):
+                raise OSError
+            for message in messages:
+                line.rank = int(message["rank"])
+                line.say(self._board.hear(message))
+        except (OSError, LookupError, TypeError, ValueError):
+            self._selector.unregister(line.socket)
+            self._speakers.remove(line)
+            line.close()
+            if line.rank is not None:
+                self._board.closed(line.rank)
 
 
-def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+def keepers(size: int) -> tuple[int, ...]:
+    """Who keeps a board: the first, the middle and the last rank, which are seldom on one host."""
+    return tuple(sorted({0, size // 2, size - 1})) if size > 1 else ()
 
 
-def _first_line(error: RuntimeError) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -6,22 +6,24 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distcomp.collectives import Group, Pending, Request
+from distcomp.private_torch import timeout_of
 from distcomp.transports.heartbeat import Heartbeat
 
 
 class Subgroups:
     """The process groups of some of a group's ranks; each is made when first asked for, which its members do
-    together."""
+    together. They are kept as long as the group is, for whoever uses it next."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._whole = group
-        self._made: dict[Group, dist.ProcessGroup] = {}
+        self._made = _SUBGROUPS.setdefault(group, {})
 
     def of(self, members: Group | None) -> dist.ProcessGroup:
         if members is None or len(members) == dist.get_world_size(self._whole):
@@ -29,14 +31,15 @@ class Subgroups:
         if members not in self._made:
             ranks = [dist.get_global_rank(self._whole, member) for member in members]
             self._made[members] = dist.new_group(
-                ranks, backend=dist.get_backend(self._whole), use_local_synchronization=True
+                ranks,
+                timeout=timeout_of(self._whole),
+                backend=dist.get_backend(self._whole),
+                use_local_synchronization=True,
             )
         return self._made[members]
 
-    def close(self) -> None:
-        for group in self._made.values():
-            dist.destroy_process_group(group)
-        self._made.clear()
+
+_SUBGROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[Group, dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 class TorchDist:
@@ -103,7 +106,7 @@ class TorchDist:
         return PendingWork(works, result, self._heartbeat, self._timeout_s, keep)
 
     def close(self) -> None:
-        self._groups.close()
+        """Nothing to close: groups are kept for who comes next."""
 
 
 class PendingWork:

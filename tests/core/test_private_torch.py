@@ -119,3 +119,10 @@ def test_they_stand_in_one_file(file: Path) -> None:
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     assert file.name == "private_torch.py" or not (names | texts) & set(PRIVATE)
+
+
+def test_a_group_tells_its_timeout(ddp: DistributedDataParallel) -> None:
+    """ProcessGroup._device_types, ProcessGroup._get_backend, Backend.options._timeout"""
+    patience = private.timeout_of(ddp.process_group)
+    assert patience is not None
+    assert patience.total_seconds() == 1800

@@ -1,0 +1,87 @@
+"""What the notice boards say together, and the sentence that it comes to: the same one on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from distcomp.transports.board import GONE, LEFT
+
+
+@dataclass
+class Findings:
+    """What is known of the other ranks."""
+
+    notes: list[str] = field(default_factory=list)
+    """What was said by those who stopped."""
+    gone: set[int] = field(default_factory=set)
+    """Their connections have ended without a goodbye."""
+    left: set[int] = field(default_factory=set)
+    silent: set[int] = field(default_factory=set)
+    """No board has heard them for a while."""
+    behind: dict[int, int] = field(default_factory=dict)
+    """Alive, and with fewer exchanges begun than others: how many."""
+    furthest: int = 0
+    """The most exchanges that a rank has begun."""
+    deaf: bool = False
+    """No board answers."""
+
+    @staticmethod
+    def of(answers: Sequence[dict[str, Any]], rank: int, size: int, silence_s: float) -> Findings:
+        """Merge the answers of boards: heard by one is heard."""
+        found = Findings(list(dict.fromkeys(note for answer in answers for note in answer["notes"])))
+        views = [answer["view"] for answer in answers]
+        begun = []
+        for other in range(size):
+            seen = [view[other] for view in views]
+            begun.append(max(at for _, _, at in seen))
+            states = {state for _, state, _ in seen}
+            if other == rank:
+                continue
+            if LEFT in states:
+                found.left.add(other)
+            elif GONE in states:
+                found.gone.add(other)
+            elif min(age_s for age_s, _, _ in seen) > silence_s:
+                found.silent.add(other)
+        found.furthest = max(begun)
+        there = [one for one in range(size) if one not in found.left | found.gone | found.silent]
+        least = min(begun[one] for one in there)
+        if least < found.furthest:
+            found.behind = {one: least for one in there if begun[one] == least}
+        return found
+
+
+def verdict(found: Findings, rank: int, size: int, silence_s: float, timeout_s: float) -> str:
+    """One sentence that names ranks and a reason."""
+    if found.deaf or (size > 2 and len(found.silent) == size - 1):
+        return (
+            f"rank {rank} hears no other rank: its network is cut, or all others died "
+            f"(no heartbeat for {silence_s:g} s)"
+        )
+    sentences = []
+    if found.gone:
+        sentences.append(f"{ranks(found.gone)} died or hangs (its connections were closed)")
+    if found.silent:
+        sentences.append(f"{ranks(found.silent)} died or hangs (no heartbeat for {silence_s:g} s)")
+    if sentences:
+        return "; ".join(sentences)
+    if found.left:
+        return f"{ranks(found.left)} ended or detached while others still exchange"
+    if found.behind:
+        return (
+            f"{ranks(found.behind)} did not come to an exchange within timeout_s={timeout_s:g}, although "
+            f"alive: {min(found.behind.values())} exchanges begun, others {found.furthest}; if it only "
+            "computes longer, give distcomp.attach a longer timeout_s"
+        )
+    return (
+        f"an exchange did not end within timeout_s={timeout_s:g} although every rank is alive and takes "
+        "part: the network between them is cut or too slow for it; give distcomp.attach a longer timeout_s"
+    )
+
+
+def ranks(numbers: Iterable[int]) -> str:
+    """``rank 1``, or ``ranks 1, 2``."""
+    listed = sorted(numbers)
+    return ("rank " if len(listed) == 1 else "ranks ") + ", ".join(map(str, listed))
