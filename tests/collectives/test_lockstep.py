@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distcomp.advice.profile import profile_exchanges
+from distcomp.advice.profile import profiles_of
 from distcomp.advice.scenario import Scenario
-from distcomp.advice.virtual_clock import Clock
+from distcomp.advice.virtual_clock import VirtualClock
 from distcomp.collectives import (
     AllGather,
     AllReduce,
@@ -238,7 +238,7 @@ class Scripted(Method):
 
 @pytest.mark.parametrize("kind", ["reduce-scatter", "uneven all-to-all"])
 def test_the_advisor_counts_what_the_ledgers_count(kind: str) -> None:
-    (exchange,) = profile_exchanges(Scripted(kind), [ORDINARY], 4)
+    (exchange,) = profiles_of(Scripted(kind), [ORDINARY], 4)
     meeting = world.together(lambda context: Scripted(kind).aggregate(torch.zeros(330), {}, context), ones(4))
     (round_,) = exchange.rounds
     assert round_.ask.sent_bytes(4) == sum(one.total_bytes for one in meeting.ledgers) / 4
@@ -248,7 +248,7 @@ def test_an_uneven_all_to_all_takes_as_long_as_its_busiest_link() -> None:
     fabric = Fabric.uniform(4, "10mbit", "5ms")
     requests = [world.uneven_swap(rank, range(4)) for rank in range(4)]
     sent = [(i, j, wire_bytes(world.parts(i, j))) for i in range(4) for j in range(4) if i != j]
-    clock = Clock(fabric, Scenario())
+    clock = VirtualClock(fabric, Scenario())
     clock.exchange(requests)
     expected = pairs(sent, fabric).cost(fabric).seconds
     assert expected > 8 * 60_000 / 1e7

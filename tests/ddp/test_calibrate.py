@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from distcomp.advice.calibrate import ROUNDS, Zeros, calibrate
-from distcomp.advice.profile import profile_exchanges
+from distcomp.advice.profile import profiles_of
 from distcomp.attaching.observe import observe, silenced
 from distcomp.collectives import DIRECT_BYTES
 from distcomp.errors import DistcompError
@@ -88,7 +88,7 @@ def zeroed(rank, size, method):
     declared = sum(method.payload_bytes(layout, size, 0) for layout in layouts)
     asked = sum(
         one.ask.sent_bytes(size)
-        for aggregation in profile_exchanges(method, layouts, size)
+        for aggregation in profiles_of(method, layouts, size)
         for one in aggregation.rounds
     )
     return alone, gradients(model), averaged, sent, declared, asked

@@ -130,7 +130,7 @@ def test_a_sum_that_does_not_fit_is_refused() -> None:
 
 def test_the_wire_rounds_as_the_paper_says() -> None:
     q, x = FixedPoint(3, 5), drawn(1)[0]
-    from shelf.oracles import noise
+    from compressors.oracles import noise
 
     u = noise(LAYOUT, Key.of(3).fold("rank", 0).fold("round"))
     (estimate,), _, _ = converse(FixedPointAllReduce(q, "all_gather"), [x])
