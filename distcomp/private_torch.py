@@ -6,6 +6,8 @@ A test names each of these where a new version of PyTorch has moved it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,3 +57,44 @@ def steps_in_a_hook(optimizer: Optimizer) -> bool:
     """Whether this is a ZeroRedundancyOptimizer that steps inside a hook of its own: its argument is kept
     under a private name alone."""
     return bool(getattr(optimizer, "_overlap_with_ddp", False))
+
+
+@dataclass(frozen=True)
+class FSDPGroup:
+    """Parameters that FSDP2 gathers and reduces as one flat buffer."""
+
+    members: tuple[tuple[nn.Module, str], ...]
+    """Each parameter's module and its name there, in the order of the buffer."""
+
+
+def fsdp_group(module: nn.Module) -> FSDPGroup | None:
+    """What FSDP2 gathers together with ``module``; equal for modules that were wrapped as a list.
+
+    ``fully_shard([norm, output])`` makes one buffer of two modules, and nothing public tells of which or in
+    what order. None where FSDP keeps no parameter of its own for the module.
+
+    Raises ValueError where the module has several, over different meshes.
+    """
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    groups = _param_groups(state)
+    if len(groups) > 1:
+        raise ValueError(f"FSDP gathers its parameters in {len(groups)} groups")
+    if not groups:
+        return None
+    infos = [parameter._module_info for parameter in groups[0].fsdp_params]
+    return FSDPGroup(tuple((info.module, info.param_name) for info in infos))
+
+
+def fsdp_divide_factor(module: nn.Module) -> float | None:
+    """What was given to ``set_gradient_divide_factor``, which has no getter; None where FSDP takes the
+    mean."""
+    groups = _param_groups(module._get_fsdp_state())  # type: ignore[operator]
+    factor: float | None = groups[0].gradient_divide_factor if groups else None
+    return factor
+
+
+def _param_groups(state: Any) -> list[Any]:
+    """Before PyTorch 2.11 a state had at most one."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []

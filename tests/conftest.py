@@ -1,9 +1,10 @@
-"""What every test shares: one thread, the same examples every time, and no file left out unseen."""
+"""What every test shares: one thread, the same examples every time, ranks of their own, no file left out."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from distcomp.registry import load_all
+from tests.cluster import Cluster
 
 torch.set_num_threads(1)
 load_all()  # METHODS knows them all
@@ -23,6 +25,22 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("distcomp")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Callable[[int], Cluster]]:
+    """``cluster(n)``: n ranks that are up already, made anew if a job has broken them."""
+    made: dict[int, Cluster] = {}
+
+    def get(size: int) -> Cluster:
+        if size not in made or not made[size].usable:
+            made[size] = Cluster(size)
+        return made[size]
+
+    yield get
+    for ranks in made.values():
+        ranks.close()
+
 
 BUILT_ELSEWHERE = {
     "tests/horovod_job/test_horovod.py": "Horovod is built by scripts/test-horovod",

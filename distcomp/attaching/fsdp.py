@@ -15,13 +15,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from distcomp.attaching.ddp import Scaler
+from distcomp.attaching.fsdp_gather import PREFIX, WeightGathers, gather_units
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
@@ -30,6 +31,8 @@ from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods.base import Method
 from distcomp.methods.reduce_scatter import owned_layout, refuse_nameless, to_shards
+from distcomp.methods.weight_gather import WeightGather
+from distcomp.private_torch import FSDPGroup, fsdp_divide_factor, fsdp_group
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.driver import commit, context_of, exchange
 from distcomp.runtime.pipeline import Timeline
@@ -49,6 +52,7 @@ class Unit:
 
     def __init__(self, name: str, module: FSDPModule, replicas: dist.ProcessGroup | None) -> None:
         self.name = name
+        self._module = ref(cast("nn.Module", module))  # who keeps the units keeps no module alive
         self.attached: FSDPSync | None = None
         self.replicas = replicas
         try:
@@ -84,42 +88,74 @@ class Unit:
         return None
 
     def after(self, output: Tensor) -> None:
-        """What FSDP calls with a module's reduced piece: average it over the replicas, in place."""
+        """What FSDP calls with a module's reduced piece: average it over the replicas, in place.
+
+        With a divide factor the user divides by what is his own count, and is owed the sum.
+        """
+        assert self.replicas is not None
+        size = dist.get_world_size(self.replicas)
         if self.attached is None:
-            assert self.replicas is not None
-            output.mul_(1.0 / dist.get_world_size(self.replicas))
+            output.mul_(1.0 / size)
             dist.all_reduce(output, group=self.replicas)
         else:
             output.copy_(self.attached.reduce(self.name, output))
+        module = self._module()
+        if module is not None and fsdp_divide_factor(module) is not None:
+            output.mul_(float(size))
 
 
 def _factor(op: Any, size: int) -> float:
-    """What FSDP expects, as a multiple of the mean: with float16 it divides by itself, before and after."""
+    """What FSDP expects, as a multiple of the mean. Where it asks for a sum it divides by itself, before or
+    after; a factor given to ``set_gradient_divide_factor`` comes within the operation."""
     if op == dist.ReduceOp.AVG:
         return 1.0
     if op == dist.ReduceOp.SUM:
         return float(size)
+    if op == dist.ReduceOp.PREMUL_SUM:
+        return size * float(op.__getstate__()[1])
     raise DistcompError(
-        "set_gradient_divide_factor makes FSDP reduce by a factor that it does not tell; leave it unset and "
-        "scale the loss instead"
+        f"FSDP asks for a reduction by {op}, and a method gives a mean or a sum; leave the gradients' "
+        "reduction as it is, or set its factor by set_gradient_divide_factor"
     )
 
 
 _UNITS: WeakKeyDictionary[nn.Module, Unit] = WeakKeyDictionary()
 
 
-def units_of(target: Target) -> list[Unit]:
-    """The unit of every FSDP module, put there the first time.
+def groups_of(model: nn.Module) -> dict[FSDPGroup, tuple[str, nn.Module]]:
+    """Each flat buffer of the model: its parameters, and the name and module it is known by.
+
+    Modules that were wrapped as a list, ``fully_shard([norm, output])``, share one, under the first's name.
+    Raises DistcompError for parameters of one module on several meshes.
+    """
+    groups: dict[FSDPGroup, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if not is_sharded(module):
+            continue
+        try:
+            group = fsdp_group(module)
+        except ValueError as error:
+            raise DistcompError(
+                f"the reductions of {name or 'root'} cannot be taken over: {error}; wrap the model with one "
+                "mesh for all parameters of a module"
+            ) from error
+        if group is not None:
+            groups.setdefault(group, (name or "root", module))
+    return groups
+
+
+def units_of(
+    groups: Mapping[FSDPGroup, tuple[str, nn.Module]], replicas: dist.ProcessGroup | None
+) -> list[Unit]:
+    """The unit of every flat buffer, put there the first time.
 
     Raises DistcompError where a module was attached before with other replicas.
     """
     units = []
-    for name, module in target.module.named_modules():
-        if not is_sharded(module):
-            continue
+    for name, module in groups.values():
         if module not in _UNITS:
-            _UNITS[module] = Unit(name or "root", cast("FSDPModule", module), target.replicas)
-        if _UNITS[module].replicas is not target.replicas:
+            _UNITS[module] = Unit(name, cast("FSDPModule", module), replicas)
+        if _UNITS[module].replicas is not replicas:
             raise DistcompError(
                 "this FSDP model was attached before with other replicas, which FSDP cannot forget; wrap the "
                 "model again, then attach"
@@ -144,6 +180,7 @@ class FSDPSync(Sync):
         clock: TrainingClock,
         seed: int = 0,
         scaler: Scaler | None = None,
+        weights: WeightGather | None = None,
     ) -> None:
         super().__init__(method, session, clock)
         self._session = session
@@ -156,11 +193,29 @@ class FSDPSync(Sync):
         self._states = States(self._talks)
         self._layouts: dict[str, Layout] = {}
         self._begin_iteration()
-        self._units = units_of(target)
+        groups = groups_of(target.module)
+        self._units = units_of(groups, target.replicas)
+        self._weights = (
+            WeightGathers(target.module, groups, weights, session, self.executor, seed) if weights else None
+        )
+        self._gather_units = gather_units(groups) if weights else []
         if target.replicas is not None:
             _begin_alike(self._model, target.replicas)
-        for unit in self._units:
+        for unit in (*self._units, *self._gather_units):
             unit.attached = self
+
+    @torch.no_grad()
+    def gather(self, name: str, shard: Tensor) -> Tensor:
+        """All ranks' shards of a flat buffer of weights, in rank order (float32)."""
+        if self.error is not None:
+            raise self.error
+        assert self._weights is not None
+        self._exchange_begins()
+        try:
+            return self._weights.gather(name, shard, self.iterations)
+        except BaseException as error:
+            self.error = error
+            raise
 
     def reduce(self, name: str, buffer: Tensor) -> Tensor:
         """The estimate of a buffer's mean (float32): this rank's piece, or all of it across replicas."""
@@ -174,8 +229,7 @@ class FSDPSync(Sync):
 
     @torch.no_grad()
     def _reduce(self, name: str, buffer: Tensor) -> Tensor:
-        if not self._talked:
-            self._sent_before = self._session.ledger.total_bytes
+        self._exchange_begins()
         self.clock.exchange_begins()
         self._ready_s = time.perf_counter()
         layout = self._layout(name, buffer.numel())
@@ -189,6 +243,11 @@ class FSDPSync(Sync):
         self._timeline.spans += agreed.timeline.spans
         estimate = agreed.result().estimate
         return estimate if scale is None else estimate * scale
+
+    def _exchange_begins(self) -> None:
+        """Bytes count from the first exchange after the last iteration: a gather, or a reduction."""
+        if self._sent_before is None:
+            self._sent_before = self._session.ledger.total_bytes
 
     def _layout(self, name: str, numel: int) -> Layout:
         owners = 1 if self._across else self._session.size
@@ -205,7 +264,7 @@ class FSDPSync(Sync):
         self._talked: list[Aggregation] = []
         self._timeline = Timeline()
         self._ready_s = 0.0
-        self._sent_before = 0
+        self._sent_before: int | None = None
 
     def forward_begins(self) -> None:
         """What a backward that broke off has left is no part of the next iteration."""
@@ -222,7 +281,7 @@ class FSDPSync(Sync):
         if self.error is not None:
             return
         commit(self._states, self._talked, self._everywhere)
-        sent = self._session.ledger.total_bytes - self._sent_before
+        sent = self._session.ledger.total_bytes - (self._sent_before or 0)
         self.last = Iteration(self.iterations, self._timeline, self._ready_s, sent)
         self.iterations += 1
         self._begin_iteration()
@@ -237,7 +296,7 @@ class FSDPSync(Sync):
 
     def close(self) -> None:
         """From now on FSDP reduces as before; replicas are averaged in the gradients' own type."""
-        for unit in self._units:
+        for unit in (*self._units, *self._gather_units):
             unit.attached = None
         super().close()
 
@@ -254,8 +313,9 @@ class FSDPSync(Sync):
     def report(self) -> dict[str, Any]:
         """What this rank keeps between steps, and in how many pieces a buffer is owned."""
         leaves = [leaf for one in self._states.by_parameter().values() for leaf in one.values()]
+        held_bytes = self._weights.state_bytes if self._weights is not None else 0
         return {
-            "state_bytes": sum(leaf.numel() * leaf.element_size() for leaf in leaves),
+            "state_bytes": sum(leaf.numel() * leaf.element_size() for leaf in leaves) + held_bytes,
             "shards": dist.get_world_size(self._shards),
         }
 
@@ -265,14 +325,18 @@ class FSDPSync(Sync):
             "iterations": self.iterations,
             "seed": self._seed,
             "shards": dist.get_world_size(self._shards),
-            "state": self._states.by_parameter(),
+            "state": self._states.by_parameter()
+            | (self._weights.state_dict() if self._weights is not None else {}),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Raises DistcompError for another number of ranks or shards: buffers are interleaved by them."""
+        """Raises DistcompError where something is owed by another number of ranks or shards: buffers are
+        interleaved by them. What is held of the weights begins anew there, with a warning."""
         self.idle()
         shards, size = dist.get_world_size(self._shards), dist.get_world_size()
-        if (int(saved.get("shards", 0)), int(saved["world_size"])) != (shards, size):
+        alike = (int(saved.get("shards", 0)), int(saved["world_size"])) == (shards, size)
+        owed = {name: one for name, one in saved["state"].items() if not name.startswith(PREFIX)}
+        if owed and not alike:
             raise DistcompError(
                 f"the checkpoint is of {saved['world_size']} ranks and {saved.get('shards', 'no')} shards, "
                 f"and here are {size} and {shards}: what is owed lies interleaved by shard and cannot be "
@@ -280,7 +344,9 @@ class FSDPSync(Sync):
             )
         self.iterations = int(saved["iterations"])
         self._seed = int(saved["seed"])
-        self._states.load(saved["state"])
+        self._states.load(owed)
+        if self._weights is not None:
+            self._weights.load_state_dict(saved["state"], alike)
 
 
 def _begin_alike(model: nn.Module, replicas: dist.ProcessGroup) -> None:
@@ -300,3 +366,17 @@ def refuse_sharded(method: Method | object) -> None:
             "pieces; use a gradient method such as 'identity' or 'qsgd:bits=4'"
         )
     refuse_nameless(method)
+
+
+def refuse_gathers(target: Target, replicas: dist.ProcessGroup | None) -> None:
+    """Raise DistcompError where there are no gathers of weights to compress, or ranks that no line joins."""
+    if target.shards is None:
+        raise DistcompError(
+            f"weights= says how an FSDP2 model gathers its shards, and {type(target.module).__name__} has "
+            "none; leave it out, or wrap the model with fully_shard"
+        )
+    if replicas is not None:
+        raise DistcompError(
+            "with replicas= the attached line joins those who hold the same shard, and weights are gathered "
+            "among those who hold the others; leave weights= or replicas= out"
+        )

@@ -19,7 +19,7 @@ from distcomp.attaching.arguments import check_arguments, check_optimizer
 from distcomp.attaching.builtin_hooks import BuiltinHookSync
 from distcomp.attaching.ddp import GradientSync, Scaler
 from distcomp.attaching.exchanges import PREFIX, TensorExchanges
-from distcomp.attaching.fsdp import FSDPSync, refuse_sharded
+from distcomp.attaching.fsdp import FSDPSync, refuse_gathers, refuse_sharded
 from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
 from distcomp.attaching.parameters import ParameterSync, edges_of, refuse_averaging
@@ -30,8 +30,10 @@ from distcomp.attaching.target import Target
 from distcomp.attaching.watch import Sink, Watch
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.builtin_hooks import is_builtin
+from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Method, parse
+from distcomp.methods.weight_gather import WeightGather, parse_weight_gather
 from distcomp.private_torch import bypasses_hooks, steps_in_a_hook
 from distcomp.runtime.states import pack, unpack
 from distcomp.training import clock_of
@@ -48,6 +50,7 @@ def attach(
     seed: int = 0,
     timeout_s: float = 60.0,
     replicas: ProcessGroup | None = None,
+    weights: WeightGather | Compressor | Method | str | None = None,
 ) -> Handle:
     """Let ``method`` carry the gradients of a DistributedDataParallel or FSDP2 model, or average models. Call
     it on every rank.
@@ -66,6 +69,10 @@ def attach(
         timeout_s: how long to wait for a peer before naming it and giving up.
         replicas: of an FSDP model sharded over one dimension of a mesh: the group of those that hold the same
             shard. The method then averages across them, after FSDP's own reduce-scatter inside each.
+        weights: of an FSDP2 model: how its weights are gathered, a compressor such as ``"qsgd:bits=8"``,
+            ``"gather:compressor=(qsgd:bits=8),reuse=true"`` or ``"difference:compressor=(qsgd:bits=4)"``
+            (:mod:`distcomp.methods.weight_gather`). None: as they are. Each setting changes the weights that
+            are computed with, never those that are trained.
 
     Returns:
         A handle: ``stats()``, ``log()``, ``state_dict()``, ``load_state_dict()``, ``detach()``; also a
@@ -84,12 +91,21 @@ def attach(
     if target.key in _ATTACHED:
         raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
     _refuse(target, chosen, optimizer)
+    gathered = None if weights is None else parse_weight_gather(weights)
+    if gathered is not None:
+        refuse_gathers(target, replicas)
     check_optimizer(target.module, optimizer)
     masks.check(chosen, target)
     dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
     edges = edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
-    session = Session.open(target, _settings(target, chosen, optimizer, seed), timeout_s, edges)
-    sync = _open(chosen, target, session, dispatcher, optimizer=optimizer, scaler=scaler, seed=seed)
+    settings = _settings(target, chosen, optimizer, seed) | {"weights": repr(gathered)}
+    session = Session.open(target, settings, timeout_s, edges)
+    clock = clock_of(target.called)
+    sync: Sync
+    if isinstance(chosen, Method) and target.shards is not None:
+        sync = FSDPSync(target, chosen, session, clock, seed, scaler, gathered)
+    else:
+        sync = _open(chosen, target, session, dispatcher, optimizer=optimizer, scaler=scaler, seed=seed)
     _ATTACHED.add(target.key)
     if session.recorder is not None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -112,8 +128,6 @@ def _open(
 ) -> Sync:
     """What serves the choice: where gradients or models meet it."""
     clock = clock_of(target.called)
-    if isinstance(chosen, Method) and target.shards is not None:
-        return FSDPSync(target, chosen, session, clock, seed, scaler)
     sync: BuiltinHookSync | GradientSync | ParameterSync
     if isinstance(chosen, str):
         sync = BuiltinHookSync(chosen, target.group, session, clock)

@@ -112,6 +112,11 @@ def _sharded(called: nn.Module, inner: nn.Module, replicas: dist.ProcessGroup | 
             "fully_shard(model, mesh=mesh['shard']), then "
             "distcomp.attach(..., replicas=mesh.get_group('replicate'))"
         )
+    if any(isinstance(one, DTensor) and one.placements[0].is_replicate() for one in parameters):
+        raise DistcompError(
+            f"{type(inner).__name__} was wrapped by replicate(), whose gradients FSDP sums by itself, past "
+            "every hook; use DistributedDataParallel, or fully_shard"
+        )
     shards = mesh.get_group()
     if replicas is None and dist.get_world_size(shards) == 1:
         replicas = shards  # FSDP scatters nothing on one rank; the hook after it is called all the same

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
-from conformance.toys.active_toy import SharedCoins
 from distcomp.active import ActiveParameters, ActiveSet, Context
 from distcomp.layout import Layout
 from distcomp.randomness import Key
+from tests.conformance.toys.active_toy import SharedCoins
 
 
 class Layers(nn.Module):

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distcomp
-from conformance.world import ORDINARY, alike, converse, draw, tensors
 from distcomp.active import ActiveParameters, ActiveSet, Frozen, Intersection, Planned
 from distcomp.attaching.ddp import slices_of
 from distcomp.attaching.observed import pruners_of
@@ -22,6 +21,8 @@ from distcomp.methods import METHODS, ActiveOnly, ErrorFeedback, StepContext, fr
 from distcomp.methods.active_only import UNUSED_HERE, UsedOnly
 from distcomp.methods.powersgd import PowerSGD
 from distcomp.randomness import Key
+from tests.buffers import ORDINARY, alike, draw, tensors
+from tests.lockstep import converse
 
 SPECS = [name for name, entry in METHODS.items() if entry.kind == "gradient" and not entry.control]
 NAMES = ORDINARY.names

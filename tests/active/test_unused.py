@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from . import rank_jobs as jobs
+from tests.active import rank_jobs as jobs
 
 WITH_RESIDUALS = ["qsgd:bits=1", "topk:ratio=0.1", "powersgd:rank=1", "onebit", "ef_signsgd"]
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import distcomp
-from conformance.toys import active_toy
-from conformance.toys.active_toy import SharedCoins
-from conformance.world import ORDINARY, converse, draw
 from distcomp.active import Planned
 from distcomp.errors import DistcompError
-
-from . import rank_jobs as jobs
+from tests.active import rank_jobs as jobs
+from tests.buffers import ORDINARY, draw
+from tests.conformance.toys import active_toy
+from tests.conformance.toys.active_toy import SharedCoins
+from tests.lockstep import converse
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -16,8 +16,7 @@ from distcomp.averaging.topology import Topology, complete
 from distcomp.averaging.workers import Workers
 from distcomp.compressors import Identity, Quantize, TopK
 from distcomp.methods import ErrorFeedback, from_compressor, identity, qsgd
-
-from .worlds import stacked
+from tests.averaging.problems import stacked
 
 LAZY = Topology("lazy ring", [np.array([[2, 1, 0, 1], [1, 2, 1, 0], [0, 1, 2, 1], [1, 0, 1, 2]]) / 4])
 """Weights that are powers of two: with small integers all arithmetic of a few steps is exact in float32."""

@@ -19,8 +19,7 @@ from distcomp.compressors.fixed import FixedGrid, GrowingGrid
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods import qsgd
-
-from .worlds import Quadratic, consensus, errors_at, stacked
+from tests.averaging.problems import Quadratic, consensus, errors_at, stacked
 
 EIGHT_BITS = Quantize(8, block=64)
 COARSE = FixedGrid(spacing=0.5, bits=20)

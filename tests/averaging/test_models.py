@@ -18,8 +18,7 @@ from distcomp.compressors import Quantize
 from distcomp.layout import Layout
 from distcomp.transports.gloo_p2p import GlooP2P
 from distcomp.transports.torchdist import TorchDist
-
-from . import model_jobs as jobs
+from tests.averaging import model_jobs as jobs
 
 Clusters = Callable[[int], Any]
 

@@ -16,10 +16,9 @@ from distcomp.averaging.periodic import Periodic
 from distcomp.averaging.topology import ring
 from distcomp.compressors import TopK
 from distcomp.methods import from_compressor
-
-from . import oracles
-from .oracles import Matrix
-from .worlds import Quadratic, stacked
+from tests.averaging import oracles
+from tests.averaging.oracles import Matrix
+from tests.averaging.problems import Quadratic, stacked
 
 WORKERS, NUMEL, STEPS, RATE = 5, 40, 40, 0.1
 HALF = TopK(0.5)  # without ties a largest half is the same in float32 and float64

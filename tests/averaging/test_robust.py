@@ -6,12 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cluster import Cluster, Failure
 
 import distcomp
 from distcomp.averaging.gossip import Gossip
-
-from . import model_jobs as jobs
+from tests.averaging import model_jobs as jobs
+from tests.cluster import Cluster, Failure
 
 
 @pytest.fixture

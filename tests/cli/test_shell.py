@@ -22,7 +22,7 @@ from distcomp.errors import DistcompError
 from distcomp.methods import METHODS
 from distcomp.report import as_json, as_text, compare
 from distcomp.report.claims import verdict
-from report import synthetic
+from tests.report import synthetic
 
 Captured = pytest.CaptureFixture[str]
 

@@ -18,7 +18,7 @@ from distcomp.cli.run import dated_directory
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS
 from distcomp.transports.throttle import SlowLink
-from report import synthetic
+from tests.report import synthetic
 
 Captured = pytest.CaptureFixture[str]
 

@@ -34,9 +34,9 @@ from distcomp.network import Fabric
 from distcomp.network.model import pairs
 from distcomp.network.request_sizes import sizes_of
 from distcomp.payload import Part, Payload, wire_bytes
-
-from . import world
-from .toys import Maximum
+from tests.collectives import script
+from tests.collectives.toys import Maximum
+from tests.lockstep import together
 
 ORDINARY = Layout.of([("w", (30, 11))])
 
@@ -47,9 +47,9 @@ def ones(size: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_every_answer_of_the_script_is_right(size: int) -> None:
-    meeting = world.together(world.script, ones(size))
+    meeting = together(script.script, ones(size))
     for right in meeting.answers.values():
-        assert len(right) == 2 * (len(world.DTYPES) + 1)
+        assert len(right) == 2 * (len(script.DTYPES) + 1)
         assert [name for name, good in right.items() if not good] == []
 
 
@@ -72,7 +72,7 @@ def test_a_reduce_scatter_is_the_sum_in_rank_order_cut_in_pieces(
     def lines(context: StepContext) -> Rounds[Tensor]:
         return (yield ReduceScatter(xs[context.rank], tuple(sizes), kind="codes"))
 
-    meeting = world.together(lines, ones(count))
+    meeting = together(lines, ones(count))
     total = xs[0].clone()
     for x in xs[1:]:
         total = total + x
@@ -104,7 +104,7 @@ def test_an_all_to_all_of_any_table_of_sizes(table: list[list[int]]) -> None:
             payload["values"].fill_(10 * context.rank + to)
         return (yield AllToAll(sent, tuple(part(sender, context.rank) for sender in range(count))))
 
-    meeting = world.together(lines, ones(count))
+    meeting = together(lines, ones(count))
     for rank, received in meeting.answers.items():
         for sender, payload in enumerate(received):
             assert payload["values"].tolist() == [10 * sender + rank] * table[sender][rank]
@@ -118,9 +118,9 @@ def test_the_owner_of_an_empty_piece_learns_of_a_nan_too() -> None:
     def lines(context: StepContext) -> Rounds[Tensor]:
         return (yield ReduceScatter(xs[context.rank], (0, 1, 3)))
 
-    meeting = world.together(lines, xs)
+    meeting = together(lines, xs)
     assert meeting.finite == [False] * 3
-    assert world.together(lines, ones(3)).answers[0].numel() == 0
+    assert together(lines, ones(3)).answers[0].numel() == 0
 
 
 def test_pieces_that_do_not_make_up_the_tensor_are_refused() -> None:
@@ -133,8 +133,8 @@ def test_pieces_that_do_not_make_up_the_tensor_are_refused() -> None:
     "request_",
     [
         ReduceScatter(torch.ones(3), (1, 2)),
-        AllToAll((world.message(0, 0),) * 2),
-        AllToAll((world.message(0, 0),) * 3, (world.parts(0, 0),) * 2),
+        AllToAll((script.message(0, 0),) * 2),
+        AllToAll((script.message(0, 0),) * 3, (script.parts(0, 0),) * 2),
     ],
     ids=["reduce-scatter", "all-to-all", "all-to-all, declared"],
 )
@@ -143,7 +143,7 @@ def test_a_piece_too_few_is_refused_in_lock_step_and_by_any_transport(request_: 
         return (yield request_)
 
     with pytest.raises(DistcompError, match="among 3 ranks was given 2 pieces; give one for each rank"):
-        world.together(lines, ones(3))
+        together(lines, ones(3))
     with pytest.raises(DistcompError, match="among 3 ranks was given 2 pieces; give one for each rank"):
         request_.drive(SimpleNamespace(rank=0, size=3))
 
@@ -153,18 +153,18 @@ def test_ranks_that_cut_differently_are_named() -> None:
         return (yield ReduceScatter(torch.ones(4), (1, 3) if context.rank == 0 else (2, 2)))
 
     with pytest.raises(Mismatch, match=r"rank 0 asks .*\(1, 3\).* while rank 1 asks .*\(2, 2\)"):
-        world.together(lines, ones(2))
+        together(lines, ones(2))
 
 
 def test_who_is_sent_something_else_than_declared_is_named() -> None:
     def lines(context: StepContext) -> Rounds[Any]:
-        parts = [world.parts(sender, context.rank) for sender in range(3)]
+        parts = [script.parts(sender, context.rank) for sender in range(3)]
         if context.rank == 2:
             parts[1] = (Part("codes", torch.uint8, 12345),)
-        return (yield AllToAll(tuple(world.message(context.rank, to) for to in range(3)), tuple(parts)))
+        return (yield AllToAll(tuple(script.message(context.rank, to) for to in range(3)), tuple(parts)))
 
     with pytest.raises(Mismatch, match=r"rank 2 expects .*12345.* from rank 1, which sends it .*scales"):
-        world.together(lines, ones(3))
+        together(lines, ones(3))
 
 
 # ------------------------------------------------------------------------------------------ carried in shares
@@ -179,7 +179,7 @@ def whole(kind: str, rank: int) -> Any:
         "sum": lambda: AllReduce(torch.arange(7.0) + rank),
         "gather": lambda: AllGather(payload),
         "broadcast": lambda: Broadcast(payload, 1),
-        "uneven all-to-all": lambda: world.uneven_swap(rank, (0, 1)),
+        "uneven all-to-all": lambda: script.uneven_swap(rank, (0, 1)),
         "reduce-scatter": lambda: ReduceScatter(torch.arange(7.0) * (rank + 1), (2, 5)),
     }[kind]()
 
@@ -195,7 +195,7 @@ def test_a_request_carried_in_shares_has_the_answer_of_the_whole(kind: str, near
         across, inside = (index, near + index), tuple(range(node * near, (node + 1) * near))
         return (yield from partitioned(whole(kind, node), node, across, index, inside))
 
-    answers, meeting = world.together(alone, ones(2)).answers, world.together(shared, ones(2 * near))
+    answers, meeting = together(alone, ones(2)).answers, together(shared, ones(2 * near))
     for rank, answer in meeting.answers.items():
         wanted = answers[rank // near]
         if isinstance(wanted, Tensor):
@@ -203,7 +203,7 @@ def test_a_request_carried_in_shares_has_the_answer_of_the_whole(kind: str, near
             continue
         got, wanted = (one if isinstance(one, list) else [one] for one in (answer, wanted))
         assert len(got) == len(wanted)
-        assert all(world.same_message(a, b) for a, b in zip(got, wanted, strict=True))
+        assert all(script.same_message(a, b) for a, b in zip(got, wanted, strict=True))
     if kind != "uneven all-to-all":  # what other ranks hear there, one rank's request does not tell
         sent = sum(ledger.total_bytes for ledger in meeting.ledgers) / (2 * near)
         assert sent == pytest.approx(partitioned_bytes(whole(kind, 0), near, 2), abs=8 * near)
@@ -229,7 +229,7 @@ class Scripted(Method):
         if self.kind == "reduce-scatter":
             yield ReduceScatter(x, (0, 30, *(100,) * (context.size - 3), 330 - 30 - 100 * (context.size - 3)))
         else:
-            yield world.uneven_swap(context.rank, everyone)
+            yield script.uneven_swap(context.rank, everyone)
         return AggregateResult(x, lambda: x, state)
 
     def payload_bytes(self, layout: Layout, size: int) -> int:
@@ -239,15 +239,15 @@ class Scripted(Method):
 @pytest.mark.parametrize("kind", ["reduce-scatter", "uneven all-to-all"])
 def test_the_advisor_counts_what_the_ledgers_count(kind: str) -> None:
     (exchange,) = profiles_of(Scripted(kind), [ORDINARY], 4)
-    meeting = world.together(lambda context: Scripted(kind).aggregate(torch.zeros(330), {}, context), ones(4))
+    meeting = together(lambda context: Scripted(kind).aggregate(torch.zeros(330), {}, context), ones(4))
     (round_,) = exchange.rounds
     assert round_.ask.sent_bytes(4) == sum(one.total_bytes for one in meeting.ledgers) / 4
 
 
 def test_an_uneven_all_to_all_takes_as_long_as_its_busiest_link() -> None:
     fabric = Fabric.uniform(4, "10mbit", "5ms")
-    requests = [world.uneven_swap(rank, range(4)) for rank in range(4)]
-    sent = [(i, j, wire_bytes(world.parts(i, j))) for i in range(4) for j in range(4) if i != j]
+    requests = [script.uneven_swap(rank, range(4)) for rank in range(4)]
+    sent = [(i, j, wire_bytes(script.parts(i, j))) for i in range(4) for j in range(4) if i != j]
     clock = VirtualClock(fabric, Scenario())
     clock.exchange(requests)
     expected = pairs(sent, fabric).cost(fabric).seconds
@@ -264,14 +264,14 @@ def test_a_collective_that_nobody_knows_is_carried_counted_and_priced() -> None:
     def lines(context: StepContext) -> Rounds[Tensor]:
         return (yield Maximum(torch.tensor([1.0, -5.0, 7.0]) * (context.rank - 1)))
 
-    meeting = world.together(lines, ones(3))
+    meeting = together(lines, ones(3))
     assert all(answer.tolist() == [1.0, 5.0, 7.0] for answer in meeting.answers.values())
     assert meeting.ledgers[1].sent_bytes == {"header": 2 * (32 + 4), "values": 2 * 12}
     assert meeting.ledgers[1].requests == {"Maximum": 1}
     ask = sizes_of(Maximum(torch.zeros(3)), 3, None, frozenset())
     assert ask.sent_bytes(3) == meeting.ledgers[1].total_bytes
-    with pytest.raises(Mismatch, match=r"rank 0 asks .*'Maximum'.* while rank 1 asks .*'Sum'"):
-        world.together(lambda context: iter_one(context), ones(2))
+    with pytest.raises(Mismatch, match=r"rank 0 asks .*'Maximum'.* while rank 1 asks .*'AllReduce'"):
+        together(lambda context: iter_one(context), ones(2))
 
 
 def iter_one(context: StepContext) -> Rounds[None]:

@@ -14,9 +14,9 @@ from distcomp.methods import StepContext
 from distcomp.transports.gloo_p2p import GlooP2P
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.torchdist import TorchDist
-
-from . import world
-from .toys import Maximum
+from tests.collectives import script
+from tests.collectives.toys import Maximum
+from tests.lockstep import together
 
 CARRIERS = {"direct": GlooP2P, "torchdist": TorchDist}
 
@@ -27,7 +27,7 @@ def carried(rank: int, size: int, name: str, lines: Any, spoilt: int | None = No
     heartbeat = Heartbeat(group.get_group_store(), rank, size, name)
     transport = CARRIERS[name](group, heartbeat, 60.0)
     try:
-        return world.over(transport, lines, world.NOT_FINITE if rank == spoilt else world.FINITE)
+        return script.over(transport, lines, script.NOT_FINITE if rank == spoilt else script.FINITE)
     finally:
         transport.close()
         heartbeat.close()
@@ -36,9 +36,9 @@ def carried(rank: int, size: int, name: str, lines: Any, spoilt: int | None = No
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("name", CARRIERS)
 def test_every_answer_of_the_script_is_right(name: str, size: int, cluster) -> None:
-    lockstep = world.together(world.script, [torch.ones(4)] * size)
-    for rank, (right, sent, finite) in enumerate(cluster(size).run(carried, name, world.script)):
-        assert len(right) == 2 * (len(world.DTYPES) + 1)
+    lockstep = together(script.script, [torch.ones(4)] * size)
+    for rank, (right, sent, finite) in enumerate(cluster(size).run(carried, name, script.script)):
+        assert len(right) == 2 * (len(script.DTYPES) + 1)
         assert [what for what, good in right.items() if not good] == []
         assert sent == dict(lockstep.ledgers[rank].sent_bytes)
         assert finite

@@ -23,9 +23,9 @@ from distcomp.methods import (
 )
 from distcomp.methods.integers import field_bits, hadamard, pack_fields, unpack_fields, word_count
 from distcomp.randomness import Key
-
-from . import oracles
-from .world import World, buffer, kinds, layout_of, layouts, once, seeds
+from tests.buffers import buffer, kinds, layout_of, layouts, seeds
+from tests.compressors import oracles
+from tests.lockstep import World
 
 
 @st.composite
@@ -164,7 +164,7 @@ def test_the_hadamard_transform_is_orthonormal_and_its_own_inverse(power, seed) 
 @given(layouts, seeds)
 def test_a_rotation_around_the_exact_mean_is_the_exact_mean(layout, seed) -> None:
     xs = [buffer(layout, seed + rank) for rank in range(3)]
-    estimate = once(RandomHadamard(from_compressor(Identity()), 64), xs, layout)
+    estimate = World(RandomHadamard(from_compressor(Identity()), 64), len(xs), layout).mean(xs)
     np.testing.assert_allclose(estimate, torch.stack(xs).mean(0), rtol=0, atol=1e-5)
 
 
@@ -175,7 +175,7 @@ def test_a_rotation_helps_where_one_value_sticks_out() -> None:
         x[7] = 100.0
     exact = torch.stack(xs).mean(0).numpy()
     plain, turned = (
-        np.linalg.norm(once(method, xs, layout) - exact)
+        np.linalg.norm(World(method, len(xs), layout).mean(xs) - exact)
         for method in (HomomorphicQuantizer(4), RandomHadamard(HomomorphicQuantizer(4)))
     )
     assert turned < 0.4 * plain

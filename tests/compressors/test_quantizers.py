@@ -22,9 +22,8 @@ from distcomp.compressors import (
 )
 from distcomp.errors import DistcompError
 from distcomp.randomness import Key
-
-from . import oracles
-from .world import KINDS, buffer, kinds, layout_of, layouts, seeds
+from tests.buffers import KINDS, buffer, kinds, layout_of, layouts, seeds
+from tests.compressors import oracles
 
 COMPRESSORS: list[Compressor] = [
     Natural(),

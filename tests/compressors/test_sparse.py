@@ -14,9 +14,8 @@ from distcomp.compressors import Chain, IndexCode, Quantize, RandomK, TopK
 from distcomp.compressors.sparse import SAMPLED_FROM, sample_indices, top_indices
 from distcomp.layout import Layout, ParamSlice, chunk_views
 from distcomp.randomness import Key
-
-from . import oracles
-from .world import KINDS, buffer, kinds, layout_of, layouts, seeds
+from tests.buffers import KINDS, buffer, kinds, layout_of, layouts, seeds
+from tests.compressors import oracles
 
 LONG = 4 * SAMPLED_FROM + 17
 

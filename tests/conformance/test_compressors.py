@@ -14,9 +14,8 @@ from distcomp.compressors import Compressor
 from distcomp.layout import Layout, chunk_views
 from distcomp.payload import HEADER, Payload, body_bytes
 from distcomp.randomness import Key
-
-from .subjects import Subject, every_compressor
-from .world import ODD, ORDINARY, draw
+from tests.buffers import ODD, ORDINARY, draw
+from tests.conformance.subjects import Subject, every_compressor
 
 KEY = Key.of("conformance")
 DRAWS = 200

@@ -14,9 +14,9 @@ from distcomp.compressors import Compressor
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods import METHODS, Entry, Method, parse
-
-from .subjects import Subject, inside, methods
-from .world import draw, once
+from tests.buffers import draw
+from tests.conformance.subjects import Subject, inside, methods
+from tests.lockstep import once
 
 entries = pytest.mark.parametrize("entry", list(METHODS.values()), ids=lambda entry: entry.name)
 

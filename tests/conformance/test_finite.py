@@ -15,9 +15,9 @@ from distcomp.methods import Partition, Warmup, from_compressor
 from distcomp.methods.basic import PLAIN
 from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
-
-from .subjects import Subject, methods
-from .world import ODD, ORDINARY, alike, converse, copied, draw, once, same_bits
+from tests.buffers import ODD, ORDINARY, alike, copied, draw, same_bits
+from tests.conformance.subjects import Subject, methods
+from tests.lockstep import converse, once
 
 subjects = pytest.mark.parametrize("subject", methods(), ids=str)
 

@@ -24,10 +24,9 @@ from distcomp.methods import METHODS, from_compressor, parse
 from distcomp.parametrize import bits, chain, install, parameters, remove
 from distcomp.randomness import Key
 from distcomp.registry import COMPRESSORS
-
-from .subjects import methods
-from .test_law import check_one_conversation
-from .world import ODD, ORDINARY, draw
+from tests.buffers import ODD, ORDINARY, draw
+from tests.conformance.subjects import methods
+from tests.conformance.test_law import check_one_conversation
 
 HERE = Path(__file__).parent
 TOYS = HERE / "toys"
@@ -66,14 +65,14 @@ def test_one_file_adds_a_method_to_the_config_the_conformance_tests_the_shell_an
     assert main(["methods"]) == 0
     assert toy in capsys.readouterr().out
 
-    pages = load("catalogue", HERE.parent.parent / "docs" / "catalogue.py").pages()
+    pages = load("catalogue", HERE.parents[1] / "docs" / "catalogue.py").pages()
     assert "Average what is rounded to" in pages["methods.md"]
     assert "`grid=0.125`" in pages["methods/averaging_toy.md"]
 
 
 @pytest.mark.parametrize("toy", ["averaging_toy", "two_round_toy", "compressor_toy", "parametrization_toy"])
 def test_a_worked_example_that_contributors_read_is_the_file_that_is_tested(toy: str) -> None:
-    contributing = (HERE.parent.parent / "CONTRIBUTING.md").read_text()
+    contributing = (HERE.parents[1] / "CONTRIBUTING.md").read_text()
     assert f"```python\n{(TOYS / toy).with_suffix('.py').read_text()}```" in contributing
 
 
@@ -152,12 +151,13 @@ def test_the_conformance_tests_pass_a_sound_toy_and_find_every_mutant(tmp_path: 
     """Run on methods and compressors that each break a law (``toys/mutants.py``) and one that breaks none."""
     report, wanted = tmp_path / "report.xml", tmp_path / "wanted.json"
     files = [str(file) for file in sorted(HERE.glob("test_*.py")) if file.name != Path(__file__).name]
-    options = ["-q", "--tb=line", "-p", "mutants", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    path = os.pathsep.join([str(TOYS), *filter(None, sys.path)])
+    plugins = ["-p", "tests.conformance.toys.mutants", "-p", "no:cacheprovider"]
+    options = ["-q", "--tb=line", *plugins, f"--junitxml={report}"]
+    path = os.pathsep.join([str(HERE.parents[1]), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
         env={**os.environ, "PYTHONPATH": path, "MUTANTS": str(wanted)},
-        cwd=HERE.parent.parent,
+        cwd=HERE.parents[1],
         capture_output=True,
         text=True,
         timeout=600,

@@ -7,9 +7,9 @@ import torch
 
 from distcomp.layout import Layout
 from distcomp.methods import Method
-
-from .subjects import Subject, default_methods, methods
-from .world import ODD, ORDINARY, Round, alike, converse, copied, draw, once, same_bits
+from tests.buffers import ODD, ORDINARY, alike, copied, draw, same_bits
+from tests.conformance.subjects import Subject, default_methods, methods
+from tests.lockstep import Round, converse, once
 
 ARITHMETIC = 64 * torch.finfo(torch.float32).eps
 """Room for a method's own float32 arithmetic, relative to the largest magnitude."""

@@ -10,9 +10,9 @@ from distcomp.compressors import Compressor
 from distcomp.layout import Layout
 from distcomp.methods import ErrorFeedback, Method
 from distcomp.methods.base import cut_state
-
-from .subjects import Subject, default_methods, inside, methods
-from .world import ORDINARY, converse, draw, once
+from tests.buffers import ORDINARY, draw
+from tests.conformance.subjects import Subject, default_methods, inside, methods
+from tests.lockstep import converse, once
 
 DRAWS = 100
 

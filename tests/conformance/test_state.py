@@ -9,10 +9,10 @@ import torch
 
 from distcomp.collectives import AllToAll
 from distcomp.methods.base import cut_state, join_state
-
-from .subjects import Subject, methods
-from .test_law import law_error
-from .world import ORDINARY, Grouping, alike, by_name, converse, draw, groups, once, same_bits
+from tests.buffers import ORDINARY, alike, by_name, draw, groups, same_bits
+from tests.conformance.subjects import Subject, methods
+from tests.conformance.test_law import law_error
+from tests.lockstep import Grouping, converse, once
 
 SIZE = 3
 STEPS = 2

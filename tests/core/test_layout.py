@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distcomp.layout import Layout, ParamSlice, chunk_views
-
-from .strategies import grains, layouts
+from tests.core.strategies import grains, layouts
 
 
 @given(layouts)

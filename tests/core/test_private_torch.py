@@ -72,12 +72,41 @@ def test_ddp_keeps_what_is_asked_of_it(ddp: DistributedDataParallel) -> None:
     assert not private.steps_in_a_hook(optimizer)
 
 
+def test_fsdp_tells_what_it_gathers_together() -> None:
+    """FSDPModule._get_fsdp_state, FSDPState._fsdp_param_groups, FSDPParam._module_info,
+    FSDPParamGroup.gradient_divide_factor"""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.LayerNorm(3), nn.Linear(3, 2, bias=False))
+        fully_shard([model[2], model[3]], mesh=mesh)
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        together = private.fsdp_group(model[2])
+        assert together == private.fsdp_group(model[3])
+        assert together is not None
+        assert together.members == ((model[2], "weight"), (model[2], "bias"), (model[3], "weight"))
+        assert private.fsdp_group(model[0]) != together
+        assert private.fsdp_group(model) is None  # nothing is left for it
+        assert private.fsdp_divide_factor(model[0]) is None
+        model[0].set_gradient_divide_factor(3.0)
+        assert private.fsdp_divide_factor(model[0]) == 3.0
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 PRIVATE = (
     "_execution_engine",
     "_is_profiler_enabled",
     "_NormBase",
     "_use_python_reducer",
     "_overlap_with_ddp",
+    "_get_fsdp_state",
+    "_fsdp_param_groups",
+    "_module_info",
 )
 """Names that stand in :mod:`distcomp.private_torch` alone."""
 

@@ -1,14 +1,9 @@
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "ddp"))
-
-from cluster import Cluster
-from clusters import cluster as cluster
+from tests.cluster import Cluster
 
 
 @pytest.fixture

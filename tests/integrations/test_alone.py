@@ -15,7 +15,7 @@ TRAINERS = {
     "lightning": """
 import lightning.pytorch as pl
 from distcomp.integrations.lightning import Compression
-from integrations import test_lightning
+from tests.integrations import test_lightning
 def train(callbacks):
     trainer = pl.Trainer(accelerator="cpu", devices=1, max_steps=3, logger=False, enable_checkpointing=False,
                          enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks)
@@ -54,7 +54,7 @@ def test_a_single_process_trains_and_is_told_that_it_sends_nothing(trainer: str,
     script.write_text(
         TRAINERS[trainer] + "assert all(a.equal(b) for a, b in zip(weights, compressed, strict=True))\n"
     )
-    environment = {"PYTHONPATH": ":".join(filter(None, [*sys.path, str(Path(__file__).parents[1])]))}
+    environment = {"PYTHONPATH": ":".join(filter(None, [*sys.path, str(Path(__file__).parents[2])]))}
     done = subprocess.run(
         [sys.executable, str(script)],
         capture_output=True,

@@ -7,13 +7,13 @@ import re
 import sys
 from pathlib import Path
 
-import jobs
 import pytest
 import torch
 
 import distcomp
 from distcomp.integrations import files
-from integrations import agree
+from tests.attaching.ddp import jobs
+from tests.integrations import agree
 
 ROOM = Path(files.__file__).parent
 

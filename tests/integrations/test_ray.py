@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from integrations import agree
+from tests.integrations import agree
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from integrations import agree
+from tests.integrations import agree
 
 pytestmark = pytest.mark.timeout(900)
 

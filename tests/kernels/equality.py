@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from distcomp.kernels import reference
 from distcomp.kernels import triton as kernel
-
-from .draws import Case, cases, same_bits
+from tests.kernels.draws import Case, cases, same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = settings(max_examples=300 if DEVICE == "cuda" else 12)

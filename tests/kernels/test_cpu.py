@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from distcomp import kernels
 from distcomp.errors import DistcompError
 from distcomp.kernels import reference
-
-from .draws import Case, cases, same_bits
+from tests.kernels.draws import Case, cases, same_bits
 
 _cpu = pytest.importorskip("distcomp.kernels._cpu", reason="the C extension was not built (no C compiler?)")
 from distcomp.kernels import cpu  # noqa: E402  (only where the extension is)

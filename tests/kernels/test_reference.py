@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from distcomp import kernels
 from distcomp.kernels import packing, reference
-
-from . import oracle
-from .draws import Case, cases, same_bits
+from tests.kernels import oracle
+from tests.kernels.draws import Case, cases, same_bits
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**33))

@@ -13,8 +13,7 @@ import pytest
 from distcomp.errors import DistcompError
 from distcomp.network import UNSHAPED, Fabric, Net, Rack, Refused, emulate
 from distcomp.network.launch import show_nothing
-
-from .processes import active, wait_for_death
+from tests.network.processes import active, wait_for_death
 
 TELL = "import json, os; print(json.dumps(dict(os.environ)))"
 FOREVER = "import signal; signal.pause()"

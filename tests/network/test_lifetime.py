@@ -15,8 +15,7 @@ import pytest
 
 from distcomp.errors import DistcompError
 from distcomp.network import Fabric, emulate
-
-from .processes import active, light_python, wait_for_death
+from tests.network.processes import active, light_python, wait_for_death
 
 PAUSE = "import signal; signal.pause()"
 NOBODY: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}

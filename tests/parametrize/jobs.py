@@ -11,9 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 import distcomp
 from distcomp import DistcompError
 from distcomp.parametrize import install, materialize, parameters
-
-from .pairs import PAIRS, W, built
-from .toys import Halves, LowRank, batch, network
+from tests.parametrize.pairs import PAIRS, W, built
+from tests.parametrize.toys import Halves, LowRank, batch, network
 
 STEPS = 3
 

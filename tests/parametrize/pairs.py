@@ -11,8 +11,7 @@ from torch import nn
 from distcomp import precision
 from distcomp.parametrize import chain, install, parameters
 from distcomp.pruning import Codebook, Mask
-
-from .toys import LowRank, network
+from tests.parametrize.toys import LowRank, network
 
 W = "0.weight"
 RANK, VALUES = 3, 8

@@ -13,8 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from distcomp import DistcompError
 from distcomp.parametrize import bits, chain, install, latent, materialize, parameters, remove
-
-from .toys import Halves, Keep, LowRank, Signs, batch, network, train
+from tests.parametrize.toys import Halves, Keep, LowRank, Signs, batch, network, train
 
 W = "0.weight"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from . import jobs
-from .pairs import PAIRS, built
+from tests.parametrize import jobs
+from tests.parametrize.pairs import PAIRS, built
 
 
 def alone(names: tuple[str, ...], size: int) -> list[float]:

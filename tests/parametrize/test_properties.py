@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from distcomp.parametrize import bits, chain, latent, parameters, remove
-
-from .pairs import OWNERS, PAIRS, RANK, VALUES, W, built, kinds
-from .toys import batch, network, train
+from tests.parametrize.pairs import OWNERS, PAIRS, RANK, VALUES, W, built, kinds
+from tests.parametrize.toys import batch, network, train
 
 pairs = st.sampled_from([order for pair in PAIRS for order in (pair, pair[::-1])])
 seeds = st.integers(0, 10_000)

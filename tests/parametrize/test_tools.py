@@ -10,9 +10,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from distcomp import pruning
 from distcomp.parametrize import materialize, parameters
-
-from .pairs import PAIRS, W, built
-from .toys import batch, network, train
+from tests.parametrize.pairs import PAIRS, W, built
+from tests.parametrize.toys import batch, network, train
 
 pairs = pytest.mark.parametrize("names", PAIRS, ids="-".join)
 

@@ -10,8 +10,7 @@ from torch import nn
 
 from distcomp import DistcompError, precision, pruning
 from distcomp.parametrize import bits, chain, install, parameters, remove
-
-from .toys import LowRank, batch, network, train
+from tests.parametrize.toys import LowRank, batch, network, train
 
 W = "0.weight"
 

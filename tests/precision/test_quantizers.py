@@ -26,8 +26,7 @@ from distcomp.precision.dorefa import (
 from distcomp.precision.noise import Noise, sign, uniform_like
 from distcomp.precision.shift import nearest_power_of_two
 from distcomp.randomness import Key
-
-from . import oracles
+from tests.precision import oracles
 
 floats = st.floats(-20, 20, width=32)
 uniforms = st.integers(0, 2**24 - 1).map(lambda k: k / 2**24)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jobs
 import numpy as np
 import pytest
 import torch
@@ -16,13 +15,15 @@ from distcomp.compressors import FixedPoint
 from distcomp.compressors.fixed import integer_bytes, pack_integers, unpack_integers
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
-from distcomp.methods import FixedPointAllReduce, StepContext
+from distcomp.methods import FixedPointAllReduce
 from distcomp.methods.integers import pack_fields, unpack_fields
 from distcomp.randomness import Key
-from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
-
-from . import oracles
+from tests import lockstep
+from tests.attaching.ddp import jobs
+from tests.compressors.oracles import noise
+from tests.lockstep import World
+from tests.precision import oracles
 
 PATTERNS = ("all_reduce", "reduce_scatter", "all_gather")
 LAYOUT = Layout.of([("a", (37, 11)), ("b", (5,)), ("empty", (0,)), ("c", ())])
@@ -32,12 +33,9 @@ def converse(
     method: FixedPointAllReduce, xs: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], Lockstep]:
     """Estimates, contributions, and the net with its ledgers."""
-    net, size = Lockstep(len(xs)), len(xs)
-    aggregations = [
-        Aggregation(method, x, {}, StepContext(rank, size, LAYOUT, 0, Key.of(3))) for rank, x in enumerate(xs)
-    ]
-    net.run(aggregations)
-    return [t.result.estimate for t in aggregations], [t.result.contribution() for t in aggregations], net
+    net = Lockstep(len(xs))
+    round_ = lockstep.converse(method, xs, [{}] * len(xs), LAYOUT, shared=Key.of(3), net=net)
+    return round_.estimates, round_.contributions(), net
 
 
 def drawn(size: int, scale: float = 1.0) -> list[torch.Tensor]:
@@ -87,13 +85,10 @@ def test_what_is_no_number_reaches_every_rank(pattern, bad) -> None:
 def test_the_ledger_counts_the_bits_of_the_grid() -> None:
     """8-bit gradients of 4 ranks: 8 bits to the owner, 10 bits back, three quarters of each."""
     layout = Layout.of([("w", (4096,))])
-    net = Lockstep(4)
     method = FixedPointAllReduce(FixedPoint.of("Q2.6"), "reduce_scatter")
-    net.run([
-        Aggregation(method, torch.randn(4096), {}, StepContext(rank, 4, layout, 0, Key.of(1)))
-        for rank in range(4)
-    ])  # fmt: skip
-    assert [ledger.sent_bytes["codes"] for ledger in net.ledgers] == [3 * 1024 * (8 + 10) // 8] * 4
+    world = World(method, 4, layout)
+    world.aggregate([torch.randn(4096) for _ in range(4)])
+    assert [ledger.sent_bytes["codes"] for ledger in world.net.ledgers] == [3 * 1024 * (8 + 10) // 8] * 4
     assert method.chosen(4) == "reduce_scatter"
     assert FixedPointAllReduce(FixedPoint.of("Q2.6")).chosen(2) == "all_gather"
 
@@ -130,8 +125,6 @@ def test_a_sum_that_does_not_fit_is_refused() -> None:
 
 def test_the_wire_rounds_as_the_paper_says() -> None:
     q, x = FixedPoint(3, 5), drawn(1)[0]
-    from compressors.oracles import noise
-
     u = noise(LAYOUT, Key.of(3).fold("rank", 0).fold("round"))
     (estimate,), _, _ = converse(FixedPointAllReduce(q, "all_gather"), [x])
     expected = [oracles.fixed(one, 3, 5, at) for one, at in zip(x.tolist(), u.tolist(), strict=True)]
@@ -164,22 +157,19 @@ def in_lockstep(size: int) -> list[float]:
     shapes = {name: tuple(one.shape) for name, one in models[0].named_parameters()}
     layout = Layout.of([(name, shapes[name]) for name in names])
     method = distcomp.parse("fixed_point:format=Q2.14,pattern=all_reduce")
-    net, feeds = Lockstep(size), [list(jobs.batches(rank, 6)) for rank in range(size)]
+    world, feeds = World(method, size, layout), [list(jobs.batches(rank, 6)) for rank in range(size)]
     for step in range(6):
-        aggregations = []
+        buffers = []
         for rank, one in enumerate(models):
             x, y = feeds[rank][step]
             optimizers[rank].zero_grad()
             nn.functional.cross_entropy(one(x), y).backward()
             gradients = dict(one.named_parameters())
-            buffer = torch.cat([gradients[name].grad.flatten() for name in names])
-            aggregations.append(
-                Aggregation(method, buffer, {}, StepContext(rank, size, layout, step, Key.of(0, step)))
-            )
-        net.run(aggregations)
+            buffers.append(torch.cat([gradients[name].grad.flatten() for name in names]))
+        results = world.aggregate(buffers)
         for rank, one in enumerate(models):
             parameters = dict(one.named_parameters())
-            for param, piece in layout.pieces(aggregations[rank].result.estimate):
+            for param, piece in layout.pieces(results[rank].estimate):
                 parameters[param.name].grad = piece.view(param.shape).clone()
             optimizers[rank].step()
     return jobs.flat(models[0]).tolist()

@@ -126,6 +126,6 @@ def test_a_file_that_is_skipped_whole_fails_in_continuous_integration(tmp_path: 
         str(tmp_path),
     ]
     environment = {**os.environ, "CI": ci}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == (1 if ci else 0), done.stdout
     assert ("test_gone.py was skipped whole" in done.stdout) == bool(ci)

@@ -17,8 +17,7 @@ from distcomp.cli import main
 from distcomp.files import coding
 from distcomp.files.container import _gaps, _places
 from distcomp.files.k_means import k_means, nearest
-
-from . import fuzz
+from tests.pruning import fuzz
 
 SYMBOLS = st.integers(2, 300).flatmap(
     lambda alphabet: st.tuples(st.just(alphabet), st.lists(st.integers(0, alphabet - 1), max_size=200))

@@ -14,9 +14,8 @@ from distcomp import DistcompError, pruning
 from distcomp.pruning.magnitude import n_of_m, smallest_pruned
 from distcomp.pruning.masks import keep_largest
 from distcomp.schedule import Schedule
-
-from . import oracles
-from .training import NAMES, network, sgd, train
+from tests.pruning import oracles
+from tests.pruning.training import NAMES, network, sgd, train
 
 
 def watched(pruner, model, optimizer, steps, expected, changed=lambda name, grown: None):

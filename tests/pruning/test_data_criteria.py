@@ -9,9 +9,8 @@ from torch import nn
 
 from distcomp import DistcompError, pruning
 from distcomp.pruning.correlated import correlations
-
-from . import oracles
-from .training import NAMES, batch, network, sgd, train
+from tests.pruning import oracles
+from tests.pruning.training import NAMES, batch, network, sgd, train
 
 
 def test_correlations_of_linear_layers_and_convolutions():

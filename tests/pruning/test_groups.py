@@ -10,9 +10,8 @@ from torch import nn
 from distcomp import DistcompError, pruning
 from distcomp.pruning.frequency import Bands, FrequencyMask, dct_basis
 from distcomp.pruning.groups import block_shrink
-
-from . import oracles
-from .training import NAMES, network, sgd, train
+from tests.pruning import oracles
+from tests.pruning.training import NAMES, network, sgd, train
 
 WEIGHT = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(2))
 GROUPS = {

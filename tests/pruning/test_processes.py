@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from . import rank_jobs as jobs
+from tests.pruning import rank_jobs as jobs
 
 
 @pytest.mark.parametrize("maker", ["dns", "rigl"])

@@ -13,8 +13,7 @@ from torch.nn.utils import parametrize
 
 from distcomp import DistcompError, Mismatch, pruning
 from distcomp.pruning.masks import digest
-
-from .training import NAMES, batch, network, sgd, train
+from tests.pruning.training import NAMES, batch, network, sgd, train
 
 
 def test_a_masked_model_is_one_that_other_tools_understand():

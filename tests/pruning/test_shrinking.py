@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distcomp import DistcompError, pruning
-
-from .training import network, sgd, train
+from tests.pruning.training import network, sgd, train
 
 
 class Block(nn.Module):

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import distcomp
-from conformance.world import alike, converse, draw, tensors
 from distcomp import DistcompError, pruning
 from distcomp.attaching.ddp import slices_of
 from distcomp.attaching.masks import pruners_of
@@ -17,6 +16,8 @@ from distcomp.layout import Layout
 from distcomp.methods import METHODS, AllReduceMean, ErrorFeedback, from_compressor
 from distcomp.payload import body_bytes
 from distcomp.pruning.wire import Support
+from tests.buffers import alike, draw, tensors
+from tests.lockstep import converse
 
 SPECS = [name for name, entry in METHODS.items() if entry.kind == "gradient" and not entry.control]
 

@@ -12,8 +12,7 @@ from distcomp import recording
 from distcomp.report import Comparison, as_json, compare, page
 from distcomp.report.claims import verdict
 from distcomp.report.table import as_cards, columns
-
-from . import synthetic
+from tests.report import synthetic
 
 LINK = {"asked_bps": 1e10, "achieved_bps": 1.5e9, "after_idle_bps": 3.4e9}
 

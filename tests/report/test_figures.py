@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from distcomp import recording
 from distcomp.errors import DistcompError
 from distcomp.report import as_json, as_text, compare, words
-
-from . import oracle, synthetic
+from tests.report import oracle, synthetic
 
 seconds = st.floats(1e-4, 10, allow_nan=False)
 

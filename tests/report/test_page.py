@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from distcomp import recording
 from distcomp.report import Comparison, compare, page, svg, words
 from distcomp.report.table import columns
-
-from . import synthetic
+from tests.report import synthetic
 
 VOID = {"meta", "link", "br", "wbr", "line", "rect", "circle", "polygon", "path"}
 

@@ -10,8 +10,7 @@ import pytest
 from distcomp import cli
 from distcomp.report.figures import compare
 from distcomp.report.predicted import pairs
-
-from . import synthetic
+from tests.report import synthetic
 
 
 def advice(path: Path, **steps_s: float) -> Path:

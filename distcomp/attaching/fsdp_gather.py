@@ -1,0 +1,208 @@
+"""FSDP2: gathers of weights in few bits, in the place of each module's all-gather.
+
+FSDP copies the shards of a module's parameters into one flat buffer, in the type that is computed with, and
+gathers it: before the forward, and once more before the backward where the module reshards in between. What
+is exchanged instead is said by :mod:`distcomp.methods.weight_gather`. Sharded parameters are only read.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distcomp.attaching.ddp import slices_of
+from distcomp.attaching.session import Session
+from distcomp.errors import DistcompError
+from distcomp.layout import Layout, ParamSlice
+from distcomp.methods.base import State
+from distcomp.methods.weight_gather import TypedGather, WeightGather
+from distcomp.private_torch import NO_BACKWARD, FSDPGroup, backward_number
+from distcomp.runtime.driver import context_of, exchange
+from distcomp.runtime.executor import Executor
+
+if TYPE_CHECKING:  # takes seconds to import, and who is attached to has imported it
+    from torch.distributed.fsdp import FSDPModule
+
+PREFIX = "weights/"
+"""Begins the names under which a checkpoint keeps what all ranks hold, beside those of parameters."""
+
+
+class Gatherer(Protocol):
+    """Who serves a module's gathers while a method is attached."""
+
+    def gather(self, name: str, shard: Tensor) -> Tensor:
+        """All shards of a flat buffer, in rank order (float32)."""
+
+
+class GatherUnit:
+    """The gathers of one FSDP module: by what is attached, or as FSDP does them. It stays once and for ever,
+    as :class:`distcomp.attaching.fsdp.Unit` does."""
+
+    def __init__(self, name: str, module: FSDPModule) -> None:
+        self.name = name
+        self.attached: Gatherer | None = None
+        try:
+            module.set_custom_all_gather(self)  # type: ignore[arg-type]  # the base class is private
+        except AttributeError as error:
+            raise DistcompError(
+                f"the gathers of {name} cannot be taken over: {error}; FSDP2 of PyTorch 2.9 or newer is "
+                "needed"
+            ) from error
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what is sent and received."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        """FSDP's all-gather."""
+        if self.attached is None:
+            work: dist.Work | None = dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+            return work
+        output_tensor.copy_(self.attached.gather(self.name, input_tensor))
+        return None
+
+
+_UNITS: WeakKeyDictionary[nn.Module, GatherUnit] = WeakKeyDictionary()
+
+
+def gather_units(groups: Mapping[FSDPGroup, tuple[str, nn.Module]]) -> list[GatherUnit]:
+    """The unit of every flat buffer, put there the first time."""
+    for name, module in groups.values():
+        if module not in _UNITS:
+            _UNITS[module] = GatherUnit(name, module)  # type: ignore[arg-type]  # an FSDPModule, too
+    return [_UNITS[module] for _, module in groups.values()]
+
+
+def shard_layout(model: nn.Module, group: FSDPGroup, size: int) -> Layout:
+    """What lies where in the flat buffer of one rank: each parameter's shard, padded to the longest.
+
+    FSDP cuts a parameter of ``r`` rows into shards of ``ceil(r / size)``.
+    """
+    from torch.distributed.tensor import DTensor
+
+    named = slices_of(model)
+    slices = []
+    for module, attribute in group.members:
+        parameter = getattr(module, attribute)
+        if not isinstance(parameter, DTensor):
+            raise DistcompError(
+                f"{attribute} of a {type(module).__name__} is gathered at the moment; attach before a "
+                "forward, or call model.reshard() first"
+            )
+        whole = named[id(parameter)]
+        (placement,) = parameter.placements
+        dim = getattr(placement, "dim", 0)
+        shape = list(parameter.shape) or [1]
+        shape[dim] = math.ceil(shape[dim] / size)
+        slices.append(ParamSlice(whole.name, tuple(shape), 0, math.prod(shape), whole.role))
+    return Layout(tuple(slices))
+
+
+class WeightGathers:
+    """Carries the gathers of a model, and keeps what ``how`` remembers of each flat buffer.
+
+    The state follows every gather, also that of a step which is skipped: it says what all ranks hold, and
+    they do hold it. Only a gather of weights that are not finite on some rank leaves it as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Mapping[FSDPGroup, tuple[str, nn.Module]],
+        how: WeightGather,
+        session: Session,
+        executor: Callable[[torch.device], Executor],
+        seed: int,
+    ) -> None:
+        self._how = how
+        self._session = session
+        self._executor = executor
+        self._seed = seed
+        self._layouts = {
+            name: shard_layout(model, group, session.size) for group, (name, _) in groups.items()
+        }
+        self._states: dict[str, State] = {}
+        self._loaded: dict[str, Tensor] = {}
+        self._types: dict[str, torch.dtype] = {}
+
+    def gather(self, name: str, shard: Tensor, step: int) -> Tensor:
+        """All shards, in rank order (float32, equal on every rank)."""
+        layout, size = self._checked(name, shard), self._session.size
+        self._types[name] = shard.dtype
+        state = self._states.get(name) or self._restored(layout)
+        if backward_number() != NO_BACKWARD:
+            kept = self._how.again(state, layout, size, shard.dtype)
+            if kept is not None:
+                return kept
+        context = context_of(self._session.channel, layout, step, self._seed)
+        x = shard.to(torch.float32, copy=True)  # FSDP gathers into the memory that the shard lies in
+        gather = TypedGather(self._how, shard.dtype)
+        done = exchange(gather, x, state, context, self._executor(shard.device))
+        result = done.result()
+        if done.finite or not state:
+            self._states[name] = result.state
+        return result.estimate
+
+    def _checked(self, name: str, shard: Tensor) -> Layout:
+        layout = self._layouts[name]
+        if not shard.is_floating_point():
+            raise DistcompError(
+                f"FSDP gathers the weights of {name} as bytes, because they have several types; give all "
+                "parameters of a module one type (MixedPrecisionPolicy(param_dtype=...)), or leave weights= "
+                "out"
+            )
+        if shard.numel() != layout.numel:
+            raise DistcompError(
+                f"FSDP gathers {shard.numel()} elements of {name}, and its parameters have {layout.numel}: "
+                "they were changed since the model was attached; detach, then attach again"
+            )
+        return layout
+
+    def _restored(self, layout: Layout) -> State:
+        """What a checkpoint knows of the flat buffer, if it knows all of it."""
+        if not all(name in self._loaded for name in layout.names):
+            return {}
+        return self._how.restored(torch.cat([self._loaded[name] for name in layout.names]))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes kept of the flat buffers that have been gathered."""
+        return sum(
+            self._how.state_bytes(self._layouts[name], self._session.size, dtype)
+            for name, dtype in self._types.items()
+        )
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """By parameter: what all ranks hold of this rank's shard (float32)."""
+        saved: dict[str, dict[str, Tensor]] = {}
+        for name, layout in self._layouts.items():
+            state = self._states.get(name) or self._restored(layout)
+            own = self._how.saved(state, self._session.rank, self._session.size)
+            if own is not None:
+                saved |= {PREFIX + param.name: {"held": piece.clone()} for param, piece in layout.pieces(own)}
+        return saved
+
+    def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]], same_shards: bool) -> None:
+        """Go on from it; with other shards begin anew, by one plain gather of each flat buffer."""
+        self._states.clear()
+        self._loaded = {}
+        held = {
+            name.removeprefix(PREFIX): one["held"] for name, one in saved.items() if name.startswith(PREFIX)
+        }
+        if held and not same_shards:
+            warnings.warn(
+                "what all ranks hold of the weights was saved by another number of shards; it begins anew, "
+                "by one plain gather of each module",
+                stacklevel=2,
+            )
+            return
+        self._loaded = {name: value.reshape(-1) for name, value in held.items()}

@@ -1,1 +1,0 @@
-from clusters import cluster as cluster
