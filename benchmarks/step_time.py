@@ -7,7 +7,7 @@ Each rank's gradient is about 17 MB in several buckets. The exchange's time runs
 last decode; the prediction is what the queue must be charged (payloads and headers) over the rate. Bytes are
 counted three times: by the ledger (payloads), by the prediction (with headers), and by the kernel's queue.
 
-``--shelf`` takes other methods, and sets each against its bound: the larger of its wire time and of the CPU
+``--bounds`` takes other methods, and sets each against its bound: the larger of its wire time and of the CPU
 time of all ranks on the cores they share, plus the floor, which is the same exchange of a model of next to
 nothing (as many buckets and rounds).
 """
@@ -34,7 +34,7 @@ METHODS = (
     "ddp", "torch:fp16", "identity", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=2", "qsgd:bits=1",
     "qsgd:bits=4,pattern=all_gather",
 )  # fmt: skip
-SHELF = (
+OTHERS = (
     "ddp", "qsgd:bits=4", "qsgd:bits=1", "natural", "terngrad", "majority_vote", "ef_signsgd", "onebit",
     "shared_range", "topk:ratio=0.01", "random_k:ratio=0.01", "demo", "powersgd:rank=4",
 )  # fmt: skip
@@ -152,14 +152,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--methods", nargs="*")
-    parser.add_argument("--shelf", action="store_true", help="other methods, each against its bound")
+    parser.add_argument("--bounds", action="store_true", help="other methods, each against its bound")
     parser.add_argument("--json", action="store_true", help="print the result instead of a table")
     arguments = parser.parse_args()
     settings = {
-        "methods": list(arguments.methods or (SHELF if arguments.shelf else METHODS)),
+        "methods": list(arguments.methods or (OTHERS if arguments.bounds else METHODS)),
         "turns": arguments.turns,
         "steps": arguments.steps,
-        "floor": arguments.shelf,
+        "floor": arguments.bounds,
     }
     raw = on_network("step_time", arguments.ranks, arguments.rate, settings)
     rows = summarize(raw, parse_rate(arguments.rate))
@@ -168,7 +168,7 @@ def main() -> None:
         "ranks": arguments.ranks, "rate": arguments.rate, "network": raw["network"],
         "gradient_bytes": raw["gradient_bytes"], "methods": rows,
     }  # fmt: skip
-    path = write(f"step_{'shelf' if arguments.shelf else 'time'}_{arguments.rate}", result)
+    path = write(f"step_{'bounds' if arguments.bounds else 'time'}_{arguments.rate}", result)
     if arguments.json:
         print(json.dumps(result, indent=1))
         return

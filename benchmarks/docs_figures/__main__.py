@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from benchmarks._common import arguments_of
 from benchmarks._places import ROOT
 from benchmarks._tables import Block, write_blocks
-from benchmarks.docs_figures import advice, averaging, faults, measured, precision, pruning, shelf
+from benchmarks.docs_figures import advice, averaging, comparisons, faults, measured, precision, pruning
 
 DOCS = ROOT / "docs"
 
@@ -29,7 +29,7 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "faults": [(DOCS / "faults.md", faults.BLOCKS)],
     "precision": [(DOCS / "precision.md", precision.BLOCKS)],
     "pruning": [(DOCS / "pruning.md", pruning.BLOCKS)],
-    "shelf": [(DOCS / "compressors.md", shelf.BLOCKS)],
+    "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS)],
 }
 
 mpl.use("svg")

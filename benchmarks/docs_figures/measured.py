@@ -90,9 +90,9 @@ def exchanges(rate: str) -> str:
     return f"{markdown(head, rows)}\n\n{source(found, f'step_time.py --rate {rate}')}"
 
 
-def shelf() -> str:
+def bounds() -> str:
     """Each method's exchange against its bound."""
-    found = result("step_shelf_100mbit")
+    found = result("step_bounds_100mbit")
     rows = [
         [
             f"`{method}`",
@@ -106,7 +106,7 @@ def shelf() -> str:
         for method, row in found["methods"].items()
     ]
     head = ["method", "payload", "its bytes take", "its CPU takes", "floor", "exchange", "over the bound"]
-    return f"{markdown(head, rows)}\n\n{source(found, 'step_time.py --shelf')}"
+    return f"{markdown(head, rows)}\n\n{source(found, 'step_time.py --bounds')}"
 
 
 def losses() -> str:
@@ -149,7 +149,7 @@ README: dict[str, Block] = {"measured": Block(readme, "step_time_100mbit", "over
 BLOCKS: dict[str, Block] = {
     "exchanges": Block(lambda: exchanges("100mbit"), "step_time_100mbit"),
     "exchanges 1gbit": Block(lambda: exchanges("1gbit"), "step_time_1gbit"),
-    "shelf": Block(shelf, "step_shelf_100mbit"),
+    "bounds": Block(bounds, "step_bounds_100mbit"),
     "losses": Block(losses, "digit_pairs"),
     "codecs": Block(codecs, "compressors"),
 }

@@ -132,12 +132,12 @@ class ParameterSync(Sync):
         except DistcompError as error:
             self.error = error
             raise
-        self._mourn()
+        self._warn_of_loss()
         sent = self._channel.ledger.total_bytes - sent_before + self._gradient_bytes
         self._gradient_bytes = 0
         self.last = Iteration(self.iterations - 1, self._timeline, begin_s, sent)
 
-    def _mourn(self) -> None:
+    def _warn_of_loss(self) -> None:
         """Say once that a rank is lost and training goes on."""
         for rank in sorted(self._session.lost - self._lost):
             warnings.warn(f"rank {rank} is lost; training goes on without it", stacklevel=2)
@@ -202,7 +202,7 @@ class ParameterSync(Sync):
     def _mean(self, x: Tensor, layout: Layout) -> Tensor:
         """The mean over the ranks that are there."""
         mean = self._ask(from_compressor(Identity()), x, layout)
-        self._mourn()
+        self._warn_of_loss()
         present = self._session.size - len(self._session.lost)
         return mean * (self._session.size / present) if self._session.lost else mean
 

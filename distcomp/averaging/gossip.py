@@ -205,6 +205,7 @@ class Choco(Gossip):
         model = x + gamma * (weighted(self.row(context), public, replicas) - public)
         sent = self.encode(model - public, context)
         _, messages = yield from self.send(sent, context)
+        # Owner and neighbours move their copies of the model by the same bytes: they stay bit-equal.
         public = self.advance(public, sent, context.layout, a)
         for j, payload in messages.items():
             replicas[j] = self.advance(replicas[j], payload, context.layout, a)

@@ -72,6 +72,7 @@ class EF21(Method):
         result = yield from from_compressor(self.compressor, self.pattern).aggregate(
             x - state["own"].data, {}, kept
         )
+        # The contribution is all of g_i, not the difference just sent: the estimate is the mean of the g_i.
         own = state["own"].data + self._damped(result.contribution(), context.layout)
         mean = state["mean"].data + self._damped(result.estimate, context.layout)
         new |= {"own": FlatBuffer(own, context.layout), "mean": FlatBuffer(mean, context.layout)}

@@ -61,6 +61,7 @@ class ErrorFeedback(Method):
         residual: Tensor = state["residual"].data
         e = residual if self.decay == 1 else residual * self.decay
         corrected = x + e
+        # A two-stage method inside may then leave its second error with the owner of the chunk.
         inner = replace(context, error_feedback=True)
         result = yield from self.inner.aggregate(corrected, state["inner"], inner)
         if self.beta == 1:

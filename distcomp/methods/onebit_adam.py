@@ -89,6 +89,7 @@ class OneBitAdam(Method):
         beta1, beta2 = self.betas
         before, v = state["momentum"].data, state["variance"].data
 
+        # b1 m + (1 - b1) x_i: the common m, and this rank's own gradient. So the mean of m_i is Adam's m.
         own = torch.lerp(x, before, beta1)
         if warm:
             result = yield from EXACT.aggregate(x, {}, context)

@@ -102,12 +102,15 @@ class PowerSGD(Method):
         q = _starts(state["q"], self._ranks(context.layout, context.step), context)
         p_own = [lowrank.times_rows(one, m) for one, m in zip(q, matrices.values(), strict=True)]
         plain_mean, p = yield from _means(plain, p_own, context)
+        # Every rank does this to the same bits, so that P need not be sent a second time.
         p = [orthonormal(one) for one in p]
 
+        # Q is left as it is, unlike P: the estimate is P Q^T, so Q carries the singular values.
         q_own = [lowrank.times_columns(one, m) for one, m in zip(p, matrices.values(), strict=True)]
         _, q_mean = yield from _means([], q_own, context)
         return AggregateResult(
             _together(context.layout, x, plain_mean, matrices, p, q_mean),
+            # The rank's own Q, not the mean's: what this rank's residual keeps is its own error alone.
             lambda: _together(context.layout, x, plain, matrices, p, q_own),
             {**state, "q": _kept(state["q"], matrices, q_mean)},
             lambda given: _deduct(given, context.layout, matrices, p, q_own),

@@ -15,12 +15,12 @@ def probe() -> Iterator[str]:
     """A recipe that returns what it was called with."""
 
     @register(
-        paper="none", wire="0", summable=False, biased=True, differs="here", kind="gossip", control=True
+        paper="none", wire="0", summable=False, biased=True, deviations="here", kind="gossip", control=True
     )
     def probe_(a: int = 1, b: object = None, word: str = "x"):
         """Return what it was given.
 
-        More than the law is told further down.
+        More than the summary is written further down.
         """
         return {"a": a, "b": b, "word": word}
 
