@@ -6,12 +6,13 @@ setup(
     ext_modules=[
         Extension(
             "distcomp.kernels._cpu",
-            sources=[f"distcomp/kernels/{name}.c" for name in ("_cpu", "_binary", "_lowrank")],
+            sources=[f"distcomp/kernels/{name}.c" for name in ("_cpu", "_binary", "_lowrank", "_rows")],
             depends=[
                 "distcomp/kernels/_cpu.h",
                 "distcomp/kernels/_select.h",
                 "distcomp/kernels/_binary.h",
                 "distcomp/kernels/_lowrank.h",
+                "distcomp/kernels/_rows.h",
             ],
             # A contracted multiply-add gives other bits: replicas on unlike machines would drift apart.
             extra_compile_args=["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],

@@ -9,11 +9,15 @@ so that cutting or regrouping a flat buffer changes no value.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,17 @@ class Layout:
         return tuple(offsets)
 
     @cached_property
+    def sizes(self) -> list[int]:
+        """How many elements each segment has."""
+        return [param.numel for param in self.slices]
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(param.name for param in self.slices)
 
     def pieces(self, buffer: Tensor) -> Iterator[tuple[ParamSlice, Tensor]]:
         """Each segment with its view of the flat buffer."""
-        for param, at in zip(self.slices, self.offsets, strict=True):
-            yield param, buffer[at : at + param.numel]
+        yield from zip(self.slices, torch.split(buffer[: self.numel], self.sizes), strict=True)
 
     def select(self, keep: Callable[[ParamSlice], bool]) -> Layout:
         """The layout of the segments that ``keep`` accepts."""
@@ -98,13 +106,20 @@ class Layout:
         The chunks laid end to end are the flat buffer, so chunk *i* of a flat buffer is a view of it. Chunks
         may be empty.
         """
-        key = (parts, alignment)
-        if key not in self._splits:
-            self._splits[key] = tuple(_split(self.slices, parts, alignment))
-        return self._splits[key]
+        return self.remember(
+            ("split", parts, alignment), lambda: tuple(_split(self.slices, parts, alignment))
+        )
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` made of this layout when ``key`` first asked: a step must not count its parameters
+        anew."""
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        made: T = self._remembered[key]
+        return made
 
     @cached_property
-    def _splits(self) -> dict[tuple[int, int], tuple[Layout, ...]]:
+    def _remembered(self) -> dict[Hashable, Any]:
         return {}
 
     def __hash__(self) -> int:

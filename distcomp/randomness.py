@@ -9,6 +9,7 @@ noise.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -30,6 +31,14 @@ class Key:
         text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
         digest = blake2b(text.encode(), digest_size=8, key=self.bits.to_bytes(8, "little")).digest()
         return Key(int.from_bytes(digest, "little"))
+
+    def fold_each(self, names: Iterable[str]) -> list[int]:
+        """``[self.fold(name).bits for name in names]``, for many names."""
+        key = self.bits.to_bytes(8, "little")
+        read = int.from_bytes
+        return [
+            read(blake2b(f"str:{name}".encode(), digest_size=8, key=key).digest(), "little") for name in names
+        ]
 
     def generator(self) -> torch.Generator:
         """A CPU generator seeded by this key, for draws that no kernel makes (permutations, start

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distcomp import kernels
 from distcomp.compressors.base import Compressor, register_compressor
 from distcomp.errors import DistcompError
+from distcomp.kernels import pieces as many
+from distcomp.kernels.pieces import Moves, Pieces
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
@@ -74,52 +74,60 @@ class Quantize(Compressor):
         return (1 << (self.bits - 1)) - 1
 
     def parts(self, layout: Layout) -> Parts:
-        plain, code_bytes, scales = 0, 0, 0
-        for param in layout.slices:
-            if param.role in self.plain:
-                plain += param.numel
-            else:
-                code_bytes += kernels.packed_bytes(param.numel, self.block, self.bits)
-                scales += kernels.scale_count(param.numel, self.block)
-        first = (Part("plain", torch.float32, plain),) if self.plain else ()
-        return (*first, Part("scales", torch.float32, scales), Part("codes", torch.uint8, code_bytes))
+        return layout.remember((self, "parts"), lambda: self._parts(layout))
 
-    def _views(self, payload: Payload, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
-        """The codes and scales of each segment; of a plain one its values, and no scales."""
-        plain_at = code_at = scale_at = 0
-        codes, scales = payload["codes"], payload["scales"]
-        for param in layout.slices:
+    def _parts(self, layout: Layout) -> Parts:
+        pieces, plain = self._pieces(layout)
+        first = (Part("plain", torch.float32, sum(n for _, _, n in plain.each)),) if self.plain else ()
+        return (
+            *first,
+            Part("scales", torch.float32, pieces.scale_count),
+            Part("codes", torch.uint8, pieces.code_bytes),
+        )
+
+    def _pieces(self, layout: Layout) -> tuple[Pieces, Moves]:
+        """Where the codes and scales of what is rounded lie, and to where what is plain moves."""
+        return layout.remember((self, "pieces"), lambda: self._laid_out(layout))
+
+    def _laid_out(self, layout: Layout) -> tuple[Pieces, Moves]:
+        rounded, plain, plain_at = [], [], 0
+        for param, at in zip(layout.slices, layout.offsets, strict=True):
             if param.role in self.plain:
-                yield payload["plain"][plain_at : plain_at + param.numel], scales[:0]
+                plain.append((at, plain_at, param.numel))
                 plain_at += param.numel
-                continue
-            code_stop = code_at + kernels.packed_bytes(param.numel, self.block, self.bits)
-            scale_stop = scale_at + kernels.scale_count(param.numel, self.block)
-            yield codes[code_at:code_stop], scales[scale_at:scale_stop]
-            code_at, scale_at = code_stop, scale_stop
+            else:
+                rounded.append((at, param.numel, param.start))
+        return Pieces.of(rounded, self.block, self.bits), Moves(tuple(plain))
+
+    def _keys(self, layout: Layout, key: Key) -> list[int]:
+        """A key for each parameter that is rounded, where anything is random."""
+        if self.bits == 1 or self.rounding == "nearest":
+            return []
+        names = layout.remember(
+            (self, "names"), lambda: [one.name for one in layout.slices if one.role not in self.plain]
+        )
+        return key.fold_each(names)
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
+        pieces, plain = self._pieces(layout)
         given = self.bits > 1 and self.norm == "l2"
-        for (param, piece), (codes, scales) in zip(
-            layout.pieces(x), self._views(payload, layout), strict=True
-        ):
-            if param.role in self.plain:
-                codes.copy_(piece)
-                continue
-            if given:
-                scales.copy_(_block_l2(piece, self.block))
-            kernels.quantize(
-                piece,
-                codes,
-                scales,
-                block=self.block,
-                bits=self.bits,
-                key=key.fold(param.name).bits,
-                first=param.start,
-                stochastic=self.rounding == "stochastic",
-                given_scales=given,
-            )
+        codes, scales = payload["codes"], payload["scales"]
+        if given:
+            for index in range(len(pieces.each)):
+                piece, _, piece_scales = pieces.views(index, x, codes, scales)
+                piece_scales.copy_(_block_l2(piece, self.block))
+        many.quantize(
+            x,
+            codes,
+            scales,
+            pieces,
+            self._keys(layout, key),
+            stochastic=self.rounding == "stochastic",
+            given_scales=given,
+        )
+        if plain.each:
+            many.move(x, payload["plain"], plain)
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
@@ -131,19 +139,16 @@ class Quantize(Compressor):
     def _decode(
         self, out: Tensor, payload: Payload, layout: Layout, add: bool = False, subtract: bool = False
     ) -> None:
-        for (param, piece), (codes, scales) in zip(
-            layout.pieces(out), self._views(payload, layout), strict=True
-        ):
-            if param.role not in self.plain:
-                kernels.dequantize(
-                    codes, scales, piece, block=self.block, bits=self.bits, add=add, subtract=subtract
-                )
-            elif subtract:
-                piece.sub_(codes)
-            elif add:
-                piece.add_(codes)
-            else:
-                piece.copy_(codes)
+        pieces, plain = self._pieces(layout)
+        many.dequantize(payload["codes"], payload["scales"], out, pieces, add=add, subtract=subtract)
+        if not plain.each:
+            return
+        values = payload["plain"]
+        if add or subtract:
+            old = torch.empty_like(values)
+            many.move(out, old, plain)
+            values = old - values if subtract else old + values
+        many.move(values, out, plain.back)
 
     def omega(self, numel: int) -> float | None:
         """``min(B/s^2, sqrt(B)/s)`` for the Euclidean norm (Lemma 3.1); ``(sqrt(1 + (B-1)/s^2) - 1) / 2`` for

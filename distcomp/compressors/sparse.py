@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from torch import Tensor
 from distcomp import kernels
 from distcomp.errors import DistcompError
 from distcomp.kernels import reference
+from distcomp.kernels import rows as kernel
 from distcomp.kernels.packing import block_bytes
+from distcomp.kernels.rows import BITMAP, NOTHING, RowTable
 from distcomp.layout import Layout
 from distcomp.randomness import Key
 
@@ -160,16 +163,106 @@ class Rows:
     def code(self) -> IndexCode:
         return IndexCode(self.length, self.count)
 
+    @property
+    def sampled(self) -> bool:
+        """Whether a long row is searched through a threshold that a sample of it suggests."""
+        return self.rows == 1 and self.length > SAMPLED_FROM and self.count < self.length
+
+    def in_rows(self, places: Tensor) -> Tensor:
+        """From places in the flat buffer to places in the rows, ``[rows, count]``."""
+        first = torch.arange(self.rows, device=places.device) * self.length + self.start
+        return places.view(self.rows, self.count) - first[:, None]
+
     def in_buffer(self, indices: Tensor) -> Tensor:
         """From places in the rows to places in the flat buffer, flat."""
         first = torch.arange(self.rows, device=indices.device) * self.length + self.start
         return (indices + first[:, None]).view(-1)
 
 
-@cache
-def rows_of(layout: Layout, ratio: float, chunk: int) -> tuple[Rows, ...]:
+@dataclass(frozen=True)
+class RowSet:
+    """Rows of many lengths, which follow one another: what of each is sent, and the bytes that say what."""
+
+    each: tuple[Rows, ...]
+
+    @cached_property
+    def code_bytes(self) -> int:
+        return sum(one.rows * one.code.nbytes for one in self.each)
+
+    @cached_property
+    def count(self) -> int:
+        """How many elements are sent."""
+        return sum(one.rows * one.count for one in self.each)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Where the largest magnitudes of each row are in a flat buffer (int64), row after row, rising."""
+        if not kernel.serves(x.device):
+            return _joined([one.in_buffer(top_indices(one.view(x), one.count)) for one in self.each], x)
+        places = torch.empty(self.count, dtype=torch.int64)
+        kernel.top(x.contiguous(), self._tables[1], places)
+        for one, at in self._long:
+            places[at : at + one.count] = one.in_buffer(top_indices(one.view(x), one.count))
+        return places
+
+    def encode(self, places: Tensor) -> Tensor:
+        """The bytes (uint8) that say which elements of the flat buffer ``places`` are."""
+        if kernel.serves(places.device):
+            codes = torch.empty(self.code_bytes, dtype=torch.uint8)
+            kernel.write(places.contiguous(), self._tables[0], codes)
+            return codes
+        written = []
+        for one, part in zip(
+            self.each, torch.split(places, [one.rows * one.count for one in self.each]), strict=True
+        ):
+            written.append(one.code.encode(one.in_rows(part)).reshape(-1))
+        return _joined(written, torch.empty(0, dtype=torch.uint8, device=places.device))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """What :meth:`encode` was given."""
+        if kernel.serves(codes.device):
+            places = torch.empty(self.count, dtype=torch.int64)
+            kernel.read(codes.contiguous(), self._tables[0], places)
+            return places
+        parts = torch.split(codes, [one.rows * one.code.nbytes for one in self.each])
+        read = [
+            one.in_buffer(one.code.decode(part.view(one.rows, one.code.nbytes)))
+            for one, part in zip(self.each, parts, strict=True)
+        ]
+        return _joined(read, codes)
+
+    @cached_property
+    def _long(self) -> list[tuple[Rows, int]]:
+        """The rows that a sampled threshold searches, and where their places begin."""
+        ends = itertools.accumulate((one.rows * one.count for one in self.each), initial=0)
+        return [(one, at) for one, at in zip(self.each, ends, strict=False) if one.sampled]
+
+    @cached_property
+    def _tables(self) -> tuple[RowTable, RowTable]:
+        """All rows for C, and those that C searches."""
+        lines, place, code = [torch.empty(0, 6, dtype=torch.int64)], 0, 0
+        searched = [torch.empty(0, dtype=torch.bool)]
+        for one in self.each:
+            number, size = torch.arange(one.rows), one.code.nbytes
+            table = torch.empty(one.rows, 6, dtype=torch.int64)
+            table[:, 0] = one.start + number * one.length
+            table[:, 1], table[:, 2] = one.length, one.count
+            table[:, 3], table[:, 4] = place + number * one.count, code + number * size
+            width = one.code.width
+            table[:, 5] = NOTHING if size == 0 else BITMAP if width is None else width
+            lines.append(table)
+            searched.append(torch.full((one.rows,), not one.sampled))
+            place, code = place + one.rows * one.count, code + one.rows * size
+        all_lines = torch.cat(lines)
+        return RowTable(all_lines, code), RowTable(all_lines[torch.cat(searched)], code)
+
+
+def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=like.device)
+
+
+def rows_of(layout: Layout, ratio: float, chunk: int) -> RowSet:
     """A flat buffer as rows: each parameter is one, or (``chunk > 0``) its chunks and a shorter last one."""
-    return tuple(_rows_of(layout, ratio, chunk))
+    return layout.remember(("rows", ratio, chunk), lambda: RowSet(tuple(_rows_of(layout, ratio, chunk))))
 
 
 def _rows_of(layout: Layout, ratio: float, chunk: int) -> Iterator[Rows]:

@@ -23,7 +23,6 @@ from distcomp.compressors.sparse import (
     kept_layout,
     rows_of,
     sample_indices,
-    top_indices,
 )
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
@@ -97,15 +96,17 @@ class TopK(Sparsifier):
         return self.chunk or WHOLE
 
     def kept(self, layout: Layout) -> Layout:
-        return kept_layout(layout, [self._count(param.numel) for param in layout.slices])
+        return layout.remember(
+            (self, "kept"),
+            lambda: kept_layout(layout, [self._count(param.numel) for param in layout.slices]),
+        )
 
     def _count(self, numel: int) -> int:
         whole, rest = divmod(numel, self.chunk or max(1, numel))
         return whole * kept_count(self.chunk or numel, self.ratio) + kept_count(rest, self.ratio)
 
     def index_part(self, layout: Layout) -> Part:
-        rows = rows_of(layout, self.ratio, self.chunk)
-        return Part("indices", torch.uint8, sum(one.rows * one.code.nbytes for one in rows))
+        return Part("indices", torch.uint8, rows_of(layout, self.ratio, self.chunk).code_bytes)
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
@@ -116,24 +117,12 @@ class TopK(Sparsifier):
 
     def select(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Which elements of a flat buffer to send (places in it, rising), and the bytes that say so."""
-        where = [torch.empty(0, dtype=torch.int64, device=x.device)]
-        codes = [torch.empty(0, dtype=torch.uint8, device=x.device)]
-        for rows in rows_of(layout, self.ratio, self.chunk):
-            indices = top_indices(rows.view(x), rows.count)
-            where.append(rows.in_buffer(indices))
-            codes.append(rows.code.encode(indices).reshape(-1))
-        return torch.cat(where), torch.cat(codes)
+        rows = rows_of(layout, self.ratio, self.chunk)
+        where = rows.largest(x)
+        return where, rows.encode(where)
 
     def positions(self, payload: Payload, layout: Layout) -> Tensor:
-        codes, at = payload["indices"], 0
-        where = [torch.empty(0, dtype=torch.int64, device=codes.device)]
-        for rows in rows_of(layout, self.ratio, self.chunk):
-            size = rows.rows * rows.code.nbytes
-            where.append(
-                rows.in_buffer(rows.code.decode(codes[at : at + size].view(rows.rows, rows.code.nbytes)))
-            )
-            at += size
-        return torch.cat(where)
+        return rows_of(layout, self.ratio, self.chunk).decode(payload["indices"])
 
     def delta(self, numel: int) -> float:
         """``k/d``, of the chunk that fares worst."""

@@ -10,6 +10,7 @@
 #include "_binary.h"
 #include "_cpu.h"
 #include "_lowrank.h"
+#include "_rows.h"
 #include "_select.h"
 
 /* The bodies once more for each instruction set. */
@@ -127,6 +128,72 @@ static PyObject *py_dequantize(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* One line of the table of many pieces that lie in one buffer: see pieces.py. */
+typedef struct {
+    int64_t at, numel, codes, scales, first;
+} Piece;
+
+static size_t longest(const Piece *pieces, Py_ssize_t count) {
+    size_t most = 0;
+    for (Py_ssize_t i = 0; i < count; i++)
+        if ((size_t)pieces[i].numel > most) most = (size_t)pieces[i].numel;
+    return most;
+}
+
+static PyObject *py_quantize_pieces(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long x, codes, scales, table, keys;
+    Py_ssize_t pieces, block;
+    Quantize q;
+    if (!PyArg_ParseTuple(args, "KKKKnKnipp", &x, &codes, &scales, &table, &pieces, &keys, &block, &q.bits,
+                          &q.stochastic, &q.given))
+        return NULL;
+    const Piece *piece = (const Piece *)(uintptr_t)table;
+    const uint64_t *key = (const uint64_t *)(uintptr_t)keys;
+    q.block = (size_t)block;
+    q.scratch = scratch_for(longest(piece, pieces), q.block);
+    if (!q.scratch) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < pieces; i++, piece++) {
+        q.x = (const float *)(uintptr_t)x + piece->at;
+        q.codes = (uint8_t *)(uintptr_t)codes + piece->codes;
+        q.scales = (float *)(uintptr_t)scales + piece->scales;
+        q.numel = (size_t)piece->numel;
+        q.first = (uint32_t)piece->first;
+        q.key_low = (uint32_t)key[i];
+        q.key_high = (uint32_t)(key[i] >> 32);
+        chosen->quantize(&q);
+    }
+    Py_END_ALLOW_THREADS
+    free(q.scratch);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_dequantize_pieces(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long codes, scales, out, table;
+    Py_ssize_t pieces, block;
+    Dequantize d;
+    if (!PyArg_ParseTuple(args, "KKKKnniif", &codes, &scales, &out, &table, &pieces, &block, &d.bits, &d.sign,
+                          &d.times))
+        return NULL;
+    const Piece *piece = (const Piece *)(uintptr_t)table;
+    d.block = (size_t)block;
+    d.scratch = scratch_for(longest(piece, pieces), d.block);
+    if (!d.scratch) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < pieces; i++, piece++) {
+        d.codes = (const uint8_t *)(uintptr_t)codes + piece->codes;
+        d.scales = (const float *)(uintptr_t)scales + piece->scales;
+        d.out = (float *)(uintptr_t)out + piece->at;
+        d.numel = (size_t)piece->numel;
+        chosen->dequantize(&d);
+    }
+    Py_END_ALLOW_THREADS
+    free(d.scratch);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_all_finite(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long x;
@@ -230,6 +297,15 @@ static PyObject *py_instruction_set(PyObject *self, PyObject *args) {
 static PyMethodDef methods[] = {
     {"quantize", py_quantize, METH_VARARGS, "x, codes, scales, numel, block, bits, key, first, stochastic, given"},
     {"dequantize", py_dequantize, METH_VARARGS, "codes, scales, out, numel, block, bits, sign, times"},
+    {"quantize_pieces", py_quantize_pieces, METH_VARARGS,
+     "x, codes, scales, table, pieces, keys, block, bits, stochastic, given"},
+    {"dequantize_pieces", py_dequantize_pieces, METH_VARARGS,
+     "codes, scales, out, table, pieces, block, bits, sign, times"},
+    {"top_rows", py_top_rows, METH_VARARGS, "x, table, rows, places, longest"},
+    {"write_rows", py_write_rows, METH_VARARGS, "places, table, rows, codes"},
+    {"read_rows", py_read_rows, METH_VARARGS, "codes, table, rows, places"},
+    {"move", py_move, METH_VARARGS, "from, to, table, pieces"},
+    {"lowrank_pieces", py_lowrank_pieces, METH_VARARGS, "kind, p, q, m, out, table, pieces, subtract"},
     {"all_finite", py_all_finite, METH_VARARGS, "x, numel, exponent mask -> bool"},
     {"checksum", py_checksum, METH_VARARGS, "data, bytes -> (sum, weighted sum)"},
     {"at_least", py_at_least, METH_VARARGS, "x, numel, threshold, places, most -> how many"},

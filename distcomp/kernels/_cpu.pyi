@@ -14,6 +14,38 @@ def quantize(
 def dequantize(
     codes: int, scales: int, out: int, numel: int, block: int, bits: int, sign: int, times: float, /
 ) -> None: ...
+def quantize_pieces(
+    x: int,
+    codes: int,
+    scales: int,
+    table: int,
+    pieces: int,
+    keys: int,
+    block: int,
+    bits: int,
+    stochastic: bool,
+    given: bool,
+    /,
+) -> None: ...
+def dequantize_pieces(
+    codes: int,
+    scales: int,
+    out: int,
+    table: int,
+    pieces: int,
+    block: int,
+    bits: int,
+    sign: int,
+    times: float,
+    /,
+) -> None: ...
+def top_rows(x: int, table: int, rows: int, places: int, longest: int, /) -> None: ...
+def write_rows(places: int, table: int, rows: int, codes: int, /) -> None: ...
+def read_rows(codes: int, table: int, rows: int, places: int, /) -> None: ...
+def move(source: int, target: int, table: int, pieces: int, /) -> None: ...
+def lowrank_pieces(
+    kind: str, p: int, q: int, m: int, out: int, table: int, pieces: int, subtract: bool, /
+) -> None: ...
 def all_finite(x: int, numel: int, exponent: int, /) -> bool: ...
 def checksum(data: int, bytes: int, /) -> tuple[int, int]: ...
 def at_least(x: int, numel: int, threshold: int, places: int, most: int, /) -> int: ...

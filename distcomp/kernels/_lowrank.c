@@ -184,6 +184,15 @@ static const Variant *serving(const char *name) {
     return &generic_variant;
 }
 
+typedef void (*Multiply)(const Product *);
+
+static Multiply multiply(const char *kind) {
+    const Variant *variant = serving(instruction_set());
+    return !strcmp(kind, "rows")      ? variant->times_rows
+           : !strcmp(kind, "columns") ? variant->times_columns
+                                      : variant->outer;
+}
+
 PyObject *py_lowrank(PyObject *self, PyObject *args) {
     (void)self;
     const char *kind;
@@ -198,12 +207,34 @@ PyObject *py_lowrank(PyObject *self, PyObject *args) {
         .out = (float *)(uintptr_t)out, .a = (size_t)a, .b = (size_t)b, .rank = (size_t)rank,
         .p_stride = (size_t)p_stride, .stride = (size_t)stride, .out_stride = (size_t)out_stride,
         .subtract = subtract};
-    const Variant *variant = serving(instruction_set());
-    void (*run)(const Product *) = !strcmp(kind, "rows")      ? variant->times_rows
-                                   : !strcmp(kind, "columns") ? variant->times_columns
-                                                              : variant->outer;
+    Multiply run = multiply(kind);
     Py_BEGIN_ALLOW_THREADS
     run(&x);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+/* Many matrices in one call. A line of the table: rank, a, b, and where p, q, m and out begin in their buffers. */
+PyObject *py_lowrank_pieces(PyObject *self, PyObject *args) {
+    (void)self;
+    const char *kind;
+    unsigned long long p, q, m, out, table;
+    Py_ssize_t pieces;
+    int subtract;
+    if (!PyArg_ParseTuple(args, "sKKKKKnp", &kind, &p, &q, &m, &out, &table, &pieces, &subtract)) return NULL;
+    Multiply run = multiply(kind);
+    int outer = !strcmp(kind, "outer"), rows = !strcmp(kind, "rows");
+    Py_BEGIN_ALLOW_THREADS
+    const int64_t *line = (const int64_t *)(uintptr_t)table;
+    for (Py_ssize_t i = 0; i < pieces; i++, line += 7) {
+        size_t a = (size_t)line[1], b = (size_t)line[2];
+        Product x = {
+            .p = (const float *)(uintptr_t)p + line[3], .q = (const float *)(uintptr_t)q + line[4],
+            .m = (const float *)(uintptr_t)m + line[5], .out = (float *)(uintptr_t)out + line[6],
+            .a = a, .b = b, .rank = (size_t)line[0], .p_stride = a, .stride = b,
+            .out_stride = outer || !rows ? b : a, .subtract = subtract};
+        run(&x);
+    }
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

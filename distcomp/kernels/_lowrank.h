@@ -4,3 +4,4 @@
 
 const char *instruction_set(void); /* of _cpu.c: the one in use */
 PyObject *py_lowrank(PyObject *self, PyObject *args);
+PyObject *py_lowrank_pieces(PyObject *self, PyObject *args);

@@ -9,12 +9,16 @@ vectors, and on other devices, torch multiplies.
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distcomp.errors import DistcompError
 from distcomp.kernels.dispatch import backend
 
 FEW = 8
@@ -86,6 +90,145 @@ def _outer(cpu: Any, p: Tensor, q: Tensor, out: Tensor, subtract: bool) -> None:
         cpu._cpu.lowrank("outer", *at, count, b, rank, a, 0, b, subtract)
 
     cpu.shared(run, a, 1, 4 * b)
+
+
+SMALL = 1 << 18
+"""Elements: a larger matrix is a call of its own, which several threads may share."""
+LINE_BYTES = 56
+
+
+@dataclass(frozen=True)
+class Products:
+    """Many matrices of a flat buffer, ``(rank, a, b, at)`` of each; their factors follow one another in one
+    tensor for p and one for q."""
+
+    each: tuple[tuple[int, int, int, int], ...]
+
+    def shapes(self, side: str) -> list[tuple[int, int]]:
+        """Rank and length of each factor ``p`` or ``q``."""
+        return [(rank, a if side == "p" else b) for rank, a, b, _ in self.each]
+
+    def views(self, factors: Tensor, side: str) -> list[Tensor]:
+        """Each factor's own rows."""
+        shapes = self.shapes(side)
+        sizes = [rank * length for rank, length in shapes]
+        return [part.view(shape) for part, shape in zip(torch.split(factors, sizes), shapes, strict=True)]
+
+    def matrices(self, x: Tensor) -> list[Tensor]:
+        """Views of the matrices in the flat buffer."""
+        return [x[at : at + a * b].view(a, b) for _, a, b, at in self.each]
+
+    @cached_property
+    def numels(self) -> dict[str, int]:
+        """How many elements each tensor has, or must have at least."""
+        return {
+            "p": sum(rank * a for rank, a, _, _ in self.each),
+            "q": sum(rank * b for rank, _, b, _ in self.each),
+            "m": max((at + a * b for _, a, b, at in self.each), default=0),
+        }
+
+    @cached_property
+    def small(self) -> bool:
+        """Whether C may do all of them in one call."""
+        return all(1 <= rank <= FEW and a * b <= SMALL for rank, a, b, _ in self.each)
+
+    def table(self, kind: str) -> Tensor:
+        """What C reads: rank, a, b, and where p, q, m and out begin."""
+        return {"rows": self._rows, "columns": self._columns, "outer": self._outer}[kind]
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        p = list(itertools.accumulate((rank * a for rank, a, _, _ in self.each), initial=0))
+        q = list(itertools.accumulate((rank * b for rank, _, b, _ in self.each), initial=0))
+        lines = [(*one, i, j) for one, i, j in zip(self.each, p, q, strict=False)]
+        return torch.tensor(lines, dtype=torch.int64).reshape(-1, 6)
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        rank, a, b, at, p, q = self._starts.unbind(1)
+        return torch.stack([rank, a, b, torch.zeros_like(p), q, at, p], 1).contiguous()
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        rank, a, b, at, p, q = self._starts.unbind(1)
+        return torch.stack([rank, a, b, p, torch.zeros_like(q), at, q], 1).contiguous()
+
+    @cached_property
+    def _outer(self) -> Tensor:
+        rank, a, b, at, p, q = self._starts.unbind(1)
+        return torch.stack([rank, a, b, p, q, torch.zeros_like(at), at], 1).contiguous()
+
+
+def each_times_rows(q: Tensor, x: Tensor, products: Products) -> Tensor:
+    """:func:`times_rows` of each matrix in the flat buffer ``x``: all factors p, laid end to end."""
+    if _in_one_call(products, q=q, m=x):
+        out = torch.empty(products.numels["p"])
+        _run("rows", products, q=q, m=x, out=out)
+        return out
+    pairs = zip(products.views(q, "q"), products.matrices(x), strict=True)
+    return _flat([times_rows(factor.clone(), matrix) for factor, matrix in pairs], x)
+
+
+def each_times_columns(p: Tensor, x: Tensor, products: Products) -> Tensor:
+    """:func:`times_columns` of each matrix: all factors q, laid end to end."""
+    if _in_one_call(products, p=p, m=x):
+        out = torch.empty(products.numels["q"])
+        _run("columns", products, p=p, m=x, out=out)
+        return out
+    pairs = zip(products.views(p, "p"), products.matrices(x), strict=True)
+    return _flat([times_columns(factor.clone(), matrix) for factor, matrix in pairs], x)
+
+
+def each_outer(p: Tensor, q: Tensor, out: Tensor, products: Products) -> None:
+    """:func:`outer` of each pair of factors, into where the matrices lie in ``out``."""
+    _each_outer(p, q, out, products, subtract=False)
+
+
+def each_subtract_outer(p: Tensor, q: Tensor, out: Tensor, products: Products) -> None:
+    """:func:`subtract_outer` of each pair of factors."""
+    _each_outer(p, q, out, products, subtract=True)
+
+
+def _each_outer(p: Tensor, q: Tensor, out: Tensor, products: Products, subtract: bool) -> None:
+    if _in_one_call(products, p=p, q=q, m=out):
+        _run("outer", products, p=p, q=q, out=out, subtract=subtract)
+        return
+    factors = (products.views(p, "p"), products.views(q, "q"))
+    for left, right, matrix in zip(*factors, products.matrices(out), strict=True):
+        (subtract_outer if subtract else outer)(left.clone(), right.clone(), matrix)
+
+
+def _flat(factors: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([one.reshape(-1) for one in factors]) if factors else like[:0].clone()
+
+
+def _in_one_call(products: Products, **tensors: Tensor) -> bool:
+    """Whether C serves these; refuses what has other sizes than the products say."""
+    for name, one in tensors.items():
+        wanted = products.numels[name]
+        if one.numel() < wanted or (name != "m" and one.numel() != wanted):
+            raise DistcompError(
+                f"{name} of {len(products.each)} products has {one.numel()} elements and not {wanted}; it "
+                "is of another layout"
+            )
+    plain = all(
+        one.device.type == "cpu" and one.dtype == torch.float32 and one.is_contiguous()
+        for one in tensors.values()
+    )
+    return plain and products.small and backend("cpu") == "cpu"
+
+
+def _run(kind: str, products: Products, out: Tensor, subtract: bool = False, **given: Tensor) -> None:
+    cpu = import_module("distcomp.kernels.cpu")
+    table = products.table(kind)
+    at = {name: tensor.data_ptr() for name, tensor in given.items()}
+    p, q, m, out_at, lines = at.get("p", 0), at.get("q", 0), at.get("m", 0), out.data_ptr(), table.data_ptr()
+
+    def run(start: int, count: int) -> None:
+        cpu._cpu.lowrank_pieces(kind, p, q, m, out_at, lines + LINE_BYTES * start, count, subtract)
+
+    if len(table):
+        cpu.shared(run, len(table), 1, 4 * products.numels["m"] // len(table))
 
 
 def _few(factor: Tensor, matrix: Tensor) -> bool:

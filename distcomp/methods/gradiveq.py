@@ -29,7 +29,7 @@ from distcomp.methods.base import (
 )
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.from_compressor import from_compressor
-from distcomp.methods.partition import Partition, Rule, merge, partition, split
+from distcomp.methods.partition import Partition, Rule, merge, sides, split
 from distcomp.methods.registry import method_of, register
 from distcomp.methods.scheduled import EXACT
 from distcomp.methods.slices import (
@@ -137,7 +137,7 @@ class GradiVeQ(Method):
 
     def assumed_state(self, layout: Layout, step: int) -> State:
         """As if no layer had begun anew before its time, and every basis were as large as it may be."""
-        _, _, layout = partition(self._unsliced, layout)
+        _, layout = sides(self._unsliced, layout).layouts
         shapes = {param.name: self._shape(param) for param in layout.slices}
 
         def each(*shape_of: str) -> PerParameter:
@@ -172,7 +172,7 @@ class GradiVeQ(Method):
         }
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        _, others, sliced = partition(self._unsliced, context.layout)
+        others, sliced = sides(self._unsliced, context.layout).layouts
         if not sliced.slices:
             return AggregateResult((yield from mean(x, context)), lambda: x, state)
         if not others.slices:
@@ -320,7 +320,7 @@ class GradiVeQ(Method):
         )
 
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
-        _, others, layout = partition(self._unsliced, layout)
+        others, layout = sides(self._unsliced, layout).layouts
         age = step % self.cycle.length
         apart_bytes = all_reduce_bytes(4 * others.numel, size) if others.slices else 0
         if age >= self.cycle.learn and layout.slices:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from distcomp.collectives import Rounds
 from distcomp.compressors.base import Compressor
+from distcomp.kernels.pieces import Moves, move
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods.base import NAMES, SHAPES, AggregateResult, Method, State, StepContext
 
@@ -60,8 +59,7 @@ class Partition(Method):
         return self.rule.needs
 
     def _layouts(self, layout: Layout) -> tuple[Layout, Layout]:
-        _, special, usual = partition(self.rule, layout)
-        return special, usual
+        return sides(self.rule, layout).layouts
 
     def init(self, layout: Layout) -> State:
         special, usual = self._layouts(layout)
@@ -104,29 +102,51 @@ class Partition(Method):
         return self.special.payload_bytes(special, size, step) + self.usual.payload_bytes(usual, size, step)
 
 
-@lru_cache(maxsize=256)
-def partition(rule: Rule, layout: Layout) -> tuple[tuple[bool, ...], Layout, Layout]:
-    """Which segments the rule accepts; the layout of these, and that of the others."""
-    accepted = tuple(rule(param) for param in layout.slices)
-    special, usual = (
-        Layout(tuple(s for s, yes in zip(layout.slices, accepted, strict=True) if yes is side))
-        for side in (True, False)
-    )
-    return accepted, special, usual
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """Both layouts, and from where in the flat buffer to where in theirs each parameter moves."""
+
+    special: Layout
+    usual: Layout
+    to_special: Moves
+    to_usual: Moves
+
+    @property
+    def layouts(self) -> tuple[Layout, Layout]:
+        return self.special, self.usual
+
+
+def sides(rule: Rule, layout: Layout) -> Sides:
+    """The parameters that the rule accepts, and the others."""
+    return layout.remember(("sides", rule), lambda: _sides_of(rule, layout))
+
+
+def _sides_of(rule: Rule, layout: Layout) -> Sides:
+    slices: tuple[list[ParamSlice], list[ParamSlice]] = [], []
+    moves: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] = [], []
+    ends = [0, 0]
+    for param, at in zip(layout.slices, layout.offsets, strict=True):
+        side = int(not rule(param))
+        slices[side].append(param)
+        moves[side].append((at, ends[side], param.numel))
+        ends[side] += param.numel
+    special, usual = (Layout(tuple(one)) for one in slices)
+    return Sides(special, usual, Moves(tuple(moves[0])), Moves(tuple(moves[1])))
 
 
 def split(x: Tensor, rule: Rule, layout: Layout) -> tuple[Tensor, Tensor]:
     """The flat buffer of what the rule accepts, and that of the others."""
-    accepted, _, _ = partition(rule, layout)
-    sides: tuple[list[Tensor], list[Tensor]] = [], []
-    for is_special, (_, piece) in zip(accepted, layout.pieces(x), strict=True):
-        sides[not is_special].append(piece)
-    special, usual = (torch.cat(side) if side else x[:0] for side in sides)
+    both = sides(rule, layout)
+    special, usual = x.new_empty(both.special.numel), x.new_empty(both.usual.numel)
+    move(x, special, both.to_special)
+    move(x, usual, both.to_usual)
     return special, usual
 
 
 def merge(special: Tensor, usual: Tensor, rule: Rule, layout: Layout) -> Tensor:
     """Both flat buffers as one again, in the order of ``layout``."""
-    accepted, *layouts = partition(rule, layout)
-    pieces = [part.pieces(buffer) for part, buffer in zip(layouts, (special, usual), strict=True)]
-    return torch.cat([next(pieces[not is_special])[1] for is_special in accepted])
+    both = sides(rule, layout)
+    out = special.new_empty(layout.numel)
+    move(special.contiguous(), out, both.to_special.back)
+    move(usual.contiguous(), out, both.to_usual.back)
+    return out

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from distcomp.collectives import Rounds
 from distcomp.errors import DistcompError
 from distcomp.kernels import lowrank
+from distcomp.kernels.pieces import Moves, move
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods.base import (
     SHAPES,
@@ -90,50 +91,48 @@ class PowerSGD(Method):
         return state
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        ranks = self._ranks(context.layout, context.step)
-        matrices = {s.name: piece.view(_sides(s)) for s, piece in context.layout.pieces(x) if s.name in ranks}
-        plain = [piece for param, piece in context.layout.pieces(x) if param.name not in ranks]
+        plan = _plan(context.layout, whole(self.rank, context.step), self.min_compression)
         exchange = self._one_round if self.one_round else self._two_rounds
-        return (yield from exchange(x, plain, matrices, state, context))
+        return (yield from exchange(x, plan, state, context))
 
     def _two_rounds(
-        self, x: Tensor, plain: list[Tensor], matrices: dict[str, Tensor], state: State, context: StepContext
+        self, x: Tensor, plan: _Plan, state: State, context: StepContext
     ) -> Rounds[AggregateResult]:
-        q = _starts(state["q"], self._ranks(context.layout, context.step), context)
-        p_own = [lowrank.times_rows(one, m) for one, m in zip(q, matrices.values(), strict=True)]
-        plain_mean, p = yield from _means(plain, p_own, context)
+        q = _starts(state["q"], plan, "q", context)
+        plain = plan.plain_of(x)
+        plain_mean, p = yield from _means(plain, lowrank.each_times_rows(q, x, plan.products), context)
         # Every rank does this to the same bits, so that P need not be sent a second time.
-        p = [orthonormal(one) for one in p]
+        p = plan.orthonormal(p, "p")
 
         # Q is left as it is, unlike P: the estimate is P Q^T, so Q carries the singular values.
-        q_own = [lowrank.times_columns(one, m) for one, m in zip(p, matrices.values(), strict=True)]
-        _, q_mean = yield from _means([], q_own, context)
+        q_own = lowrank.each_times_columns(p, x, plan.products)
+        _, q_mean = yield from _means(x[:0], q_own, context)
         return AggregateResult(
-            _together(context.layout, x, plain_mean, matrices, p, q_mean),
+            plan.together(x, plain_mean, p, q_mean),
             # The rank's own Q, not the mean's: what this rank's residual keeps is its own error alone.
-            lambda: _together(context.layout, x, plain, matrices, p, q_own),
-            {**state, "q": _kept(state["q"], matrices, q_mean)},
-            lambda given: _deduct(given, context.layout, matrices, p, q_own),
+            lambda: plan.together(x, plain, p, q_own),
+            {**state, "q": plan.kept(state["q"], "q", q_mean)},
+            lambda given: plan.deduct(given, p, q_own),
         )
 
     def _one_round(
-        self, x: Tensor, plain: list[Tensor], matrices: dict[str, Tensor], state: State, context: StepContext
+        self, x: Tensor, plan: _Plan, state: State, context: StepContext
     ) -> Rounds[AggregateResult]:
         even = context.step % 2 == 0
         given, made = ("q", "p") if even else ("p", "q")
-        fixed = _starts(state[given], self._ranks(context.layout, context.step), context)
-        times = lowrank.times_rows if even else lowrank.times_columns
-        own = [times(f, m) for f, m in zip(fixed, matrices.values(), strict=True)]
+        fixed = _starts(state[given], plan, given, context)
+        times = lowrank.each_times_rows if even else lowrank.each_times_columns
+        own, plain = times(fixed, x, plan.products), plan.plain_of(x)
         plain_mean, found = yield from _means(plain, own, context)
 
-        def ordered(free: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        def ordered(free: Tensor) -> tuple[Tensor, Tensor]:
             return (free, fixed) if even else (fixed, free)
 
         return AggregateResult(
-            _together(context.layout, x, plain_mean, matrices, *ordered(found)),
-            lambda: _together(context.layout, x, plain, matrices, *ordered(own)),
-            {**state, made: _kept(state[made], matrices, found)},
-            lambda given: _deduct(given, context.layout, matrices, *ordered(own)),
+            plan.together(x, plain_mean, *ordered(found)),
+            lambda: plan.together(x, plain, *ordered(own)),
+            {**state, made: plan.kept(state[made], made, found)},
+            lambda given: plan.deduct(given, *ordered(own)),
         )
 
     def _ranks(self, layout: Layout, step: int) -> dict[str, int]:
@@ -161,19 +160,142 @@ def _worth(layout: Layout, rank: int, min_compression: float) -> dict[str, int]:
     return ranks
 
 
-def _starts(factors: PerParameter, ranks: dict[str, int], context: StepContext) -> list[Tensor]:
+ALIGNED = 16
+"""Elements of 64 bytes. LAPACK's last bits depend on how a matrix is aligned: one call serves all of a shape
+where each of them then begins on such a boundary, as it does alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """Where the matrices of a flat buffer lie, and their factors, which follow one another in a tensor of
+    their own: made once per layout and rank, so that a step costs what its bytes cost."""
+
+    names: tuple[str, ...]
+    products: lowrank.Products
+    plain: Moves
+    """From the flat buffer to the values that are not compressed, laid end to end."""
+
+    def plain_of(self, x: Tensor) -> Tensor:
+        """What is sent as it is."""
+        out = torch.empty(self.plain.ends[1], device=x.device)
+        move(x, out, self.plain)
+        return out
+
+    def together(self, like: Tensor, plain: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        """The flat buffer of what went plainly and of the products ``P Q^T``."""
+        out = torch.empty_like(like)
+        move(plain, out, self.plain.back)
+        lowrank.each_outer(p, q, out, self.products)
+        return out
+
+    def deduct(self, given: Tensor, p: Tensor, q: Tensor) -> None:
+        """Take the contribution off a flat buffer: the products, and all of what went plainly."""
+        move(torch.zeros(self.plain.ends[1], device=given.device), given, self.plain.back)
+        lowrank.each_subtract_outer(p, q, given, self.products)
+
+    def kept(self, old: PerParameter, side: str, factors: Tensor) -> PerParameter:
+        """The factors for the next step; rows beyond the present rank are zero, so that they are drawn when
+        they are needed."""
+        new = PerParameter(old)
+        for name, factor in zip(self.names, self.products.views(factors, side), strict=True):
+            missing = old[name].shape[0] - factor.shape[0]
+            new[name] = torch.nn.functional.pad(factor, (0, 0, 0, missing)) if missing else factor
+        return new
+
+    def orthonormal(self, factors: Tensor, side: str) -> Tensor:
+        """:func:`orthonormal` of each factor; those of one shape in one call."""
+        to_groups, shapes = self._groups(side)
+        grouped, out = torch.empty_like(factors), torch.empty_like(factors)
+        move(factors, grouped, to_groups)
+        at = 0
+        for count, rank, length in shapes:
+            group = grouped[at : at + count * rank * length]
+            rows = group.view(count, rank, length)
+            if rank * length % ALIGNED == 0:
+                group.copy_(orthonormal(rows).view(-1))
+            else:
+                for one in rows:
+                    one.copy_(orthonormal(one))
+            at += group.numel()
+        move(grouped, out, to_groups.back)
+        return out
+
+    def _groups(self, side: str) -> tuple[Moves, list[tuple[int, int, int]]]:
+        """Factors of one shape side by side; how many there are of each shape, rank and length."""
+        return self._groups_of_p if side == "p" else self._groups_of_q
+
+    @cached_property
+    def _groups_of_p(self) -> tuple[Moves, list[tuple[int, int, int]]]:
+        return _grouped(self.products.shapes("p"))
+
+    @cached_property
+    def _groups_of_q(self) -> tuple[Moves, list[tuple[int, int, int]]]:
+        return _grouped(self.products.shapes("q"))
+
+    @cached_property
+    def q_rows(self) -> Tensor:
+        """How long each row of the factors Q is."""
+        return torch.tensor([b for r, b in self.products.shapes("q") for _ in range(r)], dtype=torch.int64)
+
+    @cached_property
+    def p_rows(self) -> Tensor:
+        """How long each row of the factors P is."""
+        return torch.tensor([a for r, a in self.products.shapes("p") for _ in range(r)], dtype=torch.int64)
+
+
+def _plan(layout: Layout, rank: int, min_compression: float) -> _Plan:
+    return layout.remember(("powersgd", rank, min_compression), lambda: _make(layout, rank, min_compression))
+
+
+def _make(layout: Layout, rank: int, min_compression: float) -> _Plan:
+    ranks = _worth(layout, rank, min_compression)
+    matrices, plain, plain_at = [], [], 0
+    for param, at in zip(layout.slices, layout.offsets, strict=True):
+        if param.name in ranks:
+            matrices.append((ranks[param.name], *_sides(param), at))
+        else:
+            plain.append((at, plain_at, param.numel))
+            plain_at += param.numel
+    return _Plan(tuple(ranks), lowrank.Products(tuple(matrices)), Moves(tuple(plain)))
+
+
+def _grouped(shapes: list[tuple[int, int]]) -> tuple[Moves, list[tuple[int, int, int]]]:
+    begin = list(itertools.accumulate((rank * length for rank, length in shapes), initial=0))
+    members: dict[tuple[int, int], list[int]] = {}
+    for index, shape in enumerate(shapes):
+        members.setdefault(shape, []).append(index)
+    moves, to = [], 0
+    for (rank, length), indices in members.items():
+        for index in indices:
+            moves.append((begin[index], to, rank * length))
+            to += rank * length
+    return Moves(tuple(moves)), [(len(indices), *shape) for shape, indices in members.items()]
+
+
+def _starts(factors: PerParameter, plan: _Plan, side: str, context: StepContext) -> Tensor:
     """The orthonormal factors to multiply with; what is zero of them is drawn by all ranks alike."""
-    return [
-        orthonormal(_alive(factors[name][:rank], context.shared.fold("powersgd", name)))
-        for name, rank in ranks.items()
-    ]
+    ranks = [rank for rank, _ in plan.products.shapes(side)]
+    pieces = [factors[name] for name in plan.names]
+    pieces = [one if len(one) == rank else one[:rank] for one, rank in zip(pieces, ranks, strict=True)]
+    if not pieces:
+        return torch.empty(0)
+    flat = torch.cat([one.reshape(-1) for one in pieces])
+    if flat.device.type != "cpu" or not _all_alive(flat, plan, side):
+        keys = [context.shared.fold("powersgd", name) for name in plan.names]
+        flat = torch.cat([_alive(one, key).reshape(-1) for one, key in zip(pieces, keys, strict=True)])
+    return plan.orthonormal(flat, side)
+
+
+def _all_alive(flat: Tensor, plan: _Plan, side: str) -> bool:
+    lengths = plan.q_rows if side == "q" else plan.p_rows
+    return bool((torch.segment_reduce(flat.abs(), "max", lengths=lengths) != 0).all())
 
 
 def orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormal rows with the same span (r x n, r <= n). Householder: neither dependence nor zeros break
-    it."""
-    columns: Tensor = torch.linalg.qr(rows.T).Q
-    return columns.T.contiguous()
+    """Orthonormal rows with the same span (``[..., r, n]``, r <= n). Householder: neither dependence nor
+    zeros break it."""
+    columns: Tensor = torch.linalg.qr(rows.mT).Q
+    return columns.mT.contiguous()
 
 
 def _alive(rows: Tensor, key: Key) -> Tensor:
@@ -185,64 +307,15 @@ def _alive(rows: Tensor, key: Key) -> Tensor:
     return torch.where(alive, rows, noise.to(rows.device, non_blocking=True))
 
 
-def _means(
-    plain: list[Tensor], factors: list[Tensor], context: StepContext
-) -> Rounds[tuple[list[Tensor], list[Tensor]]]:
+def _means(plain: Tensor, factors: Tensor, context: StepContext) -> Rounds[tuple[Tensor, Tensor]]:
     """The means of both, by one all-reduce.
 
     Factors get memory of their own: a product's last bits depend on how its operands are aligned.
     """
-    pieces = plain + factors
-    if not pieces:
-        return [], []
-    total = yield from mean(torch.cat([piece.reshape(-1) for piece in pieces]), context)
-    means = [
-        m.view_as(piece)
-        for m, piece in zip(torch.split(total, [piece.numel() for piece in pieces]), pieces, strict=True)
-    ]
-    return means[: len(plain)], [factor.clone() for factor in means[len(plain) :]]
-
-
-def _together(
-    layout: Layout,
-    like: Tensor,
-    plain: Iterable[Tensor],
-    matrices: Iterable[str],
-    p: Iterable[Tensor],
-    q: Iterable[Tensor],
-) -> Tensor:
-    """The flat buffer of what went plainly and of the products ``P Q^T``."""
-    out = torch.empty_like(like)
-    values, factors = iter(plain), dict(zip(matrices, zip(p, q, strict=True), strict=True))
-    for param, piece in layout.pieces(out):
-        if param.name in factors:
-            left, right = factors[param.name]
-            lowrank.outer(left, right, piece.view(_sides(param)))
-        else:
-            piece.copy_(next(values))
-    return out
-
-
-def _deduct(
-    given: Tensor, layout: Layout, matrices: Iterable[str], p: Iterable[Tensor], q: Iterable[Tensor]
-) -> None:
-    """Take the contribution off a flat buffer: the products, and all of what went plainly."""
-    factors = dict(zip(matrices, zip(p, q, strict=True), strict=True))
-    for param, piece in layout.pieces(given):
-        if param.name in factors:
-            left, right = factors[param.name]
-            lowrank.subtract_outer(left, right, piece.view(_sides(param)))
-        else:
-            piece.zero_()
-
-
-def _kept(old: PerParameter, names: Iterable[str], factors: Iterable[Tensor]) -> PerParameter:
-    """The factors for the next step; rows beyond the present rank are zero, so that they are drawn when
-    they are needed."""
-    new = PerParameter(old)
-    for name, factor in zip(names, factors, strict=True):
-        new[name] = torch.nn.functional.pad(factor, (0, 0, 0, old[name].shape[0] - factor.shape[0]))
-    return new
+    if plain.numel() + factors.numel() == 0:
+        return plain, factors
+    total = yield from mean(torch.cat([plain, factors]), context)
+    return total[: plain.numel()], total[plain.numel() :].clone()
 
 
 def _sides(param: ParamSlice) -> tuple[int, int]:

@@ -1,0 +1,235 @@
+/* Many short rows of a flat buffer in one call: which elements are the largest, how their places are written, and
+ * moving pieces from one buffer to another. compressors/sparse.py says the same in torch, row by row.
+ *
+ * A table has one line for each row, made by Python (kernels/rows.py), whose wrappers have checked that all of it
+ * lies within the buffers.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "_rows.h"
+
+typedef struct {
+    int64_t start, length, count; /* of the row in the flat buffer; how many of its elements are sent */
+    int64_t place, code;          /* where its places and its bytes begin */
+    int64_t width;                /* of an index within its chunk; BITMAP or NOTHING */
+} Row;
+
+#define BITMAP (-1)
+#define NOTHING (-2)
+#define SCANS 4 /* up to so many largest are found one after the other */
+
+static size_t bytes_of(size_t bits) { return (bits + 7) / 8; }
+
+/* ------------------------------------------------------------------------------------------------------ which */
+
+static void magnitudes(const float *x, int32_t *out, size_t n) {
+    memcpy(out, x, 4 * n);
+    for (size_t j = 0; j < n; j++) out[j] &= 0x7fffffff;
+}
+
+/* The few largest, one scan after the other; of equal ones the first. Those that are taken become -1. */
+static void take_largest(int32_t *m, size_t n, size_t count) {
+    for (size_t taken = 0; taken < count; taken++) {
+        int32_t largest = -1;
+        for (size_t j = 0; j < n; j++) largest = m[j] > largest ? m[j] : largest;
+        size_t at = 0;
+        while (m[at] != largest) at++;
+        m[at] = -1;
+    }
+}
+
+/* The count-th largest, by its bytes from the top down; *above: how many are larger. */
+static int32_t edge_of(const int32_t *m, size_t n, size_t count, size_t *above) {
+    uint32_t prefix = 0, known = 0;
+    *above = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        size_t bins[256] = {0};
+        for (size_t j = 0; j < n; j++)
+            if (((uint32_t)m[j] & known) == prefix) bins[(uint32_t)m[j] >> shift & 255]++;
+        uint32_t bin = 255;
+        while (*above + bins[bin] < count) *above += bins[bin--];
+        prefix |= bin << shift;
+        known |= 255u << shift;
+    }
+    return (int32_t)prefix;
+}
+
+static void top_row(const float *x, const Row *row, int32_t *m, int64_t *places) {
+    size_t n = (size_t)row->length, count = (size_t)row->count, above;
+    int64_t *out = places + row->place;
+    if (count == n) {
+        for (size_t j = 0; j < n; j++) out[j] = row->start + (int64_t)j;
+        return;
+    }
+    magnitudes(x + row->start, m, n);
+    if (count <= SCANS) {
+        take_largest(m, n, count);
+        for (size_t j = 0, found = 0; found < count; j++)
+            if (m[j] < 0) out[found++] = row->start + (int64_t)j;
+        return;
+    }
+    int32_t edge = edge_of(m, n, count, &above);
+    size_t ties = count - above;
+    for (size_t j = 0, found = 0; found < count; j++)
+        if (m[j] > edge || (m[j] == edge && ties && ties--)) out[found++] = row->start + (int64_t)j;
+}
+
+/* ------------------------------------------------------------------------------------------------ how written */
+
+static size_t unary_bits(const Row *row) {
+    return (size_t)(row->count + ((row->length - 1) >> row->width));
+}
+
+/* Bit `place` of `bits` packed ones: in planes, as packing.py has it. */
+static void set_bit(uint8_t *out, size_t bits, size_t place) {
+    size_t height = bytes_of(bits);
+    out[place % height] |= (uint8_t)(1u << place / height);
+}
+
+/* The places of the first `count` ones, rising; 0 for those that are missing. */
+static void ones(const uint8_t *in, size_t bits, size_t count, int64_t *out) {
+    size_t height = bytes_of(bits), found = 0;
+    for (size_t place = 0; place < bits && found < count;) {
+        size_t plane = place / height, end = (plane + 1) * height < bits ? (plane + 1) * height : bits;
+        for (const uint8_t *byte = in; place < end && found < count; place++, byte++)
+            if (*byte >> plane & 1) out[found++] = (int64_t)place;
+    }
+    for (; found < count; found++) out[found] = 0;
+}
+
+/* The low `width` bits of each index, as parts of 8, 4, 2 and 1 bits in planes. Returns the bytes. */
+static size_t write_low(const int64_t *places, const Row *row, uint8_t *out) {
+    size_t count = (size_t)row->count, at = 0;
+    int shift = 0;
+    for (int part = 8; part; part /= 2) {
+        if (!(row->width & part)) continue;
+        size_t height = bytes_of(count * (size_t)part), j = 0;
+        int place = 0;
+        for (size_t i = 0; i < count; i++) {
+            uint64_t index = (uint64_t)(places[i] - row->start);
+            out[at + j] |= (uint8_t)((index >> shift & ((1u << part) - 1)) << place);
+            if (++j == height) j = 0, place += part;
+        }
+        at += height;
+        shift += part;
+    }
+    return at;
+}
+
+static size_t read_low(const uint8_t *in, const Row *row, int64_t *places) {
+    size_t count = (size_t)row->count, at = 0;
+    int shift = 0;
+    for (int part = 8; part; part /= 2) {
+        if (!(row->width & part)) continue;
+        size_t height = bytes_of(count * (size_t)part), j = 0;
+        int place = 0;
+        for (size_t i = 0; i < count; i++) {
+            places[i] += (int64_t)(in[at + j] >> place & ((1 << part) - 1)) << shift;
+            if (++j == height) j = 0, place += part;
+        }
+        at += height;
+        shift += part;
+    }
+    return at;
+}
+
+static size_t low_bytes(const Row *row) {
+    size_t bytes = 0;
+    for (int part = 8; part; part /= 2)
+        if (row->width & part) bytes += bytes_of((size_t)row->count * (size_t)part);
+    return bytes;
+}
+
+static void write_row(const int64_t *all, const Row *row, uint8_t *codes) {
+    const int64_t *places = all + row->place;
+    uint8_t *out = codes + row->code;
+    size_t count = (size_t)row->count;
+    if (row->width == NOTHING) return;
+    if (row->width == BITMAP) {
+        memset(out, 0, bytes_of((size_t)row->length));
+        for (size_t i = 0; i < count; i++) set_bit(out, (size_t)row->length, (size_t)(places[i] - row->start));
+        return;
+    }
+    size_t bits = unary_bits(row), low = low_bytes(row);
+    memset(out, 0, low + bytes_of(bits));
+    write_low(places, row, out);
+    for (size_t i = 0; i < count; i++)
+        set_bit(out + low, bits, (size_t)((places[i] - row->start) >> row->width) + i);
+}
+
+static void read_row(const uint8_t *codes, const Row *row, int64_t *all) {
+    const uint8_t *in = codes + row->code;
+    int64_t *places = all + row->place;
+    size_t count = (size_t)row->count;
+    if (row->width == NOTHING) {
+        for (size_t i = 0; i < count; i++) places[i] = row->start + (int64_t)i;
+        return;
+    }
+    if (row->width == BITMAP) {
+        ones(in, (size_t)row->length, count, places);
+    } else {
+        ones(in + low_bytes(row), unary_bits(row), count, places);
+        for (size_t i = 0; i < count; i++) places[i] = (places[i] - (int64_t)i) * ((int64_t)1 << row->width);
+        read_low(in, row, places);
+    }
+    for (size_t i = 0; i < count; i++) { /* bytes that no encoder made give legal places, too */
+        int64_t index = places[i] < 0 ? 0 : places[i] >= row->length ? row->length - 1 : places[i];
+        places[i] = row->start + index;
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------- Python's side */
+
+PyObject *py_top_rows(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long x, table, places;
+    Py_ssize_t rows, longest;
+    if (!PyArg_ParseTuple(args, "KKnKn", &x, &table, &rows, &places, &longest)) return NULL;
+    int32_t *scratch = malloc(4 * (size_t)longest + 4);
+    if (!scratch) return PyErr_NoMemory();
+    Py_BEGIN_ALLOW_THREADS
+    for (const Row *row = (const Row *)(uintptr_t)table, *end = row + rows; row < end; row++)
+        top_row((const float *)(uintptr_t)x, row, scratch, (int64_t *)(uintptr_t)places);
+    Py_END_ALLOW_THREADS
+    free(scratch);
+    Py_RETURN_NONE;
+}
+
+PyObject *py_write_rows(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long places, table, codes;
+    Py_ssize_t rows;
+    if (!PyArg_ParseTuple(args, "KKnK", &places, &table, &rows, &codes)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    for (const Row *row = (const Row *)(uintptr_t)table, *end = row + rows; row < end; row++)
+        write_row((const int64_t *)(uintptr_t)places, row, (uint8_t *)(uintptr_t)codes);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject *py_read_rows(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long codes, table, places;
+    Py_ssize_t rows;
+    if (!PyArg_ParseTuple(args, "KKnK", &codes, &table, &rows, &places)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    for (const Row *row = (const Row *)(uintptr_t)table, *end = row + rows; row < end; row++)
+        read_row((const uint8_t *)(uintptr_t)codes, row, (int64_t *)(uintptr_t)places);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject *py_move(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long from, to, table;
+    Py_ssize_t pieces;
+    if (!PyArg_ParseTuple(args, "KKKn", &from, &to, &table, &pieces)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    const int64_t *piece = (const int64_t *)(uintptr_t)table;
+    for (Py_ssize_t i = 0; i < pieces; i++, piece += 3) /* from where, to where, how many float32 */
+        memcpy((float *)(uintptr_t)to + piece[1], (const float *)(uintptr_t)from + piece[0], 4 * (size_t)piece[2]);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}

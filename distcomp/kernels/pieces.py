@@ -1,0 +1,252 @@
+"""Many pieces of one buffer in one call: what a step costs grows with its bytes, not with its names.
+
+Each function equals its twin in :mod:`distcomp.kernels` (or a copy), piece by piece, bit for bit; where the C
+extension does not serve, that is what it is. The tables that say where pieces lie are made once per layout.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from distcomp import kernels
+from distcomp.errors import DistcompError
+from distcomp.kernels.dispatch import backend
+from distcomp.kernels.packing import packed_bytes, scale_count
+
+LARGE = 1 << 18
+"""Elements: a piece of more than these is a call of its own, which several threads may share."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One parameter's piece: ``numel`` elements at ``at`` of the flat buffer, the first of which is element
+    ``first`` of its parameter; its codes and scales begin at ``codes`` and ``scales``."""
+
+    at: int
+    numel: int
+    codes: int
+    scales: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of a flat buffer that are quantized alike, and where their codes and scales lie."""
+
+    each: tuple[Piece, ...]
+    block: int
+    bits: int
+
+    @staticmethod
+    def of(places: Sequence[tuple[int, int, int]], block: int, bits: int) -> Pieces:
+        """From ``(at, numel, first)`` of each piece: codes and scales follow one another."""
+        pieces, codes, scales = [], 0, 0
+        for at, numel, first in places:
+            if first % block:
+                raise DistcompError(
+                    f"first={first} is not a multiple of block={block}; split only between blocks"
+                )
+            pieces.append(Piece(at, numel, codes, scales, first))
+            codes += packed_bytes(numel, block, bits)
+            scales += scale_count(numel, block)
+        return Pieces(tuple(pieces), block, bits)
+
+    @cached_property
+    def numel(self) -> int:
+        """Up to where the flat buffer is touched."""
+        return max((piece.at + piece.numel for piece in self.each), default=0)
+
+    @cached_property
+    def code_bytes(self) -> int:
+        return sum(packed_bytes(piece.numel, self.block, self.bits) for piece in self.each)
+
+    @cached_property
+    def scale_count(self) -> int:
+        return sum(scale_count(piece.numel, self.block) for piece in self.each)
+
+    @cached_property
+    def small(self) -> tuple[int, ...]:
+        """Which of them share one call."""
+        return tuple(i for i, piece in enumerate(self.each) if piece.numel <= LARGE)
+
+    @cached_property
+    def large(self) -> tuple[int, ...]:
+        return tuple(i for i, piece in enumerate(self.each) if piece.numel > LARGE)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """The small ones for C: at, numel, codes, scales, first."""
+        rows = [self.each[i] for i in self.small]
+        lines = [(one.at, one.numel, one.codes, one.scales, one.first) for one in rows]
+        return torch.tensor(lines, dtype=torch.int64).reshape(-1, 5)
+
+    def views(self, index: int, x: Tensor, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One piece's values, codes and scales."""
+        one = self.each[index]
+        code_bytes, blocks = (
+            packed_bytes(one.numel, self.block, self.bits),
+            scale_count(one.numel, self.block),
+        )
+        return (
+            x[one.at : one.at + one.numel],
+            codes[one.codes : one.codes + code_bytes],
+            scales[one.scales : one.scales + blocks],
+        )
+
+
+def quantize(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    pieces: Pieces,
+    keys: Sequence[int] = (),
+    *,
+    stochastic: bool = True,
+    given_scales: bool = False,
+) -> None:
+    """:func:`distcomp.kernels.quantize` of each piece, with the key of the same index (none where nothing is
+    random)."""
+    _check(x, codes, scales, pieces)
+    if keys and len(keys) != len(pieces.each):
+        raise DistcompError(f"{len(keys)} keys were given for {len(pieces.each)} pieces; give one for each")
+    served = _served(x)
+    for i in pieces.large if served else range(len(pieces.each)):
+        kernels.quantize(
+            *pieces.views(i, x, codes, scales),
+            block=pieces.block,
+            bits=pieces.bits,
+            key=keys[i] if keys else 0,
+            first=pieces.each[i].first,
+            stochastic=stochastic,
+            given_scales=given_scales,
+        )
+    if not served or not pieces.small:
+        return
+    from distcomp.kernels import _cpu, cpu
+
+    all_keys = array("Q", [keys[i] for i in pieces.small] if keys else bytes(8 * len(pieces.small)))
+    table, x_at, codes_at, scales_at = pieces.table, x.data_ptr(), codes.data_ptr(), scales.data_ptr()
+    keys_at, table_at = all_keys.buffer_info()[0], table.data_ptr()
+
+    def run(start: int, count: int) -> None:
+        _cpu.quantize_pieces(
+            x_at, codes_at, scales_at, table_at + 40 * start, count, keys_at + 8 * start,
+            pieces.block, pieces.bits, stochastic, given_scales,
+        )  # fmt: skip
+
+    cpu.shared(run, len(table), 1, 4 * x.numel() // len(table))
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    out: Tensor,
+    pieces: Pieces,
+    *,
+    add: bool = False,
+    subtract: bool = False,
+) -> None:
+    """:func:`distcomp.kernels.dequantize` of each piece."""
+    _check(out, codes, scales, pieces)
+    if add and subtract:
+        raise DistcompError("dequantize was asked to add and to subtract at once; choose one")
+    served = _served(out)
+    for i in pieces.large if served else range(len(pieces.each)):
+        piece_out, piece_codes, piece_scales = pieces.views(i, out, codes, scales)
+        kernels.dequantize(
+            piece_codes, piece_scales, piece_out,
+            block=pieces.block, bits=pieces.bits, add=add, subtract=subtract,
+        )  # fmt: skip
+    if not served or not pieces.small:
+        return
+    from distcomp.kernels import _cpu, cpu
+
+    table, codes_at, scales_at, out_at = pieces.table, codes.data_ptr(), scales.data_ptr(), out.data_ptr()
+    sign, table_at = int(add) - int(subtract), table.data_ptr()
+
+    def run(start: int, count: int) -> None:
+        _cpu.dequantize_pieces(
+            codes_at, scales_at, out_at, table_at + 40 * start, count, pieces.block, pieces.bits, sign, 1.0
+        )
+
+    cpu.shared(run, len(table), 1, 4 * out.numel() // len(table))
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Pieces of one flat buffer and where they lie in another: ``(from, to, numel)`` of each."""
+
+    each: tuple[tuple[int, int, int], ...]
+
+    @cached_property
+    def back(self) -> Moves:
+        """From the other buffer to the one."""
+        return Moves(tuple((target, source, numel) for source, target, numel in self.each))
+
+    @cached_property
+    def table(self) -> Tensor:
+        """Neighbours on both sides are one move."""
+        joined: list[list[int]] = []
+        for source, target, numel in self.each:
+            last = joined[-1] if joined else None
+            if last is not None and (last[0] + last[2], last[1] + last[2]) == (source, target):
+                last[2] += numel
+            elif numel:
+                joined.append([source, target, numel])
+        return torch.tensor(joined, dtype=torch.int64).reshape(-1, 3)
+
+    @cached_property
+    def ends(self) -> tuple[int, int]:
+        """Up to where the two buffers are touched."""
+        table = self.table
+        return (
+            int((table[:, 0] + table[:, 2]).max()) if len(table) else 0,
+            int((table[:, 1] + table[:, 2]).max()) if len(table) else 0,
+        )
+
+
+def move(source: Tensor, target: Tensor, moves: Moves) -> None:
+    """Copy the pieces (float32, contiguous) to their places in ``target``."""
+    for what, tensor, end in zip(("source", "target"), (source, target), moves.ends, strict=True):
+        if not tensor.is_contiguous() or tensor.dtype != torch.float32 or tensor.numel() < end:
+            raise DistcompError(
+                f"the {what} of a move has {tensor.numel()} elements of {tensor.dtype}; it takes contiguous "
+                f"float32 of {end} or more"
+            )
+    if _served(source) and target.device.type == "cpu":
+        from distcomp.kernels import _cpu
+
+        table = moves.table
+        _cpu.move(source.data_ptr(), target.data_ptr(), table.data_ptr(), len(table))
+        return
+    for begin, to, numel in moves.table.tolist():
+        target.view(-1)[to : to + numel] = source.view(-1)[begin : begin + numel]
+
+
+def _served(x: Tensor) -> bool:
+    return x.device.type == "cpu" and backend("cpu") == "cpu"
+
+
+def _check(x: Tensor, codes: Tensor, scales: Tensor, pieces: Pieces) -> None:
+    wanted = (
+        ("values", x, torch.float32, pieces.numel),
+        ("codes", codes, torch.uint8, pieces.code_bytes),
+        ("scales", scales, torch.float32, pieces.scale_count),
+    )
+    for what, tensor, dtype, numel in wanted:
+        if not tensor.is_contiguous() or tensor.dtype != dtype or tensor.numel() < numel:
+            raise DistcompError(
+                f"the {what} have {tensor.numel()} elements of {tensor.dtype} where {numel} of {dtype} are "
+                "needed; size them with packed_bytes() and scale_count()"
+            )
+    if not 1 <= pieces.bits <= 8 or pieces.block < 1:
+        raise DistcompError(
+            f"bits={pieces.bits} and block={pieces.block} are no widths of a code; choose 1 to 8 bits and "
+            "a block of 1 or more"
+        )
