@@ -150,7 +150,7 @@ def _segment(name: str, parameter: Tensor) -> ParamSlice:
 
 def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
-        return torch.zeros(parameter.numel(), device=parameter.device)
+        return torch.zeros(parameter.numel(), device=parameter.device, dtype=torch.float32)
     return parameter.grad.reshape(-1).float()
 
 

@@ -143,7 +143,7 @@ def check_header(payload: Payload, expected: PayloadHeader) -> Tensor:
                 f"expected {wanted!r}; no gradient was changed: restart from the last checkpoint and "
                 "check the network"
             )
-    return torch.tensor(bool(finite))
+    return torch.tensor(bool(finite), dtype=torch.bool)
 
 
 def _unseal_on_device(payload: Payload, expected: PayloadHeader) -> Tensor:

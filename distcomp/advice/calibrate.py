@@ -52,7 +52,7 @@ class Zeros(Method):
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         for _ in range(ROUNDS):
             if self.around:
-                yield AllReduce(torch.zeros(self.nbytes // 4))
+                yield AllReduce(torch.zeros(self.nbytes // 4, dtype=torch.float32))
             else:
                 yield AllGather(self._payload())
         return AggregateResult(x, lambda: x, state)

@@ -96,7 +96,7 @@ def around_a_ring(profiles: Sequence[ProfiledExchange]) -> tuple[ProfiledExchang
 
 def _hook_exchange(method: str, layout: Layout) -> ProfiledExchange:
     """One sum of a bucket, multiplied by 1/n, and cast where that is what the hook does."""
-    bucket, times_s = torch.randn(layout.numel), []
+    bucket, times_s = torch.randn(layout.numel, dtype=torch.float32), []
     for _ in range(7):
         begin_s = clock()
         sent = bucket.half() if method == "torch:fp16" else bucket

@@ -113,7 +113,7 @@ def _averaging_exchange(fragments: Sequence[FragmentState], ranks: int) -> Profi
 
 def _copying_s(fragment: FragmentState, result: AggregateResult) -> float:
     """To read the weights before an exchange and after it, and to write them."""
-    flat = torch.zeros(fragment.layout.numel)
+    flat = torch.zeros(fragment.layout.numel, dtype=torch.float32)
     views = {param.name: piece for param, piece in fragment.layout.pieces(flat)}
     whole = Layout(tuple(replace(one, start=0) for one in fragment.layout.slices))
     begin_s = clock()
@@ -165,7 +165,7 @@ def _hold(profile: Aggregation, rank: int, ranks: int) -> Held:
 
 
 def _gradient(layout: Layout, seed: int = 0) -> Tensor:
-    return torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 class _Echo:

@@ -138,7 +138,11 @@ class GradientSync(Sync):
             )
         if self._driver is None:
             self._driver = _Thread(self) if buffer.device.type == "cpu" else _Stream(self, buffer.device)
-        scale = self._scaler.scale(torch.ones((), device=buffer.device)) if self._scaler is not None else None
+        scale = (
+            self._scaler.scale(torch.ones((), device=buffer.device, dtype=torch.float32))
+            if self._scaler is not None
+            else None
+        )
         if index == 0:
             self._observed = self._observe()
         layout, observed = self._layout(bucket), self._observed

@@ -196,7 +196,9 @@ class TensorExchanges:
         layout = Layout.of([("agreement", (1,))])
         context = context_of(self._sync.session.channel, layout, 0, "agreement")
         return (
-            self._sync.exchange(aggregator, torch.zeros(1, device=self._device), {}, context)
+            self._sync.exchange(
+                aggregator, torch.zeros(1, device=self._device, dtype=torch.float32), {}, context
+            )
             .result()
             .estimate
         )

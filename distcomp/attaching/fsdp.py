@@ -233,7 +233,11 @@ class FSDPSync(Sync):
         self.clock.exchange_begins()
         self._ready_s = time.perf_counter()
         layout = self._layout(name, buffer.numel())
-        scale = self._scaler.scale(torch.ones((), device=buffer.device)) if self._scaler is not None else None
+        scale = (
+            self._scaler.scale(torch.ones((), device=buffer.device, dtype=torch.float32))
+            if self._scaler is not None
+            else None
+        )
         x = buffer.float() if scale is None else buffer.float() / scale
         context = context_of(self._session.channel, layout, self.iterations, self._seed)
         agreed = exchange(

@@ -36,7 +36,9 @@ class Consensus:
 
     def numbers(self, own: int) -> list[int]:
         """Every rank's number, in rank order."""
-        numbers: list[int] = self._ask(Numbers(own), torch.zeros(1, device=self._device)).tolist()
+        numbers: list[int] = self._ask(
+            Numbers(own), torch.zeros(1, device=self._device, dtype=torch.float32)
+        ).tolist()
         return numbers
 
     def _ask(self, aggregator: Aggregator, x: Tensor) -> Tensor:

@@ -46,7 +46,10 @@ def average(optimizer: Optimizer | None, parameters: Mapping[str, nn.Parameter],
     }
     device = next(iter(parameters.values())).device
     ready = torch.full(
-        (1,), float(all(parameter in state for parameter in parameters.values())), device=device
+        (1,),
+        float(all(parameter in state for parameter in parameters.values())),
+        device=device,
+        dtype=torch.float32,
     )
     if mean(ready, Layout.of([("ready", (1,))])).item() < 1 or not tensors:
         return

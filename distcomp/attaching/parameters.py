@@ -339,7 +339,9 @@ class ParameterSync(Sync):
             fragment.in_flight = None
             if counts["lands_at"] >= 0:
                 blank = AggregateResult(
-                    self._weights.read(fragment.layout), lambda: torch.empty(0), fragment.state
+                    self._weights.read(fragment.layout),
+                    lambda: torch.empty(0, dtype=torch.float32),
+                    fragment.state,
                 )
                 fragment.in_flight = InFlight(counts["lands_at"], _known(blank))
         tree = join_state(saved["state"], self._tree())
@@ -349,7 +351,9 @@ class ParameterSync(Sync):
             fragment.state = tree["tracks"][fragment.name]
             if fragment.in_flight is not None:
                 arrived = tree["in_flight"][fragment.name]
-                result = AggregateResult(arrived["model"].data, lambda: torch.empty(0), arrived["state"])
+                result = AggregateResult(
+                    arrived["model"].data, lambda: torch.empty(0, dtype=torch.float32), arrived["state"]
+                )
                 fragment.in_flight = InFlight(fragment.in_flight.at, _known(result))
             if resized and fragment.averaging.starts_anew:
                 fragment.start(self._weights.read(fragment.layout))

@@ -61,7 +61,7 @@ class Weights:
 
 def _read(tensors: Mapping[str, Tensor], layout: Layout, device: torch.device) -> Tensor:
     pieces = [tensors[s.name].detach().reshape(-1)[s.start : s.stop].to(device) for s in layout.slices]
-    return torch.cat(pieces).float() if pieces else torch.empty(0, device=device)
+    return torch.cat(pieces).float() if pieces else torch.empty(0, device=device, dtype=torch.float32)
 
 
 @torch.no_grad()

@@ -257,7 +257,7 @@ def fragment_states(
 def gather(views: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """The flat buffer of a layout, copied from flat tensors by name, in float32."""
     pieces = [views[param.name][param.start : param.stop] for param in layout.slices]
-    return torch.cat(pieces).float() if pieces else torch.empty(0)
+    return torch.cat(pieces).float() if pieces else torch.empty(0, dtype=torch.float32)
 
 
 def scatter(views: Mapping[str, Tensor], layout: Layout, buffer: Tensor) -> None:

@@ -68,7 +68,9 @@ class ECD(Gossip):
             "model": FlatBuffer(x.clone(), context.layout),
             "estimate": FlatBuffer(x.clone(), context.layout),
             "replicas": copies(x, self.row(context), context.layout),
-            "overflow": PerParameter({name: torch.tensor(0) for name in context.layout.names}),
+            "overflow": PerParameter(
+                {name: torch.tensor(0, dtype=torch.int64) for name in context.layout.names}
+            ),
         }
         if isinstance(self.compressor, GrowingGrid):
             state["anchor"] = FlatBuffer(x.clone(), context.layout)

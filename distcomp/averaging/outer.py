@@ -35,7 +35,11 @@ class Outer:
             )
 
     def init(self, layout: Layout) -> State:
-        return {"momentum": FlatBuffer(torch.zeros(layout.numel), layout)} if self.momentum else {}
+        return (
+            {"momentum": FlatBuffer(torch.zeros(layout.numel, dtype=torch.float32), layout)}
+            if self.momentum
+            else {}
+        )
 
     def step(self, anchor: Tensor, gradient: Tensor, state: State) -> tuple[Tensor, State]:
         """The new anchor and the new state."""

@@ -192,7 +192,9 @@ class Mean(Averaging):
         turn."""
         for param, at in zip(context.layout.slices, context.layout.offsets, strict=True):
             generator = context.shared.fold(param.name, param.start).generator()
-            count = int(self.share * param.numel + torch.rand((), generator=generator).item())
+            count = int(
+                self.share * param.numel + torch.rand((), generator=generator, dtype=torch.float32).item()
+            )
             yield at + torch.randperm(param.numel, generator=generator)[:count]
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class AnchoredGrid(Compressor):
             math.ldexp(float(self.spacing[param.name]), doublings)
             for param, doublings in zip(layout.slices, widened, strict=True)
         ]
-        lengths = torch.tensor([param.numel for param in layout.slices])
+        lengths = torch.tensor([param.numel for param in layout.slices], dtype=torch.int64)
         return torch.repeat_interleave(torch.tensor(steps, dtype=torch.float32), lengths).to(
             payload.wire.device
         )

@@ -64,7 +64,7 @@ def uniform(layout: Layout, key: Key, device: torch.device) -> Tensor:
         reference.uniform(param.numel, key.fold(param.name).bits, param.start, device)
         for param in layout.slices
     ]
-    return torch.cat(pieces) if pieces else torch.empty(0, device=device)
+    return torch.cat(pieces) if pieces else torch.empty(0, device=device, dtype=torch.float32)
 
 
 def sign_bytes(numel: int) -> int:
@@ -77,7 +77,7 @@ def pack_signs(x: Tensor, out: Tensor) -> Tensor:
 
     Returns the mean of ``|x|``, which is found in the same pass; 0 where there is nothing.
     """
-    means = torch.empty(kernels.scale_count(x.numel(), SIGNS), device=x.device)
+    means = torch.empty(kernels.scale_count(x.numel(), SIGNS), device=x.device, dtype=torch.float32)
     kernels.quantize(x, out, means, block=SIGNS, bits=1)
     sums = means.double() * SIGNS
     sums[-1:] *= (x.numel() - (means.numel() - 1) * SIGNS) / SIGNS
@@ -86,5 +86,7 @@ def pack_signs(x: Tensor, out: Tensor) -> Tensor:
 
 def unpack_signs(codes: Tensor, out: Tensor, scale: Tensor | float = 1.0, add: bool = False) -> None:
     """Write (or add) +scale and -scale into ``out`` (float32)."""
-    scales = torch.ones(kernels.scale_count(out.numel(), SIGNS), device=out.device) * scale
+    scales = (
+        torch.ones(kernels.scale_count(out.numel(), SIGNS), device=out.device, dtype=torch.float32) * scale
+    )
     kernels.dequantize(codes, scales, out, block=SIGNS, bits=1, add=add)

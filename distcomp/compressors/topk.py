@@ -194,7 +194,7 @@ class RandomK(Sparsifier):
             all_.numel / max(1, some.numel) if self.scaled else 1.0
             for all_, some in zip(layout.slices, kept.slices, strict=True)
         ]
-        return spread(torch.tensor(factors, device=device), kept)
+        return spread(torch.tensor(factors, device=device, dtype=torch.float32), kept)
 
     def omega(self, numel: int) -> float | None:
         return numel / kept_count(numel, self.ratio) - 1 if self.scaled and numel else None

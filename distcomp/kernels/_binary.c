@@ -196,6 +196,8 @@ PyObject *py_pack_signs(PyObject *self, PyObject *args) {
     Py_ssize_t samples, channels, places;
     int plain;
     if (!PyArg_ParseTuple(args, "KKnnnp", &x, &out, &samples, &channels, &places, &plain)) return NULL;
+    if (samples < 0 || channels < 0 || places < 0)
+        return PyErr_Format(PyExc_ValueError, "a negative number of samples, channels or places cannot be");
     const float *from = (const float *)(uintptr_t)x;
     uint64_t *to = (uint64_t *)(uintptr_t)out;
     size_t words = ((size_t)channels + 63) / 64;
@@ -220,6 +222,20 @@ static int allocate(Conv *c) {
     return 1;
 }
 
+/* Every number in its range, no product of them above 2^31, and the output not larger than the input gives. */
+static int is_possible(const Conv *c, Py_ssize_t samples) {
+    const long long most = 1ll << 31;
+    if (samples < 0 || c->channels < 1 || c->height < 1 || c->width < 1 || c->outputs < 0 || c->kh < 1 ||
+        c->kw < 1 || c->stride < 1 || c->padding < 0 || c->out_height < 1 || c->out_width < 1)
+        return 0;
+    long long height = (long long)c->height + 2ll * c->padding, width = (long long)c->width + 2ll * c->padding;
+    if (height > most || width > most || (long long)c->height * c->width > most ||
+        (long long)c->kh * c->kw > most / TILE || (long long)c->out_height * c->out_width > most - TILE)
+        return 0;
+    return c->kh <= height && c->kw <= width && c->out_height <= (height - c->kh) / c->stride + 1 &&
+           c->out_width <= (width - c->kw) / c->stride + 1;
+}
+
 PyObject *py_binary_conv(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long x, weight, scale, bias, out;
@@ -230,6 +246,7 @@ PyObject *py_binary_conv(PyObject *self, PyObject *args) {
                           &c.channels, &c.height, &c.width, &c.outputs, &c.kh, &c.kw, &c.stride, &c.padding,
                           &c.out_height, &c.out_width, &c.rows, &plain))
         return NULL;
+    if (!is_possible(&c, samples)) return PyErr_Format(PyExc_ValueError, "such a convolution cannot be");
     c.weight = (const uint64_t *)(uintptr_t)weight;
     c.scale = (const float *)(uintptr_t)scale;
     c.bias = (const float *)(uintptr_t)bias;

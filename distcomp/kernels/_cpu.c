@@ -80,6 +80,13 @@ static uint8_t *scratch_for(size_t numel, size_t block) {
     return scratch;
 }
 
+/* What reaches outside its buffers is a ValueError, never a read. */
+static PyObject *refused(const char *what) { return PyErr_Format(PyExc_ValueError, "%s cannot be", what); }
+
+static int blocks_are_possible(Py_ssize_t numel, Py_ssize_t block, int bits) {
+    return numel >= 0 && block > 0 && bits >= 1 && bits <= 8;
+}
+
 static PyObject *py_quantize(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long x, codes, scales, key;
@@ -89,6 +96,7 @@ static PyObject *py_quantize(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "KKKnniKIpp", &x, &codes, &scales, &numel, &block, &q.bits, &key, &first,
                           &q.stochastic, &q.given))
         return NULL;
+    if (!blocks_are_possible(numel, block, q.bits)) return refused("these numbers of elements, blocks or bits");
     q.x = (const float *)(uintptr_t)x;
     q.codes = (uint8_t *)(uintptr_t)codes;
     q.scales = (float *)(uintptr_t)scales;
@@ -114,6 +122,7 @@ static PyObject *py_dequantize(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "KKKnniif", &codes, &scales, &out, &numel, &block, &d.bits, &d.sign,
                           &d.times))
         return NULL;
+    if (!blocks_are_possible(numel, block, d.bits)) return refused("these numbers of elements, blocks or bits");
     d.codes = (const uint8_t *)(uintptr_t)codes;
     d.scales = (const float *)(uintptr_t)scales;
     d.out = (float *)(uintptr_t)out;
@@ -201,6 +210,7 @@ static PyObject *py_all_finite(PyObject *self, PyObject *args) {
     unsigned int exponent;
     int finite;
     if (!PyArg_ParseTuple(args, "KnI", &x, &numel, &exponent)) return NULL;
+    if (numel < 0) return refused("a negative number of elements");
     Py_BEGIN_ALLOW_THREADS
     if (exponent > 0xffffu)
         finite = chosen->all_finite_32((const uint32_t *)(uintptr_t)x, (size_t)numel);
@@ -216,6 +226,7 @@ static PyObject *py_checksum(PyObject *self, PyObject *args) {
     Py_ssize_t bytes;
     Sums sums;
     if (!PyArg_ParseTuple(args, "Kn", &data, &bytes)) return NULL;
+    if (bytes < 0) return refused("a negative number of bytes");
     Py_BEGIN_ALLOW_THREADS
     sums = chosen->checksum((const uint8_t *)(uintptr_t)data, (size_t)bytes);
     Py_END_ALLOW_THREADS
@@ -229,6 +240,7 @@ static PyObject *py_at_least(PyObject *self, PyObject *args) {
     unsigned int threshold;
     size_t found;
     if (!PyArg_ParseTuple(args, "KnIKn", &x, &numel, &threshold, &places, &most)) return NULL;
+    if (numel < 0 || most < 0) return refused("a negative number of elements");
     Py_BEGIN_ALLOW_THREADS
     found = chosen->at_least((const uint32_t *)(uintptr_t)x, (size_t)numel, threshold,
                              (int64_t *)(uintptr_t)places, (size_t)most);
@@ -245,6 +257,8 @@ static PyObject *py_permuted(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "KnKi(KKKKKK)", &places, &count, &numel, &bits, &given[0], &given[1], &given[2],
                           &given[3], &given[4], &given[5]))
         return NULL;
+    if (count < 0 || bits < 0 || bits > 63 || (unsigned long long)count > numel || numel > 1ull << bits)
+        return refused("more places than there are elements, or these bits,");
     for (int i = 0; i < HALF_ROUNDS; i++) keys[i] = (uint64_t)given[i];
     Py_BEGIN_ALLOW_THREADS
     chosen->permuted((int64_t *)(uintptr_t)places, (size_t)count, (uint64_t)numel, bits, keys);
@@ -258,6 +272,7 @@ static PyObject *py_exponents(PyObject *self, PyObject *args) {
     Py_ssize_t numel;
     unsigned int first;
     if (!PyArg_ParseTuple(args, "KKnKI", &x, &codes, &numel, &key, &first)) return NULL;
+    if (numel < 0) return refused("a negative number of elements");
     Py_BEGIN_ALLOW_THREADS
     chosen->exponents((const uint32_t *)(uintptr_t)x, (uint8_t *)(uintptr_t)codes, (size_t)numel,
                       first + (uint32_t)key, (uint32_t)(key >> 32));
@@ -270,6 +285,7 @@ static PyObject *py_scale_by_exponents(PyObject *self, PyObject *args) {
     unsigned long long codes, out;
     Py_ssize_t numel;
     if (!PyArg_ParseTuple(args, "KKn", &codes, &out, &numel)) return NULL;
+    if (numel < 0) return refused("a negative number of elements");
     Py_BEGIN_ALLOW_THREADS
     chosen->scale_by_exponents((const uint8_t *)(uintptr_t)codes, (float *)(uintptr_t)out, (size_t)numel);
     Py_END_ALLOW_THREADS
@@ -317,7 +333,8 @@ static PyMethodDef methods[] = {
      "x, weight, scale, bias, out, samples, (channels, height, width), (outputs, kh, kw, stride, padding), "
      "(out_height, out_width), rows, plain"},
     {"lowrank", py_lowrank, METH_VARARGS,
-     "rows, columns or outer; p, q, m, out, a, b, rank, p_stride, stride, out_stride, subtract"},
+     "rows, columns or outer; p, q, m, out, a, b, rank, p_stride, stride, out_stride, subtract, "
+     "elements of (p, q, m, out)"},
     {"use", py_use, METH_VARARGS, "choose an instruction set by name: generic, avx2 or avx512"},
     {"instruction_set", py_instruction_set, METH_NOARGS, "the one in use"},
     {NULL, NULL, 0, NULL},

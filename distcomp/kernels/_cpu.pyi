@@ -82,6 +82,7 @@ def lowrank(
     stride: int,
     out_stride: int,
     subtract: bool,
+    sizes: tuple[int, int, int, int],
     /,
 ) -> None: ...
 def use(name: str, /) -> None: ...

@@ -184,6 +184,20 @@ static const Variant *serving(const char *name) {
     return &generic_variant;
 }
 
+/* How many elements `rows` rows of `columns`, `stride` apart, reach over; 0 for none, -1 for what cannot be. */
+static Py_ssize_t reach(Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t stride) {
+    Py_ssize_t end;
+    if (rows < 0 || columns < 0 || (rows > 1 && stride < columns)) return -1;
+    if (!rows || !columns) return 0;
+    if (__builtin_mul_overflow(rows - 1, stride, &end) || __builtin_add_overflow(end, columns, &end)) return -1;
+    return end;
+}
+
+static int fits(Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t stride, Py_ssize_t given) {
+    Py_ssize_t needed = reach(rows, columns, stride);
+    return needed >= 0 && needed <= given;
+}
+
 typedef void (*Multiply)(const Product *);
 
 static Multiply multiply(const char *kind) {
@@ -197,11 +211,18 @@ PyObject *py_lowrank(PyObject *self, PyObject *args) {
     (void)self;
     const char *kind;
     unsigned long long p, q, m, out;
-    Py_ssize_t a, b, rank, p_stride, stride, out_stride;
+    Py_ssize_t a, b, rank, p_stride, stride, out_stride, p_size, q_size, m_size, out_size;
     int subtract;
-    if (!PyArg_ParseTuple(args, "sKKKKnnnnnnp", &kind, &p, &q, &m, &out, &a, &b, &rank, &p_stride, &stride,
-                          &out_stride, &subtract))
+    if (!PyArg_ParseTuple(args, "sKKKKnnnnnnp(nnnn)", &kind, &p, &q, &m, &out, &a, &b, &rank, &p_stride, &stride,
+                          &out_stride, &subtract, &p_size, &q_size, &m_size, &out_size))
         return NULL;
+    int rows = !strcmp(kind, "rows"), columns = !strcmp(kind, "columns"), outer = !strcmp(kind, "outer");
+    if (!rows && !columns && !outer) return PyErr_Format(PyExc_ValueError, "there is no product named %s", kind);
+    if ((outer && rank > MOST) || (!rows && !fits(rank, a, p_stride, p_size)) ||
+        (!columns && !fits(rank, b, b, q_size)) || (!outer && !fits(a, b, stride, m_size)) ||
+        !fits(outer ? a : rank, outer || columns ? b : a, out_stride, out_size))
+        return PyErr_Format(PyExc_ValueError, "a product of rank %zd with %zd x %zd reaches outside its buffers",
+                            rank, a, b);
     Product x = {
         .p = (const float *)(uintptr_t)p, .q = (const float *)(uintptr_t)q, .m = (const float *)(uintptr_t)m,
         .out = (float *)(uintptr_t)out, .a = (size_t)a, .b = (size_t)b, .rank = (size_t)rank,

@@ -78,9 +78,10 @@ def binary_conv2d(
         signs = torch.where(x < 0, -1.0, 1.0)
         y = torch.nn.functional.conv2d(signs, unpack_filters(words, shape), None, stride, padding)
         return y * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
+    _check_filters(words, shape, scale, bias)
     cpu = _extension()
     packed = _packed_signs(x, samples, channels, height * width)
-    out = torch.empty(samples, outputs, *made)
+    out = torch.empty(samples, outputs, *made, dtype=torch.float32)
     cpu.binary_conv(
         packed.data_ptr(), words.data_ptr(), scale.data_ptr(), bias.data_ptr(), out.data_ptr(), samples,
         (channels, height, width), (outputs, kh, kw, stride, padding), made, False, _plain(cpu),
@@ -105,14 +106,32 @@ def binary_linear(
     if backend(x.device) != "cpu":
         y = torch.where(rows < 0, -1.0, 1.0) @ unpack_filters(words, shape).flatten(1).T
         return (y * scale + bias).view(*x.shape[:-1], outputs)
+    _check_filters(words, shape, scale, bias)
     cpu = _extension()
     packed = _packed_signs(rows, count, inputs, 1)
-    out = torch.empty(count, outputs)  # rows are the places of one line of an image, and stay rows
+    out = torch.empty(
+        count, outputs, dtype=torch.float32
+    )  # rows are the places of one line of an image, and stay rows
     cpu.binary_conv(
         packed.data_ptr(), words.data_ptr(), scale.data_ptr(), bias.data_ptr(), out.data_ptr(), 1,
         (inputs, 1, count), (outputs, 1, 1, 1, 0), (1, count), True, _plain(cpu),
     )  # fmt: skip
     return out if x.dim() == 2 else out.view(*x.shape[:-1], outputs)
+
+
+def _check_filters(words: Tensor, shape: tuple[int, int, int, int], scale: Tensor, bias: Tensor) -> None:
+    """Raise DistcompError unless these are as many words, scales and biases as filters of ``shape`` have."""
+    outputs, channels, kh, kw = shape
+    wanted = (-(-outputs // LANES), kh * kw, -(-channels // WORD), LANES)
+    floats = all(
+        one.numel() == outputs and one.dtype == torch.float32 and one.is_contiguous() for one in (scale, bias)
+    )
+    if not floats or words.shape != wanted or words.dtype != torch.int64 or not words.is_contiguous():
+        raise DistcompError(
+            f"filters of {shape} are {wanted} words of int64 with {outputs} float32 scales and biases, and "
+            f"these are {tuple(words.shape)} of {words.dtype}, {scale.numel()} and {bias.numel()}; pack them "
+            "with pack_filters"
+        )
 
 
 def _packed_signs(x: Tensor, samples: int, channels: int, places: int) -> Tensor:

@@ -4,7 +4,7 @@ memory.
 Factors lie as rows, ``p`` float32 ``[rank, a]``, ``q`` float32 ``[rank, b]``; the matrix is ``[a, b]``. The C
 extension takes every sum in one order: the same bits for any alignment, instruction set and number of
 threads. :func:`outer`, which all ranks must agree on, has the same bits without it. Above :data:`FEW`
-vectors, and on other devices, torch multiplies.
+vectors, and on other devices, torch multiplies. Factors that do not fit the matrix raise ValueError.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ ALIGNED_BYTES = 64
 
 def times_rows(q: Tensor, matrix: Tensor) -> Tensor:
     """``q M^T``, ``[rank, a]``."""
+    _check(q, matrix.shape[1], "q", matrix)
     cpu = _extension(q, matrix)
     if cpu is None:
         return q @ _aligned(matrix).T
     (a, b), rank = matrix.shape, len(q)
-    out = torch.empty(rank, a)
+    out = torch.empty(rank, a, dtype=torch.float32)
     q_at, m_at, out_at = q.data_ptr(), matrix.data_ptr(), out.data_ptr()
 
     def run(start: int, count: int) -> None:
         at = (0, q_at, m_at + 4 * b * start, out_at + 4 * start)
-        cpu._cpu.lowrank("rows", *at, count, b, rank, 0, b, a, False)
+        sizes = (0, q.numel(), matrix.numel() - b * start, out.numel() - start)
+        cpu._cpu.lowrank("rows", *at, count, b, rank, 0, b, a, False, sizes)
 
     cpu.shared(run, a, 1, 4 * b)
     return out
@@ -44,16 +46,18 @@ def times_rows(q: Tensor, matrix: Tensor) -> Tensor:
 
 def times_columns(p: Tensor, matrix: Tensor) -> Tensor:
     """``p M``, ``[rank, b]``."""
+    _check(p, matrix.shape[0], "p", matrix)
     cpu = _extension(p, matrix)
     if cpu is None:
         return p @ _aligned(matrix)
     (a, b), rank = matrix.shape, len(p)
-    out = torch.empty(rank, b)
+    out = torch.empty(rank, b, dtype=torch.float32)
     p_at, m_at, out_at = p.data_ptr(), matrix.data_ptr(), out.data_ptr()
 
     def run(start: int, count: int) -> None:
         at = (p_at, 0, m_at + 4 * start, out_at + 4 * start)
-        cpu._cpu.lowrank("columns", *at, a, count, rank, a, b, b, False)
+        sizes = (p.numel(), 0, matrix.numel() - start, out.numel() - start)
+        cpu._cpu.lowrank("columns", *at, a, count, rank, a, b, b, False, sizes)
 
     cpu.shared(run, b, 1, 4 * a)
     return out
@@ -61,7 +65,8 @@ def times_columns(p: Tensor, matrix: Tensor) -> Tensor:
 
 def outer(p: Tensor, q: Tensor, out: Tensor) -> None:
     """``out = p^T q``."""
-    cpu = _extension(p, out)
+    _check_both(p, q, out)
+    cpu = _extension(p, out) if _few(q, out) else None
     if cpu is not None:
         _outer(cpu, p, q, out, subtract=False)
     elif _few(p, out):
@@ -74,11 +79,26 @@ def outer(p: Tensor, q: Tensor, out: Tensor) -> None:
 
 def subtract_outer(p: Tensor, q: Tensor, out: Tensor) -> None:
     """``out -= p^T q``."""
-    cpu = _extension(p, out)
+    _check_both(p, q, out)
+    cpu = _extension(p, out) if _few(q, out) else None
     if cpu is not None:
         _outer(cpu, p, q, out, subtract=True)
     else:
         out.addmm_(p.T, q, alpha=-1)
+
+
+def _check(factor: Tensor, side: int, name: str, matrix: Tensor) -> None:
+    if factor.dim() != 2 or factor.shape[1] != side:
+        raise ValueError(
+            f"{name} is {tuple(factor.shape)}, which does not fit a matrix of {tuple(matrix.shape)}"
+        )
+
+
+def _check_both(p: Tensor, q: Tensor, out: Tensor) -> None:
+    _check(p, out.shape[0], "p", out)
+    _check(q, out.shape[1], "q", out)
+    if len(p) != len(q):
+        raise ValueError(f"p has {len(p)} vectors and q {len(q)}; a product needs as many of both")
 
 
 def _outer(cpu: Any, p: Tensor, q: Tensor, out: Tensor, subtract: bool) -> None:
@@ -87,7 +107,8 @@ def _outer(cpu: Any, p: Tensor, q: Tensor, out: Tensor, subtract: bool) -> None:
 
     def run(start: int, count: int) -> None:
         at = (p_at + 4 * start, q_at, 0, out_at + 4 * b * start)
-        cpu._cpu.lowrank("outer", *at, count, b, rank, a, 0, b, subtract)
+        sizes = (p.numel() - start, q.numel(), 0, out.numel() - b * start)
+        cpu._cpu.lowrank("outer", *at, count, b, rank, a, 0, b, subtract, sizes)
 
     cpu.shared(run, a, 1, 4 * b)
 

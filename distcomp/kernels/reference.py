@@ -150,7 +150,7 @@ def all_finite(x: Tensor) -> bool:
 def checksum(data: Tensor) -> int:
     """See :func:`distcomp.kernels.checksum`; products are split in halves so that int64 cannot overflow."""
     padded = torch.nn.functional.pad(data, (0, -data.numel() % 4)).view(-1, 4).to(torch.int64)
-    place = torch.tensor([0, 8, 16, 24], device=data.device)
+    place = torch.tensor([0, 8, 16, 24], device=data.device, dtype=torch.int64)
     words = (padded << place).sum(1)
     index = torch.arange(1, words.numel() + 1, device=data.device) & MASK
     products = index * (words & 0xFFFF) + ((index * (words >> 16) & 0xFFFF) << 16)

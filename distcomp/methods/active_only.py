@@ -73,9 +73,9 @@ class ActiveOnly(Method):
         inner = remembered(self.inner.init(active.layout), self.inner.init(layout), active)
         state: dict[str, Any] = {"inner": inner}
         if self.source.keeps_dense_grad:
-            state["held"] = FlatBuffer(torch.zeros(layout.numel), layout)
+            state["held"] = FlatBuffer(torch.zeros(layout.numel, dtype=torch.float32), layout)
         if self.residuals == "drop":
-            state["dropped"] = FlatBuffer(torch.zeros(layout.numel), layout)
+            state["dropped"] = FlatBuffer(torch.zeros(layout.numel, dtype=torch.float32), layout)
         return state
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:

@@ -78,7 +78,11 @@ class Allocate(Method):
             raise DistcompError("the ladder holds no compressor; leave it at its default")
 
     def init(self, layout: Layout) -> State:
-        return {"option": PerParameter({name: torch.tensor(UNPLANNED) for name in layout.names})}
+        return {
+            "option": PerParameter(
+                {name: torch.tensor(UNPLANNED, dtype=torch.int64) for name in layout.names}
+            )
+        }
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         plan = self._plan(state["option"], context.layout, context.step)
@@ -97,7 +101,11 @@ class Allocate(Method):
         return AggregateResult(
             _together(context.layout, x, [(part, result.estimate) for part, result in results]),
             lambda: _together(context.layout, x, [(part, result.contribution()) for part, result in results]),
-            {"option": PerParameter({name: torch.tensor(plan[name]) for name in context.layout.names})},
+            {
+                "option": PerParameter(
+                    {name: torch.tensor(plan[name], dtype=torch.int64) for name in context.layout.names}
+                )
+            },
         )
 
     def _plans_in(self, step: int) -> bool:

@@ -60,7 +60,10 @@ class MomentumCorrection(Method):
             )
 
     def init(self, layout: Layout) -> State:
-        return {"momentum": FlatBuffer(torch.zeros(layout.numel), layout), "inner": self.inner.init(layout)}
+        return {
+            "momentum": FlatBuffer(torch.zeros(layout.numel, dtype=torch.float32), layout),
+            "inner": self.inner.init(layout),
+        }
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         u = state["momentum"].data

@@ -66,7 +66,7 @@ class DecoupledMomentum(Method):
             )
 
     def init(self, layout: Layout) -> State:
-        return {"momentum": FlatBuffer(torch.zeros(layout.numel), layout)}
+        return {"momentum": FlatBuffer(torch.zeros(layout.numel, dtype=torch.float32), layout)}
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         layout = context.layout

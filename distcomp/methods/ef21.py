@@ -61,7 +61,7 @@ class EF21(Method):
 
     def init(self, layout: Layout) -> State:
         kept = ("own", "mean") if self.eta == 1 else ("own", "mean", "momentum")
-        return {name: FlatBuffer(torch.zeros(layout.numel), layout) for name in kept}
+        return {name: FlatBuffer(torch.zeros(layout.numel, dtype=torch.float32), layout) for name in kept}
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         new = dict(state)

@@ -52,7 +52,10 @@ class ErrorFeedback(Method):
                 )
 
     def init(self, layout: Layout) -> State:
-        return {"residual": FlatBuffer(torch.zeros(layout.numel), layout), "inner": self.inner.init(layout)}
+        return {
+            "residual": FlatBuffer(torch.zeros(layout.numel, dtype=torch.float32), layout),
+            "inner": self.inner.init(layout),
+        }
 
     def assumed_state(self, layout: Layout, step: int) -> State:
         return {**self.init(layout), "inner": self.inner.assumed_state(layout, step)}

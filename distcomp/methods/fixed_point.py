@@ -79,7 +79,7 @@ class FixedPointAllReduce(Method):
 
     def _around_the_ring(self, k: Tensor, context: StepContext) -> Rounds[Tensor]:
         # Integers cannot carry a NaN: one float beside them, which the channel turns to NaN, announces it.
-        yield AllReduce(torch.zeros(1, device=k.device), kind="header")
+        yield AllReduce(torch.zeros(1, device=k.device, dtype=torch.float32), kind="header")
         return (yield from sum_integers(k, self.width(context.size)))
 
     def _to_everyone(self, k: Tensor, context: StepContext) -> Rounds[Tensor]:

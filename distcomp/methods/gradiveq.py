@@ -142,19 +142,24 @@ class GradiVeQ(Method):
 
         def each(*shape_of: str) -> PerParameter:
             return PerParameter(
-                {name: torch.zeros([one[axis] for axis in shape_of]) for name, one in shapes.items()}
+                {
+                    name: torch.zeros([one[axis] for axis in shape_of], dtype=torch.float32)
+                    for name, one in shapes.items()
+                }
             )
 
         age = step % self.cycle.length
         known = {name: one["most"] * (age >= self.cycle.learn) for name, one in shapes.items()}
         return {
-            "age": PerParameter({name: torch.tensor(age) for name in shapes}),
-            "dims": PerParameter({name: torch.tensor(dims) for name, dims in known.items()}),
+            "age": PerParameter({name: torch.tensor(age, dtype=torch.int64) for name in shapes}),
+            "dims": PerParameter(
+                {name: torch.tensor(dims, dtype=torch.int64) for name, dims in known.items()}
+            ),
             "basis": each("bases", "most", "k"),
             "mean": each("slices", "k"),
             "total": each("slices", "k"),
             "samples": {_row(age): each("bases", "k") for age in range(self.cycle.learn)},
-            "reference": PerParameter({name: torch.zeros(2) for name in shapes}),
+            "reference": PerParameter({name: torch.zeros(2, dtype=torch.float32) for name in shapes}),
             "plain": self.plain.init(layout),
         }
 

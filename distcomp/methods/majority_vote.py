@@ -58,7 +58,7 @@ class MajorityVote(Method):
         chunks = context.layout.split(context.size, SIGNS)
         ballots = tuple(_ballot(view) for view in chunk_views(x, chunks))
         received: list[Payload] = yield AllToAll(ballots)
-        count = torch.zeros(chunks[context.rank].numel, device=x.device)
+        count = torch.zeros(chunks[context.rank].numel, device=x.device, dtype=torch.float32)
         for ballot in received:
             unpack_signs(ballot["codes"], count, add=True)
 

@@ -78,9 +78,9 @@ class OneBitAdam(Method):
 
     def init(self, layout: Layout) -> State:
         return {
-            "momentum": FlatBuffer(torch.zeros(layout.numel), layout),
-            "variance": FlatBuffer(torch.zeros(layout.numel), layout),
-            "steps": PerParameter({name: torch.zeros(2) for name in layout.names}),
+            "momentum": FlatBuffer(torch.zeros(layout.numel, dtype=torch.float32), layout),
+            "variance": FlatBuffer(torch.zeros(layout.numel, dtype=torch.float32), layout),
+            "steps": PerParameter({name: torch.zeros(2, dtype=torch.float32) for name in layout.names}),
             "inner": self.inner.init(layout),
         }
 

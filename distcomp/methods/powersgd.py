@@ -82,11 +82,19 @@ class PowerSGD(Method):
         most = round(extremes(self.rank)[1])
         matrices = [param for param in layout.slices if _is_matrix(param)]
         state = {
-            "q": PerParameter({m.name: torch.zeros(min(most, *_sides(m)), _sides(m)[1]) for m in matrices})
+            "q": PerParameter(
+                {
+                    m.name: torch.zeros(min(most, *_sides(m)), _sides(m)[1], dtype=torch.float32)
+                    for m in matrices
+                }
+            )
         }
         if self.one_round:
             state["p"] = PerParameter(
-                {m.name: torch.zeros(min(most, *_sides(m)), _sides(m)[0]) for m in matrices}
+                {
+                    m.name: torch.zeros(min(most, *_sides(m)), _sides(m)[0], dtype=torch.float32)
+                    for m in matrices
+                }
             )
         return state
 
@@ -303,7 +311,7 @@ def _alive(rows: Tensor, key: Key) -> Tensor:
     alive = rows.any(dim=1, keepdim=True)
     if rows.device.type == "cpu" and alive.all():
         return rows
-    noise = torch.randn(rows.shape, generator=key.generator())
+    noise = torch.randn(rows.shape, generator=key.generator(), dtype=torch.float32)
     return torch.where(alive, rows, noise.to(rows.device, non_blocking=True))
 
 

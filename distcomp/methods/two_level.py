@@ -119,7 +119,7 @@ class TwoLevel(Method):
             return sent
         context = StepContext(0, far, layout, step, Key.of(0))
         aggregation = self.across.aggregate(
-            torch.zeros(layout.numel), self.across.assumed_state(layout, step), context
+            torch.zeros(layout.numel, dtype=torch.float32), self.across.assumed_state(layout, step), context
         )
         return sent + round(
             sum(partitioned_bytes(request, near, far) for request in _requests(aggregation, far))

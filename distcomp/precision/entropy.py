@@ -74,7 +74,7 @@ def boundaries(magnitudes: Tensor, clusters: int) -> Tensor:
             cut[k] = best
         if not moved:
             break
-    return torch.tensor(cut)
+    return torch.tensor(cut, dtype=torch.int64)
 
 
 def _weighted(mass: Tensor, start: Tensor | int, stop: Tensor | int, n: int) -> Tensor:
@@ -116,7 +116,7 @@ class ClusteredWeight(WeightQuantizer):
         self.bits = bits
         self.every = every
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("values", torch.zeros(0), persistent=False)
+        self.register_buffer("values", torch.zeros(0, dtype=torch.float32), persistent=False)
 
     calls: Tensor
 
@@ -188,7 +188,7 @@ class LogActivation(nn.Module):
         largest = float(x.max()) if x.numel() else 0.0
         if not 0 < largest < float("inf"):
             return (0.0, 1.0)
-        top, count = float(torch.tensor(largest).log2().ceil()), 1 << self.bits
+        top, count = float(torch.tensor(largest, dtype=torch.float32).log2().ceil()), 1 << self.bits
         tried = [
             (top - (count - 2) * step - down * step, step) for step in STEPS for down in range(count // 2)
         ]

@@ -75,7 +75,9 @@ class _Binary(nn.Module):
         self.input_scale = input_scale
         self.register_buffer("words", pack_filters(filters))
         self.register_buffer("scale", filters.abs().flatten(1)[:, 0].clone())
-        self.register_buffer("bias", torch.zeros(len(filters)) if bias is None else bias.detach().clone())
+        self.register_buffer(
+            "bias", torch.zeros(len(filters), dtype=torch.float32) if bias is None else bias.detach().clone()
+        )
 
 
 class BinaryLinear(_Binary):

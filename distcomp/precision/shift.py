@@ -39,11 +39,12 @@ class ShiftBatchNorm(nn.Module):
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        kind = torch.get_default_dtype()  # as every layer of torch's
+        self.weight = nn.Parameter(torch.ones(channels, dtype=kind))
+        self.bias = nn.Parameter(torch.zeros(channels, dtype=kind))
         self.eps, self.momentum = eps, momentum
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("variance", torch.ones(channels))
+        self.register_buffer("mean", torch.zeros(channels, dtype=kind))
+        self.register_buffer("variance", torch.ones(channels, dtype=kind))
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalized input."""
@@ -121,6 +122,8 @@ class ShiftAdaMax(Optimizer):
                 state["mean"].lerp_(w.grad, 1 - b1)
                 torch.maximum(state["largest"] * b2, w.grad.abs(), out=state["largest"])
                 inverse = nearest_power_of_two(1 / state["largest"].clamp(min=torch.finfo(w.dtype).tiny))
-                rate = nearest_power_of_two(torch.tensor(group["lr"] / (1 - b1 ** state["step"])))
+                rate = nearest_power_of_two(
+                    torch.tensor(group["lr"] / (1 - b1 ** state["step"]), dtype=torch.float32)
+                )
                 w.sub_(float(rate) * inverse * state["mean"])
         return loss

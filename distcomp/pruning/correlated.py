@@ -70,7 +70,9 @@ class Correlation(Criterion):
         scores = self._scores(name)
         kept = round((1 - self.share) * scores.numel())
         strong = keep_largest(scores, round(self.strong * kept))
-        draw = torch.rand(scores.shape, generator=view.key.fold("weak", name).generator()).to(scores.device)
+        draw = torch.rand(
+            scores.shape, generator=view.key.fold("weak", name).generator(), dtype=torch.float32
+        ).to(scores.device)
         return strong | keep_largest(draw.masked_fill(strong, -torch.inf), kept - int(strong.sum()))
 
     def _scores(self, name: str) -> Tensor:

@@ -322,7 +322,9 @@ def random_masks(weights: Tensors, sparsity: float, key: Key) -> Tensors:
     """Masks drawn at random from a key, each layer with the same share of pruned weights."""
     masks: Tensors = {}
     for name, weight in weights.items():
-        draw = torch.rand(weight.numel(), generator=key.fold("initial", name).generator())
+        draw = torch.rand(
+            weight.numel(), generator=key.fold("initial", name).generator(), dtype=torch.float32
+        )
         kept = keep_largest(draw, round((1 - sparsity) * weight.numel()))
         masks[name] = kept.view(weight.shape).to(weight.device)
     return masks

@@ -288,7 +288,9 @@ class Pruner(Listener):
             if not torch.equal(mask, one.mask):
                 one.mask.copy_(mask)
             if agreed is not None and grown.any():
-                value = torch.zeros(()) if self.criterion.restarts else agreed[name][grown]
+                value = (
+                    torch.zeros((), dtype=torch.float32) if self.criterion.restarts else agreed[name][grown]
+                )
                 one.parameter.data[grown] = value.to(one.parameter)
                 self._forget(one.parameter, grown)
 

@@ -404,7 +404,7 @@ def _cut(small: fx.GraphModule, node: fx.Node, kept: fx.Node, constant: Value) -
 @torch.no_grad()
 def _take_out(walk: Walk, removed: set[int]) -> None:
     def kept(value: Value) -> Tensor:
-        return torch.tensor([channel not in removed for channel in value.channels])
+        return torch.tensor([channel not in removed for channel in value.channels], dtype=torch.bool)
 
     for layer in walk.layers:
         module, rows = layer.module, kept(layer.out)

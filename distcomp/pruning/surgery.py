@@ -34,7 +34,9 @@ class Draws:
     def __call__(self, step: int, name: str) -> bool:
         if step >= self.until:
             return False
-        draw = torch.rand((), generator=Key.of(self.seed).fold("surgery", name, step).generator())
+        draw = torch.rand(
+            (), generator=Key.of(self.seed).fold("surgery", name, step).generator(), dtype=torch.float32
+        )
         return draw.item() < float((1 + self.gamma * step) ** -self.power)
 
 

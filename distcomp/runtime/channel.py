@@ -100,11 +100,11 @@ class OpenRequest:
         return Answer(value, reduce(and_, flags) if flags else TRUE)
 
 
-TRUE = torch.tensor(True)
+TRUE = torch.tensor(True, dtype=torch.bool)
 
 
 def finite_flag(x: Tensor) -> Tensor:
     """Whether all of ``x`` is finite, as a bool tensor on its device (a GPU is not waited for)."""
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return torch.tensor(kernels.all_finite(x.contiguous()))
+        return torch.tensor(kernels.all_finite(x.contiguous()), dtype=torch.bool)
     return torch.isfinite(x).all()

@@ -110,7 +110,9 @@ class _Mail:
             return delivered, finite_flag(delivered) if watch else TRUE
         if self._all_finite:
             return delivered, TRUE
-        return delivered, torch.tensor(all(bool(self._finite[id(payload)]) for payload in delivered))
+        return delivered, torch.tensor(
+            all(bool(self._finite[id(payload)]) for payload in delivered), dtype=torch.bool
+        )
 
 
 def _signature(request: Request | None) -> tuple[object, ...]:

@@ -70,7 +70,7 @@ class GlooP2P:
         buffer is itself."""
         members, among = self._members(group), self._groups.of(group)
         count, here = len(members), members.index(self.rank)
-        received = [torch.empty(0)] * count
+        received = [torch.empty(0, dtype=torch.float32)] * count
         received[here] = wires[here]
         sends, receives = [], []
         for shift in range(1, count):

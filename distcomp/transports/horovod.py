@@ -59,7 +59,9 @@ class Horovod:
 
     def _all_to_all(self, outgoing: dict[int, Tensor], senders: Iterable[int]) -> PendingMessages:
         """What each of ``senders`` sent here, in their order."""
-        splits = torch.tensor([outgoing[to].numel() if to in outgoing else 0 for to in range(self.size)])
+        splits = torch.tensor(
+            [outgoing[to].numel() if to in outgoing else 0 for to in range(self.size)], dtype=torch.int64
+        )
         flat = torch.cat([outgoing[to] for to in sorted(outgoing)])
         handle = self._hvd.alltoall_async(flat, splits=splits.int())
 

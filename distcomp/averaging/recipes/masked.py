@@ -113,7 +113,7 @@ class ActiveGossip(Averaging):
         """The state of gossip that begins at ``mine``: of the whole, with nothing where it is inactive."""
         begun = self.inner.init(mine, replace(context, layout=active.layout))
         whole = remembered(begun, self.inner.init(x, context), active, keeps=False)
-        alive = active.spread(torch.ones(active.layout.numel))
+        alive = active.spread(torch.ones(active.layout.numel, dtype=torch.float32))
         return {"alive": FlatBuffer(alive, active.whole), "inner": whole}
 
     def _planned(self, layout: Layout) -> Layout:

@@ -1,0 +1,51 @@
+"""No tensor of ours takes its type from ``torch.set_default_dtype``."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "distcomp"
+FACTORIES = {
+    "empty",
+    "zeros",
+    "ones",
+    "rand",
+    "randn",
+    "full",
+    "tensor",
+    "eye",
+    "linspace",
+    "logspace",
+    "normal",
+}
+
+
+def without_dtype(source: str) -> list[str]:
+    """The calls ``torch.zeros(...)`` and the like in ``source`` that name no dtype, as ``line: name``."""
+    return [
+        f"{call.lineno}: torch.{call.func.attr}"
+        for call in ast.walk(ast.parse(source))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and isinstance(call.func.value, ast.Name)
+        and call.func.value.id == "torch"
+        and call.func.attr in FACTORIES
+        and not any(keyword.arg in ("dtype", None) for keyword in call.keywords)
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_every_new_tensor_names_its_type(path: Path) -> None:
+    assert without_dtype(path.read_text()) == []
+
+
+def test_the_rule_finds_one_without() -> None:
+    source = (
+        "import torch\ntorch.zeros(3)\ntorch.zeros(3, dtype=torch.int64)\nx.new_zeros(3)\ntorch.rand(())\n"
+    )
+    assert without_dtype(source) == ["2: torch.zeros", "5: torch.rand"]
