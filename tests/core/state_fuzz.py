@@ -55,13 +55,14 @@ def damaged(saved: dict[str, Any], rng: random.Random) -> Any:
             return copy.deepcopy(rng.choice(ODD))
         node, key = rng.choice(places)
         value, kind = node.get(key), rng.randrange(6)
+        plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
         if kind == 0:
             del node[key]
         elif kind == 1:
             node[rng.choice(["other", 7, None, ("a",)])] = node.pop(key)
-        elif kind == 2 and isinstance(value, Tensor) and value.numel():
+        elif kind == 2 and plain and value.numel():
             node[key] = value.reshape(-1)[: rng.randrange(value.numel())]
-        elif kind == 3 and isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+        elif kind == 3 and plain and value.is_floating_point() and value.numel():
             value.reshape(-1)[rng.randrange(value.numel())] = rng.choice([float("nan"), float("inf"), 2.0])
         elif kind == 4:
             other, another = rng.choice(places)
