@@ -192,6 +192,7 @@ class FSDPSync(Sync):
         self._talks = method if self._across else to_shards(method)
         self._states = States(self._talks)
         self._layouts: dict[str, Layout] = {}
+        self._sent_before: int | None = None
         self._begin_iteration()
         groups = groups_of(target.module)
         self._units = units_of(groups, target.replicas)
@@ -201,8 +202,10 @@ class FSDPSync(Sync):
         self._gather_units = gather_units(groups) if weights else []
         if target.replicas is not None:
             _begin_alike(self._model, target.replicas)
-        for unit in (*self._units, *self._gather_units):
+        for unit in self._units:
             unit.attached = self
+        for gathering in self._gather_units:
+            gathering.attached = self
 
     @torch.no_grad()
     def gather(self, name: str, shard: Tensor) -> Tensor:
@@ -264,7 +267,7 @@ class FSDPSync(Sync):
         self._talked: list[Aggregation] = []
         self._timeline = Timeline()
         self._ready_s = 0.0
-        self._sent_before: int | None = None
+        self._sent_before = None
 
     def forward_begins(self) -> None:
         """What a backward that broke off has left is no part of the next iteration."""
@@ -296,8 +299,10 @@ class FSDPSync(Sync):
 
     def close(self) -> None:
         """From now on FSDP reduces as before; replicas are averaged in the gradients' own type."""
-        for unit in (*self._units, *self._gather_units):
+        for unit in self._units:
             unit.attached = None
+        for gathering in self._gather_units:
+            gathering.attached = None
         super().close()
 
     @contextmanager
