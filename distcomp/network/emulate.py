@@ -274,7 +274,7 @@ def _holder() -> Iterator[socket.socket]:
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            helper_process.command("holder", str(theirs.fileno())),
+            helper_process.command("supervisor", str(theirs.fileno())),
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
     try:

@@ -86,7 +86,9 @@ def _commands(net: Net, links: list[tuple[int, int]]) -> dict[int, list[str]]:
         }
         for source, target in links
     }  # fmt: skip
-    return {source: helper_process.command("wiretest", json.dumps(plan)) for source, plan in plans.items()}
+    return {
+        source: helper_process.command("link_self_test", json.dumps(plan)) for source, plan in plans.items()
+    }
 
 
 def message_bytes(rate_bps: float, lasting_s: float) -> int:
