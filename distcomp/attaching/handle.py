@@ -15,8 +15,9 @@ from torch.optim.optimizer import Optimizer
 
 from distcomp.attaching import masks
 from distcomp.attaching.arguments import check_arguments, check_optimizer
+from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.builtin_hooks import BuiltinHookSync
-from distcomp.attaching.ddp import GradientSync, Scaler
+from distcomp.attaching.ddp import GradientSync
 from distcomp.attaching.exchanges import PREFIX, TensorExchanges
 from distcomp.attaching.fsdp import FSDPSync, refuse_sharded
 from distcomp.attaching.gather import to_first
@@ -32,7 +33,7 @@ from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.builtin_hooks import is_builtin
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Method, parse
-from distcomp.private_torch import bypasses_hooks, steps_in_a_hook
+from distcomp.private_torch import bypasses_hooks, steps_in_a_hook, steps_in_backward
 from distcomp.runtime.states import pack, unpack
 from distcomp.training import clock_of
 from distcomp.transports.backends import patience_s
@@ -153,6 +154,7 @@ class Handle:
             sync.clock.listen(listener)
         self._pruners = masks.join(target.module, sync)
         self._exchanges = TensorExchanges(sync, next(target.module.parameters()).device, seed)
+        self._place = target.place
         self._attached = True
 
     @property
@@ -196,14 +198,14 @@ class Handle:
         """
         saved, exchanged = self._sync.state_dict(), self._exchanges.state_dict()
         state = {**saved["state"], **exchanged["state"]}
-        return pack(*self._target.place, {**saved, "exchanges": exchanged["counts"], "state": state})
+        return pack(*self._place, {**saved, "exchanges": exchanged["counts"], "state": state})
 
     def load_state_dict(self, saved: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Continue where a checkpoint stopped, bit for bit.
 
         On another world size pass a list of all old ranks' state dicts: the mean of the residuals is kept.
         """
-        fields = unpack(saved, *self._target.place)
+        fields = unpack(saved, *self._place)
         own = {name: leaves for name, leaves in fields["state"].items() if not name.startswith(PREFIX)}
         self._sync.load_state_dict({**fields, "state": own})
         self._exchanges.load_state_dict(fields.get("exchanges", {}), fields["state"])
@@ -305,7 +307,7 @@ class Handle:
             for pruner in self._pruners:
                 pruner.consensus = None
             with ExitStack() as closing:  # each of them, also where one raises; the last first
-                closing.callback(self._session.close)
+                closing.callback(self._session.close, agree and self._sync.error is None)
                 closing.callback(self._sync.close)
                 closing.callback(self._watch.close)
 
@@ -315,6 +317,8 @@ class Handle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self._attached and self._sync.error is None:
+            self._session.leave_note(f"{type(error).__name__}: {error}".splitlines()[0])
         self._leave(agree=kind is None)
 
 
@@ -343,6 +347,17 @@ def _method(method: Chosen | None) -> Chosen:
 
 def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None:
     """What cannot be served, named with its reason."""
+    for name, parameter in target.module.named_parameters():
+        if parameter.is_complex():
+            raise DistcompError(
+                f"{name} is complex, which is neither averaged nor compressed; keep it as two real tensors "
+                "(torch.view_as_real)"
+            )
+        if steps_in_backward(parameter):
+            raise DistcompError(
+                f"an optimizer steps on {name} within the backward (_apply_optimizer_in_backward), before "
+                "its gradient is agreed on; step after the backward"
+            )
     if target.shards is not None:
         refuse_sharded(chosen)
     if isinstance(chosen, Averaging | MultiLevel):
