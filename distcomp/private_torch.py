@@ -110,3 +110,14 @@ def timeout_of(group: Any) -> timedelta | None:
         if isinstance(patience, timedelta):
             return patience
     return None
+
+
+def joins(ddp: Any) -> bool:
+    """Whether this forward runs within ``ddp.join()``: the context tells nobody in public."""
+    return bool(ddp._join_config.enable)
+
+
+def steps_in_backward(parameter: Any) -> bool:
+    """Whether an optimizer steps on this parameter within the backward: ``_apply_optimizer_in_backward`` is
+    private itself, and so is its mark."""
+    return hasattr(parameter, "_in_backward_optimizers")

@@ -27,7 +27,7 @@ from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
 from distcomp.advice.scenario import Scenario
 from distcomp.advice.task import TrainingTask
 from distcomp.advice.virtual_clock import VirtualClock
-from distcomp.attaching.ddp import slices_of
+from distcomp.attaching.slices import slices_of
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.averaging.gossip import Gossip
 from distcomp.averaging.workers import Workers

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
 from distcomp.active import NOTHING_OBSERVED, Observed
+from distcomp.attaching.bucket import Bucket, Scaler
+from distcomp.attaching.buffers import FirstsBuffers
 from distcomp.attaching.observed import observer
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
+from distcomp.attaching.slices import slices_of
 from distcomp.attaching.unused import UnusedParameters
 from distcomp.errors import DistcompError
-from distcomp.layout import Layout, ParamSlice
+from distcomp.layout import Layout
 from distcomp.methods.active_only import UNUSED_HERE, UsedOnly
 from distcomp.methods.base import ByParameter, Method
-from distcomp.private_torch import NO_BACKWARD, backward_number
+from distcomp.private_torch import NO_BACKWARD, at_backward_end, backward_number
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.driver import commit, context_of
 from distcomp.runtime.pipeline import Drive
@@ -34,49 +37,6 @@ from distcomp.transports.types import GradBucket
 SHOWN = 8  # names of parameters in an error
 
 LOOK_S = 5.0
-
-
-class Scaler(Protocol):
-    """What is asked of a GradScaler: to multiply by its scale."""
-
-    def scale(self, outputs: Tensor) -> Tensor:
-        """``outputs`` times the loss scale."""
-
-
-class Bucket:
-    """A bucket on its way; DDP waits for its ``future``."""
-
-    def __init__(
-        self, layout: Layout, buffer: Tensor, scale: Tensor | None, observed: Observed = NOTHING_OBSERVED
-    ) -> None:
-        self.layout = layout
-        self.observed = observed
-        self.buffer = buffer
-        self.scale = scale
-        self._answer: Tensor | BaseException | None = None
-        devices: list[int | str | torch.device] | None = (
-            None if buffer.device.type == "cpu" else [buffer.device]
-        )
-        self._answered: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
-        self.future: torch.futures.Future[Tensor] = self._answered.then(self._deliver)
-
-    def answer_with(self, estimate: Tensor) -> None:
-        """Let DDP go on with the estimate, in the units and the type of its buffer."""
-        scaled = estimate if self.scale is None else estimate * self.scale
-        self.answer(scaled.to(self.buffer.dtype))
-
-    def answer(self, answer: Tensor | BaseException) -> None:
-        """Let DDP go on, with the new bucket or with an error. The first answer counts."""
-        if self._answer is None:
-            self._answer = answer
-            self._answered.set_result(self.buffer if isinstance(answer, BaseException) else answer)
-
-    def _deliver(self, answered: torch.futures.Future[Tensor]) -> Tensor:
-        if isinstance(
-            self._answer, BaseException
-        ):  # raised here it reaches backward; set_exception garbles it
-            raise self._answer
-        return answered.value()
 
 
 class GradientSync(Sync):
@@ -122,13 +82,17 @@ class GradientSync(Sync):
         self._expected = 0
         self._came: list[Layout] = []
         self._ended = False
+        self._watched = False
+        self._buffers = FirstsBuffers(ddp, session)
         self._driver: _Thread | _Stream | None = None
 
     def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Take a bucket from DDP; the future will hold the estimate of its mean."""
-        if self.error is not None:
-            raise self.error
         index, buffer = bucket.index(), bucket.buffer()
+        if index == 0:
+            self._watch_backward()
+        if self.error is not None:
+            return self._not_reduced(buffer)
         if index != self._expected:
             raise self._stop(
                 DistcompError(
@@ -148,13 +112,46 @@ class GradientSync(Sync):
         layout, observed = self._layout(bucket), self._observed
         if self._unused is not None:
             observed = {**observed, UNUSED_HERE: self._unused.take(layout)}
-        one = Bucket(layout, buffer, scale, observed)
+        one = Bucket(layout, buffer, scale, observed, raises=not self._watched)
         self.clock.exchange_begins()
         self._came = [*self._came, one.layout] if index else [one.layout]
         self._ended = False
         self._driver.submit(one, first=index == 0, last=bucket.is_last())
         self._expected = 0 if bucket.is_last() else index + 1
         return one.future
+
+    def _watch_backward(self) -> None:
+        """Raise what goes wrong from this backward, with its own type: what a future of DDP raises
+        becomes a RuntimeError.
+
+        A callback that is queued now is called before DDP's own, which waits for the buckets; one that it
+        queues comes after. Where DDP looks for unused parameters it also waits for an exchange of its own,
+        with no bound of ours: there we wait before.
+        """
+        self._watched = backward_number() != NO_BACKWARD
+        if not self._watched:  # a rank that has joined reduces outside any backward
+            return
+        if self._unused is None:
+            at_backward_end(lambda: at_backward_end(self._raise))
+        else:
+            at_backward_end(self._raise)
+
+    def _raise(self) -> None:
+        if self._driver is not None and not self.under_way:
+            self._driver.idle()
+        if self.error is not None:
+            raise self.error
+
+    def _not_reduced(self, buffer: Tensor) -> torch.futures.Future[Tensor]:
+        """The bucket as it is, in a backward that will raise."""
+        if not self._watched:
+            assert self.error is not None
+            raise self.error
+        future: torch.futures.Future[Tensor] = torch.futures.Future(
+            devices=[buffer.device] if buffer.is_cuda else None
+        )
+        future.set_result(buffer)
+        return future
 
     @property
     def under_way(self) -> bool:
@@ -167,6 +164,17 @@ class GradientSync(Sync):
         if self.under_way:
             raise self._stop(self._short())
         self._ended, self._came = False, []
+        self._take_buffers()
+
+    def evaluation_begins(self) -> None:
+        self._take_buffers()
+
+    def _take_buffers(self) -> None:
+        try:
+            self._buffers.take()
+        except DistcompError as error:
+            self.error = error
+            raise
 
     def backward_ended(self) -> None:
         self._ended = True
@@ -192,13 +200,16 @@ class GradientSync(Sync):
 
     def close(self) -> None:
         super().close()
+        self._buffers.close()
         if self._unused is not None:
             self._unused.close()
         if self._driver is None:
             return
         driver, self._driver = self._driver, None
         if self.under_way:
-            driver.abandon(DistcompError("the method was detached before the backward had ended"))
+            early = DistcompError("the method was detached before the backward had ended")
+            driver.abandon(early)
+            self.session.leave_note(str(early))
         driver.close()
 
     def _stop(self, error: DistcompError) -> DistcompError:
@@ -420,34 +431,3 @@ class _Stream:
 
     def close(self) -> None:
         self.idle()
-
-
-NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
-
-
-def slices_of(module: nn.Module) -> dict[int, ParamSlice]:
-    """Each parameter's segment, by identity. Tied parameters have one, under their first name."""
-    roles: dict[int, str] = {}
-    for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            if isinstance(part, NORMS):
-                roles[id(parameter)] = "norm"
-            elif isinstance(part, nn.Embedding | nn.EmbeddingBag):
-                roles[id(parameter)] = "embedding"
-    slices = {}
-    for name, parameter in module.named_parameters():
-        role = roles.get(id(parameter)) or ("matrix" if parameter.dim() >= 2 else "bias")
-        slices[id(parameter)] = ParamSlice(name, tuple(parameter.shape), 0, parameter.numel(), role)
-    return slices

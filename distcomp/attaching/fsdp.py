@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distcomp.attaching.ddp import Scaler
+from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.fsdp_gather import PREFIX, WeightGathers, gather_units
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distcomp.attaching.ddp import slices_of
 from distcomp.attaching.session import Session
+from distcomp.attaching.slices import slices_of
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods.base import State

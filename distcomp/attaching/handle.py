@@ -16,8 +16,9 @@ from torch.optim.optimizer import Optimizer
 from distcomp.attaching import masks
 from distcomp.attaching.agreement import Loads
 from distcomp.attaching.arguments import check_arguments, check_optimizer
+from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.builtin_hooks import BuiltinHookSync
-from distcomp.attaching.ddp import GradientSync, Scaler
+from distcomp.attaching.ddp import GradientSync
 from distcomp.attaching.exchanges import PREFIX, TensorExchanges, checked_exchanges
 from distcomp.attaching.fsdp import FSDPSync, refuse_gathers, refuse_sharded
 from distcomp.attaching.gather import to_first
@@ -36,7 +37,7 @@ from distcomp.errors import DistcompError, PeerLost
 from distcomp.methods import METHODS, Method, parse
 from distcomp.methods.base import ByParameter
 from distcomp.methods.weight_gather import WeightGather, parse_weight_gather
-from distcomp.private_torch import bypasses_hooks, steps_in_a_hook
+from distcomp.private_torch import bypasses_hooks, steps_in_a_hook, steps_in_backward
 from distcomp.runtime.saved_state import Fingerprint, described, pack, unpack
 from distcomp.training import clock_of
 from distcomp.transports.backends import patience_s
@@ -169,8 +170,8 @@ class Handle:
         self._pruners = masks.join(target.module, sync)
         self._exchanges = TensorExchanges(sync, next(target.module.parameters()).device, seed)
         self._fingerprint = Fingerprint(described(sync.method), target.shapes_digest)
-        place, store = target.place, target.everyone.get_group_store()
-        self._loads = Loads(store, place.rank, place.ranks, session.name, session.timeout_s)
+        self._place, store = target.place, target.everyone.get_group_store()
+        self._loads = Loads(store, self._place.rank, self._place.ranks, session.name, session.timeout_s)
         self._attached = True
 
     @property
@@ -214,7 +215,7 @@ class Handle:
         """
         saved, exchanged = self._sync.state_dict(), self._exchanges.state_dict()
         state = {**saved["state"], **exchanged.pop("state")}
-        return pack(self._target.place, self._fingerprint, {**saved, **exchanged, "state": state})
+        return pack(self._place, self._fingerprint, {**saved, **exchanged, "state": state})
 
     def load_state_dict(self, saved: Saved, strict: bool = True) -> None:
         """Continue where a checkpoint stopped, bit for bit. Call it on every rank: all take over, or none.
@@ -243,7 +244,7 @@ class Handle:
             return None if expected is None else {**expected, **exchanged}
 
         def checked() -> dict[str, Any]:
-            fields = unpack(read(), self._target.place, self._fingerprint, leaves, strict)
+            fields = unpack(read(), self._place, self._fingerprint, leaves, strict)
             return {**fields, "exchanges": checked_exchanges(fields.get("exchanges", {}))}
 
         try:
@@ -353,7 +354,7 @@ class Handle:
             for pruner in self._pruners:
                 pruner.consensus = None
             with ExitStack() as closing:  # each of them, also where one raises; the last first
-                closing.callback(self._session.close)
+                closing.callback(self._session.close, agree and self._sync.error is None)
                 closing.callback(self._sync.close)
                 closing.callback(self._watch.close)
 
@@ -363,6 +364,8 @@ class Handle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self._attached and self._sync.error is None:
+            self._session.leave_note(f"{type(error).__name__}: {error}".splitlines()[0])
         self._leave(agree=kind is None)
 
 
@@ -394,6 +397,17 @@ def _method(method: Chosen | None) -> Chosen:
 
 def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None:
     """What cannot be served, named with its reason."""
+    for name, parameter in target.module.named_parameters():
+        if parameter.is_complex():
+            raise DistcompError(
+                f"{name} is complex, which is neither averaged nor compressed; keep it as two real tensors "
+                "(torch.view_as_real)"
+            )
+        if steps_in_backward(parameter):
+            raise DistcompError(
+                f"an optimizer steps on {name} within the backward (_apply_optimizer_in_backward), before "
+                "its gradient is agreed on; step after the backward"
+            )
     if target.shards is not None:
         refuse_sharded(chosen)
     if isinstance(chosen, Averaging | MultiLevel):

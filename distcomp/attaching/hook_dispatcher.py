@@ -6,6 +6,7 @@ once and for ever; it passes each bucket to whatever is attached, or does what D
 
 # No "from __future__ import annotations" here: DDP compares the hook's annotations with the types themselves.
 
+from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -42,10 +43,24 @@ class HookDispatcher:
                 "wrap the module again without register_comm_hook, then attach"
             ) from error
 
+    def __deepcopy__(self, memo: object) -> "HookDispatcher":
+        return _blank()
+
+    def __reduce__(self) -> "tuple[Callable[[], HookDispatcher], tuple[()]]":
+        return _blank, ()
+
     def hook(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         if self.attached is not None:
             return self.attached.hook(bucket)
         return all_reduce_as_ddp(self._group, bucket)
+
+
+def _blank() -> HookDispatcher:
+    """What a copy of the model holds in its dispatcher's place: DDP keeps a list of hooks, and registers none
+    of them anew with a copy. It leads to no process group, which nobody can copy."""
+    blank = HookDispatcher.__new__(HookDispatcher)
+    blank.attached = None
+    return blank
 
 
 def all_reduce_as_ddp(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
-from distcomp.attaching.ddp import slices_of
 from distcomp.attaching.hook_dispatcher import dispatcher_of
+from distcomp.attaching.slices import slices_of
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.transports.types import GradBucket

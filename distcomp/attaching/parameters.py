@@ -33,10 +33,11 @@ from distcomp.averaging.base import Averaging, FragmentState, FromFirst, InFligh
 from distcomp.averaging.gossip import Gossip
 from distcomp.averaging.topology import resolve
 from distcomp.compressors import Identity
-from distcomp.errors import DistcompError
+from distcomp.errors import DistcompError, PeerLost
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import AggregateResult, ByParameter, State, cut_state, join_state
 from distcomp.methods.from_compressor import from_compressor
+from distcomp.private_torch import joins
 from distcomp.runtime.aggregation import Aggregation, Aggregator
 from distcomp.runtime.driver import context_of, start
 from distcomp.runtime.executor import Executor
@@ -70,7 +71,7 @@ class ParameterSync(Sync):
         self._lost: frozenset[int] = frozenset()
         self._optimizer = optimizer
         self._seed = seed
-        self._weights = Weights(target.module)
+        self._weights = Weights(target.module, target.ignored)
         self._ddp = target.ddp
         rank, size = session.rank, session.size
         self._fragments = fragment_states(averaging, self._weights.layout, rank, size)
@@ -111,6 +112,11 @@ class ParameterSync(Sync):
         return self.clock.no_sync()
 
     def forward_begins(self) -> None:
+        if self._ddp is not None and joins(self._ddp):
+            raise DistcompError(
+                "models that are averaged do not join(): a rank that has no more data would exchange nothing "
+                "for which others wait; give every rank as many steps, or use a gradient method"
+            )
         self.settle()
 
     def backward_ended(self) -> None:
@@ -122,6 +128,8 @@ class ParameterSync(Sync):
         self.idle()
         if not self._pending:
             return
+        if any(one.due(self.iterations) for one in self._fragments):
+            self._weights.check()
         self._pending = False
         begin_s, sent_before = time.perf_counter(), self._channel.ledger.total_bytes
         self._timeline = Timeline()
@@ -271,7 +279,13 @@ class ParameterSync(Sync):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's weights and buffers too: between exchanges they are its own."""
-        self.settle()
+        try:
+            self.settle()
+        except PeerLost as error:
+            raise PeerLost(
+                f"{error}; state_dict() first makes the exchange that the last iteration left to be made: "
+                "call it on every rank, and then save where you like"
+            ) from error
         fragments = {
             fragment.name: {
                 "last": fragment.last,
@@ -299,7 +313,7 @@ class ParameterSync(Sync):
             for fragment in self._fragments
             if flights[fragment.name]["lands_at"] >= 0
         }
-        expected = cut_state({**self._tree(), "landing": landing})
+        expected = cut_state({**self._tree(), "in_flight": landing})
         if saved["world_size"] == self._session.size:
             return expected
         own: Mapping[str, Mapping[str, Tensor]] = saved["state"]
@@ -408,7 +422,7 @@ def refuse_averaging(target: Target, averaging: Averaging | MultiLevel, optimize
         needed(optimizer)
     size = dist.get_world_size(target.group)
     _refuse_to_go_on(target, averaging)
-    warning = averaging.conditions(Weights(target.module).layout, size).get("warning")
+    warning = averaging.conditions(Weights(target.module, target.ignored).layout, size).get("warning")
     if warning and dist.get_rank(target.group) == 0:
         warnings.warn(warning, stacklevel=4)
 

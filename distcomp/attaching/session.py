@@ -8,7 +8,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from distcomp.attaching.groups import pool_of
 from distcomp.attaching.target import Target
@@ -18,7 +20,7 @@ from distcomp.runtime.channel import Channel
 from distcomp.runtime.ledger import Ledger
 from distcomp.transports.agreement import Agreement
 from distcomp.transports.backends import carrier_of
-from distcomp.transports.bounded import STORE_SILENT, Result, bounded
+from distcomp.transports.bounded import Result, ask_store, bounded
 from distcomp.transports.gloo_p2p import GlooP2P
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.mpi.transport import MPITransport
@@ -28,9 +30,6 @@ from distcomp.transports.torchdist import TorchDist
 from distcomp.transports.types import Store
 
 Carrier = TorchDist | GlooP2P | MPITransport | ResilientP2P
-
-STORE_S = 5.0
-"""So long the rendezvous store may take for one answer."""
 
 
 class Meeting:
@@ -43,9 +42,11 @@ class Meeting:
         self.target = target
         self.timeout_s = timeout_s
         self.rank, self.size = dist.get_rank(target.group), dist.get_world_size(target.group)
-        self.store: Store = target.group.get_group_store()
+        shared = target.group.get_group_store()
+        # A connection of its own, since what waits on the shared one, elsewhere, keeps it.
+        self.store: Store = ask_store(shared.clone)  # type: ignore[attr-defined]
         count = f"distcomp/attached/{self.rank}"  # every rank counts alike in a group
-        self.name = f"attach{bounded(lambda: self.store.add(count, 1), STORE_S, STORE_SILENT)}"
+        self.name = f"attach{ask_store(lambda: self.store.add(count, 1))}"
         self.agreement = Agreement(self.store, self.rank, self.size, self.name, timeout_s)
 
     def refuse(self, sentence: str) -> None:
@@ -120,6 +121,24 @@ class Session:
     def lost(self) -> frozenset[int]:
         """Ranks that are known to be gone, where the line goes on without them."""
         return frozenset(self._transport.lost) if isinstance(self._transport, ResilientP2P) else frozenset()
+
+    def take_from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Copy rank 0's tensors, bit for bit, into those of the same shapes here.
+
+        Not counted in the ledger, as it is no message of the method's.
+
+        Raises PeerLost naming the rank that does not come.
+        """
+        if self.size == 1:
+            return
+        self.channel.exchange += 1  # tells others how far this rank has come, should it be missed
+        own = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors]
+        try:
+            (wire,) = self._transport.broadcast(torch.cat(own), 0, None).wait()
+        except RuntimeError as error:
+            raise self._heartbeat.diagnose(error) from error
+        for tensor, piece in zip(tensors, torch.split(wire, [one.numel() for one in own]), strict=True):
+            tensor.data.copy_(piece.clone().view(tensor.dtype).view_as(tensor))
 
     def leave_note(self, sentence: str) -> None:
         """Tell those who will wait for this rank in vain why it does not come."""

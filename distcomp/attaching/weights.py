@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from distcomp.attaching.ddp import slices_of
+from distcomp.attaching.slices import slices_of
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 
@@ -21,9 +21,10 @@ class Weights:
     Raises DistcompError for a module that trains nothing or lies on several devices.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, ignored: frozenset[str] = frozenset()) -> None:
         self._module = module
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._ignored = ignored
+        self.parameters = self._trained()
         devices = {parameter.device for parameter in self.parameters.values()}
         if len(devices) != 1:
             raise DistcompError(
@@ -50,12 +51,32 @@ class Weights:
         """Put them back."""
         _write(dict(self._module.named_buffers()), self.buffers, buffer)
 
+    def check(self) -> None:
+        """Raise DistcompError where the module no longer trains the parameters that it did when attached."""
+        known = {id(parameter) for parameter in self.parameters.values()}
+        there = {id(parameter) for parameter in self._module.parameters()}
+        new = [f"{name} is new or was unfrozen" for name, p in self._trained().items() if id(p) not in known]
+        gone = [f"{name} was replaced" for name, p in self.parameters.items() if id(p) not in there]
+        changed = gone or new
+        if changed:
+            raise DistcompError(
+                f"{changed[0]} since the method was attached, {len(changed)} parameters in all: nobody would "
+                "average them; detach before the model is changed, and attach again"
+            )
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        parameters = self._module.named_parameters()
+        return {name: p for name, p in parameters if p.requires_grad and name not in self._ignored}
+
     def _buffers(self) -> dict[str, Tensor]:
         saved = self._module.state_dict(keep_vars=True).keys()
         return {
             name: buffer
             for name, buffer in self._module.named_buffers()
-            if name in saved and buffer.is_floating_point() and torch.isfinite(buffer).all()
+            if name in saved
+            and name not in self._ignored
+            and buffer.is_floating_point()
+            and torch.isfinite(buffer).all()
         }
 
 

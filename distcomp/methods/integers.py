@@ -184,7 +184,8 @@ class TernGrad(Method):
 
     ::
 
-        g_i = clip(x_i, +-c sigma_i)         sigma_i: the standard deviation of the rank's parameter
+        g_i = clip(x_i, +-c sigma_i)         sigma_i: the standard deviation of the rank's parameter;
+                                             never below |mean|, where the paper's mean is 0
         s = max_i max|g_i|                   scaler sharing
         t_i = sign(g_i) b_i,                 P(b_i = 1) = |g_i| / s
         estimate = s (sum_i t_i) / n
@@ -224,7 +225,7 @@ class TernGrad(Method):
         clipped = torch.empty_like(x)
         for (_, piece), (_, out) in zip(layout.pieces(x), layout.pieces(clipped), strict=True):
             sigma = piece.double().std(correction=0) if piece.numel() > 1 else piece.abs().sum()
-            limit = (self.clip * sigma).float()
+            limit = torch.maximum(self.clip * sigma, piece.double().mean().abs()).float()
             out.copy_(torch.minimum(torch.maximum(piece, -limit), limit))
         return clipped
 

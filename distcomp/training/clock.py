@@ -198,8 +198,8 @@ class TrainingClock:
         if model is None:
             raise RuntimeError("the model is gone; nobody can listen to its training")
         return [
-            model.register_forward_pre_hook(uncompiled(self._forward_begins)),
-            model.register_forward_hook(uncompiled(self._forward_ended), always_call=True),
+            model.register_forward_pre_hook(_OwnHook(uncompiled(self._forward_begins))),
+            model.register_forward_hook(_OwnHook(uncompiled(self._forward_ended)), always_call=True),
         ]
 
     def _watch_steps(self) -> list[Any]:
@@ -217,6 +217,26 @@ class TrainingClock:
             for parameter in parameters
             if parameter is not None and parameter.requires_grad
         ]
+
+
+class _OwnHook:
+    """A hook of this model alone: a copy of the model, or one that is saved and loaded, has an empty one.
+
+    It leads to whoever listens, and so to process groups, which nobody can copy.
+    """
+
+    def __init__(self, hook: Callable[..., Any] | None = None) -> None:
+        self._hook = hook
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._hook is not None:
+            self._hook(*arguments)
+
+    def __deepcopy__(self, memo: object) -> _OwnHook:
+        return _OwnHook()
+
+    def __reduce__(self) -> tuple[type[_OwnHook], tuple[()]]:
+        return _OwnHook, ()
 
 
 _CLOCKS: WeakKeyDictionary[nn.Module, weakref.ref[TrainingClock]] = WeakKeyDictionary()

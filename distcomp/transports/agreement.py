@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 from distcomp.errors import DistcompError, PeerLost, SettingsMismatch
-from distcomp.transports.bounded import STORE_SILENT, Result, bounded
+from distcomp.transports.bounded import STORE_SILENT, ask_store, bounded
 from distcomp.transports.types import Store
 from distcomp.transports.verdict import ranks
 
@@ -29,7 +29,7 @@ class Agreement:
     """
 
     def __init__(self, store: Store, rank: int, size: int, name: str, timeout_s: float) -> None:
-        self._store: Store = store.clone()  # type: ignore[attr-defined]
+        self._store = store
         self._rank, self._size = rank, size
         self._name = name
         self._timeout_s = timeout_s
@@ -47,7 +47,7 @@ class Agreement:
         self._set(SETTINGS, {**settings, **digests})
         theirs, missing = self._everyone(SETTINGS, self._timeout_s)
         if self._is_refused():
-            sentence = self._call(lambda: self._store.get(self._refused), PARTING_S).decode()
+            sentence = ask_store(lambda: self._store.get(self._refused)).decode()
             self._part()
             raise DistcompError(sentence)
         if missing:
@@ -63,9 +63,9 @@ class Agreement:
 
     def refuse(self, sentence: str) -> None:
         """Tell the others why this rank will not attach. Nothing is raised here."""
-        with suppress(RuntimeError, PeerLost):  # the store's host has gone: nobody is left to read it
+        with suppress(PeerLost):  # the store's host has gone: nobody is left to read it
             told = f"rank {self._rank} was refused: {sentence}"
-            self._call(lambda: self._store.compare_set(self._refused, "", told), PARTING_S)
+            ask_store(lambda: self._store.compare_set(self._refused, "", told))
             self._part()
 
     def _difference(
@@ -125,19 +125,17 @@ class Agreement:
         while True:
             left_s = min(SLICE_S, max(0.01, deadline_s - time.monotonic()))
             try:
-                return self._call(get, left_s)
+                return bounded(get, left_s + 1.0, STORE_SILENT)
             except RuntimeError:
-                if time.monotonic() >= deadline_s or (what == SETTINGS and self._is_refused()):
+                refused = self._is_refused()  # raises where the store is gone, which is no timeout
+                if time.monotonic() >= deadline_s or (what == SETTINGS and refused):
                     return None
 
     def _is_refused(self) -> bool:
-        return bool(self._call(lambda: self._store.check([self._refused]), PARTING_S))
+        return ask_store(lambda: self._store.check([self._refused]))
 
     def _set(self, what: str, value: object) -> None:
-        self._call(lambda: self._store.set(self._key(what, self._rank), json.dumps(value)), PARTING_S)
-
-    def _call(self, call: Callable[[], Result], patience_s: float) -> Result:
-        return bounded(call, patience_s + 1.0, STORE_SILENT)
+        ask_store(lambda: self._store.set(self._key(what, self._rank), json.dumps(value)))
 
     def _key(self, what: str, rank: int) -> str:
         return f"distcomp/{self._name}/{what}/{rank}"

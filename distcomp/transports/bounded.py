@@ -17,6 +17,18 @@ STORE_SILENT = (
 )
 
 
+STORE_S = 5.0
+"""So long the rendezvous store may take for one answer."""
+
+
+def ask_store(call: Callable[[], Result]) -> Result:
+    """What a call of the rendezvous store's returns. Raises PeerLost where it is gone, or does not answer."""
+    try:
+        return bounded(call, STORE_S, STORE_SILENT)
+    except RuntimeError as error:
+        raise PeerLost(f"{STORE_SILENT} ({str(error).splitlines()[0][:200]})") from error
+
+
 def bounded(call: Callable[[], Result], patience_s: float, sentence: str) -> Result:
     """What ``call`` returns or raises. Raises PeerLost with ``sentence`` where it does neither in time.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distcomp.collectives import Group, Pending, Request, in_rank_order, is_summed_directly
 from distcomp.transports.heartbeat import Heartbeat
-from distcomp.transports.torchdist import Subgroups
+from distcomp.transports.torchdist import Subgroups, check_group
 
 
 class GlooP2P:
@@ -41,6 +41,7 @@ class GlooP2P:
 
     def start(self, request: Request) -> Pending:
         """Raises PeerLost where a connection is gone already."""
+        check_group()
         try:
             return request.drive(self)
         except RuntimeError as error:

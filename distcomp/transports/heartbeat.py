@@ -24,14 +24,12 @@ from distcomp.errors import DistcompError, PeerLost
 from distcomp.transports.board import Board, Line, addresses, connect, listen
 from distcomp.transports.bounded import STORE_SILENT, Result, bounded
 from distcomp.transports.types import Store
-from distcomp.transports.verdict import Findings, verdict
+from distcomp.transports.verdict import REMEDY, Findings, verdict
 
 ANSWER_S = 1.0
 """So long one waits for the answers of boards; one whose host is stopped never answers."""
 
 LOOK_S = 0.2
-
-REMEDY = "restart from the last checkpoint"
 
 
 class Heartbeat:
@@ -154,7 +152,6 @@ class Heartbeat:
 
     def _open(self, store: Store) -> None:
         """Put up the board, if this rank keeps one, and reach those of the others."""
-        store = store.clone()  # type: ignore[attr-defined]  # its own connection: others may be blocked on theirs
         if self._rank in keepers(self._size):
             self._board = Board(self._size)
             self._listening.append(listen())
@@ -236,6 +233,8 @@ class Heartbeat:
                 self._drop(host)
 
     def _heard(self, host: int, answer: dict[str, Any]) -> None:
+        if "view" not in answer:  # to a beat that asked nothing
+            return
         with self._changed:
             self._answers[host] = answer
             self._changed.notify_all()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distcomp.collectives import Group, Pending, Request
+from distcomp.errors import DistcompError
 from distcomp.private_torch import timeout_of
 from distcomp.transports.heartbeat import Heartbeat
 
@@ -42,6 +43,15 @@ class Subgroups:
 _SUBGROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[Group, dist.ProcessGroup]] = WeakKeyDictionary()
 
 
+def check_group() -> None:
+    """Raise DistcompError where torch.distributed has been left."""
+    if not dist.is_initialized():
+        raise DistcompError(
+            "the process group was destroyed while a method was attached; detach before "
+            "torch.distributed.destroy_process_group()"
+        )
+
+
 class TorchDist:
     """Carries requests by the collectives of ``group``. Waits at most ``timeout_s``, then names who does not
     answer."""
@@ -55,6 +65,7 @@ class TorchDist:
         self._groups = Subgroups(group)
 
     def start(self, request: Request) -> Pending:
+        check_group()
         return request.drive(self)
 
     def all_reduce(self, x: Tensor, group: Group | None) -> PendingWork:

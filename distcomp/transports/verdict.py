@@ -8,6 +8,8 @@ from typing import Any
 
 from distcomp.transports.board import GONE, LEFT
 
+REMEDY = "restart from the last checkpoint"
+
 
 @dataclass
 class Findings:

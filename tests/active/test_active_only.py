@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import distcomp
 from distcomp.active import ActiveParameters, ActiveSet, Frozen, Intersection, Planned
-from distcomp.attaching.ddp import slices_of
 from distcomp.attaching.observed import pruners_of
+from distcomp.attaching.slices import slices_of
 from distcomp.compressors import Quantize, TopK
 from distcomp.errors import DistcompError, Mismatch
 from distcomp.layout import Layout

@@ -99,9 +99,12 @@ def ternary(x: np.ndarray, s: float, u: np.ndarray) -> np.ndarray:
 
 
 def clip_deviations(x: np.ndarray, c: float) -> np.ndarray:
-    """Wen 2017, section 3.4: to c standard deviations."""
+    """Wen 2017, section 3.4: to c standard deviations, where the mean is 0; never below its magnitude."""
+    if not len(x):
+        return x
     sigma = x.astype(np.float64).std() if len(x) > 1 else np.abs(x).sum()
-    return np.clip(x, -c * sigma, c * sigma)
+    limit = max(c * sigma, abs(x.astype(np.float64).mean()))
+    return np.clip(x, -limit, limit)
 
 
 def vote(xs: list[np.ndarray]) -> np.ndarray:

@@ -205,3 +205,10 @@ def test_what_cannot_be_is_refused_in_words() -> None:
     ):
         with pytest.raises(DistcompError, match=said):
             make()
+
+
+def test_terngrad_sends_a_matrix_of_one_value() -> None:
+    """Whose standard deviation is 0: the paper clips at 2.5 of them, where the mean is 0."""
+    layout = layout_of((8, 8))
+    xs = [torch.full((64,), 0.75)] * 2
+    assert np.array_equal(World(TernGrad(), 2, layout).mean(xs), np.full(64, 0.75, np.float32))

@@ -9,8 +9,8 @@ from torch import nn
 
 import distcomp
 from distcomp import DistcompError, pruning
-from distcomp.attaching.ddp import slices_of
 from distcomp.attaching.masks import pruners_of
+from distcomp.attaching.slices import slices_of
 from distcomp.compressors import Quantize
 from distcomp.layout import Layout
 from distcomp.methods import METHODS, AllReduceMean, ErrorFeedback, from_compressor

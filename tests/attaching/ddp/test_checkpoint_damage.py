@@ -2,7 +2,6 @@
 
 import copy
 
-import jobs
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
+from tests.attaching.ddp import jobs
 
 TIMEOUT_S = 3.0
 

@@ -1,0 +1,408 @@
+"""Every way in which a backward, a rank, a store or a script can stop short: each wait ends, each survivor
+names the same rank and why, and the model can be left.
+
+That waits are bounded is told by the cluster, whose patience is far below the 30 minutes of a process group.
+"""
+
+import contextlib
+import copy
+import gc
+import io
+import os
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.nn.parallel import DistributedDataParallel
+
+import distcomp
+from distcomp.transports.verdict import REMEDY
+from tests.attaching.ddp import jobs
+from tests.cluster import Cluster, Failure
+
+TIMEOUT_S = 6
+PATIENCE_S = 90
+
+
+class Layers(nn.Module):
+    """Six layers, one of which can be left out, and a norm with running statistics."""
+
+    def __init__(self, norm=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(16, 48), nn.Linear(48, 5)
+        self.middle = nn.ModuleList(nn.Linear(48, 48) for _ in range(4))
+        self.norm = nn.BatchNorm1d(48) if norm else nn.Identity()
+        self.skip = self.fail = False
+
+    def forward(self, x):
+        if self.fail:
+            raise ValueError("the forward's own")
+        x = self.norm(self.first(x))
+        for index, layer in enumerate(self.middle):
+            x = x if self.skip and index == 1 else torch.tanh(layer(x))
+        return self.last(x)
+
+
+class Rank:
+    """One rank of a way: a model of many buckets, attached, and what then happens to it."""
+
+    def __init__(self, rank, size, *, method="qsgd:bits=4", plain=False, norm=False, **options):
+        self.rank, self.size = rank, size
+        module = Layers(norm)
+        self.model = module if plain else DistributedDataParallel(module, bucket_cap_mb=0.004, **options)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.handle = distcomp.attach(self.model, self.optimizer, method, timeout_s=TIMEOUT_S)
+        self.train(2)
+
+    @property
+    def module(self):
+        return getattr(self.model, "module", self.model)
+
+    def train(self, steps=3):
+        for x, y in jobs.batches(self.rank, steps):
+            self.optimizer.zero_grad()
+            nn.functional.cross_entropy(self.model(x), y).backward()
+            self.optimizer.step()
+
+    def wait_for_note(self):
+        """Be slow, until the others have given up."""
+        heartbeat = self.handle._session._heartbeat
+        while not heartbeat._ask().notes:
+            threading.Event().wait(0.1)
+        raise ValueError("was slow")
+
+
+def victim_of(way, size):
+    return 0 if way.endswith("first") else size - 1
+
+
+def raise_in_backward(one, error):
+    def fail(_):
+        raise error("the backward's own")
+
+    one.module.middle[1].weight.register_hook(fail)
+    one.train()
+
+
+def skips(one, victim):
+    one.module.skip = one.rank == victim
+    one.train()
+
+
+def slow(one, victim):
+    one.wait_for_note() if one.rank == victim else one.train(12)
+
+
+def strike(how):
+    def act(one, victim):
+        if one.rank == victim:
+            os.kill(os.getpid(), how)
+        one.train(12)
+
+    return act
+
+
+def by_victim(act):
+    """The victim does what stops it; the others train on."""
+    return lambda one, victim: act(one) if one.rank == victim else one.train(12)
+
+
+def ends(one):
+    one.handle.detach()
+    raise ValueError("had no more data")
+
+
+def fails_in_forward(one):
+    one.module.fail = True
+    one.train()
+
+
+def fails_between(one):
+    raise ValueError("between two steps")
+
+
+def fails_inside_with(one):
+    with one.handle:
+        raise ValueError("inside with")
+
+
+def talks_alone(one):
+    one.handle.exchange(torch.ones(3))
+
+
+def accumulates(one):
+    with one.handle.no_sync():
+        one.train(1)
+    one.wait_for_note()
+
+
+def destroys(one):
+    dist.destroy_process_group()
+    one.train()
+
+
+def exits(one):
+    os._exit(3)
+
+
+BEHIND = "did not come to an exchange within timeout_s=6"
+GONE = "died or hangs"
+SHORT = "detached before the backward had ended"
+ENDED = "ended or detached while others still exchange"
+
+WAYS = {  # what is attached, what then happens, and why the victim is said not to come
+    "skips a layer, last": ({}, skips, "without a gradient for 2 of 12 parameters"),
+    "skips a layer, first": ({}, skips, "without a gradient for 2 of 12 parameters"),
+    "backward raises, last": ({}, by_victim(lambda one: raise_in_backward(one, ValueError)), SHORT),
+    "backward interrupted, first": (
+        {}, by_victim(lambda one: raise_in_backward(one, KeyboardInterrupt)), SHORT),
+    "forward raises, last": ({}, by_victim(fails_in_forward), ENDED),
+    "raises between, first": ({}, by_victim(fails_between), ENDED),
+    "raises inside with, last": ({}, by_victim(fails_inside_with), "ValueError: inside with"),
+    "has no more data, last": ({}, by_victim(ends), ENDED),
+    "has no more data, first": ({}, by_victim(ends), ENDED),
+    "slow, last": ({}, slow, BEHIND),
+    "slow, first": ({}, slow, BEHIND),
+    "slow with topk, last": ({"method": "topk"}, slow, BEHIND),
+    "slow with powersgd, first": ({"method": "powersgd:min_compression=0"}, slow, BEHIND),
+    "slow with norms, last": ({"norm": True}, slow, BEHIND),
+    "slow with unused, first": ({"find_unused_parameters": True}, slow, BEHIND),
+    "slow under averaging, last": ({"plain": True, "method": "local_sgd:period=2"}, slow, BEHIND),
+    "slow under gossip, first": ({"plain": True, "method": "choco"}, slow, BEHIND),
+    "exchanges alone, last": ({}, by_victim(talks_alone), BEHIND),
+    "accumulates, first": ({}, by_victim(accumulates), BEHIND),
+}  # fmt: skip
+
+ENDS = {  # ways after which the process is gone, or stopped for good
+    "dead, last": ({}, strike(signal.SIGKILL), GONE),
+    "dead, first": ({}, strike(signal.SIGKILL), GONE),
+    "exits, first": ({}, by_victim(exits), GONE),
+    "stopped, last": ({}, strike(signal.SIGSTOP), GONE),
+    "stopped, first": ({}, strike(signal.SIGSTOP), GONE),
+    "stopped with norms, first": ({"norm": True}, strike(signal.SIGSTOP), GONE),
+    "stopped under averaging, first": (
+        {"plain": True, "method": "local_sgd:period=2"}, strike(signal.SIGSTOP), GONE),
+}  # fmt: skip
+
+
+def go(rank, size, way):
+    """What this rank is told, of which type, and which threads are left after leaving."""
+    options, act, _ = (WAYS | ENDS)[way]
+    one = Rank(rank, size, **options)
+    told = kind = ""
+    try:
+        act(one, victim_of(way, size))
+    except BaseException as error:
+        told, kind = str(error), type(error).__name__
+    try:
+        one.handle.detach()
+    except distcomp.DistcompError as error:  # what went wrong is said again; the model is left all the same
+        told = told or str(error)
+    return told, kind, [one.name for one in threading.enumerate() if one.name.startswith("distcomp")]
+
+
+def check(answers, victim, reason):
+    """Every survivor names the victim and why, in the same words, as a PeerLost, and has left."""
+    sentences = set()
+    for rank, answer in enumerate(answers):
+        if rank == victim:
+            continue
+        assert not isinstance(answer, Failure), (rank, answer)
+        told, kind, threads = answer
+        assert f"rank {victim}" in told, (rank, told)
+        assert reason in told, (rank, told)
+        assert kind == "PeerLost"
+        assert threads == []
+        sentences.add(told.split(f"; {REMEDY}")[0])
+    assert len(sentences) == 1, sentences
+
+
+@pytest.fixture(scope="module")
+def reused():
+    """Clusters that are used again while all of their ranks answer."""
+    made = {}
+
+    def get(size):
+        if size not in made or not made[size].usable:
+            made[size] = Cluster(size, PATIENCE_S)
+        return made[size]
+
+    yield get
+    for one in made.values():
+        one.close()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rank_that_stops_short_is_named(reused, way, size):
+    victim = victim_of(way, size)
+    answers = reused(size).results(go, way)
+    check(answers, victim, WAYS[way][2])
+    assert not isinstance(answers[victim], Failure), answers[victim]
+    assert answers[victim][2] == []
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("way", ENDS)
+def test_a_rank_that_is_no_more_is_named(way, size):
+    cluster, victim = Cluster(size, PATIENCE_S), victim_of(way, size)
+    try:
+        check(cluster.results(go, way, without=victim), victim, ENDS[way][2])
+    finally:
+        cluster.close()
+
+
+def attach(rank, size, how):
+    """Attach; one rank differs. What each is told, and whether any thread of ours is left."""
+    odd = rank == size - 1
+    options = {}
+    if how == "find_unused_parameters":
+        options["find_unused_parameters"] = odd
+    if how == "static_graph":
+        options["static_graph"] = odd
+    module = Layers()
+    module.middle[0].weight.requires_grad_(not (how == "requires_grad" and odd))
+    plain = how in ("requires_grad", "absent", "stopped")
+    model = module if plain else DistributedDataParallel(module, bucket_cap_mb=0.004, **options)
+    method = "local_sgd" if plain else "qsgd:bits=4"
+    if odd and how in ("method", "refused"):
+        method = {"method": "topk", "refused": "qsgd:bits=99"}[how]
+    if odd and how == "absent":
+        return "was not there", []
+    if rank == 0 and how == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if rank == 0 and how == "dead in between":
+        sys.modules["distcomp.attaching.session"].Heartbeat = lambda *_, **__: os.kill(
+            os.getpid(), signal.SIGKILL
+        )
+    try:
+        distcomp.attach(model, None, method, seed=int(how == "seed" and odd), timeout_s=TIMEOUT_S)
+    except distcomp.DistcompError as error:
+        return str(error), [one.name for one in threading.enumerate() if one.name == "distcomp-heartbeat"]
+    return "attached", []
+
+
+DIFFERENCES = {
+    "method": "method is 'qsgd' on rank 0 and 'topk' on rank {odd}",
+    "seed": "seed is '0' on rank 0 and '1' on rank {odd}",
+    "find_unused_parameters": "find_unused_parameters is 'False' on rank 0 and 'True' on rank {odd}",
+    "static_graph": "static_graph is 'False' on rank 0 and 'True' on rank {odd}",
+    "requires_grad": "one of the parameters is 'middle.0.weight (48, 48) torch.float32, requires_grad=True' "
+    "on rank 0 and 'middle.0.weight (48, 48) torch.float32, requires_grad=False' on rank {odd}",
+    "refused": "bits",
+}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("how", DIFFERENCES)
+def test_a_difference_is_said_by_every_rank(reused, how, size):
+    answers = reused(size).results(attach, how)
+    for told, threads in answers:
+        assert DIFFERENCES[how].format(odd=size - 1) in told
+        assert how != "refused" or told.endswith(
+            answers[-1][0].removeprefix(f"rank {size - 1} was refused: ")
+        )
+        assert threads == []
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_that_is_not_there_is_named(reused, size):
+    for told, _ in reused(size).results(attach, "absent")[:-1]:
+        assert f"rank {size - 1} did not attach within 6 s" in told
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("how", ["stopped", "dead in between"])
+def test_the_stores_host_may_be_lost_while_attaching(how, size):
+    cluster = Cluster(size, PATIENCE_S)
+    try:
+        for answer in cluster.results(attach, how, without=0)[1:]:
+            assert not isinstance(answer, Failure), answer
+            assert "rank 0" in answer[0]
+            assert answer[1] == []
+    finally:
+        cluster.close()
+
+
+def trials(rank, size, count):
+    """What a process holds after ``count`` models were attached and left, after two as a measure."""
+
+    def trial():
+        model = jobs.wrap(jobs.network())
+        optimizer = jobs.sgd(model)
+        with distcomp.attach(model, optimizer, "qsgd:bits=4") as handle:
+            jobs.train(model, optimizer, rank, 1)
+            copied, saved = copy.deepcopy(model), io.BytesIO()
+            torch.save(model, saved)
+            assert torch.equal(jobs.flat(copied), jobs.flat(model))
+            copied.module(torch.ones(2, 16)).sum().backward()
+            assert handle.stats()["iterations"] == 1
+
+    def held():
+        gc.collect()
+        groups = len(dist.distributed_c10d._world.pg_map)
+        return threading.active_count(), len(os.listdir("/proc/self/fd")), tasks(), groups
+
+    def tasks():
+        return len(os.listdir("/proc/self/task"))
+
+    for _ in range(2):
+        trial()
+    before = held()
+    for _ in range(count):
+        trial()
+    return before, held()
+
+
+def test_models_that_were_left_leave_nothing(cluster):
+    for before, after in cluster(2).run(trials, 20):
+        assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
+
+
+def refused(rank, size, how):
+    """What is told by that which cannot be served."""
+    module = Layers()
+    model = DistributedDataParallel(module, bucket_cap_mb=0.004)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    if how == "steps in backward":
+        _apply_optimizer_in_backward(torch.optim.SGD, module.parameters(), {"lr": 0.1})
+    if how == "complex":
+        module.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    try:
+        method = "qsgd" if how in ("steps in backward", "destroyed") else "local_sgd:period=1"
+        handle = distcomp.attach(model, optimizer, method, timeout_s=TIMEOUT_S)
+        x, y = next(jobs.batches(rank, 1))
+        if how == "replaced":
+            module.last.weight = nn.Parameter(module.last.weight.detach().clone())
+        if how == "destroyed":
+            dist.destroy_process_group()
+            assert handle.state_dict()
+            handle.exchange(torch.ones(2))
+        with model.join() if how == "join" else contextlib.nullcontext():
+            for _ in range(2):
+                nn.functional.cross_entropy(model(x), y).backward()
+    except distcomp.DistcompError as error:
+        return str(error)
+    return "went on"
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [("steps in backward", "an optimizer steps on first.weight within the backward"),
+     ("complex", "phase is complex"), ("join", "do not join()"),
+     ("replaced", "last.weight was replaced since the method was attached"),
+     ("destroyed", "the process group was destroyed while a method was attached")],
+)  # fmt: skip
+def test_what_cannot_be_served_is_said(how, sentence):
+    cluster = Cluster(2, PATIENCE_S)
+    try:
+        for told in cluster.results(refused, how):
+            assert sentence in str(told)
+    finally:
+        cluster.close()
