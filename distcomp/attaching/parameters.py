@@ -69,7 +69,7 @@ class ParameterSync(Sync):
         self._lost: frozenset[int] = frozenset()
         self._optimizer = optimizer
         self._seed = seed
-        self._weights = Weights(target.module)
+        self._weights = Weights(target.module, ignored_by(target))
         self._ddp = target.ddp
         rank, size = session.rank, session.size
         self._fragments = fragment_states(averaging, self._weights.layout, rank, size)
@@ -334,6 +334,11 @@ class ParameterSync(Sync):
         }
 
 
+def ignored_by(target: Target) -> frozenset[str]:
+    """The parameters and buffers that DDP was told to leave alone: each rank's own, such as experts."""
+    return frozenset(getattr(target.ddp, "parameters_to_ignore", ()))
+
+
 def _known(result: AggregateResult) -> Callable[[], AggregateResult]:
     return lambda: result
 
@@ -364,7 +369,7 @@ def refuse_averaging(target: Target, averaging: Averaging | MultiLevel, optimize
         needed(optimizer)
     size = dist.get_world_size(target.group)
     _refuse_to_go_on(target, averaging)
-    warning = averaging.conditions(Weights(target.module).layout, size).get("warning")
+    warning = averaging.conditions(Weights(target.module, ignored_by(target)).layout, size).get("warning")
     if warning and dist.get_rank(target.group) == 0:
         warnings.warn(warning, stacklevel=4)
 
