@@ -128,8 +128,6 @@ class ParameterSync(Sync):
         self.idle()
         if not self._pending:
             return
-        if any(one.due(self.iterations) for one in self._fragments):
-            self._weights.check()
         self._pending = False
         begin_s, sent_before = time.perf_counter(), self._channel.ledger.total_bytes
         self._timeline = Timeline()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +11,27 @@ from distcomp.attaching.slices import slices_of
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 
+SHOWN = 8  # names of parameters in an error
+
 
 class Weights:
     """Parameters that are trained (``requires_grad`` when attached) and floating-point buffers that change.
 
     A buffer takes part if it is saved with the module and finite: a mask of infinities is no statistic. Flat
-    buffers are float32, whatever the type of the parameter; writing rounds to it.
+    buffers are float32, whatever the type of the parameter; writing rounds to it. What is in ``ignored``
+    (names that DDP was told to leave alone, such as experts) is each rank's own.
 
-    Raises DistcompError for a module that trains nothing or lies on several devices.
+    Raises DistcompError for a module that trains nothing or lies on several devices, for tensors that no flat
+    buffer of reals holds (complex, sparse, expanded, distributed), and at every exchange after a parameter
+    was replaced or unfrozen.
     """
 
-    def __init__(self, module: nn.Module, ignored: frozenset[str] = frozenset()) -> None:
+    def __init__(self, module: nn.Module, ignored: Collection[str] = ()) -> None:
         self._module = module
-        self._ignored = ignored
+        self._ignored = frozenset(ignored)
         self.parameters = self._trained()
+        for name, tensor in (*self.parameters.items(), *self._changing()):
+            _refuse(name, tensor)
         devices = {parameter.device for parameter in self.parameters.values()}
         if len(devices) != 1:
             raise DistcompError(
@@ -37,6 +44,7 @@ class Weights:
 
     def read(self, layout: Layout) -> Tensor:
         """The flat buffer of some parameters, or pieces of them (a copy, float32)."""
+        self._refuse_changes()
         return _read(self.parameters, layout, self.device)
 
     def write(self, layout: Layout, buffer: Tensor) -> None:
@@ -51,33 +59,55 @@ class Weights:
         """Put them back."""
         _write(dict(self._module.named_buffers()), self.buffers, buffer)
 
-    def check(self) -> None:
-        """Raise DistcompError where the module no longer trains the parameters that it did when attached."""
-        known = {id(parameter) for parameter in self.parameters.values()}
-        there = {id(parameter) for parameter in self._module.parameters()}
-        new = [f"{name} is new or was unfrozen" for name, p in self._trained().items() if id(p) not in known]
-        gone = [f"{name} was replaced" for name, p in self.parameters.items() if id(p) not in there]
-        changed = gone or new
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {
+            name: parameter
+            for name, parameter in self._module.named_parameters()
+            if parameter.requires_grad and name not in self._ignored
+        }
+
+    def _refuse_changes(self) -> None:
+        """Raise where the module's parameters are not those that were found when it was attached: what was
+        replaced or unfrozen since would never be averaged."""
+        now = dict(self._module.named_parameters())
+        gone = [name for name, known in self.parameters.items() if now.get(name) is not known]
+        new = [name for name in self._trained() if name not in self.parameters]
+        changed = sorted({*gone, *new})
         if changed:
+            shown = ", ".join(changed[:SHOWN]) + (", ..." if len(changed) > SHOWN else "")
             raise DistcompError(
-                f"{changed[0]} since the method was attached, {len(changed)} parameters in all: nobody would "
-                "average them; detach before the model is changed, and attach again"
+                f"{len(changed)} parameters were replaced, added or unfrozen since the model was attached "
+                f"({shown}), and would not be averaged; call handle.detach() before such a change and attach "
+                "again after it"
             )
 
-    def _trained(self) -> dict[str, nn.Parameter]:
-        parameters = self._module.named_parameters()
-        return {name: p for name, p in parameters if p.requires_grad and name not in self._ignored}
+    def _changing(self) -> list[tuple[str, Tensor]]:
+        """Buffers that are saved with the module."""
+        saved = self._module.state_dict(keep_vars=True).keys()
+        return [
+            (name, buffer)
+            for name, buffer in self._module.named_buffers()
+            if name in saved and name not in self._ignored and buffer.is_floating_point()
+        ]
 
     def _buffers(self) -> dict[str, Tensor]:
-        saved = self._module.state_dict(keep_vars=True).keys()
-        return {
-            name: buffer
-            for name, buffer in self._module.named_buffers()
-            if name in saved
-            and name not in self._ignored
-            and buffer.is_floating_point()
-            and torch.isfinite(buffer).all()
-        }
+        return {name: buffer for name, buffer in self._changing() if torch.isfinite(buffer).all()}
+
+
+def _refuse(name: str, tensor: Tensor) -> None:
+    """Raise for a tensor that no flat buffer of reals holds."""
+    what = None
+    if tensor.is_complex():
+        what = f"complex ({tensor.dtype}), and averaging would lose its imaginary part; keep it as a real "
+        what += "tensor of pairs (torch.view_as_real)"
+    elif hasattr(tensor, "to_local"):
+        what = "a DTensor, of which each rank holds a part; attach before it is distributed, or use FSDP"
+    elif tensor.layout != torch.strided:
+        what = f"not dense ({tensor.layout}); convert it with to_dense()"
+    elif any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        what = "expanded: its elements share memory and cannot be written one by one; clone() it"
+    if what is not None:
+        raise DistcompError(f"averaging takes dense real tensors, and {name} is {what}")
 
 
 def _read(tensors: Mapping[str, Tensor], layout: Layout, device: torch.device) -> Tensor:

@@ -396,7 +396,7 @@ def refused(rank, size, how):
     ("how", "sentence"),
     [("steps in backward", "an optimizer steps on first.weight within the backward"),
      ("complex", "phase is complex"), ("join", "do not join()"),
-     ("replaced", "last.weight was replaced since the method was attached"),
+     ("replaced", "since the model was attached (last.weight)"),
      ("destroyed", "the process group was destroyed while a method was attached")],
 )  # fmt: skip
 def test_what_cannot_be_served_is_said(how, sentence):
