@@ -33,8 +33,8 @@ def traced(rank, size, spec):
 
 @pytest.mark.parametrize(
     ("spec", "title", "rounds"),
-    [("qsgd:bits=4,pattern=all_gather", "GatherAndSum(Quantize)", 1),
-     ("powersgd:min_compression=0", "powersgd:min_compression=0.0", 2)],
+    [("qsgd:bits=4,pattern=all_gather", "qsgd:pattern=all_gather", 1),
+     ("powersgd:min_compression=0", "powersgd:min_compression=0", 2)],
 )  # fmt: skip
 def test_every_bucket_has_its_ranges(cluster, spec, title, rounds):
     for counts, buckets in cluster(2).run(traced, spec):
