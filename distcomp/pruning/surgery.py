@@ -58,7 +58,7 @@ class Surgery(Criterion):
     """
 
     wants_dense = True
-    holds = True
+    keeps_dense_grad = True
     restarts = False
 
     draws: Draws

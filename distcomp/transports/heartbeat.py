@@ -93,6 +93,7 @@ class Heartbeat:
         self._stopped = True
         self._waker.send(b".")
         self._thread.join()
+        self._release()  # not by the thread, which may be through before it is woken
 
     def leave_note(self, sentence: str) -> None:
         """Say why this rank stops, to those who will wait for it: :meth:`diagnose` reads it."""
@@ -209,7 +210,6 @@ class Heartbeat:
             if time.monotonic() >= next_s or self._asked > told:
                 next_s, told = time.monotonic() + self._interval_s, self._asked
                 self._beat(told)
-        self._release()
 
     def _release(self) -> None:
         self._selector.close()

@@ -39,7 +39,7 @@ class Listed(ActiveParameters):
     """What a list says, step by step: for each parameter nothing, every other element, or all of it."""
 
     steps: tuple[tuple[int, ...], ...]
-    holds: bool = False
+    keeps_dense_grad: bool = False
 
     def active(self, layout, context):
         kinds = dict(zip(NAMES, self.steps[context.step % len(self.steps)], strict=True))
