@@ -3,7 +3,7 @@
 A package that brings methods says so in its metadata, and importing the module registers them::
 
     [options.entry_points]
-    distcomp.methods =
+    distcomp_methods =
         mine = my_package.methods
 
 A file that is not installed is named on the command line, ``--import my_methods.py`` (or a module's name), or
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from distcomp.errors import DistcompError
 
-GROUP = "distcomp.methods"
+GROUP = "distcomp_methods"
 IMPORT = "DISTCOMP_IMPORT"
 
 

@@ -85,8 +85,7 @@ def attach(
 
     Raises:
         DistcompError: what cannot be served, with the reason: a model that is not DDP, a hook of somebody
-        else's, sparse
-            gradients, an optimizer that reduces gradients itself, an unknown method.
+            else's, sparse gradients, an optimizer that reduces gradients itself, an unknown method.
         SettingsMismatch: ranks were attached with different settings; every rank names the difference.
         PeerLost: a rank did not attach in time.
     """
@@ -96,18 +95,15 @@ def attach(
     try:
         chosen = _method(method)
         edges = _check(target, chosen, optimizer)
-        gathered = None if weights is None else parse_weight_gather(weights)
-        if gathered is not None:
-            refuse_gathers(target, replicas)
+        gathered = _weight_gather(weights, target)
         dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
     except DistcompError as error:
         meeting.refuse(str(error))
         raise
     settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)}
     session = Session.open(meeting, settings, details_of(target), edges)
-    sync: Sync
     if isinstance(chosen, Method) and target.shards is not None:
-        sync = FSDPSync(target, chosen, session, clock_of(target.called), seed, scaler, gathered)
+        sync: Sync = FSDPSync(target, chosen, session, clock_of(target.called), seed, scaler, gathered)
     else:
         sync = _open(chosen, target, session, dispatcher, optimizer=optimizer, scaler=scaler, seed=seed)
     _ATTACHED.add(target.key)
@@ -118,6 +114,16 @@ def attach(
 
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
+
+
+def _weight_gather(
+    weights: WeightGather | Compressor | Method | str | None, target: Target
+) -> WeightGather | None:
+    """How weights are gathered. Raises DistcompError where they are not, or cannot be so."""
+    if weights is None:
+        return None
+    refuse_gathers(target, target.replicas)
+    return parse_weight_gather(weights)
 
 
 def _check(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> frozenset[tuple[int, int]]:

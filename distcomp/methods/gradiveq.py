@@ -1,5 +1,4 @@
-"""GradiVeQ: gradients of convolutions by their coefficients in a subspace that all ranks found in earlier
-gradients."""
+"""GradiVeQ: gradients of convolutions by coefficients in a subspace that all ranks found in earlier ones."""
 
 from __future__ import annotations
 
@@ -45,16 +44,14 @@ from distcomp.methods.slices import (
 from distcomp.payload import Part, Parts, Payload, body_bytes, wire_bytes
 
 VOTES = "votes"
-"""The name under which votes ride behind the coefficients: a segment of its own, exact through any
-quantizer."""
+"""The name under which votes ride behind the coefficients: a slice of its own, exact through any codec."""
 REST = "rest"
 """What is not sliced, where it rides behind the coefficients."""
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """``learn`` steps in which gradients are sent plainly and remembered, then ``compressed`` ones, and
-    again.
+    """``learn`` steps of gradients that are sent plainly and remembered, then ``compressed`` ones, and again.
 
     ``retrain``: learn anew as soon as, on most ranks, the relative loss of what is sent passes this many
     times what it was on the rank's own first compressed gradients; 0: never before its time.

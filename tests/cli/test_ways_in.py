@@ -106,7 +106,7 @@ def test_a_method_of_one_s_own_is_known_by_its_file_module_or_entry_point(
     information = tmp_path / "mine-1.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
-    (information / "entry_points.txt").write_text("[distcomp.methods]\nmine = by_entry_methods\n")
+    (information / "entry_points.txt").write_text("[distcomp_methods]\nmine = by_entry_methods\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["methods", "by_entry"]) == 0
     assert capsys.readouterr().out.count("Of the user's own.") == 3

@@ -38,7 +38,7 @@ from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
 
 METHODS.clear()
-import_module("averaging_toy")
+import_module("tests.conformance.toys.averaging_toy")
 BROKEN: dict[str, str] = {}
 
 
