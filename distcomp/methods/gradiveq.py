@@ -43,10 +43,9 @@ from distcomp.methods.slices import (
 )
 from distcomp.payload import Part, Parts, Payload, body_bytes, wire_bytes
 
-VOTES = "votes"
-"""The name under which votes ride behind the coefficients: a slice of its own, exact through any codec."""
-REST = "rest"
-"""What is not sliced, where it rides behind the coefficients."""
+VOTES, REST = "votes", "rest"
+"""Names of what rides behind the coefficients: votes, a slice of its own that is exact through any codec, and
+what is not sliced."""
 
 
 @dataclass(frozen=True)
