@@ -168,7 +168,7 @@ REFUSED = {
     ("", "difference"): "needs a compressor",
     ("", "difference:compresor=int8"): "did you mean compressor",
     ("", "qsdg:bits=8"): "no gather of weights 'qsdg'",
-    ("", "powersgd"): "conversation of all ranks",
+    ("", "powersgd"): "exchange of all ranks",
 }
 
 
