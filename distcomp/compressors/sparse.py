@@ -250,7 +250,7 @@ class RowSet:
             width = one.code.width
             table[:, 5] = NOTHING if size == 0 else BITMAP if width is None else width
             lines.append(table)
-            searched.append(torch.full((one.rows,), not one.sampled))
+            searched.append(torch.full((one.rows,), not one.sampled, dtype=torch.bool))
             place, code = place + one.rows * one.count, code + one.rows * size
         all_lines = torch.cat(lines)
         return RowTable(all_lines, code), RowTable(all_lines[torch.cat(searched)], code)

@@ -183,7 +183,7 @@ class Products:
 def each_times_rows(q: Tensor, x: Tensor, products: Products) -> Tensor:
     """:func:`times_rows` of each matrix in the flat buffer ``x``: all factors p, laid end to end."""
     if _in_one_call(products, q=q, m=x):
-        out = torch.empty(products.numels["p"])
+        out = torch.empty(products.numels["p"], dtype=torch.float32)
         _run("rows", products, q=q, m=x, out=out)
         return out
     pairs = zip(products.views(q, "q"), products.matrices(x), strict=True)
@@ -193,7 +193,7 @@ def each_times_rows(q: Tensor, x: Tensor, products: Products) -> Tensor:
 def each_times_columns(p: Tensor, x: Tensor, products: Products) -> Tensor:
     """:func:`times_columns` of each matrix: all factors q, laid end to end."""
     if _in_one_call(products, p=p, m=x):
-        out = torch.empty(products.numels["q"])
+        out = torch.empty(products.numels["q"], dtype=torch.float32)
         _run("columns", products, p=p, m=x, out=out)
         return out
     pairs = zip(products.views(p, "p"), products.matrices(x), strict=True)

@@ -44,8 +44,7 @@ from distcomp.methods.slices import (
 from distcomp.payload import Part, Parts, Payload, body_bytes, wire_bytes
 
 VOTES, REST = "votes", "rest"
-"""Names of what rides behind the coefficients: votes, a slice of its own that is exact through any codec, and
-what is not sliced."""
+"""What rides behind the coefficients: votes, a slice of their own (exact), and what is not sliced."""
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ class _Plan:
 
     def plain_of(self, x: Tensor) -> Tensor:
         """What is sent as it is."""
-        out = torch.empty(self.plain.ends[1], device=x.device)
+        out = torch.empty(self.plain.ends[1], device=x.device, dtype=torch.float32)
         move(x, out, self.plain)
         return out
 
@@ -198,7 +198,9 @@ class _Plan:
 
     def deduct(self, given: Tensor, p: Tensor, q: Tensor) -> None:
         """Take the contribution off a flat buffer: the products, and all of what went plainly."""
-        move(torch.zeros(self.plain.ends[1], device=given.device), given, self.plain.back)
+        move(
+            torch.zeros(self.plain.ends[1], device=given.device, dtype=torch.float32), given, self.plain.back
+        )
         lowrank.each_subtract_outer(p, q, given, self.products)
 
     def kept(self, old: PerParameter, side: str, factors: Tensor) -> PerParameter:
@@ -286,7 +288,7 @@ def _starts(factors: PerParameter, plan: _Plan, side: str, context: StepContext)
     pieces = [factors[name] for name in plan.names]
     pieces = [one if len(one) == rank else one[:rank] for one, rank in zip(pieces, ranks, strict=True)]
     if not pieces:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32)
     flat = torch.cat([one.reshape(-1) for one in pieces])
     if flat.device.type != "cpu" or not _all_alive(flat, plan, side):
         keys = [context.shared.fold("powersgd", name) for name in plan.names]

@@ -174,7 +174,7 @@ class Gather(WeightGather):
         return AggregateResult(whole, lambda: whole, kept)
 
     def _decoded(self, payloads: list[Payload], codec: ShardCodec, layout: Layout) -> Tensor:
-        whole = torch.empty(len(payloads) * layout.numel, device=payloads[0].wire.device)
+        whole = torch.empty(len(payloads) * layout.numel, device=payloads[0].wire.device, dtype=torch.float32)
         for payload, shard in zip(payloads, whole.chunk(len(payloads)), strict=True):
             codec.decode_into(shard, payload, layout)
         return whole

@@ -92,6 +92,4 @@ def test_the_readme_shows_names_that_exist_for_each_trainer():
 def test_an_integration_is_small():
     lengths = {path.stem: len(path.read_text().splitlines()) for path in ROOM.glob("*.py")}
     del lengths["files"], lengths["alone"]  # what they share
-    assert max(lengths.values()) <= 80, (
-        lengths
-    )  # a file per rank, real counters and bytes in the trainer's log
+    assert max(lengths.values()) <= 80, lengths  # with a file per rank and bytes in logs

@@ -106,7 +106,7 @@ def test_scripts_are_sound() -> None:
 def test_ci_runs_the_two_scripts_and_nothing_else() -> None:
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     commands = [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
-    assert commands == ["scripts/check", "scripts/test"]
+    assert commands == ["scripts/test", "scripts/check"]
 
 
 @pytest.mark.parametrize("ci", ["true", ""])

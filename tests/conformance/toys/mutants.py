@@ -340,10 +340,7 @@ def faulty(test: str) -> Callable[[type], type]:
     return enter
 
 
-for name in compressors.__all__:
-    if name != "Compressor":
-        delattr(compressors, name)
-compressors.__all__[:] = []
+compressors.__all__[:] = []  # what the tests walk; they may import the sound ones all the same
 
 
 @faulty("test_sizes_are_known_from_the_layout_alone")
