@@ -15,9 +15,9 @@ from distcomp.cli.run import existing, new_directory
 from distcomp.errors import DistcompError
 
 DESCRIPTION = """\
-Train what SCRIPT's training_task() describes with many workers in one process, in
-lock-step: real numerics, virtual time. Seconds are those that the network
-model predicts for the fabric; computing takes what the scenario says.
+Train what SCRIPT's training_task() describes with many workers in one
+process, in lock-step: real numerics, virtual time. Seconds are those that the
+network model predicts for the fabric; computing takes what the scenario says.
 """
 
 

@@ -73,12 +73,12 @@ def test_methods_shows_one(name: str, capsys: Captured, monkeypatch: pytest.Monk
 
 MINE = """\
 from distcomp.methods import Method, register
-from distcomp.methods.basic import Silence
+from distcomp.methods.basic import NoCommunication
 
 @register(paper="none", wire="0", summable=True, biased=False)
 def OWN() -> Method:
     '''Of the user's own.'''
-    return Silence()
+    return NoCommunication()
 """
 
 
