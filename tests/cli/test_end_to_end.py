@@ -307,13 +307,13 @@ def test_a_script_that_attaches_nothing_is_told_so(tmp_path: Path) -> None:
 
 OWN = """\
 from distcomp.methods import Method, register
-from distcomp.methods.basic import Silence
+from distcomp.methods.basic import NoCommunication
 
 
 @register(paper="none", wire="0", summable=True, biased=False)
 def says_nothing() -> Method:
     '''Of the user's own.'''
-    return Silence()
+    return NoCommunication()
 """
 
 
