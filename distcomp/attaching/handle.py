@@ -95,7 +95,7 @@ def attach(
     try:
         chosen = _method(method)
         edges = _check(target, chosen, optimizer)
-        gathered = _weight_gather(weights, target)
+        gathered = _weight_gather(weights, target, replicas)
         dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
     except DistcompError as error:
         meeting.refuse(str(error))
@@ -117,12 +117,12 @@ _ATTACHED: WeakSet[nn.Module] = WeakSet()
 
 
 def _weight_gather(
-    weights: WeightGather | Compressor | Method | str | None, target: Target
+    weights: WeightGather | Compressor | Method | str | None, target: Target, replicas: ProcessGroup | None
 ) -> WeightGather | None:
     """How weights are gathered. Raises DistcompError where they are not, or cannot be so."""
     if weights is None:
         return None
-    refuse_gathers(target, target.replicas)
+    refuse_gathers(target, replicas)
     return parse_weight_gather(weights)
 
 
