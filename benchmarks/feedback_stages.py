@@ -127,7 +127,7 @@ def auto_variance(seed: int) -> dict[str, float]:
                 errors.append(float((estimate - signal).square().sum()))
             found[f"{text}, n={size}: variance"] = errors[0] / errors[1]
             found[f"{text}, n={size}: bits sent per value"] = (
-                8 * from_compressor(auto.compressor).payload_bytes(layout, size) / layout.numel
+                8 * from_compressor(auto.compressor).payload_bytes(layout, size, 0) / layout.numel
             )
     return found
 

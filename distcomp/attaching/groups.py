@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from distcomp.transports.agreement import PROPOSED
+from distcomp.transports.bounded import ask_store
+from distcomp.transports.types import Store
 
 FREE, MADE = PROPOSED + "free groups", PROPOSED + "groups made"
 
@@ -26,6 +28,17 @@ class Pool:
 
     made: int = 0
     free: dict[int, dist.ProcessGroup] = field(default_factory=dict)
+    connection: Store | None = None
+
+    def store(self, parent: dist.ProcessGroup) -> Store:
+        """The rendezvous store, over a connection of its own: what waits on the group's, elsewhere, keeps it.
+
+        One for all models of the group: torch's host asks the name server who each new connection is, and
+        answers nobody meanwhile.
+        """
+        if self.connection is None:
+            self.connection = ask_store(parent.get_group_store().clone)  # type: ignore[attr-defined]
+        return self.connection
 
     def proposal(self) -> dict[str, str]:
         """What this rank says of it before all choose."""

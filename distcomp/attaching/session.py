@@ -42,9 +42,7 @@ class Meeting:
         self.target = target
         self.timeout_s = timeout_s
         self.rank, self.size = dist.get_rank(target.group), dist.get_world_size(target.group)
-        shared = target.group.get_group_store()
-        # A connection of its own, since what waits on the shared one, elsewhere, keeps it.
-        self.store: Store = ask_store(shared.clone)  # type: ignore[attr-defined]
+        self.store: Store = pool_of(target.group).store(target.group)
         count = f"distcomp/attached/{self.rank}"  # every rank counts alike in a group
         self.name = f"attach{ask_store(lambda: self.store.add(count, 1))}"
         self.agreement = Agreement(self.store, self.rank, self.size, self.name, timeout_s)

@@ -56,8 +56,11 @@ class States:
 
     def expected(self, layout: Layout) -> ByParameter:
         """What the state of these parameters is like before the first step: tensors without values."""
-        with torch.device("meta"):
-            return cut_state(self._method.init(layout))
+        # Not under torch.device("meta"): what a method asks for the state, a source's coins, say, needs values.
+        return {
+            name: {path: value.to("meta") for path, value in leaves.items()}
+            for name, leaves in cut_state(self._method.init(layout)).items()
+        }
 
     def _retire(self, names: set[str]) -> None:
         for layout in [one for one in self._slabs if names & set(one.names)]:

@@ -17,8 +17,12 @@ STORE_SILENT = (
 )
 
 
-STORE_S = 5.0
-"""So long the rendezvous store may take for one answer."""
+STORE_S = 20.0
+"""So long the rendezvous store may take for one answer.
+
+Its host looks up the name of whoever connects, and answers nobody meanwhile; where the name server is silent,
+that takes the resolver's five seconds twice, for each name server.
+"""
 
 
 def ask_store(call: Callable[[], Result]) -> Result:

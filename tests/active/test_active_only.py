@@ -141,7 +141,7 @@ def test_where_nothing_is_active_nothing_is_sent():
     assert round_.sent_bytes == [0, 0]
     assert (round_.estimate == 0).all()
     assert alike(round_.states[0], states[0])
-    assert method.payload_bytes(ORDINARY, 2) == 0
+    assert method.payload_bytes(ORDINARY, 2, 0) == 0
 
 
 def test_sources_compose():

@@ -137,8 +137,8 @@ class Unaware(Method):
     def aggregate(self, x, state, context):
         return (yield from self.inner.aggregate(x, state, replace(context, error_feedback=False)))
 
-    def payload_bytes(self, layout: Layout, size: int) -> int:
-        return self.inner.payload_bytes(layout, size)
+    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
+        return self.inner.payload_bytes(layout, size, step)
 
 
 @pytest.mark.parametrize("size", [4, 8])

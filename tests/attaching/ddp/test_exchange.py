@@ -51,7 +51,7 @@ def counted(rank, size, spec):
     with handle:
         estimate = handle.exchange(own(rank, 40, 30), spec)
         method = distcomp.parse(spec)
-        declared = method.payload_bytes(Layout.of([("x", (40, 30))]), size)
+        declared = method.payload_bytes(Layout.of([("x", (40, 30))]), size, 0)
         return estimate, declared, dict(sent(handle))
 
 

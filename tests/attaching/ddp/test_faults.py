@@ -120,7 +120,7 @@ def corrupted(rank, size, where):
         optimizer.zero_grad()
         try:
             nn.functional.cross_entropy(model(x), y).backward()
-        except RuntimeError as error:
+        except (RuntimeError, distcomp.CorruptPayload) as error:
             said = str(error)
         else:
             said = "not noticed"
