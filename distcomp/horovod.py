@@ -133,7 +133,11 @@ class GradientExchange:
         """
         try:
             fields = unpack(
-                saved, self._place, self._fingerprint, lambda _: self._states.expected(self._layout), strict
+                saved,
+                self._place,
+                self._fingerprint,
+                lambda part: self._states.expected(self._layout, part["state"]),
+                strict,
             )
         except DistcompError as error:
             _agree(f"a checkpoint that cannot be loaded ({error})")

@@ -15,7 +15,7 @@ from distcomp.registry import load_all
 from tests.cluster import Cluster
 
 torch.set_num_threads(1)
-# A rendezvous store's host asks the name server for each connection's name: a silent one costs 10 s by default.
+# A rendezvous store's host asks the name server who connects: one that is silent costs 10 s by default.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 load_all()  # METHODS knows them all
 

@@ -259,7 +259,7 @@ class GradientSync(Sync):
 
     def expected_state(self, saved: Mapping[str, Any]) -> ByParameter:
         trained = [self._segments[id(parameter)] for parameter in self._trained().values()]
-        return self.states.expected(Layout(tuple(trained)))
+        return self.states.expected(Layout(tuple(trained)), saved["state"])
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.idle()

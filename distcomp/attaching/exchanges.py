@@ -174,7 +174,7 @@ class TensorExchanges:
                 "its state would mean nothing; use the same method, or another name"
             )
         kept = {PREFIX + name: self._loaded.get(name, {})}
-        fitting(kept, states.expected(layout), strict=True, whole=True)
+        fitting(kept, states.expected(layout, kept), strict=True, whole=True)
 
     def _agree(self, words: str) -> None:
         """Raise Mismatch on every rank, naming the difference, unless all are about to exchange alike."""

@@ -78,6 +78,19 @@ class ActiveOnly(Method):
             state["dropped"] = FlatBuffer(torch.zeros(layout.numel, dtype=torch.float32), layout)
         return state
 
+    def expected_state(self, layout: Layout, saved: ByParameter) -> ByParameter:
+        """Which tensors ``inner`` keeps of a parameter, and their shapes, go by what of it was active: those
+        of ``saved`` that are known by name are as they should be. The next exchange takes what still fits.
+        """
+        expected = cut_state(self.init(layout))
+        known = {path for leaves in expected.values() for path in leaves}
+        return {
+            name: {path: saved[name][path] for path in saved[name] if path in known}
+            if name in saved
+            else leaves
+            for name, leaves in expected.items()
+        }
+
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         active = self.source.active(context.layout, context)
         if self.compare:
@@ -204,9 +217,12 @@ def recalled(fresh: State, before: ByParameter, active: ActiveSet) -> State:
     def buffer(path: str, leaf: FlatBuffer) -> FlatBuffer:
         pieces = []
         for param, new in leaf.layout.pieces(leaf.data):
-            _, elements = active.elements[param.name]
+            whole, elements = active.elements[param.name]
             old = before.get(param.name, {}).get(path)
-            pieces.append(new if old is None else old if elements is None else old[elements.to(old.device)])
+            if old is None or old.numel() != whole.numel:
+                pieces.append(new)
+            else:
+                pieces.append(old if elements is None else old[elements.to(old.device)])
         return FlatBuffer(torch.cat(pieces) if pieces else leaf.data, leaf.layout)
 
     def each(path: str, leaf: PerParameter) -> PerParameter:

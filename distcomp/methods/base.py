@@ -140,6 +140,13 @@ class Method(Written, ABC):
         """
         return self.init(layout)
 
+    def expected_state(self, layout: Layout, saved: ByParameter) -> ByParameter:
+        """What a checkpoint's state of these parameters, ``saved``, has to be like to be taken over.
+
+        Shapes and dtypes count. The state before the first step, unless the state grows with what was seen.
+        """
+        return cut_state(self.init(layout))
+
     def sole_compressor(self) -> Compressor | None:
         """The compressor whose payloads are all that is sent of a matrix; None where there is none such.
 

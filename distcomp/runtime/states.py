@@ -54,12 +54,13 @@ class States:
         self._slabs.clear()
         self._loose = {name: dict(leaves) for name, leaves in cut.items()}
 
-    def expected(self, layout: Layout) -> ByParameter:
-        """What the state of these parameters is like before the first step: tensors without values."""
-        # Not under torch.device("meta"): what a method asks for the state, a source's coins, say, needs values.
+    def expected(self, layout: Layout, saved: ByParameter) -> ByParameter:
+        """What the state of these parameters has to be like: tensors without values."""
+        # Not made on the meta device: what the state depends on, a source's coins, say, needs values.
+        expected = self._method.expected_state(layout, saved)
         return {
             name: {path: value.to("meta") for path, value in leaves.items()}
-            for name, leaves in cut_state(self._method.init(layout)).items()
+            for name, leaves in expected.items()
         }
 
     def _retire(self, names: set[str]) -> None:
