@@ -115,8 +115,9 @@ class _Observer:
         try:
             with (
                 mock.patch.object(DistributedDataParallel, "__init__", made),
-                mock.patch.object(handle, "attach", _unattached),
+                # distcomp's first: it is looked up in handle when asked for, and then kept.
                 mock.patch.object(distcomp, "attach", _unattached),
+                mock.patch.object(handle, "attach", _unattached),
             ):
                 yield
         finally:

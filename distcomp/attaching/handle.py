@@ -91,7 +91,7 @@ def attach(
     """
     check_arguments(model, optimizer, method, seed, timeout_s)
     target = Target.of(model, replicas)
-    meeting = Meeting(target, patience_s(target.group) if timeout_s is None else timeout_s)
+    meeting = Meeting(target.group, patience_s(target.group) if timeout_s is None else timeout_s)
     try:
         chosen = _method(method)
         edges = _check(target, chosen, optimizer)

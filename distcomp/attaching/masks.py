@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distcomp.attaching.exchanges import Numbers
 from distcomp.attaching.observed import pruners_of
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.target import Target
@@ -19,6 +18,7 @@ from distcomp.methods.from_compressor import from_compressor
 from distcomp.pruning.pruner import Pruner
 from distcomp.runtime.aggregation import Aggregator
 from distcomp.runtime.driver import context_of
+from distcomp.runtime.unanimous import Numbers
 
 
 class Consensus:

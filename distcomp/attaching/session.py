@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distcomp.attaching.groups import pool_of
-from distcomp.attaching.target import Target
 from distcomp.errors import PeerLost
 from distcomp.recording import Recorder
 from distcomp.runtime.channel import Channel
@@ -33,16 +32,16 @@ Carrier = TorchDist | GlooP2P | MPITransport | ResilientP2P
 
 
 class Meeting:
-    """The ranks of a target about to attach, and what they say to one another first.
+    """The ranks of a process group about to share a line, and what they say to one another first.
 
     Every call of ``attach`` that knows its ranks is one, also one that is then refused: ranks count alike.
     """
 
-    def __init__(self, target: Target, timeout_s: float) -> None:
-        self.target = target
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
+        self.group = group
         self.timeout_s = timeout_s
-        self.rank, self.size = dist.get_rank(target.group), dist.get_world_size(target.group)
-        self.store: Store = pool_of(target.group).store(target.group)
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.store: Store = pool_of(group).store(group)
         count = f"distcomp/attached/{self.rank}"  # every rank counts alike in a group
         self.name = f"attach{ask_store(lambda: self.store.add(count, 1))}"
         self.agreement = Agreement(self.store, self.rank, self.size, self.name, timeout_s)
@@ -81,7 +80,7 @@ class Session:
         Raises SettingsMismatch or PeerLost on every rank, within ``timeout_s``.
         """
         rank, size, timeout_s = meeting.rank, meeting.size, meeting.timeout_s
-        parent = meeting.target.group
+        parent = meeting.group
         pool = pool_of(parent)
         everyone = meeting.agreement.agree({**settings, **pool.proposal()}, details)
         heartbeat = Heartbeat(meeting.store, rank, size, meeting.name, timeout_s=timeout_s)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import distcomp
 from distcomp import cli
 from distcomp.advice import TrainingTask
 from distcomp.advice.advise import Advice, AdviceRow, advise, at_rate, break_even_bps
@@ -22,6 +23,7 @@ from distcomp.advice.overlap import Timing, averaging_step, gradient_step
 from distcomp.advice.predict import Machine, Prediction, predict, profile_method
 from distcomp.advice.profile import ProfiledExchange, ProfiledRound, clock
 from distcomp.advice.scale import Rehearsals
+from distcomp.attaching import handle
 from distcomp.attaching.observe import Observed
 from distcomp.layout import Layout
 from distcomp.methods import METHODS, parse
@@ -348,6 +350,7 @@ for step in range(STEPS):
 def test_advise_reads_a_training_loop_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], attach: str
 ) -> None:
+    vars(distcomp).pop("attach", None)  # as in a process that has not asked for it yet
     script = tmp_path / "train.py"
     script.write_text(LOOP.replace("ATTACH", attach).replace("STEPS", "10**9"))
     asked = [
@@ -374,6 +377,7 @@ def test_advise_reads_a_training_loop_as_it_is(
     script.write_text("raise RuntimeError('boom')")
     assert cli.main(asked) == 2
     assert "failed after 0 steps" in capsys.readouterr().err
+    assert distcomp.attach is handle.attach
 
 
 def test_on_a_slow_one_it_names_what_is_fastest() -> None:

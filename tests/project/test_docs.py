@@ -56,7 +56,8 @@ def program(snippet: str) -> str:
         return snippet
     if "import horovod" in snippet:
         return PRELUDE + snippet
-    return PRELUDE + ("" if WRAP.strip() in snippet else WRAP) + snippet + STEP
+    step = STEP if "attach(" in snippet else ""
+    return PRELUDE + ("" if WRAP.strip() in snippet else WRAP) + snippet + step
 
 
 @pytest.mark.parametrize(("where", "snippet"), snippets(), ids=[where for where, _ in snippets()])
