@@ -91,7 +91,7 @@ class ActiveSet:
     @staticmethod
     def all(layout: Layout) -> ActiveSet:
         """Everything."""
-        return ActiveSet(layout, layout, {one.name: (one, None) for one in layout.slices}, None)
+        return ActiveSet(layout, layout, {param.name: (param, None) for param in layout.slices}, None)
 
     @staticmethod
     def of(layout: Layout, masks: Mapping[str, Tensor | bool]) -> ActiveSet:
@@ -173,12 +173,12 @@ def _bits(param: ParamSlice, mask: Tensor | bool) -> Tensor | bool:
     return mask.reshape(-1)[param.start : param.stop].cpu()
 
 
-def _both(one: Tensor | bool, other: Tensor | bool) -> Tensor | bool:
-    if isinstance(one, bool):
-        return other if one else False
+def _both(first: Tensor | bool, other: Tensor | bool) -> Tensor | bool:
+    if isinstance(first, bool):
+        return other if first else False
     if isinstance(other, bool):
-        return one if other else False
-    return one & other
+        return first if other else False
+    return first & other
 
 
 def _collect(layout: Layout, active: Mapping[str, Tensor | bool]) -> ActiveSet:

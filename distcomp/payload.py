@@ -126,7 +126,7 @@ def check_header(payload: Payload, expected: PayloadHeader) -> Tensor:
     magic, non_finite, finite, rank, fingerprint, exchange, length, check = HEADER.unpack(
         payload.wire[: HEADER.size].numpy().tobytes()
     )
-    found: Iterable[tuple[str, object, object]] = (
+    compared: Iterable[tuple[str, object, object]] = (
         ("magic", magic, MAGIC),
         ("finite flag", (non_finite, finite), (0, 1) if finite else (1, 0)),
         ("rank", rank, expected.rank),
@@ -135,7 +135,7 @@ def check_header(payload: Payload, expected: PayloadHeader) -> Tensor:
         ("length", length, body.numel()),
         ("checksum", check, checksum(body)),
     )
-    for what, got, wanted in found:
+    for what, got, wanted in compared:
         if got != wanted:
             raise CorruptPayload(
                 f"the payload from rank {expected.rank} in exchange {expected.exchange} is corrupt: "

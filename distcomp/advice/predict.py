@@ -79,7 +79,9 @@ def predict(profiled: ProfiledMethod, machine: Machine, fabric: Fabric) -> Predi
             profiles = around_a_ring(profiles)
         time_ = gradient_step(machine.timing, profiles, fabric, machine.host, machine.slowness)
     sent = sum(
-        profile.share * one.ask.sent_bytes(fabric.ranks) for profile in profiles for one in profile.rounds
+        profile.share * round_.ask.sent_bytes(fabric.ranks)
+        for profile in profiles
+        for round_ in profile.rounds
     )
     return Prediction(**vars(time_), sent_bytes=sent)
 
@@ -88,7 +90,8 @@ def around_a_ring(profiles: Sequence[ProfiledExchange]) -> tuple[ProfiledExchang
     """The exchanges with every sum around a ring, however small: PyTorch's own know no other way."""
     return tuple(
         replace(
-            profile, rounds=tuple(replace(one, ask=replace(one.ask, kind="ring")) for one in profile.rounds)
+            profile,
+            rounds=tuple(replace(round_, ask=replace(round_.ask, kind="ring")) for round_ in profile.rounds),
         )
         for profile in profiles
     )

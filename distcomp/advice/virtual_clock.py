@@ -59,15 +59,18 @@ class VirtualClock:
 
     def _mix(self, asked: list[Any]) -> None:
         edges = frozenset(
-            (rank, other) for rank, one in enumerate(asked) for other in one.neighbors_only if rank < other
+            (rank, other)
+            for rank, request in enumerate(asked)
+            for other in request.neighbors_only
+            if rank < other
         )
         seconds = self._seconds(sizes_of(asked[0], len(asked), None, edges))
-        talking = np.array([bool(one.neighbors_only) for one in asked])
+        talking = np.array([bool(request.neighbors_only) for request in asked])
         ready_s = np.where(talking, self._ready_s(), self.now_s)
         self.now_s = np.array(
             [
-                max(ready_s[[rank, *one.neighbors_only]]) + (seconds if one.neighbors_only else 0.0)
-                for rank, one in enumerate(asked)
+                max(ready_s[[rank, *request.neighbors_only]]) + (seconds if request.neighbors_only else 0.0)
+                for rank, request in enumerate(asked)
             ]
         )
 

@@ -40,11 +40,11 @@ class MixingRow:
 
         Every survivor can do that alone, and what remains of ``W`` is symmetric and doubly stochastic again.
         """
-        gone = set(absent)
-        if gone.isdisjoint(self.neighbours):
+        missing = set(absent)
+        if missing.isdisjoint(self.neighbours):
             return self
-        kept = [(j, w) for j, w in zip(self.neighbours, self.weights, strict=True) if j not in gone]
-        own = self.own + sum(w for j, w in zip(self.neighbours, self.weights, strict=True) if j in gone)
+        kept = [(j, w) for j, w in zip(self.neighbours, self.weights, strict=True) if j not in missing]
+        own = self.own + sum(w for j, w in zip(self.neighbours, self.weights, strict=True) if j in missing)
         return MixingRow(self.rank, tuple(j for j, _ in kept), tuple(w for _, w in kept), own)
 
 
@@ -258,12 +258,12 @@ def resolve(topology: str | Topology, size: int) -> Topology:
 
     Raises DistcompError for an unknown name, a topology of another size, or a graph that is not connected.
     """
-    found = _named(topology, size) if isinstance(topology, str) else topology
-    if found.size != size:
-        raise DistcompError(f"{found} is for {found.size} workers and there are {size}; make one for {size}")
-    if not found.connected:
-        raise DistcompError(f"{found} falls apart into pieces that never exchange; connect them")
-    return found
+    made = _named(topology, size) if isinstance(topology, str) else topology
+    if made.size != size:
+        raise DistcompError(f"{made} is for {made.size} workers and there are {size}; make one for {size}")
+    if not made.connected:
+        raise DistcompError(f"{made} falls apart into pieces that never exchange; connect them")
+    return made
 
 
 def _named(name: str, size: int) -> Topology:

@@ -31,7 +31,7 @@ class AllGather(Sealed):
     def sends(self) -> tuple[Payload, ...]:
         return (self.payload,)
 
-    def payload_to(self, place: int) -> Payload:
+    def payload_to(self, position: int) -> Payload:
         return self.payload
 
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
@@ -51,5 +51,7 @@ class AllGather(Sealed):
         return line.all_gather(self.payload.wire, self.wire_sizes(line.rank, line.size), self.group)
 
     def share(self, index: int, count: int) -> Self:
-        parts = None if self.parts is None else tuple(share_parts(one, count) for one in self.parts)
+        parts = (
+            None if self.parts is None else tuple(share_parts(of_member, count) for of_member in self.parts)
+        )
         return replace(self, payload=share_of_payload(self.payload, index, count), parts=parts)

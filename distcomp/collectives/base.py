@@ -245,7 +245,7 @@ class Sealed(Request):
     def sends(self) -> tuple[Payload, ...]: ...
 
     @abstractmethod
-    def payload_to(self, place: int) -> Payload:
+    def payload_to(self, position: int) -> Payload:
         """What the member at a place is sent by who asks this."""
 
     @abstractmethod
@@ -266,8 +266,8 @@ class Sealed(Request):
         )
 
     def delivered(self, rank: int, asked: Sequence[Any]) -> list[Payload]:
-        place = self.place(rank)
-        payloads = [asked[sender].payload_to(place) for sender in self.senders(len(asked))]
+        position = self.place(rank)
+        payloads = [asked[sender].payload_to(position) for sender in self.senders(len(asked))]
         return SharedAnswers(payloads) if self.alike else payloads
 
     def read(self, delivered: list[Any]) -> Any:

@@ -36,7 +36,7 @@ class Broadcast(Sealed):
     def sends(self) -> tuple[Payload, ...]:
         return (self.payload,)
 
-    def payload_to(self, place: int) -> Payload:
+    def payload_to(self, position: int) -> Payload:
         return self.payload
 
     def expected(self, rank: int, size: int) -> Sequence[Parts]:

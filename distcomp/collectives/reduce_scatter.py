@@ -45,14 +45,16 @@ class ReduceScatter(Sealed):
                 "give each rank a piece of 0 elements or more, which sum to the tensor's"
             )
 
-    def parts_of(self, place: int) -> Parts:
+    def parts_of(self, position: int) -> Parts:
         """A message to the member at a place."""
-        return (Part(self.kind, self.x.dtype, self.sizes[place]),)
+        return (Part(self.kind, self.x.dtype, self.sizes[position]),)
 
     @cached_property
     def payloads(self) -> tuple[Payload, ...]:
         """The pieces, laid out for the wire."""
-        made = tuple(Payload.empty(self.parts_of(place), self.x.device) for place in range(len(self.sizes)))
+        made = tuple(
+            Payload.empty(self.parts_of(position), self.x.device) for position in range(len(self.sizes))
+        )
         for payload, piece in zip(made, torch.split(self.x.reshape(-1), list(self.sizes)), strict=True):
             payload[self.kind].copy_(piece)
         return made
@@ -66,8 +68,8 @@ class ReduceScatter(Sealed):
     def sends(self) -> tuple[Payload, ...]:
         return self.payloads
 
-    def payload_to(self, place: int) -> Payload:
-        return self.payloads[place]
+    def payload_to(self, position: int) -> Payload:
+        return self.payloads[position]
 
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
         return [self.parts_of(self.place(rank))] * len(self.sizes)
@@ -77,17 +79,17 @@ class ReduceScatter(Sealed):
 
     def sent_bytes(self, rank: int, size: int) -> Bytes:
         sent, own = Bytes(), self.place(rank)
-        for place in range(len(self.sizes)):
-            if place != own:
-                sent.update(counted(self.parts_of(place), 1))
+        for position in range(len(self.sizes)):
+            if position != own:
+                sent.update(counted(self.parts_of(position), 1))
         return sent
 
     def mean_sent_bytes(self, size: int) -> float:
         count = len(self.sizes)
-        return (count - 1) / count * sum(wire_bytes(self.parts_of(place)) for place in range(count))
+        return (count - 1) / count * sum(wire_bytes(self.parts_of(position)) for position in range(count))
 
     def traffic(self, size: int) -> Traffic:
-        sizes = tuple(wire_bytes(self.parts_of(place)) for place in range(len(self.sizes)))
+        sizes = tuple(wire_bytes(self.parts_of(position)) for position in range(len(self.sizes)))
         return Traffic("swap", sizes, chunked=True)
 
     def drive(self, line: Primitives) -> Pending:

@@ -129,12 +129,12 @@ def parse_compressor(given: Compressor | str) -> Compressor:
 
 def _text_of(compressor: Compressor) -> str:
     """``name:key=value`` of the class with what differs from its defaults, or a preset's name."""
-    by_class = next((one.name for one in COMPRESSORS.values() if one.make is type(compressor)), None)
+    by_class = next((entry.name for entry in COMPRESSORS.values() if entry.make is type(compressor)), None)
     settings = _unusual(compressor)
     if by_class is not None and not settings:
         return by_class
-    presets = (one for one in COMPRESSORS.values() if not isinstance(one.make, type))
-    preset = next((one.name for one in presets if one.make() == compressor), None)
+    presets = (entry for entry in COMPRESSORS.values() if not isinstance(entry.make, type))
+    preset = next((entry.name for entry in presets if entry.make() == compressor), None)
     if preset is not None:
         return preset
     return repr(compressor) if by_class is None else write_call(by_class, settings)

@@ -90,13 +90,13 @@ class FixedPoint:
         """The format that a text such as ``Q4.12`` names. Raises DistcompError for any other text."""
         if isinstance(text, FixedPoint):
             return text
-        found = re.fullmatch(r"[Qq](-?\d+)\.(-?\d+)", text.strip())
-        if found is None:
+        match = re.fullmatch(r"[Qq](-?\d+)\.(-?\d+)", text.strip())
+        if match is None:
             raise DistcompError(
                 f"{text!r} is no fixed-point format; write Q, the bits before the point (sign included), a "
                 "point and the bits after it, such as Q4.12"
             )
-        return FixedPoint(int(found[1]), int(found[2]))
+        return FixedPoint(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         return f"Q{self.integer_bits}.{self.fraction_bits}"

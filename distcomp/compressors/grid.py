@@ -40,7 +40,7 @@ def from_rows(rows: Tensor, layout: Layout) -> Tensor:
 
 def spread(values: Tensor, layout: Layout) -> Tensor:
     """One number per parameter, repeated for each of its elements: ``[slices] -> [numel]``."""
-    counts = torch.tensor([one.numel for one in layout.slices], dtype=torch.int64, device=values.device)
+    counts = torch.tensor([param.numel for param in layout.slices], dtype=torch.int64, device=values.device)
     return torch.repeat_interleave(values, counts, output_size=layout.numel)
 
 

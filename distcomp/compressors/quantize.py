@@ -104,7 +104,7 @@ class Quantize(Compressor):
         if self.bits == 1 or self.rounding == "nearest":
             return []
         names = layout.remember(
-            (self, "names"), lambda: [one.name for one in layout.slices if one.role not in self.plain]
+            (self, "names"), lambda: [param.name for param in layout.slices if param.role not in self.plain]
         )
         return key.fold_each(names)
 

@@ -91,8 +91,8 @@ class IndexCode:
             return torch.empty(rows, 0, dtype=torch.uint8, device=indices.device)
         if width is None:
             return _ones_at(indices, self.universe)
-        place = torch.arange(self.count, device=indices.device)
-        high = _ones_at((indices >> width) + place, _unary_bits(self.universe, self.count, width))
+        ordinal = torch.arange(self.count, device=indices.device)
+        high = _ones_at((indices >> width) + ordinal, _unary_bits(self.universe, self.count, width))
         if width == 0:
             return high
         return torch.cat([reference.pack(indices & (2**width - 1), width), high], dim=1)
@@ -100,14 +100,14 @@ class IndexCode:
     def decode(self, code: Tensor) -> Tensor:
         """``[rows, nbytes]`` -> ``[rows, count]``. Bytes that no encoder made give legal indices, too."""
         width = self.width
-        place = torch.arange(self.count, device=code.device)
+        ordinal = torch.arange(self.count, device=code.device)
         if self.nbytes == 0:
-            return place.expand(code.shape[0], -1)
+            return ordinal.expand(code.shape[0], -1)
         if width is None:
             return _places_of_ones(code, self.universe, self.count)
         low_bytes = block_bytes(self.count, width)
         high = _places_of_ones(code[:, low_bytes:], _unary_bits(self.universe, self.count, width), self.count)
-        indices = (high - place) << width
+        indices = (high - ordinal) << width
         if width:
             indices |= reference.unpack(code[:, :low_bytes], self.count, width)
         return indices.clamp_(0, self.universe - 1)
@@ -187,21 +187,21 @@ class RowSet:
 
     @cached_property
     def code_bytes(self) -> int:
-        return sum(one.rows * one.code.nbytes for one in self.each)
+        return sum(rows.rows * rows.code.nbytes for rows in self.each)
 
     @cached_property
     def count(self) -> int:
         """How many elements are sent."""
-        return sum(one.rows * one.count for one in self.each)
+        return sum(rows.rows * rows.count for rows in self.each)
 
     def largest(self, x: Tensor) -> Tensor:
         """Where the largest magnitudes of each row are in a flat buffer (int64), row after row, rising."""
         if not kernel.serves(x.device):
-            return _joined([one.in_buffer(top_indices(one.view(x), one.count)) for one in self.each], x)
+            return _joined([rows.in_buffer(top_indices(rows.view(x), rows.count)) for rows in self.each], x)
         places = torch.empty(self.count, dtype=torch.int64)
         kernel.top(x.contiguous(), self._tables[1], places)
-        for one, at in self._long:
-            places[at : at + one.count] = one.in_buffer(top_indices(one.view(x), one.count))
+        for rows, at in self._long:
+            places[at : at + rows.count] = rows.in_buffer(top_indices(rows.view(x), rows.count))
         return places
 
     def encode(self, places: Tensor) -> Tensor:
@@ -211,10 +211,10 @@ class RowSet:
             kernel.write(places.contiguous(), self._tables[0], codes)
             return codes
         written = []
-        for one, part in zip(
-            self.each, torch.split(places, [one.rows * one.count for one in self.each]), strict=True
+        for rows, part in zip(
+            self.each, torch.split(places, [rows_.rows * rows_.count for rows_ in self.each]), strict=True
         ):
-            written.append(one.code.encode(one.in_rows(part)).reshape(-1))
+            written.append(rows.code.encode(rows.in_rows(part)).reshape(-1))
         return _joined(written, torch.empty(0, dtype=torch.uint8, device=places.device))
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -223,35 +223,35 @@ class RowSet:
             places = torch.empty(self.count, dtype=torch.int64)
             kernel.read(codes.contiguous(), self._tables[0], places)
             return places
-        parts = torch.split(codes, [one.rows * one.code.nbytes for one in self.each])
+        parts = torch.split(codes, [rows.rows * rows.code.nbytes for rows in self.each])
         read = [
-            one.in_buffer(one.code.decode(part.view(one.rows, one.code.nbytes)))
-            for one, part in zip(self.each, parts, strict=True)
+            rows.in_buffer(rows.code.decode(part.view(rows.rows, rows.code.nbytes)))
+            for rows, part in zip(self.each, parts, strict=True)
         ]
         return _joined(read, codes)
 
     @cached_property
     def _long(self) -> list[tuple[Rows, int]]:
         """The rows that a sampled threshold searches, and where their places begin."""
-        ends = itertools.accumulate((one.rows * one.count for one in self.each), initial=0)
-        return [(one, at) for one, at in zip(self.each, ends, strict=False) if one.sampled]
+        ends = itertools.accumulate((rows.rows * rows.count for rows in self.each), initial=0)
+        return [(rows, at) for rows, at in zip(self.each, ends, strict=False) if rows.sampled]
 
     @cached_property
     def _tables(self) -> tuple[RowTable, RowTable]:
         """All rows for C, and those that C searches."""
-        lines, place, code = [torch.empty(0, 6, dtype=torch.int64)], 0, 0
+        lines, place_at, code = [torch.empty(0, 6, dtype=torch.int64)], 0, 0
         searched = [torch.empty(0, dtype=torch.bool)]
-        for one in self.each:
-            number, size = torch.arange(one.rows), one.code.nbytes
-            table = torch.empty(one.rows, 6, dtype=torch.int64)
-            table[:, 0] = one.start + number * one.length
-            table[:, 1], table[:, 2] = one.length, one.count
-            table[:, 3], table[:, 4] = place + number * one.count, code + number * size
-            width = one.code.width
+        for rows in self.each:
+            number, size = torch.arange(rows.rows), rows.code.nbytes
+            table = torch.empty(rows.rows, 6, dtype=torch.int64)
+            table[:, 0] = rows.start + number * rows.length
+            table[:, 1], table[:, 2] = rows.length, rows.count
+            table[:, 3], table[:, 4] = place_at + number * rows.count, code + number * size
+            width = rows.code.width
             table[:, 5] = NOTHING if size == 0 else BITMAP if width is None else width
             lines.append(table)
-            searched.append(torch.full((one.rows,), not one.sampled, dtype=torch.bool))
-            place, code = place + one.rows * one.count, code + one.rows * size
+            searched.append(torch.full((rows.rows,), not rows.sampled, dtype=torch.bool))
+            place_at, code = place_at + rows.rows * rows.count, code + rows.rows * size
         all_lines = torch.cat(lines)
         return RowTable(all_lines, code), RowTable(all_lines[torch.cat(searched)], code)
 

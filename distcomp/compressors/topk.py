@@ -128,7 +128,7 @@ class TopK(Sparsifier):
         """``k/d``, of the chunk that fares worst."""
         length = self.chunk or max(1, numel)
         lengths = {min(length, max(1, numel)), numel % length} - {0}
-        return min(kept_count(one, self.ratio) / one for one in lengths)
+        return min(kept_count(chunk_numel, self.ratio) / chunk_numel for chunk_numel in lengths)
 
 
 @register_compressor("random_k")

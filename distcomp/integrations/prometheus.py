@@ -43,8 +43,8 @@ class Prometheus:
         self._registry: Any = client.CollectorRegistry()
         self._write: Any = client.write_to_textfile
 
-        def make(kind: Any, name: str, told: str, *by: str) -> Any:
-            return kind(f"distcomp_{name}", told, [*labels, *by], registry=self._registry)
+        def make(kind: Any, name: str, documentation: str, *by: str) -> Any:
+            return kind(f"distcomp_{name}", documentation, [*labels, *by], registry=self._registry)
 
         self._steps = make(client.Counter, "steps", "Iterations exchanged")
         self._sent = make(client.Counter, "sent_bytes", "Payload bytes sent", "kind")

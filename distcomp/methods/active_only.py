@@ -103,8 +103,8 @@ class ActiveOnly(Method):
         if held is not None:
             after["held"] = FlatBuffer(active.complement(corrected), context.layout)
         if not keeps:
-            gone = active.complement(_residual(cut_state(state["inner"]), context.layout, x))
-            after["dropped"] = FlatBuffer(state["dropped"].data + gone, context.layout)
+            dropped = active.complement(_residual(cut_state(state["inner"]), context.layout, x))
+            after["dropped"] = FlatBuffer(state["dropped"].data + dropped, context.layout)
         return replace(result, state=after)
 
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
@@ -260,15 +260,15 @@ def _merged_buffer(
         for param, piece in old.layout.pieces(old.data):
             pieces[param.name] = (param, piece if keeps else torch.zeros_like(piece))
     order = list(pieces)
-    gone = {name for name in pieces if name in active.elements}
+    moved = {name for name in pieces if name in active.elements}
     for param, values in new.layout.pieces(new.data) if new is not None else ():
         whole, elements = active.elements[param.name]
-        gone.discard(param.name)
+        moved.discard(param.name)
         if elements is not None:
             _, below = pieces.get(param.name, (whole, values.new_zeros(whole.numel)))
             values = below.clone().index_copy_(0, elements.to(below.device), values)
         pieces[param.name] = (whole, values)
-    for name in gone:  # another shape has led it to another leaf
+    for name in moved:  # another shape has led it to another leaf
         del pieces[name]
     kept = list(_in_order(pieces, order).values())
     if not kept:

@@ -134,7 +134,8 @@ class Allocate(Method):
         own["values"].view(len(layout.slices), len(self.ladder)).copy_(self._errors(x, context))
         payloads: list[Payload] = yield AllGather(own)
         table = sum(
-            (one["values"].cpu().numpy() for one in payloads[1:]), start=payloads[0]["values"].cpu().numpy()
+            (payload["values"].cpu().numpy() for payload in payloads[1:]),
+            start=payloads[0]["values"].cpu().numpy(),
         )
         errors = np.nan_to_num(table).reshape(len(layout.slices), len(self.ladder))
         sizes, budget = _sizes(layout, self.ladder), self._budget_bytes(layout, context.step)
@@ -196,7 +197,10 @@ Sizes = NDArray[np.int64]
 def _sizes(layout: Layout, ladder: tuple[Compressor, ...]) -> Sizes:
     """``[layers, options]``: payload bytes, headers apart."""
     return np.array(
-        [[body_bytes(one.parts(Layout((param,)))) for one in ladder] for param in layout.slices],
+        [
+            [body_bytes(compressor.parts(Layout((param,)))) for compressor in ladder]
+            for param in layout.slices
+        ],
         dtype=np.int64,
     ).reshape(len(layout.slices), len(ladder))
 

@@ -60,7 +60,7 @@ class FixedPointAllReduce(Method):
             return self.pattern
         return min(
             ("all_gather", "reduce_scatter", "all_reduce"),
-            key=lambda one: self._bytes(one, REFERENCE_LAYOUT, size),
+            key=lambda pattern: self._bytes(pattern, REFERENCE_LAYOUT, size),
         )
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
@@ -110,7 +110,7 @@ class FixedPointAllReduce(Method):
         if pattern == "all_gather":
             return (size - 1) * wire_bytes(_parts(layout.numel, bits))
         chunks = [chunk.numel for chunk in layout.split(size, 1)]
-        both = sum(wire_bytes(_parts(one, bits)) + wire_bytes(_parts(one, width)) for one in chunks)
+        both = sum(wire_bytes(_parts(numel, bits)) + wire_bytes(_parts(numel, width)) for numel in chunks)
         return round(both * (size - 1) / size)
 
 

@@ -259,7 +259,7 @@ def _cheapest(compressor: Compressor, size: int) -> Method:
     if size < 3:  # there both send one payload, and gathering rounds once
         return gather
     scatter = ReduceScatterMean(compressor, second_stage(compressor, size))
-    gathered, scattered = (one.payload_bytes(REFERENCE_LAYOUT, size, 0) for one in (gather, scatter))
+    gathered, scattered = (method.payload_bytes(REFERENCE_LAYOUT, size, 0) for method in (gather, scatter))
     return gather if gathered <= scattered else scatter
 
 
@@ -285,8 +285,8 @@ def second_stage(compressor: Compressor, size: int) -> Compressor | None:
     if _variance(compressor) <= allowed:
         return None
     finer = list(_finer(compressor))
-    fitting = [one for one in finer if _variance(one) <= allowed] or finer[-1:]
-    return min(fitting, key=lambda one: one.wire_bytes(REFERENCE_LAYOUT), default=None)
+    fitting = [quantizer for quantizer in finer if _variance(quantizer) <= allowed] or finer[-1:]
+    return min(fitting, key=lambda quantizer: quantizer.wire_bytes(REFERENCE_LAYOUT), default=None)
 
 
 def _finer(compressor: Compressor) -> Iterator[Compressor]:

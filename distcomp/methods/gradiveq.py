@@ -138,13 +138,13 @@ class GradiVeQ(Method):
         def each(*shape_of: str) -> PerParameter:
             return PerParameter(
                 {
-                    name: torch.zeros([one[axis] for axis in shape_of], dtype=torch.float32)
-                    for name, one in shapes.items()
+                    name: torch.zeros([shape[axis] for axis in shape_of], dtype=torch.float32)
+                    for name, shape in shapes.items()
                 }
             )
 
         age = step % self.cycle.length
-        known = {name: one["most"] * (age >= self.cycle.learn) for name, one in shapes.items()}
+        known = {name: shape["most"] * (age >= self.cycle.learn) for name, shape in shapes.items()}
         return {
             "age": PerParameter({name: torch.tensor(age, dtype=torch.int64) for name in shapes}),
             "dims": PerParameter(
@@ -232,8 +232,8 @@ class GradiVeQ(Method):
         payload = Payload.empty(self._parts(due), samples[0].device)
         if context.rank == 0:
             for own, mixture, dims in zip(samples, *self._views(payload, due), strict=True):
-                found, count = self.subspace.find(own)
-                mixture.copy_(found)
+                own_mixture, count = self.subspace.find(own)
+                mixture.copy_(own_mixture)
                 dims.fill_(count)
         answer: Payload = yield Broadcast(payload, source=0)
         new = {key: PerParameter(state[key]) for key in ("basis", "mean", "dims", "reference")}
@@ -247,7 +247,7 @@ class GradiVeQ(Method):
 
     def _mixtures(self, due: tuple[ParamSlice, ...]) -> list[tuple[int, int, int]]:
         shapes = [self._shape(param) for param in due]
-        return [(one["bases"], one["most"], self.cycle.learn) for one in shapes]
+        return [(shape["bases"], shape["most"], self.cycle.learn) for shape in shapes]
 
     def _parts(self, due: tuple[ParamSlice, ...]) -> Parts:
         values = sum(math.prod(shape) for shape in self._mixtures(due))
@@ -257,7 +257,9 @@ class GradiVeQ(Method):
         """The mixture and d of each layer, as they lie in a payload."""
         shapes = self._mixtures(due)
         flat = torch.split(payload["values"], [math.prod(shape) for shape in shapes])
-        return [one.view(shape) for one, shape in zip(flat, shapes, strict=True)], list(payload["indices"])
+        return [values.view(shape) for values, shape in zip(flat, shapes, strict=True)], list(
+            payload["indices"]
+        )
 
     def _compressed(
         self, x: Tensor, state: State, context: StepContext, rest: Tensor
@@ -267,11 +269,11 @@ class GradiVeQ(Method):
         known = [_Known.of(param, state) for param in context.layout.slices]
         coefficients, votes = [], []
         reference, ages = PerParameter(state["reference"]), PerParameter(state["age"])
-        for one, (param, piece) in zip(known, context.layout.pieces(x), strict=True):
-            slices = to_slices(piece, param, one.mean.shape[1])
-            coefficients.append(compress(slices, one.basis, one.mean).reshape(-1))
+        for layer, (param, piece) in zip(known, context.layout.pieces(x), strict=True):
+            slices = to_slices(piece, param, layer.mean.shape[1])
+            coefficients.append(compress(slices, layer.basis, layer.mean).reshape(-1))
             if self.cycle.retrain:
-                loss = relative_loss(slices, coefficients[-1], one.mean)
+                loss = relative_loss(slices, coefficients[-1], layer.mean)
                 vote, reference[param.name] = self._judge(loss, ages[param.name], reference[param.name])
                 votes.append(vote)
         sizes = tuple(c.numel() for c in coefficients)
@@ -280,8 +282,8 @@ class GradiVeQ(Method):
         result = yield from self.coefficients.aggregate(own, {}, replace(context, layout=layout))
         agreed = result.estimate[: own.numel() - rest.numel()]
         anew = agreed[agreed.numel() - len(votes) :].tolist() or [0.0] * len(known)
-        for one, share in zip(known, anew, strict=True):
-            ages[one.param.name] = (ages[one.param.name] + 1) % self.cycle.length * (share <= 0.5)
+        for layer, share in zip(known, anew, strict=True):
+            ages[layer.param.name] = (ages[layer.param.name] + 1) % self.cycle.length * (share <= 0.5)
         compressed = AggregateResult(
             _restored(agreed, known, x),
             lambda: _restored(result.contribution(), known, x),
@@ -354,12 +356,12 @@ class _Known:
 def _restored(coefficients: Tensor, known: list[_Known], like: Tensor) -> Tensor:
     """The flat buffer that coefficients stand for."""
     out = torch.empty_like(like)
-    layout = Layout(tuple(one.param for one in known))
+    layout = Layout(tuple(layer.param for layer in known))
     at = 0
-    for one, (param, piece) in zip(known, layout.pieces(out), strict=True):
-        slices, dims = one.mean.shape[0], one.basis.shape[1]
+    for layer, (param, piece) in zip(known, layout.pieces(out), strict=True):
+        slices, dims = layer.mean.shape[0], layer.basis.shape[1]
         own = coefficients[at : at + slices * dims].view(slices, dims)
-        from_slices(decompress(own, one.basis, one.mean), param, piece)
+        from_slices(decompress(own, layer.basis, layer.mean), param, piece)
         at += slices * dims
     return out
 

@@ -78,8 +78,8 @@ def largest_of_all(own: Tensor) -> Rounds[Tensor]:
     payload["scales"].copy_(own)
     payloads: list[Payload] = yield AllGather(payload)
     largest = payloads[0]["scales"].float()
-    for one in payloads[1:]:
-        largest = torch.maximum(largest, one["scales"].float())
+    for received in payloads[1:]:
+        largest = torch.maximum(largest, received["scales"].float())
     return largest
 
 

@@ -82,12 +82,14 @@ class Partition(Method):
             return replace(result, state={**state, "special": result.state})
 
         x_special, x_usual = split(x, self.rule, context.layout)
-        one = yield from self.special.aggregate(x_special, state["special"], replace(context, layout=special))
-        two = yield from self.usual.aggregate(x_usual, state["usual"], replace(context, layout=usual))
+        of_special = yield from self.special.aggregate(
+            x_special, state["special"], replace(context, layout=special)
+        )
+        of_usual = yield from self.usual.aggregate(x_usual, state["usual"], replace(context, layout=usual))
         return AggregateResult(
-            merge(one.estimate, two.estimate, self.rule, context.layout),
-            lambda: merge(one.contribution(), two.contribution(), self.rule, context.layout),
-            {"special": one.state, "usual": two.state},
+            merge(of_special.estimate, of_usual.estimate, self.rule, context.layout),
+            lambda: merge(of_special.contribution(), of_usual.contribution(), self.rule, context.layout),
+            {"special": of_special.state, "usual": of_usual.state},
         )
 
     def sole_compressor(self) -> Compressor | None:
@@ -130,7 +132,7 @@ def _sides_of(rule: Rule, layout: Layout) -> Sides:
         slices[side].append(param)
         moves[side].append((at, ends[side], param.numel))
         ends[side] += param.numel
-    special, usual = (Layout(tuple(one)) for one in slices)
+    special, usual = (Layout(tuple(side)) for side in slices)
     return Sides(special, usual, Moves(tuple(moves[0])), Moves(tuple(moves[1])))
 
 

@@ -131,15 +131,15 @@ class PowerSGD(Method):
         fixed = _starts(state[given], plan, given, context)
         times = lowrank.each_times_rows if even else lowrank.each_times_columns
         own, plain = times(fixed, x, plan.products), plan.plain_of(x)
-        plain_mean, found = yield from _means(plain, own, context)
+        plain_mean, factor_mean = yield from _means(plain, own, context)
 
         def ordered(free: Tensor) -> tuple[Tensor, Tensor]:
             return (free, fixed) if even else (fixed, free)
 
         return AggregateResult(
-            plan.together(x, plain_mean, *ordered(found)),
+            plan.together(x, plain_mean, *ordered(factor_mean)),
             lambda: plan.together(x, plain, *ordered(own)),
-            {**state, made: plan.kept(state[made], made, found)},
+            {**state, made: plan.kept(state[made], made, factor_mean)},
             lambda given: plan.deduct(given, *ordered(own)),
         )
 
@@ -224,8 +224,8 @@ class _Plan:
             if rank * length % ALIGNED == 0:
                 group.copy_(orthonormal(rows).view(-1))
             else:
-                for one in rows:
-                    one.copy_(orthonormal(one))
+                for factor in rows:
+                    factor.copy_(orthonormal(factor))
             at += group.numel()
         move(grouped, out, to_groups.back)
         return out
@@ -286,13 +286,15 @@ def _starts(factors: PerParameter, plan: _Plan, side: str, context: StepContext)
     """The orthonormal factors to multiply with; what is zero of them is drawn by all ranks alike."""
     ranks = [rank for rank, _ in plan.products.shapes(side)]
     pieces = [factors[name] for name in plan.names]
-    pieces = [one if len(one) == rank else one[:rank] for one, rank in zip(pieces, ranks, strict=True)]
+    pieces = [
+        piece if len(piece) == rank else piece[:rank] for piece, rank in zip(pieces, ranks, strict=True)
+    ]
     if not pieces:
         return torch.empty(0, dtype=torch.float32)
-    flat = torch.cat([one.reshape(-1) for one in pieces])
+    flat = torch.cat([piece.reshape(-1) for piece in pieces])
     if flat.device.type != "cpu" or not _all_alive(flat, plan, side):
         keys = [context.shared.fold("powersgd", name) for name in plan.names]
-        flat = torch.cat([_alive(one, key).reshape(-1) for one, key in zip(pieces, keys, strict=True)])
+        flat = torch.cat([_alive(piece, key).reshape(-1) for piece, key in zip(pieces, keys, strict=True)])
     return plan.orthonormal(flat, side)
 
 

@@ -54,12 +54,12 @@ class Scheduled(Method):
     @property
     def _turns(self) -> list[int]:
         """The steps in which a setting begins another value, and step 0."""
-        points = (one.points for _, one in self.settings if isinstance(one, Schedule))
+        points = (setting.points for _, setting in self.settings if isinstance(setting, Schedule))
         return sorted({0, *(step for steps in points for step, _ in steps)})
 
     def in_step(self, step: int) -> Method:
         """The method of one step."""
-        return _built(self.recipe, tuple((name, _value(one, step)) for name, one in self.settings))
+        return _built(self.recipe, tuple((name, _value(setting, step)) for name, setting in self.settings))
 
     def children(self) -> dict[str, Method]:
         return {f"step {step}": self.in_step(step) for step in self._turns}
@@ -104,15 +104,19 @@ def with_schedules(recipe: Recipe, everywhere: bool = True) -> Recipe:
     Without ``everywhere`` only those annotated as such may; others are refused with a DistcompError.
     """
     signature = inspect.signature(recipe)
-    native = {name for name, one in signature.parameters.items() if "Schedule" in str(one.annotation)}
+    native = {
+        name for name, parameter in signature.parameters.items() if "Schedule" in str(parameter.annotation)
+    }
     numeric = {name for name, hint in hints_of(recipe).items() if _is_number(hint)}
     title = recipe.__name__.rstrip("_")
 
     @functools.wraps(recipe)
     def build(*arguments: Any, **settings: Any) -> Any:
         given = dict(signature.bind(*arguments, **settings).arguments)
-        read = {name: one if name in native else _read(one) for name, one in given.items()}
-        changing = {name for name, one in read.items() if isinstance(one, Schedule) and name not in native}
+        read = {name: setting if name in native else _read(setting) for name, setting in given.items()}
+        changing = {
+            name for name, setting in read.items() if isinstance(setting, Schedule) and name not in native
+        }
         if changing and not (everywhere and changing <= numeric):
             fixed = min(changing - numeric or changing)
             may = sorted(native | numeric) if everywhere else sorted(native)
@@ -120,7 +124,7 @@ def with_schedules(recipe: Recipe, everywhere: bool = True) -> Recipe:
                 f"{title}: {fixed} cannot change with the step; give one value"
                 + (f" (a schedule may be given for {', '.join(may)})" if may else "")
             )
-        fixed_ = {name: one for name, one in read.items() if name not in changing}
+        fixed_ = {name: setting for name, setting in read.items() if name not in changing}
         read |= checked(title, fixed_, recipe)
         if changing:
             return Scheduled(title, tuple(read.items()), recipe)
@@ -136,7 +140,9 @@ def _read(setting: Any) -> Any:
 
 def _is_number(hint: Any) -> bool:
     """Whether an annotation admits a number."""
-    return hint in (int, float) or any(_is_number(one) for one in get_args(hint) if one is not bool)
+    return hint in (int, float) or any(
+        _is_number(argument) for argument in get_args(hint) if argument is not bool
+    )
 
 
 EXACT = from_compressor(Identity())

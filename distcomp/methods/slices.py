@@ -85,10 +85,10 @@ def decompress(coefficients: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
 
 def relative_loss(slices: Tensor, coefficients: Tensor, mean: Tensor) -> float:
     """``|g - (U c + mu)| / |g|``, without the product: U is orthonormal."""
-    whole, apart, kept = (
-        float(torch.linalg.vector_norm(one)) for one in (slices, slices - mean, coefficients)
+    whole, centred, kept = (
+        float(torch.linalg.vector_norm(values)) for values in (slices, slices - mean, coefficients)
     )
-    return max(apart**2 - kept**2, 0.0) ** 0.5 / whole if whole else 0.0
+    return max(centred**2 - kept**2, 0.0) ** 0.5 / whole if whole else 0.0
 
 
 def _shared(rows: Tensor, basis: Tensor) -> Tensor:
@@ -135,11 +135,14 @@ class Subspace:
         samples = torch.nan_to_num(samples.double(), 0.0, 0.0, 0.0)
         count, k = samples.shape[1:]
         most = self.most(k, count)
-        early, late = samples[:, : count - held_out(count)], samples[:, count - held_out(count) :]
-        basis = torch.bmm(self._mixture(early, most), early)
-        apart = late - early.mean(1, keepdim=True) if self.centred else late
-        left = apart.square().sum() - torch.bmm(apart, basis.mT).square().sum((0, 1)).cumsum(0)
-        enough = left <= left[-1] + self.loss * late.square().sum()
+        first_fifths, last_fifth = (
+            samples[:, : count - held_out(count)],
+            samples[:, count - held_out(count) :],
+        )
+        basis = torch.bmm(self._mixture(first_fifths, most), first_fifths)
+        centred = last_fifth - first_fifths.mean(1, keepdim=True) if self.centred else last_fifth
+        left = centred.square().sum() - torch.bmm(centred, basis.mT).square().sum((0, 1)).cumsum(0)
+        enough = left <= left[-1] + self.loss * last_fifth.square().sum()
         return self._mixture(samples, most), int(enough.int().argmax()) + 1
 
     def _mixture(self, samples: Tensor, most: int) -> Tensor:

@@ -99,7 +99,7 @@ class TwoLevel(Method):
         )
 
     def _place(self, rank: int, size: int) -> NodePosition:
-        nodes = self.nodes or tuple((one,) for one in range(size))
+        nodes = self.nodes or tuple((rank_,) for rank_ in range(size))
         if sum(map(len, nodes)) != size:
             raise DistcompError(
                 f"nodes={nodes} are {sum(map(len, nodes))} ranks, and {size} are here; say where each rank is"
@@ -192,5 +192,5 @@ def two_level(
     ``nodes`` are the ranks of each node, ``((0, 1), (2, 3))``; without them, as the launcher's environment
     tells; and where that tells nothing, every rank is a node of its own.
     """
-    told = nodes_of(os.environ) if nodes is None else tuple(tuple(node) for node in nodes)
-    return TwoLevel(method_of(inside), method_of(across), told)
+    known = nodes_of(os.environ) if nodes is None else tuple(tuple(node) for node in nodes)
+    return TwoLevel(method_of(inside), method_of(across), known)

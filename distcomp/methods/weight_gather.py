@@ -86,7 +86,9 @@ class ShardCodec:
 
 def _split(layout: Layout) -> tuple[Layout, Layout]:
     """What is coded, and what goes as it is."""
-    return layout.select(lambda one: one.role not in PLAIN), layout.select(lambda one: one.role in PLAIN)
+    return layout.select(lambda param: param.role not in PLAIN), layout.select(
+        lambda param: param.role in PLAIN
+    )
 
 
 def _joined(pieces: Mapping[str, Tensor], layout: Layout, x: Tensor) -> Tensor:
@@ -260,7 +262,7 @@ def _plainly(x: Tensor, layout: Layout, dtype: torch.dtype) -> Rounds[Tensor]:
     payload = Payload.empty((Part(KIND, dtype, layout.numel),), x.device)
     payload[KIND].copy_(x)
     payloads: list[Payload] = yield AllGather(payload)
-    return torch.cat([one[KIND] for one in payloads])
+    return torch.cat([payload[KIND] for payload in payloads])
 
 
 def _holding(held: Tensor, layout: Layout, size: int) -> AggregateResult:

@@ -121,8 +121,8 @@ class Net:
         then `env`.
         """
         port = self._port()
-        told = {host: {**self._environment(host, port), **(env or {})} for host in commands}
-        return Job(self._control, {host: Command(argv, told[host]) for host, argv in commands.items()})
+        environment = {host: {**self._environment(host, port), **(env or {})} for host in commands}
+        return Job(self._control, {host: Command(argv, environment[host]) for host, argv in commands.items()})
 
     def counters(self) -> list[CableCounters]:
         """What has crossed each rank's cable so far: the figures of `tc -s qdisc`."""

@@ -112,9 +112,9 @@ def describe(links: Sequence[LinkTest]) -> list[str]:
 
 def main(plan: str) -> None:
     """What each rank runs; prints its measurements as JSON."""
-    told = json.loads(plan)
-    with socket.create_server((told["address"], _PORT)) as server:
-        to_next = _connect(told["target"])
+    settings = json.loads(plan)
+    with socket.create_server((settings["address"], _PORT)) as server:
+        to_next = _connect(settings["target"])
         from_previous, _ = server.accept()
     for peer in (to_next, from_previous):
         peer.settimeout(_TIMEOUT_S)
@@ -122,8 +122,10 @@ def main(plan: str) -> None:
     rates_bps = []
     for index, idle_s in enumerate((0.0, _IDLE_S)):
         time.sleep(idle_s)
-        _start_together(to_next, from_previous, told["first"])
-        rates_bps.append(measure_link(to_next, from_previous, told["sends"][index], told["receives"][index]))
+        _start_together(to_next, from_previous, settings["first"])
+        rates_bps.append(
+            measure_link(to_next, from_previous, settings["sends"][index], settings["receives"][index])
+        )
     achieved_bps, after_idle_bps = rates_bps
     result = {"achieved_bps": achieved_bps, "after_idle_bps": after_idle_bps}
     json.dump({**result, "retransmitted_segments": retransmitted_segments()}, sys.stdout)

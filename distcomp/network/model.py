@@ -177,13 +177,13 @@ class ExchangeLoad:
 def together(exchanges: Iterable[ExchangeLoad]) -> ExchangeLoad:
     """Exchanges of several groups at the same time: links carry the loads of all."""
     every = list(exchanges)
-    columns = zip_longest(*(one.stages for one in every))
+    columns = zip_longest(*(exchange.stages for exchange in every))
     return ExchangeLoad(
         tuple(_added([load for load in column if load is not None]) for column in columns),
-        max((one.hops for one in every), default=0),
-        max((one.delay_s for one in every), default=0.0),
-        max((one.messages for one in every), default=0),
-        any(one.around for one in every),
+        max((exchange.hops for exchange in every), default=0),
+        max((exchange.delay_s for exchange in every), default=0.0),
+        max((exchange.messages for exchange in every), default=0),
+        any(exchange.around for exchange in every),
     )
 
 
@@ -199,14 +199,14 @@ def _added(loads: Sequence[Load]) -> Load:
 
 def along(edges: Mapping[Edge, float], fabric: Fabric) -> Load:
     """The load of messages of so many bytes along edges ``(source, target)``."""
-    n, racks, place = fabric.ranks, max(1, len(fabric.racks)), places(fabric)
+    n, racks, rack_of = fabric.ranks, max(1, len(fabric.racks)), places(fabric)
     load = Load(np.zeros(n), np.zeros(n), np.zeros(racks), np.zeros(racks))
     for (source, target), nbytes in edges.items():
         load.out[source] += nbytes
         load.into[target] += nbytes
-        if place[source] != place[target]:
-            load.up[place[source]] += nbytes
-            load.down[place[target]] += nbytes
+        if rack_of[source] != rack_of[target]:
+            load.up[rack_of[source]] += nbytes
+            load.down[rack_of[target]] += nbytes
     return load
 
 
@@ -217,10 +217,10 @@ def among(
 
     A gather has ``shares`` of 1; a swap of chunks ``sends`` of 1. Computed from sums: any number of ranks.
     """
-    members, place = np.array(group), places(fabric)[list(group)]
+    members, rack_of = np.array(group), places(fabric)[list(group)]
     a, b = np.asarray(sends, dtype=np.float64), np.asarray(shares, dtype=np.float64)
     racks = max(1, len(fabric.racks))
-    rack_a, rack_b = np.bincount(place, a, racks), np.bincount(place, b, racks)
+    rack_a, rack_b = np.bincount(rack_of, a, racks), np.bincount(rack_of, b, racks)
     out, into = np.zeros(fabric.ranks), np.zeros(fabric.ranks)
     out[members] = a * (b.sum() - b)
     into[members] = b * (a.sum() - a)
@@ -232,11 +232,7 @@ def occupied_s(load: Load, fabric: Fabric) -> Bytes:
     rates, uplinks = links(fabric)
     pairs = ((load.out, load.into, rates), (load.up, load.down, uplinks))
     return np.concatenate(
-        [
-            8 * charged(sent, back) / rate
-            for one, other, rate in pairs
-            for sent, back in ((one, other), (other, one))
-        ]
+        [8 * charged(sent, back) / rate for a, b, rate in pairs for sent, back in ((a, b), (b, a))]
     )
 
 
@@ -248,10 +244,10 @@ def charged(sent: Bytes, back: Bytes) -> Bytes:
 @lru_cache(maxsize=64)
 def places(fabric: Fabric) -> NDArray[np.int64]:
     """The rack of each rank; 0 for all where there are none."""
-    place = np.zeros(fabric.ranks, dtype=np.int64)
+    rack_of = np.zeros(fabric.ranks, dtype=np.int64)
     for index, rack in enumerate(fabric.racks):
-        place[list(rack.ranks)] = index
-    return place
+        rack_of[list(rack.ranks)] = index
+    return rack_of
 
 
 @lru_cache(maxsize=64)
@@ -263,10 +259,10 @@ def links(fabric: Fabric) -> tuple[Bytes, Bytes]:
 
 def delay_s(pairs: Sequence[Edge], fabric: Fabric) -> float:
     """One way between the pair that is farthest apart."""
-    place, racks = places(fabric), _rack_delays(fabric)
+    rack_of, racks = places(fabric), _rack_delays(fabric)
     source, target = np.array(pairs).T
-    crossing = place[source] != place[target]
-    return fabric.delay_s + float(((racks[place[source]] + racks[place[target]]) * crossing).max())
+    crossing = rack_of[source] != rack_of[target]
+    return fabric.delay_s + float(((racks[rack_of[source]] + racks[rack_of[target]]) * crossing).max())
 
 
 def farthest_s(group: Group, fabric: Fabric) -> float:
@@ -318,9 +314,12 @@ def swap(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> Exchange
 
 def two_stage(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
     """A :func:`swap` of chunks, and a :func:`gather` of what their owners made of them."""
-    one, other = swap(chunk_bytes, group, fabric), gather(chunk_bytes, group, fabric)
+    scattered, gathered = swap(chunk_bytes, group, fabric), gather(chunk_bytes, group, fabric)
     return ExchangeLoad(
-        one.stages + other.stages, one.hops + other.hops, one.delay_s, one.messages + other.messages
+        scattered.stages + gathered.stages,
+        scattered.hops + gathered.hops,
+        scattered.delay_s,
+        scattered.messages + gathered.messages,
     )
 
 

@@ -92,9 +92,9 @@ def fabric_from(
         float(f"{max(link.rate_bps for pair, link in links.items() if rank in pair):.3g}")
         for rank in range(ranks)
     )
-    place = {rank: index for index, rack in enumerate(racks) for rank in rack}
-    inside = [link.latency_s for (i, j), link in links.items() if place[i] == place[j]]
-    across = [link.latency_s for (i, j), link in links.items() if place[i] != place[j]]
+    rack_of = {rank: index for index, rack in enumerate(racks) for rank in rack}
+    inside = [link.latency_s for (i, j), link in links.items() if rack_of[i] == rack_of[j]]
+    across = [link.latency_s for (i, j), link in links.items() if rack_of[i] != rack_of[j]]
     delay_s = _microseconds(float(np.median(inside or across)))
     if len(racks) == 1:
         return Fabric(rates, delay_s)

@@ -107,48 +107,48 @@ def inserted(before: Chain, new: Parametrization) -> Chain:
                     f"{before.name} is described by {label(link)}; remove that before "
                     f"{new.label} is installed"
                 )
-    place = sum(order(link) <= new.order for link in before.links)
-    below, above = before.links[:place], before.links[place:]
-    found = applied(below, before.theta)
-    theta = _inverse(new, found)
-    _try(before.name, new, theta, found)
-    if below and same(theta, found):
+    position = sum(order(link) <= new.order for link in before.links)
+    below, above = before.links[:position], before.links[position:]
+    weight = applied(below, before.theta)
+    theta = _inverse(new, weight)
+    _try(before.name, new, theta, weight)
+    if below and same(theta, weight):
         return Chain(before.name, (*below, new, *above), before.theta)
     fitted, theta = described(below, theta)
     return Chain(before.name, (*fitted, new, *above), theta)
 
 
-def _try(name: str, new: Parametrization, theta: Tensors, found: Tensors) -> None:
+def _try(name: str, new: Parametrization, theta: Tensors, weight: Tensors) -> None:
     """Decode once, in the mode in which it is, and see that the weight keeps its shape and type."""
     if new.changes_dtype:
         return
     given = passed([new], theta)
     wrong = [
         f"{tuple(now.shape)} of {now.dtype}, not {tuple(was.shape)} of {was.dtype}"
-        for now, was in zip(given, found, strict=False)
+        for now, was in zip(given, weight, strict=False)
         if now.shape != was.shape or now.dtype != was.dtype
     ]
-    if len(given) != len(found):
-        wrong = [f"{len(given)} tensors, not {len(found)}"]
+    if len(given) != len(weight):
+        wrong = [f"{len(given)} tensors, not {len(weight)}"]
     if wrong:
         raise DistcompError(f"{new.label} decodes {name} to {wrong[0]}; make it for this tensor")
 
 
 @torch.no_grad()
-def without(before: Chain, place: int, materialize: bool, densify: bool) -> Chain:
+def without(before: Chain, position: int, materialize: bool, densify: bool) -> Chain:
     """The chain without one link: see :func:`distcomp.parametrize.remove`."""
-    below, link, above = before.links[:place], before.links[place], before.links[place + 1 :]
-    found = applied(below, before.theta)
-    target = applied([link], found) if materialize else _restored(link, found)
-    if same(target, found):
+    below, link, above = before.links[:position], before.links[position], before.links[position + 1 :]
+    weight = applied(below, before.theta)
+    target = applied([link], weight) if materialize else _restored(link, weight)
+    if same(target, weight):
         return Chain(before.name, (*below, *above), before.theta)
     fitted, theta = described(below, target)
     if materialize and below and not same(applied(fitted, theta), target):
         if not densify:
             raise DistcompError(
-                f"{before.name}: {' and '.join(label(one) for one in below)} cannot hold exactly what it "
+                f"{before.name}: {' and '.join(label(link_) for link_ in below)} cannot hold exactly what it "
                 f"computed with under {label(link)}; remove with materialize=False, or densify=True, which "
-                f"stores {sum(one.numel() for one in target)} numbers and takes these off, too"
+                f"stores {sum(tensor.numel() for tensor in target)} numbers and takes these off, too"
             )
         fitted, theta = (), target
     after = Chain(before.name, (*fitted, *above), theta)
@@ -167,11 +167,11 @@ def _restored(link: nn.Module, theta: Tensors) -> Tensors:
     return as_tuple(restored)
 
 
-def same(one: Tensors, other: Tensors) -> bool:
+def same(first: Tensors, other: Tensors) -> bool:
     """Whether all tensors are equal, bit for bit (but for the sign of zero)."""
-    return len(one) == len(other) and all(
+    return len(first) == len(other) and all(
         a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
-        for a, b in zip(one, other, strict=True)
+        for a, b in zip(first, other, strict=True)
     )
 
 

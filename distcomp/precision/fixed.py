@@ -70,8 +70,8 @@ def fixed_point(
         return Quantizers(
             bit_widths,
             {
-                one: GridGradient(rounder(gradient_format, own.fold(one)), exact, weight_format.bits)
-                for one in ("weight", "bias")
+                name: GridGradient(rounder(gradient_format, own.fold(name)), exact, weight_format.bits)
+                for name in ("weight", "bias")
             },
             input_quantizer=Widen() if exact else None,
             output_quantizer=GridOutput(

@@ -30,7 +30,7 @@ def correlations(layer: nn.Linear | nn.Conv2d, inputs: Tensor, outputs: Tensor) 
         a = functional.unfold(inputs, layer.weight.shape[2:], layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
         b = outputs.flatten(2)
     else:
-        a, b = (one.reshape(len(one), -1, one.shape[-1]).transpose(1, 2) for one in (inputs, outputs))
+        a, b = (maps.reshape(len(maps), -1, maps.shape[-1]).transpose(1, 2) for maps in (inputs, outputs))
     r = torch.einsum("nkl,nil->lki", _standardised(b), _standardised(a)) / len(a)
     return r.abs().mean(0).view(layer.weight.shape)
 

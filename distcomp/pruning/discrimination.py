@@ -73,9 +73,9 @@ class Discrimination(Criterion):
         selected = torch.zeros(count, dtype=torch.bool, device=weight.device)
         while (missing := wanted - int(selected.sum())) > 0:
             mask.copy_(_columns(selected, weight))
-            found = self.loss(self.model.forward(inputs), targets)
-            found = found + self.balance * functional.mse_loss(outputs[-1], whole)
-            (gradient,) = torch.autograd.grad(found, weight)
+            objective = self.loss(self.model.forward(inputs), targets)
+            objective = objective + self.balance * functional.mse_loss(outputs[-1], whole)
+            (gradient,) = torch.autograd.grad(objective, weight)
             scores = gradient.reshape(len(gradient), count, -1).norm(dim=2).sum(0)
             selected |= keep_largest(scores.masked_fill(selected, -torch.inf), min(missing, self.at_once))
         return _columns(selected, weight)

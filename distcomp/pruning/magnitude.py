@@ -36,10 +36,10 @@ def smallest_pruned(weights: Tensors, masks: Tensors, sparsity: float, scope: st
     """
     scores = {n: w.abs().float().masked_fill(~masks[n], -math.inf) for n, w in weights.items()}
     if scope == "layer":
-        return {n: keep_largest(one, round((1 - sparsity) * one.numel())) for n, one in scores.items()}
-    flat = torch.cat([one.reshape(-1) for one in scores.values()])
+        return {n: keep_largest(score, round((1 - sparsity) * score.numel())) for n, score in scores.items()}
+    flat = torch.cat([score.reshape(-1) for score in scores.values()])
     kept = keep_largest(flat, round((1 - sparsity) * flat.numel()))
-    pieces = torch.split(kept, [one.numel() for one in scores.values()])
+    pieces = torch.split(kept, [score.numel() for score in scores.values()])
     return {name: piece.view_as(scores[name]) for name, piece in zip(scores, pieces, strict=True)}
 
 
@@ -155,7 +155,7 @@ def magnitude(
     if by not in ("share", "quality"):
         raise DistcompError(f"by is 'share' or 'quality', not {by!r}")
     amounts = amount.values() if isinstance(amount, Mapping) else [amount]
-    if any(one < 0 or (by == "share" and one >= 1) for one in amounts):
+    if any(share < 0 or (by == "share" and share >= 1) for share in amounts):
         raise DistcompError(f"a share of pruned weights is in [0, 1) and a quality 0 or more, not {amount}")
     if not steps or sorted(set(steps)) != list(steps):
         raise DistcompError(f"steps must rise, and there must be one, not {list(steps)}")
@@ -191,7 +191,7 @@ def sensitivity(
 def affordable(table: Mapping[str, Mapping[float, float]], loss: float) -> dict[str, float]:
     """Each layer's largest share that leaves it, pruned alone, at ``loss`` or below; 0 where none does."""
     return {
-        name: max((share for share, found in row.items() if found <= loss), default=0.0)
+        name: max((share for share, loss_ in row.items() if loss_ <= loss), default=0.0)
         for name, row in table.items()
     }
 
@@ -244,11 +244,11 @@ def nm(
         raise DistcompError(f"n of m needs 0 < n < m, not {n} of {m}; the usual is 2 of 4")
     module = unwrapped(model)
     chosen = weights_of(module) if names is None else list(names)
-    fits = {one: _row(module, one) % m == 0 for one in chosen}
+    fits = {name: _row(module, name) % m == 0 for name in chosen}
     if names is not None and not all(fits.values()):
-        odd = next(one for one in chosen if not fits[one])
+        odd = next(name for name in chosen if not fits[name])
         raise DistcompError(f"rows of {odd} are no multiple of {m} weights; leave it out of names")
-    return Pruner(model, optimizer, NOfM(n, m, tuple(steps)), [one for one in chosen if fits[one]], seed)
+    return Pruner(model, optimizer, NOfM(n, m, tuple(steps)), [name for name in chosen if fits[name]], seed)
 
 
 def _row(module: nn.Module, name: str) -> int:

@@ -30,11 +30,11 @@ def verdict(comparison: Comparison) -> Verdict:
     self-test, not where the baseline ran once, and not below the noise."""
     best, base = comparison.best, comparison.baseline
     if best is None or best.speed_up is None or base is None:
-        one = len(comparison.rows) == 1
+        alone = len(comparison.rows) == 1
         return Verdict(
-            f"{comparison.rows[0].method}: what it took and sent" if one else "Methods side by side"
+            f"{comparison.rows[0].method}: what it took and sent" if alone else "Methods side by side"
         )
-    off = [told for run in comparison.runs if (told := off_rate(run))]
+    off = [sentence for run in comparison.runs if (sentence := off_rate(run))]
     if off:
         return Verdict(f"No method is called faster: the network did not hold its rate ({off[0]})")
     noise = comparison_noise(comparison)

@@ -64,15 +64,15 @@ def told(value: float, write: Write) -> str:
     return scale.write(value) + (scale.unit if math.isfinite(value) else "")
 
 
-def spread(found: Spread | None, write: Write) -> str:
+def spread(figures: Spread | None, write: Write) -> str:
     """The mean, and the spread to the same decimal where there is one: 0.3483 ±0.0009."""
-    if found is None:
+    if figures is None:
         return MISSING
-    scale = write(found.mean)
-    deviation = scale.write(found.deviation)
+    scale = write(figures.mean)
+    deviation = scale.write(figures.deviation)
     if not float(deviation):
-        return told(found.mean, write)
-    return f"{scale.write(found.mean)} ±{deviation}{scale.unit}"
+        return told(figures.mean, write)
+    return f"{scale.write(figures.mean)} ±{deviation}{scale.unit}"
 
 
 def to_target(row: MethodRow, comparison: Comparison) -> str:

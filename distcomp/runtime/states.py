@@ -64,7 +64,7 @@ class States:
         }
 
     def _retire(self, names: set[str]) -> None:
-        for layout in [one for one in self._slabs if names & set(one.names)]:
+        for layout in [layout_ for layout_ in self._slabs if names & set(layout_.names)]:
             self._loose.update(cut_state(self._slabs.pop(layout)))
 
 

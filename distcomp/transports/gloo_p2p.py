@@ -88,18 +88,18 @@ class GlooP2P:
         places = [members.index(neighbor) for neighbor in neighbors]
         received = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         receives = [
-            dist.irecv(buffer, group=among, group_src=place)
-            for place, buffer in zip(places, received, strict=True)
+            dist.irecv(buffer, group=among, group_src=position)
+            for position, buffer in zip(places, received, strict=True)
         ]
         sends = [
-            partial(dist.isend, wire, group=among, group_dst=place)
-            for place, wire in zip(places, wires, strict=True)
+            partial(dist.isend, wire, group=among, group_dst=position)
+            for position, wire in zip(places, wires, strict=True)
         ]
         return self._pending_messages(sends, receives, lambda: received)
 
     def broadcast(self, wire: Tensor, source: int, group: Group | None) -> PendingMessages:
-        place, among = self._members(group).index(source), self._groups.of(group)
-        work = partial(dist.broadcast, wire, group=among, group_src=place, async_op=True)
+        position, among = self._members(group).index(source), self._groups.of(group)
+        work = partial(dist.broadcast, wire, group=among, group_src=position, async_op=True)
         return self._pending_messages([work], [], lambda: [wire])
 
     def _members(self, group: Group | None) -> Group:

@@ -140,7 +140,7 @@ class Heartbeat:
             number = self._asked
             self._waker.send(b".")
             self._changed.wait_for(lambda: self._answered(number), ANSWER_S)
-            answers = {host: one for host, one in self._answers.items() if one["id"] >= number}
+            answers = {host: answer for host, answer in self._answers.items() if answer["id"] >= number}
         if not answers:
             return Findings(deaf=True)
         return Findings.of(list(answers.values()), self._rank, self._size, self.diagnosis_s)
@@ -158,10 +158,10 @@ class Heartbeat:
             self._listening.append(listen())
             self._listening[0].setblocking(False)
             self._selector.register(self._listening[0], selectors.EVENT_READ, self._accept)
-            place = {
+            address = {
                 "hosts": addresses(store), "port": self._listening[0].getsockname()[1], "token": self._token
             }  # fmt: skip
-            self._ask_store(lambda: store.set(self._key(self._rank), json.dumps(place)), self._rank)
+            self._ask_store(lambda: store.set(self._key(self._rank), json.dumps(address)), self._rank)
         failures = []
         for host in set(keepers(self._size)) - {self._rank}:
             try:
@@ -179,11 +179,11 @@ class Heartbeat:
         """Connect to another rank's board."""
         key = self._key(host)
 
-        def place() -> bytes:
+        def address() -> bytes:
             store.wait([key], timedelta(seconds=self.timeout_s))
             return store.get(key)
 
-        where = json.loads(self._ask_store(place, host))
+        where = json.loads(self._ask_store(address, host))
         line = connect(where)
         self._lines[host], self._tokens[host] = line, where["token"]
         self._selector.register(line.socket, selectors.EVENT_READ, lambda: self._read_answers(host))
@@ -203,13 +203,13 @@ class Heartbeat:
     # ------------------------------------------------------------------------------------------- the thread
 
     def _run(self) -> None:
-        next_s, told = 0.0, 0
+        next_s, counted = 0.0, 0
         while not self._stopped:
             for key, _ in self._selector.select(max(0.0, next_s - time.monotonic())):
                 key.data()
-            if time.monotonic() >= next_s or self._asked > told:
-                next_s, told = time.monotonic() + self._interval_s, self._asked
-                self._beat(told)
+            if time.monotonic() >= next_s or self._asked > counted:
+                next_s, counted = time.monotonic() + self._interval_s, self._asked
+                self._beat(counted)
 
     def _release(self) -> None:
         self._selector.close()

@@ -77,12 +77,12 @@ def _store_by_mpi(here: ProcessEnvironment, patience: timedelta) -> Store:
             f"{world.size}: they are of two MPIs; use the mpirun that lies beside python (pip install mpich)"
         )
     host = os.environ.get("MASTER_ADDR", LOOPBACK if here.on_one_host else socket.gethostname())
-    told = bytearray(256)
+    address = bytearray(256)
     if here.rank == 0:
         store = TCPStore(host, 0, here.size, True, patience, wait_for_workers=False)
-        told[:] = f"{host} {store.port}".encode().ljust(len(told))
-    take_off([world.Ibcast(told, 0)], told).wait(patience.total_seconds())
-    host, port = told.decode().split()
+        address[:] = f"{host} {store.port}".encode().ljust(len(address))
+    take_off([world.Ibcast(address, 0)], address).wait(patience.total_seconds())
+    host, port = address.decode().split()
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=port)
     if here.rank == 0:
         return store

@@ -36,8 +36,8 @@ def probed(sizes: list[int], repeats: int) -> Probed | None:
     rack at once. What was found is told on rank 0, the others get None."""
     dist.init_process_group("gloo")
     try:
-        found = _measured(sizes, repeats)
-        return found if dist.get_rank() == 0 else None
+        measured = _measured(sizes, repeats)
+        return measured if dist.get_rank() == 0 else None
     finally:
         dist.destroy_process_group()
 

@@ -171,7 +171,7 @@ class MpiGroup(dist.ProcessGroup):
     def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> MPIWork:
         (x,) = outputs
         here = opts.rootRank == self.rank()
-        sent = torch.stack([one.reshape(-1) for one in inputs[0]]) if here else None
+        sent = torch.stack([tensor.reshape(-1) for tensor in inputs[0]]) if here else None
         received = torch.empty(x.numel(), dtype=x.dtype)
         request = self.comm.Iscatter(None if sent is None else raw(sent), raw(received), opts.rootRank)
         return self._fly(request, (sent, received), [x], lambda: _put(received, x))

@@ -86,8 +86,8 @@ class MPITransport:
         return self._pending_messages(receives + sends, (wires, received), lambda: received)
 
     def broadcast(self, wire: Tensor, source: int, group: Group | None) -> PendingMessages:
-        place = (group or tuple(range(self.size))).index(source)
-        request = self._communicator(group).Ibcast(raw(wire), place)
+        position = (group or tuple(range(self.size))).index(source)
+        request = self._communicator(group).Ibcast(raw(wire), position)
         return self._pending_messages([request], wire, lambda: [wire])
 
     def _pending_messages(
