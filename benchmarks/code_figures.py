@@ -41,6 +41,23 @@ OLD_WORDS = [
 ]  # fmt: skip
 """Words that the field has others for, as they stood when the words were counted first."""
 
+SAME_MEANING = {
+    "distcomp.kernels": "one kernel, by each of its back ends and by the dispatcher that chooses",
+    "distcomp.cli": "add a command's options, run it, plot what it found",
+    "distcomp.integrations": "attach, save and load, as each trainer spells them",
+}
+"""Rooms whose modules answer alike: a name that several of them define is one interface, one meaning."""
+
+SAME_WORD = {
+    "attach": "compression to a model: of one's own loop, or of a trainer's",
+    "fixed_point": "the format Q(I).(F): of a layer's numbers, of a message's",
+    "gradual": "a part of the weights at a time: quantized, or pruned",
+    "materialize": "a parametrization into a plain weight: of all kinds, or of masks alone",
+    "register": "under a name: a method, a backend of torch.distributed",
+    "remove": "a parametrization from a weight: of all kinds, or quantizers alone",
+}
+"""Public names of two rooms that say the same of two things, as English does."""
+
 REQUESTS = ("Request", "Collective")
 """What the union of all requests may be called."""
 
@@ -248,13 +265,27 @@ def identifiers(module: Module) -> Iterator[str]:
 
 
 def twice_defined(package: Package) -> dict[str, list[str]]:
-    """Public classes and functions that more than one module defines: a word with two meanings."""
+    """Public classes and functions that more than one module defines."""
     where: dict[str, list[str]] = {}
     for module in package.modules:
         for node in module.tree.body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
                 where.setdefault(node.name, []).append(module.name)
     return {name: modules for name, modules in sorted(where.items()) if len(modules) > 1 and name != "main"}
+
+
+def two_meanings(package: Package) -> dict[str, list[str]]:
+    """Public names that mean two things: defined twice, and neither in the modules of one interface
+    (:data:`SAME_MEANING`) nor one word for one thing (:data:`SAME_WORD`)."""
+    return {
+        name: modules
+        for name, modules in twice_defined(package).items()
+        if name not in SAME_WORD and len({_interface(module) for module in modules}) > 1
+    }
+
+
+def _interface(module: str) -> str:
+    return next((room for room in SAME_MEANING if f"{module}.".startswith(f"{room}.")), module)
 
 
 # --- Types and torch ---
@@ -404,6 +435,7 @@ def figures(checkout: Path) -> dict[str, Any]:
         "private_torch_names": private_torch(package),
         "old_words": {word: used[word] for word in OLD_WORDS if used[word]},
         "names_defined_in_two_modules": twice_defined(package),
+        "names_with_two_meanings": two_meanings(package),
     }
 
 

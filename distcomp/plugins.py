@@ -26,7 +26,7 @@ GROUP = "distcomp_methods"
 IMPORT = "DISTCOMP_IMPORT"
 
 
-def load() -> None:
+def load_plugins() -> None:
     """Import all of them; those that are there already are not imported again.
 
     Raises DistcompError for one that cannot be imported.
@@ -52,7 +52,7 @@ def name_in_environment(named: Sequence[str], beside: Path | None = None) -> Non
         _import(module, "--import")
     if absolute:
         os.environ[IMPORT] = ",".join([*before, *absolute])
-    load()
+    load_plugins()
 
 
 def _is_file(named: str) -> bool:

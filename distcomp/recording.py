@@ -183,7 +183,7 @@ def surroundings(where: Path) -> dict[str, Any]:
     }
 
 
-def find(paths: list[Path]) -> list[Path]:
+def find_runs(paths: list[Path]) -> list[Path]:
     """The run directories among ``paths`` and one level below them, in order of name.
 
     Raises DistcompError for a path that is no run and holds none.
@@ -201,7 +201,7 @@ def find(paths: list[Path]) -> list[Path]:
     return directories
 
 
-def read(directory: Path) -> Run:
+def read_run(directory: Path) -> Run:
     """Read a run, also one that is still running or was killed in the middle of a line.
 
     Raises DistcompError where the directory is not a run, or a line before the last is damaged.

@@ -112,7 +112,9 @@ def _excess(
         core_s = [
             seconds + max(0.0, waking_s) / exchanges / machine.host.oversubscription for seconds in core_s
         ]
-    late_s = [late(*measured, machine, fabric) for measured in zip(steps_s, core_s, profiles, strict=True)]
+    late_s = [
+        late_per_hop_s(*measured, machine, fabric) for measured in zip(steps_s, core_s, profiles, strict=True)
+    ]
     sent = [method.payload_bytes(layouts[0], fabric.ranks, 0) / ROUNDS for method in methods]
     return Overhead(tuple(sent), tuple(late_s), tuple(core_s))
 
@@ -124,7 +126,7 @@ def _zeros(sent_bytes: int, around: bool, ranks: int) -> Zeros:
     return Zeros(max(1, sent_bytes // (ranks - 1)), around)
 
 
-def late(
+def late_per_hop_s(
     step_s: float, core_s: float, profiles: Sequence[ProfiledExchange], machine: Machine, fabric: Fabric
 ) -> float:
     """Seconds per hop with which the model of a step comes to ``step_s``, by bisection; 0 where it takes

@@ -91,7 +91,9 @@ def around_a_ring(profiles: Sequence[ProfiledExchange]) -> tuple[ProfiledExchang
     return tuple(
         replace(
             profile,
-            rounds=tuple(replace(round_, ask=replace(round_.ask, kind="ring")) for round_ in profile.rounds),
+            rounds=tuple(
+                replace(round_, ask=replace(round_.ask, kind="ring_all_reduce")) for round_ in profile.rounds
+            ),
         )
         for profile in profiles
     )
@@ -108,7 +110,8 @@ def _hook_exchange(method: str, layout: Layout) -> ProfiledExchange:
     return ProfiledExchange(
         (
             ProfiledRound(
-                statistics.median(times_s), RequestSizes("sum", (PREDICTED_HOOKS[method] * layout.numel,))
+                statistics.median(times_s),
+                RequestSizes("all_reduce", (PREDICTED_HOOKS[method] * layout.numel,)),
             ),
         ),
         0.0,

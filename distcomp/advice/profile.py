@@ -19,7 +19,7 @@ from distcomp.layout import Layout
 from distcomp.methods import Method
 from distcomp.methods.base import AggregateResult, StepContext
 from distcomp.network.model import Edge
-from distcomp.network.request_sizes import RequestSizes, groups_of, sizes_of, uneven
+from distcomp.network.request_sizes import RequestSizes, request_groups, sizes_of, uneven
 from distcomp.payload import Payload, PayloadHeader, write_header
 from distcomp.randomness import Key
 from distcomp.runtime.aggregation import Aggregation
@@ -141,7 +141,7 @@ def _summary(
             [request for request in column if request is not None] for column in zip(*everyone, strict=True)
         ][:-1]
     request_sizes = [
-        sizes_of(request, ranks, groups_of(column) if column else None, edges, column)
+        sizes_of(request, ranks, request_groups(column) if column else None, edges, column)
         for request, column in zip(requests, columns, strict=True)
     ]
     rounds = tuple(ProfiledRound(work_s, ask) for work_s, ask in zip(works_s, request_sizes, strict=False))

@@ -38,7 +38,7 @@ from distcomp.methods import METHODS, Method, parse
 from distcomp.methods.base import ByParameter
 from distcomp.methods.weight_gather import WeightGather, parse_weight_gather
 from distcomp.private_torch import bypasses_hooks, steps_in_a_hook, steps_in_backward
-from distcomp.runtime.saved_state import Fingerprint, described, pack, unpack
+from distcomp.runtime.saved_state import Fingerprint, described, pack_state, unpack_state
 from distcomp.training import clock_of
 from distcomp.transports.backends import patience_s
 from distcomp.transports.types import ProcessGroup
@@ -132,7 +132,7 @@ def _check(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> froze
         raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
     _refuse(target, chosen, optimizer)
     check_optimizer(target.module, optimizer)
-    masks.check(chosen, target)
+    masks.check_masks(chosen, target)
     return edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
 
 
@@ -221,7 +221,7 @@ class Handle:
         """
         saved, exchanged = self._sync.state_dict(), self._exchanges.state_dict()
         state = {**saved["state"], **exchanged.pop("state")}
-        return pack(self._place, self._fingerprint, {**saved, **exchanged, "state": state})
+        return pack_state(self._place, self._fingerprint, {**saved, **exchanged, "state": state})
 
     def load_state_dict(self, saved: Saved, strict: bool = True) -> None:
         """Continue where a checkpoint stopped, bit for bit. Call it on every rank: all take over, or none.
@@ -250,7 +250,7 @@ class Handle:
             return None if expected is None else {**expected, **exchanged}
 
         def checked() -> dict[str, Any]:
-            fields = unpack(read(), self._place, self._fingerprint, leaves, strict)
+            fields = unpack_state(read(), self._place, self._fingerprint, leaves, strict)
             return {**fields, "exchanges": checked_exchanges(fields.get("exchanges", {}))}
 
         try:

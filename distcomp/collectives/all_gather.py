@@ -45,7 +45,7 @@ class AllGather(Sealed):
         return (len(sizes) - 1) * sum(sizes) / len(sizes)
 
     def traffic(self, size: int) -> Traffic:
-        return Traffic("gather", tuple(self.wire_sizes(0, size)), chunked=self.parts is not None)
+        return Traffic("all_gather", tuple(self.wire_sizes(0, size)), chunked=self.parts is not None)
 
     def drive(self, line: Primitives) -> Pending:
         return line.all_gather(self.payload.wire, self.wire_sizes(line.rank, line.size), self.group)

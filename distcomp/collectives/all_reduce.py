@@ -57,7 +57,7 @@ class AllReduce(Request):
         return all_reduce_sent_bytes(self.nbytes, len(self.members(size)))
 
     def traffic(self, size: int) -> Traffic:
-        return Traffic("sum", (self.nbytes,))
+        return Traffic("all_reduce", (self.nbytes,))
 
     def hops(self, size: int) -> int:
         """The steps of a ring, or one."""

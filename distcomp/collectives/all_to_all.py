@@ -34,7 +34,7 @@ class AllToAll(Sealed):
         if self.parts is None:
             return
         self.check_one_each(len(self.parts), len(asked))
-        position = self.place(rank)
+        position = self.position(rank)
         for sender, parts in zip(self.members(len(asked)), self.parts, strict=True):
             sent = asked[sender].payload_to(position).parts
             if sent != parts:
@@ -50,10 +50,10 @@ class AllToAll(Sealed):
         return self.payloads[position]
 
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
-        return self.parts or [self.payloads[self.place(rank)].parts] * len(self.payloads)
+        return self.parts or [self.payloads[self.position(rank)].parts] * len(self.payloads)
 
     def sent_bytes(self, rank: int, size: int) -> Bytes:
-        sent, own = Bytes(), self.place(rank)
+        sent, own = Bytes(), self.position(rank)
         for position, payload in enumerate(self.payloads):
             if position != own:
                 sent.update(counted(payload.parts, 1))
@@ -64,7 +64,9 @@ class AllToAll(Sealed):
         return (len(sizes) - 1) * sum(sizes) / len(sizes)
 
     def traffic(self, size: int) -> Traffic:
-        return Traffic("swap", tuple(wire_bytes(payload.parts) for payload in self.payloads), chunked=True)
+        return Traffic(
+            "all_to_all", tuple(wire_bytes(payload.parts) for payload in self.payloads), chunked=True
+        )
 
     def messages(self, rank: int, size: int) -> tuple[tuple[int, int], ...]:
         if self.parts is None:

@@ -81,9 +81,9 @@ class Primitives(Protocol):
 class Traffic:
     """What a request puts on a network, in bytes: what :mod:`distcomp.network` prices.
 
-    ``pattern``: sum, gather, swap, mix or cast. ``sizes``: bytes that each member sends (gather), that go to
-    each member (swap), or one number. ``chunked``: the sizes are cuts of something that all members cover
-    together.
+    ``pattern``: all_reduce, all_gather, all_to_all, neighbor_exchange or broadcast. ``sizes``: bytes that
+    each member sends (all_gather), that go to each member (all_to_all), or one number. ``chunked``: the
+    sizes are cuts of something that all members cover together.
     """
 
     pattern: str
@@ -108,7 +108,7 @@ class Request(ABC):
         """The ranks that take part, of ``size`` in all."""
         return self.group or tuple(range(size))
 
-    def place(self, rank: int) -> int:
+    def position(self, rank: int) -> int:
         """Where a rank stands among the members."""
         return self.group.index(rank) if self.group else rank
 
@@ -266,7 +266,7 @@ class Sealed(Request):
         )
 
     def delivered(self, rank: int, asked: Sequence[Any]) -> list[Payload]:
-        position = self.place(rank)
+        position = self.position(rank)
         payloads = [asked[sender].payload_to(position) for sender in self.senders(len(asked))]
         return SharedAnswers(payloads) if self.alike else payloads
 
@@ -274,7 +274,7 @@ class Sealed(Request):
         return delivered
 
     def echo(self, rank: int, size: int, write_header: SealFor) -> list[Tensor]:
-        own, wires = self.payload_to(self.place(rank)), []
+        own, wires = self.payload_to(self.position(rank)), []
         for sender, parts in zip(self.senders(size), self.expected(rank, size), strict=True):
             said = Payload(own.wire.clone(), parts) if parts == own.parts else zeros(parts)
             write_header(sender, said)

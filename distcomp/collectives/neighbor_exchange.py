@@ -61,7 +61,7 @@ class NeighborExchange(Sealed):
         return len(self.neighbours) * wire_bytes(self.payload.parts)
 
     def traffic(self, size: int) -> Traffic:
-        return Traffic("mix", (wire_bytes(self.payload.parts),))
+        return Traffic("neighbor_exchange", (wire_bytes(self.payload.parts),))
 
     def drive(self, line: Primitives) -> Pending:
         wires = [self.payload.wire] * len(self.neighbours)

@@ -55,7 +55,7 @@ def merged(payloads: Sequence[Payload]) -> Payload:
     return parcel
 
 
-def joined(parcels: Sequence[Payload], wholes: Sequence[Parts]) -> list[Payload]:
+def reassembled(parcels: Sequence[Payload], wholes: Sequence[Parts]) -> list[Payload]:
     """The payloads of ``wholes`` whose shares were merged, in that order, in every one of ``parcels``."""
     return [_joined(parcels, wholes, index) for index in range(len(wholes))]
 

@@ -72,13 +72,13 @@ class ReduceScatter(Sealed):
         return self.payloads[position]
 
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
-        return [self.parts_of(self.place(rank))] * len(self.sizes)
+        return [self.parts_of(self.position(rank))] * len(self.sizes)
 
     def read(self, delivered: list[Any]) -> Tensor:
         return in_rank_order([payload[self.kind] for payload in delivered])
 
     def sent_bytes(self, rank: int, size: int) -> Bytes:
-        sent, own = Bytes(), self.place(rank)
+        sent, own = Bytes(), self.position(rank)
         for position in range(len(self.sizes)):
             if position != own:
                 sent.update(counted(self.parts_of(position), 1))
@@ -90,7 +90,7 @@ class ReduceScatter(Sealed):
 
     def traffic(self, size: int) -> Traffic:
         sizes = tuple(wire_bytes(self.parts_of(position)) for position in range(len(self.sizes)))
-        return Traffic("swap", sizes, chunked=True)
+        return Traffic("all_to_all", sizes, chunked=True)
 
     def drive(self, line: Primitives) -> Pending:
         self.check_one_each(len(self.sizes), line.size)
@@ -107,7 +107,7 @@ class ReduceScatter(Sealed):
         return replace(self, x=x, sizes=tuple(widths))
 
     def answer_parts(self, rank: int, size: int) -> Sequence[Parts]:
-        return [self.parts_of(self.place(rank))]
+        return [self.parts_of(self.position(rank))]
 
     def mean_answer_parts(self, size: int) -> Sequence[Parts]:
         return [(Part(self.kind, self.x.dtype, -(-self.x.numel() // len(self.sizes))),)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distcomp.collectives.all_gather import AllGather
 from distcomp.collectives.base import Group, Request, SharedAnswers
-from distcomp.collectives.partition import joined, merged, merged_parts
+from distcomp.collectives.partition import merged, merged_parts, reassembled
 from distcomp.payload import Payload, wire_bytes
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ def partitioned(request: Request, position: int, across: Group, index: int, node
     share = request.share(index, len(node))
     answer = yield share.within(across)
     parcels: list[Payload] = yield AllGather(merged(share.packed(answer)), group=node)
-    return request.unpacked(joined(parcels, request.answer_parts(position, len(across))))
+    return request.unpacked(reassembled(parcels, request.answer_parts(position, len(across))))
 
 
 def partitioned_bytes(request: Request, near: int, far: int) -> float:

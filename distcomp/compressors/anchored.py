@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distcomp.compressors.base import Compressor
 from distcomp.compressors.fixed import integer_bytes, pack_integers, unpack_integers
-from distcomp.compressors.grid import uniform
+from distcomp.compressors.grid import uniform_noise
 from distcomp.kernels.reference import round_at_random
 from distcomp.layout import Layout, ParamSlice
 from distcomp.payload import Part, Parts, Payload
@@ -67,7 +67,7 @@ class AnchoredGrid(Compressor):
             for param, peak in zip(layout.slices, largest, strict=True)
         ]
         payload["widening"].copy_(torch.tensor(widened, dtype=torch.uint8))
-        rounded = round_at_random(offset / self._steps(payload, layout), uniform(layout, key, x.device))
+        rounded = round_at_random(offset / self._steps(payload, layout), uniform_noise(layout, key, x.device))
         codes = rounded.clamp_(-self.levels, self.levels).to(torch.int64) + self.levels
         payload["codes"].copy_(pack_integers(codes, self.bits))
         return payload

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distcomp.compressors.base import Compressor, register_compressor
-from distcomp.compressors.grid import uniform
+from distcomp.compressors.grid import uniform_noise
 from distcomp.errors import DistcompError
 from distcomp.kernels import reference
 from distcomp.kernels.packing import block_bytes
@@ -41,14 +41,14 @@ def pack_integers(codes: Tensor, bits: int) -> Tensor:
     low = _low_bytes(bits)
     planes = [(codes >> (8 * byte) & 255).to(torch.uint8) for byte in range(low)]
     rest = (codes >> (8 * low)).view(1, -1)
-    return torch.cat([*planes, reference.pack(rest, bits - 8 * low).view(-1)])
+    return torch.cat([*planes, reference.pack_codes(rest, bits - 8 * low).view(-1)])
 
 
 def unpack_integers(packed: Tensor, numel: int, bits: int) -> Tensor:
     """What :func:`pack_integers` was given: int64 ``[numel]``."""
     low = _low_bytes(bits)
     rest = packed[low * numel :].view(1, -1)
-    codes = reference.unpack(rest, numel, bits - 8 * low).view(-1) << (8 * low)
+    codes = reference.unpack_codes(rest, numel, bits - 8 * low).view(-1) << (8 * low)
     for byte in range(low):
         codes |= packed[byte * numel : (byte + 1) * numel].to(torch.int64) << (8 * byte)
     return codes
@@ -165,7 +165,7 @@ class FixedGrid(Compressor):
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
-        rounded = round_at_random(x / self.spacing, uniform(layout, key, x.device))
+        rounded = round_at_random(x / self.spacing, uniform_noise(layout, key, x.device))
         codes = rounded.clamp_(-self.levels, self.levels).to(torch.int64) + self.levels
         payload["codes"].copy_(pack_integers(codes, self.bits))
         return payload

@@ -58,7 +58,7 @@ def _stack(scalars: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(scalars) if scalars else like.new_empty(0)
 
 
-def uniform(layout: Layout, key: Key, device: torch.device) -> Tensor:
+def uniform_noise(layout: Layout, key: Key, device: torch.device) -> Tensor:
     """A number in [0, 1) for each element: a function of key, parameter name and place in the parameter."""
     pieces = [
         reference.uniform(param.numel, key.fold(param.name).bits, param.start, device)

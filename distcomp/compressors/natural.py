@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distcomp import kernels
 from distcomp.compressors.base import Compressor, register_compressor
-from distcomp.compressors.grid import from_rows, pack_signs, sign_bytes, to_rows, uniform, unpack_signs
+from distcomp.compressors.grid import from_rows, pack_signs, sign_bytes, to_rows, uniform_noise, unpack_signs
 from distcomp.compressors.quantize import worst_variance
 from distcomp.errors import DistcompError
 from distcomp.kernels import reference
@@ -130,11 +130,11 @@ class NonUniform(Compressor):
         norms = _norms(rows, self.norm)
         payload["scales"].copy_(norms)
         share = from_rows(rows.abs() / norms.clamp(min=SMALLEST_SCALE)[:, None], layout).clamp_(max=1.0)
-        levels = self._round(share, uniform(layout, key, x.device))
+        levels = self._round(share, uniform_noise(layout, key, x.device))
         codes = torch.where(
             (x < 0) & (levels > 0), self.levels + levels, levels
         )  # 0..s, or s+1..2s: negative
-        payload["codes"].copy_(reference.pack(codes[None], self.bits)[0])
+        payload["codes"].copy_(reference.pack_codes(codes[None], self.bits)[0])
         return payload
 
     def _round(self, share: Tensor, noise: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class NonUniform(Compressor):
         return torch.where(share < 2.0 ** (1 - s), below, above).clamp_(0, s).to(torch.int64)
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        codes = reference.unpack(payload["codes"][None], layout.numel, self.bits)[0]
+        codes = reference.unpack_codes(payload["codes"][None], layout.numel, self.bits)[0]
         negative = codes > self.levels
         levels = torch.where(negative, codes - self.levels, codes)
         exponents = (levels + (127 - self.levels)).to(torch.int32) << MANTISSA

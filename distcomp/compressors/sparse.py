@@ -95,7 +95,7 @@ class IndexCode:
         high = _ones_at((indices >> width) + ordinal, _unary_bits(self.universe, self.count, width))
         if width == 0:
             return high
-        return torch.cat([reference.pack(indices & (2**width - 1), width), high], dim=1)
+        return torch.cat([reference.pack_codes(indices & (2**width - 1), width), high], dim=1)
 
     def decode(self, code: Tensor) -> Tensor:
         """``[rows, nbytes]`` -> ``[rows, count]``. Bytes that no encoder made give legal indices, too."""
@@ -109,7 +109,7 @@ class IndexCode:
         high = _places_of_ones(code[:, low_bytes:], _unary_bits(self.universe, self.count, width), self.count)
         indices = (high - ordinal) << width
         if width:
-            indices |= reference.unpack(code[:, :low_bytes], self.count, width)
+            indices |= reference.unpack_codes(code[:, :low_bytes], self.count, width)
         return indices.clamp_(0, self.universe - 1)
 
 
@@ -132,12 +132,12 @@ def _best_width(universe: int, count: int) -> int | None:
 def _ones_at(places: Tensor, length: int) -> Tensor:
     """Rows of ``length`` bits, packed, that are one at ``places``."""
     bits = torch.zeros(places.shape[0], length, dtype=torch.uint8, device=places.device)
-    return reference.pack(bits.scatter_(1, places, 1), 1)
+    return reference.pack_codes(bits.scatter_(1, places, 1), 1)
 
 
 def _places_of_ones(packed: Tensor, length: int, count: int) -> Tensor:
     """Where the first ``count`` ones of each row are. Waits for no device: the number of ones is known."""
-    bits = reference.unpack(packed, length, 1)
+    bits = reference.unpack_codes(packed, length, 1)
     rank = torch.where(bits == 1, bits.cumsum(1) - 1, count).clamp_(max=count)
     places = torch.zeros(packed.shape[0], count + 1, dtype=torch.int64, device=packed.device)
     places.scatter_(1, rank, torch.arange(length, device=packed.device).expand_as(rank))
@@ -208,7 +208,7 @@ class RowSet:
         """The bytes (uint8) that say which elements of the flat buffer ``places`` are."""
         if kernel.serves(places.device):
             codes = torch.empty(self.code_bytes, dtype=torch.uint8)
-            kernel.write(places.contiguous(), self._tables[0], codes)
+            kernel.write_indices(places.contiguous(), self._tables[0], codes)
             return codes
         written = []
         for rows, part in zip(
@@ -221,7 +221,7 @@ class RowSet:
         """What :meth:`encode` was given."""
         if kernel.serves(codes.device):
             places = torch.empty(self.count, dtype=torch.int64)
-            kernel.read(codes.contiguous(), self._tables[0], places)
+            kernel.read_indices(codes.contiguous(), self._tables[0], places)
             return places
         parts = torch.split(codes, [rows.rows * rows.code.nbytes for rows in self.each])
         read = [

@@ -49,10 +49,10 @@ class Sparsifier(Compressor):
         return (Part("values", torch.float32, self.kept(layout).numel), self.index_part(layout))
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        place(out, self.positions(payload, layout), payload["values"], add)
+        put_values(out, self.positions(payload, layout), payload["values"], add)
 
 
-def place(out: Tensor, where: Tensor, values: Tensor, add: bool) -> None:
+def put_values(out: Tensor, where: Tensor, values: Tensor, add: bool) -> None:
     """Write values where they belong, and zeros elsewhere unless ``add``. No place occurs twice."""
     if add:
         out.index_add_(0, where, values)
@@ -245,7 +245,7 @@ class Chain(Compressor):
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
         kept = self.sparsifier.kept(layout)
         encoded = Payload(payload.wire, self.quantizer.parts(kept))  # they come first, the indices last
-        place(out, self.sparsifier.positions(payload, layout), self.quantizer.decode(encoded, kept), add)
+        put_values(out, self.sparsifier.positions(payload, layout), self.quantizer.decode(encoded, kept), add)
 
     def omega(self, numel: int) -> float | None:
         chosen = self.sparsifier.omega(numel)

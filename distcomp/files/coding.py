@@ -128,7 +128,7 @@ def _tree(counts: Symbols) -> Symbols:
     return lengths
 
 
-def canonical(lengths: Symbols) -> Symbols:
+def canonical_codes(lengths: Symbols) -> Symbols:
     """The code of each symbol: shorter ones first, then in order of the symbols."""
     codes = np.zeros(len(lengths), np.int64)
     code = 0
@@ -143,7 +143,7 @@ def canonical(lengths: Symbols) -> Symbols:
 def _huffman(symbols: Symbols, alphabet: int) -> bytes:
     """Half a byte per symbol of the alphabet for the code's lengths, then the codes, first bit first."""
     lengths = code_lengths(np.bincount(symbols, minlength=alphabet))
-    codes = canonical(lengths)
+    codes = canonical_codes(lengths)
     each = lengths[symbols]
     starts = np.cumsum(each) - each
     bits = np.zeros(int(each.sum()), np.uint8)
@@ -168,7 +168,7 @@ def _read_codes(
 ) -> Narrow:
     """Symbols one after the other, by the table of all codes of up to 15 bits."""
     table = np.full(1 << LONGEST, -1, np.int64)
-    for symbol, code in enumerate(canonical(lengths)):
+    for symbol, code in enumerate(canonical_codes(lengths)):
         if lengths[symbol]:
             free = LONGEST - int(lengths[symbol])
             table[int(code) << free : (int(code) + 1) << free] = symbol

@@ -26,7 +26,7 @@ def save(handle: Handle, directory: str | Path) -> None:
     write_whole(path, memory.getbuffer())
 
 
-def holds(directory: str | Path) -> bool:
+def was_saved(directory: str | Path) -> bool:
     """Whether anything was saved there."""
     return any(Path(directory).glob("distcomp-rank*.pt"))
 
@@ -43,7 +43,7 @@ def load(handle: Handle, directory: str | Path) -> None:
 
 def _parts(directory: Path, state: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
     """This rank's part, if it is of the same ranks; else all parts."""
-    if not holds(directory):
+    if not was_saved(directory):
         raise DistcompError(
             f"{directory} holds nothing of distcomp's; name a checkpoint that was saved while a method was "
             "attached, or go on without loading"

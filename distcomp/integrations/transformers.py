@@ -47,7 +47,7 @@ class Compression(TrainerCallback):
         called.insert(0, called.pop(called.index(self)))  # what it adds to a log is there for the others
         if state.global_step == 0 or isinstance(self.handle, Alone):
             return
-        if files.holds(_checkpoint(args, state)):
+        if files.was_saved(_checkpoint(args, state)):
             files.load(self.handle, _checkpoint(args, state))
         else:
             warnings.warn(

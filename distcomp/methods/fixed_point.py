@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distcomp.collectives import AllGather, AllReduce, AllToAll, Rounds
 from distcomp.compressors.fixed import FixedPoint, integer_bytes, pack_integers, unpack_integers
-from distcomp.compressors.grid import uniform
+from distcomp.compressors.grid import uniform_noise
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, chunk_views
 from distcomp.methods.base import AggregateResult, Method, State, StepContext, all_reduce_bytes
@@ -64,7 +64,7 @@ class FixedPointAllReduce(Method):
         )
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        u = uniform(context.layout, context.private.fold("round"), x.device)
+        u = uniform_noise(context.layout, context.private.fold("round"), x.device)
         k = torch.nan_to_num(self.format.integers(x, u)).to(torch.int32)
         pattern = self.chosen(context.size)
         if pattern == "all_reduce":

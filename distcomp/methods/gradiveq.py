@@ -28,54 +28,25 @@ from distcomp.methods.base import (
 )
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.from_compressor import from_compressor
-from distcomp.methods.partition import Partition, Rule, merge, sides, split
+from distcomp.methods.partition import Partition, merge, sides, split
 from distcomp.methods.registry import method_of, register
 from distcomp.methods.scheduled import EXACT
 from distcomp.methods.slices import (
+    Cycle,
     Slicing,
     Subspace,
-    compress,
-    decompress,
+    Unsliced,
+    from_coefficients,
     from_slices,
     mixed,
     relative_loss,
+    to_coefficients,
     to_slices,
 )
 from distcomp.payload import Part, Parts, Payload, body_bytes, wire_bytes
 
 VOTES, REST = "votes", "rest"
 """What rides behind the coefficients: votes, a slice of their own (exact), and what is not sliced."""
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """``learn`` steps of gradients that are sent plainly and remembered, then ``compressed`` ones, and again.
-
-    ``retrain``: learn anew as soon as, on most ranks, the relative loss of what is sent passes this many
-    times what it was on the rank's own first compressed gradients; 0: never before its time.
-    """
-
-    learn: int = 100
-    compressed: int = 400
-    retrain: float = 1.5
-
-    def __post_init__(self) -> None:
-        if self.learn < 5 or self.compressed < 1:
-            raise DistcompError(
-                "a cycle learns for 5 steps or more and compresses for 1 or more, "
-                f"not {self.learn} and {self.compressed}"
-            )
-        if self.retrain and self.retrain <= 1:
-            raise DistcompError(f"retrain is a factor above 1, not {self.retrain}; 0 switches it off")
-
-    @property
-    def length(self) -> int:
-        return self.learn + self.compressed
-
-    @property
-    def watch(self) -> int:
-        """Compressed steps that set the reference."""
-        return max(1, min(20, self.compressed // 5))
 
 
 @dataclass(frozen=True)
@@ -220,10 +191,10 @@ class GradiVeQ(Method):
                 due.append(param)
         new = {**state, "plain": result.state, "total": total, "samples": samples, "age": ages}
         if due:
-            new = yield from self._found(new, tuple(due), context)
+            new = yield from self._bases_found(new, tuple(due), context)
         return replace(result, state=new)
 
-    def _found(
+    def _bases_found(
         self, state: dict[str, Any], due: tuple[ParamSlice, ...], context: StepContext
     ) -> Rounds[dict[str, Any]]:
         """Bases and means of the layers whose learning is over, by the mixtures that rank 0 broadcasts."""
@@ -271,7 +242,7 @@ class GradiVeQ(Method):
         reference, ages = PerParameter(state["reference"]), PerParameter(state["age"])
         for layer, (param, piece) in zip(known, context.layout.pieces(x), strict=True):
             slices = to_slices(piece, param, layer.mean.shape[1])
-            coefficients.append(compress(slices, layer.basis, layer.mean).reshape(-1))
+            coefficients.append(to_coefficients(slices, layer.basis, layer.mean).reshape(-1))
             if self.cycle.retrain:
                 loss = relative_loss(slices, coefficients[-1], layer.mean)
                 vote, reference[param.name] = self._judge(loss, ages[param.name], reference[param.name])
@@ -361,7 +332,7 @@ def _restored(coefficients: Tensor, known: list[_Known], like: Tensor) -> Tensor
     for layer, (param, piece) in zip(known, layout.pieces(out), strict=True):
         slices, dims = layer.mean.shape[0], layer.basis.shape[1]
         own = coefficients[at : at + slices * dims].view(slices, dims)
-        from_slices(decompress(own, layer.basis, layer.mean), param, piece)
+        from_slices(from_coefficients(own, layer.basis, layer.mean), param, piece)
         at += slices * dims
     return out
 
@@ -380,25 +351,6 @@ def _coefficients(names: tuple[str, ...], numels: tuple[int, ...], votes: int, r
     """Coefficients of each layer, then the votes, then what rides."""
     sent = [*zip(names, numels, strict=True), (VOTES, votes), (REST, rest)]
     return Layout.of([(name, (numel,)) for name, numel in sent if numel])
-
-
-@dataclass(frozen=True)
-class Unsliced(Rule):
-    """What GradiVeQ does not apply to: all but convolutions, and those too wide to slice."""
-
-    slicing: Slicing = field(default=Slicing())
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({SHAPES})
-
-    def __call__(self, param: ParamSlice) -> bool:
-        if len(param.shape) == 4 and not param.whole:
-            raise DistcompError(
-                f"{param.name} arrives in pieces, and gradiveq needs whole convolutions; use qsgd, topk "
-                "or another method that works element by element"
-            )
-        return self.slicing.length(param) is None
 
 
 def _lifted(bits: int, what: str) -> Method:

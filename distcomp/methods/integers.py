@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distcomp.collectives import AllGather, AllReduce, Rounds
-from distcomp.compressors.grid import from_rows, per_parameter_max, spread, to_rows, uniform
+from distcomp.compressors.grid import from_rows, per_parameter_max, spread, to_rows, uniform_noise
 from distcomp.errors import DistcompError
 from distcomp.kernels.reference import round_at_random
 from distcomp.layout import Layout, ParamSlice
@@ -93,7 +93,7 @@ def _agreement_bytes(ranges: int, dtype: torch.dtype, words: int, size: int) -> 
 
 def _round_at_random(x: Tensor, layout: Layout, key: Key, largest: int) -> Tensor:
     """One of the integers around x, as int32: right in the mean. A NaN becomes some legal integer."""
-    rounded = round_at_random(x, uniform(layout, key, x.device))
+    rounded = round_at_random(x, uniform_noise(layout, key, x.device))
     return torch.nan_to_num(rounded).clamp_(-largest, largest).to(torch.int32)
 
 
@@ -271,7 +271,7 @@ class RandomHadamard(Method):
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         padded = self.padded(context.layout)
         shape = (padded.numel // self.block, self.block)
-        noise = uniform(padded, context.shared.fold("rotate"), x.device).view(shape)
+        noise = uniform_noise(padded, context.shared.fold("rotate"), x.device).view(shape)
         signs = torch.where(noise < 0.5, -1.0, 1.0)
 
         def back(y: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class PowerSGD(Method):
             # The rank's own Q, not the mean's: what this rank's residual keeps is its own error alone.
             lambda: plan.together(x, plain, p, q_own),
             {**state, "q": plan.kept(state["q"], "q", q_mean)},
-            lambda given: plan.deduct(given, p, q_own),
+            lambda given: plan.subtract_contribution(given, p, q_own),
         )
 
     def _one_round(
@@ -140,7 +140,7 @@ class PowerSGD(Method):
             plan.together(x, plain_mean, *ordered(factor_mean)),
             lambda: plan.together(x, plain, *ordered(own)),
             {**state, made: plan.kept(state[made], made, factor_mean)},
-            lambda given: plan.deduct(given, *ordered(own)),
+            lambda given: plan.subtract_contribution(given, *ordered(own)),
         )
 
     def _ranks(self, layout: Layout, step: int) -> dict[str, int]:
@@ -196,7 +196,7 @@ class _Plan:
         lowrank.each_outer(p, q, out, self.products)
         return out
 
-    def deduct(self, given: Tensor, p: Tensor, q: Tensor) -> None:
+    def subtract_contribution(self, given: Tensor, p: Tensor, q: Tensor) -> None:
         """Take the contribution off a flat buffer: the products, and all of what went plainly."""
         move(
             torch.zeros(self.plain.ends[1], device=given.device, dtype=torch.float32), given, self.plain.back

@@ -1,15 +1,48 @@
-"""What GradiVeQ computes on one rank alone: slices of a convolution's gradient, and the subspace they lie
-in."""
+"""What GradiVeQ knows and computes on one rank alone: its cycle, slices of a convolution's gradient, and the
+subspace they lie in."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from distcomp.errors import DistcompError
 from distcomp.layout import ParamSlice
+from distcomp.methods.base import SHAPES
+from distcomp.methods.partition import Rule
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """``learn`` steps of gradients that are sent plainly and remembered, then ``compressed`` ones, and again.
+
+    ``retrain``: learn anew as soon as, on most ranks, the relative loss of what is sent passes this many
+    times what it was on the rank's own first compressed gradients; 0: never before its time.
+    """
+
+    learn: int = 100
+    compressed: int = 400
+    retrain: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.learn < 5 or self.compressed < 1:
+            raise DistcompError(
+                "a cycle learns for 5 steps or more and compresses for 1 or more, "
+                f"not {self.learn} and {self.compressed}"
+            )
+        if self.retrain and self.retrain <= 1:
+            raise DistcompError(f"retrain is a factor above 1, not {self.retrain}; 0 switches it off")
+
+    @property
+    def length(self) -> int:
+        return self.learn + self.compressed
+
+    @property
+    def watch(self) -> int:
+        """Compressed steps that set the reference."""
+        return max(1, min(20, self.compressed // 5))
 
 
 @dataclass(frozen=True)
@@ -58,6 +91,25 @@ class Slicing:
         return bases, -(-slices // bases), k
 
 
+@dataclass(frozen=True)
+class Unsliced(Rule):
+    """What GradiVeQ does not apply to: all but convolutions, and those too wide to slice."""
+
+    slicing: Slicing = field(default=Slicing())
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({SHAPES})
+
+    def __call__(self, param: ParamSlice) -> bool:
+        if len(param.shape) == 4 and not param.whole:
+            raise DistcompError(
+                f"{param.name} arrives in pieces, and gradiveq needs whole convolutions; use qsgd, topk "
+                "or another method that works element by element"
+            )
+        return self.slicing.length(param) is None
+
+
 def to_slices(piece: Tensor, param: ParamSlice, k: int) -> Tensor:
     """``[slices, K]`` in memory of its own, from a gradient that lies in a flat buffer."""
     moved = piece.view(param.shape).permute(2, 3, 1, 0)
@@ -70,7 +122,7 @@ def from_slices(slices: Tensor, param: ParamSlice, out: Tensor) -> None:
     out.view(param.shape).copy_(slices.view(height, width, depth, filters).permute(3, 2, 0, 1))
 
 
-def compress(slices: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
+def to_coefficients(slices: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
     """``c = U^T (g - mu)``: ``[S, d]`` for slices ``[S, K]`` and bases ``[B, d, K]`` of neighbouring slices.
 
     Linear in (g, mu): what the ranks' parts compress to adds up to what their sum compresses to.
@@ -78,7 +130,7 @@ def compress(slices: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
     return torch.bmm(_shared(slices - mean, basis), basis.mT).flatten(0, 1)[: slices.shape[0]]
 
 
-def decompress(coefficients: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
+def from_coefficients(coefficients: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
     """``U c + mu``: ``[S, K]``."""
     return torch.bmm(_shared(coefficients, basis), basis).flatten(0, 1)[: mean.shape[0]] + mean
 

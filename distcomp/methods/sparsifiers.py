@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distcomp.collectives import Broadcast, Rounds
 from distcomp.compressors import Cast, Compressor, Identity, RandomK, TopK
-from distcomp.compressors.topk import place, with_values
+from distcomp.compressors.topk import put_values, with_values
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
@@ -151,7 +151,7 @@ def _placed(result: AggregateResult, where: Tensor, like: Tensor) -> AggregateRe
 
     def spread_out(values: Tensor) -> Tensor:
         out = torch.empty_like(like)
-        place(out, where, values, add=False)
+        put_values(out, where, values, add=False)
         return out
 
     return AggregateResult(

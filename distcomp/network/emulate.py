@@ -158,7 +158,7 @@ class Net:
 
     def describe(self) -> list[str]:
         """Lines that say what network this is, how it is made, and what the self-test measured."""
-        return [_describe_making(self), *_describe_delay(self), *link_self_test.describe(self.links)]
+        return [_describe_making(self), *_describe_delay(self), *link_self_test.report_lines(self.links)]
 
     def _environment(self, host: int, port: int) -> dict[str, str]:
         self._check_host(host)

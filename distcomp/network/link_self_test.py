@@ -45,7 +45,7 @@ class LinkTest:
     retransmitted_segments: int
 
     @property
-    def holds(self) -> bool:
+    def holds_rate(self) -> bool:
         """Are both measurements within 10 % of what was asked? Always so for an unshaped link."""
         measured = (self.achieved_bps, self.after_idle_bps)
         return self.asked_bps == UNSHAPED or all(
@@ -96,7 +96,7 @@ def message_bytes(rate_bps: float, lasting_s: float) -> int:
     return int(min(max(rate_bps / 8 * lasting_s, _LEAST_BYTES), _MOST_BYTES))
 
 
-def describe(links: Sequence[LinkTest]) -> list[str]:
+def report_lines(links: Sequence[LinkTest]) -> list[str]:
     """One line: the asked rate, and the slowest and fastest that was achieved, in bulk and after idle."""
     if not links:
         return []
@@ -104,7 +104,7 @@ def describe(links: Sequence[LinkTest]) -> list[str]:
     bulk = _range([link.achieved_bps for link in links])
     after_idle = _range([link.after_idle_bps for link in links])
     lines = [f"self-test: asked {asked}, achieved {bulk}, one message after idle {after_idle}"]
-    off = [f"{link.source} to {link.target}" for link in links if not link.holds]
+    off = [f"{link.source} to {link.target}" for link in links if not link.holds_rate]
     if off:
         lines.append(f"self-test: off by more than {_TOLERANCE:.0%}: {', '.join(off)} (is the machine busy?)")
     return lines

@@ -10,20 +10,17 @@ crosses it at its own rate; the exchange is over when the busiest link is::
 (:mod:`distcomp.network.framing`). ``message`` is the host's work to send and receive one,
 ``Host.message_s``, of which a rank has so many one behind the other.
 
-===============  =====================================  ===================  ==========  =====================
-exchange         bytes sent per rank, payload P         hops                 messages    of
-===============  =====================================  ===================  ==========  =====================
-:func:`ring`     2 (n-1)/n P                            2 (n-1)              2 (n-1)     a large sum
-:func:`tree`     2 P within, P at root and leaves       2 ceil(log2 n)       as hops     a small sum, large n
-:func:`direct`   (n-1) P                                1                    n-1         a small sum, small n
-:func:`gather`   (n-1) P                                1                    n-1         payloads to all
-:func:`swap`     (n-1)/n P                              1                    n-1         chunks to owners
-:func:`mix`      degree P                               1                    degree      neighbours
-:func:`pairs`    what each sends to each                1                    the most    uneven all-to-all
-:func:`cast`     P at the source, (n-1)/n P on average  ceil(log2 n)         as hops     one to all
-===============  =====================================  ===================  ==========  =====================
-
-A two-stage reduction (:func:`two_stage`) is a swap and a gather of the chunks.
+=========================  =====================================  ============  ========  ================
+exchange                   bytes sent per rank, payload P         hops          messages  of
+=========================  =====================================  ============  ========  ================
+:func:`ring_all_reduce`    2 (n-1)/n P                            2 (n-1)       2 (n-1)   a large sum
+:func:`direct_all_reduce`  (n-1) P                                1             n-1       a small sum
+:func:`all_gather`         (n-1) P                                1             n-1       payloads to all
+:func:`all_to_all`         (n-1)/n P                              1             n-1       chunks to owners
+:func:`neighbor_exchange`  degree P                               1             degree    neighbours
+:func:`uneven_all_to_all`  what each sends to each                1             the most  uneven parts
+:func:`broadcast`          P at the source, (n-1)/n P on average  ceil(log2 n)  as hops   one to all
+=========================  =====================================  ============  ========  ================
 
 Assumed: TCP shares links without loss and without waste; a rank sends and receives at once; ranks of a rack
 share nothing but its uplink; there is no other traffic. Where ranks share a machine, its cores carry the
@@ -215,7 +212,8 @@ def among(
 ) -> Load:
     """The load when member i sends ``sends[i] * shares[j]`` bytes to every other member j.
 
-    A gather has ``shares`` of 1; a swap of chunks ``sends`` of 1. Computed from sums: any number of ranks.
+    An all-gather has ``shares`` of 1; an all-to-all of chunks ``sends`` of 1. Computed from sums: any number
+    of ranks.
     """
     members, rack_of = np.array(group), places(fabric)[list(group)]
     a, b = np.asarray(sends, dtype=np.float64), np.asarray(shares, dtype=np.float64)
@@ -280,7 +278,7 @@ def _rack_delays(fabric: Fabric) -> Bytes:
 # ------------------------------------------------------------------------------------------------- exchanges
 
 
-def ring(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
+def ring_all_reduce(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     """A sum of ``nbytes`` around a ring in the order of ranks: scatter-reduce, then gather."""
     n = len(group)
     if n == 1:
@@ -290,40 +288,22 @@ def ring(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     return ExchangeLoad((load,), 2 * (n - 1), delay_s(edges, fabric), 2 * (n - 1), around=True)
 
 
-def tree(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
-    """A sum of ``nbytes`` up a binomial tree and down again; its levels do not overlap."""
-    down = cast(nbytes, group, fabric)
-    up = tuple(Load(load.into, load.out, load.down, load.up) for load in down.stages)
-    return ExchangeLoad(up[::-1] + down.stages, 2 * down.hops, down.delay_s, 2 * down.messages, around=True)
-
-
-def direct(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
+def direct_all_reduce(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     """A sum of ``nbytes`` that everybody sends to everybody."""
-    return gather([nbytes] * len(group), group, fabric)
+    return all_gather([nbytes] * len(group), group, fabric)
 
 
-def gather(payload_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
+def all_gather(payload_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
     """Member i sends ``payload_bytes[i]`` to every other."""
     return _at_once(among(payload_bytes, np.ones(len(group)), group, fabric), group, fabric)
 
 
-def swap(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
+def all_to_all(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
     """Every member sends ``chunk_bytes[j]`` to member j."""
     return _at_once(among(np.ones(len(group)), chunk_bytes, group, fabric), group, fabric)
 
 
-def two_stage(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
-    """A :func:`swap` of chunks, and a :func:`gather` of what their owners made of them."""
-    scattered, gathered = swap(chunk_bytes, group, fabric), gather(chunk_bytes, group, fabric)
-    return ExchangeLoad(
-        scattered.stages + gathered.stages,
-        scattered.hops + gathered.hops,
-        scattered.delay_s,
-        scattered.messages + gathered.messages,
-    )
-
-
-def pairs(sent: Iterable[tuple[int, int, float]], fabric: Fabric) -> ExchangeLoad:
+def uneven_all_to_all(sent: Iterable[tuple[int, int, float]], fabric: Fabric) -> ExchangeLoad:
     """Messages (from, to, bytes), all at once, at most one from a rank to another."""
     edges = {(source, target): nbytes for source, target, nbytes in sent}
     if not edges:
@@ -332,7 +312,7 @@ def pairs(sent: Iterable[tuple[int, int, float]], fabric: Fabric) -> ExchangeLoa
     return ExchangeLoad((along(edges, fabric),), 1, delay_s(list(edges), fabric), most)
 
 
-def mix(nbytes: float, edges: Iterable[Edge], fabric: Fabric) -> ExchangeLoad:
+def neighbor_exchange(nbytes: float, edges: Iterable[Edge], fabric: Fabric) -> ExchangeLoad:
     """Neighbours send each other ``nbytes``; each edge is named once."""
     both = [pair for i, j in edges for pair in ((i, j), (j, i))]
     if not both:
@@ -341,7 +321,7 @@ def mix(nbytes: float, edges: Iterable[Edge], fabric: Fabric) -> ExchangeLoad:
     return ExchangeLoad((along(dict.fromkeys(both, nbytes), fabric),), 1, delay_s(both, fabric), degree)
 
 
-def cast(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
+def broadcast(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     """The first member's ``nbytes`` to all, down a binomial tree: in round k, 2^k members send."""
     n, stages, slowest_s, reached = len(group), [], 0.0, 1
     while reached < n:

@@ -141,7 +141,7 @@ def retransmitted_segments() -> int:
 
 
 def _host(route: Any, fabric: Fabric, rank: int, bridge: int, netem: bool) -> EmulatedHost:
-    host = EmulatedHost(netns.create(), str(_SUBNET[rank + 1]), f"rank{rank}")
+    host = EmulatedHost(netns.create_namespace(), str(_SUBNET[rank + 1]), f"rank{rank}")
     rate_bps = fabric.rates_bps[rank]
     _cable(route, host.plug, {"ifname": DEVICE, "net_ns_fd": host.namespace})
     _plug(route, host.plug, bridge)

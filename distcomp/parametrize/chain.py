@@ -13,7 +13,7 @@ from distcomp.errors import DistcompError
 from distcomp.parametrize import links as algebra
 from distcomp.parametrize import registered
 from distcomp.parametrize.base import Parametrization
-from distcomp.parametrize.links import Chain, evaluating
+from distcomp.parametrize.links import WeightChain, evaluating
 
 __all__ = ["bits", "chain", "evaluating", "install", "latent", "materialize", "parameters", "remove"]
 
@@ -77,7 +77,7 @@ class Removal:
 
     module: nn.Module
     tensor: str
-    after: Chain
+    after: WeightChain
 
 
 def removal(
@@ -106,7 +106,7 @@ def removal(
 def apply(removals: Iterable[Removal]) -> None:
     """Do what was found to be possible."""
     for removal in removals:
-        registered.write(removal.module, removal.tensor, removal.after)
+        registered.write_chain(removal.module, removal.tensor, removal.after)
 
 
 def materialize(model: nn.Module) -> nn.Module:
@@ -114,17 +114,17 @@ def materialize(model: nn.Module) -> nn.Module:
     it."""
     apply(
         [
-            Removal(module, tensor, Chain(chain.name, (), (chain.weight(),)))
+            Removal(module, tensor, WeightChain(chain.name, (), (chain.weight(),)))
             for module, tensor, chain in chains(model)
         ]
     )
     return model
 
 
-def chains(model: nn.Module) -> list[tuple[nn.Module, str, Chain]]:
+def chains(model: nn.Module) -> list[tuple[nn.Module, str, WeightChain]]:
     """Every parameter that has a chain: its module, its name there, the chain."""
     every = [
-        (module, tensor, registered.read(module, tensor, f"{path}.{tensor}" if path else tensor))
+        (module, tensor, registered.read_chain(module, tensor, f"{path}.{tensor}" if path else tensor))
         for path, module in _unwrapped(model).named_modules()
         if parametrize.is_parametrized(module)
         for tensor in module.parametrizations
@@ -184,7 +184,7 @@ class _Place:
 
     module: nn.Module
     tensor: str
-    chain: Chain
+    chain: WeightChain
 
     @staticmethod
     def of(model: nn.Module, name: str) -> _Place:
@@ -197,13 +197,13 @@ class _Place:
         if not parametrize.is_parametrized(module, tensor) and module._parameters.get(tensor) is None:
             known = ", ".join(parameter_name for parameter_name, _ in root.named_parameters())
             raise DistcompError(f"there is no parameter {name!r}; there are: {known}")
-        return _Place(module, tensor, registered.read(module, tensor, name))
+        return _Place(module, tensor, registered.read_chain(module, tensor, name))
 
-    def write(self, after: Chain) -> None:
-        registered.write(self.module, self.tensor, after)
+    def write(self, after: WeightChain) -> None:
+        registered.write_chain(self.module, self.tensor, after)
 
 
-def _check_free(model: nn.Module, located: _Place, before: Chain) -> None:
+def _check_free(model: nn.Module, located: _Place, before: WeightChain) -> None:
     owners = sum(
         parameter is before.theta[0]
         for part in _unwrapped(model).modules()
@@ -216,14 +216,14 @@ def _check_free(model: nn.Module, located: _Place, before: Chain) -> None:
     _check_whole(before.name, before)
 
 
-def _check_whole(name: str, chain: Chain) -> None:
+def _check_whole(name: str, chain: WeightChain) -> None:
     if any(hasattr(tensor, "to_local") for tensor in chain.theta):
         raise DistcompError(
             f"{name} is sharded by FSDP already; change its parametrizations before fully_shard()"
         )
 
 
-def _shapes(chain: Chain) -> list[tuple[int, ...]]:
+def _shapes(chain: WeightChain) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in chain.theta]
 
 

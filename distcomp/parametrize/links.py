@@ -19,7 +19,7 @@ from distcomp.parametrize.base import Order, Parametrization, Storage, Tensors
 
 
 @dataclass(frozen=True)
-class Chain:
+class WeightChain:
     """Links, innermost first, and theta, which the innermost decodes. ``name`` is for messages."""
 
     name: str
@@ -76,7 +76,7 @@ def order(link: nn.Module) -> Order:
 
 
 @torch.no_grad()
-def described(links: Sequence[nn.Module], target: Tensors) -> tuple[tuple[nn.Module, ...], Tensors]:
+def fitted_below(links: Sequence[nn.Module], target: Tensors) -> tuple[tuple[nn.Module, ...], Tensors]:
     """The links, fitted to what they are to give, and the theta from which they give the nearest to it."""
     fitted: list[nn.Module] = []
     for link in reversed(links):
@@ -95,7 +95,7 @@ def _inverse(link: nn.Module, weight: Tensors) -> Tensors:
 
 
 @torch.no_grad()
-def inserted(before: Chain, new: Parametrization) -> Chain:
+def inserted(before: WeightChain, new: Parametrization) -> WeightChain:
     """The chain with ``new`` at the place of its order; of equals, the last is outermost.
 
     What stood under it describes, as nearly as it can, what ``new`` needs to describe what it found.
@@ -113,9 +113,9 @@ def inserted(before: Chain, new: Parametrization) -> Chain:
     theta = _inverse(new, weight)
     _try(before.name, new, theta, weight)
     if below and same(theta, weight):
-        return Chain(before.name, (*below, new, *above), before.theta)
-    fitted, theta = described(below, theta)
-    return Chain(before.name, (*fitted, new, *above), theta)
+        return WeightChain(before.name, (*below, new, *above), before.theta)
+    fitted, theta = fitted_below(below, theta)
+    return WeightChain(before.name, (*fitted, new, *above), theta)
 
 
 def _try(name: str, new: Parametrization, theta: Tensors, weight: Tensors) -> None:
@@ -135,14 +135,14 @@ def _try(name: str, new: Parametrization, theta: Tensors, weight: Tensors) -> No
 
 
 @torch.no_grad()
-def without(before: Chain, position: int, materialize: bool, densify: bool) -> Chain:
+def without(before: WeightChain, position: int, materialize: bool, densify: bool) -> WeightChain:
     """The chain without one link: see :func:`distcomp.parametrize.remove`."""
     below, link, above = before.links[:position], before.links[position], before.links[position + 1 :]
     weight = applied(below, before.theta)
     target = applied([link], weight) if materialize else _restored(link, weight)
     if same(target, weight):
-        return Chain(before.name, (*below, *above), before.theta)
-    fitted, theta = described(below, target)
+        return WeightChain(before.name, (*below, *above), before.theta)
+    fitted, theta = fitted_below(below, target)
     if materialize and below and not same(applied(fitted, theta), target):
         if not densify:
             raise DistcompError(
@@ -151,7 +151,7 @@ def without(before: Chain, position: int, materialize: bool, densify: bool) -> C
                 f"stores {sum(tensor.numel() for tensor in target)} numbers and takes these off, too"
             )
         fitted, theta = (), target
-    after = Chain(before.name, (*fitted, *above), theta)
+    after = WeightChain(before.name, (*fitted, *above), theta)
     if after.numbers > before.numbers and not densify:
         raise DistcompError(
             f"{before.name}: without {label(link)} it stores {after.numbers} numbers, not {before.numbers}; "
@@ -176,7 +176,7 @@ def same(first: Tensors, other: Tensors) -> bool:
 
 
 @torch.no_grad()
-def stored(chain: Chain) -> Storage:
+def stored(chain: WeightChain) -> Storage:
     """What the chain takes to store, link by link from theta on."""
     storage = Storage(chain.numbers, 8.0 * chain.theta[0].element_size())
     value = chain.theta

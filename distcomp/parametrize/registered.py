@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from distcomp.errors import DistcompError
-from distcomp.parametrize.links import Chain, label
+from distcomp.parametrize.links import WeightChain, label
 
 ORDER = "parameter_order"
 """Attribute of a list: the names of the module's parameters in the order that they had."""
@@ -29,12 +29,12 @@ def registered(module: nn.Module, tensor: str) -> parametrize.ParametrizationLis
     return links
 
 
-def read(module: nn.Module, tensor: str, name: str) -> Chain:
+def read_chain(module: nn.Module, tensor: str, name: str) -> WeightChain:
     """The chain of a tensor; without links, theta is the parameter itself."""
     links = registered(module, tensor)
     if links is not None:
-        return Chain(name, links_of(links), theta_of(links))
-    return Chain(name, (), (module._parameters[tensor],))  # type: ignore[arg-type]
+        return WeightChain(name, links_of(links), theta_of(links))
+    return WeightChain(name, (), (module._parameters[tensor],))  # type: ignore[arg-type]
 
 
 def links_of(links: parametrize.ParametrizationList) -> tuple[nn.Module, ...]:
@@ -49,7 +49,7 @@ def theta_of(links: parametrize.ParametrizationList) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def write(module: nn.Module, tensor: str, chain: Chain) -> None:
+def write_chain(module: nn.Module, tensor: str, chain: WeightChain) -> None:
     """Let the module compute with a chain. Parameters stay who they are where their shapes do."""
     before = registered(module, tensor)
     old = theta_of(before) if before is not None else (module._parameters[tensor],)

@@ -92,11 +92,11 @@ def convert(model: nn.Module, plan: Plan, skip: tuple[str, ...]) -> nn.Module:
         if quantizers.weight_projection is not None:
             _check_projection(name, layer, quantizers.weight_projection)
     for _, layer, quantizers in planned:
-        install(layer, quantizers)
+        install_quantizers(layer, quantizers)
     return model
 
 
-def install(layer: nn.Module, quantizers: Quantizers) -> None:
+def install_quantizers(layer: nn.Module, quantizers: Quantizers) -> None:
     """One layer's quantizers."""
     layer.bit_widths = quantizers.bit_widths  # type: ignore[assignment]
     layer.swapped = (type_before_parametrizations(layer), tuple(quantizers.attributes))  # type: ignore[assignment]
@@ -207,7 +207,7 @@ class WeightProjection(nn.Module):
     def __init__(self, layer: nn.Module, projection: nn.Module) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # not a child: a copied layer brings its own copy along
-        self.law = projection
+        self.projection = projection
         _RESTING.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -224,11 +224,11 @@ class WeightProjection(nn.Module):
         for name in quantized(self.layer):
             theta = parameters(self.layer, name)
             mine = [parameter for parameter in theta if owned is None or id(parameter) in owned]
-            if not mine or not _holds_weights(type(self.layer).__name__, self.layer, name, self.law):
+            if not mine or not _holds_weights(type(self.layer).__name__, self.layer, name, self.projection):
                 continue
             for parameter in mine:
                 local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-                local.copy_(self.law(local))
+                local.copy_(self.projection(local))
 
 
 def _check_projection(path: str, layer: nn.Module, projection: nn.Module) -> None:

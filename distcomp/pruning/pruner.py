@@ -82,7 +82,7 @@ class Criterion(ABC):
         return
 
 
-class Consensus(Protocol):
+class SupportsConsensus(Protocol):
     """How a pruner asks the other ranks, where a method is attached."""
 
     replicated: bool
@@ -132,7 +132,7 @@ class Pruner(Listener):
         self.seed = seed
         self.step = 0
         self.history: list[Change] = []
-        self.consensus: Consensus | None = None
+        self.consensus: SupportsConsensus | None = None
         self.memory: Tensors = {}
         self._model = model
         self._optimizer = optimizer

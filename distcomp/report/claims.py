@@ -40,11 +40,11 @@ def verdict(comparison: Comparison) -> Verdict:
     noise = comparison_noise(comparison)
     if noise is None:
         return Verdict("No method is called faster: DDP ran once, so what is chance is not known")
-    factor = f"{words.told(best.speed_up, words.number)} times"
+    factor = f"{words.formatted(best.speed_up, words.number)} times"
     if abs(math.log(best.speed_up)) <= math.log1p(max(LEAST, MARGIN * noise)):
         return Verdict(
             f"No difference beyond chance: {best.method} is {factor} as fast as DDP, and runs of one method "
-            f"differ by {words.told(noise, words.percent)}"
+            f"differ by {words.formatted(noise, words.percent)}"
         )
     if best.speed_up < 1:
         return Verdict(
@@ -59,7 +59,7 @@ def verdict(comparison: Comparison) -> Verdict:
 def goal(comparison: Comparison) -> str:
     """The test loss that counts, and where it is from."""
     source = "as was asked" if comparison.target_given else "DDP's last one and 5 %"
-    return f"a test loss of {words.told(comparison.target_loss or 0.0, words.loss)} ({source})"
+    return f"a test loss of {words.formatted(comparison.target_loss or 0.0, words.loss)} ({source})"
 
 
 def comparison_noise(comparison: Comparison) -> float | None:

@@ -107,7 +107,7 @@ class MethodRow:
 
     def spread(self, name: str) -> Spread | None:
         """Mean and spread of a figure over the runs, None where a run lacks it."""
-        return spread(getattr(run, name) for run in self.runs)
+        return spread_of(getattr(run, name) for run in self.runs)
 
     def spent_s(self) -> dict[str, float] | None:
         """Where the time of the mean step went, over all runs."""
@@ -169,9 +169,11 @@ def figures(run: Run) -> Figures:
         method=run.method,
         seed=run.about.get("seed"),
         steps=max((len(rank) for rank in steps), default=0),
-        payload_bytes=mean(step.get("payload_bytes") for rank in steps for step in rank),
-        wire_bytes=mean(mean(_counted(rank)) for rank in steps),
-        predicted_wire_bytes=mean(step.get("predicted_wire_bytes") for rank in steps for step in rank),
+        payload_bytes=mean_of_known(step.get("payload_bytes") for rank in steps for step in rank),
+        wire_bytes=mean_of_known(mean_of_known(_counted(rank)) for rank in steps),
+        predicted_wire_bytes=mean_of_known(
+            step.get("predicted_wire_bytes") for rank in steps for step in rank
+        ),
         step_s=median(step.get("step_s") for step in later),
         exchange_s=median(step.get("exchange_s") for step in later),
         starting_s=starting_s,
@@ -195,7 +197,7 @@ def _starting_s(first: Record, later: Sequence[Record]) -> float | None:
     return max(0.0, float(first["step_s"]) - usual_s)
 
 
-def mean(values: Iterable[float | None]) -> float | None:
+def mean_of_known(values: Iterable[float | None]) -> float | None:
     """Of the values that were recorded, or None where none was."""
     there = [value for value in values if value is not None]
     return _fmean(there) if there else None
@@ -212,7 +214,7 @@ def median(values: Iterable[float | None]) -> float | None:
     return statistics.median(there) if there else None
 
 
-def spread(values: Iterable[float | None]) -> Spread | None:
+def spread_of(values: Iterable[float | None]) -> Spread | None:
     """Mean and sample standard deviation, None where a value is missing or there is none."""
     known: list[float] = []
     for value in values:
@@ -278,7 +280,7 @@ def _curve(records: Iterable[Record], starting_s: float, first_s: float) -> Iter
 
 
 def _default_target(baseline: Sequence[Figures]) -> float | None:
-    final = mean(run.test_loss for run in baseline)
+    final = mean_of_known(run.test_loss for run in baseline)
     return None if final is None or not math.isfinite(final) else final + TARGET_MARGIN * abs(final)
 
 
@@ -286,7 +288,7 @@ def _to_target(group: Sequence[Figures], target_loss: float | None) -> Spread | 
     if target_loss is None:
         return None
     points = [run.reached(target_loss) for run in group]
-    return spread(None if point is None else point.train_s for point in points)
+    return spread_of(None if point is None else point.train_s for point in points)
 
 
 def _row(

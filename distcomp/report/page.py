@@ -14,7 +14,7 @@ from distcomp.recording import Run
 from distcomp.report import svg, words
 from distcomp.report.claims import verdict
 from distcomp.report.figures import BASELINE, CONTROLS, Comparison, MethodRow
-from distcomp.report.predicted import Predicted, pairs, section
+from distcomp.report.predicted import Predicted, pairs_of, section
 from distcomp.report.table import Column, columns
 
 WIDE, NARROW = (540, 320), (358, 270)
@@ -47,7 +47,7 @@ def page(comparison: Comparison, predicted: Predicted | None = None) -> str:
         charts="".join([*_charts(comparison), *_other_charts(comparison)]) or NO_CHARTS,
         unread=_unread(comparison),
         time=_time(comparison),
-        predicted=section(pairs(comparison, predicted)) if predicted is not None else "",
+        predicted=section(pairs_of(comparison, predicted)) if predicted is not None else "",
         meaning=escape(" ".join(filter(None, (column.meaning for column in columns(comparison))))),
         bytes=_bytes(comparison),
         rings=RINGS if comparison.target_loss is not None else "",
@@ -71,11 +71,11 @@ def _tiles(comparison: Comparison, best: MethodRow | None) -> Iterator[str]:
     base = comparison.baseline
     if best is None or base is None or best.to_target_s is None or base.to_target_s is None:
         return
-    target = words.told(comparison.target_loss or 0.0, words.loss)
+    target = words.formatted(comparison.target_loss or 0.0, words.loss)
     yield _tile(
         f"Training time to a test loss of {target}",
-        words.told(best.to_target_s.mean, words.seconds),
-        f"DDP: {words.told(base.to_target_s.mean, words.seconds)}",
+        words.formatted(best.to_target_s.mean, words.seconds),
+        f"DDP: {words.formatted(base.to_target_s.mean, words.seconds)}",
     )
     for title, figure, write in (
         ("Sent on the wire by each worker in a step", "wire_bytes", words.size),
@@ -88,7 +88,7 @@ def _tiles(comparison: Comparison, best: MethodRow | None) -> Iterator[str]:
             and its is not None
             and not (figure == "payload_bytes" and best.spread("wire_bytes"))
         ):
-            yield _tile(title, words.told(mine.mean, write), f"DDP: {words.told(its.mean, write)}")
+            yield _tile(title, words.formatted(mine.mean, write), f"DDP: {words.formatted(its.mean, write)}")
 
 
 def _tile(title: str, value: str, beside: str) -> str:
@@ -164,7 +164,7 @@ def _charts(comparison: Comparison) -> Iterator[str]:
                 dotted = (
                     ""
                     if chart.level is None
-                    else f" <small>dotted: {words.told(chart.level, words.loss)}</small>"
+                    else f" <small>dotted: {words.formatted(chart.level, words.loss)}</small>"
                 )
                 caption = f"<figcaption>{escape(chart.title)}{dotted}</figcaption>"
                 yield f"<figure>{caption}{wide}{narrow}{silent}</figure>"
@@ -265,7 +265,7 @@ def _silent(comparison: Comparison) -> str:
 
 
 def _short_size(nbytes: float) -> str:
-    return words.told(nbytes, words.size).replace(".00 ", " ").replace(".0 ", " ")
+    return words.formatted(nbytes, words.size).replace(".00 ", " ").replace(".0 ", " ")
 
 
 def _short(value: float) -> str:
@@ -301,7 +301,7 @@ def _bar(row: MethodRow, parts: Mapping[str, float] | None, longest: float) -> s
         if parts[part]
     )
     reason = " · ".join([*_parts_told(parts), *_starting_told(row)])
-    whole = words.told(sum(parts.values()), words.seconds)
+    whole = words.formatted(sum(parts.values()), words.seconds)
     bar = f'<div class="bar" role="img" aria-label="{escape(reason)}">{pieces}<b>{whole}</b></div>'
     return (
         f'<div class="bar-name">{_breakable(row.method)}</div>'
@@ -310,12 +310,12 @@ def _bar(row: MethodRow, parts: Mapping[str, float] | None, longest: float) -> s
 
 
 def _parts_told(parts: Mapping[str, float]) -> list[str]:
-    return [f"{part} {words.told(parts[part], words.seconds)}" for part in PARTS if parts[part]]
+    return [f"{part} {words.formatted(parts[part], words.seconds)}" for part in PARTS if parts[part]]
 
 
 def _starting_told(row: MethodRow) -> list[str]:
     seconds = row.spread("starting_s")
-    text = None if seconds is None else words.told(seconds.mean, words.seconds)
+    text = None if seconds is None else words.formatted(seconds.mean, words.seconds)
     return [] if text is None else [f"the first step took {text} more, which counts nowhere"]
 
 
@@ -323,8 +323,9 @@ def _bytes(comparison: Comparison) -> str:
     """What arithmetic says must cross the wire, beside what the kernel counted."""
     rows = [(row, row.spread("predicted_wire_bytes"), row.spread("wire_bytes")) for row in comparison.rows]
     lines = [
-        f"<tr><th scope='row'>{_breakable(row.method)}</th><td>{words.told(predicted.mean, words.size)}</td>"
-        f"<td>{words.told(counted.mean, words.size)}</td>"
+        f"<tr><th scope='row'>{_breakable(row.method)}</th>"
+        f"<td>{words.formatted(predicted.mean, words.size)}</td>"
+        f"<td>{words.formatted(counted.mean, words.size)}</td>"
         f"<td>{100 * (counted.mean / predicted.mean - 1):+.1f} %</td></tr>"
         for row, predicted, counted in rows
         if predicted is not None and counted is not None and predicted.mean

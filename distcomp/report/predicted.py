@@ -42,7 +42,7 @@ def read_advice(path: Path) -> Predicted:
         ) from None
 
 
-def pairs(comparison: Comparison, predicted: Predicted) -> list[Pair]:
+def pairs_of(comparison: Comparison, predicted: Predicted) -> list[Pair]:
     """The methods of which both are known, in the order of the comparison.
 
     Raises DistcompError where there is none: the advice is of other methods, or no step was recorded.
@@ -65,7 +65,7 @@ def as_lines(pairs: list[Pair]) -> list[str]:
     width = 2 + max(len("method"), *(len(pair.method) for pair in pairs))
     lines = [f"{'method':<{width}}{'predicted':>12}{'measured':>12}{'error':>9}"]
     for pair in pairs:
-        texts = (words.told(seconds, words.seconds) for seconds in (pair.predicted_s, pair.measured_s))
+        texts = (words.formatted(seconds, words.seconds) for seconds in (pair.predicted_s, pair.measured_s))
         lines.append(
             f"{pair.method:<{width}}" + "".join(f"{text:>12}" for text in texts) + f"{pair.error:>+9.1%}"
         )
@@ -76,8 +76,8 @@ def section(pairs: list[Pair]) -> str:
     """The same for the page."""
     rows = "".join(
         f'<tr><th scope="row">{escape(pair.method)}</th>'
-        f"<td>{escape(words.told(pair.predicted_s, words.seconds))}</td>"
-        f"<td>{escape(words.told(pair.measured_s, words.seconds))}</td><td>{pair.error:+.1%}</td></tr>"
+        f"<td>{escape(words.formatted(pair.predicted_s, words.seconds))}</td>"
+        f"<td>{escape(words.formatted(pair.measured_s, words.seconds))}</td><td>{pair.error:+.1%}</td></tr>"
         for pair in pairs
     )
     head = "".join(f'<th scope="col">{text}</th>' for text in ("method", "predicted", "measured", "error"))

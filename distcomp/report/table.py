@@ -30,7 +30,7 @@ def columns(comparison: Comparison) -> list[Column]:
 
 def _columns(comparison: Comparison) -> list[Column]:
     def figure(name: str, write: words.Write) -> Callable[[MethodRow], str]:
-        return lambda row: words.spread(row.spread(name), write)
+        return lambda row: words.with_spread(row.spread(name), write)
 
     target = comparison.target_loss
     return [
@@ -48,7 +48,7 @@ def _columns(comparison: Comparison) -> list[Column]:
         ),
         Column(("seconds", "per step"), figure("step_s", words.number), "Seconds per step are the median."),
         Column(
-            ("s to loss", "" if target is None else f"≤ {words.told(target, words.loss)}"),
+            ("s to loss", "" if target is None else f"≤ {words.formatted(target, words.loss)}"),
             lambda row: words.to_target(row, comparison),
             "Seconds to a loss are of training (evaluations and what the first step takes longer are left "
             "out), until the first evaluation at or below it "

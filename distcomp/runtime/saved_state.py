@@ -71,7 +71,7 @@ def described(thing: Any) -> str:
     return str(thing) if isinstance(thing, str) else repr(thing)
 
 
-def pack(group: Place, fingerprint: Fingerprint, content: Mapping[str, Any]) -> Fields:
+def pack_state(group: Place, fingerprint: Fingerprint, content: Mapping[str, Any]) -> Fields:
     """A checkpoint of one rank. Its one key names the rank: savers that merge ranks then lose nothing."""
     head = {"format": FORMAT, "world_size": len(group.ranks), "ranks": group.text}
     about = {"method": fingerprint.method, "parameters": fingerprint.parameters}
@@ -83,7 +83,7 @@ Leaves = Callable[[Fields], ByParameter | None]
 that is not known yet."""
 
 
-def unpack(
+def unpack_state(
     saved: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     group: Place,
     fingerprint: Fingerprint,
@@ -119,9 +119,7 @@ def _number(item: tuple[str, Fields]) -> tuple[int, str]:
 def _parts(saved: Any) -> dict[str, Fields]:
     """Every rank's part by its key. Raises DistcompError for what nobody saved."""
     parts: dict[str, Fields] = {}
-    for saver in (
-        saved if isinstance(saved, Sequence) and not isinstance(saved, str | bytes) else [saved]
-    ):
+    for saver in saved if isinstance(saved, Sequence) and not isinstance(saved, str | bytes) else [saved]:
         if not isinstance(saver, Mapping):
             raise DistcompError(
                 f"the checkpoint is a {type(saver).__name__}; pass what handle.state_dict() returned, or a "

@@ -59,7 +59,7 @@ class Board:
         return list(zip(ages_s, self._states, self._at, strict=True))
 
 
-class Line:
+class Connection:
     """A connection that carries lines of JSON and never blocks."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -146,7 +146,7 @@ def _address_of(interface: str) -> str | None:
     return None
 
 
-def connect(board: Mapping[str, Any]) -> Line:
+def connect(board: Mapping[str, Any]) -> Connection:
     """Reach ``board``, by the first of its addresses that leads to it.
 
     Raises DistcompError with every address that was tried.
@@ -159,7 +159,7 @@ def connect(board: Mapping[str, Any]) -> Line:
         except OSError as error:
             failures.append(f"{host}: {error.strerror or error}")
             continue
-        return Line(connection)
+        return Connection(connection)
     raise DistcompError(
         f"port {board['port']} of {' or '.join(failures)}: cannot be reached; let all TCP through between "
         "the nodes of a job, and name the interface in GLOO_SOCKET_IFNAME"

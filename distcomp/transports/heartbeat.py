@@ -21,10 +21,10 @@ from datetime import timedelta
 from typing import Any
 
 from distcomp.errors import DistcompError, PeerLost
-from distcomp.transports.board import Board, Line, addresses, connect, listen
+from distcomp.transports.board import Board, Connection, addresses, connect, listen
 from distcomp.transports.bounded import STORE_SILENT, Result, bounded
 from distcomp.transports.types import Store
-from distcomp.transports.verdict import REMEDY, Findings, verdict
+from distcomp.transports.verdict import REMEDY, Findings, diagnosis
 
 ANSWER_S = 1.0
 """So long one waits for the answers of boards; one whose host is stopped never answers."""
@@ -62,8 +62,8 @@ class Heartbeat:
         self._selector = selectors.DefaultSelector()
         self._board: Board | None = None
         self._listening: list[socket.socket] = []
-        self._speakers: list[Line] = []
-        self._lines: dict[int, Line] = {}
+        self._speakers: list[Connection] = []
+        self._lines: dict[int, Connection] = {}
         self._token = secrets.token_hex(16)
         self._tokens: dict[int, str] = {}
         self._stopped = size == 1
@@ -120,7 +120,7 @@ class Heartbeat:
             threading.Event().wait(LOOK_S)
         said = "; ".join(findings.notes)
         if not said:
-            said = verdict(findings, self._rank, self._size, self.diagnosis_s, self.timeout_s)
+            said = diagnosis(findings, self._rank, self._size, self.diagnosis_s, self.timeout_s)
             self._tell(said)
         remedy = "" if REMEDY in said else f"; {REMEDY}"
         return PeerLost(f"{said}{remedy} ({_first_line(error)})")
@@ -258,11 +258,11 @@ class Heartbeat:
     def _accept(self) -> None:
         with suppress(OSError):
             connection, _ = self._listening[0].accept()
-            line = Line(connection)
+            line = Connection(connection)
             self._speakers.append(line)
             self._selector.register(connection, selectors.EVENT_READ, lambda: self._read_words(line))
 
-    def _read_words(self, line: Line) -> None:
+    def _read_words(self, line: Connection) -> None:
         """What a rank says to the board here. Who does not know the token is not heard."""
         assert self._board is not None
         messages = line.hear()

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from distcomp.errors import DistcompError
-from distcomp.process_environment import ProcessEnvironment, place
+from distcomp.process_environment import ProcessEnvironment, read_environment
 from distcomp.transports.mpi.library import library
 from distcomp.transports.mpi.progress import take_off
 from distcomp.transports.types import HashStore, Store, TCPStore
@@ -36,7 +36,7 @@ def init_process_group(backend: str = "gloo", *, timeout_s: float = 300.0) -> Pr
     Raises:
         DistcompError: nobody says where the ranks meet: set ``MASTER_ADDR`` and ``MASTER_PORT``.
     """
-    here = place()
+    here = read_environment()
     if dist.is_initialized():
         return here
     patience = timedelta(seconds=timeout_s)

@@ -57,7 +57,7 @@ class Findings:
         return findings
 
 
-def verdict(findings: Findings, rank: int, size: int, silence_s: float, timeout_s: float) -> str:
+def diagnosis(findings: Findings, rank: int, size: int, silence_s: float, timeout_s: float) -> str:
     """One sentence that names ranks and a reason."""
     if findings.deaf or (size > 2 and len(findings.silent) == size - 1):
         return (

@@ -10,7 +10,7 @@ import torch
 from distcomp import DistcompError
 from distcomp.methods import parse
 from distcomp.methods.base import join_state
-from distcomp.runtime.saved_state import Fingerprint, Place, unpack
+from distcomp.runtime.saved_state import Fingerprint, Place, unpack_state
 from distcomp.runtime.states import States
 
 from . import state_fuzz as fuzz
@@ -31,7 +31,7 @@ def test_parts_of_different_steps_are_refused() -> None:
     parts = [fuzz.part_of("qsgd:bits=1", iterations=3), {"rank1": fuzz.part_of("qsgd:bits=1", 4)["rank0"]}]
     states = States(parse("qsgd:bits=1"))
     with pytest.raises(DistcompError, match="iterations is 3 in rank0 and 4 in rank1"):
-        unpack(
+        unpack_state(
             parts,
             Place(0, (0,)),
             Fingerprint("qsgd:bits=1", "3 tensors"),
@@ -43,7 +43,7 @@ def test_parts_of_two_groups_are_not_mixed() -> None:
     one, other = (copy.deepcopy(fuzz.part_of("qsgd:bits=1")["rank0"]) for _ in range(2))
     one["ranks"], other["ranks"] = "0,2", "1,3"
     with pytest.raises(DistcompError, match="several groups of ranks"):
-        unpack({"rank0": one, "rank1": other}, Place(0, (0, 1)), Fingerprint("", ""), lambda _: {})
+        unpack_state({"rank0": one, "rank1": other}, Place(0, (0, 1)), Fingerprint("", ""), lambda _: {})
 
 
 def test_a_state_of_another_width_never_reaches_a_kernel() -> None:

@@ -25,7 +25,7 @@ from distcomp.transports.types import Store
 Tensors = list[Tensor]
 
 
-def create(options: Any) -> MpiGroup:
+def create_group(options: Any) -> MpiGroup:
     """The group of some of MPI's ranks (all, where torch names none), as torch.distributed asks for it.
 
     Raises DistcompError in a process to which MPI gives another rank than torch.distributed does.
