@@ -41,6 +41,14 @@ def load(handle: Handle, directory: str | Path) -> None:
     handle.load_from(lambda: _parts(Path(directory), own))
 
 
+def resume(handle: Handle, directory: str | Path) -> bool:
+    """:func:`load` where anything was saved; whether it was."""
+    saved = was_saved(directory)
+    if saved:
+        load(handle, directory)
+    return saved
+
+
 def _parts(directory: Path, state: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
     """This rank's part, if it is of the same ranks; else all parts."""
     if not was_saved(directory):
