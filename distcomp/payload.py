@@ -138,10 +138,9 @@ def check_header(payload: Payload, expected: PayloadHeader) -> Tensor:
     for what, got, wanted in compared:
         if got != wanted:
             raise CorruptPayload(
-                f"the payload from rank {expected.rank} in exchange {expected.exchange} is corrupt: "
-                f"{what} is {got!r}, "
-                f"expected {wanted!r}; no gradient was changed: restart from the last checkpoint and "
-                "check the network"
+                f"the payload from rank {expected.rank} in exchange {expected.exchange} is corrupt: {what} "
+                f"is {got!r}, expected {wanted!r}; no gradient was changed: restart from the last checkpoint "
+                "and check the network"
             )
     return torch.tensor(bool(finite), dtype=torch.bool)
 

@@ -427,8 +427,7 @@ def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None
     if bypasses_hooks(model):
         raise DistcompError(
             "torch.compile's python_reducer bypasses communication hooks; set "
-            "torch._dynamo.config.optimize_ddp = "
-            "'ddp_optimizer' before wrapping the model"
+            "torch._dynamo.config.optimize_ddp = 'ddp_optimizer' before wrapping the model"
         )
     if getattr(model, "skip_all_reduce_unused_params", False):
         raise DistcompError(

@@ -100,9 +100,8 @@ SPARSE = TopK(0.01)
     wire="that of the compressor, by the pattern",
     summable=False,
     biased=True,
-    deviations="begins at zero instead of an uncompressed gradient; from three ranks on the mean is "
-    "encoded a "
-    "second time; biases and norms in float32",
+    deviations="begins at zero instead of an uncompressed gradient; from three ranks on the mean is encoded "
+    "a second time; biases and norms in float32",
     limitations="with noisy gradients and eta = 1: the difference to what is known stays as large as the "
     "noise",
 )

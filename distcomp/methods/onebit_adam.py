@@ -140,8 +140,7 @@ class OneBitAdam(Method):
     biased=True,
     direction=True,
     deviations="bias correction throughout (DeepSpeed's applies none); one bit is sign times the block's "
-    "mean magnitude; biases and norms in "
-    "float32; the errors are checkpointed",
+    "mean magnitude; biases and norms in float32; the errors are checkpointed",
     limitations="where the variance has not settled by freeze_step; and with any optimizer but plain SGD, "
     "since Adam's step is in the estimate",
 )

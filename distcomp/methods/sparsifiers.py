@@ -176,8 +176,7 @@ def _summed(values: str | Method, residual: bool) -> Method:
     summable=True,
     biased=True,
     deviations="without replacement, from a key that all ranks share; under error feedback bf16 and fp16 "
-    "values are "
-    "added in float32 by owners of chunks; biases and norms in float32",
+    "values are added in float32 by owners of chunks; biases and norms in float32",
     limitations="at small ratios most of a gradient is d/k steps old when it is sent",
 )
 def random_k(ratio: float = 0.01, values: str | Method = "fp32", error_feedback: bool = True) -> Method:

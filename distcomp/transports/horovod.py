@@ -29,9 +29,8 @@ class Horovod:
     def start(self, request: Request) -> Pending:
         if request.group is not None and len(request.group) < self.size:
             raise DistcompError(
-                "methods that exchange within groups (two_level) do not run over Horovod; "
-                "use torch.distributed, "
-                "which horovodrun can start as well"
+                "methods that exchange within groups (two_level) do not run over Horovod; use "
+                "torch.distributed, which horovodrun can start as well"
             )
         return request.drive(self)
 

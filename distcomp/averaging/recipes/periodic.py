@@ -83,8 +83,7 @@ def sparse_averaging(
     biased=False,
     kind="periodic",
     deviations="scatter-reduce from three ranks on (a second quantization, of more bits as qsgd has it); "
-    "error feedback is an extension, off "
-    "by default; biases and norms in float32",
+    "error feedback is an extension, off by default; biases and norms in float32",
     limitations="few bits and long periods at a large learning rate: what is rounded is the whole way "
     "since the last exchange",
 )
