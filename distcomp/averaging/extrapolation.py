@@ -78,7 +78,7 @@ class ECD(Gossip):
         return state
 
     def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
-        t = context.step + 2
+        t = context.step + 2  # with the paper's t = 1 the weights were -1 and 2: of noise as well
         now = self.at(t, state)
         before, estimate, replicas = state["model"].data, state["estimate"].data, tensors(state["replicas"])
         model = weighted(self.row(context), estimate, replicas) + (x - before)
@@ -102,6 +102,7 @@ class ECD(Gossip):
     def averaged(self, estimate: Tensor, payload: Payload, layout: Layout, weight: float) -> Tensor:
         """``(1 - weight) x~ + weight C(z)``, as owner and neighbours compute it; exact where both agree."""
         assert isinstance(self.compressor, Compressor)
+        # lerp, where the equation has two products: equal arguments then give their value to the bit.
         return torch.lerp(estimate, self.compressor.decode(payload, layout), weight)
 
     def at(self, t: int, state: State) -> ECD:

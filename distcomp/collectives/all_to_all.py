@@ -26,6 +26,7 @@ class AllToAll(Sealed):
 
     def signature(self) -> tuple[object, ...]:
         if self.parts is not None:
+            # What is sent differs from rank to rank; that both ends mean the same, check_against sees.
             return ("parts declared", len(self.payloads), len(self.parts), self.group)
         return (tuple(payload.parts for payload in self.payloads), self.group)
 

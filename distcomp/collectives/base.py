@@ -246,7 +246,7 @@ class Sealed(Request):
 
     @abstractmethod
     def payload_to(self, position: int) -> Payload:
-        """What the member at a place is sent by who asks this."""
+        """What the member at ``position`` is sent by who asks this."""
 
     @abstractmethod
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
@@ -268,12 +268,14 @@ class Sealed(Request):
     def delivered(self, rank: int, asked: Sequence[Any]) -> list[Payload]:
         position = self.position(rank)
         payloads = [asked[sender].payload_to(position) for sender in self.senders(len(asked))]
+        # One list for all: what every rank computes alike from it is then computed once (collectives.once).
         return SharedAnswers(payloads) if self.alike else payloads
 
     def read(self, delivered: list[Any]) -> Any:
         return delivered
 
     def echo(self, rank: int, size: int, write_header: SealFor) -> list[Tensor]:
+        # A copy for each sender, for each is given a header of its own.
         own, wires = self.payload_to(self.position(rank)), []
         for sender, parts in zip(self.senders(size), self.expected(rank, size), strict=True):
             said = Payload(own.wire.clone(), parts) if parts == own.parts else zeros(parts)

@@ -46,7 +46,7 @@ class ReduceScatter(Sealed):
             )
 
     def parts_of(self, position: int) -> Parts:
-        """A message to the member at a place."""
+        """A message to the member at ``position``."""
         return (Part(self.kind, self.x.dtype, self.sizes[position]),)
 
     @cached_property

@@ -53,6 +53,7 @@ def partitioned(request: Request, position: int, across: Group, index: int, node
     ranks that share the work, this one at ``index``. The ``index``-th share is asked across; then the node
     puts the shares together, by one gather.
     """
+    # Every rank of the node asks a share, over its own link, at the same time: the node sends each byte once.
     share = request.share(index, len(node))
     answer = yield share.within(across)
     parcels: list[Payload] = yield AllGather(merged(share.packed(answer)), group=node)

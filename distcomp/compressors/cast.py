@@ -16,6 +16,7 @@ from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Name -> type on the wire."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Cast(Compressor):
         values = payload["values"].copy_(x)
         # Looking costs a fraction of clamping; a GPU is not waited for and clamps.
         if self.dtype == "fp16" and not (x.device.type == "cpu" and kernels.all_finite(values)):
+            # Found by what the cast did, not by comparing with 65504: up to 65519 rounds down to that.
             overflowed = values.isinf() & x.isfinite()
             values.copy_(torch.where(overflowed, x.clamp(-self.largest, self.largest), x))
         return payload

@@ -118,7 +118,8 @@ class FixedPoint:
 
     def integers(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """k as float32, where ``x`` is finite: to the nearest, or at random by ``u`` in [0, 1)."""
-        y = x * 2.0**self.fraction_bits
+        y = x * 2.0**self.fraction_bits  # a power of two moves the exponent alone: exact
+        # Two's complement has one number more below zero than above.
         rounded = torch.round(y) if u is None else round_at_random(y, u)
         return rounded.clamp(-self.half, self.half - 1)
 
@@ -166,6 +167,7 @@ class FixedGrid(Compressor):
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
         rounded = round_at_random(x / self.spacing, uniform_noise(layout, key, x.device))
+        # As many levels on either side, unlike two's complement: C(-x) is distributed as -C(x).
         codes = rounded.clamp_(-self.levels, self.levels).to(torch.int64) + self.levels
         payload["codes"].copy_(pack_integers(codes, self.bits))
         return payload

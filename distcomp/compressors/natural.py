@@ -62,6 +62,7 @@ class Natural(Compressor):
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
         codes = payload["codes"]
         values = torch.empty_like(out) if add else out
+        # Signs first, as +1 and -1: scaling by an exponent keeps them, and makes the +1 of a zero a zero.
         unpack_signs(codes[out.numel() :], values)
         kernels.scale_by_exponents(codes[: out.numel()], values)
         if add:
@@ -77,9 +78,9 @@ class Natural(Compressor):
 class NonUniform(Compressor):
     """Round ``|x|/norm`` at random to a level beside it, ``0, 2^(1-s), ..., 1/2, 1``: the mean is right.
 
-    For a block ``v`` of ``block`` values, ``s = 2^(bits-1) - 1`` levels above zero, and ``l <= |v_k|/|v| <=
-    u`` neighbours::
+    For a block ``v`` of ``block`` values and ``s = 2^(bits-1) - 1`` levels above zero::
 
+        l <= |v_k|/|v| <= u    neighbours among the levels
         C(v)_k = |v| sign(v_k) u  with probability (|v_k|/|v| - l) / (u - l),  else  |v| sign(v_k) l
 
     where ``|v|`` is the largest magnitude (``norm="max"``) or the Euclidean norm (``norm="l2"``). Small
@@ -129,6 +130,7 @@ class NonUniform(Compressor):
         rows = to_rows(x, layout, self.block)
         norms = _norms(rows, self.norm)
         payload["scales"].copy_(norms)
+        # Clamped, for a quotient of two numbers that are nearly equal may round to just above 1.
         share = from_rows(rows.abs() / norms.clamp(min=SMALLEST_SCALE)[:, None], layout).clamp_(max=1.0)
         levels = self._round(share, uniform_noise(layout, key, x.device))
         codes = torch.where(
@@ -144,8 +146,9 @@ class NonUniform(Compressor):
         :class:`Natural`); below it there are two levels, zero and the first.
         """
         s = self.levels
+        # As in the kernel of Natural: noise below one unit of the exponent, so that it carries once or not.
         carried = share.view(torch.int32) + (noise * 2**MANTISSA).to(torch.int32)
-        above = (carried >> MANTISSA) - (127 - s)
+        above = (carried >> MANTISSA) - (127 - s)  # 2^(1-s), the first level, has the exponent 128 - s
         below = reference.round_at_random(share * 2.0 ** (s - 1), noise).to(torch.int32)
         return torch.where(share < 2.0 ** (1 - s), below, above).clamp_(0, s).to(torch.int64)
 

@@ -111,6 +111,8 @@ class Quantize(Compressor):
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
         pieces, plain = self._pieces(layout)
+        # The kernel finds the largest magnitude, or at one bit the mean, in its own pass; Euclidean norms are
+        # made here and handed to it.
         given = self.bits > 1 and self.norm == "l2"
         codes, scales = payload["codes"], payload["scales"]
         if given:
@@ -143,6 +145,7 @@ class Quantize(Compressor):
         many.dequantize(payload["codes"], payload["scales"], out, pieces, add=add, subtract=subtract)
         if not plain.each:
             return
+        # The kernel leaves alone what travels plainly; to add, its old values are moved out and back again.
         values = payload["plain"]
         if add or subtract:
             old = torch.empty_like(values)
@@ -161,8 +164,8 @@ class Quantize(Compressor):
         return min(length / self.levels**2, math.sqrt(length) / self.levels)
 
     def delta(self, numel: int) -> float | None:
-        """One bit: ``|v|_1^2 / (B |v|_2^2) >= 1/B``. To nearest with the max norm: ``1 / (1 + (B-1)/(4
-        s^2))``, which all values but the largest just below half a level reach."""
+        """One bit: ``|v|_1^2 / (B |v|_2^2) >= 1/B``. To nearest with the max norm:
+        ``1 / (1 + (B-1)/(4 s^2))``, which all values but the largest just below half a level reach."""
         length = max(1, min(self.block, numel))
         if self.bits == 1:
             return 1 / length

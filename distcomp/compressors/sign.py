@@ -98,7 +98,7 @@ class OneBit(Compressor):
         for units, means in self._units(x, payload, layout):
             means[0] = _mean_where(units, units >= 0)
             means[1] = _mean_where(units, units < 0)
-        pack_signs(x, payload["codes"])
+        pack_signs(x, payload["codes"])  # the whole buffer at once: bits know no units
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
@@ -118,6 +118,7 @@ class OneBit(Compressor):
             length = _unit_length(param)
             before = param.start % length
             after = -(before + param.numel) % length
+            # A NaN is neither >= 0 nor < 0: what is missing of a row counts in neither mean.
             padded = torch.nn.functional.pad(piece, (before, after), value=float("nan"))
             yield padded.view(-1, length), means
 
@@ -146,7 +147,7 @@ def _unit_length(param: ParamSlice) -> int:
 
 
 def _unit_count(param: ParamSlice) -> int:
-    """How many units a segment touches, also where it is a piece that begins or ends within one."""
+    """How many units a slice touches, also where it is a piece that begins or ends within one."""
     if param.numel == 0:
         return 0
     length = _unit_length(param)
@@ -160,7 +161,7 @@ def _mean_where(units: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _per_value(means: Tensor, param: ParamSlice) -> Tensor:
-    """One number per unit, for each value of the segment."""
+    """One number per unit, for each value of the slice."""
     length = _unit_length(param)
     before = param.start % length
     return means.repeat_interleave(length)[before : before + param.numel]

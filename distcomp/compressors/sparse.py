@@ -80,6 +80,7 @@ class IndexCode:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of one row's indices; 0 where none or all of the elements are sent."""
         if self.count in (0, self.universe):
             return 0
         return _code_bytes(self.universe, self.count, self.width)
@@ -91,6 +92,8 @@ class IndexCode:
             return torch.empty(rows, 0, dtype=torch.uint8, device=indices.device)
         if width is None:
             return _ones_at(indices, self.universe)
+        # Rising indices lie in rising chunks; with its ordinal added no two of them fall on one bit, and the
+        # zeros between the ones say in unary where a chunk ends.
         ordinal = torch.arange(self.count, device=indices.device)
         high = _ones_at((indices >> width) + ordinal, _unary_bits(self.universe, self.count, width))
         if width == 0:
@@ -110,7 +113,7 @@ class IndexCode:
         indices = (high - ordinal) << width
         if width:
             indices |= reference.unpack_codes(code[:, :low_bytes], self.count, width)
-        return indices.clamp_(0, self.universe - 1)
+        return indices.clamp_(0, self.universe - 1)  # of damaged bytes; nobody indexes outside a buffer
 
 
 def _unary_bits(universe: int, count: int, width: int) -> int:
@@ -157,10 +160,12 @@ class Rows:
     count: int
 
     def view(self, buffer: Tensor) -> Tensor:
+        """The rows in a flat buffer: ``[rows, length]``."""
         return buffer[self.start : self.start + self.rows * self.length].view(self.rows, self.length)
 
     @property
     def code(self) -> IndexCode:
+        """How a row says which of its elements it sends."""
         return IndexCode(self.length, self.count)
 
     @property
@@ -187,6 +192,7 @@ class RowSet:
 
     @cached_property
     def code_bytes(self) -> int:
+        """Bytes that say which elements are sent, of all rows."""
         return sum(rows.rows * rows.code.nbytes for rows in self.each)
 
     @cached_property
@@ -239,6 +245,8 @@ class RowSet:
     @cached_property
     def _tables(self) -> tuple[RowTable, RowTable]:
         """All rows for C, and those that C searches."""
+        # Six numbers a row, as the C kernel reads them: begin, length, count, where its places and its code
+        # begin, and how it is coded.
         lines, place_at, code = [torch.empty(0, 6, dtype=torch.int64)], 0, 0
         searched = [torch.empty(0, dtype=torch.bool)]
         for rows in self.each:
@@ -305,6 +313,7 @@ def _top_exactly(magnitude: Tensor, count: int) -> Tensor:
 def _top_by_keys(magnitude: Tensor, count: int) -> Tensor:
     """One integer holds magnitude and place, so that no two are equal and the lower place wins a tie."""
     length = magnitude.shape[1]
+    # On a GPU topk breaks ties as it likes, and ranks must not differ.
     fall = torch.arange(length - 1, -1, -1, device=magnitude.device)
     keys = (magnitude.to(torch.int64) << 32) | fall
     return keys.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
@@ -319,6 +328,8 @@ def _candidates(x: Tensor, count: int) -> Tensor | None:
     """
     sample = reference.magnitudes(x[::STRIDE])
     expected = count / STRIDE
+    # Four standard deviations more of the sample than expected: the threshold is then almost never too high,
+    # which alone would cost an answer. Too low costs time, and from twice the count on the search gives up.
     rank = min(sample.numel(), int(expected + 4 * expected**0.5) + 4)
     threshold = int(sample.topk(rank, sorted=False).values.amin())
     candidates = kernels.at_least(x, threshold, 2 * count + STRIDE * 64)
@@ -328,6 +339,7 @@ def _candidates(x: Tensor, count: int) -> Tensor | None:
 def _top_of_one(x: Tensor, count: int) -> Tensor:
     """The places of the ``count`` largest of one row, rising, without a sort."""
     magnitude = reference.magnitudes(x)
+    # The k-th is found in linear time; of those equal to it, as many as are due, from the lowest index on.
     edge = magnitude.kthvalue(magnitude.numel() - count + 1).values
     chosen = magnitude > edge
     ties = (magnitude == edge).nonzero().view(-1)

@@ -169,6 +169,7 @@ class RandomK(Sparsifier):
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
+        # The key instead of the indices: whoever has it draws the same ones.
         seed = bytearray(key.bits.to_bytes(8, "little"))
         payload["indices"].copy_(torch.frombuffer(seed, dtype=torch.uint8))
         where = self.drawn(layout, key).to(x.device)
@@ -184,6 +185,7 @@ class RandomK(Sparsifier):
         where = [torch.empty(0, dtype=torch.int64)]
         for param, at in zip(layout.slices, layout.offsets, strict=True):
             count = kept_count(param.numel, self.ratio)
+            # By parameter: buckets that hold others draw the same of this one.
             where.append(sample_indices(param.numel, count, key.fold("random-k", param.name)) + at)
         return torch.cat(where)
 
@@ -236,6 +238,7 @@ class Chain(Compressor):
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         kept = self.sparsifier.kept(layout)
         selected = self.sparsifier.encode(x, layout, key)
+        # Another key than the sparsifier's: the noise of rounding must not go with what was chosen.
         values = self.quantizer.encode(selected["values"], kept, key.fold("values"))
         payload = Payload.empty(self.parts(layout), x.device)
         payload.body[: values.body.numel()] = values.body
@@ -263,6 +266,7 @@ class Chain(Compressor):
 
 
 def kept_numel(sparsifier: Sparsifier, numel: int) -> int:
+    """How many elements a sparsifier keeps of a parameter of ``numel``."""
     return sparsifier.kept(Layout.of([("x", (numel,))])).numel
 
 

@@ -26,11 +26,13 @@ from distcomp.methods.base import (
 from distcomp.payload import Part, Parts, Payload, wire_bytes
 
 RESIDUALS = ("keep", "drop")
+"""What becomes of the residual of a coordinate that is no longer active."""
 
 UNUSED_HERE = "unused on this rank"
 """Observed: a frozenset of the names of parameters that this rank's backward did not reach."""
 
 DIGEST: Parts = (Part("active", torch.int64, 1),)
+"""What ranks compare."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class UsedOnly(Method):
         unused = yield from unused_everywhere(context, x.device)
         context = replace(context, observed={**context.observed, FROZEN: unused})
         active = Frozen().active(context.layout, context)
-        if active.indices is None:
+        if active.indices is None:  # the usual step: nothing is copied
             return (yield from self.inner.aggregate(x, state, context))
         return (yield from exchange_active(self.inner, x, state, context, active))
 
@@ -156,6 +158,8 @@ def exchange_active(
     if not active.layout.slices:
         nothing = torch.zeros_like(x)
         return AggregateResult(nothing, lambda: nothing, remembered({}, state, active, keeps))
+    # What inner keeps depends on the layout that it is given: a fresh state has the shapes, the old one the
+    # values where they still fit.
     fresh = _on_device(inner.init(active.layout), x.device)
     fitted = recalled(fresh, cut_state(state), active)
     result = yield from inner.aggregate(active.pick(x), fitted, replace(context, layout=active.layout))

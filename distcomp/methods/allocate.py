@@ -133,6 +133,7 @@ class Allocate(Method):
         own = Payload.empty(self._table(layout), x.device)
         own["values"].view(len(layout.slices), len(self.ladder)).copy_(self._errors(x, context))
         payloads: list[Payload] = yield AllGather(own)
+        # In rank order, on the CPU, in float64: ranks that planned from other bits would send other things.
         table = sum(
             (payload["values"].cpu().numpy() for payload in payloads[1:]),
             start=payloads[0]["values"].cpu().numpy(),
@@ -153,6 +154,7 @@ class Allocate(Method):
         columns = []
         for option, compressor in enumerate(self.ladder):
             payload = compressor.encode(x, context.layout, context.private.fold("measure", option))
+            # By every option, also those that are not in use: that is what a plan compares.
             missed = x - compressor.decode(payload, context.layout)
             columns.append([piece.double().square().sum() for _, piece in context.layout.pieces(missed)])
         rows = list(zip(*columns, strict=True))
@@ -173,6 +175,7 @@ class Allocate(Method):
 
 
 UNPLANNED = -1
+"""The option of a layer before the first plan."""
 
 
 @lru_cache(maxsize=256)
@@ -214,6 +217,7 @@ def knapsack(errors: Table, sizes: Sizes, budget: int) -> list[int]:
 
     Among equals the smaller. If nothing fits: the smallest option of each row.
     """
+    # Sizes are rounded up and the purse down: what fits in coins fits in bytes.
     coin = max(1, -(-budget // BINS))
     coins, purse = -(-sizes // coin), budget // coin
     if not len(sizes) or coins.min(1).sum() > purse:

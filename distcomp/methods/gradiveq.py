@@ -185,7 +185,7 @@ class GradiVeQ(Method):
             _, share, k = self.slicing.shape(param)
             slices = to_slices(piece, param, k)
             samples[_row(age)][name] = slices[::share].clone()
-            total[name] = slices + total[name] if age else slices
+            total[name] = slices + total[name] if age else slices  # a new cycle forgets the last one's
             ages[name] = ages[name] + 1
             if age + 1 == self.cycle.learn:
                 due.append(param)
@@ -201,6 +201,7 @@ class GradiVeQ(Method):
         rows = range(self.cycle.learn)
         samples = [torch.stack([state["samples"][_row(age)][s.name] for age in rows], dim=1) for s in due]
         payload = Payload.empty(self._parts(due), samples[0].device)
+        # Rank 0 alone: eigenvectors differ from machine to machine, in sign at the least.
         if context.rank == 0:
             for own, mixture, dims in zip(samples, *self._views(payload, due), strict=True):
                 own_mixture, count = self.subspace.find(own)
@@ -249,11 +250,13 @@ class GradiVeQ(Method):
                 votes.append(vote)
         sizes = tuple(c.numel() for c in coefficients)
         layout = _coefficients(context.layout.names, sizes, len(votes), rest.numel())
+        # The mean of votes of 0 and 1 is the share of ranks that vote: no round of its own.
         own = torch.cat([*coefficients, x.new_tensor(votes), rest])
         result = yield from self.coefficients.aggregate(own, {}, replace(context, layout=layout))
         agreed = result.estimate[: own.numel() - rest.numel()]
         anew = agreed[agreed.numel() - len(votes) :].tolist() or [0.0] * len(known)
         for layer, share in zip(known, anew, strict=True):
+            # Most ranks for it: age 0, so that the layer learns from the next step on.
             ages[layer.param.name] = (ages[layer.param.name] + 1) % self.cycle.length * (share <= 0.5)
         compressed = AggregateResult(
             _restored(agreed, known, x),
@@ -265,7 +268,7 @@ class GradiVeQ(Method):
     def _judge(self, loss: float, age: Tensor, reference: Tensor) -> tuple[float, Tensor]:
         """This rank's vote for learning anew; what it compares with is gathered in the first steps."""
         if int(age) - self.cycle.learn < self.cycle.watch:
-            return 0.0, reference + reference.new_tensor([loss, 1.0])
+            return 0.0, reference + reference.new_tensor([loss, 1.0])  # a sum and a count: their mean
         total, count = reference.tolist()
         return float(loss * count > self.cycle.retrain * total), reference
 

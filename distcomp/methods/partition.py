@@ -81,6 +81,7 @@ class Partition(Method):
             result = yield from self.special.aggregate(x, state["special"], context)
             return replace(result, state={**state, "special": result.state})
 
+        # One after the other, not interleaved: requests must come in one order on all ranks.
         x_special, x_usual = split(x, self.rule, context.layout)
         of_special = yield from self.special.aggregate(
             x_special, state["special"], replace(context, layout=special)
@@ -115,6 +116,7 @@ class Sides:
 
     @property
     def layouts(self) -> tuple[Layout, Layout]:
+        """Of what the rule accepts, and of the others."""
         return self.special, self.usual
 
 

@@ -106,6 +106,7 @@ class PowerSGD(Method):
     def _two_rounds(
         self, x: Tensor, plan: _Plan, state: State, context: StepContext
     ) -> Rounds[AggregateResult]:
+        # Orthonormal, where the paper leaves Q as it is: float32 holds a span best by an orthonormal basis.
         q = _starts(state["q"], plan, "q", context)
         plain = plan.plain_of(x)
         plain_mean, p = yield from _means(plain, lowrank.each_times_rows(q, x, plan.products), context)
@@ -162,7 +163,7 @@ def _worth(layout: Layout, rank: int, min_compression: float) -> dict[str, int]:
     ranks = {}
     for param in filter(_is_matrix, layout.slices):
         a, b = _sides(param)
-        r = min(rank, a, b)
+        r = min(rank, a, b)  # a matrix of fewer rows or columns has no more rank than these
         if r * (a + b) * min_compression <= a * b:
             ranks[param.name] = r
     return ranks
@@ -292,6 +293,7 @@ def _starts(factors: PerParameter, plan: _Plan, side: str, context: StepContext)
     if not pieces:
         return torch.empty(0, dtype=torch.float32)
     flat = torch.cat([piece.reshape(-1) for piece in pieces])
+    # On a GPU looking would wait for it: noise is drawn always, and taken only where a row is zero.
     if flat.device.type != "cpu" or not _all_alive(flat, plan, side):
         keys = [context.shared.fold("powersgd", name) for name in plan.names]
         flat = torch.cat([_alive(piece, key).reshape(-1) for piece, key in zip(pieces, keys, strict=True)])

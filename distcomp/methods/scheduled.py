@@ -74,6 +74,7 @@ class Scheduled(Method):
         return self.in_step(step).payload_bytes(layout, size, step)
 
 
+# A method is a value: made once for all steps in which its settings have these values.
 @functools.lru_cache(maxsize=256)
 def _built(recipe: Callable[..., Method], settings: tuple[tuple[str, Any], ...]) -> Method:
     return recipe(**dict(settings))
@@ -146,6 +147,7 @@ def _is_number(hint: Any) -> bool:
 
 
 EXACT = from_compressor(Identity())
+"""The mean in float32: what is sent where nothing is compressed."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,8 @@ class Warmup(Method):
     """Send float32 (go through ``before``) in the first ``steps`` steps and through ``inner`` afterwards.
 
     ``estimate = mean(x)`` and ``contribution_i = x_i`` while it lasts; ``inner`` keeps the state it began
-    with. A function of the step only: a run resumed in the middle goes on warming up. On the wire: ``2
-    (n-1)/n 4d`` while it lasts.
+    with. A function of the step only: a run resumed in the middle goes on warming up. On the wire:
+    ``2 (n-1)/n 4d`` bytes while it lasts.
 
     Raises DistcompError for a negative number of steps.
     """

@@ -37,6 +37,7 @@ class Cycle:
 
     @property
     def length(self) -> int:
+        """Steps of a whole cycle."""
         return self.learn + self.compressed
 
     @property
@@ -140,6 +141,7 @@ def relative_loss(slices: Tensor, coefficients: Tensor, mean: Tensor) -> float:
     whole, centred, kept = (
         float(torch.linalg.vector_norm(values)) for values in (slices, slices - mean, coefficients)
     )
+    # Of an orthonormal basis |U c| = |c|: what is lost is what is left of the square.
     return max(centred**2 - kept**2, 0.0) ** 0.5 / whole if whole else 0.0
 
 
@@ -184,6 +186,7 @@ class Subspace:
         d is chosen with bases of the first four fifths, by their loss on the last fifth; the mixture returned
         is that of all samples.
         """
+        # An eigensolver refuses a NaN, and a step that has one is skipped in any case.
         samples = torch.nan_to_num(samples.double(), 0.0, 0.0, 0.0)
         count, k = samples.shape[1:]
         most = self.most(k, count)
@@ -221,6 +224,7 @@ def principal(samples: Tensor, most: int) -> Tensor:
     ``principal(X) X`` has orthonormal rows. By the eigenvectors of the T x T matrix of inner products: T is a
     hundred where K is thousands. Where the samples span less, zeros follow.
     """
+    # Scaled by the largest magnitude: squares of small gradients would underflow, even in float64.
     largest = samples.abs().amax((1, 2), keepdim=True)
     scale = torch.where(largest > 0, largest, 1.0)
     values, vectors = torch.linalg.eigh(torch.bmm(samples / scale, samples.mT / scale))

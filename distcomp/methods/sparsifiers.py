@@ -88,6 +88,7 @@ class SharedRandomK(Method):
         return self.inner.init(self.select.kept(layout))
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        # The key that all ranks share: the same places everywhere, so that no index is sent.
         where = self.select.drawn(context.layout, context.shared).to(x.device)
         factors = self.select.factors(context.layout, x.device)
         kept = self.select.kept(context.layout)
@@ -127,6 +128,7 @@ class CyclicTopK(Method):
         return (self.select.index_part(layout),)
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        # By turns: no rank's data decides alone what is sent, and nobody is asked who is next.
         leader = context.step % context.size
         choice = Payload.empty(self._parts(context.layout), x.device)
         if context.rank == leader:
@@ -142,6 +144,7 @@ class CyclicTopK(Method):
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         parts = self._parts(layout)
         tree = (size - 1) / size
+        # Header and indices are rounded one by one, as the ledger counts them.
         sent = round((wire_bytes(parts) - body_bytes(parts)) * tree) + round(body_bytes(parts) * tree)
         return sent + self.inner.payload_bytes(self.select.kept(layout), size, step)
 

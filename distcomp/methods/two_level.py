@@ -82,6 +82,7 @@ class TwoLevel(Method):
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         position = self._place(context.rank, context.size)
+        # Nodes draw apart; across, the ranks of a node draw alike: each carries a part of one exchange.
         inside, across = context.shared.fold("inside", position.index), context.shared.fold("across")
         near = replace(context, rank=position.rank, size=len(position.node), shared=inside)
         far = replace(context, rank=position.index, size=len(position.column), shared=across)
@@ -173,6 +174,7 @@ def nodes_of(environment: Mapping[str, str]) -> tuple[Group, ...] | None:
 
 
 ACROSS = qsgd()
+"""Between nodes, unless another is given."""
 
 
 @register(

@@ -289,8 +289,8 @@ KINDS: Mapping[str, type[WeightGather]] = {"gather": Gather, "difference": Diffe
 
 
 def parse_weight_gather(given: WeightGather | Compressor | Method | str) -> WeightGather:
-    """How weights are gathered: a compressor or its text, ``qsgd:bits=8``; or ``gather:compressor=int8,
-    reuse=true``, ``difference:compressor=(qsgd:bits=4)``.
+    """How weights are gathered: a compressor or its text, ``qsgd:bits=8``; or
+    ``gather:compressor=int8,reuse=true``, ``difference:compressor=(qsgd:bits=4)``.
 
     Raises DistcompError for a name that none has, settings that it does not have, or a method that is more
     than a compressor.

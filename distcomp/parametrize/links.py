@@ -64,14 +64,17 @@ def applied(links: Sequence[nn.Module], theta: Tensors) -> Tensors:
 
 
 def as_tuple(value: Tensor | Sequence[Tensor]) -> Tensors:
+    """One tensor or several, as several."""
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
 def label(link: nn.Module) -> str:
+    """How messages call a link."""
     return link.label if isinstance(link, Parametrization) else f"{type(link).__name__} (not of distcomp)"
 
 
 def order(link: nn.Module) -> Order:
+    """Where a link stands in a chain; a foreign one like a structure."""
     return link.order if isinstance(link, Parametrization) else Order.STRUCTURE
 
 
@@ -79,6 +82,7 @@ def order(link: nn.Module) -> Order:
 def fitted_below(links: Sequence[nn.Module], target: Tensors) -> tuple[tuple[nn.Module, ...], Tensors]:
     """The links, fitted to what they are to give, and the theta from which they give the nearest to it."""
     fitted: list[nn.Module] = []
+    # From the outside in: each link is asked for what it must be given.
     for link in reversed(links):
         if isinstance(link, Parametrization):
             link = link.refit(target[0] if len(target) == 1 else target)
@@ -112,6 +116,7 @@ def inserted(before: WeightChain, new: Parametrization) -> WeightChain:
     weight = applied(below, before.theta)
     theta = _inverse(new, weight)
     _try(before.name, new, theta, weight)
+    # A quantizer or mask takes the weight as it is: what lies below need not be fitted, which would err.
     if below and same(theta, weight):
         return WeightChain(before.name, (*below, new, *above), before.theta)
     fitted, theta = fitted_below(below, theta)

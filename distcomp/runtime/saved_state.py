@@ -20,8 +20,11 @@ from distcomp.grammar import Written
 from distcomp.methods.base import ByParameter
 
 FORMAT = 2
-SHOWN = 8  # ranks or names in an error
+"""Of a rank's part; another one is refused."""
+SHOWN = 8
+"""Ranks or names in an error."""
 LARGEST = 2**62
+"""Whole numbers beyond it are damage: they would overflow where they are counted on."""
 
 Fields = dict[str, Any]
 Cut = dict[str, dict[str, Tensor]]

@@ -102,6 +102,7 @@ class ActiveGossip(Averaging):
         about = replace(context, layout=active.layout)
         mine = active.pick(x)
         if not torch.equal(state["alive"].data, active.spread(torch.ones_like(mine))):
+            # Replicas of other coordinates mean nothing now: all begin again from one model, exactly equal.
             mean = yield AllReduce(mine * (1.0 / context.size))
             return agreed(active.put(x, mean), self._begin(x, mean, active, context))
         fitted = recalled(self.inner.init(mine, about), cut_state(state["inner"]), active)
