@@ -265,13 +265,22 @@ def identifiers(module: Module) -> Iterator[str]:
 
 
 def twice_defined(package: Package) -> dict[str, list[str]]:
-    """Public classes and functions that more than one module defines."""
+    """Public classes, functions and names of types that more than one module defines."""
     where: dict[str, list[str]] = {}
     for module in package.modules:
         for node in module.tree.body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
-                where.setdefault(node.name, []).append(module.name)
+            for name in _public_names_of(node):
+                where.setdefault(name, []).append(module.name)
     return {name: modules for name, modules in sorted(where.items()) if len(modules) > 1 and name != "main"}
+
+
+def _public_names_of(node: ast.stmt) -> Iterator[str]:
+    """What a statement defines for others. Constants are their module's own, and so are type variables."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+        yield node.name
+    elif isinstance(node, ast.Assign | ast.AnnAssign) and "TypeVar(" not in ast.unparse(node):
+        names = (ast.unparse(target) for target in _targets(node))
+        yield from (name for name in names if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name))
 
 
 def two_meanings(package: Package) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 from distcomp.advice.predict import Machine, Prediction, predict
 from distcomp.advice.scale import Rehearsals
 from distcomp.advice.task import TrainingTask
-from distcomp.attaching.observe import Observed, observe_alone
+from distcomp.attaching.observe import ObservedSteps, observe_alone
 from distcomp.errors import DistcompError
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Host
@@ -93,7 +93,7 @@ class Advice:
 
 
 def advise(
-    trained: TrainingTask | tuple[Observed, Observed],
+    trained: TrainingTask | tuple[ObservedSteps, ObservedSteps],
     fabric: Fabric,
     methods: Sequence[str] = METHODS,
     ranks_here: int = 1,
@@ -140,7 +140,7 @@ def advise(
     )
 
 
-def _observed(training_task: TrainingTask, fabric: Fabric) -> Observed:
+def _observed(training_task: TrainingTask, fabric: Fabric) -> ObservedSteps:
     batch = training_task.batch(0, fabric.ranks, 0)
     return observe_alone(training_task.model, batch, training_task.loss, training_task.optimizer)
 

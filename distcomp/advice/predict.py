@@ -10,7 +10,7 @@ import torch
 
 from distcomp.advice.overlap import StepTime, Timing, averaging_step, gradient_step
 from distcomp.advice.profile import ProfiledExchange, ProfiledRound, clock, exchanges_of, profiles_of
-from distcomp.attaching.observe import Observed
+from distcomp.attaching.observe import ObservedSteps
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.builtin_hooks import BUILTIN_HOOKS
 from distcomp.layout import Layout
@@ -30,7 +30,7 @@ class Machine:
     """What was measured of a model on a machine, and what its ranks share. ``slowness``: of computing,
     against when it was measured."""
 
-    observed: Observed
+    observed: ObservedSteps
     host: Host = ALONE
     slowness: float = 1.0
 

@@ -4,7 +4,7 @@ A :class:`Topology` is a symmetric, doubly stochastic matrix ``W`` per step (one
 
     W = W^T,    W 1 = 1,    W_ij > 0 only along an edge (and on the diagonal)
 
-Edges are weighted by Metropolis and Hastings: ``W_ij = 1 / (1 + max(degree_i, degree_j))``, and what is left
+EdgeList are weighted by Metropolis and Hastings: ``W_ij = 1 / (1 + max(degree_i, degree_j))``, and what is left
 of each row stays with the worker itself. On a ring that is 1/3 each, on a complete graph 1/n.
 """
 
@@ -24,7 +24,7 @@ from distcomp.errors import DistcompError
 
 Matrix = NDArray[np.float64]
 """``W``: float64 ``[size, size]``."""
-Edges = Iterable[tuple[int, int]]
+EdgeList = Iterable[tuple[int, int]]
 """Pairs of workers that are neighbours."""
 
 
@@ -143,7 +143,7 @@ class Topology:
         return hash(self._digest)
 
 
-def metropolis(size: int, edges: Edges) -> Matrix:
+def metropolis(size: int, edges: EdgeList) -> Matrix:
     """Metropolis-Hastings weights of an undirected graph."""
     adjacent = np.zeros((size, size), dtype=bool)
     for i, j in edges:

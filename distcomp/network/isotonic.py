@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from distcomp.errors import DistcompError
 
 Floats = NDArray[np.float64]
-Loss = Callable[[Floats], Floats]
+LossOfPoints = Callable[[Floats], Floats]
 """Of a residual in units of the noise; even, and never falling away from zero."""
 
 TUKEY_C, HUBER_C = 4.685, 1.345
@@ -45,7 +45,7 @@ def squares(residual: Floats) -> Floats:
 
 
 def isotonic_fit(
-    y: ArrayLike, loss: Loss = tukey, sigma: float | None = None, levels: int = 12
+    y: ArrayLike, loss: LossOfPoints = tukey, sigma: float | None = None, levels: int = 12
 ) -> NDArray[np.float64]:
     """The rising sequence ``x_1 <= ... <= x_n`` that minimizes ``sum_ik loss((x_i - y_ik) / sigma)``.
 
@@ -97,7 +97,7 @@ def noise(y: Floats) -> float:
 class _Problem:
     """The data, the grid, and the best rising path over it that is known so far."""
 
-    def __init__(self, y: Floats, loss: Loss, sigma: float, low: float, step: float) -> None:
+    def __init__(self, y: Floats, loss: LossOfPoints, sigma: float, low: float, step: float) -> None:
         self.y, self.loss, self.sigma, self.low, self.step = y, loss, sigma, low, step
         self.best: NDArray[np.int64] = np.zeros(len(y), dtype=np.int64)
         self.upper = self.cost(self.best)

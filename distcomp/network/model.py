@@ -42,7 +42,7 @@ from distcomp.collectives import Group
 from distcomp.network.fabric import Fabric
 from distcomp.network.framing import acknowledged_bytes, framed_bytes
 
-Bytes = NDArray[np.float64]
+LinkBytes = NDArray[np.float64]
 Edge = tuple[int, int]
 
 
@@ -101,10 +101,10 @@ ALONE = Host()
 class Load:
     """Bytes that cross each link: out of and into each rank, out of and into each rack."""
 
-    out: Bytes
-    into: Bytes
-    up: Bytes
-    down: Bytes
+    out: LinkBytes
+    into: LinkBytes
+    up: LinkBytes
+    down: LinkBytes
 
     @property
     def sent_bytes(self) -> float:
@@ -124,7 +124,7 @@ class Cost:
     transfer_s: float
     latency_s: float
     core_s: float
-    links_s: Bytes
+    links_s: LinkBytes
 
     @property
     def seconds(self) -> float:
@@ -208,7 +208,7 @@ def along(edges: Mapping[Edge, float], fabric: Fabric) -> Load:
 
 
 def among(
-    sends: Sequence[float] | Bytes, shares: Sequence[float] | Bytes, group: Group, fabric: Fabric
+    sends: Sequence[float] | LinkBytes, shares: Sequence[float] | LinkBytes, group: Group, fabric: Fabric
 ) -> Load:
     """The load when member i sends ``sends[i] * shares[j]`` bytes to every other member j.
 
@@ -225,7 +225,7 @@ def among(
     return Load(out, into, rack_a * (b.sum() - rack_b), rack_b * (a.sum() - rack_a))
 
 
-def occupied_s(load: Load, fabric: Fabric) -> Bytes:
+def occupied_s(load: Load, fabric: Fabric) -> LinkBytes:
     """How long each link carries the load: out of and into the ranks, out of and into the racks."""
     rates, uplinks = links(fabric)
     pairs = ((load.out, load.into, rates), (load.up, load.down, uplinks))
@@ -234,7 +234,7 @@ def occupied_s(load: Load, fabric: Fabric) -> Bytes:
     )
 
 
-def charged(sent: Bytes, back: Bytes) -> Bytes:
+def charged(sent: LinkBytes, back: LinkBytes) -> LinkBytes:
     """Bytes that a link's queue is charged: a stream, and acknowledgements of what comes the other way."""
     return np.asarray(framed_bytes(1) * sent + acknowledged_bytes(1) * back)
 
@@ -249,7 +249,7 @@ def places(fabric: Fabric) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=64)
-def links(fabric: Fabric) -> tuple[Bytes, Bytes]:
+def links(fabric: Fabric) -> tuple[LinkBytes, LinkBytes]:
     """The rates of ranks' links and of racks' uplinks."""
     uplinks = [rack.uplink_bps for rack in fabric.racks] or [math.inf]
     return np.array(fabric.rates_bps), np.array(uplinks)
@@ -271,7 +271,7 @@ def farthest_s(group: Group, fabric: Fabric) -> float:
     )
 
 
-def _rack_delays(fabric: Fabric) -> Bytes:
+def _rack_delays(fabric: Fabric) -> LinkBytes:
     return np.array([rack.delay_s for rack in fabric.racks] or [0.0])
 
 

@@ -14,10 +14,10 @@ from distcomp.network.framing import framed_bytes
 from distcomp.network.isotonic import isotonic_fit, noise
 from distcomp.network.units import UNSHAPED
 
-Times = Sequence[Sequence[float]]
+PairTimes = Sequence[Sequence[float]]
 
 
-def curve(times_s: Times) -> NDArray[np.float64]:
+def curve(times_s: PairTimes) -> NDArray[np.float64]:
     """Seconds for each size, from repeated measurements, ``[sizes, repeats]``: a rising curve that outliers
     do not move. Fitted to the logarithm, for noise grows with what is measured."""
     return np.asarray(np.exp(isotonic_fit(np.log(np.maximum(times_s, 1e-9)))))
@@ -34,7 +34,7 @@ class LinkFit:
     curve_s: tuple[float, ...]
 
 
-def link_of(sizes: Sequence[int], times_s: Times) -> LinkFit:
+def link_of(sizes: Sequence[int], times_s: PairTimes) -> LinkFit:
     """The link behind message times: latency at the smallest size, rate between the two largest.
 
     Raises DistcompError where there are fewer than two sizes.

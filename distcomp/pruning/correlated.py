@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
 from distcomp.pruning.masks import evaluating, keep_largest, unwrapped, weights_of
-from distcomp.pruning.pruner import Criterion, Pruner, PruningContext, Tensors
+from distcomp.pruning.pruner import Criterion, NamedTensors, Pruner, PruningContext
 
 
 def correlations(layer: nn.Linear | nn.Conv2d, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Correlation(Criterion):
     def due(self, step: int, name: str) -> bool:
         return step == self.start + self.every * self.order.index(name)
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return {name: self._of(name, view) for name in view.due}
 
     def _of(self, name: str, view: PruningContext) -> Tensor:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from distcomp.errors import DistcompError
 from distcomp.parametrize import chain, evaluating, parameters
 from distcomp.pruning.masks import Mask, keep_largest, unwrapped
-from distcomp.pruning.pruner import Criterion, Pruner, PruningContext, Tensors
+from distcomp.pruning.pruner import Criterion, NamedTensors, Pruner, PruningContext
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -44,7 +44,7 @@ class Discrimination(Criterion):
     def due(self, step: int, name: str) -> bool:
         return step == self.start + self.every * self.order.index(name)
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return {name: self._selected(name) for name in view.due}
 
     def _selected(self, name: str) -> Tensor:

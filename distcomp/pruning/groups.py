@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
 from distcomp.pruning.masks import Pruned, unwrapped, weights_of
-from distcomp.pruning.pruner import Criterion, Pruner, PruningContext, Tensors
+from distcomp.pruning.pruner import Criterion, NamedTensors, Pruner, PruningContext
 
 KINDS = {"filters": (0,), "channels": (1,), "shapes": None, "depth": ()}
 """The dimensions that tell groups apart; None: all but the first."""
@@ -59,7 +59,7 @@ class GroupLasso(Criterion):
     def due(self, step: int, name: str) -> bool:
         return step == self.until
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return {name: view.weights[name] != 0 for name in view.due}
 
     def after_step(self, step: int, pruned: Mapping[str, Pruned], rates: Mapping[int, float]) -> None:

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
 from distcomp.pruning.masks import keep_largest, unwrapped, weights_of
-from distcomp.pruning.pruner import Criterion, Pruner, PruningContext, Tensors
+from distcomp.pruning.pruner import Criterion, NamedTensors, Pruner, PruningContext
 from distcomp.randomness import Key
 from distcomp.schedule import Schedule, extremes, varying
 
@@ -29,7 +29,7 @@ def of_layer(value: float | tuple[tuple[str, float], ...], name: str, otherwise:
     return dict(value).get(name, otherwise) if isinstance(value, tuple) else value
 
 
-def smallest_pruned(weights: Tensors, masks: Tensors, sparsity: float, scope: str) -> Tensors:
+def smallest_pruned(weights: NamedTensors, masks: NamedTensors, sparsity: float, scope: str) -> NamedTensors:
     """Masks within the given ones that leave ``1 - sparsity`` of the weights: of each layer, or of all.
 
     The largest magnitudes live; among equals the lower index does.
@@ -72,7 +72,7 @@ class Gradual(Criterion):
         first, last = self.sparsity.points[0][0], self.sparsity.points[-1][0]
         return first <= step <= last and ((step - first) % self.every == 0 or step == last)
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return smallest_pruned(view.weights, view.masks, self.sparsity(view.step), self.scope)
 
 
@@ -121,7 +121,7 @@ class Magnitude(Criterion):
     def due(self, step: int, name: str) -> bool:
         return step in self.at
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return {name: self._of(name, view) for name in view.due}
 
     def _of(self, name: str, view: PruningContext) -> Tensor:
@@ -212,7 +212,7 @@ class NOfM(Criterion):
     def due(self, step: int, name: str) -> bool:
         return step in self.at
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return {name: n_of_m(view.weights[name], self.n, self.m) for name in view.due}
 
 
@@ -267,10 +267,10 @@ class DenseSparseDense(Criterion):
     def due(self, step: int, name: str) -> bool:
         return step in (self.sparse_from, self.dense_from)
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         if view.step == self.dense_from:
             return {name: torch.ones_like(view.masks[name]) for name in view.due}
-        masks: Tensors = {}
+        masks: NamedTensors = {}
         for name in view.due:
             share = of_layer(self.share, name)
             masks |= smallest_pruned({name: view.weights[name]}, {name: view.masks[name]}, share, "layer")
@@ -307,7 +307,7 @@ class Fixed(Criterion):
     def due(self, step: int, name: str) -> bool:
         return False
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return {}
 
 
@@ -318,9 +318,9 @@ def fixed(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimizer | 
     return pruner
 
 
-def random_masks(weights: Tensors, sparsity: float, key: Key) -> Tensors:
+def random_masks(weights: NamedTensors, sparsity: float, key: Key) -> NamedTensors:
     """Masks drawn at random from a key, each layer with the same share of pruned weights."""
-    masks: Tensors = {}
+    masks: NamedTensors = {}
     for name, weight in weights.items():
         draw = torch.rand(
             weight.numel(), generator=key.fold("initial", name).generator(), dtype=torch.float32

@@ -25,7 +25,7 @@ from distcomp.pruning.masks import Mask, Pruned, digest, put_masks, unwrapped, w
 from distcomp.randomness import Key
 from distcomp.training import Listener, clock_of
 
-Tensors = dict[str, Tensor]
+NamedTensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class PruningContext:
 
     step: int
     due: tuple[str, ...]
-    weights: Tensors
+    weights: NamedTensors
     """Trained values by name, pruned ones included; their mean over ranks where ranks differ."""
-    masks: Tensors
-    gradients: Tensors
+    masks: NamedTensors
+    gradients: NamedTensors
     """What the optimizer last saw, where the criterion asks for it."""
     key: Key
-    memory: Tensors
+    memory: NamedTensors
     """What the criterion keeps between decisions; it may write here. Saved with the pruner."""
 
 
@@ -61,7 +61,7 @@ class Criterion(ABC):
         """The parametrization of a parameter."""
         return Mask(parameter)
 
-    def begin(self, weights: Tensors, key: Key) -> Tensors:
+    def begin(self, weights: NamedTensors, key: Key) -> NamedTensors:
         """Masks before the first step, where they are not all ones."""
         return {}
 
@@ -73,7 +73,7 @@ class Criterion(ABC):
         """
 
     @abstractmethod
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         """New masks (bool) of parameters in ``view.due``; those left out stay."""
 
     def after_step(self, step: int, pruned: Mapping[str, Pruned], rates: Mapping[int, float]) -> None:
@@ -133,10 +133,10 @@ class Pruner(Listener):
         self.step = 0
         self.history: list[Change] = []
         self.consensus: SupportsConsensus | None = None
-        self.memory: Tensors = {}
+        self.memory: NamedTensors = {}
         self._model = model
         self._optimizer = optimizer
-        self._gradients: Tensors = {}
+        self._gradients: NamedTensors = {}
         self._pending = False
         self._snapshot: tuple[object, MaskSnapshot] | None = None
         if optimizer is None and (criterion.wants_optimizer or criterion.wants_gradients):
@@ -156,12 +156,12 @@ class Pruner(Listener):
     # ------------------------------------------------------------------------------------ what there is now
 
     @property
-    def masks(self) -> Tensors:
+    def masks(self) -> NamedTensors:
         """The masks by name (bool; do not write to them)."""
         return {name: pruned.mask for name, pruned in self.pruned.items()}
 
     @property
-    def weights(self) -> Tensors:
+    def weights(self) -> NamedTensors:
         """The trained values by name, pruned ones included."""
         return {name: pruned.parameter.detach() for name, pruned in self.pruned.items()}
 
@@ -265,7 +265,7 @@ class Pruner(Listener):
         self.history.append(Change(self.step, self.sparsity))
         self._verify()
 
-    def _agreed(self, own: Tensors) -> Tensors:
+    def _agreed(self, own: NamedTensors) -> NamedTensors:
         """The mean over ranks, where a rank has its own."""
         if self.consensus is None or self.consensus.replicated:
             return own
@@ -273,13 +273,13 @@ class Pruner(Listener):
         pieces = torch.split(mean, [values.numel() for values in own.values()])
         return {name: piece.view_as(own[name]) for name, piece in zip(own, pieces, strict=True)}
 
-    def _full_gradients(self) -> Tensors:
+    def _full_gradients(self) -> NamedTensors:
         return {
             name: self._gradients.get(name, torch.zeros_like(weight, dtype=torch.float32))
             for name, weight in self.weights.items()
         }
 
-    def _set(self, masks: Tensors, agreed: Tensors | None = None) -> None:
+    def _set(self, masks: NamedTensors, agreed: NamedTensors | None = None) -> None:
         """Write new masks. What comes back begins at zero (or where all ranks agree it was), without
         momentum."""
         for name, mask in masks.items():

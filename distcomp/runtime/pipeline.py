@@ -58,7 +58,7 @@ class Running:
         return self.aggregation.result is not None
 
 
-Carrier = Generator[int, Running | None, None]
+BucketCarrier = Generator[int, Running | None, None]
 """Yields the index of the bucket that it needs, is sent it."""
 
 
@@ -71,7 +71,7 @@ def request_order() -> Iterator[tuple[int, int]]:
         diagonal += 1
 
 
-def drive(channel: Channel, timeline: Timeline) -> Carrier:
+def drive(channel: Channel, timeline: Timeline) -> BucketCarrier:
     """Carry all exchanges of an iteration.
 
     A generator: it yields the index of a bucket when it needs it, and is sent its exchange, or None when

@@ -26,7 +26,7 @@ SHOWN = 8
 LARGEST = 2**62
 """Whole numbers beyond it are damage: they would overflow where they are counted on."""
 
-Fields = dict[str, Any]
+PartFields = dict[str, Any]
 Cut = dict[str, dict[str, Tensor]]
 
 
@@ -74,14 +74,14 @@ def described(thing: Any) -> str:
     return str(thing) if isinstance(thing, str) else repr(thing)
 
 
-def pack_state(group: Place, fingerprint: Fingerprint, content: Mapping[str, Any]) -> Fields:
+def pack_state(group: Place, fingerprint: Fingerprint, content: Mapping[str, Any]) -> PartFields:
     """A checkpoint of one rank. Its one key names the rank: savers that merge ranks then lose nothing."""
     head = {"format": FORMAT, "world_size": len(group.ranks), "ranks": group.text}
     about = {"method": fingerprint.method, "parameters": fingerprint.parameters}
     return {f"rank{group.rank}": {**head, **about, **content}}
 
 
-Leaves = Callable[[Fields], ByParameter | None]
+Leaves = Callable[[PartFields], ByParameter | None]
 """What a part's state would look like (tensors without values), by what the part says of itself; None where
 that is not known yet."""
 
@@ -92,7 +92,7 @@ def unpack_state(
     fingerprint: Fingerprint,
     leaves: Leaves,
     strict: bool = True,
-) -> Fields:
+) -> PartFields:
     """This rank's part of a checkpoint, looked at in whole.
 
     For the same ranks it is what this rank saved. For others, parts of *all* old ranks are needed, and every
@@ -115,13 +115,13 @@ def unpack_state(
     return {**checked[0], "state": _mean([part["state"] for part in checked])}
 
 
-def _number(item: tuple[str, Fields]) -> tuple[int, str]:
+def _number(item: tuple[str, PartFields]) -> tuple[int, str]:
     return len(item[0]), item[0]
 
 
-def _parts(saved: Any) -> dict[str, Fields]:
+def _parts(saved: Any) -> dict[str, PartFields]:
     """Every rank's part by its key. Raises DistcompError for what nobody saved."""
-    parts: dict[str, Fields] = {}
+    parts: dict[str, PartFields] = {}
     for saver in saved if isinstance(saved, Sequence) and not isinstance(saved, str | bytes) else [saved]:
         if not isinstance(saver, Mapping):
             raise DistcompError(
@@ -166,7 +166,7 @@ def whole_number(where: str, name: str, value: object, least: int, most: int = L
     return value
 
 
-def _check_complete(parts: Mapping[str, Fields], group: Place) -> None:
+def _check_complete(parts: Mapping[str, PartFields], group: Place) -> None:
     """Raise DistcompError unless these are the parts of all ranks of one group."""
     groups = sorted({part["ranks"] for part in parts.values()})
     if len(groups) > 1:
@@ -187,7 +187,7 @@ def _check_complete(parts: Mapping[str, Fields], group: Place) -> None:
     )
 
 
-def _check_alike(parts: Mapping[str, Fields]) -> None:
+def _check_alike(parts: Mapping[str, PartFields]) -> None:
     """Raise DistcompError for parts that were not saved together."""
     (first_key, first), *others = parts.items()
     for name in ("iterations", "seed", "method", "parameters", "world_size"):
@@ -200,7 +200,7 @@ def _check_alike(parts: Mapping[str, Fields]) -> None:
                 )
 
 
-def _checked(part: Fields, fingerprint: Fingerprint, leaves: Leaves, strict: bool) -> Fields:
+def _checked(part: PartFields, fingerprint: Fingerprint, leaves: Leaves, strict: bool) -> PartFields:
     """The part, its state looked at. Raises DistcompError for what it cannot be."""
     state = well_formed(part.get("state"))
     if strict:

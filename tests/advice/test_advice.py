@@ -22,7 +22,7 @@ from distcomp.advice.overlap import Timing, averaging_step, gradient_step
 from distcomp.advice.predict import Machine, Prediction, predict, profile_method
 from distcomp.advice.profile import ProfiledExchange, ProfiledRound, clock
 from distcomp.advice.scale import Rehearsals
-from distcomp.attaching.observe import Observed
+from distcomp.attaching.observe import ObservedSteps
 from distcomp.layout import Layout
 from distcomp.methods import METHODS, parse
 from distcomp.methods.base import Method
@@ -58,7 +58,7 @@ def test_averagings_are_rehearsed_too(name: str) -> None:
 
 
 def machine() -> Machine:
-    return Machine(Observed((LAYOUT,), (0.1,), 0.15))
+    return Machine(ObservedSteps((LAYOUT,), (0.1,), 0.15))
 
 
 def sums(*sizes: float) -> tuple[ProfiledRound, ...]:
@@ -208,7 +208,7 @@ def test_what_a_hop_takes_is_found_from_what_the_step_took(
     fabric = Fabric.uniform(4, 8e6)
     kind = RequestSizes("ring_all_reduce", (1e4,)) if around else RequestSizes("all_gather", (1e4,) * 4)
     profiles = [ProfiledExchange((ProfiledRound(0.01, kind),) * 2, 0.01)] * 3
-    measured = Machine(Observed((LAYOUT,) * 3, (0.1, 0.2, 0.3), 0.35), Host(4, 2), slowness=2.0)
+    measured = Machine(ObservedSteps((LAYOUT,) * 3, (0.1, 0.2, 0.3), 0.35), Host(4, 2), slowness=2.0)
     carried = Overhead((kind.sent_bytes(4),), (late_s,), (core_s,))
     host = replace(measured.host, direct=carried, around=carried)
     step_s = gradient_step(measured.timing, profiles, fabric, host, 2.0).step_s
@@ -250,7 +250,7 @@ def test_beyond_eight_ranks_requests_are_extended_as_if_rehearsed(name: str) -> 
 def test_break_even_is_where_both_take_as_long() -> None:
     fabric = Fabric.uniform(8, "1gbit", "50us")
     one, plain = Rehearsals("qsgd:bits=4", [LAYOUT]), Rehearsals("ddp", [LAYOUT])
-    slow = Machine(Observed((LAYOUT,), (1e-5,), 2e-5), slowness=1.0)
+    slow = Machine(ObservedSteps((LAYOUT,), (1e-5,), 2e-5), slowness=1.0)
     even = break_even_bps(one, plain, slow, fabric)
     assert 1e6 < even < 1e12
     below, above = (
@@ -320,7 +320,7 @@ def test_nothing_is_recommended_inside_the_noise(noise: float, begins: str) -> N
 
 def test_what_two_measurements_differ_by_is_the_noise() -> None:
     layout = Layout.of([("weight", (64, 64))])
-    quiet, busy = Observed((layout,), (0.01,), 0.02), Observed((layout,), (0.05,), 0.1)
+    quiet, busy = ObservedSteps((layout,), (0.01,), 0.02), ObservedSteps((layout,), (0.05,), 0.1)
     fabric = Fabric.uniform(2, "1mbit")
     told: list[str] = []
     advice = advise((busy, quiet), fabric, ("ddp", "bf16"), tell=told.append)
