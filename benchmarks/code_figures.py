@@ -3,8 +3,9 @@
     python -m benchmarks.code_figures                            # of this checkout, as JSON
     python -m benchmarks.code_figures ../old --write figures.json
     python -m benchmarks.code_figures --table OLD.json           # this checkout beside an older one
+    python -m benchmarks.code_figures --page                     # docs/decisions/rebuild.md, from the results
 
-Works on a checkout whose package lies in ``distcomp/`` or in ``distcomp/``. Nothing of it is run,
+Works on a checkout whose package lies in ``src/distcomp/`` or in ``distcomp/``. Nothing of it is run,
 but for the number of public names, which is asked of ``distcomp.__all__``.
 """
 
@@ -25,6 +26,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from benchmarks._places import ROOT
+from benchmarks._tables import fill, result
+
+PAGE = ROOT / "docs" / "decisions" / "rebuild.md"
 
 LONG = 60
 """Lines of a function, docstring included, above which it is listed."""
@@ -90,7 +96,7 @@ class Package:
         self.above = checkout / "src" if (checkout / "src" / "distcomp").is_dir() else checkout
         root = self.above / "distcomp"
         if not root.is_dir():
-            raise SystemExit(f"{checkout} holds no distcomp/ and no distcomp/; name a checkout")
+            raise SystemExit(f"{checkout} holds no src/distcomp/ and no distcomp/; name a checkout")
         self.modules = [Module(_dotted(path, self.above), path) for path in sorted(root.rglob("*.py"))]
         self.names = {module.name for module in self.modules}
         self.native = sorted(path for end in ("*.c", "*.h") for path in root.rglob(end))
@@ -465,12 +471,21 @@ def _cell(key: str, value: Any) -> str:
     return f"{len(value) if isinstance(value, list | dict) else value:,}"
 
 
+def page_table() -> str:
+    """The table of docs/decisions/rebuild.md: of the two committed results."""
+    return table(result("code_figures_before"), result("code_figures"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("checkout", type=Path, nargs="?", default=Path(__file__).parents[1])
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--table", type=Path, metavar="OLD", help="print a table beside these older figures")
+    parser.add_argument("--page", action="store_true", help=f"write the committed results into {PAGE.name}")
     options = parser.parse_args()
+    if options.page:
+        fill(PAGE, "code figures", page_table())
+        return
     made = figures(options.checkout.resolve())
     if options.table:
         print(table(json.loads(options.table.read_text()), made))

@@ -4,7 +4,7 @@ A :class:`Topology` is a symmetric, doubly stochastic matrix ``W`` per step (one
 
     W = W^T,    W 1 = 1,    W_ij > 0 only along an edge (and on the diagonal)
 
-EdgeList are weighted by Metropolis and Hastings: ``W_ij = 1 / (1 + max(degree_i, degree_j))``, and what is left
+Edges are weighted by Metropolis and Hastings: ``W_ij = 1 / (1 + max(degree_i, degree_j))``, and what is left
 of each row stays with the worker itself. On a ring that is 1/3 each, on a complete graph 1/n.
 """
 
