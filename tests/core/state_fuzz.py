@@ -77,11 +77,15 @@ def try_to_load(text: str, saved: Any, strict: bool) -> str:
     states = States(parse(text))
     try:
         fields = unpack_state(
-            saved, PLACE, Fingerprint(text, "3 tensors"), lambda _: states.expected(LAYOUT), strict
+            saved,
+            PLACE,
+            Fingerprint(text, "3 tensors"),
+            lambda part: states.expected(LAYOUT, part["state"]),
+            strict,
         )
     except DistcompError:
         return "refused"
-    expected = states.expected(LAYOUT)
+    expected = states.expected(LAYOUT, {})
     assert type(fields["iterations"]) is int
     assert type(fields["seed"]) is int
     for name, leaves in fields["state"].items():

@@ -35,7 +35,7 @@ def test_parts_of_different_steps_are_refused() -> None:
             parts,
             Place(0, (0,)),
             Fingerprint("qsgd:bits=1", "3 tensors"),
-            lambda _: states.expected(fuzz.LAYOUT),
+            lambda part: states.expected(fuzz.LAYOUT, part["state"]),
         )
 
 
@@ -50,7 +50,7 @@ def test_a_state_of_another_width_never_reaches_a_kernel() -> None:
     method = parse("powersgd:rank=2")
     narrow = {"0.weight": {"inner/q": torch.ones(2, 3), "residual": torch.zeros(48)}}
     fresh = method.init(fuzz.LAYOUT)
-    path = next(path for path in States(method).expected(fuzz.LAYOUT)["0.weight"] if path.endswith("q"))
+    path = next(path for path in States(method).expected(fuzz.LAYOUT, {})["0.weight"] if path.endswith("q"))
     narrow["0.weight"] = {path: torch.ones(2, 3)}
     with pytest.raises(DistcompError, match="has the shape"):
         join_state(narrow, fresh)
