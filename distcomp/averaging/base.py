@@ -48,6 +48,8 @@ class Averaging(Written, ABC):
     Subclasses are frozen dataclasses; their ``repr`` is what ranks compare. ``period`` is the number of steps
     between two exchanges, or a Schedule of it. ``on_failure`` says what a dead worker means: ``"stop"``
     raises PeerLost naming it; ``"continue"`` goes on without it (gossip only).
+
+    Raises DistcompError for another ``on_failure``, or a period below 1.
     """
 
     period: Varying = 1

@@ -45,7 +45,10 @@ class ECD(Gossip):
     Source: Tang et al., "Communication compression for decentralized training", NeurIPS 2018, ECD-PSGD. We
     differ: the count starts at t = 2, so that the first message is C(x_2) itself (the paper's first weights
     are -1 and 2); the grid. Bytes: degree x d bits(t) / 8. Memory: one model per neighbour and three of its
-    own.
+    own, float32 ``[layout.numel]`` each.
+
+    Raises DistcompError for a relative compressor without ``allow_relative``, and for a grid that ends below
+    the model's weights.
     """
 
     replicas: ClassVar[bool] = True

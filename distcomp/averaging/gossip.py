@@ -37,7 +37,10 @@ NeighbourPayloads = Mapping[int, Payload]
 
 @dataclass(frozen=True)
 class Gossip(Averaging):
-    """What all gossip has in common: a compressor, a topology, and one payload to each neighbour."""
+    """What all gossip has in common: a compressor, a topology, and one payload to each neighbour.
+
+    Bytes: degree x payload. Models and replicas are float32 ``[layout.numel]``.
+    """
 
     replicas: ClassVar[bool] = False
     """Whether a worker keeps replicas of its neighbours' models: they must then stay its neighbours."""
@@ -101,7 +104,10 @@ class DPSGD(Gossip):
     With a compressor other than the identity it is *naive compressed gossip*, ``sum_j W_ij C(x^j)``, which
     does not converge below a floor: a control.
 
-    Source: Lian et al., NeurIPS 2017. Bytes: degree x 4 d. Memory: one model.
+    Source: Lian et al., NeurIPS 2017. We differ: a period, and any compressor as a control. Bytes: degree x
+    4 d. Memory: one model (none where the update comes first).
+
+    Raises DistcompError for an unknown order.
     """
 
     order: str = "combine_then_adapt"

@@ -56,7 +56,11 @@ class Periodic(Averaging):
     as DistributedDataParallel does, and models need not be; the first period begins after it.
 
     On the wire: ``method``'s bytes, every ``period`` steps. Memory: one model (the anchor), one for outer
-    momentum, and the method's state.
+    momentum, float32 ``[layout.numel]`` each, and the method's state.
+
+    Source: McMahan et al., FedAvg, AISTATS 2017; Stich, "Local SGD converges fast", ICLR 2019; the outer
+    optimizer: Douillard et al., "DiLoCo", 2023; fragments and overlap: Douillard et al., "Streaming DiLoCo",
+    2025. We differ: any method may carry the difference, with or without error feedback.
 
     Raises DistcompError for settings outside their ranges, and for fragments or overlap with an optimizer's
     state that is reset or averaged.
@@ -155,6 +159,9 @@ class Mean(Averaging):
     that quantizes errs in proportion to the model, not to what it learnt (a control).
 
     Memory: none. Bytes: the method's, for ``share d`` values.
+
+    Source: Beton et al., "SPARTA", 2025 (a share of the parameters); the plain mean: Zinkevich et al., NIPS
+    2010.
 
     Raises DistcompError for a share outside (0, 1], a method that keeps state, and groups that do not divide
     the world.

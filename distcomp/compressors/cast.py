@@ -24,7 +24,8 @@ class Cast(Compressor):
     """``C(x) = round(x)`` to the nearest value of a 16-bit float (ties to even).
 
     ``|C(x)_j - x_j| <= 2^-8 |x_j|`` for bfloat16 and ``2^-11 |x_j|`` for float16, where x_j is a normal
-    number of the type. On the wire: 2 bytes per value. A NaN stays one.
+    number of the type. On the wire: 2 bytes per value; the payload is ``values``, in the type, as many as the
+    buffer has. A NaN stays one.
 
     float16 clamps finite values to its range (65504) and lets an infinity through: an overflow must not look
     like a number, and a number must not look like an overflow. Payloads may be added on the wire; every hop

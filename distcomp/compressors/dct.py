@@ -33,7 +33,7 @@ class DctTopK(Sparsifier):
     Biased.
 
     On the wire, per chunk: 4 k bytes of values and about ``k (2 + log2(chunk/k))`` bits of indices (9 each
-    for 32 of 4096).
+    for 32 of 4096). The payload: ``values``, float32, k a chunk; ``indices``, uint8.
 
     Source: Peng et al., "DeMo: decoupled momentum optimization", 2024. We differ: packed indices (the
     reference sends 64 bits each); tensors of more than two dimensions are matrices.

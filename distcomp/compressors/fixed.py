@@ -137,7 +137,11 @@ class FixedGrid(Compressor):
 
     The error of a value is below ``spacing`` and its variance at most ``spacing^2 / 4``, whatever the value,
     up to ``limit = spacing s``; a larger one is clamped. So there is neither an ``omega`` nor a ``delta``.
-    On the wire: ``bits/8`` bytes per value.
+    On the wire: ``bits/8`` bytes per value; the payload is ``codes``, uint8
+    (:func:`pack_integers`).
+
+    Source: Gupta et al., "Deep learning with limited numerical precision", ICML 2015, for the rounding. We
+    differ: the range is symmetric.
 
     Raises DistcompError for a spacing that is not positive or bits outside 2..23.
     """

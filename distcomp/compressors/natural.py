@@ -85,8 +85,8 @@ class NonUniform(Compressor):
 
     where ``|v|`` is the largest magnitude (``norm="max"``) or the Euclidean norm (``norm="l2"``). Small
     values, which are most of a gradient, meet finer levels than in QSGD of the same width. ``bits`` counts
-    the sign. On the wire: ``bits/8`` bytes per value and 4 per block. A block whose scale is below ``2^-120``
-    is sent as zeros.
+    the sign. On the wire: ``bits/8`` bytes per value and 4 per block; the payload: ``scales``, float32, one a
+    block, and ``codes``, uint8. A block whose scale is below ``2^-120`` is sent as zeros.
 
     Source: Ramezani-Kebrya et al., "NUQSGD", JMLR 2021 (``norm="l2"``); Horváth et al. 2019, natural
     dithering (``norm="max"``). We differ: fixed-width codes (the papers entropy-code), blocks.

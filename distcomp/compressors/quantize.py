@@ -32,8 +32,9 @@ class Quantize(Compressor):
     and needs error feedback.
 
     ``bits`` is the whole width of a value on the wire, sign included, and values are packed: a block of 512
-    at 3 bits takes 192 bytes. On the wire: ``bits/8`` bytes per value and 4 bytes per block. A block whose
-    scale is below ``2^-120`` is sent as zeros.
+    at 3 bits takes 192 bytes. On the wire: ``bits/8`` bytes per value and 4 bytes per block; the payload:
+    ``scales``, float32, one a block, ``codes``, uint8, and ``plain``, float32, where there is any. A block
+    whose scale is below ``2^-120`` is sent as zeros.
 
     Source: Alistarh et al., "QSGD", NeurIPS 2017, section 3 and the practical variant of section 4 (blocks,
     max norm, fixed-width codes); one bit: Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019. We

@@ -31,7 +31,10 @@ from distcomp.randomness import Key
 
 
 class Sparsifier(Compressor):
-    """Sends some elements of a flat buffer: their values (float32) and which they are."""
+    """Sends some elements of a flat buffer: their values and which they are.
+
+    The payload: ``values``, float32, in the order of :meth:`kept`; ``indices``, uint8.
+    """
 
     @abstractmethod
     def kept(self, layout: Layout) -> Layout:
@@ -72,7 +75,7 @@ class TopK(Sparsifier):
     every parameter: faster (short rows), and a flat buffer may be cut between chunks. Long parameters are
     searched on the CPU through a sampled threshold, with the same answer. Biased: meant for error feedback.
 
-    On the wire: 4 bytes per value and about ``2 + log2(1/ratio)`` bits per index (9 at 1 %, see
+    On the wire: 4 bytes per value that is kept and about ``2 + log2(1/ratio)`` bits per index (9 at 1 %, see
     :class:`distcomp.compressors.sparse.IndexCode`).
 
     Source: Aji & Heafield 2017; Stich et al., "Sparsified SGD with memory", NeurIPS 2018. We differ: indices

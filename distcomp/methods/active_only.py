@@ -58,6 +58,9 @@ class ActiveOnly(Method):
     ``x``: float32 ``[layout.numel]``. Bytes: those of ``inner`` for the active coordinates (nothing is sent
     where there are none), and ``(n-1) 40`` to compare.
 
+    Source: none; masked training (Zhu & Gupta 2017), freezing and stochastic depth (Huang et al. 2016) all
+    leave out gradients, and these papers do not say what becomes of residuals.
+
     Raises DistcompError for other ``residuals``, Mismatch where active sets differ between ranks.
     """
 

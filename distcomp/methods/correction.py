@@ -35,7 +35,7 @@ class MomentumCorrection(Method):
     What error feedback holds back then arrives with the momentum it would have gathered. ``masking`` (for
     sparse methods) ends the momentum of what was sent, lest stale directions be pushed twice. The
     optimizer's own momentum must be 0. On the wire: ``inner``'s bytes. Memory: one tensor of the model's
-    size, and inner's.
+    size (``u``, float32 ``[layout.numel]``), and inner's.
 
     Source: Lin et al., "Deep gradient compression", ICLR 2018, sections 3.1 and 3.2. Around
     ``ErrorFeedback`` over top-k it is that method.

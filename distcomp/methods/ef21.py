@@ -34,8 +34,8 @@ class EF21(Method):
     gradients take ``eta < 1``: without it EF21 need not converge. The estimate lags behind the gradient and
     is never exact where C is not.
 
-    On the wire: the payload of ``compressor`` by ``pattern``. Memory: ``g_i``, ``g``, and ``v_i`` where eta
-    < 1.
+    On the wire: the payload of ``compressor`` by ``pattern``. Memory: ``g_i``, ``g``, and ``v_i`` where
+    ``eta < 1``, float32 ``[layout.numel]`` each.
 
     Source: Richtárik, Sokolov & Fatkhullin, "EF21", NeurIPS 2021; momentum: Fatkhullin, Tyurin & Richtárik,
     NeurIPS 2023. We differ: ``g_i`` begins at 0, not at an uncompressed gradient; a second stage's error

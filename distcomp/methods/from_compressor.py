@@ -246,7 +246,9 @@ class Auto(Method):
     hundredth of the signal over n, which the noise of minibatches hides); see :func:`second_stage`.
 
     Decided on a large tensor instead of the bucket at hand, because cutting the buckets otherwise must change
-    no value.
+    no value. On the wire: what the one that is chosen sends.
+
+    Source: none: papers gather or reduce, and do not choose.
     """
 
     compressor: Compressor

@@ -203,7 +203,7 @@ class TernGrad(Method):
 
     Source: Wen et al., "TernGrad", NeurIPS 2017. We differ: the sum stays integer all the way (the paper's
     server sends 32-bit floats down, or the shared scale's integers); the paper keeps the last layer in float,
-    here biases and norms.
+    here biases and norms. It keeps no state.
 
     Raises DistcompError for a negative clip.
     """

@@ -31,7 +31,7 @@ class MajorityVote(Method):
     rank is left alone: its ``s`` is 0.
 
     Votes are packed bits, swapped so that the owner of a chunk counts them, and the result is gathered: on
-    the wire ``2 (n-1)/n d/8`` bytes, and an all-reduce of 4 bytes per parameter.
+    the wire ``2 (n-1)/n d/8`` bytes, and an all-reduce of 4 bytes per parameter. It keeps no state.
 
     **Contributions.** A rank's own votes, ``s sign(x_i)``, sum to ``s`` times the count, not to n times the
     result. The difference is made where the rounding happens: the owner of a chunk adds ``s (n v - count)``

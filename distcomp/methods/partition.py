@@ -42,8 +42,8 @@ class Partition(Method):
     """Parameters that ``rule`` accepts go through ``special``, the others through ``usual``, in this order.
 
     The parameters of each are laid end to end, so that each method runs one exchange however many parameters
-    there are. Estimate and contribution are those of both, put where their parameters lie. Bytes: those of
-    both.
+    there are. Estimate and contribution are those of both, put where their parameters lie: the law holds for
+    the whole because it does for each. On the wire: the bytes of both.
     """
 
     rule: Rule

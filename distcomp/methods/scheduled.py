@@ -29,7 +29,7 @@ class Scheduled(Method):
 
     Every registered recipe makes one where a setting is given as a :class:`~distcomp.schedule.Schedule`.
     The state must be of one form throughout: set a recipe that keeps a residual only for some values to keep
-    one always. Every step costs what the step's method costs.
+    one always. On the wire, in each step: the bytes of that step's method.
 
     Raises DistcompError for a value that the recipe refuses, and for states that differ in form.
     """

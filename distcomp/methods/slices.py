@@ -20,6 +20,9 @@ class Cycle:
 
     ``retrain``: learn anew as soon as, on most ranks, the relative loss of what is sent passes this many
     times what it was on the rank's own first compressed gradients; 0: never before its time.
+
+    Raises DistcompError for fewer than 5 steps of learning, fewer than 1 of compression, or a ``retrain`` of
+    at most 1 that is not 0.
     """
 
     learn: int = 100
@@ -55,6 +58,8 @@ class Slicing:
     larger. A layer with ``F D > cap`` is not sliced: its basis would be too large to find and to keep.
 
     At most ``reuse`` slices share a basis, which is found from the first of them; 0: all of a layer do.
+
+    Raises DistcompError for an ``aim`` outside 1..cap, or a negative ``reuse``.
     """
 
     aim: int = 1024
@@ -162,6 +167,8 @@ class Subspace:
     ``ratio``: at most ``K / ratio`` coefficients per slice. ``loss``: as few of them as stay within this much
     (of the energy, 0.01 is 1 %) of the best that so many can do, on gradients that the basis was not found
     from. ``centred``: samples minus their mean; otherwise around zero.
+
+    Raises DistcompError for a ratio below 1 or a loss outside [0, 1).
     """
 
     ratio: float = 8.0

@@ -75,7 +75,9 @@ class ActiveGossip(Averaging):
 
     When the active set changes, replicas follow it: all workers take the exact mean of their models
     (``2 (n-1)/n 4 nnz`` bytes, once) and gossip starts anew from there. A source that changes with every
-    exchange therefore makes plain averaging of it.
+    exchange therefore makes plain averaging of it. Bytes: ``inner``'s for the active weights, otherwise.
+
+    Raises DistcompError for ``on_failure="continue"``.
     """
 
     inner: Gossip
