@@ -57,10 +57,10 @@ def merged(payloads: Sequence[Payload]) -> Payload:
 
 def reassembled(parcels: Sequence[Payload], wholes: Sequence[Parts]) -> list[Payload]:
     """The payloads of ``wholes`` whose shares were merged, in that order, in every one of ``parcels``."""
-    return [_joined(parcels, wholes, index) for index in range(len(wholes))]
+    return [_reassembled(parcels, wholes, index) for index in range(len(wholes))]
 
 
-def _joined(parcels: Sequence[Payload], wholes: Sequence[Parts], index: int) -> Payload:
+def _reassembled(parcels: Sequence[Payload], wholes: Sequence[Parts], index: int) -> Payload:
     whole = Payload.empty(wholes[index], parcels[0].wire.device)
     for position, part in enumerate(whole.parts):
         widths = [share_width(whole_parts[position].numel, len(parcels)) for whole_parts in wholes]

@@ -203,7 +203,9 @@ class RowSet:
     def largest(self, x: Tensor) -> Tensor:
         """Where the largest magnitudes of each row are in a flat buffer (int64), row after row, rising."""
         if not kernel.serves(x.device):
-            return _joined([rows.in_buffer(top_indices(rows.view(x), rows.count)) for rows in self.each], x)
+            return _concatenated(
+                [rows.in_buffer(top_indices(rows.view(x), rows.count)) for rows in self.each], x
+            )
         places = torch.empty(self.count, dtype=torch.int64)
         kernel.top(x.contiguous(), self._tables[1], places)
         for rows, at in self._long:
@@ -221,7 +223,7 @@ class RowSet:
             self.each, torch.split(places, [rows_.rows * rows_.count for rows_ in self.each]), strict=True
         ):
             written.append(rows.code.encode(rows.in_rows(part)).reshape(-1))
-        return _joined(written, torch.empty(0, dtype=torch.uint8, device=places.device))
+        return _concatenated(written, torch.empty(0, dtype=torch.uint8, device=places.device))
 
     def decode(self, codes: Tensor) -> Tensor:
         """What :meth:`encode` was given."""
@@ -234,7 +236,7 @@ class RowSet:
             rows.in_buffer(rows.code.decode(part.view(rows.rows, rows.code.nbytes)))
             for rows, part in zip(self.each, parts, strict=True)
         ]
-        return _joined(read, codes)
+        return _concatenated(read, codes)
 
     @cached_property
     def _long(self) -> list[tuple[Rows, int]]:
@@ -264,7 +266,7 @@ class RowSet:
         return RowTable(all_lines, code), RowTable(all_lines[torch.cat(searched)], code)
 
 
-def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+def _concatenated(parts: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=like.device)
 
 

@@ -114,8 +114,10 @@ class ActiveOnly(Method):
 
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         active = self.source.active(layout, Planned(step))
-        compared = (size - 1) * wire_bytes(DIGEST) if self.compare else 0
-        return compared + (self.inner.payload_bytes(active.layout, size, step) if active.layout.slices else 0)
+        comparing = (size - 1) * wire_bytes(DIGEST) if self.compare else 0
+        return comparing + (
+            self.inner.payload_bytes(active.layout, size, step) if active.layout.slices else 0
+        )
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ PATTERNS = ("auto", "all_reduce", "all_gather", "reduce_scatter")
 NOTHING = Layout(())
 """Of an empty chunk."""
 
-REFERENCE_LAYOUT = Layout.of([("yardstick", (1024, 1024))])
+REFERENCE_LAYOUT = Layout.of([("reference", (1024, 1024))])
 """What the cost of two patterns is compared on."""
 
 

@@ -298,14 +298,14 @@ class GradiVeQ(Method):
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         others, layout = sides(self._unsliced, layout).layouts
         age = step % self.cycle.length
-        apart_bytes = all_reduce_bytes(4 * others.numel, size) if others.slices else 0
+        others_bytes = all_reduce_bytes(4 * others.numel, size) if others.slices else 0
         if age >= self.cycle.learn and layout.slices:
             most = {s.name: self._shape(s)["slices"] * self._shape(s)["most"] for s in layout.slices}
             votes = len(most) if self.cycle.retrain else 0
             riding = others.numel if self.coefficients == EXACT else 0
             sent = _coefficients(tuple(most), tuple(most.values()), votes, riding)
-            return self.coefficients.payload_bytes(sent, size, step) + (0 if riding else apart_bytes)
-        plain = apart_bytes + (self.plain.payload_bytes(layout, size, step) if layout.slices else 0)
+            return self.coefficients.payload_bytes(sent, size, step) + (0 if riding else others_bytes)
+        plain = others_bytes + (self.plain.payload_bytes(layout, size, step) if layout.slices else 0)
         if age + 1 < self.cycle.learn or not layout.slices:
             return plain
         parts, tree = self._parts(layout.slices), (size - 1) / size
@@ -356,7 +356,7 @@ def _coefficients(names: tuple[str, ...], numels: tuple[int, ...], votes: int, r
     return Layout.of([(name, (numel,)) for name, numel in sent if numel])
 
 
-def _lifted(bits: int, what: str) -> Method:
+def _method_of_width(bits: int, what: str) -> Method:
     """A stateless, unbiased (or nearly so) way to send numbers at a width."""
     if bits not in (*range(2, 9), 16, 32):
         raise DistcompError(f"{what} takes 2 to 8 bits, 16 (bfloat16) or 32, not {bits}")
@@ -399,8 +399,8 @@ def gradiveq(
     method = GradiVeQ(
         subspace=Subspace(ratio, loss, centred=mean == "pca"),
         cycle=Cycle(learn, compressed, retrain),
-        plain=_lifted(plain_bits, "plain_bits"),
-        coefficients=_lifted(coefficient_bits, "coefficient_bits"),
+        plain=_method_of_width(plain_bits, "plain_bits"),
+        coefficients=_method_of_width(coefficient_bits, "coefficient_bits"),
     )
     whole: Method = ErrorFeedback(method) if error_feedback else method
     return whole if others == EXACT else Partition(Unsliced(), method_of(others), whole)

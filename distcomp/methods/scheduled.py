@@ -39,7 +39,7 @@ class Scheduled(Method):
     recipe: Callable[..., Method] = field(repr=False)
 
     def __post_init__(self) -> None:
-        forms = {step: _form(self.in_step(step).init(PROBE)) for step in self._turns}
+        forms = {step: _form(self.in_step(step).init(PROBE)) for step in self._changes}
         odd = next((step for step, form in forms.items() if form != forms[0]), None)
         if odd is not None:
             raise DistcompError(
@@ -49,10 +49,10 @@ class Scheduled(Method):
 
     @property
     def propagates_nonfinite(self) -> bool:  # type: ignore[override]
-        return all(self.in_step(step).propagates_nonfinite for step in self._turns)
+        return all(self.in_step(step).propagates_nonfinite for step in self._changes)
 
     @property
-    def _turns(self) -> list[int]:
+    def _changes(self) -> list[int]:
         """The steps in which a setting begins another value, and step 0."""
         points = (setting.points for _, setting in self.settings if isinstance(setting, Schedule))
         return sorted({0, *(step for steps in points for step, _ in steps)})
@@ -62,7 +62,7 @@ class Scheduled(Method):
         return _built(self.recipe, tuple((name, _value(setting, step)) for name, setting in self.settings))
 
     def children(self) -> dict[str, Method]:
-        return {f"step {step}": self.in_step(step) for step in self._turns}
+        return {f"step {step}": self.in_step(step) for step in self._changes}
 
     def init(self, layout: Layout) -> State:
         return self.in_step(0).init(layout)

@@ -81,7 +81,7 @@ class TwoLevel(Method):
         return {"inside": self.inside.init(layout), "across": self.across.init(layout)}
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        position = self._place(context.rank, context.size)
+        position = self._position(context.rank, context.size)
         # Nodes draw apart; across, the ranks of a node draw alike: each carries a part of one exchange.
         inside, across = context.shared.fold("inside", position.index), context.shared.fold("across")
         near = replace(context, rank=position.rank, size=len(position.node), shared=inside)
@@ -99,7 +99,7 @@ class TwoLevel(Method):
             {"inside": node.state, "across": nodes.state},
         )
 
-    def _place(self, rank: int, size: int) -> NodePosition:
+    def _position(self, rank: int, size: int) -> NodePosition:
         nodes = self.nodes or tuple((rank_,) for rank_ in range(size))
         if sum(map(len, nodes)) != size:
             raise DistcompError(
@@ -111,7 +111,7 @@ class TwoLevel(Method):
 
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         """Of ``across`` by what it asks for when all is zero: what is sent depends on the layout alone."""
-        position = self._place(0, size)
+        position = self._position(0, size)
         near, far = len(position.node), len(position.column)
         if near == 1:
             return self.across.payload_bytes(layout, far, step)

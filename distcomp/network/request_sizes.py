@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distcomp.collectives import Group, Request, is_summed_directly
+from distcomp.errors import DistcompError
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import (
     Edge,
@@ -22,6 +23,12 @@ from distcomp.network.model import (
 from distcomp.payload import HEADER
 
 Groups = tuple[Group, ...]
+"""Groups that ask side by side."""
+
+REQUEST_KINDS = (
+    "all_reduce", "ring_all_reduce", "all_gather", "all_to_all", "neighbor_exchange", "broadcast",
+)  # fmt: skip
+"""What :mod:`distcomp.network.model` has a price for."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,11 @@ class RequestSizes:
 
     ``kind``: all_reduce, ring_all_reduce (one that goes around whatever its size), all_gather, all_to_all,
     neighbor_exchange or broadcast. ``sizes``: bytes that each member sends (all_gather), that go to each
-    member (all_to_all), or one number. ``groups`` ask side by side; None is
-    one group of all. ``chunked``: the sizes are cuts of something that all members cover together.
-    ``messages``: (from, to, bytes), where ranks send different sizes; they stand for the sizes then.
+    member (all_to_all), or one number. ``groups`` ask side by side; None is one group of all. ``chunked``:
+    the sizes are cuts of something that all members cover together. ``messages``: (from, to, bytes), where
+    ranks send different sizes; they stand for the sizes then.
+
+    Raises DistcompError for another kind.
     """
 
     kind: str
@@ -41,6 +50,13 @@ class RequestSizes:
     edges: frozenset[Edge] = frozenset()
     chunked: bool = False
     messages: tuple[tuple[int, int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in REQUEST_KINDS:
+            raise DistcompError(
+                f"there is no price for {self.kind!r}; a request's traffic is one of "
+                f"{', '.join(REQUEST_KINDS)}"
+            )
 
     def exchange(self, fabric: Fabric) -> ExchangeLoad:
         """What it asks of a network of ``fabric.ranks`` ranks."""

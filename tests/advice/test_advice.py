@@ -23,6 +23,7 @@ from distcomp.advice.predict import Machine, Prediction, predict, profile_method
 from distcomp.advice.profile import ProfiledExchange, ProfiledRound, clock
 from distcomp.advice.scale import Rehearsals
 from distcomp.attaching.observe import ObservedSteps
+from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods import METHODS, parse
 from distcomp.methods.base import Method
@@ -117,6 +118,13 @@ def test_what_was_measured_beyond_the_model_is_added_per_hop() -> None:
     assert payload.cost(fabric, late).seconds == pytest.approx(payload.cost(fabric).seconds + 1e-3)
     ring = RequestSizes("ring_all_reduce", (1e5,)).exchange(fabric)
     assert ring.cost(fabric, late).seconds == pytest.approx(ring.cost(fabric).seconds + 6 * 2e-3)
+
+
+def test_traffic_of_a_kind_without_a_price_is_refused() -> None:
+    with pytest.raises(
+        DistcompError, match=r"no price for 'gather'; a request's traffic is one of all_reduce"
+    ):
+        RequestSizes("gather", (1e5,) * 4)
 
 
 def test_what_was_measured_lies_on_lines_between_sizes() -> None:
