@@ -110,7 +110,7 @@ def advise(
     if isinstance(trained, TrainingTask):
         tell("timing steps of the model")
         trained = _observed(trained, fabric), _observed(trained, fabric)
-    observed, again = sorted(trained, key=lambda trained_on: trained_on.step_s)
+    observed, again = sorted(trained, key=lambda steps: steps.step_s)
     host = Host(ranks_here, cores) if ranks_here > 1 else ALONE
     machine = Machine(observed, host, host.oversubscription)
     second = Machine(again, host, host.oversubscription)

@@ -65,8 +65,8 @@ class GroupLasso(Criterion):
     def after_step(self, step: int, pruned: Mapping[str, Pruned], rates: Mapping[int, float]) -> None:
         if step > self.until:
             return
-        for weight_ in pruned.values():
-            rate, weight = rates.get(id(weight_.parameter), 0.0), weight_.parameter.detach()
+        for pruned_weight in pruned.values():
+            rate, weight = rates.get(id(pruned_weight.parameter), 0.0), pruned_weight.parameter.detach()
             shrunk = weight.sign() * (weight.abs() - rate * self.l1).clamp(min=0) if self.l1 else weight
             for kind, strength in self.strengths:
                 shrunk = block_shrink(shrunk, kind, rate * strength, self.weighted)

@@ -238,6 +238,7 @@ def sparse_loco(
     old residuals fade. ``outer_lr`` and ``outer_momentum`` are the outer SGD's. ``optimizer_state``:
     ``keep``, ``reset`` or ``average`` it at an exchange; ``buffers``: ``average`` or ``keep`` them.
     """
+    # Gathered: ranks choose other elements each, and what an owner selected again would not be theirs.
     sparse = with_values(TopK(ratio, chunk), values)
     return Periodic(
         ErrorFeedback(from_compressor(sparse, "all_gather"), decay),
@@ -309,4 +310,5 @@ def _scheduled(averaging: Periodic, schedule: str) -> Periodic:
             "schedule is 'periodic', or 'round_robin' with a fixed period; "
             f"not {schedule!r} with {averaging.period}"
         )
+    # As many fragments as the period has steps, which take turns: one of them is due in every step.
     return replace(averaging, fragments=averaging.period)
