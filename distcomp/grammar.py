@@ -78,10 +78,10 @@ def unbracketed(text: str) -> str:
 def _matching(text: str) -> int:
     """Where the bracket that the text begins with is closed; -1 where it is not."""
     depth = 0
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         depth += (character in _OPENING) - (character in _CLOSING)
         if depth == 0:
-            return place
+            return index
     return -1
 
 
@@ -89,14 +89,14 @@ def _at_commas(rest: str, text: str) -> list[str]:
     """The settings: cut at commas that are outside of brackets and quotes."""
     pieces: list[str] = []
     depth, begin, quote = 0, 0, ""
-    for place, character in enumerate(rest):
+    for index, character in enumerate(rest):
         if quote:
             quote = "" if character == quote else quote
         elif character in "'\"":
             quote = character
         elif character == "," and depth == 0:
-            pieces.append(rest[begin:place])
-            begin = place + 1
+            pieces.append(rest[begin:index])
+            begin = index + 1
         depth += 0 if quote else (character in _OPENING) - (character in _CLOSING)
         if depth > MOST_NESTED:
             raise _too_deep()
@@ -238,7 +238,7 @@ def _fitted_tuple(value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
     if hints and len(hints) != len(value):
         raise TypeError
     return (
-        tuple(_fitted(one, hint) for one, hint in zip(value, hints, strict=True)) if hints else tuple(value)
+        tuple(_fitted(item, hint) for item, hint in zip(value, hints, strict=True)) if hints else tuple(value)
     )
 
 
@@ -262,7 +262,7 @@ def _fitted_number(value: Any, kind: type) -> Any:
 def _kind_of(hint: Any) -> str:
     """An annotation in words."""
     if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
-        return " or ".join(_kind_of(one) for one in get_args(hint))
+        return " or ".join(_kind_of(option) for option in get_args(hint))
     if hint is type(None):
         return "none"
     if hint is int:

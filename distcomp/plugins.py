@@ -26,7 +26,7 @@ GROUP = "distcomp_methods"
 IMPORT = "DISTCOMP_IMPORT"
 
 
-def load() -> None:
+def load_plugins() -> None:
     """Import all of them; those that are there already are not imported again.
 
     Raises DistcompError for one that cannot be imported.
@@ -45,14 +45,14 @@ def name_in_environment(named: Sequence[str], beside: Path | None = None) -> Non
     for folder in (Path.cwd(), *([beside.resolve()] if beside is not None else [])):
         if named and str(folder) not in sys.path:
             sys.path.append(str(folder))
-    given = [one.strip() for part in named for one in part.split(",") if one.strip()]
-    absolute = [str(Path(one).resolve()) if _is_file(one) else _as_file(one) for one in given]
+    given = [name.strip() for part in named for name in part.split(",") if name.strip()]
+    absolute = [str(Path(name).resolve()) if _is_file(name) else _as_file(name) for name in given]
     before = [os.environ[IMPORT]] if os.environ.get(IMPORT) else []
-    for one in absolute:
-        _import(one, "--import")
+    for module in absolute:
+        _import(module, "--import")
     if absolute:
         os.environ[IMPORT] = ",".join([*before, *absolute])
-    load()
+    load_plugins()
 
 
 def _is_file(named: str) -> bool:

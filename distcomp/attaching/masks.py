@@ -48,7 +48,7 @@ class Consensus:
         return self._sync.exchange(aggregator, x, {}, context).result().estimate
 
 
-def check(method: Any, target: Target) -> None:
+def check_masks(method: Any, target: Target) -> None:
     """Raise DistcompError for another model's pruner, a sharded one's, and averaging beside the computing."""
     parameters = {id(parameter) for parameter in target.module.parameters()}
     for pruner in pruners_of(method):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distcomp.attaching.groups import pool_of
-from distcomp.errors import PeerLost
+from distcomp.errors import DistcompError, PeerLost
 from distcomp.recording import Recorder
 from distcomp.runtime.channel import Channel
 from distcomp.runtime.ledger import Ledger
@@ -46,9 +47,14 @@ class Meeting:
         self.name = f"attach{ask_store(lambda: self.store.add(count, 1))}"
         self.agreement = Agreement(self.store, self.rank, self.size, self.name, timeout_s)
 
-    def refuse(self, sentence: str) -> None:
-        """Tell the other ranks, who may wait for this one, why it will not attach."""
-        self.agreement.refuse(sentence)
+    @contextmanager
+    def refusals_told(self) -> Iterator[None]:
+        """Where this rank refuses to attach, the others, who may wait for it, learn why."""
+        try:
+            yield
+        except DistcompError as error:
+            self.agreement.refuse(str(error))
+            raise
 
 
 @dataclass

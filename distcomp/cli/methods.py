@@ -15,7 +15,7 @@ from typing import Any
 from distcomp.builtin_hooks import BUILTIN_HOOKS, is_builtin, parse_builtin
 from distcomp.cli.plugins import add_import, import_plugins
 from distcomp.errors import DistcompError
-from distcomp.plugins import load as load_plugins
+from distcomp.plugins import load_plugins
 
 HOOK_SUMMARIES = {hook.name: hook.summary for hook in BUILTIN_HOOKS.values()}
 EXAMPLE_SIDE = 1000

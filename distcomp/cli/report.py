@@ -16,7 +16,7 @@ from distcomp.errors import DistcompError
 from distcomp.report import Comparison, as_json, as_text, compare, page
 from distcomp.report.claims import verdict
 from distcomp.report.page import other_names
-from distcomp.report.predicted import Predicted, as_lines, pairs, read_advice
+from distcomp.report.predicted import Predicted, as_lines, pairs_of, read_advice
 from distcomp.report.table import as_cards, rich_table
 
 DESCRIPTION = """\
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table and write the page."""
     comparison = compare_directories(arguments.runs, arguments.target)
     predicted = read_advice(arguments.advice) if arguments.advice is not None else None
-    beside = pairs(comparison, predicted) if predicted is not None else []
+    beside = pairs_of(comparison, predicted) if predicted is not None else []
     path = arguments.output or (None if arguments.json else arguments.runs[0] / "report.html")
     if path is not None:
         write_page(comparison, path, predicted)
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 def compare_directories(directories: Sequence[Path], target_loss: float | None = None) -> Comparison:
     """Read the runs in ``directories`` and compare them."""
     return compare(
-        [recording.read(directory) for directory in recording.find(list(directories))], target_loss
+        [recording.read_run(directory) for directory in recording.find_runs(list(directories))], target_loss
     )
 
 

@@ -97,7 +97,7 @@ class OwnShard(Method):
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         result = yield from self.inner.aggregate(x, state, context)
         own = chunk_views(result.estimate, _pieces(context.layout))[context.rank]
-        return replace(result, estimate=own.clone())
+        return replace(result, estimate=own.clone())  # not a view: it would keep all of the buffer alive
 
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         return self.inner.payload_bytes(layout, size, step)
@@ -134,6 +134,7 @@ def _to_owners(method: Method) -> Method:
                 return _to_owners(recipe(**values))
 
             return Scheduled(name, settings, owned)
+        # The rule sees a nameless piece of role "matrix": biases and norms go with the rest.
         case Partition(rule, special, usual):
             return _to_owners(special if rule(_SOME_PIECE) else usual)
     return OwnShard(method)

@@ -17,7 +17,7 @@ from distcomp.errors import DistcompError
 from distcomp.grammar import nested, no_such, read_settings, remember, split_call
 from distcomp.methods.base import Method
 from distcomp.methods.scheduled import with_schedules
-from distcomp.plugins import load as load_plugins
+from distcomp.plugins import load_plugins
 from distcomp.registry import COMPRESSORS, METHODS, Entry, find
 
 Recipe = TypeVar("Recipe", bound=Callable[..., Any])

@@ -42,7 +42,7 @@ class LinkTest:
     retransmitted_segments: int
 
     @property
-    def holds(self) -> bool:
+    def holds_rate(self) -> bool:
         """Are both measurements within 10 % of what was asked? Always so for an unshaped link."""
         measured = (self.achieved_bps, self.after_idle_bps)
         return self.asked_bps == UNSHAPED or all(
@@ -97,7 +97,7 @@ def message_bytes(rate_bps: float, lasting_s: float) -> int:
     return int(min(max(rate_bps / 8 * lasting_s, _LEAST_BYTES), _MOST_BYTES))
 
 
-def describe(links: Sequence[LinkTest]) -> list[str]:
+def report_lines(links: Sequence[LinkTest]) -> list[str]:
     """One line: the asked rate, and the slowest and fastest that was achieved, in bulk and after idle."""
     if not links:
         return []
@@ -105,7 +105,7 @@ def describe(links: Sequence[LinkTest]) -> list[str]:
     bulk = _range([link.achieved_bps for link in links])
     after_idle = _range([link.after_idle_bps for link in links])
     lines = [f"self-test: asked {asked}, achieved {bulk}, one message after idle {after_idle}"]
-    off = [f"{link.source} to {link.target}" for link in links if not link.holds]
+    off = [f"{link.source} to {link.target}" for link in links if not link.holds_rate]
     if off:
         lines.append(f"self-test: off by more than {_TOLERANCE:.0%}: {', '.join(off)} (is the machine busy?)")
     return lines
@@ -113,9 +113,9 @@ def describe(links: Sequence[LinkTest]) -> list[str]:
 
 def main(plan: str) -> None:
     """What each rank runs; prints its measurements as JSON."""
-    told = json.loads(plan)
-    with socket.create_server((told["address"], _PORT)) as server:
-        to_next = _connect(told["target"])
+    settings = json.loads(plan)
+    with socket.create_server((settings["address"], _PORT)) as server:
+        to_next = _connect(settings["target"])
         from_previous, _ = server.accept()
     for peer in (to_next, from_previous):
         peer.settimeout(_TIMEOUT_S)
@@ -123,8 +123,10 @@ def main(plan: str) -> None:
     rates_bps = []
     for index, idle_s in enumerate((0.0, _IDLE_S)):
         time.sleep(idle_s)
-        _start_together(to_next, from_previous, told["first"])
-        rates_bps.append(measure_link(to_next, from_previous, told["sends"][index], told["receives"][index]))
+        _start_together(to_next, from_previous, settings["first"])
+        rates_bps.append(
+            measure_link(to_next, from_previous, settings["sends"][index], settings["receives"][index])
+        )
     achieved_bps, after_idle_bps = rates_bps
     result = {"achieved_bps": achieved_bps, "after_idle_bps": after_idle_bps}
     json.dump({**result, "retransmitted_segments": retransmitted_segments()}, sys.stdout)

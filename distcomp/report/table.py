@@ -25,12 +25,12 @@ class Column:
 def columns(comparison: Comparison) -> list[Column]:
     """All columns after the method's name, those left out that have nothing to say."""
     every = _columns(comparison)
-    return [one for one in every if any(one.cell(row) != words.MISSING for row in comparison.rows)]
+    return [column for column in every if any(column.cell(row) != words.MISSING for row in comparison.rows)]
 
 
 def _columns(comparison: Comparison) -> list[Column]:
     def figure(name: str, write: words.Write) -> Callable[[MethodRow], str]:
-        return lambda row: words.spread(row.spread(name), write)
+        return lambda row: words.with_spread(row.spread(name), write)
 
     target = comparison.target_loss
     return [
@@ -48,7 +48,7 @@ def _columns(comparison: Comparison) -> list[Column]:
         ),
         Column(("seconds", "per step"), figure("step_s", words.number), "Seconds per step are the median."),
         Column(
-            ("s to loss", "" if target is None else f"≤ {words.told(target, words.loss)}"),
+            ("s to loss", "" if target is None else f"≤ {words.formatted(target, words.loss)}"),
             lambda row: words.to_target(row, comparison),
             "Seconds to a loss are of training (evaluations and what the first step takes longer are left "
             "out), until the first evaluation at or below it "
@@ -136,7 +136,7 @@ def _row(row: MethodRow) -> dict[str, Any]:
         "runs": len(row.runs),
         "seeds": [run.seed for run in row.runs],
         "steps": [run.steps for run in row.runs],
-        **{one: _spread(row.spread(one)) for one in names},
+        **{name: _spread(row.spread(name)) for name in names},
         "to_target_s": _spread(row.to_target_s),
         "reached_target": row.reached,
         "speed_up": _plain(row.speed_up),
@@ -149,8 +149,8 @@ def _run(run: Run) -> dict[str, Any]:
     return {"directory": str(run.directory), **{key: run.about.get(key) for key in wanted}}
 
 
-def _spread(found: Spread | None) -> dict[str, Any] | None:
-    return None if found is None else {"mean": _plain(found.mean), "deviation": _plain(found.deviation)}
+def _spread(spread: Spread | None) -> dict[str, Any] | None:
+    return None if spread is None else {"mean": _plain(spread.mean), "deviation": _plain(spread.deviation)}
 
 
 def _plain(value: float | None) -> float | str | None:
