@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distcomp.atomic_write import write_whole
+from distcomp.cli.tables import fitted
 from distcomp.errors import DistcompError
 
 DESCRIPTION = """\
@@ -38,11 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     if compress(again, arguments.bits) != data:
         raise DistcompError("what was coded does not read back as it was; please report this model")
     write(arguments.output, data)
-    for size in sizes(data):
-        print(f"{size.name:<40}{size.dense_bytes:>12} ->{size.stored_bytes:>10}  {size.coding}")
+    rows = [[one.name, f"{one.dense_bytes}", f"{one.stored_bytes}", one.coding] for one in sizes(data)]
+    print(fitted(["tensor", "bytes", "stored", "coding"], rows))
     dense = sum(size.dense_bytes for size in sizes(data))
     smaller = f"{dense / len(data):.1f} x smaller"
-    print(f"{dense} bytes of tensors -> {len(data)} bytes, {smaller}: {arguments.output}")
+    print(f"\n{dense} bytes of tensors -> {len(data)} bytes, {smaller}:\n{arguments.output}")
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from distcomp import recording
 from distcomp.atomic_write import write_whole
+from distcomp.cli.tables import sentence
 from distcomp.errors import DistcompError
 from distcomp.report import Comparison, as_json, as_text, compare, page
 from distcomp.report.claims import verdict
@@ -77,10 +78,10 @@ def compare_directories(directories: Sequence[Path], target_loss: float | None =
 def show(comparison: Comparison) -> None:
     """Print the table: with ``rich`` on a terminal where it is installed, in plain characters elsewhere."""
     print(_drawn(comparison))
-    print(f"\n{verdict(comparison).sentence}")
+    print(f"\n{sentence(verdict(comparison).sentence)}")
     names = other_names(comparison)
     if names:
-        print(f"also logged, and drawn on the page: {', '.join(names)}")
+        print(sentence(f"also logged, and drawn on the page: {', '.join(names)}"))
 
 
 def _drawn(comparison: Comparison) -> str:

@@ -15,48 +15,9 @@ import pytest
 
 from distcomp.cli.methods import check
 from distcomp.methods import METHODS
+from tests.project.pages import PAGES, ROOT, WRITTEN, program, snippets
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-WRITTEN = [page for page in PAGES if page != ROOT / "docs" / "methods.md" and page.parent.name != "methods"]
-
-FENCE = re.compile(r"^```(python|diff)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-
-PRELUDE = """\
-import torch, torch.distributed as dist, distcomp
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-model = nn.Linear(4, 4)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-scaler = torch.amp.GradScaler("cpu")
-"""
-WRAP = "model = DistributedDataParallel(model)\n"
-STEP = (
-    "\nmodel(torch.ones(1, 4)).sum().backward()\noptimizer.step()\nassert handle.stats()['iterations'] == 1\n"
-)
-
-
-def snippets() -> list[tuple[str, str]]:
-    """(where, program) of each Python block, and of each diff as it reads once it has been applied."""
-    found = []
-    for page in WRITTEN:
-        for number, (language, text) in enumerate(FENCE.findall(page.read_text()), start=1):
-            if language == "diff":
-                kept = (line for line in text.splitlines() if not line.startswith("-"))
-                text = "\n".join(line[1:].removeprefix(" ") for line in kept)
-            found.append((f"{page.relative_to(ROOT)}:{number}", text))
-    return found
-
-
-def program(snippet: str) -> str:
-    """A whole script as it is; a fragment after what it takes for granted, and with a step that uses it."""
-    if "import distcomp" in snippet:
-        return snippet
-    if "import horovod" in snippet:
-        return PRELUDE + snippet
-    return PRELUDE + ("" if WRAP.strip() in snippet else WRAP) + snippet + STEP
 
 
 @pytest.mark.parametrize(("where", "snippet"), snippets(), ids=[where for where, _ in snippets()])
