@@ -59,7 +59,7 @@ class Allocate(Method):
     fixes the total error and minimizes bytes, here bytes are fixed and the error is least; options of any
     kind in one ladder; errors are of the gradient with its residual, over all ranks.
 
-    Raises DistcompError for a budget that is not above 0 or beyond 100, a period below 1, and an empty ladder.
+    Raises DistcompError for a budget outside of (0, 100], a period below 1, and an empty ladder.
     """
 
     budget: Varying = 1 / 32
