@@ -42,15 +42,15 @@ TABLES = {
 """What prints a table: the command, and what must stand in it whole."""
 
 
-def training_script() -> str:
-    """The script of docs/start.md as its text says: the method left out; with more steps, and with the one
-    line that launchers/README.md asks for."""
+def training_script(names_method: bool = False) -> str:
+    """The script of docs/start.md, with more steps and with the one line that launchers/README.md asks for.
+    Its method is left out, as the page says, where the shell is to choose it."""
     script = python_block("docs/start.md", "# this one")
-    for old, new in (
-        (", distcomp.qsgd(bits=4))", ")"),
+    changes = [
         ("range(3)", "range(30)"),
         ('dist.init_process_group("gloo")', "distcomp.init_process_group()"),
-    ):
+    ]
+    for old, new in changes if names_method else [(", distcomp.qsgd(bits=4))", ")"), *changes]:
         assert script.count(old) == 1, old
         script = script.replace(old, new)
     return script
