@@ -200,14 +200,15 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     wanted = parser.parse_args().parts or list(PARTS)
     path = RESULTS / "newcomer.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    found = {part: before[part] for part in PARTS if part in before and part not in wanted}
+    found: dict[str, dict[str, Any]] = {}
     for part in wanted:
         with tempfile.TemporaryDirectory() as directory:
             found[part] = {}
             for what, outcome in PARTS[part](Path(directory)):
                 print(f"{outcome['outcome']:<8} {part}: {what}", file=sys.stderr, flush=True)
                 found[part][what] = outcome
+    before = json.loads(path.read_text()) if path.exists() else {}
+    found = {part: found.get(part, before.get(part, {})) for part in PARTS}
     everything = [one["outcome"] for part in found.values() for one in part.values()]
     failed = sum(outcome.startswith("failed") for outcome in everything)
     counts = {

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distcomp import recording
-from distcomp.atomic_write import write_whole
+from distcomp.cli.outputs import write_output
 from distcomp.cli.tables import sentence
-from distcomp.errors import DistcompError
 from distcomp.report import Comparison, as_json, as_text, compare, page
 from distcomp.report.claims import verdict
 from distcomp.report.page import other_names
@@ -101,8 +100,6 @@ def _drawn(comparison: Comparison) -> str:
 
 
 def write_page(comparison: Comparison, path: Path, predicted: Predicted | None = None) -> None:
-    """Write the page whole or not at all."""
-    try:
-        write_whole(path, page(comparison, predicted).encode("utf-8", errors="replace"))
-    except OSError as error:
-        raise DistcompError(f"{path} cannot be written ({error}); name another file with -o") from None
+    """Write the page whole or not at all; only another page is replaced."""
+    text = page(comparison, predicted).encode("utf-8", errors="replace")
+    write_output(path, text, b'<meta name="generator" content="distcomp">', "page of distcomp report")
