@@ -6,7 +6,7 @@
 ``commands``: every line behind a ``$`` in README, docs, CONTRIBUTING, launchers/ and docker/, page by page in
 a directory of its own that holds examples, launchers, a model and the script of docs/start.md; what had to be
 written otherwise (host names, ports, processes per node) and what cannot be run here is said with its reason.
-``blocks``: every Python block. ``tables``: what prints one, in 60, 72, 80 and 120 columns, on a terminal and
+``blocks``: every Python block. ``tables``: what prints one, in 60, 80 and 120 columns, on a terminal and
 in a pipe: no name cut, no line too wide. ``own``: CONTRIBUTING's compressor and method in the emulator's
 table. Fails where anything of it does.
 """
@@ -23,20 +23,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from benchmarks._common import arguments_of, write
 from benchmarks._places import RESULTS, ROOT
+from distcomp import recording
 from tests.project import newcomer
 from tests.project.pages import Command, commands, program, snippets
 from tests.terminal import faults, shown
 
 OK = "ok"
 LIMIT_S = 900
-WIDTHS = (60, 72, 80, 120)
+WIDTHS = (60, 80, 120)
 
 NOT_RUN = {
     r"^pip install": "it installs; benchmarks/install.py does so with every extra",
@@ -135,9 +137,11 @@ def _since(began_s: float) -> float:
     return round(time.perf_counter() - began_s, 1)
 
 
-def run_commands(where: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def run_commands(where: Path, pages: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """Page by page: what one line writes the next may read."""
     for page, told in groupby(commands(), key=lambda one: one.where):
+        if pages and page not in pages:
+            continue
         here = newcomer.furnish(where / re.sub(r"\W", "-", page))
         shutil.rmtree(here / "runs")
         for command in told:
@@ -198,28 +202,36 @@ PARTS: dict[str, Part] = {
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
-    wanted = parser.parse_args().parts or list(PARTS)
-    path = RESULTS / "newcomer.json"
-    found: dict[str, dict[str, Any]] = {}
-    for part in wanted:
+    parser.add_argument("--page", action="append", default=[], help="of commands: those of this page alone")
+    asked = parser.parse_args()
+    failed = 0
+    for part in asked.parts or list(PARTS):
+        found: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as directory:
-            found[part] = {}
-            for what, outcome in PARTS[part](Path(directory)):
+            make = partial(run_commands, pages=asked.page) if part == "commands" else PARTS[part]
+            for what, outcome in make(Path(directory)):
                 print(f"{outcome['outcome']:<8} {part}: {what}", file=sys.stderr, flush=True)
-                found[part][what] = outcome
+                found[what] = outcome
+        failed += sum(one["outcome"].startswith("failed") for one in found.values())
+        _merge(part, found, keep=bool(asked.page))
+    if failed:
+        raise SystemExit(f"{failed} things that the pages say do not hold; results/newcomer.json says which")
+
+
+def _merge(part: str, found: dict[str, Any], keep: bool) -> None:
+    """Write the part; other parts, and where only some pages ran the other pages, stay as they were."""
+    path = RESULTS / "newcomer.json"
     before = json.loads(path.read_text()) if path.exists() else {}
-    found = {part: found.get(part, before.get(part, {})) for part in PARTS}
-    everything = [one["outcome"] for part in found.values() for one in part.values()]
-    failed = sum(outcome.startswith("failed") for outcome in everything)
+    parts = {name: before[name] for name in PARTS if name in before}
+    parts[part] = {**(parts.get(part, {}) if keep else {}), **found}
+    everything = [one["outcome"] for told in parts.values() for one in told.values()]
     counts = {
         "ok": everything.count(OK),
-        "not_run": len(everything) - everything.count(OK) - failed,
-        "failed": failed,
+        "not_run": sum(outcome.startswith("not run") for outcome in everything),
+        "failed": sum(outcome.startswith("failed") for outcome in everything),
     }
-    write("newcomer", {**counts, **found})
-    print(counts)
-    if failed:
-        raise SystemExit(f"{failed} things that the pages say do not hold; {path} says which")
+    commits = {**before.get("commits", {}), part: recording.surroundings(ROOT)["commit"]}
+    write("newcomer", {"commits": commits, **counts, **parts})
 
 
 if __name__ == "__main__":
