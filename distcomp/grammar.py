@@ -33,6 +33,7 @@ from distcomp.registry import COMPRESSORS, METHODS
 from distcomp.schedule import ARROWS, Schedule
 
 MOST_CHARACTERS = 10_000
+MOST_IN_A_WORD = 100
 MOST_NESTED = 20
 LARGEST_INTEGER = 2**31 - 1
 """Counts of bits, elements and steps: what is larger would overflow further down, far from who wrote it."""
@@ -146,12 +147,22 @@ def read_settings(name: str, texts: Mapping[str, str | None], make: Callable[...
 
 
 def _read(text: str, hint: Any) -> Any:
-    """A literal, or a word; where a word is wanted, also one that looks like a number."""
+    """A literal, or a word; where only a text is wanted, also one that looks like something else."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         value = _WORDS.get(text.lower(), text)
-    return text if hint is str and not isinstance(value, str) else value
+    if hint is str and not isinstance(value, str):
+        return text
+    return text if text.lower() == "none" and not _fits(None, hint) and _fits(text, hint) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    try:
+        _fitted(value, hint)
+    except TypeError:
+        return False
+    return True
 
 
 def no_such(what: str, name: str, known: typing.Iterable[str]) -> DistcompError:
@@ -192,6 +203,8 @@ def checked(name: str, settings: Mapping[str, Any], make: Callable[..., Any]) ->
     for key, value in settings.items():
         hint = hints.get(key, Any)
         try:
+            if hint is str and isinstance(value, str) and len(value) > MOST_IN_A_WORD:
+                raise TypeError
             values[key] = _fitted(value, hint)
         except TypeError:
             default = parameters[key].default
@@ -213,9 +226,15 @@ def _fitted(value: Any, hint: Any) -> Any:
         return _fitted_tuple(value, get_args(hint))
     if kind in (int, float):
         return _fitted_number(value, kind)
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or _is_long_word(value):
         raise TypeError
     return value
+
+
+def _is_long_word(value: object) -> bool:
+    """Whether it is a text of many characters, and cannot be that of a method, a compressor or a schedule."""
+    is_long = isinstance(value, str) and len(value) > MOST_IN_A_WORD
+    return is_long and ":" not in str(value) and not is_schedule(value)
 
 
 def _fitted_to_one(value: Any, hints: tuple[Any, ...]) -> Any:
@@ -254,7 +273,7 @@ def _fitted_number(value: Any, kind: type) -> Any:
         number = float(value)
     except (OverflowError, ValueError) as error:
         raise TypeError from error
-    if math.isnan(number):
+    if not math.isfinite(number):
         raise TypeError
     return number
 
@@ -345,7 +364,7 @@ def written(value: Any) -> str:
     if isinstance(value, int | float | tuple):
         return repr(value)
     text = str(value)
-    return f"({text})" if ":" in text or "," in text else text
+    return f"({text})" if ":" in text or "," in text or text in _WORDS else text
 
 
 def _is_word(text: str) -> bool:
@@ -361,5 +380,10 @@ def _written_text(text: str) -> str:
 
 
 def is_schedule(value: object) -> bool:
-    """Whether a value is meant to be the text of a schedule."""
-    return isinstance(value, str) and "@" in value and any(arrow in value for arrow in ARROWS)
+    """Whether a value is meant to be the text of a schedule: that of a method may hold one behind a colon."""
+    return (
+        isinstance(value, str)
+        and "@" in value
+        and ":" not in value
+        and any(arrow in value for arrow in ARROWS)
+    )

@@ -103,6 +103,10 @@ class Layout:
         one."""
         return sum(-(-param.numel // alignment) for param in self.slices)
 
+    def within(self, block: int) -> int:
+        """The block, cut to the longest parameter: beyond that it would be padding, in each of them."""
+        return min(block, max([1, *self.sizes]))
+
     def split(self, parts: int, alignment: int) -> tuple[Layout, ...]:
         """Cut into consecutive chunks of nearly equal numbers of blocks; no block is cut.
 

@@ -16,14 +16,18 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 from distcomp.errors import DistcompError
+from distcomp.registry import find
 
 GROUP = "distcomp_methods"
 IMPORT = "DISTCOMP_IMPORT"
+
+Found = TypeVar("Found")
 
 
 def load_plugins() -> None:
@@ -35,6 +39,13 @@ def load_plugins() -> None:
         _import(entry.value.partition(":")[0], f"the entry point {entry.name} of {GROUP}")
     for named in filter(None, (part.strip() for part in os.environ.get(IMPORT, "").split(","))):
         _import(named, IMPORT)
+
+
+def lookup(table: Mapping[str, Found], name: str) -> Found | None:
+    """The entry of a name, or None; brings in what others have brought before it gives up."""
+    if find(table, name) is None:
+        load_plugins()
+    return table.get(name)
 
 
 def name_in_environment(named: Sequence[str], beside: Path | None = None) -> None:

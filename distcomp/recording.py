@@ -301,11 +301,13 @@ def _check_about(about: Any) -> None:
     for name in ("asked", "fabric", "packets", "achieved"):
         if not isinstance(network.get(name), str | None):
             raise ValueError(f"network/{name} is {str(network[name])[:40]!r}")
-    for link in network.get("links") or ():
+    links = network.get("links")
+    if links is not None and not (isinstance(links, list) and all(isinstance(one, dict) for one in links)):
+        raise ValueError(f"network/links is {str(links)[:40]!r}")
+    for link in links or ():
         for name in ("asked_bps", "achieved_bps", "after_idle_bps"):
-            value = _mapping("a link", link).get(name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise ValueError(f"{name} is {str(value)[:40]!r}")
+            if link.get(name) != math.inf:
+                _check_counted(name, link.get(name))
 
 
 def measured(value: object) -> float | None:

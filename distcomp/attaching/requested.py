@@ -26,12 +26,13 @@ def record_attached(
 def _note(given: Any, chosen: Any, rank: int) -> dict[str, Any]:
     """What the record says of the method ``chosen``, which ``attach`` was ``given`` as an object, as text, or
     not at all: ``method``, in the words of ``DISTCOMP_METHOD`` where that names the same method, and
-    ``method_from``, ``"script"`` or ``"environment"``.
+    ``method_from``, ``"script"`` or ``"environment"``. The very text of the environment is taken for handed
+    on, as examples/digits.py does.
 
     Warns on rank 0 where the environment asks for another method than the script names.
     """
     asked = os.environ.get(METHOD)
-    if given is None:
+    if given is None or given == asked:
         return {"method": asked, "method_from": "environment"}
     same = asked is not None and _is(asked, chosen)
     if asked is not None and not same and rank == 0:

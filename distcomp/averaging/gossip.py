@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distcomp.averaging.base import Averaging, AveragingContext, agreed
-from distcomp.averaging.topology import MixingRow, Topology, resolve
+from distcomp.averaging.topology import MixingRow, Topology, check_name, resolve
 from distcomp.collectives import NeighborExchange, Rounds
 from distcomp.compressors import Compressor, Identity
 from distcomp.compressors.contraction import measured_contraction, relative_error
@@ -35,6 +35,12 @@ NeighbourPayloads = Mapping[int, Payload]
 """Neighbour -> what it sent."""
 
 
+def check_step(step: float, name: str) -> None:
+    """Raise DistcompError for a part of the way to the neighbours' mean that is none of it, or beyond it."""
+    if not 0 < step <= 1:
+        raise DistcompError(f"{name} is above 0 and at most 1, not {step:.3g}; leave it at its default")
+
+
 @dataclass(frozen=True)
 class Gossip(Averaging):
     """What all gossip has in common: a compressor, a topology, and one payload to each neighbour.
@@ -47,6 +53,11 @@ class Gossip(Averaging):
 
     compressor: Compressor = field(default_factory=Identity)
     topology: str | Topology = "ring"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.topology, str):
+            check_name(self.topology)
 
     @property
     def starts_anew(self) -> bool:
@@ -206,6 +217,11 @@ class Choco(Gossip):
 
     gamma: float | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gamma is not None:
+            check_step(self.gamma, "gamma")
+
     def init(self, x: Tensor, context: AveragingContext) -> State:
         return {
             "public": FlatBuffer(x.clone(), context.layout),
@@ -258,6 +274,10 @@ class DeepSqueeze(Gossip):
     """
 
     eta: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_step(self.eta, "eta")
 
     def init(self, x: Tensor, context: AveragingContext) -> State:
         return {"residual": FlatBuffer(torch.zeros_like(x), context.layout)}

@@ -270,10 +270,15 @@ def resolve(topology: str | Topology, size: int) -> Topology:
     return made
 
 
-def _named(name: str, size: int) -> Topology:
+def check_name(name: str) -> None:
+    """Raise DistcompError unless there is a topology of that name."""
     if name not in TOPOLOGIES:
         known = ", ".join(TOPOLOGIES)
-        raise DistcompError(f"there is no topology {name!r}; use one of {known}, or a Topology")
+        raise DistcompError(f"there is no topology {name[:80]!r}; use one of {known}, or a Topology")
+
+
+def _named(name: str, size: int) -> Topology:
+    check_name(name)
     return TOPOLOGIES[name](size)
 
 

@@ -28,7 +28,7 @@ from distcomp.methods.base import StepContext
 from distcomp.methods.from_compressor import from_compressor
 from distcomp.methods.registry import compressor_of
 from distcomp.payload import Payload
-from distcomp.registry import find
+from distcomp.plugins import lookup
 from distcomp.runtime.unanimous import numbers_of_all
 from distcomp.transports.types import ProcessGroup
 
@@ -314,7 +314,7 @@ def _pieces(given: Tensor | Sequence[Tensor], count: int, like: Tensor) -> list[
 
 def _method(chosen: Chosen, dtype: torch.dtype) -> Method | None:
     """How it is summed; None for the exact sum in the tensor's own dtype."""
-    if isinstance(chosen, str) and find(METHODS, split_call(chosen, "method")[0]) is not None:
+    if isinstance(chosen, str) and lookup(METHODS, split_call(chosen, "method")[0]) is not None:
         chosen = parse(chosen)
     method = chosen if isinstance(chosen, Method) else from_compressor(compressor_of(chosen))
     method.check(None)

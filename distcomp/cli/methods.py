@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(listed, indent=2))
         return 0
     width = min(shutil.get_terminal_size().columns, 100)
-    print("Methods, by the name that attach() and --method take (d parameters, n ranks)\n")
+    heading = "Methods, by the name that attach() and --method take (d parameters, n ranks)"
+    print(f"{textwrap.fill(heading, width)}\n")
     for one in methods():
         print(_paragraph(one, width))
     print("Compressors, which methods carry\n")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distcomp import recording
-from distcomp.atomic_write import write_whole
-from distcomp.errors import DistcompError
+from distcomp.cli.outputs import write_output
+from distcomp.cli.tables import sentence
 from distcomp.report import Comparison, as_json, as_text, compare, page
 from distcomp.report.claims import verdict
 from distcomp.report.page import other_names
@@ -77,10 +77,10 @@ def compare_directories(directories: Sequence[Path], target_loss: float | None =
 def show(comparison: Comparison) -> None:
     """Print the table: with ``rich`` on a terminal where it is installed, in plain characters elsewhere."""
     print(_drawn(comparison))
-    print(f"\n{verdict(comparison).sentence}")
+    print(f"\n{sentence(verdict(comparison).sentence)}")
     names = other_names(comparison)
     if names:
-        print(f"also logged, and drawn on the page: {', '.join(names)}")
+        print(sentence(f"also logged, and drawn on the page: {', '.join(names)}"))
 
 
 def _drawn(comparison: Comparison) -> str:
@@ -100,8 +100,6 @@ def _drawn(comparison: Comparison) -> str:
 
 
 def write_page(comparison: Comparison, path: Path, predicted: Predicted | None = None) -> None:
-    """Write the page whole or not at all."""
-    try:
-        write_whole(path, page(comparison, predicted).encode("utf-8", errors="replace"))
-    except OSError as error:
-        raise DistcompError(f"{path} cannot be written ({error}); name another file with -o") from None
+    """Write the page whole or not at all; only another page is replaced."""
+    text = page(comparison, predicted).encode("utf-8", errors="replace")
+    write_output(path, text, b'<meta name="generator" content="distcomp">', "page of distcomp report")

@@ -14,8 +14,9 @@ from torch import Tensor
 from distcomp.grammar import checked, hints_of, nested, no_such, read_settings, split_call, write_call
 from distcomp.layout import Layout
 from distcomp.payload import Parts, Payload, wire_bytes
+from distcomp.plugins import lookup
 from distcomp.randomness import Key
-from distcomp.registry import COMPRESSORS, CompressorEntry, find
+from distcomp.registry import COMPRESSORS, CompressorEntry
 
 
 class Compressor(ABC):
@@ -117,7 +118,7 @@ def parse_compressor(given: Compressor | str) -> Compressor:
     if isinstance(given, Compressor):
         return given
     name, texts = split_call(given, "compressor")
-    entry = find(COMPRESSORS, name)
+    entry = lookup(COMPRESSORS, name)
     if entry is None:
         raise no_such("compressor", name, COMPRESSORS)
     with nested():

@@ -127,7 +127,7 @@ class NonUniform(Compressor):
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
-        rows = to_rows(x, layout, self.block)
+        rows = to_rows(x, layout, layout.within(self.block))
         norms = _norms(rows, self.norm)
         payload["scales"].copy_(norms)
         # Clamped, for a quotient of two numbers that are nearly equal may round to just above 1.
@@ -159,7 +159,9 @@ class NonUniform(Compressor):
         exponents = (levels + (127 - self.levels)).to(torch.int32) << MANTISSA
         share = torch.where(levels > 0, exponents.view(torch.float32), 0.0)
         share = torch.where(negative, -share, share)
-        value = from_rows(to_rows(share, layout, self.block) * payload["scales"][:, None], layout)
+        value = from_rows(
+            to_rows(share, layout, layout.within(self.block)) * payload["scales"][:, None], layout
+        )
         if add:
             out += value
         else:

@@ -59,7 +59,7 @@ class Allocate(Method):
     fixes the total error and minimizes bytes, here bytes are fixed and the error is least; options of any
     kind in one ladder; errors are of the gradient with its residual, over all ranks.
 
-    Raises DistcompError for a budget or a period that is not above 0, and an empty ladder.
+    Raises DistcompError for a budget outside of (0, 100], a period below 1, and an empty ladder.
     """
 
     budget: Varying = 1 / 32
@@ -69,9 +69,10 @@ class Allocate(Method):
     needs = frozenset({NAMES})
 
     def __post_init__(self) -> None:
-        if extremes(self.budget)[0] <= 0 or extremes(self.period)[0] < 1:
+        low, high = extremes(self.budget)
+        if not 0 < low <= high <= 100 or extremes(self.period)[0] < 1:
             raise DistcompError(
-                f"budget={self.budget} is a part of float32's bytes, above 0, "
+                f"budget={self.budget} is a part of float32's bytes, above 0 and at most 100, "
                 f"and period={self.period} counts steps, 1 or more"
             )
         if not self.ladder:

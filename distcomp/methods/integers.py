@@ -25,6 +25,7 @@ WORD_BITS = 32
 SMALLEST_RANGE = 2.0**-120
 """A range that is smaller counts as zero: nothing is divided by it."""
 
+LARGEST_SIDE = 2**20
 LARGEST_LEVEL = 2**22
 """Integers up to here are rounded right in float32, with two bits to spare."""
 
@@ -159,8 +160,8 @@ class HomomorphicQuantizer(Method):
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         s = self.levels(context.size)
-        rows = to_rows(x, context.layout, self.block)
         # Rounded up: a range below the largest magnitude would clamp it, which is biased.
+        rows = to_rows(x, context.layout, context.layout.within(self.block))
         r = yield from largest_of_all(_bfloat16_above(rows.abs().amax(1)))
         r = torch.where(r < SMALLEST_RANGE, 0.0, r)
 
@@ -169,7 +170,7 @@ class HomomorphicQuantizer(Method):
         total = yield from sum_integers(q, self.width(context.size))
 
         def decoded(integers: Tensor, times: float) -> Tensor:
-            levels = to_rows(integers.float(), context.layout, self.block)
+            levels = to_rows(integers.float(), context.layout, context.layout.within(self.block))
             return from_rows(levels * (r * (times / s))[:, None], context.layout)
 
         return AggregateResult(decoded(total, 1 / context.size), lambda: decoded(q, 1.0), state)
@@ -255,16 +256,17 @@ class RandomHadamard(Method):
     Source: Suresh et al., "Distributed mean estimation with limited communication", ICML 2017; Li et al.,
     THC, NSDI 2024.
 
-    Raises DistcompError where ``block`` is not a power of two.
+    Raises DistcompError where ``block`` is not a power of two up to 2^20: every parameter is padded to it.
     """
 
     inner: Method
     block: int = 512
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.block & (self.block - 1):
+        if not 1 <= self.block <= LARGEST_SIDE or self.block & (self.block - 1):
             raise DistcompError(
-                f"a Hadamard matrix has a power of two for its side, not {self.block}; use 512"
+                f"a Hadamard matrix has a power of two for its side, at most {LARGEST_SIDE:,}, not "
+                f"{self.block}; use 512"
             )
 
     def padded(self, layout: Layout) -> Layout:

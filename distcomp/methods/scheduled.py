@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from torch import Tensor
 
@@ -84,8 +85,11 @@ def _value(setting: Any, step: int) -> Any:
     """The setting's value in a step: a whole number where all of the schedule's are."""
     if not isinstance(setting, Schedule):
         return setting
-    whole = all(float(value).is_integer() for value in setting.values)
-    return round(setting(step)) if whole else setting(step)
+    return round(setting(step)) if _whole(setting) else setting(step)
+
+
+def _whole(schedule: Schedule) -> bool:
+    return all(float(value).is_integer() for value in schedule.values)
 
 
 def _form(state: State) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -125,6 +129,9 @@ def with_schedules(recipe: Recipe, everywhere: bool = True) -> Recipe:
                 f"{title}: {fixed} cannot change with the step; give one value"
                 + (f" (a schedule may be given for {', '.join(may)})" if may else "")
             )
+        broken = [name for name in changing if hints_of(recipe)[name] is int and not _whole(read[name])]
+        if broken:
+            raise DistcompError(f"{title}: {broken[0]} counts; give a schedule of whole numbers")
         fixed_ = {name: setting for name, setting in read.items() if name not in changing}
         read |= checked(title, fixed_, recipe)
         if changing:
@@ -140,10 +147,10 @@ def _read(setting: Any) -> Any:
 
 
 def _is_number(hint: Any) -> bool:
-    """Whether an annotation admits a number."""
-    return hint in (int, float) or any(
-        _is_number(argument) for argument in get_args(hint) if argument is not bool
-    )
+    """Whether an annotation admits a number; a tuple of numbers is none."""
+    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
+        return any(_is_number(one) for one in get_args(hint))
+    return hint in (int, float)
 
 
 EXACT = from_compressor(Identity())

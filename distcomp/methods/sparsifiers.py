@@ -11,6 +11,7 @@ from distcomp.collectives import Broadcast, Rounds
 from distcomp.compressors import Cast, Compressor, Identity, RandomK, TopK
 from distcomp.compressors.topk import put_values, with_values
 from distcomp.errors import DistcompError
+from distcomp.grammar import unbracketed
 from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
 from distcomp.methods.basic import except_small, with_feedback
@@ -165,7 +166,7 @@ def _placed(result: AggregateResult, where: Tensor, like: Tensor) -> AggregateRe
 def _summed(values: str | Method, residual: bool) -> Method:
     if isinstance(values, str) and values in SUMMED:
         return OWED[values] if residual else SUMMED[values]
-    name = values.partition(":")[0].strip("( ") if isinstance(values, str) else ""
+    name = unbracketed(values).partition(":")[0].strip() if isinstance(values, str) else ""
     if isinstance(values, str) and name not in METHODS:
         raise DistcompError(
             f"values cannot be summed as {values!r}; use one of {', '.join(SUMMED)}, or a method"

@@ -79,8 +79,8 @@ class Figures:
         return next((accuracy for accuracy in accuracies if accuracy is not None), None)
 
     def reached(self, target_loss: float) -> Point | None:
-        """The first evaluation at or below the target."""
-        below = (p for p in self.curve if p.test_loss is not None and p.test_loss <= target_loss)
+        """The first evaluation at or below the target; a loss that is not finite is at none."""
+        below = (p for p in self.curve if p.test_loss is not None and -math.inf < p.test_loss <= target_loss)
         return next(below, None)
 
 

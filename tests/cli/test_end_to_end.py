@@ -281,6 +281,28 @@ def test_a_script_that_names_the_first_method_itself_is_refused_before_the_secon
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["01-qsgd-bits=4"]
 
 
+def test_a_script_that_hands_the_environment_s_method_on_is_compared(tmp_path: Path) -> None:
+    """As examples/digits.py does, with an option whose default is the variable."""
+    handed = STUBBORN.replace("METHOD", 'os.environ["DISTCOMP_METHOD"]').replace(
+        "import torch\n", "import os, torch\n", 1
+    )
+    (tmp_path / "handed.py").write_text(handed)
+    script = ["--no-packets", "--ranks", "1", "-o", "out", "handed.py"]
+    status, out, err = said(tmp_path, "emulate", "--methods", "bf16; qsgd:bits=4", *script)
+    assert status == 0, (out, err)
+    runs = [recording.read(path) for path in recording.find([tmp_path / "out"])]
+    assert [run.method for run in runs] == ["bf16", "qsgd:bits=4"]
+
+
+def test_a_script_that_names_a_text_is_found_out_by_the_next_method(tmp_path: Path) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN.replace("METHOD", '"bf16"'))
+    script = ["--no-packets", "--ranks", "1", "-o", "out", "stubborn.py"]
+    status, _, err = said(tmp_path, "emulate", "--methods", "bf16; qsgd:bits=4", *script)
+    assert status == 2
+    assert "attached bf16 and not qsgd:bits=4" in err
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
 def test_run_records_what_was_attached_and_says_where_that_is_not_what_was_asked_for(tmp_path: Path) -> None:
     (tmp_path / "stubborn.py").write_text(STUBBORN.replace("METHOD", "'qsgd:bits=4'"))
     status, out, err = said(tmp_path, "run", "--method", "bf16", "-o", "out", "stubborn.py")

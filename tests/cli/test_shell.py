@@ -168,6 +168,7 @@ MISTAKES = {
     "no run": (["report", "{tmp}"], "holds no run"),
     "a run without end": (["report", "{tmp}/absent"], "holds no run"),
     "a page that cannot be written": (["report", "{runs}", "-o", "{tmp}/no/where.html"], "cannot be written"),
+    "a page over a script": (["report", "{runs}", "-o", "{script}"], "is no page of distcomp report"),
     "a target that is no number": (["report", "{runs}", "--target", "low"], "invalid float"),
     "no script": (["emulate", "{tmp}/absent.py"], "is not a file"),
     "nothing to run": (["run"], "required: SCRIPT"),
