@@ -68,7 +68,7 @@ class ParameterSync(Sync):
         super().__init__(averaging, session, clock)
         self._session = session
         self._channel = session.channel
-        self._lost: frozenset[int] = frozenset()
+        self._lost: set[int] = set()
         self._optimizer = optimizer
         self._seed = seed
         self._weights = Weights(target.module, target.ignored)
@@ -144,10 +144,11 @@ class ParameterSync(Sync):
         self.last = Iteration(self.iterations - 1, self._timeline, begin_s, sent)
 
     def _warn_of_loss(self) -> None:
-        """Say once that a rank is lost and training goes on."""
-        for rank in sorted(self._session.lost - self._lost):
-            warnings.warn(f"rank {rank} is lost; training goes on without it", stacklevel=2)
-        self._lost = self._session.lost
+        """Say once, of each rank that is lost, that training goes on without it."""
+        for rank, reason in sorted(self._session.lost.items()):
+            if rank not in self._lost:
+                warnings.warn(f"rank {rank} {reason}; training goes on without it", stacklevel=2)
+                self._lost.add(rank)
 
     # ----------------------------------------------------------------------------------------- exchanges
 
@@ -161,7 +162,7 @@ class ParameterSync(Sync):
         if not fragment.due(self.iterations):
             return
         aggregation = fragment.aggregate(
-            self._weights.read(fragment.layout), self.iterations, self._seed, self._session.lost
+            self._weights.read(fragment.layout), self.iterations, self._seed, frozenset(self._session.lost)
         )
         fragment.in_flight = InFlight(self.iterations + fragment.averaging.overlap, self._drive(aggregation))
         self._apply(fragment)
@@ -209,8 +210,8 @@ class ParameterSync(Sync):
         """The mean over the ranks that are there."""
         mean = self._ask(from_compressor(Identity()), x, layout)
         self._warn_of_loss()
-        present = self._session.size - len(self._session.lost)
-        return mean * (self._session.size / present) if self._session.lost else mean
+        size, present = self._session.size, self._session.present
+        return mean if present == size else mean * (size / present)
 
     def _begin_alike(self) -> None:
         """Take rank 0's weights and buffers, and start all fragment states from them."""

@@ -116,9 +116,14 @@ class Session:
         return self._heartbeat.name
 
     @property
-    def lost(self) -> frozenset[int]:
-        """Ranks that are known to be gone, where the line goes on without them."""
-        return frozenset(self._transport.lost) if isinstance(self._transport, ResilientP2P) else frozenset()
+    def lost(self) -> Mapping[int, str]:
+        """Ranks without which the line goes on, and why."""
+        return self._transport.lost if isinstance(self._transport, ResilientP2P) else {}
+
+    @property
+    def present(self) -> int:
+        """How many ranks took part in what all were last asked."""
+        return self._transport.present if isinstance(self._transport, ResilientP2P) else self.size
 
     def take_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Copy rank 0's tensors, bit for bit, into those of the same shapes here.
