@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer
 from distcomp.attaching import masks
 from distcomp.attaching.agreement import Loads
 from distcomp.attaching.arguments import check_arguments, check_optimizer
+from distcomp.attaching.averageable import edges_of, refuse_averaging
 from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.builtin_hooks import BuiltinHookSync
 from distcomp.attaching.ddp import GradientSync
@@ -23,7 +24,7 @@ from distcomp.attaching.exchanges import PREFIX, TensorExchanges, checked_exchan
 from distcomp.attaching.fsdp import FSDPSync, refuse_gathers, refuse_sharded
 from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
-from distcomp.attaching.parameters import ParameterSync, edges_of, refuse_averaging
+from distcomp.attaching.parameters import ParameterSync
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.requested import attached_note
 from distcomp.attaching.session import Meeting, Session

@@ -1,8 +1,8 @@
 """A notice board: one rank keeps what all ranks say of themselves, over sockets of its own.
 
-Lines of JSON. A rank says ``{"rank", "token", "id", "at", "doing", "ask", "left",
-"notes"}``; the board answers ``{"id", "notes"}``, and with ``ask`` a ``"view"`` of every rank. Ages are durations by the board's own
-clock: no two clocks are ever compared.
+Lines of JSON. A rank says ``{"rank", "token", "id", "at", "doing", "ask", "left", "notes"}``; the board
+answers ``{"id", "notes"}``, and with ``ask`` a ``"view"`` of every rank. Ages are durations by the board's
+own clock: no two clocks are ever compared.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ HERE, LEFT, GONE = "here", "left", "gone"
 
 @dataclass
 class Board:
-    """What is known of each rank: when it was heard, how far it has come, what it waits for, whether it left or
-    is gone."""
+    """What is known of each rank: when it was heard, how far it has come, what it waits for, whether it left
+    or is gone.
+    """
 
     size: int
     notes: list[str] = field(default_factory=list)
