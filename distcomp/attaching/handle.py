@@ -151,7 +151,7 @@ def _open(
     clock = clock_of(target.called)
     sync: BuiltinHookSync | GradientSync | ParameterSync
     if isinstance(chosen, str):
-        sync = BuiltinHookSync(chosen, target.group, session, clock)
+        sync = BuiltinHookSync(chosen, target.as_ddp(), session, clock)
     elif isinstance(chosen, Method):
         sync = GradientSync(target.as_ddp(), chosen, session, clock, seed, scaler)
     else:
@@ -405,7 +405,7 @@ def _method(method: Chosen | None) -> Chosen:
 def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None:
     """What cannot be served, named with its reason."""
     for name, parameter in target.module.named_parameters():
-        if parameter.is_complex():
+        if parameter.is_complex() and parameter.requires_grad and name not in target.ignored:
             raise DistcompError(
                 f"{name} is complex, which is neither averaged nor compressed; keep it as two real tensors "
                 "(torch.view_as_real)"

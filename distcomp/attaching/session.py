@@ -66,6 +66,8 @@ class Session:
     _heartbeat: Heartbeat
     _transport: Carrier
     _give_back: Callable[[], None]
+    group: dist.ProcessGroup
+    """The process group of the method's own, whose timeout is ``timeout_s``."""
 
     @staticmethod
     def open(
@@ -108,7 +110,9 @@ class Session:
         def give_back() -> None:
             pool.free[number] = group
 
-        return Session(rank, size, channel, ledger, recorder, timeout_s, heartbeat, transport, give_back)
+        return Session(
+            rank, size, channel, ledger, recorder, timeout_s, heartbeat, transport, give_back, group
+        )
 
     @property
     def name(self) -> str:
@@ -142,6 +146,10 @@ class Session:
             raise self._heartbeat.diagnose(error) from error
         for tensor, piece in zip(tensors, torch.split(wire, [one.numel() for one in own]), strict=True):
             tensor.data.copy_(piece.clone().view(tensor.dtype).view_as(tensor))
+
+    def diagnose(self, error: Exception) -> PeerLost:
+        """The error that names who is lost, where an exchange has failed with ``error``."""
+        return self._heartbeat.diagnose(error)
 
     def leave_note(self, sentence: str) -> None:
         """Tell those who will wait for this rank in vain why it does not come."""
