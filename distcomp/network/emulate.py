@@ -244,7 +244,7 @@ def emulate(
     with _holder() as control:
         net = _build(fabric, control, packets, force_rootless)
         if net.real_packets and selftest:
-            net.links = link_self_test.measure(net)
+            net.links = link_self_test.measure(fabric, net.addresses, net.run_on)
         yield net
 
 

@@ -29,7 +29,7 @@ class GlooP2P:
     does not answer.
 
     Nothing waits before it must: requests are started in the order in which every rank starts them, and Gloo
-    matches messages between two ranks in that order.
+    matches messages of one length between two ranks in that order.
     """
 
     def __init__(self, group: dist.ProcessGroup, heartbeat: Heartbeat, timeout_s: float) -> None:
@@ -77,8 +77,10 @@ class GlooP2P:
         for shift in range(1, count):
             left, right = (here - shift) % count, (here + shift) % count
             received[left] = torch.empty(sizes[left], dtype=torch.uint8)
-            receives.append(dist.irecv(received[left], group=among, group_src=left))
-            sends.append(partial(dist.isend, wires[right], group=among, group_dst=right))
+            receives.append(dist.irecv(received[left], group=among, group_src=left, tag=_tag(received[left])))
+            sends.append(
+                partial(dist.isend, wires[right], group=among, group_dst=right, tag=_tag(wires[right]))
+            )
         return self._pending_messages(sends, receives, lambda: received)
 
     def neighbor_exchange(
@@ -88,11 +90,11 @@ class GlooP2P:
         places = [members.index(neighbor) for neighbor in neighbors]
         received = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         receives = [
-            dist.irecv(buffer, group=among, group_src=place)
+            dist.irecv(buffer, group=among, group_src=place, tag=_tag(buffer))
             for place, buffer in zip(places, received, strict=True)
         ]
         sends = [
-            partial(dist.isend, wire, group=among, group_dst=place)
+            partial(dist.isend, wire, group=among, group_dst=place, tag=_tag(wire))
             for place, wire in zip(places, wires, strict=True)
         ]
         return self._pending_messages(sends, receives, lambda: received)
@@ -111,6 +113,12 @@ class GlooP2P:
         begin_s = time.perf_counter()
         works = [*receives, *(send() for send in sends)]
         return PendingMessages(works, result, self._heartbeat, self._patience, begin_s)
+
+
+def _tag(wire: Tensor) -> int:
+    """The length in bytes: who expects another one does not receive the message, and its wait ends in time.
+    Gloo would abort the process."""
+    return wire.numel() * wire.element_size() % 2**31
 
 
 def _sum_in_order(buffers: list[Tensor], like: Tensor) -> Callable[[], Tensor]:
