@@ -333,18 +333,19 @@ def test_the_stores_host_may_be_lost_while_attaching(how, size):
         cluster.close()
 
 
-def trials(rank, size, count):
-    """What a process holds after ``count`` models were attached and left, after two as a measure."""
+def trials(rank, size, spec, count):
+    """What a process holds after ``count`` models were attached and left, after the first as a measure."""
+    plain = not isinstance(spec, str)
 
     def trial():
-        model = jobs.wrap(jobs.network())
+        model = jobs.network() if plain else jobs.wrap(jobs.network())
         optimizer = jobs.sgd(model)
-        with distcomp.attach(model, optimizer, "qsgd:bits=4") as handle:
+        with distcomp.attach(model, optimizer, spec) as handle:
             jobs.train(model, optimizer, rank, 1)
             copied, saved = copy.deepcopy(model), io.BytesIO()
             torch.save(model, saved)
             assert torch.equal(jobs.flat(copied), jobs.flat(model))
-            copied.module(torch.ones(2, 16)).sum().backward()
+            getattr(copied, "module", copied)(torch.ones(2, 16)).sum().backward()
             assert handle.stats()["iterations"] == 1
 
     def held():
@@ -355,17 +356,52 @@ def trials(rank, size, count):
     def tasks():
         return len(os.listdir("/proc/self/task"))
 
-    for _ in range(2):
-        trial()
+    trial()
     before = held()
     for _ in range(count):
         trial()
     return before, held()
 
 
-def test_models_that_were_left_leave_nothing(cluster):
-    for before, after in cluster(2).run(trials, 20):
+@pytest.mark.parametrize(
+    ("spec", "count"),
+    [("qsgd:bits=4", 50), ("local_sgd:period=1", 10), (distcomp.choco(on_failure="continue"), 10), ("ddp", 10)],
+    ids=["gradients", "models", "neighbours", "builtin"],
+)  # fmt: skip
+def test_models_that_were_left_leave_nothing(cluster, spec, count):
+    for before, after in cluster(2).run(trials, spec, count):
         assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
+
+
+def connections():
+    """How many connections this process has to the rendezvous store."""
+    inodes = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(f"/proc/self/fd/{name}"))
+    port, count = f":{int(os.environ['MASTER_PORT']):04X}", 0
+    for table in ("tcp", "tcp6"):
+        with open(f"/proc/self/net/{table}") as lines:
+            fields = [line.split() for line in lines][1:]
+        count += sum(one[2].endswith(port) and f"socket:[{one[9]}]" in inodes for one in fields)
+    return count
+
+
+def attached_twice(rank, size):
+    """How many connections to the store there are with one attached model, and with two."""
+    found, handles = [], []
+    for _ in range(2):
+        handles.append(distcomp.attach(jobs.wrap(jobs.network()), None, "qsgd:bits=4"))
+        found.append(connections())
+    for handle in handles:
+        handle.detach()
+    return found
+
+
+def test_all_models_of_a_group_share_one_connection_to_the_store(cluster):
+    """Its host looks up the name of each that connects, and answers nobody meanwhile."""
+    for first, second in cluster(2).run(attached_twice):
+        assert first == second > 0
 
 
 def refused(rank, size, how):
