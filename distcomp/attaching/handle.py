@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer
 
 from distcomp.attaching import masks
 from distcomp.attaching.agreement import Loads
-from distcomp.attaching.arguments import check_arguments, check_optimizer
+from distcomp.attaching.arguments import check_arguments, check_optimizer, warn_of_rounding
 from distcomp.attaching.averageable import edges_of, refuse_averaging
 from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.builtin_hooks import BuiltinHookSync
@@ -133,6 +133,7 @@ def _check(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> froze
         raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
     _refuse(target, chosen, optimizer)
     check_optimizer(target.module, optimizer)
+    warn_of_rounding(target, chosen)
     masks.check(chosen, target)
     return edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
 

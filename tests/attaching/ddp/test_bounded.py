@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ class Rank:
 
 
 def victim_of(way, size):
-    return 0 if way.endswith("first") else size - 1
+    return {"first": 0, "middle": size // 2, "last": size - 1}[way.rpartition(" ")[2]]
 
 
 def raise_in_backward(one, error):
@@ -186,7 +187,7 @@ ENDS = {  # ways after which the process is gone, or stopped for good
     "dead, last": ({}, strike(signal.SIGKILL), GONE),
     "dead, first": ({}, strike(signal.SIGKILL), GONE),
     "exits, first": ({}, by_victim(exits), GONE),
-    "stopped, last": ({}, strike(signal.SIGSTOP), GONE),
+    "stopped, middle": ({}, strike(signal.SIGSTOP), GONE),
     "stopped, first": ({}, strike(signal.SIGSTOP), GONE),
     "stopped with norms, first": ({"norm": True}, strike(signal.SIGSTOP), GONE),
     "stopped under averaging, first": (
@@ -207,7 +208,7 @@ def go(rank, size, way):
         one.handle.detach()
     except distcomp.DistcompError as error:  # what went wrong is said again; the model is left all the same
         told = told or str(error)
-    return told, kind, [one.name for one in threading.enumerate() if one.name.startswith("distcomp")]
+    return told, kind, jobs.threads_left()
 
 
 def check(answers, victim, reason):
@@ -241,24 +242,34 @@ def reused():
         one.close()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+def on_two_and_three(run):
+    """Both at once: what they do is wait."""
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(run, (2, 3)))
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_a_rank_that_stops_short_is_named(reused, way, size):
-    victim = victim_of(way, size)
-    answers = reused(size).results(go, way)
-    check(answers, victim, WAYS[way][2])
-    assert not isinstance(answers[victim], Failure), answers[victim]
-    assert answers[victim][2] == []
+def test_a_rank_that_stops_short_is_named(reused, way):
+    def run(size):
+        victim = victim_of(way, size)
+        answers = reused(size).results(go, way)
+        check(answers, victim, WAYS[way][2])
+        assert not isinstance(answers[victim], Failure), answers[victim]
+        assert answers[victim][2] == []
+
+    on_two_and_three(run)
 
 
-@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("way", ENDS)
-def test_a_rank_that_is_no_more_is_named(way, size):
-    cluster, victim = Cluster(size, PATIENCE_S), victim_of(way, size)
-    try:
-        check(cluster.results(go, way, without=victim), victim, ENDS[way][2])
-    finally:
-        cluster.close()
+def test_a_rank_that_is_no_more_is_named(way):
+    def run(size):
+        cluster, victim = Cluster(size, PATIENCE_S), victim_of(way, size)
+        try:
+            check(cluster.results(go, way, without=victim), victim, ENDS[way][2])
+        finally:
+            cluster.close()
+
+    on_two_and_three(run)
 
 
 def attach(rank, size, how):
@@ -365,7 +376,8 @@ def trials(rank, size, spec, count):
 
 @pytest.mark.parametrize(
     ("spec", "count"),
-    [("qsgd:bits=4", 50), ("local_sgd:period=1", 10), (distcomp.choco(on_failure="continue"), 10), ("ddp", 10)],
+    [("qsgd:bits=4", 50), ("local_sgd:period=1", 10),
+     (distcomp.choco(on_failure="continue"), 10), ("ddp", 10)],
     ids=["gradients", "models", "neighbours", "builtin"],
 )  # fmt: skip
 def test_models_that_were_left_leave_nothing(cluster, spec, count):
