@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from distcomp.attaching.target import Target
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.errors import DistcompError
 from distcomp.methods import Method
@@ -54,4 +58,21 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer | None) -> None:
         raise DistcompError(
             f"the {type(optimizer).__name__} steps on no parameter of this model; give the optimizer that "
             "was made with this model's parameters (after fully_shard, where the model is sharded), or None"
+        )
+
+
+def warn_of_rounding(target: Target, method: Any) -> None:
+    """Say once, on rank 0, where float64 is exchanged as float32: by all but PyTorch's own hooks."""
+    if isinstance(method, str) or dist.get_rank(target.group) != 0:
+        return
+    parameters = target.module.named_parameters()
+    trained = [p for name, p in parameters if p.requires_grad and name not in target.ignored]
+    double = sum(parameter.dtype == torch.float64 for parameter in trained)
+    if double:
+        what = "gradients" if isinstance(method, Method) else "weights and buffers"
+        warnings.warn(
+            f"{double} of {len(trained)} parameters are float64, and are exchanged as float32: {what} are "
+            "rounded to 24 bits, and infinite beyond 3.4e38; train in float32, or let DDP reduce them as "
+            "they are (method 'ddp')",
+            stacklevel=4,
         )

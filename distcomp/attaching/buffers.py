@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.nn.parallel import DistributedDataParallel
 
 from distcomp.attaching.session import Session
+from distcomp.attaching.target import ignored_by
 from distcomp.private_torch import joins
 
 
@@ -31,7 +32,7 @@ class FirstsBuffers:
         ddp.broadcast_buffers = joins(ddp)
         if ddp.broadcast_buffers or not ddp.require_forward_param_sync:
             return
-        ignored = set(ddp.parameters_to_ignore)
+        ignored = ignored_by(ddp)
         buffers = [buffer for name, buffer in ddp.module.named_buffers() if name not in ignored]
         if buffers:
             self._session.take_from_first(buffers)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from distcomp.attaching.buffers import FirstsBuffers
 from distcomp.attaching.hook_dispatcher import all_reduce_as_ddp
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
@@ -18,6 +20,7 @@ from distcomp.attaching.session import Session
 from distcomp.builtin_hooks import parse_builtin
 from distcomp.errors import DistcompError
 from distcomp.methods.base import ByParameter, State, StepContext
+from distcomp.private_torch import NO_BACKWARD, at_backward_end, backward_number
 from distcomp.runtime.aggregation import Aggregator
 from distcomp.runtime.driver import Exchange
 from distcomp.runtime.pipeline import Timeline
@@ -30,16 +33,20 @@ Hook = Callable[[GradBucket], torch.futures.Future[Tensor]]
 
 class BuiltinHookSync(Sync):
     """``ddp`` (plain all-reduce), ``torch:fp16`` or ``torch:powersgd`` (``torch:powersgd:rank=2``), timed
-    alike.
+    alike, and with a bound: they exchange over a group of our own, whose timeout is that of ``attach``.
 
     Keeps no state that could be saved: PyTorch's PowerSGD hook starts anew after a restart.
     """
 
-    def __init__(self, name: str, group: dist.ProcessGroup, session: Session, clock: TrainingClock) -> None:
+    def __init__(
+        self, name: str, ddp: DistributedDataParallel, session: Session, clock: TrainingClock
+    ) -> None:
         super().__init__(name, session, clock)
         self._sent = 0
-        self._size = dist.get_world_size(group)
-        self._hook, self._bytes_of = _hook(name, group)
+        self._size = session.size
+        self._hook, self._bytes_of = _hook(name, session.group)
+        self._buffers = FirstsBuffers(ddp, session)
+        self._under_way: list[torch.futures.Future[Tensor]] = []
         self._timeline = Timeline()
         self._begin_bytes = 0
         self._slow = SlowLink.from_env()
@@ -47,8 +54,12 @@ class BuiltinHookSync(Sync):
     def hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         if bucket.index() == 0:
             self._timeline, self._begin_bytes = Timeline(), self._sent
+            self._under_way = []
+            if backward_number() != NO_BACKWARD:
+                at_backward_end(self._raise)
+        self.session.channel.exchange += 1  # tells others how far this rank has come, should it be missed
         begin_s = time.perf_counter()
-        timeline = self._timeline
+        timeline, buffer = self._timeline, bucket.buffer()
         reduced = self._hook(bucket)
         sent_bytes = 2 * (self._size - 1) / self._size * self._bytes_of(bucket)
         arrival_s = self._slow.arrival_s(sent_bytes, 2 * (self._size - 1)) if self._slow is not None else 0.0
@@ -57,15 +68,37 @@ class BuiltinHookSync(Sync):
             hold_until(arrival_s)
             timeline.spans.append(("wire", begin_s, time.perf_counter()))
             timeline.spans.append(("wait", begin_s, time.perf_counter()))
-            return future.value()
+            try:
+                return future.value()
+            except RuntimeError as error:  # DDP would raise it without a name
+                self.error = self.error or self.session.diagnose(error)
+                return buffer
 
         future: torch.futures.Future[Tensor] = reduced.then(finished)
+        self._under_way.append(future)
         self._sent += round(sent_bytes)
         if bucket.is_last():
             sent = self._sent - self._begin_bytes
             self.last = Iteration(self.iterations, timeline, time.perf_counter(), sent)
             self.iterations += 1
         return future
+
+    def _raise(self) -> None:
+        """Called at the end of a backward, before DDP waits for the buckets: each ends within the timeout."""
+        for future in self._under_way:
+            future.wait()
+        self.idle()
+
+    def forward_begins(self) -> None:
+        self.idle()
+        self._buffers.take()
+
+    def evaluation_begins(self) -> None:
+        self._buffers.take()
+
+    def close(self) -> None:
+        super().close()
+        self._buffers.close()
 
     @property
     def text(self) -> str:

@@ -21,6 +21,7 @@ from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
 from distcomp.attaching.slices import slices_of
+from distcomp.attaching.target import ignored_by
 from distcomp.attaching.unused import UnusedParameters
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
@@ -238,7 +239,7 @@ class GradientSync(Sync):
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """The parameters whose gradients DDP reduces, by name."""
-        ignored = set(getattr(self._ddp, "parameters_to_ignore", ()))
+        ignored = ignored_by(self._ddp)
         parameters = self._ddp.module.named_parameters()
         return {name: one for name, one in parameters if one.requires_grad and name not in ignored}
 

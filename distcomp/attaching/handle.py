@@ -15,7 +15,8 @@ from torch.optim.optimizer import Optimizer
 
 from distcomp.attaching import masks
 from distcomp.attaching.agreement import Loads
-from distcomp.attaching.arguments import check_arguments, check_optimizer
+from distcomp.attaching.arguments import check_arguments, check_optimizer, warn_of_rounding
+from distcomp.attaching.averageable import edges_of, refuse_averaging
 from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.builtin_hooks import BuiltinHookSync
 from distcomp.attaching.ddp import GradientSync
@@ -23,7 +24,7 @@ from distcomp.attaching.exchanges import PREFIX, TensorExchanges, checked_exchan
 from distcomp.attaching.fsdp import FSDPSync, refuse_gathers, refuse_sharded
 from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
-from distcomp.attaching.parameters import ParameterSync, edges_of, refuse_averaging
+from distcomp.attaching.parameters import ParameterSync
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.requested import record_attached
 from distcomp.attaching.session import Meeting, Session
@@ -124,6 +125,7 @@ def _check(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> froze
         raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
     _refuse(target, chosen, optimizer)
     check_optimizer(target.module, optimizer)
+    warn_of_rounding(target, chosen)
     masks.check_masks(chosen, target)
     return edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
 
@@ -145,7 +147,7 @@ def _open(
         return FSDPSync(target, chosen, session, clock, seed, scaler, gathered)
     sync: BuiltinHookSync | GradientSync | ParameterSync
     if isinstance(chosen, str):
-        sync = BuiltinHookSync(chosen, target.group, session, clock)
+        sync = BuiltinHookSync(chosen, target.as_ddp(), session, clock)
     elif isinstance(chosen, Method):
         sync = GradientSync(target.as_ddp(), chosen, session, clock, seed, scaler)
     else:
@@ -399,7 +401,7 @@ def _method(method: Chosen | None) -> Chosen:
 def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None:
     """What cannot be served, named with its reason."""
     for name, parameter in target.module.named_parameters():
-        if parameter.is_complex():
+        if parameter.is_complex() and parameter.requires_grad and name not in target.ignored:
             raise DistcompError(
                 f"{name} is complex, which is neither averaged nor compressed; keep it as two real tensors "
                 "(torch.view_as_real)"

@@ -18,20 +18,18 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from distcomp.attaching.iterations import Iterations
 from distcomp.attaching.observed import observer
-from distcomp.attaching.optimizers import average, forget, needed
+from distcomp.attaching.optimizers import average, forget
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
 from distcomp.attaching.target import Target
 from distcomp.attaching.weights import Weights
 from distcomp.averaging.base import Averaging, FragmentState, FromFirst, InFlight, MultiLevel, fragment_states
-from distcomp.averaging.gossip import Gossip
-from distcomp.averaging.topology import resolve
 from distcomp.compressors import Identity
 from distcomp.errors import DistcompError, PeerLost
 from distcomp.layout import FlatBuffer, Layout
@@ -68,7 +66,7 @@ class ParameterSync(Sync):
         super().__init__(averaging, session, clock)
         self._session = session
         self._channel = session.channel
-        self._lost: frozenset[int] = frozenset()
+        self._lost: set[int] = set()
         self._optimizer = optimizer
         self._seed = seed
         self._weights = Weights(target.module, target.ignored)
@@ -84,6 +82,7 @@ class ParameterSync(Sync):
         self._executor = Executor(session.channel, self._weights.device, beside)
         self._timeline = Timeline()
         self._pending = False
+        self._steps = Iterations(self._weights.parameters)
         self._broadcast_buffers = target.ddp is not None and target.ddp.broadcast_buffers
         if target.ddp is not None:
             target.ddp.broadcast_buffers = False  # a global call in every forward
@@ -117,11 +116,27 @@ class ParameterSync(Sync):
                 "models that are averaged do not join(): a rank that has no more data would exchange nothing "
                 "for which others wait; give every rank as many steps, or use a gradient method"
             )
-        self.settle()
+        try:
+            again = self._pending and self._steps.goes_on()
+        except DistcompError as error:
+            self.error = error
+            self._session.leave_note(str(error))
+            raise
+        if not again:
+            self.settle()
 
     def backward_ended(self) -> None:
+        if self._pending and self._steps.goes_on():
+            return
         self._pending = True
         self.iterations += 1
+        self._steps.backward_ended()
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        self._steps.before_step()
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        self._steps.after_step()
 
     def settle(self) -> None:
         """Make the exchange that the last iteration left to be made, if it did."""
@@ -144,10 +159,11 @@ class ParameterSync(Sync):
         self.last = Iteration(self.iterations - 1, self._timeline, begin_s, sent)
 
     def _warn_of_loss(self) -> None:
-        """Say once that a rank is lost and training goes on."""
-        for rank in sorted(self._session.lost - self._lost):
-            warnings.warn(f"rank {rank} is lost; training goes on without it", stacklevel=2)
-        self._lost = self._session.lost
+        """Say once, of each rank that is lost, that training goes on without it."""
+        for rank, reason in sorted(self._session.lost.items()):
+            if rank not in self._lost:
+                warnings.warn(f"rank {rank} {reason}; training goes on without it", stacklevel=2)
+                self._lost.add(rank)
 
     # ----------------------------------------------------------------------------------------- exchanges
 
@@ -161,7 +177,7 @@ class ParameterSync(Sync):
         if not fragment.due(self.iterations):
             return
         aggregation = fragment.aggregate(
-            self._weights.read(fragment.layout), self.iterations, self._seed, self._session.lost
+            self._weights.read(fragment.layout), self.iterations, self._seed, frozenset(self._session.lost)
         )
         fragment.in_flight = InFlight(self.iterations + fragment.averaging.overlap, self._drive(aggregation))
         self._apply(fragment)
@@ -209,8 +225,8 @@ class ParameterSync(Sync):
         """The mean over the ranks that are there."""
         mean = self._ask(from_compressor(Identity()), x, layout)
         self._warn_of_loss()
-        present = self._session.size - len(self._session.lost)
-        return mean * (self._session.size / present) if self._session.lost else mean
+        size, present = self._session.size, self._session.present
+        return mean if present == size else mean * (size / present)
 
     def _begin_alike(self) -> None:
         """Take rank 0's weights and buffers, and start all fragment states from them."""
@@ -392,53 +408,3 @@ class ParameterSync(Sync):
 
 def _known(result: AggregateResult) -> Callable[[], AggregateResult]:
     return lambda: result
-
-
-def refuse_averaging(target: Target, averaging: Averaging | MultiLevel, optimizer: Optimizer | None) -> None:
-    """What cannot be served, named with its reason; warns where a condition of the paper does not hold."""
-    if target.ddp is not None and target.ddp.find_unused_parameters:
-        raise DistcompError(
-            "find_unused_parameters=True makes DDP ask all ranks in every backward, which averaging is to "
-            "avoid; wrap the model with find_unused_parameters=False, or attach to the plain module"
-        )
-    if target.ddp is None and any(level.gradients_until for level in averaging.levels()):
-        raise DistcompError(
-            "post_local_sgd averages gradients at first, and a plain module hands them to nobody; wrap the "
-            "model in DistributedDataParallel, or use local_sgd"
-        )
-    for name, part in target.module.named_modules():
-        if isinstance(part, nn.SyncBatchNorm):
-            raise DistcompError(
-                f"{name} is a SyncBatchNorm, which asks all ranks in every forward; use BatchNorm"
-            )
-    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
-        raise DistcompError(
-            "ZeroRedundancyOptimizer hands out parameters that now differ between ranks; use the one inside"
-        )
-    if any(level.optimizer_state != "keep" for level in averaging.levels()):
-        needed(optimizer)
-    size = dist.get_world_size(target.group)
-    _refuse_to_go_on(target, averaging)
-    warning = averaging.conditions(Weights(target.module, target.ignored).layout, size).get("warning")
-    if warning and dist.get_rank(target.group) == 0:
-        warnings.warn(warning, stacklevel=4)
-
-
-def _refuse_to_go_on(target: Target, averaging: Averaging | MultiLevel) -> None:
-    """Refuse ``on_failure="continue"`` where training cannot go on without a lost rank."""
-    if all(level.on_failure == "stop" for level in averaging.levels()):
-        return
-    on_cpu = all(parameter.device.type == "cpu" for parameter in target.module.parameters())
-    if target.ddp is not None or not on_cpu or dist.get_backend(target.group) != "gloo":
-        raise DistcompError(
-            "on_failure='continue' needs a plain module on the CPU and Gloo: DDP and NCCL "
-            "stop when a rank dies"
-        )
-
-
-def edges_of(averaging: Averaging, target: Target) -> frozenset[tuple[int, int]]:
-    """The edges that need connections of their own: a gossip's that goes on when a neighbour dies."""
-    if averaging.on_failure == "stop":
-        return frozenset()
-    assert isinstance(averaging, Gossip)
-    return resolve(averaging.topology, dist.get_world_size(target.group)).edges

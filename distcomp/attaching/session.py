@@ -71,6 +71,8 @@ class Session:
     _heartbeat: Heartbeat
     _transport: Carrier
     _give_back: Callable[[], None]
+    group: dist.ProcessGroup
+    """The process group of the method's own, whose timeout is ``timeout_s``."""
 
     @staticmethod
     def open(
@@ -113,7 +115,9 @@ class Session:
         def give_back() -> None:
             pool.free[number] = group
 
-        return Session(rank, size, channel, ledger, recorder, timeout_s, heartbeat, transport, give_back)
+        return Session(
+            rank, size, channel, ledger, recorder, timeout_s, heartbeat, transport, give_back, group
+        )
 
     @property
     def name(self) -> str:
@@ -121,9 +125,14 @@ class Session:
         return self._heartbeat.name
 
     @property
-    def lost(self) -> frozenset[int]:
-        """Ranks that are known to be gone, where the line goes on without them."""
-        return frozenset(self._transport.lost) if isinstance(self._transport, ResilientP2P) else frozenset()
+    def lost(self) -> Mapping[int, str]:
+        """Ranks without which the line goes on, and why."""
+        return self._transport.lost if isinstance(self._transport, ResilientP2P) else {}
+
+    @property
+    def present(self) -> int:
+        """How many ranks took part in what all were last asked."""
+        return self._transport.present if isinstance(self._transport, ResilientP2P) else self.size
 
     def take_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Copy rank 0's tensors, bit for bit, into those of the same shapes here.
@@ -142,6 +151,10 @@ class Session:
             raise self._heartbeat.diagnose(error) from error
         for tensor, piece in zip(tensors, torch.split(wire, [one.numel() for one in own]), strict=True):
             tensor.data.copy_(piece.clone().view(tensor.dtype).view_as(tensor))
+
+    def diagnose(self, error: Exception) -> PeerLost:
+        """The error that names who is lost, where an exchange has failed with ``error``."""
+        return self._heartbeat.diagnose(error)
 
     def leave_note(self, sentence: str) -> None:
         """Tell those who will wait for this rank in vain why it does not come."""

@@ -62,7 +62,7 @@ class Target:
     @property
     def ignored(self) -> frozenset[str]:
         """The names that DistributedDataParallel was told to leave alone: each rank's own."""
-        return frozenset(getattr(self.ddp, "parameters_to_ignore", None) or ())
+        return ignored_by(self.ddp)
 
     @property
     def everyone(self) -> dist.ProcessGroup:
@@ -91,6 +91,13 @@ class Target:
                 f"{type(self.module).__name__}; wrap it first: model = DistributedDataParallel(model)"
             )
         return self.ddp
+
+
+def ignored_by(ddp: DistributedDataParallel | None) -> frozenset[str]:
+    """The names that DistributedDataParallel was told to leave alone. Of the outermost module's own it asks
+    for ``.name`` when it reduces, and for ``name``, as everybody, when it copies."""
+    names = getattr(ddp, "parameters_to_ignore", None) or ()
+    return frozenset(name.removeprefix(".") for name in names)
 
 
 def has_process_group() -> bool:

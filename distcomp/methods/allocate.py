@@ -4,6 +4,7 @@ lowers the error most."""
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -45,7 +46,10 @@ class Allocate(Method):
                                  o(l) <- argmin sum_l E_l,o(l)   with   sum_l bytes_l,o(l) <= budget 4d
 
     The plan is found by dynamic programming from numbers that are the same on every rank to the last bit,
-    and holds from the next step on; until the first, all layers go by the richest option that fits. The
+    and holds from the next step on; until the first, all layers go by the richest option that fits. Where a
+    step's buckets are not those of the step before (DistributedDataParallel's first step, also of a resumed
+    run), errors are measured, and the plan is made in the next step's buckets: a run that is resumed goes on
+    bit for bit, unless it was saved between the two. The
     ladder holds "do not compress this": where the budget allows and it pays, a layer goes in float32. The
     budget holds in each flat buffer (bucket) by itself, in payload bytes; where the cheapest option exceeds
     it, all go by their cheapest, and a warning gives the numbers. Use it inside error feedback, which then
@@ -79,34 +83,37 @@ class Allocate(Method):
             raise DistcompError("the ladder holds no compressor; leave it at its default")
 
     def init(self, layout: Layout) -> State:
-        return {
-            "option": PerParameter(
-                {name: torch.tensor(UNPLANNED, dtype=torch.int64) for name in layout.names}
-            )
-        }
+        return _state(
+            dict.fromkeys(layout.names, UNPLANNED),
+            dict.fromkeys(layout.names, torch.zeros(len(self.ladder), dtype=torch.float64)),
+            owed=False,
+            bucket=UNKNOWN,
+        )
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        plan = self._plan(state["option"], context.layout, context.step)
-        views = {param.name: piece for param, piece in context.layout.pieces(x)}
+        layout, step = context.layout, context.step
+        errors, bucket = dict(state["errors"]), _bucket(layout)
+        if any(state["owed"].values()):
+            plan = self._best(errors, layout, step - 1)
+        else:
+            plan = self._plan(state["option"], layout, step)
+        views = {param.name: piece for param, piece in layout.pieces(x)}
         results = []
         for option, compressor in enumerate(self.ladder):
-            part = _chosen(
-                context.layout, frozenset(name for name, chosen in plan.items() if chosen == option)
-            )
+            part = _chosen(layout, frozenset(name for name, chosen in plan.items() if chosen == option))
             if part.slices:
-                own = x if part is context.layout else torch.cat([views[name] for name in part.names])
+                own = x if part is layout else torch.cat([views[name] for name in part.names])
                 aggregation = from_compressor(compressor).aggregate(own, {}, replace(context, layout=part))
                 results.append((part, (yield from aggregation)))
-        if self._plans_in(context.step):
-            plan = yield from self._planned(x, context)
+        owed = self._plans_in(step)
+        if owed:
+            errors = yield from self._measured(x, context)
+            if all(int(before) in (bucket, UNKNOWN) for before in state["bucket"].values()):
+                plan, owed = self._best(errors, layout, step), False
         return AggregateResult(
-            _together(context.layout, x, [(part, result.estimate) for part, result in results]),
-            lambda: _together(context.layout, x, [(part, result.contribution()) for part, result in results]),
-            {
-                "option": PerParameter(
-                    {name: torch.tensor(plan[name], dtype=torch.int64) for name in context.layout.names}
-                )
-            },
+            _together(layout, x, [(part, result.estimate) for part, result in results]),
+            lambda: _together(layout, x, [(part, result.contribution()) for part, result in results]),
+            _state(plan, errors, owed, bucket),
         )
 
     def _plans_in(self, step: int) -> bool:
@@ -128,8 +135,8 @@ class Allocate(Method):
     def _budget_bytes(self, layout: Layout, step: int) -> int:
         return int(at(self.budget, step) * 4 * layout.numel)
 
-    def _planned(self, x: Tensor, context: StepContext) -> Rounds[dict[str, int]]:
-        """Every rank's errors with every option, and what follows for the steps to come."""
+    def _measured(self, x: Tensor, context: StepContext) -> Rounds[dict[str, Tensor]]:
+        """The errors of each layer with every option, summed over the ranks (float64)."""
         layout = context.layout
         own = Payload.empty(self._table(layout), x.device)
         own["values"].view(len(layout.slices), len(self.ladder)).copy_(self._errors(x, context))
@@ -139,8 +146,15 @@ class Allocate(Method):
             (payload["values"].cpu().numpy() for payload in payloads[1:]),
             start=payloads[0]["values"].cpu().numpy(),
         )
-        errors = np.nan_to_num(table).reshape(len(layout.slices), len(self.ladder))
-        sizes, budget = _sizes(layout, self.ladder), self._budget_bytes(layout, context.step)
+        rows = torch.from_numpy(np.nan_to_num(table).reshape(len(layout.slices), len(self.ladder)))
+        return dict(zip(layout.names, rows, strict=True))
+
+    def _best(self, errors: Mapping[str, Tensor], layout: Layout, step: int) -> dict[str, int]:
+        """The plan for the steps after ``step``, in which the errors were measured."""
+        if not layout.slices:
+            return {}
+        rows = torch.stack([errors[name] for name in layout.names]).cpu().numpy()
+        sizes, budget = _sizes(layout, self.ladder), self._budget_bytes(layout, step)
         least = int(sizes.min(1).sum())
         if least > budget:
             warnings.warn(
@@ -148,7 +162,7 @@ class Allocate(Method):
                 f"cheapest options take {least}; raise it, or let buckets be larger",
                 stacklevel=2,
             )
-        return dict(zip(layout.names, knapsack(errors, sizes, budget), strict=True))
+        return dict(zip(layout.names, knapsack(rows, sizes, budget), strict=True))
 
     def _errors(self, x: Tensor, context: StepContext) -> Tensor:
         """``[layers, options]``: squared errors of this rank (float64)."""
@@ -177,6 +191,24 @@ class Allocate(Method):
 
 UNPLANNED = -1
 """The option of a layer before the first plan."""
+UNKNOWN = 0
+"""The bucket of a layer that no step has seen yet."""
+
+
+def _state(plan: Mapping[str, int], errors: Mapping[str, Tensor], owed: bool, bucket: int) -> State:
+    """The option of each layer, the errors that were last measured, whether a plan is owed that follows from
+    them, and which bucket the layer was in."""
+    return {
+        "option": PerParameter({name: torch.tensor(plan[name], dtype=torch.int64) for name in plan}),
+        "errors": PerParameter({name: errors[name].clone() for name in plan}),
+        "owed": PerParameter({name: torch.tensor(int(owed), dtype=torch.int64) for name in plan}),
+        "bucket": PerParameter({name: torch.tensor(bucket, dtype=torch.int64) for name in plan}),
+    }
+
+
+def _bucket(layout: Layout) -> int:
+    """A number that tells the layers of one bucket from those of another one."""
+    return layout.remember("allocate's bucket", lambda: zlib.crc32("\n".join(layout.names).encode()) or 1)
 
 
 @lru_cache(maxsize=256)

@@ -1,8 +1,8 @@
 """A notice board: one rank keeps what all ranks say of themselves, over sockets of its own.
 
-Lines of JSON. A rank says ``{"rank", "token", "id", "at", "ask", "left", "notes"}``; the board answers
-``{"id", "notes"}``, and with ``ask`` a ``"view"`` of every rank. Ages are durations by the board's own clock:
-no two clocks are ever compared.
+Lines of JSON. A rank says ``{"rank", "token", "id", "at", "doing", "ask", "left", "notes"}``; the board
+answers ``{"id", "notes"}``, and with ``ask`` a ``"view"`` of every rank. Ages are durations by the board's
+own clock: no two clocks are ever compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ HERE, LEFT, GONE = "here", "left", "gone"
 
 @dataclass
 class Board:
-    """What is known of each rank: when it was heard, how far it has come, whether it left or is gone."""
+    """What is known of each rank: when it was heard, how far it has come, what it waits for, whether it left
+    or is gone.
+    """
 
     size: int
     notes: list[str] = field(default_factory=list)
@@ -37,12 +39,13 @@ class Board:
         self._heard_s = [time.monotonic()] * self.size
         self._states = [HERE] * self.size
         self._at = [0] * self.size
+        self._doing = [""] * self.size
 
     def hear(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Take in what a rank says; the answer to it."""
         rank = int(message["rank"])
         self._heard_s[rank] = time.monotonic()
-        self._at[rank] = int(message["at"])
+        self._at[rank], self._doing[rank] = int(message["at"]), str(message["doing"])
         self._states[rank] = LEFT if message["left"] else HERE
         self.notes += [note[:LONGEST_NOTE] for note in message["notes"] if note not in self.notes]
         answer = {"id": message["id"], "notes": self.notes}
@@ -53,10 +56,10 @@ class Board:
         if self._states[rank] == HERE:
             self._states[rank] = GONE
 
-    def _view(self) -> list[tuple[float, str, int]]:
+    def _view(self) -> list[tuple[float, str, int, str]]:
         now_s = time.monotonic()
         ages_s = [now_s - heard_s for heard_s in self._heard_s]
-        return list(zip(ages_s, self._states, self._at, strict=True))
+        return list(zip(ages_s, self._states, self._at, self._doing, strict=True))
 
 
 class Connection:

@@ -31,6 +31,9 @@ ANSWER_S = 1.0
 
 LOOK_S = 0.2
 
+NOTHING = (0, "")
+"""The activity of a rank that waits for nobody."""
+
 
 class Heartbeat:
     """Says on every board that this rank is there, and reads from them who else is.
@@ -49,6 +52,9 @@ class Heartbeat:
         """Of the exchanges that are watched: a message names it."""
         self.progress: Callable[[], int] = lambda: 0
         """How many exchanges this rank has begun."""
+        self.activity = NOTHING
+        """What this rank waits for in an exchange, with the exchange's number: others tell one who waits from
+        one who is slow."""
         self.diagnosed = False
         """Whether an exchange has failed."""
         self._rank, self._size = rank, size
@@ -99,10 +105,9 @@ class Heartbeat:
         """Say why this rank stops, to those who will wait for it: :meth:`diagnose` reads it."""
         self._tell(f"rank {self._rank}: {sentence}")
 
-    def silent(self) -> set[int]:
-        """Other ranks that are gone, have left, or were not heard for :attr:`diagnosis_s`."""
-        findings = self._ask()
-        return findings.gone | findings.left | findings.silent
+    def look(self) -> Findings:
+        """What is known of the other ranks now."""
+        return self._ask()
 
     def diagnose(self, error: Exception) -> PeerLost:
         """The error that names who is lost; within :attr:`diagnosis_s` and a second.
@@ -219,8 +224,9 @@ class Heartbeat:
             end.close()
 
     def _beat(self, number: int) -> None:
+        at, (during, doing) = self.progress(), self.activity
         message = {
-            "rank": self._rank, "id": number, "at": self.progress(),
+            "rank": self._rank, "id": number, "at": at, "doing": doing if during == at else "",
             "ask": number > self._served, "left": self._left, "notes": self._notes,
         }  # fmt: skip
         self._served = number

@@ -1,17 +1,17 @@
 """Neighbours exchange over a connection of their own each, so that the loss of one affects no other.
 
 A Gloo group falls silent as a whole when one wait in it times out. Here every edge of the graph is a group of
-two; an edge whose other end dies, or does not answer in time, is given up, and the others go on. What all
-ranks ask together is asked of those who come to a meeting, held in the rendezvous store.
+two; an edge whose other end dies, leaves, or does not answer in time is given up, and the others go on. What
+all ranks ask together is asked of those who come when the roll is called.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,19 +23,26 @@ from torch import Tensor
 from distcomp.collectives import Group, Pending, Request
 from distcomp.errors import DistcompError, PeerLost
 from distcomp.runtime.channel import Transport
-from distcomp.transports.heartbeat import Heartbeat
+from distcomp.transports.bounded import STORE_S, bounded
+from distcomp.transports.heartbeat import NOTHING, Heartbeat
+from distcomp.transports.patience import DEAD, EVERYONE, LEFT, LOOK_S, NEIGHBOURS, Patience
+from distcomp.transports.roll_call import RollCall
 from distcomp.transports.types import PrefixStore, Store
+from distcomp.transports.verdict import ranks
 
-POLL_S = 0.02
-PATIENCE_S = 2.0
-"""So long one waits before one looks who has no heartbeat."""
+FOREVER = timedelta(days=365)
+"""Gloo closes a connection whose wait times out: how long one waits is decided here, not there."""
+
+ASK_S = 0.2
 
 
 class ResilientP2P:
     """Carries what neighbors ask over ``edges``, those of this rank among them; the rest over ``everyone``,
     or, if it is a sum, over who is left.
 
-    ``lost`` holds the ranks that are known to be gone. The store must outlive every rank.
+    ``lost`` says why one goes on without some ranks: they are gone, or did not answer within ``timeout_s``
+    although they waited for nobody themselves (:mod:`distcomp.transports.patience`). A rank that was given up
+    finds its connections closed when it comes back, and is told. The store must outlive every rank.
     """
 
     def __init__(
@@ -47,48 +54,65 @@ class ResilientP2P:
         timeout_s: float,
     ) -> None:
         self.rank, self.size = everyone.rank, everyone.size
-        self.lost: set[int] = set()
+        self.lost: dict[int, str] = {}
         self._everyone = everyone
         self._store = store
         self._heartbeat = heartbeat
-        self._patience = timedelta(seconds=timeout_s)
-        self._meetings = 0
+        self._timeout_s = timeout_s
+        self._connect_s = max(timeout_s, STORE_S)
+        self._roll = RollCall(store, heartbeat, self.rank, self.size, timeout_s)
         self._came = tuple(range(self.size))
         self._survivors: dict[tuple[int, ...], Any] = {}
-        self._edges: dict[int, Any] = {}
-        self._waiting = ThreadPoolExecutor(thread_name_prefix="distcomp-edge")
+        self._edges: dict[int, _Edge] = {}
         for low, high in sorted(edges):  # in one order on all ranks: each waits for the other end
             if self.rank in (low, high):
-                other = low + high - self.rank
-                self._edges[other] = self._group(f"edge{low}-{high}", (low, high))
+                group = self._group(f"edge{low}-{high}", (low, high))
+                self._edges[low + high - self.rank] = _Edge(group, int(self.rank == low))
+        self._neighbours = frozenset(self._edges)
+
+    @property
+    def present(self) -> int:
+        """How many took part in what all ranks last asked."""
+        return len(self._came)
 
     def start(self, request: Request) -> Pending:
-        if request.neighbors_only is not None:
-            return request.drive(self)
-        self._came = self._meet()
-        return self._everyone.start(request) if len(self._came) == self.size else request.drive(self)
+        waits_for = EVERYONE if request.neighbors_only is None else NEIGHBOURS
+        self._heartbeat.activity = (self._heartbeat.progress(), waits_for)
+        try:
+            if waits_for == NEIGHBOURS:
+                return _Watched(request.drive(self), self._heartbeat)
+            self._call_roll()
+            whole = len(self._came) == self.size
+            return _Watched(self._everyone.start(request) if whole else request.drive(self), self._heartbeat)
+        except BaseException:
+            self._heartbeat.activity = NOTHING
+            raise
+
+    def _call_roll(self) -> None:
+        self._came, reasons = self._roll.take(self.lost)
+        self.lost = reasons | self.lost
 
     def neighbor_exchange(
         self, wires: Sequence[Tensor], neighbors: Sequence[int], sizes: Sequence[int], group: Group | None
     ) -> _Mixing:
         under_way: dict[int, tuple[Future[None], Tensor]] = {}
         for neighbor, wire, size in zip(neighbors, wires, sizes, strict=True):
-            other, received = int(neighbor > self.rank), torch.empty(size, dtype=torch.uint8)
-            edge = self._edges[neighbor]
+            edge = self._edges.get(neighbor)
+            if edge is None:
+                continue
             try:
-                works = [edge.recv([received], other, 0), edge.send([wire], other, 0)]
+                under_way[neighbor] = edge.exchange(wire, size)
             except RuntimeError:  # the other end has gone since the last exchange
-                self.lost.add(neighbor)
-            else:
-                under_way[neighbor] = self._waiting.submit(self._wait, works), received
-        return _Mixing(self, tuple(neighbors), under_way)
+                self._lose(neighbor, self._why_closed(neighbor))
+        patience = Patience(self._heartbeat, self._heartbeat.progress(), NEIGHBOURS, self._timeout_s)
+        return _Mixing(self, tuple(neighbors), under_way, patience)
 
     def all_reduce(self, x: Tensor, group: Group | None) -> _Joint:
-        """Over those who came to the last meeting, where some are lost."""
+        """Over those who came to the last roll call, where some are lost."""
         if self._came not in self._survivors:
-            self._survivors[self._came] = self._group(f"survivors{self._meetings}", self._came)
+            self._survivors[self._came] = self._meet(self._came)
         work = self._survivors[self._came].allreduce([x])
-        return _Joint(work, x, self._heartbeat, self._patience)
+        return _Joint(work, x, self._heartbeat, timedelta(seconds=self._timeout_s))
 
     def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> Pending:
         raise self._only_sums()
@@ -100,66 +124,134 @@ class ResilientP2P:
         raise self._only_sums()
 
     def _only_sums(self) -> DistcompError:
-        return DistcompError(f"ranks {sorted(self.lost)} are lost; only sums are asked of those who are left")
-
-    @property
-    def cut_off(self) -> bool:
-        """Whether no neighbour is left."""
-        return bool(self._edges) and self.lost >= set(self._edges)
+        return DistcompError(f"{ranks(self.lost)} are lost; only sums are asked of those who are left")
 
     def close(self) -> None:
-        """Let go of the connections."""
-        self._waiting.shutdown(wait=False)
+        """Let go of the connections; one in use is closed, which ends the wait for it."""
+        for edge in self._edges.values():
+            edge.close()
         self._edges.clear()
         self._survivors.clear()
 
     def _group(self, name: str, members: tuple[int, ...]) -> Any:
         store = PrefixStore(f"distcomp/{self._heartbeat.name}/{name}", self._store)
-        return dist.ProcessGroupGloo(store, members.index(self.rank), len(members), self._patience)
+        patience = timedelta(seconds=self._connect_s)
+        return dist.ProcessGroupGloo(store, members.index(self.rank), len(members), patience)
 
-    def _wait(self, works: list[Any]) -> None:
-        for work in works:
-            work.wait(self._patience)
+    def _meet(self, members: tuple[int, ...]) -> Any:
+        """Connect those who are left with each other. Raises PeerLost naming who does not come."""
+        name = f"survivors{self._heartbeat.progress()}"
+        try:
+            return bounded(
+                lambda: self._group(name, members),
+                self._connect_s + 1.0,
+                f"{ranks(members)} were not connected within {self._connect_s:g} s",
+            )
+        except (RuntimeError, PeerLost) as error:
+            raise self._heartbeat.diagnose(error) from error
 
-    def answered(self, neighbour: int, done: Future[None]) -> bool:
-        """Wait for a neighbour, as long as it is alive and patience lasts; whether it answered.
-
-        It may itself be waiting for one that died: that it is alive counts, not how long it takes.
-        """
+    def answered(self, neighbour: int, done: Future[None], patience: Patience) -> bool:
+        """Wait for a neighbour, as long as it is worth it; whether it answered."""
         while True:
             try:
-                done.result(PATIENCE_S)
+                done.result(LOOK_S)
                 return True
             except TimeoutError:
-                if neighbour not in self._heartbeat.silent():
-                    continue
+                reason = patience.lost([neighbour]).get(neighbour)
             except RuntimeError:
-                pass
-            self.lost.add(neighbour)
-            return False
+                reason = self._why_closed(neighbour)
+            if reason is not None:
+                self._lose(neighbour, reason)
+                return False
 
-    def _meet(self) -> tuple[int, ...]:
-        """Who takes part in what all ranks ask: those who come, as the first who knows them writes down."""
-        self._meetings += 1
-        key = f"distcomp/{self._heartbeat.name}/meeting{self._meetings}"
-        self._store.set(f"{key}/{self.rank}", "here")
-        missing = set(range(self.size)) - self.lost - {self.rank}
-        begin_s = time.monotonic()
-        while missing := {rank for rank in missing if not self._store.check([f"{key}/{rank}"])}:
-            if time.monotonic() - begin_s > PATIENCE_S:
-                missing -= self._heartbeat.silent()
-            if time.monotonic() - begin_s > self._patience.total_seconds():
-                raise PeerLost(
-                    f"ranks {sorted(missing)} are alive but did not come to average; "
-                    "restart from a checkpoint"
-                )
-            threading.Event().wait(POLL_S)
-        came = [rank for rank in range(self.size) if self._store.check([f"{key}/{rank}"])]
-        decided = json.loads(self._store.compare_set(f"{key}/members", "", json.dumps(came)))
-        if self.rank not in decided:
-            raise PeerLost(f"rank {self.rank} was taken for dead by the others; restart it from a checkpoint")
-        self.lost = set(range(self.size)) - set(decided)
-        return tuple(decided)
+    def _lose(self, neighbour: int, reason: str) -> None:
+        self.lost[neighbour] = reason
+        self._edges.pop(neighbour).close()
+
+    def _why_closed(self, neighbour: int) -> str:
+        """Why a connection is closed: the other end has died or left, which its board knows at once, or it
+        has given this rank up."""
+        for _ in range(5):
+            found = self._heartbeat.look()
+            if neighbour in found.left:
+                return LEFT
+            if neighbour in found.gone | found.silent:
+                return DEAD
+            threading.Event().wait(ASK_S)
+        return f"has closed its connection, as rank {self.rank} did not answer within timeout_s"
+
+    def check_cut_off(self) -> None:
+        """Raise PeerLost where no neighbour is left."""
+        if not self._neighbours or self._edges:
+            return
+        why = "; ".join(f"rank {rank} {self.lost[rank]}" for rank in sorted(self._neighbours))
+        raise PeerLost(
+            f"rank {self.rank} has lost all its neighbours: {why}; restart it from a checkpoint, and give "
+            "distcomp.attach a longer timeout_s where it only computes longer"
+        )
+
+
+class _Edge:
+    """The connection with one neighbour, who is ``other`` of two."""
+
+    def __init__(self, group: Any, other: int) -> None:
+        self._group = group
+        self._other = other
+        self._waiting: threading.Thread | None = None
+
+    def exchange(self, wire: Tensor, size: int) -> tuple[Future[None], Tensor]:
+        """Send ``wire``, and receive as many bytes as ``size``: done when the future is."""
+        received = torch.empty(size, dtype=torch.uint8)
+        works = [self._group.recv([received], self._other, 0), self._group.send([wire], self._other, 0)]
+        done: Future[None] = Future()
+
+        def wait() -> None:
+            try:
+                for work in works:
+                    work.wait(FOREVER)
+            except RuntimeError as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._waiting = threading.Thread(target=wait, name="distcomp-edge", daemon=True)
+        self._waiting.start()
+        return done, received
+
+    def close(self) -> None:
+        """Close the connection where something is under way: whoever waits at either end is told.
+
+        Gloo has no call for it, and closes a connection when a wait on it times out: so one does.
+        """
+        if self._waiting is None or not self._waiting.is_alive():
+            return
+        with suppress(RuntimeError):
+            self._group.recv([torch.empty(1, dtype=torch.uint8)], self._other, 1).wait(
+                timedelta(milliseconds=1)
+            )
+        self._waiting.join()
+
+
+@dataclass
+class _Watched:
+    """A request under way; while it is, others see that this rank waits."""
+
+    pending: Pending
+    heartbeat: Heartbeat
+
+    @property
+    def started_s(self) -> float:
+        return self.pending.started_s
+
+    @property
+    def finished_s(self) -> float:
+        return self.pending.finished_s
+
+    def wait(self) -> Any:
+        try:
+            return self.pending.wait()
+        finally:
+            self.heartbeat.activity = NOTHING
 
 
 @dataclass
@@ -169,6 +261,7 @@ class _Mixing:
     edges: ResilientP2P
     neighbours: tuple[int, ...]
     under_way: dict[int, tuple[Future[None], Tensor]]
+    patience: Patience
     started_s: float = 0.0
     finished_s: float = 0.0
 
@@ -179,17 +272,14 @@ class _Mixing:
         """Raises PeerLost when no neighbour is left."""
         answers = {neighbour: self._answer(neighbour) for neighbour in self.neighbours}
         self.finished_s = time.perf_counter()
-        if self.edges.cut_off:
-            raise PeerLost(
-                f"all neighbours of rank {self.edges.rank} are lost: it is cut off; restart from a checkpoint"
-            )
+        self.edges.check_cut_off()
         return list(answers.values())
 
     def _answer(self, neighbour: int) -> Tensor | None:
         if neighbour not in self.under_way:
             return None
         done, received = self.under_way[neighbour]
-        return received if self.edges.answered(neighbour, done) else None
+        return received if self.edges.answered(neighbour, done, self.patience) else None
 
 
 @dataclass

@@ -24,6 +24,10 @@ class Findings:
     """No board has heard them for a while."""
     behind: dict[int, int] = field(default_factory=dict)
     """Alive, and with fewer exchanges begun than others: how many."""
+    begun: list[int] = field(default_factory=list)
+    """How many exchanges each rank has begun, itself included."""
+    doing: list[str] = field(default_factory=list)
+    """What each rank waits for in the last of them; empty where it computes."""
     furthest: int = 0
     """The most exchanges that a rank has begun."""
     deaf: bool = False
@@ -34,26 +38,26 @@ class Findings:
         """Merge the answers of boards: heard by one is heard."""
         findings = Findings(list(dict.fromkeys(note for answer in answers for note in answer["notes"])))
         views = [answer["view"] for answer in answers]
-        begun = []
         for other in range(size):
             seen = [view[other] for view in views]
-            begun.append(max(at for _, _, at in seen))
-            states = {state for _, state, _ in seen}
+            _, at, doing = min((age_s, at, doing) for age_s, _, at, doing in seen)  # the latest word
+            findings.begun.append(at)
+            findings.doing.append(doing)
+            states = {state for _, state, _, _ in seen}
             if other == rank:
                 continue
             if LEFT in states:
                 findings.left.add(other)
             elif GONE in states:
                 findings.gone.add(other)
-            elif min(age_s for age_s, _, _ in seen) > silence_s:
+            elif min(age_s for age_s, _, _, _ in seen) > silence_s:
                 findings.silent.add(other)
+        begun = findings.begun
         findings.furthest = max(begun)
-        there = [
-            rank_ for rank_ in range(size) if rank_ not in findings.left | findings.gone | findings.silent
-        ]
-        least = min(begun[rank_] for rank_ in there)
+        there = [one for one in range(size) if one not in findings.left | findings.gone | findings.silent]
+        least = min(begun[one] for one in there)
         if least < findings.furthest:
-            findings.behind = {rank_: least for rank_ in there if begun[rank_] == least}
+            findings.behind = {one: least for one in there if begun[one] == least}
         return findings
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import signal
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -330,7 +332,7 @@ def mourning(rank: int, size: int, spec: Any, dies: int, how: str, timeout_s: fl
             found["end"] = flat(model)
         except distcomp.DistcompError as error:
             found["error"] = f"{type(error).__name__}: {error}"
-    found["warned"] = [str(one.message) for one in caught if "lost" in str(one.message)]
+    found["warned"] = [str(one.message) for one in caught if "goes on without" in str(one.message)]
     return found
 
 
@@ -371,3 +373,35 @@ def _pytorch_post_local(
     ddp.register_comm_hook(state, post_local_hook.post_localSGD_hook)
     averager = PeriodicModelAverager(period=period, warmup_steps=after + period - 1)
     return PostLocalSGDOptimizer(optim=inner, averager=averager)
+
+
+def straying(rank: int, size: int, spec: Any, how: str, timeout_s: float) -> dict[str, Any]:
+    """Rank 2 is slow, or ends early, while the others train on: what each is told, and where it ends."""
+    model, optimizer, handle = start("plain", spec, rank, timeout_s=timeout_s)
+    found: dict[str, Any] = {"told": ""}
+    store = dist.group.WORLD.get_group_store()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            for index in range(6):
+                if (rank, index) == (2, 3) and how == "slow":
+                    store.wait([f"trained/{other}" for other in (0, 1, 3)])
+                if (rank, index) == (2, 3) and how == "ends":
+                    break
+                train(model, optimizer, rank, 1, start=index)
+            if rank != 2:
+                handle.state_dict()
+                store.set(f"trained/{rank}", "on")
+                found["own"] = flat(model)
+                with handle.averaged_model():
+                    found["mean"] = flat(model)
+                store.wait(["told"])
+            handle.detach()
+        except distcomp.DistcompError as error:
+            found["told"] = f"{type(error).__name__}: {error}"
+            store.set("told", "yes")
+            with contextlib.suppress(distcomp.DistcompError):
+                handle.detach()
+    found["warned"] = [str(one.message) for one in caught if "goes on without" in str(one.message)]
+    found["threads"] = [one.name for one in threading.enumerate() if one.name.startswith("distcomp")]
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_gossip_goes_on_without_a_dead_neighbour(gossip: Gossip, how: str, four:
         torch.testing.assert_close(one["mean"], own.mean(0))
         assert one["lost"] == [2]
         assert torch.equal(one["end"], survivors[0]["end"])
-        assert one["warned"] == ["rank 2 is lost; training goes on without it"]
+        assert one["warned"] == ["rank 2 died or hangs; training goes on without it"]
     assert not torch.equal(own[0], own[1])
 
 
@@ -50,3 +50,33 @@ def test_by_default_training_stops_and_names_the_dead(spec: str, four: Cluster) 
     found = four.results(jobs.mourning, spec, 2, "SIGKILL", 10.0, without=2)
     for rank in (0, 1, 3):
         assert found[rank]["error"].startswith("PeerLost: rank 2 died"), found[rank]
+
+
+SLOW = "did not answer within timeout_s=4, although alive"
+EARLY = "detache"  # "averages or detaches", or already "has ended or detached"
+
+
+@pytest.mark.parametrize("topology", ["ring", "complete"])
+@pytest.mark.parametrize(
+    ("how", "reason", "told"),
+    [
+        ("slow", SLOW, "as rank 2 did not answer within timeout_s"),
+        ("ends", EARLY, "rank 2 came to average or to detach, and most others do not (rank 0 trains on;"),
+    ],
+)
+def test_gossip_goes_on_without_the_slow_and_the_finished(
+    how: str, reason: str, told: str, topology: str, cluster: Callable[[int], Cluster]
+) -> None:
+    gossip = distcomp.choco(topology=topology, on_failure="continue")
+    found = cluster(4).run(jobs.straying, gossip, how, 4.0)
+    survivors = [found[rank] for rank in (0, 1, 3)]
+    own = torch.stack([one["own"] for one in survivors])
+    for one in survivors:
+        assert one["told"] == ""
+        (warned,) = one["warned"]
+        assert warned.startswith("rank 2 ")
+        assert reason in warned
+        torch.testing.assert_close(one["mean"], own.mean(0))
+    assert "PeerLost: rank 2" in found[2]["told"]
+    assert told in found[2]["told"]
+    assert [one["threads"] for one in found] == [[]] * 4

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ class Rank:
 
 
 def victim_of(way, size):
-    return 0 if way.endswith("first") else size - 1
+    return {"first": 0, "middle": size // 2, "last": size - 1}[way.rpartition(" ")[2]]
 
 
 def raise_in_backward(one, error):
@@ -171,6 +172,9 @@ WAYS = {  # what is attached, what then happens, and why the victim is said not 
     "slow, first": ({}, slow, BEHIND),
     "slow with topk, last": ({"method": "topk"}, slow, BEHIND),
     "slow with powersgd, first": ({"method": "powersgd:min_compression=0"}, slow, BEHIND),
+    "slow with ddp, last": ({"method": "ddp"}, slow, BEHIND),
+    "slow with torch:powersgd, first": ({"method": "torch:powersgd"}, slow, BEHIND),
+    "slow with norms and torch:fp16, last": ({"norm": True, "method": "torch:fp16"}, slow, BEHIND),
     "slow with norms, last": ({"norm": True}, slow, BEHIND),
     "slow with unused, first": ({"find_unused_parameters": True}, slow, BEHIND),
     "slow under averaging, last": ({"plain": True, "method": "local_sgd:period=2"}, slow, BEHIND),
@@ -183,7 +187,7 @@ ENDS = {  # ways after which the process is gone, or stopped for good
     "dead, last": ({}, strike(signal.SIGKILL), GONE),
     "dead, first": ({}, strike(signal.SIGKILL), GONE),
     "exits, first": ({}, by_victim(exits), GONE),
-    "stopped, last": ({}, strike(signal.SIGSTOP), GONE),
+    "stopped, middle": ({}, strike(signal.SIGSTOP), GONE),
     "stopped, first": ({}, strike(signal.SIGSTOP), GONE),
     "stopped with norms, first": ({"norm": True}, strike(signal.SIGSTOP), GONE),
     "stopped under averaging, first": (
@@ -204,7 +208,7 @@ def go(rank, size, way):
         one.handle.detach()
     except distcomp.DistcompError as error:  # what went wrong is said again; the model is left all the same
         told = told or str(error)
-    return told, kind, [one.name for one in threading.enumerate() if one.name.startswith("distcomp")]
+    return told, kind, jobs.threads_left()
 
 
 def check(answers, victim, reason):
@@ -238,24 +242,34 @@ def reused():
         one.close()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+def on_two_and_three(run):
+    """Both at once: what they do is wait."""
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(run, (2, 3)))
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_a_rank_that_stops_short_is_named(reused, way, size):
-    victim = victim_of(way, size)
-    answers = reused(size).results(go, way)
-    check(answers, victim, WAYS[way][2])
-    assert not isinstance(answers[victim], Failure), answers[victim]
-    assert answers[victim][2] == []
+def test_a_rank_that_stops_short_is_named(reused, way):
+    def run(size):
+        victim = victim_of(way, size)
+        answers = reused(size).results(go, way)
+        check(answers, victim, WAYS[way][2])
+        assert not isinstance(answers[victim], Failure), answers[victim]
+        assert answers[victim][2] == []
+
+    on_two_and_three(run)
 
 
-@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("way", ENDS)
-def test_a_rank_that_is_no_more_is_named(way, size):
-    cluster, victim = Cluster(size, PATIENCE_S), victim_of(way, size)
-    try:
-        check(cluster.results(go, way, without=victim), victim, ENDS[way][2])
-    finally:
-        cluster.close()
+def test_a_rank_that_is_no_more_is_named(way):
+    def run(size):
+        cluster, victim = Cluster(size, PATIENCE_S), victim_of(way, size)
+        try:
+            check(cluster.results(go, way, without=victim), victim, ENDS[way][2])
+        finally:
+            cluster.close()
+
+    on_two_and_three(run)
 
 
 def attach(rank, size, how):
@@ -330,18 +344,19 @@ def test_the_stores_host_may_be_lost_while_attaching(how, size):
         cluster.close()
 
 
-def trials(rank, size, count):
-    """What a process holds after ``count`` models were attached and left, after two as a measure."""
+def trials(rank, size, spec, count):
+    """What a process holds after ``count`` models were attached and left, after the first as a measure."""
+    plain = not isinstance(spec, str)
 
     def trial():
-        model = jobs.wrap(jobs.network())
+        model = jobs.network() if plain else jobs.wrap(jobs.network())
         optimizer = jobs.sgd(model)
-        with distcomp.attach(model, optimizer, "qsgd:bits=4") as handle:
+        with distcomp.attach(model, optimizer, spec) as handle:
             jobs.train(model, optimizer, rank, 1)
             copied, saved = copy.deepcopy(model), io.BytesIO()
             torch.save(model, saved)
             assert torch.equal(jobs.flat(copied), jobs.flat(model))
-            copied.module(torch.ones(2, 16)).sum().backward()
+            getattr(copied, "module", copied)(torch.ones(2, 16)).sum().backward()
             assert handle.stats()["iterations"] == 1
 
     def held():
@@ -352,17 +367,54 @@ def trials(rank, size, count):
     def tasks():
         return len(os.listdir("/proc/self/task"))
 
-    for _ in range(2):
-        trial()
+    trial()
     before = held()
     for _ in range(count):
         trial()
     return before, held()
 
 
-def test_models_that_were_left_leave_nothing(cluster):
-    for before, after in cluster(2).run(trials, 20):
+@pytest.mark.parametrize(
+    ("spec", "count"),
+    [("qsgd:bits=4", 50), ("local_sgd:period=1", 10),
+     (distcomp.choco(on_failure="continue"), 10), ("ddp", 10)],
+    ids=["gradients", "models", "neighbours", "builtin"],
+)  # fmt: skip
+def test_models_that_were_left_leave_nothing(cluster, spec, count):
+    for before, after in cluster(2).run(trials, spec, count):
         assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
+
+
+def connections():
+    """The connections of this process to the rendezvous store, by their ports here."""
+    inodes = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(f"/proc/self/fd/{name}"))
+    port, found = f":{int(os.environ['MASTER_PORT']):04X}", set()
+    for table in ("tcp", "tcp6"):
+        with open(f"/proc/self/net/{table}") as lines:
+            fields = [line.split() for line in lines][1:]
+        found |= {one[1] for one in fields if one[2].endswith(port) and f"socket:[{one[9]}]" in inodes}
+    return found
+
+
+def attached_twice(rank, size):
+    """The connections to the store with one attached model, and with two."""
+    found, handles = [], []
+    for _ in range(2):
+        handles.append(distcomp.attach(jobs.wrap(jobs.network()), None, "qsgd:bits=4"))
+        found.append(connections())
+    for handle in handles:
+        handle.detach()
+    return found
+
+
+def test_all_models_of_a_group_share_one_connection_to_the_store(cluster):
+    """Its host looks up the name of each that connects, and answers nobody meanwhile."""
+    for first, second in cluster(2).run(attached_twice):
+        assert first == second
+        assert first
 
 
 def refused(rank, size, how):

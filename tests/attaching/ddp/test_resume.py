@@ -14,6 +14,7 @@ from tests.attaching.ddp import jobs
 
 SPECS = [name for name, entry in registry.METHODS.items() if entry.kind == "gradient" and not entry.control]
 SPECS += ["qsgd:bits=1"]
+SPECS += [f"allocate:period={period}" for period in (2, 3, 6)]  # resumed within, after and before a plan
 
 
 def through_torch_save(thing):

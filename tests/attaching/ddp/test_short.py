@@ -1,7 +1,5 @@
 """A backward that stops short: every wait ends, every rank hears why, and the model can be left."""
 
-import threading
-
 import pytest
 import torch
 from torch import nn
@@ -9,23 +7,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
 from tests.attaching.ddp import jobs
-from tests.cluster import Cluster, Failure
+from tests.cluster import Failure
 
 TIMEOUT_S = 8
-
-
-@pytest.fixture
-def doomed():
-    """A cluster that the test may break."""
-    clusters = []
-
-    def make(size):
-        clusters.append(Cluster(size))
-        return clusters[-1]
-
-    yield make
-    for one in clusters:
-        one.close()
 
 
 class Skips(nn.Module):
@@ -43,10 +27,6 @@ class Skips(nn.Module):
         return self.last(x)
 
 
-def left_behind():
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("distcomp")]
-
-
 def skipping(rank, size, spec, who, cap_mb, skips):
     """Train; from step 3 on, ``who`` leave a layer out. What each is told, and whether it could leave."""
     model = DistributedDataParallel(Skips(), bucket_cap_mb=cap_mb)
@@ -62,7 +42,7 @@ def skipping(rank, size, spec, who, cap_mb, skips):
     except (RuntimeError, distcomp.DistcompError) as error:
         told = f"step {step}: {error}"
     handle.detach()
-    return told, left_behind()
+    return told, jobs.threads_left()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +86,7 @@ def broken(rank, size, error, within):
     except error as raised:
         caught = str(raised)
     handle.detach()
-    return caught, left_behind()
+    return caught, jobs.threads_left()
 
 
 @pytest.mark.parametrize("within", [True, False], ids=["with", "detach"])
@@ -191,7 +171,7 @@ def leaves_early(rank, size):
     jobs.train(model, optimizer, rank, 2)
     if rank == 1:
         handle.detach()
-        return "left", left_behind()
+        return "left", jobs.threads_left()
     try:
         handle.exchange(torch.ones(3))
     except distcomp.PeerLost as error:
@@ -199,7 +179,7 @@ def leaves_early(rank, size):
     else:
         told = "not noticed"
     handle.detach()
-    return told, left_behind()
+    return told, jobs.threads_left()
 
 
 def test_an_exchange_that_nobody_answers_ends(doomed):
