@@ -31,12 +31,22 @@ typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_al
 #define load(from) ((Lanes) * (const Anywhere *)(from)) /* no functions: they would pass vectors by value */
 #define store(to, lanes) (*(Anywhere *)(to) = (lanes))
 
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
+
+/* The upper half of the lanes onto the lower one, until there is one: in registers. */
 BODY float sum_of(const float *summands) {
-    float lanes[LANES];
-    memcpy(lanes, summands, sizeof lanes);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+    Eight eight, upper_eight;
+    Four four, upper_four;
+    float lanes[4];
+    memcpy(&eight, summands, sizeof eight);
+    memcpy(&upper_eight, summands + 8, sizeof eight);
+    eight += upper_eight;
+    memcpy(&four, &eight, sizeof four);
+    memcpy(&upper_four, (const char *)&eight + sizeof four, sizeof four);
+    four += upper_four;
+    memcpy(lanes, &four, sizeof lanes);
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
 /* out[k][i] = sum_j q[k][j] m[i][j]: lane l adds the columns j = l mod LANES; the rest comes last. */

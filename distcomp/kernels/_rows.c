@@ -57,24 +57,51 @@ static int32_t edge_of(const int32_t *m, size_t n, size_t count, size_t *above) 
     return (int32_t)prefix;
 }
 
-static void top_row(const float *x, const Row *row, int32_t *m, int64_t *places) {
+#define TABLES 4 /* of counts: an element need not wait for its neighbour's */
+
+/* The elements whose exponents are those of the `count` largest, or larger: their magnitudes, and where they are.
+ * Returns how many there are, few of a long row. */
+static size_t candidates(const float *x, size_t n, size_t count, int32_t *m, int64_t *places) {
+    uint32_t bins[TABLES][256] = {{0}}, bits;
+    size_t reached = 0, found = 0;
+    for (size_t j = 0; j < n; j++) {
+        memcpy(&bits, x + j, 4);
+        bins[j % TABLES][bits >> 23 & 255]++;
+    }
+    int32_t bin = 256;
+    while (reached < count) {
+        bin--;
+        for (int t = 0; t < TABLES; t++) reached += bins[t][bin];
+    }
+    for (size_t j = 0; j < n; j++) {
+        memcpy(&bits, x + j, 4);
+        m[found] = (int32_t)(bits & 0x7fffffffu);
+        places[found] = (int64_t)j;
+        found += m[found] >= bin << 23;
+    }
+    return found;
+}
+
+/* `m` and `where` are scratch, of as many elements as the row has. */
+static void top_row(const float *x, const Row *row, int32_t *m, int64_t *where, int64_t *places) {
     size_t n = (size_t)row->length, count = (size_t)row->count, above;
     int64_t *out = places + row->place;
     if (count == n) {
         for (size_t j = 0; j < n; j++) out[j] = row->start + (int64_t)j;
         return;
     }
-    magnitudes(x + row->start, m, n);
     if (count <= SCANS) {
+        magnitudes(x + row->start, m, n);
         take_largest(m, n, count);
         for (size_t j = 0, found = 0; found < count; j++)
             if (m[j] < 0) out[found++] = row->start + (int64_t)j;
         return;
     }
-    int32_t edge = edge_of(m, n, count, &above);
+    size_t likely = candidates(x + row->start, n, count, m, where);
+    int32_t edge = edge_of(m, likely, count, &above);
     size_t ties = count - above;
     for (size_t j = 0, found = 0; found < count; j++)
-        if (m[j] > edge || (m[j] == edge && ties && ties--)) out[found++] = row->start + (int64_t)j;
+        if (m[j] > edge || (m[j] == edge && ties && ties--)) out[found++] = row->start + where[j];
 }
 
 /* ------------------------------------------------------------------------------------------------ how written */
@@ -235,12 +262,13 @@ PyObject *py_top_rows(PyObject *self, PyObject *args) {
     const Row *row = TABLE(all);
     for (Py_ssize_t i = 0; i < all.rows; i++)
         if ((size_t)row[i].length > longest) longest = (size_t)row[i].length;
-    int32_t *scratch = malloc(4 * longest + 4);
-    if (!scratch) return PyErr_NoMemory();
+    int64_t *where = calloc(longest + 1, sizeof *where + sizeof(int32_t));
+    if (!where) return PyErr_NoMemory();
+    int32_t *m = (int32_t *)(where + longest + 1);
     Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t i = 0; i < all.rows; i++) top_row((const float *)(uintptr_t)all.x, &row[i], scratch, PLACES(all));
+    for (Py_ssize_t i = 0; i < all.rows; i++) top_row((const float *)(uintptr_t)all.x, &row[i], m, where, PLACES(all));
     Py_END_ALLOW_THREADS
-    free(scratch);
+    free(where);
     Py_RETURN_NONE;
 }
 
