@@ -75,7 +75,7 @@ def binary_conv2d(
     if min(made) < 1:
         raise DistcompError(f"a kernel of {kh} x {kw} does not fit into {height} x {width}")
     if backend(x.device) != "cpu":
-        signs = torch.where(x < 0, -1.0, 1.0)
+        signs = torch.where(x < 0, -torch.ones_like(x), 1.0)
         y = torch.nn.functional.conv2d(signs, unpack_filters(words, shape), None, stride, padding)
         return y * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
     _check_filters(words, shape, scale, bias)
@@ -104,7 +104,7 @@ def binary_linear(
     if not count:
         return x.new_empty(*x.shape[:-1], outputs)
     if backend(x.device) != "cpu":
-        y = torch.where(rows < 0, -1.0, 1.0) @ unpack_filters(words, shape).flatten(1).T
+        y = torch.where(rows < 0, -torch.ones_like(rows), 1.0) @ unpack_filters(words, shape).flatten(1).T
         return (y * scale + bias).view(*x.shape[:-1], outputs)
     _check_filters(words, shape, scale, bias)
     cpu = _extension()

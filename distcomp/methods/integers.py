@@ -272,7 +272,7 @@ class RandomHadamard(Method):
         padded = self.padded(context.layout)
         shape = (padded.numel // self.block, self.block)
         noise = uniform(padded, context.shared.fold("rotate"), x.device).view(shape)
-        signs = torch.where(noise < 0.5, -1.0, 1.0)
+        signs = torch.where(noise < 0.5, -torch.ones_like(noise), 1.0)
 
         def back(y: Tensor) -> Tensor:
             return from_rows(hadamard(y.view(shape)) * signs, context.layout)

@@ -53,8 +53,8 @@ class PowerSGD(Method):
 
     Source: Vogels, Karimireddy & Jaggi, NeurIPS 2019; one round: epfml/powersgd. We differ: Q is made
     orthonormal before it is used (the span is the same, float32 holds it better); a column of zeros is drawn
-    anew, where theirs stays zero; the contribution is the rank's own product, as in epfml/powersgd (the
-    paper's code and PyTorch's hook subtract the mean's: the sum over ranks is the same); ``one_round``
+    anew, where theirs stays zero; the contribution is the rank's own product (the paper's code,
+    epfml/powersgd and PyTorch's hook subtract the mean's: the sum over ranks is the same); ``one_round``
     decides by ``min_compression`` on both halves, ``4r(a+b)``, though a step sends one of them. The
     orthonormal P is computed by every rank from the same bits: ranks need the same torch build and kind of
     CPU.
@@ -332,7 +332,7 @@ def _is_matrix(param: ParamSlice) -> bool:
     summable=True,
     biased=True,
     deviations="Q is made orthonormal before use; a column that is zero is drawn anew; each rank owes "
-    "against its own product (as epfml/powersgd; PyTorch's hook: against the mean's); one_round counts both "
+    "against its own product (epfml/powersgd and PyTorch's hook: against the mean's); one_round counts both "
     "halves in min_compression",
     limitations="vectors and small matrices do not shrink; gradients of high rank come through slowly, "
     "the more so at rank 1 in one round",
