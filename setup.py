@@ -13,6 +13,7 @@ setup(
                 "distcomp/kernels/_binary.h",
                 "distcomp/kernels/_lowrank.h",
                 "distcomp/kernels/_rows.h",
+                "distcomp/kernels/_inside.h",
             ],
             # A contracted multiply-add gives other bits: replicas on unlike machines would drift apart.
             extra_compile_args=["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],

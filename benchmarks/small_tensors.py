@@ -28,11 +28,17 @@ TARGET = 1.5
 
 
 class Chain(nn.Module):
-    """Tiny layers one after the other: ``count`` parameters, a weight and a bias each."""
+    """Tiny layers one after the other: ``count`` parameters, a weight and a bias each.
+
+    Weights are orthogonal: with torch's own, gradients of so many layers are zero but for the last few.
+    """
 
     def __init__(self, count: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(count // 2)))
+        for layer in self.layers:
+            nn.init.orthogonal_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.layers(x)

@@ -43,4 +43,9 @@ class Key:
     def generator(self) -> torch.Generator:
         """A CPU generator seeded by this key, for draws that no kernel makes (permutations, start
         matrices)."""
-        return torch.Generator().manual_seed(self.bits & (2**63 - 1))
+        return torch.Generator().manual_seed(self.seed)
+
+    @property
+    def seed(self) -> int:
+        """What seeds a generator of torch: 63 of the bits."""
+        return self.bits & (2**63 - 1)

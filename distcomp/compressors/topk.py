@@ -54,6 +54,9 @@ class Sparsifier(Compressor):
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
         put_values(out, self.positions(payload, layout), payload["values"], add)
 
+    def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
+        out.index_add_(0, self.positions(payload, layout), payload["values"], alpha=-1)
+
 
 def put_values(out: Tensor, where: Tensor, values: Tensor, add: bool) -> None:
     """Write values where they belong, and zeros elsewhere unless ``add``. No place occurs twice."""
@@ -249,9 +252,17 @@ class Chain(Compressor):
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
+        put_values(out, self.sparsifier.positions(payload, layout), self._values(payload, layout), add)
+
+    def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
+        where = self.sparsifier.positions(payload, layout)
+        out.index_add_(0, where, self._values(payload, layout), alpha=-1)
+
+    def _values(self, payload: Payload, layout: Layout) -> Tensor:
+        """The values that were sent, decoded."""
         kept = self.sparsifier.kept(layout)
         encoded = Payload(payload.wire, self.quantizer.parts(kept))  # they come first, the indices last
-        put_values(out, self.sparsifier.positions(payload, layout), self.quantizer.decode(encoded, kept), add)
+        return self.quantizer.decode(encoded, kept)
 
     def omega(self, numel: int) -> float | None:
         chosen = self.sparsifier.omega(numel)

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "_binary.h"
+#include "_inside.h"
 
 #define LANES 8
 #define BODY static inline __attribute__((always_inline))
@@ -193,11 +194,15 @@ static void conv(const Conv *c, const Binary *binary) {
 PyObject *py_pack_signs(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long x, out;
-    Py_ssize_t samples, channels, places;
+    Py_ssize_t samples, channels, places, x_size, out_size;
     int plain;
-    if (!PyArg_ParseTuple(args, "KKnnnp", &x, &out, &samples, &channels, &places, &plain)) return NULL;
-    if (samples < 0 || channels < 0 || places < 0)
-        return PyErr_Format(PyExc_ValueError, "a negative number of samples, channels or places cannot be");
+    if (!PyArg_ParseTuple(args, "KK(nn)nnnp", &x, &out, &x_size, &out_size, &samples, &channels, &places, &plain))
+        return NULL;
+    const int64_t read[] = {channels, places, samples};
+    const int64_t written[] = {channels / 64 + !!(channels % 64), places, samples};
+    if (!product_inside(read, 3, x_size) || !product_inside(written, 3, out_size))
+        return refused("so many samples, channels or places");
+    if (!channels || !places) Py_RETURN_NONE; /* nothing, however many samples of it */
     const float *from = (const float *)(uintptr_t)x;
     uint64_t *to = (uint64_t *)(uintptr_t)out;
     size_t words = ((size_t)channels + 63) / 64;
@@ -230,23 +235,35 @@ static int is_possible(const Conv *c, Py_ssize_t samples) {
         return 0;
     long long height = (long long)c->height + 2ll * c->padding, width = (long long)c->width + 2ll * c->padding;
     if (height > most || width > most || (long long)c->height * c->width > most ||
-        (long long)c->kh * c->kw > most / TILE || (long long)c->out_height * c->out_width > most - TILE)
+        (long long)c->kh * c->kw > (most - 1) / TILE || (long long)c->out_height * c->out_width > most - TILE ||
+        (long long)c->kh * c->kw * c->channels >= most || c->outputs > most - LANES)
         return 0;
     return c->kh <= height && c->kw <= width && c->out_height <= (height - c->kh) / c->stride + 1 &&
            c->out_width <= (width - c->kw) / c->stride + 1;
 }
 
+/* Whether x, weight, scale, bias and out have as many elements as such a convolution reads and writes. */
+static int buffers_suffice(const Conv *c, Py_ssize_t samples, const Py_ssize_t sizes[5]) {
+    const int64_t words = (int64_t)words_of(c), groups = (c->outputs + LANES - 1) / LANES;
+    const int64_t image[] = {c->height, c->width, words, samples};
+    const int64_t weight[] = {groups, c->kh, c->kw, words, LANES};
+    const int64_t out[] = {c->outputs, c->out_height, c->out_width, samples};
+    return product_inside(image, 4, sizes[0]) && product_inside(weight, 5, sizes[1]) && c->outputs <= sizes[2] &&
+           c->outputs <= sizes[3] && product_inside(out, 4, sizes[4]);
+}
+
 PyObject *py_binary_conv(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long x, weight, scale, bias, out;
-    Py_ssize_t samples;
+    Py_ssize_t samples, sizes[5];
     int plain;
     Conv c;
-    if (!PyArg_ParseTuple(args, "KKKKKn(iii)(iiiii)(ii)pp", &x, &weight, &scale, &bias, &out, &samples,
-                          &c.channels, &c.height, &c.width, &c.outputs, &c.kh, &c.kw, &c.stride, &c.padding,
-                          &c.out_height, &c.out_width, &c.rows, &plain))
+    if (!PyArg_ParseTuple(args, "KKKKK(nnnnn)n(iii)(iiiii)(ii)pp", &x, &weight, &scale, &bias, &out, &sizes[0],
+                          &sizes[1], &sizes[2], &sizes[3], &sizes[4], &samples, &c.channels, &c.height, &c.width,
+                          &c.outputs, &c.kh, &c.kw, &c.stride, &c.padding, &c.out_height, &c.out_width, &c.rows,
+                          &plain))
         return NULL;
-    if (!is_possible(&c, samples)) return PyErr_Format(PyExc_ValueError, "such a convolution cannot be");
+    if (!is_possible(&c, samples) || !buffers_suffice(&c, samples, sizes)) return refused("such a convolution");
     c.weight = (const uint64_t *)(uintptr_t)weight;
     c.scale = (const float *)(uintptr_t)scale;
     c.bias = (const float *)(uintptr_t)bias;

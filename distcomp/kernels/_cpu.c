@@ -9,6 +9,7 @@
 
 #include "_binary.h"
 #include "_cpu.h"
+#include "_inside.h"
 #include "_lowrank.h"
 #include "_rows.h"
 #include "_select.h"
@@ -72,105 +73,70 @@ static const Variant *variant_named(const char *name) {
     return !name || !strcmp(name, "generic") ? &generic_variant : NULL;
 }
 
-/* Python's side: addresses come as integers that the wrapper in cpu.py has checked. */
-static uint8_t *scratch_for(size_t numel, size_t block) {
-    size_t bytes = smaller(numel, block);
-    uint8_t *scratch = malloc(bytes ? bytes : 1);
-    if (!scratch) PyErr_NoMemory();
-    return scratch;
-}
-
-/* What reaches outside its buffers is a ValueError, never a read. */
-static PyObject *refused(const char *what) { return PyErr_Format(PyExc_ValueError, "%s cannot be", what); }
-
-static int blocks_are_possible(Py_ssize_t numel, Py_ssize_t block, int bits) {
-    return numel >= 0 && block > 0 && bits >= 1 && bits <= 8;
-}
-
-static PyObject *py_quantize(PyObject *self, PyObject *args) {
-    (void)self;
-    unsigned long long x, codes, scales, key;
-    Py_ssize_t numel, block;
-    unsigned int first;
-    Quantize q;
-    if (!PyArg_ParseTuple(args, "KKKnniKIpp", &x, &codes, &scales, &numel, &block, &q.bits, &key, &first,
-                          &q.stochastic, &q.given))
-        return NULL;
-    if (!blocks_are_possible(numel, block, q.bits)) return refused("these numbers of elements, blocks or bits");
-    q.x = (const float *)(uintptr_t)x;
-    q.codes = (uint8_t *)(uintptr_t)codes;
-    q.scales = (float *)(uintptr_t)scales;
-    q.numel = (size_t)numel;
-    q.block = (size_t)block;
-    q.key_low = (uint32_t)key;
-    q.key_high = (uint32_t)(key >> 32);
-    q.first = first;
-    q.scratch = scratch_for(q.numel, q.block);
-    if (!q.scratch) return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    chosen->quantize(&q);
-    Py_END_ALLOW_THREADS
-    free(q.scratch);
-    Py_RETURN_NONE;
-}
-
-static PyObject *py_dequantize(PyObject *self, PyObject *args) {
-    (void)self;
-    unsigned long long codes, scales, out;
-    Py_ssize_t numel, block;
-    Dequantize d;
-    if (!PyArg_ParseTuple(args, "KKKnniif", &codes, &scales, &out, &numel, &block, &d.bits, &d.sign,
-                          &d.times))
-        return NULL;
-    if (!blocks_are_possible(numel, block, d.bits)) return refused("these numbers of elements, blocks or bits");
-    d.codes = (const uint8_t *)(uintptr_t)codes;
-    d.scales = (const float *)(uintptr_t)scales;
-    d.out = (float *)(uintptr_t)out;
-    d.numel = (size_t)numel;
-    d.block = (size_t)block;
-    d.scratch = scratch_for(d.numel, d.block);
-    if (!d.scratch) return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    chosen->dequantize(&d);
-    Py_END_ALLOW_THREADS
-    free(d.scratch);
-    Py_RETURN_NONE;
-}
+/* ---------------------------------------------------------------------------------------------- Python's side */
 
 /* One line of the table of many pieces that lie in one buffer: see pieces.py. */
 typedef struct {
     int64_t at, numel, codes, scales, first;
 } Piece;
 
-static size_t longest(const Piece *pieces, Py_ssize_t count) {
-    size_t most = 0;
-    for (Py_ssize_t i = 0; i < count; i++)
-        if ((size_t)pieces[i].numel > most) most = (size_t)pieces[i].numel;
-    return most;
+/* Values, their codes and their scales, of which a table's pieces are parts; sizes are in elements. */
+typedef struct {
+    unsigned long long values, codes, scales;
+    Py_ssize_t values_size, codes_size, scales_size, block;
+    int bits;
+} Coded;
+
+/* packing.py's block_bytes: the sum over a code's parts of ceil(count * width / 8). */
+static int64_t block_bytes(int64_t count, int bits) {
+    int64_t bytes = 0;
+    for (int width = 8; width; width /= 2)
+        if (bits & width) bytes += count / 8 * width + (count % 8 * width + 7) / 8;
+    return bytes;
 }
 
-static PyObject *py_quantize_pieces(PyObject *self, PyObject *args) {
-    (void)self;
-    unsigned long long x, codes, scales, table, keys;
-    Py_ssize_t pieces, block;
-    Quantize q;
-    if (!PyArg_ParseTuple(args, "KKKKnKnipp", &x, &codes, &scales, &table, &pieces, &keys, &block, &q.bits,
-                          &q.stochastic, &q.given))
+static int piece_is_inside(const Coded *all, const Piece *piece) {
+    int64_t numel = piece->numel, block = all->block;
+    if (!inside(piece->at, numel, all->values_size) || numel > INT64_MAX / 8) return 0;
+    int64_t whole = numel / block, rest = numel % block;
+    int64_t bytes = (whole ? whole * block_bytes(block, all->bits) : 0) + block_bytes(rest, all->bits);
+    return inside(piece->codes, bytes, all->codes_size) && inside(piece->scales, whole + !!rest, all->scales_size);
+}
+
+/* One block of codes, for pieces that were looked at; NULL, with an error, where one reaches outside. */
+static uint8_t *scratch_for(const Coded *all, const Piece *pieces, Py_ssize_t count) {
+    int64_t longest = 1;
+    if (count < 0 || all->block < 1 || all->bits < 1 || all->bits > 8) {
+        refused("these numbers of pieces, blocks or bits");
         return NULL;
-    const Piece *piece = (const Piece *)(uintptr_t)table;
-    const uint64_t *key = (const uint64_t *)(uintptr_t)keys;
-    q.block = (size_t)block;
-    q.scratch = scratch_for(longest(piece, pieces), q.block);
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (!piece_is_inside(all, &pieces[i])) {
+            outside("piece", i);
+            return NULL;
+        }
+        if (pieces[i].numel > longest) longest = pieces[i].numel;
+    }
+    uint8_t *scratch = malloc(smaller((size_t)longest, (size_t)all->block));
+    if (!scratch) PyErr_NoMemory();
+    return scratch;
+}
+
+static PyObject *quantize_all(const Coded *all, const Piece *piece, Py_ssize_t count, const uint64_t *keys,
+                              Quantize q) {
+    q.scratch = scratch_for(all, piece, count);
     if (!q.scratch) return NULL;
+    q.block = (size_t)all->block;
+    q.bits = all->bits;
     Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t i = 0; i < pieces; i++, piece++) {
-        q.x = (const float *)(uintptr_t)x + piece->at;
-        q.codes = (uint8_t *)(uintptr_t)codes + piece->codes;
-        q.scales = (float *)(uintptr_t)scales + piece->scales;
+    for (Py_ssize_t i = 0; i < count; i++, piece++) {
+        q.x = (const float *)(uintptr_t)all->values + piece->at;
+        q.codes = (uint8_t *)(uintptr_t)all->codes + piece->codes;
+        q.scales = (float *)(uintptr_t)all->scales + piece->scales;
         q.numel = (size_t)piece->numel;
         q.first = (uint32_t)piece->first;
-        q.key_low = (uint32_t)key[i];
-        q.key_high = (uint32_t)(key[i] >> 32);
+        q.key_low = (uint32_t)keys[i];
+        q.key_high = (uint32_t)(keys[i] >> 32);
         chosen->quantize(&q);
     }
     Py_END_ALLOW_THREADS
@@ -178,29 +144,75 @@ static PyObject *py_quantize_pieces(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-static PyObject *py_dequantize_pieces(PyObject *self, PyObject *args) {
-    (void)self;
-    unsigned long long codes, scales, out, table;
-    Py_ssize_t pieces, block;
-    Dequantize d;
-    if (!PyArg_ParseTuple(args, "KKKKnniif", &codes, &scales, &out, &table, &pieces, &block, &d.bits, &d.sign,
-                          &d.times))
-        return NULL;
-    const Piece *piece = (const Piece *)(uintptr_t)table;
-    d.block = (size_t)block;
-    d.scratch = scratch_for(longest(piece, pieces), d.block);
+static PyObject *dequantize_all(const Coded *all, const Piece *piece, Py_ssize_t count, Dequantize d) {
+    d.scratch = scratch_for(all, piece, count);
     if (!d.scratch) return NULL;
+    d.block = (size_t)all->block;
+    d.bits = all->bits;
     Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t i = 0; i < pieces; i++, piece++) {
-        d.codes = (const uint8_t *)(uintptr_t)codes + piece->codes;
-        d.scales = (const float *)(uintptr_t)scales + piece->scales;
-        d.out = (float *)(uintptr_t)out + piece->at;
+    for (Py_ssize_t i = 0; i < count; i++, piece++) {
+        d.codes = (const uint8_t *)(uintptr_t)all->codes + piece->codes;
+        d.scales = (const float *)(uintptr_t)all->scales + piece->scales;
+        d.out = (float *)(uintptr_t)all->values + piece->at;
         d.numel = (size_t)piece->numel;
         chosen->dequantize(&d);
     }
     Py_END_ALLOW_THREADS
     free(d.scratch);
     Py_RETURN_NONE;
+}
+
+#define CODED(all) \
+    &(all).values, &(all).codes, &(all).scales, &(all).values_size, &(all).codes_size, &(all).scales_size
+
+static PyObject *py_quantize(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long key;
+    Py_ssize_t numel;
+    unsigned int first;
+    Coded all;
+    Quantize q = {0};
+    if (!PyArg_ParseTuple(args, "KKK(nnn)nniKIpp", CODED(all), &numel, &all.block, &all.bits, &key, &first,
+                          &q.stochastic, &q.given))
+        return NULL;
+    Piece piece = {.numel = numel, .first = first};
+    uint64_t keys[1] = {key};
+    return quantize_all(&all, &piece, 1, keys, q);
+}
+
+static PyObject *py_dequantize(PyObject *self, PyObject *args) {
+    (void)self;
+    Py_ssize_t numel;
+    Coded all;
+    Dequantize d = {0};
+    if (!PyArg_ParseTuple(args, "KKK(nnn)nniif", CODED(all), &numel, &all.block, &all.bits, &d.sign, &d.times))
+        return NULL;
+    Piece piece = {.numel = numel};
+    return dequantize_all(&all, &piece, 1, d);
+}
+
+static PyObject *py_quantize_pieces(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long table, keys;
+    Py_ssize_t pieces;
+    Coded all;
+    Quantize q = {0};
+    if (!PyArg_ParseTuple(args, "KKK(nnn)KnKnipp", CODED(all), &table, &pieces, &keys, &all.block, &all.bits,
+                          &q.stochastic, &q.given))
+        return NULL;
+    return quantize_all(&all, (const Piece *)(uintptr_t)table, pieces, (const uint64_t *)(uintptr_t)keys, q);
+}
+
+static PyObject *py_dequantize_pieces(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long table;
+    Py_ssize_t pieces;
+    Coded all;
+    Dequantize d = {0};
+    if (!PyArg_ParseTuple(args, "KKK(nnn)Knniif", CODED(all), &table, &pieces, &all.block, &all.bits, &d.sign,
+                          &d.times))
+        return NULL;
+    return dequantize_all(&all, (const Piece *)(uintptr_t)table, pieces, d);
 }
 
 static PyObject *py_all_finite(PyObject *self, PyObject *args) {
@@ -269,10 +281,10 @@ static PyObject *py_permuted(PyObject *self, PyObject *args) {
 static PyObject *py_exponents(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long x, codes, key;
-    Py_ssize_t numel;
+    Py_ssize_t numel, codes_size;
     unsigned int first;
-    if (!PyArg_ParseTuple(args, "KKnKI", &x, &codes, &numel, &key, &first)) return NULL;
-    if (numel < 0) return refused("a negative number of elements");
+    if (!PyArg_ParseTuple(args, "KK(nn)KI", &x, &codes, &numel, &codes_size, &key, &first)) return NULL;
+    if (!inside(0, numel, codes_size)) return refused("more elements than codes");
     Py_BEGIN_ALLOW_THREADS
     chosen->exponents((const uint32_t *)(uintptr_t)x, (uint8_t *)(uintptr_t)codes, (size_t)numel,
                       first + (uint32_t)key, (uint32_t)(key >> 32));
@@ -283,9 +295,9 @@ static PyObject *py_exponents(PyObject *self, PyObject *args) {
 static PyObject *py_scale_by_exponents(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long codes, out;
-    Py_ssize_t numel;
-    if (!PyArg_ParseTuple(args, "KKn", &codes, &out, &numel)) return NULL;
-    if (numel < 0) return refused("a negative number of elements");
+    Py_ssize_t codes_size, numel;
+    if (!PyArg_ParseTuple(args, "KK(nn)", &codes, &out, &codes_size, &numel)) return NULL;
+    if (!inside(0, numel, codes_size)) return refused("more elements than codes");
     Py_BEGIN_ALLOW_THREADS
     chosen->scale_by_exponents((const uint8_t *)(uintptr_t)codes, (float *)(uintptr_t)out, (size_t)numel);
     Py_END_ALLOW_THREADS
@@ -311,30 +323,33 @@ static PyObject *py_instruction_set(PyObject *self, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {
-    {"quantize", py_quantize, METH_VARARGS, "x, codes, scales, numel, block, bits, key, first, stochastic, given"},
-    {"dequantize", py_dequantize, METH_VARARGS, "codes, scales, out, numel, block, bits, sign, times"},
+    {"quantize", py_quantize, METH_VARARGS,
+     "x, codes, scales, sizes of the three, numel, block, bits, key, first, stochastic, given"},
+    {"dequantize", py_dequantize, METH_VARARGS,
+     "out, codes, scales, sizes of the three, numel, block, bits, sign, times"},
     {"quantize_pieces", py_quantize_pieces, METH_VARARGS,
-     "x, codes, scales, table, pieces, keys, block, bits, stochastic, given"},
+     "x, codes, scales, sizes of the three, table, pieces, keys, block, bits, stochastic, given"},
     {"dequantize_pieces", py_dequantize_pieces, METH_VARARGS,
-     "codes, scales, out, table, pieces, block, bits, sign, times"},
-    {"top_rows", py_top_rows, METH_VARARGS, "x, table, rows, places, longest"},
-    {"write_rows", py_write_rows, METH_VARARGS, "places, table, rows, codes"},
-    {"read_rows", py_read_rows, METH_VARARGS, "codes, table, rows, places"},
-    {"move", py_move, METH_VARARGS, "from, to, table, pieces"},
-    {"lowrank_pieces", py_lowrank_pieces, METH_VARARGS, "kind, p, q, m, out, table, pieces, subtract"},
+     "out, codes, scales, sizes of the three, table, pieces, block, bits, sign, times"},
+    {"top_rows", py_top_rows, METH_VARARGS, "x, places, sizes of the two, table, rows"},
+    {"write_rows", py_write_rows, METH_VARARGS, "places, codes, sizes of the two, table, rows"},
+    {"read_rows", py_read_rows, METH_VARARGS, "places, codes, sizes of the two, table, rows"},
+    {"move", py_move, METH_VARARGS, "from, to, sizes of the two, table, pieces"},
+    {"lowrank_pieces", py_lowrank_pieces, METH_VARARGS,
+     "kind, p, q, m, out, table, pieces, subtract, sizes of the four"},
     {"all_finite", py_all_finite, METH_VARARGS, "x, numel, exponent mask -> bool"},
     {"checksum", py_checksum, METH_VARARGS, "data, bytes -> (sum, weighted sum)"},
     {"at_least", py_at_least, METH_VARARGS, "x, numel, threshold, places, most -> how many"},
     {"permuted", py_permuted, METH_VARARGS, "places, count, numel, bits, keys"},
-    {"exponents", py_exponents, METH_VARARGS, "x, codes, numel, key, first"},
-    {"scale_by_exponents", py_scale_by_exponents, METH_VARARGS, "codes, out, numel"},
-    {"pack_signs", py_pack_signs, METH_VARARGS, "x, words, samples, channels, places, plain"},
+    {"exponents", py_exponents, METH_VARARGS, "x, codes, sizes of the two, key, first"},
+    {"scale_by_exponents", py_scale_by_exponents, METH_VARARGS, "codes, out, sizes of the two"},
+    {"pack_signs", py_pack_signs, METH_VARARGS, "x, words, sizes of the two, samples, channels, places, plain"},
     {"binary_conv", py_binary_conv, METH_VARARGS,
-     "x, weight, scale, bias, out, samples, (channels, height, width), (outputs, kh, kw, stride, padding), "
-     "(out_height, out_width), rows, plain"},
+     "x, weight, scale, bias, out, sizes of the five, samples, (channels, height, width), "
+     "(outputs, kh, kw, stride, padding), (out_height, out_width), rows, plain"},
     {"lowrank", py_lowrank, METH_VARARGS,
      "rows, columns or outer; p, q, m, out, a, b, rank, p_stride, stride, out_stride, subtract, "
-     "elements of (p, q, m, out)"},
+     "sizes of the four"},
     {"use", py_use, METH_VARARGS, "choose an instruction set by name: generic, avx2 or avx512"},
     {"instruction_set", py_instruction_set, METH_NOARGS, "the one in use"},
     {NULL, NULL, 0, NULL},

@@ -1,7 +1,11 @@
+Coded = tuple[int, int, int]
+"""Sizes in elements: of values, codes and scales."""
+
 def quantize(
     x: int,
     codes: int,
     scales: int,
+    sizes: Coded,
     numel: int,
     block: int,
     bits: int,
@@ -12,12 +16,22 @@ def quantize(
     /,
 ) -> None: ...
 def dequantize(
-    codes: int, scales: int, out: int, numel: int, block: int, bits: int, sign: int, times: float, /
+    out: int,
+    codes: int,
+    scales: int,
+    sizes: Coded,
+    numel: int,
+    block: int,
+    bits: int,
+    sign: int,
+    times: float,
+    /,
 ) -> None: ...
 def quantize_pieces(
     x: int,
     codes: int,
     scales: int,
+    sizes: Coded,
     table: int,
     pieces: int,
     keys: int,
@@ -28,9 +42,10 @@ def quantize_pieces(
     /,
 ) -> None: ...
 def dequantize_pieces(
+    out: int,
     codes: int,
     scales: int,
-    out: int,
+    sizes: Coded,
     table: int,
     pieces: int,
     block: int,
@@ -39,12 +54,21 @@ def dequantize_pieces(
     times: float,
     /,
 ) -> None: ...
-def top_rows(x: int, table: int, rows: int, places: int, longest: int, /) -> None: ...
-def write_rows(places: int, table: int, rows: int, codes: int, /) -> None: ...
-def read_rows(codes: int, table: int, rows: int, places: int, /) -> None: ...
-def move(source: int, target: int, table: int, pieces: int, /) -> None: ...
+def top_rows(x: int, places: int, sizes: tuple[int, int], table: int, rows: int, /) -> None: ...
+def write_rows(places: int, codes: int, sizes: tuple[int, int], table: int, rows: int, /) -> None: ...
+def read_rows(places: int, codes: int, sizes: tuple[int, int], table: int, rows: int, /) -> None: ...
+def move(source: int, target: int, sizes: tuple[int, int], table: int, pieces: int, /) -> None: ...
 def lowrank_pieces(
-    kind: str, p: int, q: int, m: int, out: int, table: int, pieces: int, subtract: bool, /
+    kind: str,
+    p: int,
+    q: int,
+    m: int,
+    out: int,
+    table: int,
+    pieces: int,
+    subtract: bool,
+    sizes: tuple[int, int, int, int],
+    /,
 ) -> None: ...
 def all_finite(x: int, numel: int, exponent: int, /) -> bool: ...
 def checksum(data: int, bytes: int, /) -> tuple[int, int]: ...
@@ -52,15 +76,18 @@ def at_least(x: int, numel: int, threshold: int, places: int, most: int, /) -> i
 def permuted(
     places: int, count: int, numel: int, bits: int, keys: tuple[int, int, int, int, int, int], /
 ) -> None: ...
-def exponents(x: int, codes: int, numel: int, key: int, first: int, /) -> None: ...
-def scale_by_exponents(codes: int, out: int, numel: int, /) -> None: ...
-def pack_signs(x: int, words: int, samples: int, channels: int, places: int, plain: bool, /) -> None: ...
+def exponents(x: int, codes: int, sizes: tuple[int, int], key: int, first: int, /) -> None: ...
+def scale_by_exponents(codes: int, out: int, sizes: tuple[int, int], /) -> None: ...
+def pack_signs(
+    x: int, words: int, sizes: tuple[int, int], samples: int, channels: int, places: int, plain: bool, /
+) -> None: ...
 def binary_conv(
     x: int,
     weight: int,
     scale: int,
     bias: int,
     out: int,
+    sizes: tuple[int, int, int, int, int],
     samples: int,
     image: tuple[int, int, int],
     kernel: tuple[int, int, int, int, int],

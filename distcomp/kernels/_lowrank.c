@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "_inside.h"
 #include "_lowrank.h"
 
 #define BODY static inline __attribute__((always_inline))
@@ -30,12 +31,22 @@ typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_al
 #define load(from) ((Lanes) * (const Anywhere *)(from)) /* no functions: they would pass vectors by value */
 #define store(to, lanes) (*(Anywhere *)(to) = (lanes))
 
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
+
+/* The upper half of the lanes onto the lower one, until there is one: in registers. */
 BODY float sum_of(const float *summands) {
-    float lanes[LANES];
-    memcpy(lanes, summands, sizeof lanes);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+    Eight eight, upper_eight;
+    Four four, upper_four;
+    float lanes[4];
+    memcpy(&eight, summands, sizeof eight);
+    memcpy(&upper_eight, summands + 8, sizeof eight);
+    eight += upper_eight;
+    memcpy(&four, &eight, sizeof four);
+    memcpy(&upper_four, (const char *)&eight + sizeof four, sizeof four);
+    four += upper_four;
+    memcpy(lanes, &four, sizeof lanes);
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
 /* out[k][i] = sum_j q[k][j] m[i][j]: lane l adds the columns j = l mod LANES; the rest comes last. */
@@ -184,43 +195,67 @@ static const Variant *serving(const char *name) {
     return &generic_variant;
 }
 
-/* How many elements `rows` rows of `columns`, `stride` apart, reach over; 0 for none, -1 for what cannot be. */
-static Py_ssize_t reach(Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t stride) {
-    Py_ssize_t end;
-    if (rows < 0 || columns < 0 || (rows > 1 && stride < columns)) return -1;
-    if (!rows || !columns) return 0;
-    if (__builtin_mul_overflow(rows - 1, stride, &end) || __builtin_add_overflow(end, columns, &end)) return -1;
-    return end;
-}
-
-static int fits(Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t stride, Py_ssize_t given) {
-    Py_ssize_t needed = reach(rows, columns, stride);
-    return needed >= 0 && needed <= given;
+/* Whether `rows` rows of `columns`, `stride` apart, lie in the `size` elements from their first on. */
+static int rows_are_inside(Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t stride, Py_ssize_t size) {
+    Py_ssize_t last;
+    if (rows < 0 || columns < 0 || size < 0 || (rows > 1 && stride < columns)) return 0;
+    if (!rows || !columns) return 1;
+    return !__builtin_mul_overflow(rows - 1, stride, &last) && inside(last, columns, size);
 }
 
 typedef void (*Multiply)(const Product *);
 
-static Multiply multiply(const char *kind) {
+/* A kind of product: what does it, and which of p, q and m it reads. */
+typedef struct {
+    Multiply run;
+    int p, q, m;
+} Kind;
+
+static int kind_named(const char *name, Kind *kind) {
     const Variant *variant = serving(instruction_set());
-    return !strcmp(kind, "rows")      ? variant->times_rows
-           : !strcmp(kind, "columns") ? variant->times_columns
-                                      : variant->outer;
+    if (!strcmp(name, "rows")) *kind = (Kind){variant->times_rows, 0, 1, 1};
+    else if (!strcmp(name, "columns")) *kind = (Kind){variant->times_columns, 1, 0, 1};
+    else if (!strcmp(name, "outer")) *kind = (Kind){variant->outer, 1, 1, 0};
+    else {
+        PyErr_Format(PyExc_ValueError, "there is no product named %s", name);
+        return 0;
+    }
+    return 1;
+}
+
+/* How many elements p, q, m and out have from where a product begins in them. */
+typedef struct {
+    Py_ssize_t p, q, m, out;
+} Sizes;
+
+/* A product of nothing is not run: a rank of 2^62 with empty factors has no bytes, but takes for ever. */
+static void run_product(const Kind *kind, const Product *x) {
+    if (kind->m ? x->rank && (kind->p ? x->b : x->a) : x->a && x->b) kind->run(x);
+}
+
+static int product_is_inside(const Kind *kind, Py_ssize_t a, Py_ssize_t b, Py_ssize_t rank, Py_ssize_t p_stride,
+                             Py_ssize_t stride, Py_ssize_t out_stride, Sizes sizes) {
+    Py_ssize_t out_rows = kind->m ? rank : a, out_columns = kind->m && !kind->p ? a : b;
+    return (kind->m || rank <= MOST) && a >= 0 && b >= 0 && rank >= 0 &&
+           (!kind->p || rows_are_inside(rank, a, p_stride, sizes.p)) &&
+           (!kind->q || rows_are_inside(rank, b, b, sizes.q)) &&
+           (!kind->m || rows_are_inside(a, b, stride, sizes.m)) &&
+           rows_are_inside(out_rows, out_columns, out_stride, sizes.out);
 }
 
 PyObject *py_lowrank(PyObject *self, PyObject *args) {
     (void)self;
-    const char *kind;
+    const char *name;
     unsigned long long p, q, m, out;
-    Py_ssize_t a, b, rank, p_stride, stride, out_stride, p_size, q_size, m_size, out_size;
+    Py_ssize_t a, b, rank, p_stride, stride, out_stride;
     int subtract;
-    if (!PyArg_ParseTuple(args, "sKKKKnnnnnnp(nnnn)", &kind, &p, &q, &m, &out, &a, &b, &rank, &p_stride, &stride,
-                          &out_stride, &subtract, &p_size, &q_size, &m_size, &out_size))
+    Kind kind;
+    Sizes sizes;
+    if (!PyArg_ParseTuple(args, "sKKKKnnnnnnp(nnnn)", &name, &p, &q, &m, &out, &a, &b, &rank, &p_stride, &stride,
+                          &out_stride, &subtract, &sizes.p, &sizes.q, &sizes.m, &sizes.out) ||
+        !kind_named(name, &kind))
         return NULL;
-    int rows = !strcmp(kind, "rows"), columns = !strcmp(kind, "columns"), outer = !strcmp(kind, "outer");
-    if (!rows && !columns && !outer) return PyErr_Format(PyExc_ValueError, "there is no product named %s", kind);
-    if ((outer && rank > MOST) || (!rows && !fits(rank, a, p_stride, p_size)) ||
-        (!columns && !fits(rank, b, b, q_size)) || (!outer && !fits(a, b, stride, m_size)) ||
-        !fits(outer ? a : rank, outer || columns ? b : a, out_stride, out_size))
+    if (!product_is_inside(&kind, a, b, rank, p_stride, stride, out_stride, sizes))
         return PyErr_Format(PyExc_ValueError, "a product of rank %zd with %zd x %zd reaches outside its buffers",
                             rank, a, b);
     Product x = {
@@ -228,33 +263,50 @@ PyObject *py_lowrank(PyObject *self, PyObject *args) {
         .out = (float *)(uintptr_t)out, .a = (size_t)a, .b = (size_t)b, .rank = (size_t)rank,
         .p_stride = (size_t)p_stride, .stride = (size_t)stride, .out_stride = (size_t)out_stride,
         .subtract = subtract};
-    Multiply run = multiply(kind);
     Py_BEGIN_ALLOW_THREADS
-    run(&x);
+    run_product(&kind, &x);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
-/* Many matrices in one call. A line of the table: rank, a, b, and where p, q, m and out begin in their buffers. */
+/* One of many matrices: where its factors, itself and the result begin in their buffers. Rows follow one another. */
+typedef struct {
+    int64_t rank, a, b, p, q, m, out;
+} Line;
+
+static int64_t out_stride_of(const Kind *kind, const Line *line) { return kind->m && !kind->p ? line->a : line->b; }
+
+static int line_is_inside(const Kind *kind, const Line *line, const Sizes *all) {
+    if (!inside(line->p, 0, all->p) || !inside(line->q, 0, all->q) || !inside(line->m, 0, all->m) ||
+        !inside(line->out, 0, all->out))
+        return 0;
+    Sizes left = {all->p - line->p, all->q - line->q, all->m - line->m, all->out - line->out};
+    return product_is_inside(kind, line->a, line->b, line->rank, line->a, line->b, out_stride_of(kind, line), left);
+}
+
 PyObject *py_lowrank_pieces(PyObject *self, PyObject *args) {
     (void)self;
-    const char *kind;
+    const char *name;
     unsigned long long p, q, m, out, table;
     Py_ssize_t pieces;
     int subtract;
-    if (!PyArg_ParseTuple(args, "sKKKKKnp", &kind, &p, &q, &m, &out, &table, &pieces, &subtract)) return NULL;
-    Multiply run = multiply(kind);
-    int outer = !strcmp(kind, "outer"), rows = !strcmp(kind, "rows");
+    Kind kind;
+    Sizes sizes;
+    if (!PyArg_ParseTuple(args, "sKKKKKnp(nnnn)", &name, &p, &q, &m, &out, &table, &pieces, &subtract, &sizes.p,
+                          &sizes.q, &sizes.m, &sizes.out) ||
+        !kind_named(name, &kind))
+        return NULL;
+    const Line *line = (const Line *)(uintptr_t)table;
+    for (Py_ssize_t i = 0; i < pieces; i++)
+        if (!line_is_inside(&kind, &line[i], &sizes)) return outside("product", i);
     Py_BEGIN_ALLOW_THREADS
-    const int64_t *line = (const int64_t *)(uintptr_t)table;
-    for (Py_ssize_t i = 0; i < pieces; i++, line += 7) {
-        size_t a = (size_t)line[1], b = (size_t)line[2];
+    for (Py_ssize_t i = 0; i < pieces; i++, line++) {
         Product x = {
-            .p = (const float *)(uintptr_t)p + line[3], .q = (const float *)(uintptr_t)q + line[4],
-            .m = (const float *)(uintptr_t)m + line[5], .out = (float *)(uintptr_t)out + line[6],
-            .a = a, .b = b, .rank = (size_t)line[0], .p_stride = a, .stride = b,
-            .out_stride = outer || !rows ? b : a, .subtract = subtract};
-        run(&x);
+            .p = (const float *)(uintptr_t)p + line->p, .q = (const float *)(uintptr_t)q + line->q,
+            .m = (const float *)(uintptr_t)m + line->m, .out = (float *)(uintptr_t)out + line->out,
+            .a = (size_t)line->a, .b = (size_t)line->b, .rank = (size_t)line->rank, .p_stride = (size_t)line->a,
+            .stride = (size_t)line->b, .out_stride = (size_t)out_stride_of(&kind, line), .subtract = subtract};
+        run_product(&kind, &x);
     }
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;

@@ -1,13 +1,13 @@
 /* Many short rows of a flat buffer in one call: which elements are the largest, how their places are written, and
  * moving pieces from one buffer to another. compressors/sparse.py says the same in torch, row by row.
  *
- * A table has one line for each row, made by Python (kernels/rows.py), whose wrappers have checked that all of it
- * lies within the buffers.
+ * A table has one line for each row, made by Python (kernels/rows.py); none is followed outside its buffers.
  */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "_inside.h"
 #include "_rows.h"
 
 typedef struct {
@@ -18,6 +18,7 @@ typedef struct {
 
 #define BITMAP (-1)
 #define NOTHING (-2)
+#define WIDEST 15
 #define SCANS 4 /* up to so many largest are found one after the other */
 
 static size_t bytes_of(size_t bits) { return (bits + 7) / 8; }
@@ -56,24 +57,51 @@ static int32_t edge_of(const int32_t *m, size_t n, size_t count, size_t *above) 
     return (int32_t)prefix;
 }
 
-static void top_row(const float *x, const Row *row, int32_t *m, int64_t *places) {
+#define TABLES 4 /* of counts: an element need not wait for its neighbour's */
+
+/* The elements whose exponents are those of the `count` largest, or larger: their magnitudes, and where they are.
+ * Returns how many there are, few of a long row. */
+static size_t candidates(const float *x, size_t n, size_t count, int32_t *m, int64_t *places) {
+    uint32_t bins[TABLES][256] = {{0}}, bits;
+    size_t reached = 0, found = 0;
+    for (size_t j = 0; j < n; j++) {
+        memcpy(&bits, x + j, 4);
+        bins[j % TABLES][bits >> 23 & 255]++;
+    }
+    int32_t bin = 256;
+    while (reached < count) {
+        bin--;
+        for (int t = 0; t < TABLES; t++) reached += bins[t][bin];
+    }
+    for (size_t j = 0; j < n; j++) {
+        memcpy(&bits, x + j, 4);
+        m[found] = (int32_t)(bits & 0x7fffffffu);
+        places[found] = (int64_t)j;
+        found += m[found] >= bin << 23;
+    }
+    return found;
+}
+
+/* `m` and `where` are scratch, of as many elements as the row has. */
+static void top_row(const float *x, const Row *row, int32_t *m, int64_t *where, int64_t *places) {
     size_t n = (size_t)row->length, count = (size_t)row->count, above;
     int64_t *out = places + row->place;
     if (count == n) {
         for (size_t j = 0; j < n; j++) out[j] = row->start + (int64_t)j;
         return;
     }
-    magnitudes(x + row->start, m, n);
     if (count <= SCANS) {
+        magnitudes(x + row->start, m, n);
         take_largest(m, n, count);
         for (size_t j = 0, found = 0; found < count; j++)
             if (m[j] < 0) out[found++] = row->start + (int64_t)j;
         return;
     }
-    int32_t edge = edge_of(m, n, count, &above);
+    size_t likely = candidates(x + row->start, n, count, m, where);
+    int32_t edge = edge_of(m, likely, count, &above);
     size_t ties = count - above;
     for (size_t j = 0, found = 0; found < count; j++)
-        if (m[j] > edge || (m[j] == edge && ties && ties--)) out[found++] = row->start + (int64_t)j;
+        if (m[j] > edge || (m[j] == edge && ties && ties--)) out[found++] = row->start + where[j];
 }
 
 /* ------------------------------------------------------------------------------------------------ how written */
@@ -142,21 +170,25 @@ static size_t low_bytes(const Row *row) {
     return bytes;
 }
 
-static void write_row(const int64_t *all, const Row *row, uint8_t *codes) {
+/* Returns 0, and writes nothing, where a place is not one of the row's. */
+static int write_row(const int64_t *all, const Row *row, uint8_t *codes) {
     const int64_t *places = all + row->place;
     uint8_t *out = codes + row->code;
     size_t count = (size_t)row->count;
-    if (row->width == NOTHING) return;
+    for (size_t i = 0; i < count; i++)
+        if (places[i] < row->start || places[i] >= row->start + row->length) return 0;
+    if (row->width == NOTHING) return 1;
     if (row->width == BITMAP) {
         memset(out, 0, bytes_of((size_t)row->length));
         for (size_t i = 0; i < count; i++) set_bit(out, (size_t)row->length, (size_t)(places[i] - row->start));
-        return;
+        return 1;
     }
     size_t bits = unary_bits(row), low = low_bytes(row);
     memset(out, 0, low + bytes_of(bits));
     write_low(places, row, out);
     for (size_t i = 0; i < count; i++)
         set_bit(out + low, bits, (size_t)((places[i] - row->start) >> row->width) + i);
+    return 1;
 }
 
 static void read_row(const uint8_t *codes, const Row *row, int64_t *all) {
@@ -182,54 +214,112 @@ static void read_row(const uint8_t *codes, const Row *row, int64_t *all) {
 
 /* ---------------------------------------------------------------------------------------------- Python's side */
 
+/* A table, and the buffers that it speaks of: values, places and codes, as far as they are given. */
+typedef struct {
+    unsigned long long x, places, codes, table;
+    Py_ssize_t x_size, places_size, codes_size, rows;
+} Rows;
+
+#define TABLE(all) (const Row *)(uintptr_t)(all).table
+#define PLACES(all) (int64_t *)(uintptr_t)(all).places
+#define CODES(all) (uint8_t *)(uintptr_t)(all).codes
+
+/* What all rows must be: some of a row's elements are sent, and their places lie in the buffer of places. */
+static int row_is_possible(const Rows *all, const Row *row) {
+    return row->start >= 0 && row->length >= 0 && row->start <= INT64_MAX - row->length && row->count <= row->length &&
+           inside(row->place, row->count, all->places_size);
+}
+
+static int value_row_is_inside(const Rows *all, const Row *row) {
+    return row_is_possible(all, row) && inside(row->start, row->length, all->x_size);
+}
+
+/* A bitmap of the row, or the low bits of count indices and count + length / 2^width bits. */
+static int code_row_is_inside(const Rows *all, const Row *row) {
+    if (!row_is_possible(all, row) || row->width < NOTHING || row->width > WIDEST) return 0;
+    if (row->width == NOTHING) return inside(row->code, 0, all->codes_size);
+    if (row->count > INT64_MAX >> (WIDEST + 1) || row->length > INT64_MAX / 2 || !row->length) return 0;
+    size_t bytes = row->width == BITMAP ? bytes_of((size_t)row->length) : low_bytes(row) + bytes_of(unary_bits(row));
+    return inside(row->code, (int64_t)bytes, all->codes_size);
+}
+
+static int are_inside(const Rows *all, int (*is_inside)(const Rows *, const Row *)) {
+    for (Py_ssize_t i = 0; i < all->rows; i++)
+        if (!is_inside(all, TABLE(*all) + i)) {
+            outside("row", i);
+            return 0;
+        }
+    return 1;
+}
+
 PyObject *py_top_rows(PyObject *self, PyObject *args) {
     (void)self;
-    unsigned long long x, table, places;
-    Py_ssize_t rows, longest;
-    if (!PyArg_ParseTuple(args, "KKnKn", &x, &table, &rows, &places, &longest)) return NULL;
-    int32_t *scratch = malloc(4 * (size_t)longest + 4);
-    if (!scratch) return PyErr_NoMemory();
+    Rows all = {0};
+    size_t longest = 0;
+    if (!PyArg_ParseTuple(args, "KK(nn)Kn", &all.x, &all.places, &all.x_size, &all.places_size, &all.table, &all.rows))
+        return NULL;
+    if (!are_inside(&all, value_row_is_inside)) return NULL;
+    const Row *row = TABLE(all);
+    for (Py_ssize_t i = 0; i < all.rows; i++)
+        if ((size_t)row[i].length > longest) longest = (size_t)row[i].length;
+    int64_t *where = calloc(longest + 1, sizeof *where + sizeof(int32_t));
+    if (!where) return PyErr_NoMemory();
+    int32_t *m = (int32_t *)(where + longest + 1);
     Py_BEGIN_ALLOW_THREADS
-    for (const Row *row = (const Row *)(uintptr_t)table, *end = row + rows; row < end; row++)
-        top_row((const float *)(uintptr_t)x, row, scratch, (int64_t *)(uintptr_t)places);
+    for (Py_ssize_t i = 0; i < all.rows; i++) top_row((const float *)(uintptr_t)all.x, &row[i], m, where, PLACES(all));
     Py_END_ALLOW_THREADS
-    free(scratch);
+    free(where);
     Py_RETURN_NONE;
+}
+
+static int parsed(PyObject *args, Rows *all) {
+    return PyArg_ParseTuple(args, "KK(nn)Kn", &all->places, &all->codes, &all->places_size, &all->codes_size,
+                            &all->table, &all->rows) &&
+           are_inside(all, code_row_is_inside);
 }
 
 PyObject *py_write_rows(PyObject *self, PyObject *args) {
     (void)self;
-    unsigned long long places, table, codes;
-    Py_ssize_t rows;
-    if (!PyArg_ParseTuple(args, "KKnK", &places, &table, &rows, &codes)) return NULL;
+    Rows all = {0};
+    if (!parsed(args, &all)) return NULL;
+    const Row *row = TABLE(all);
+    Py_ssize_t written = 0;
     Py_BEGIN_ALLOW_THREADS
-    for (const Row *row = (const Row *)(uintptr_t)table, *end = row + rows; row < end; row++)
-        write_row((const int64_t *)(uintptr_t)places, row, (uint8_t *)(uintptr_t)codes);
+    while (written < all.rows && write_row(PLACES(all), &row[written], CODES(all))) written++;
     Py_END_ALLOW_THREADS
+    if (written < all.rows) return outside("a place in row", written);
     Py_RETURN_NONE;
 }
 
 PyObject *py_read_rows(PyObject *self, PyObject *args) {
     (void)self;
-    unsigned long long codes, table, places;
-    Py_ssize_t rows;
-    if (!PyArg_ParseTuple(args, "KKnK", &codes, &table, &rows, &places)) return NULL;
+    Rows all = {0};
+    if (!parsed(args, &all)) return NULL;
+    const Row *row = TABLE(all);
     Py_BEGIN_ALLOW_THREADS
-    for (const Row *row = (const Row *)(uintptr_t)table, *end = row + rows; row < end; row++)
-        read_row((const uint8_t *)(uintptr_t)codes, row, (int64_t *)(uintptr_t)places);
+    for (Py_ssize_t i = 0; i < all.rows; i++) read_row(CODES(all), &row[i], PLACES(all));
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
+/* Where a piece lies, where it goes, and how many float32 it has. */
+typedef struct {
+    int64_t from, to, numel;
+} Move;
+
 PyObject *py_move(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long from, to, table;
-    Py_ssize_t pieces;
-    if (!PyArg_ParseTuple(args, "KKKn", &from, &to, &table, &pieces)) return NULL;
+    Py_ssize_t pieces, from_size, to_size;
+    if (!PyArg_ParseTuple(args, "KK(nn)Kn", &from, &to, &from_size, &to_size, &table, &pieces)) return NULL;
+    const Move *piece = (const Move *)(uintptr_t)table;
+    for (Py_ssize_t i = 0; i < pieces; i++)
+        if (!inside(piece[i].from, piece[i].numel, from_size) || !inside(piece[i].to, piece[i].numel, to_size))
+            return outside("move", i);
     Py_BEGIN_ALLOW_THREADS
-    const int64_t *piece = (const int64_t *)(uintptr_t)table;
-    for (Py_ssize_t i = 0; i < pieces; i++, piece += 3) /* from where, to where, how many float32 */
-        memcpy((float *)(uintptr_t)to + piece[1], (const float *)(uintptr_t)from + piece[0], 4 * (size_t)piece[2]);
+    for (Py_ssize_t i = 0; i < pieces; i++, piece++)
+        memmove((float *)(uintptr_t)to + piece->to, (const float *)(uintptr_t)from + piece->from,
+                4 * (size_t)piece->numel);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

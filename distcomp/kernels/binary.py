@@ -75,7 +75,7 @@ def binary_conv2d(
     if min(made) < 1:
         raise DistcompError(f"a kernel of {kh} x {kw} does not fit into {height} x {width}")
     if backend(x.device) != "cpu":
-        signs = torch.where(x < 0, -1.0, 1.0)
+        signs = torch.where(x < 0, -torch.ones_like(x), 1.0)
         y = torch.nn.functional.conv2d(signs, unpack_filters(words, shape), None, stride, padding)
         return y * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
     _check_filters(words, shape, scale, bias)
@@ -83,8 +83,8 @@ def binary_conv2d(
     packed = _packed_signs(x, samples, channels, height * width)
     out = torch.empty(samples, outputs, *made, dtype=torch.float32)
     cpu.binary_conv(
-        packed.data_ptr(), words.data_ptr(), scale.data_ptr(), bias.data_ptr(), out.data_ptr(), samples,
-        (channels, height, width), (outputs, kh, kw, stride, padding), made, False, _plain(cpu),
+        *_buffers(packed, words, scale, bias, out), samples, (channels, height, width),
+        (outputs, kh, kw, stride, padding), made, False, _plain(cpu),
     )  # fmt: skip
     return out
 
@@ -104,7 +104,7 @@ def binary_linear(
     if not count:
         return x.new_empty(*x.shape[:-1], outputs)
     if backend(x.device) != "cpu":
-        y = torch.where(rows < 0, -1.0, 1.0) @ unpack_filters(words, shape).flatten(1).T
+        y = torch.where(rows < 0, -torch.ones_like(rows), 1.0) @ unpack_filters(words, shape).flatten(1).T
         return (y * scale + bias).view(*x.shape[:-1], outputs)
     _check_filters(words, shape, scale, bias)
     cpu = _extension()
@@ -113,8 +113,8 @@ def binary_linear(
         count, outputs, dtype=torch.float32
     )  # rows are the places of one line of an image, and stay rows
     cpu.binary_conv(
-        packed.data_ptr(), words.data_ptr(), scale.data_ptr(), bias.data_ptr(), out.data_ptr(), 1,
-        (inputs, 1, count), (outputs, 1, 1, 1, 0), (1, count), True, _plain(cpu),
+        *_buffers(packed, words, scale, bias, out), 1, (inputs, 1, count),
+        (outputs, 1, 1, 1, 0), (1, count), True, _plain(cpu),
     )  # fmt: skip
     return out if x.dim() == 2 else out.view(*x.shape[:-1], outputs)
 
@@ -138,8 +138,13 @@ def _packed_signs(x: Tensor, samples: int, channels: int, places: int) -> Tensor
     """int64 ``[samples, places, words]``."""
     cpu, x = _extension(), x.contiguous()
     packed = torch.empty(samples, places, -(-channels // WORD), dtype=torch.int64)
-    cpu.pack_signs(x.data_ptr(), packed.data_ptr(), samples, channels, places, _plain(cpu))
+    cpu.pack_signs(*_buffers(x, packed), samples, channels, places, _plain(cpu))
     return packed
+
+
+def _buffers(*tensors: Tensor) -> tuple[Any, ...]:
+    """What C is told of tensors: where they are, and how many elements each has."""
+    return *(one.data_ptr() for one in tensors), tuple(one.numel() for one in tensors)
 
 
 @cache

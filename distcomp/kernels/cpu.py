@@ -32,15 +32,10 @@ def quantize(
     block: int, bits: int, key: int, first: int, stochastic: bool, given: bool,
 ) -> None:  # fmt: skip
     """See :func:`distcomp.kernels.quantize`."""
-    x_at, codes_at, scales_at = x.data_ptr(), codes.data_ptr(), scales.data_ptr()
-    step = block_bytes(block, bits)
+    coded = _coded(x, codes, scales, block, bits)
 
     def run(start: int, count: int) -> None:
-        row = start // block
-        _cpu.quantize(
-            x_at + 4 * start, codes_at + step * row, scales_at + 4 * row,
-            count, block, bits, key, first + start & MASK, stochastic, given,
-        )  # fmt: skip
+        _cpu.quantize(*coded(start), count, block, bits, key, first + start & MASK, stochastic, given)
 
     shared(run, x.numel(), block, 4)
 
@@ -49,17 +44,27 @@ def dequantize(
     codes: Tensor, scales: Tensor, out: Tensor, *, block: int, bits: int, sign: int, times: float
 ) -> None:
     """See :func:`distcomp.kernels.dequantize`."""
-    codes_at, scales_at, out_at = codes.data_ptr(), scales.data_ptr(), out.data_ptr()
-    step = block_bytes(block, bits)
+    coded = _coded(out, codes, scales, block, bits)
 
     def run(start: int, count: int) -> None:
-        row = start // block
-        _cpu.dequantize(
-            codes_at + step * row, scales_at + 4 * row, out_at + 4 * start,
-            count, block, bits, sign, times,
-        )  # fmt: skip
+        _cpu.dequantize(*coded(start), count, block, bits, sign, times)
 
     shared(run, out.numel(), block, 4)
+
+
+def _coded(
+    values: Tensor, codes: Tensor, scales: Tensor, block: int, bits: int
+) -> Callable[[int], tuple[int, int, int, tuple[int, int, int]]]:
+    """Where values from one on, their codes and their scales lie, and how many there are from there on."""
+    values_at, codes_at, scales_at = values.data_ptr(), codes.data_ptr(), scales.data_ptr()
+    sizes, step = (values.numel(), codes.numel(), scales.numel()), block_bytes(block, bits)
+
+    def from_(start: int) -> tuple[int, int, int, tuple[int, int, int]]:
+        row = start // block
+        left = (sizes[0] - start, sizes[1] - step * row, sizes[2] - row)
+        return values_at + 4 * start, codes_at + step * row, scales_at + 4 * row, left
+
+    return from_
 
 
 def all_finite(x: Tensor) -> bool:
@@ -102,20 +107,21 @@ def permuted(count: int, numel: int, keys: tuple[int, ...]) -> Tensor:
 
 def exponents(x: Tensor, codes: Tensor, *, key: int, first: int) -> None:
     """See :func:`distcomp.kernels.exponents`."""
-    x_at, codes_at = x.data_ptr(), codes.data_ptr()
+    x_at, codes_at, size = x.data_ptr(), codes.data_ptr(), codes.numel()
 
     def run(start: int, count: int) -> None:
-        _cpu.exponents(x_at + 4 * start, codes_at + start, count, key, first + start & MASK)
+        sizes = count, size - start
+        _cpu.exponents(x_at + 4 * start, codes_at + start, sizes, key, first + start & MASK)
 
     shared(run, x.numel(), 1, 4)
 
 
 def scale_by_exponents(codes: Tensor, out: Tensor) -> None:
     """See :func:`distcomp.kernels.scale_by_exponents`."""
-    codes_at, out_at = codes.data_ptr(), out.data_ptr()
+    codes_at, out_at, size = codes.data_ptr(), out.data_ptr(), codes.numel()
 
     def run(start: int, count: int) -> None:
-        _cpu.scale_by_exponents(codes_at + start, out_at + 4 * start, count)
+        _cpu.scale_by_exponents(codes_at + start, out_at + 4 * start, (size - start, count))
 
     shared(run, out.numel(), 1, 4)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distcomp.errors import DistcompError
 from distcomp.kernels.dispatch import backend
+from distcomp.kernels.tables import lines_of
 
 FEW = 8
 ALIGNED_BYTES = 64
@@ -241,15 +242,16 @@ def _in_one_call(products: Products, **tensors: Tensor) -> bool:
 
 def _run(kind: str, products: Products, out: Tensor, subtract: bool = False, **given: Tensor) -> None:
     cpu = import_module("distcomp.kernels.cpu")
-    table = products.table(kind)
-    at = {name: tensor.data_ptr() for name, tensor in given.items()}
-    p, q, m, out_at, lines = at.get("p", 0), at.get("q", 0), at.get("m", 0), out.data_ptr(), table.data_ptr()
+    lines, number = lines_of(products.table(kind), LINE_BYTES)
+    tensors = [given.get(name) for name in ("p", "q", "m")] + [out]
+    at = [0 if one is None else one.data_ptr() for one in tensors]
+    sizes = tuple(0 if one is None else one.numel() for one in tensors)
 
     def run(start: int, count: int) -> None:
-        cpu._cpu.lowrank_pieces(kind, p, q, m, out_at, lines + LINE_BYTES * start, count, subtract)
+        cpu._cpu.lowrank_pieces(kind, *at, lines + LINE_BYTES * start, count, subtract, sizes)
 
-    if len(table):
-        cpu.shared(run, len(table), 1, 4 * products.numels["m"] // len(table))
+    if number:
+        cpu.shared(run, number, 1, 4 * products.numels["m"] // number)
 
 
 def _few(factor: Tensor, matrix: Tensor) -> bool:

@@ -18,9 +18,12 @@ from distcomp import kernels
 from distcomp.errors import DistcompError
 from distcomp.kernels.dispatch import backend
 from distcomp.kernels.packing import packed_bytes, scale_count
+from distcomp.kernels.tables import check, lines_of
 
 LARGE = 1 << 18
 """Elements: a piece of more than these is a call of its own, which several threads may share."""
+PIECE_BYTES, MOVE_BYTES = 40, 24
+"""A line of the tables that C reads."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +134,16 @@ def quantize(
     from distcomp.kernels import _cpu, cpu
 
     all_keys = array("Q", [keys[i] for i in pieces.small] if keys else bytes(8 * len(pieces.small)))
-    table, x_at, codes_at, scales_at = pieces.table, x.data_ptr(), codes.data_ptr(), scales.data_ptr()
-    keys_at, table_at = all_keys.buffer_info()[0], table.data_ptr()
+    coded, keys_at = _coded(x, codes, scales), all_keys.buffer_info()[0]
+    table_at, count_of_all = lines_of(pieces.table, PIECE_BYTES)
 
     def run(start: int, count: int) -> None:
         _cpu.quantize_pieces(
-            x_at, codes_at, scales_at, table_at + 40 * start, count, keys_at + 8 * start,
+            *coded, table_at + PIECE_BYTES * start, count, keys_at + 8 * start,
             pieces.block, pieces.bits, stochastic, given_scales,
         )  # fmt: skip
 
-    cpu.shared(run, len(table), 1, 4 * x.numel() // len(table))
+    cpu.shared(run, count_of_all, 1, 4 * x.numel() // count_of_all)
 
 
 def dequantize(
@@ -167,15 +170,21 @@ def dequantize(
         return
     from distcomp.kernels import _cpu, cpu
 
-    table, codes_at, scales_at, out_at = pieces.table, codes.data_ptr(), scales.data_ptr(), out.data_ptr()
-    sign, table_at = int(add) - int(subtract), table.data_ptr()
+    coded, sign = _coded(out, codes, scales), int(add) - int(subtract)
+    table_at, count_of_all = lines_of(pieces.table, PIECE_BYTES)
 
     def run(start: int, count: int) -> None:
         _cpu.dequantize_pieces(
-            codes_at, scales_at, out_at, table_at + 40 * start, count, pieces.block, pieces.bits, sign, 1.0
+            *coded, table_at + PIECE_BYTES * start, count, pieces.block, pieces.bits, sign, 1.0
         )
 
-    cpu.shared(run, len(table), 1, 4 * out.numel() // len(table))
+    cpu.shared(run, count_of_all, 1, 4 * out.numel() // count_of_all)
+
+
+def _coded(values: Tensor, codes: Tensor, scales: Tensor) -> tuple[int, int, int, tuple[int, int, int]]:
+    """What C is told of values, codes and scales."""
+    sizes = values.numel(), codes.numel(), scales.numel()
+    return values.data_ptr(), codes.data_ptr(), scales.data_ptr(), sizes
 
 
 @dataclass(frozen=True)
@@ -213,17 +222,13 @@ class Moves:
 
 def move(source: Tensor, target: Tensor, moves: Moves) -> None:
     """Copy the pieces (float32, contiguous) to their places in ``target``."""
-    for what, tensor, end in zip(("source", "target"), (source, target), moves.ends, strict=True):
-        if not tensor.is_contiguous() or tensor.dtype != torch.float32 or tensor.numel() < end:
-            raise DistcompError(
-                f"the {what} of a move has {tensor.numel()} elements of {tensor.dtype}; it takes contiguous "
-                f"float32 of {end} or more"
-            )
+    check("source's values of a move", source, torch.float32, moves.ends[0])
+    check("target's values of a move", target, torch.float32, moves.ends[1])
     if _served(source) and target.device.type == "cpu":
         from distcomp.kernels import _cpu
 
-        table = moves.table
-        _cpu.move(source.data_ptr(), target.data_ptr(), table.data_ptr(), len(table))
+        sizes = source.numel(), target.numel()
+        _cpu.move(source.data_ptr(), target.data_ptr(), sizes, *lines_of(moves.table, MOVE_BYTES))
         return
     for begin, to, numel in moves.table.tolist():
         target.view(-1)[to : to + numel] = source.view(-1)[begin : begin + numel]
@@ -240,11 +245,7 @@ def _check(x: Tensor, codes: Tensor, scales: Tensor, pieces: Pieces) -> None:
         ("scales", scales, torch.float32, pieces.scale_count),
     )
     for what, tensor, dtype, numel in wanted:
-        if not tensor.is_contiguous() or tensor.dtype != dtype or tensor.numel() < numel:
-            raise DistcompError(
-                f"the {what} have {tensor.numel()} elements of {tensor.dtype} where {numel} of {dtype} are "
-                "needed; size them with packed_bytes() and scale_count()"
-            )
+        check(what, tensor, dtype, numel)
     if not 1 <= pieces.bits <= 8 or pieces.block < 1:
         raise DistcompError(
             f"bits={pieces.bits} and block={pieces.block} are no widths of a code; choose 1 to 8 bits and "

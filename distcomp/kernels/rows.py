@@ -12,8 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from distcomp.errors import DistcompError
 from distcomp.kernels.dispatch import backend
+from distcomp.kernels.tables import check, lines_of
 
 BITMAP, NOTHING = -1, -2
 """The widths of rows whose places are sent as a bitmap, or not at all (every element is sent)."""
@@ -35,10 +35,6 @@ class RowTable:
         start, length, count, place, *_ = self.lines.unbind(1)
         return int((start + length).max()), int((place + count).max())
 
-    @cached_property
-    def longest(self) -> int:
-        return int(self.lines[:, 1].max()) if len(self.lines) else 0
-
 
 def serves(device: torch.device) -> bool:
     """Whether the C extension serves tensors on this device."""
@@ -47,42 +43,37 @@ def serves(device: torch.device) -> bool:
 
 def top(x: Tensor, table: RowTable, places: Tensor) -> None:
     """Write into ``places`` (int64) where the ``count`` largest magnitudes of each row are in ``x``
-    (float32), rising; of equal ones the lower."""
-    _check("values", x, torch.float32, table.ends[0])
-    _check("places", places, torch.int64, table.ends[1])
+    (float32), rising; of equal ones the lower. Raises ValueError for a row that lies outside either."""
+    check("values", x, torch.float32, table.ends[0])
+    check("places", places, torch.int64, table.ends[1])
     from distcomp.kernels import _cpu, cpu
 
-    x_at, at, places_at, longest = x.data_ptr(), table.lines.data_ptr(), places.data_ptr(), table.longest
+    x_at, places_at, sizes = x.data_ptr(), places.data_ptr(), (x.numel(), places.numel())
+    at, rows = lines_of(table.lines, LINE_BYTES)
 
     def run(start: int, count: int) -> None:
-        _cpu.top_rows(x_at, at + LINE_BYTES * start, count, places_at, longest)
+        _cpu.top_rows(x_at, places_at, sizes, at + LINE_BYTES * start, count)
 
-    cpu.shared(run, len(table.lines), 1, 4 * x.numel() // max(1, len(table.lines)))
+    cpu.shared(run, rows, 1, 4 * x.numel() // max(1, rows))
 
 
 def write_indices(places: Tensor, table: RowTable, codes: Tensor) -> None:
-    """Write each row's places as its bytes (uint8)."""
-    _check("places", places, torch.int64, table.ends[1])
-    _check("codes", codes, torch.uint8, table.code_bytes)
+    """Write each row's places as its bytes (uint8). Raises ValueError for a place that is not its row's."""
     from distcomp.kernels import _cpu
 
-    lines = table.lines
-    _cpu.write_rows(places.data_ptr(), lines.data_ptr(), len(lines), codes.data_ptr())
+    _cpu.write_rows(*_coded(places, table, codes))
 
 
 def read_indices(codes: Tensor, table: RowTable, places: Tensor) -> None:
     """Read back what :func:`write_indices` wrote. Other bytes give places of their row, too."""
-    _check("codes", codes, torch.uint8, table.code_bytes)
-    _check("places", places, torch.int64, table.ends[1])
     from distcomp.kernels import _cpu
 
-    lines = table.lines
-    _cpu.read_rows(codes.data_ptr(), lines.data_ptr(), len(lines), places.data_ptr())
+    _cpu.read_rows(*_coded(places, table, codes))
 
 
-def _check(what: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
-    if not tensor.is_contiguous() or tensor.dtype != dtype or tensor.numel() < numel:
-        raise DistcompError(
-            f"the {what} have {tensor.numel()} elements of {tensor.dtype} where {numel} of {dtype} are "
-            "needed; pass a contiguous tensor of that size"
-        )
+def _coded(places: Tensor, table: RowTable, codes: Tensor) -> tuple[int, int, tuple[int, int], int, int]:
+    """What C is told of places and their bytes."""
+    check("places", places, torch.int64, table.ends[1])
+    check("codes", codes, torch.uint8, table.code_bytes)
+    sizes = places.numel(), codes.numel()
+    return places.data_ptr(), codes.data_ptr(), sizes, *lines_of(table.lines, LINE_BYTES)

@@ -347,10 +347,10 @@ def mean_of(
 ) -> Tensor:
     """The mean of what the payloads decode to, added in the order given; that of ``rank`` is ``own`` where
     that is given."""
-    out = torch.zeros(layout.numel, dtype=torch.float32, device=payloads[0].wire.device)
+    out = torch.empty(layout.numel, dtype=torch.float32, device=payloads[0].wire.device)
     for index, payload in enumerate(payloads):
         if own is not None and index == rank:
-            out.add_(own)
+            torch.add(own, out if index else 0.0, out=out)
         else:
             compressor.decode_into(out, payload, layout, add=index > 0)
     return out.mul_(1.0 / len(payloads))

@@ -285,7 +285,7 @@ class RandomHadamard(Method):
         shape = (padded.numel // self.block, self.block)
         # The same signs on all ranks, or sums of rotated values would be no rotated sums.
         noise = uniform_noise(padded, context.shared.fold("rotate"), x.device).view(shape)
-        signs = torch.where(noise < 0.5, -1.0, 1.0)
+        signs = torch.where(noise < 0.5, -torch.ones_like(noise), 1.0)
 
         def back(y: Tensor) -> Tensor:
             return from_rows(hadamard(y.view(shape)) * signs, context.layout)

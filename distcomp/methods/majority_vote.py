@@ -74,7 +74,7 @@ class MajorityVote(Method):
         magnitude = spread(scale, context.layout)
 
         def contribution() -> Tensor:
-            own = torch.where(x >= 0, 1.0, -1.0)
+            own = torch.where(x >= 0, torch.ones_like(x), -1.0)
             owned = chunk_views(own, chunks)[context.rank]
             owned += context.size * chunk_views(vote, chunks)[context.rank] - count
             return own * magnitude

@@ -46,9 +46,9 @@ class OneBitAdam(Method):
     On the wire: ``2 (n-1)/n 4d`` bytes at first, then ``inner``'s. Memory: m and v, and inner's.
 
     Source: Tang et al., "1-bit Adam", ICML 2021; DeepSpeed. We differ: bias correction as in Adam
-    throughout (DeepSpeed's applies none), one bit is sign times the mean magnitude of blocks of 512, biases
-    and norms stay in float32, steps that a GradScaler skips do not count in t and s, the errors survive a
-    checkpoint.
+    throughout (DeepSpeed's applies none), one bit is sign times the mean magnitude of blocks of 512
+    (DeepSpeed's: the root mean square of the whole buffer), biases and norms stay in float32, steps that a
+    GradScaler skips do not count in t and s, the errors survive a checkpoint.
 
     Raises DistcompError for betas outside [0, 1), an eps of 0 or less, no warm-up, or another optimizer.
     """
@@ -142,7 +142,8 @@ class OneBitAdam(Method):
     biased=True,
     direction=True,
     deviations="bias correction throughout (DeepSpeed's applies none); one bit is sign times the block's "
-    "mean magnitude; biases and norms in float32; the errors are checkpointed",
+    "mean magnitude (DeepSpeed's: the root mean square of the whole buffer); biases and norms in float32; "
+    "the errors are checkpointed",
     limitations="where the variance has not settled by freeze_step; and with any optimizer but plain SGD, "
     "since Adam's step is in the estimate",
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from distcomp.methods.base import (
 )
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.registry import register
-from distcomp.randomness import Key
 from distcomp.schedule import Schedule, extremes, varying, whole
 
 
@@ -54,8 +53,8 @@ class PowerSGD(Method):
 
     Source: Vogels, Karimireddy & Jaggi, NeurIPS 2019; one round: epfml/powersgd. We differ: Q is made
     orthonormal before it is used (the span is the same, float32 holds it better); a column of zeros is drawn
-    anew, where theirs stays zero; the contribution is the rank's own product, as in epfml/powersgd (the
-    paper's code and PyTorch's hook subtract the mean's: the sum over ranks is the same); ``one_round``
+    anew, where theirs stays zero; the contribution is the rank's own product (the paper's code,
+    epfml/powersgd and PyTorch's hook subtract the mean's: the sum over ranks is the same); ``one_round``
     decides by ``min_compression`` on both halves, ``4r(a+b)``, though a step sends one of them. The
     orthonormal P is computed by every rank from the same bits: ranks need the same torch build and kind of
     CPU.
@@ -107,7 +106,7 @@ class PowerSGD(Method):
         self, x: Tensor, plan: _Plan, state: State, context: StepContext
     ) -> Rounds[AggregateResult]:
         # Orthonormal, where the paper leaves Q as it is: float32 holds a span best by an orthonormal basis.
-        q = _starts(state["q"], plan, "q", context)
+        q = plan.starts(state["q"], "q", context)
         plain = plan.plain_of(x)
         plain_mean, p = yield from _means(plain, lowrank.each_times_rows(q, x, plan.products), context)
         # Every rank does this to the same bits, so that P need not be sent a second time.
@@ -129,7 +128,7 @@ class PowerSGD(Method):
     ) -> Rounds[AggregateResult]:
         even = context.step % 2 == 0
         given, made = ("q", "p") if even else ("p", "q")
-        fixed = _starts(state[given], plan, given, context)
+        fixed = plan.starts(state[given], given, context)
         times = lowrank.each_times_rows if even else lowrank.each_times_columns
         own, plain = times(fixed, x, plan.products), plan.plain_of(x)
         plain_mean, factor_mean = yield from _means(plain, own, context)
@@ -174,15 +173,37 @@ ALIGNED = 16
 where each of them then begins on such a boundary, as it does alone."""
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Matrices of one shape, side by side: what one of them needs, one call does for all."""
+
+    names: tuple[str, ...]
+    rank: int
+    a: int
+    b: int
+
+    def rows(self, side: str) -> tuple[int, int, int]:
+        """How many factors there are on a side, their rank and their length."""
+        return len(self.names), self.rank, self.a if side == "p" else self.b
+
+
 @dataclass(frozen=True, eq=False)
 class _Plan:
     """Where the matrices of a flat buffer lie, and their factors, which follow one another in a tensor of
-    their own: made once per layout and rank, so that a step costs what its bytes cost."""
+    their own, those of one shape side by side: made once per layout and rank, so that a step costs what its
+    bytes cost."""
 
-    names: tuple[str, ...]
+    groups: tuple[_Group, ...]
     products: lowrank.Products
     plain: Moves
     """From the flat buffer to the values that are not compressed, laid end to end."""
+
+    def each_group(self, factors: Tensor, side: str) -> Iterator[tuple[_Group, Tensor]]:
+        """The factors of each group, ``[matrices, rank, length]``: views."""
+        shapes = [group.rows(side) for group in self.groups]
+        sizes = [count * rank * length for count, rank, length in shapes]
+        for group, shape, part in zip(self.groups, shapes, torch.split(factors, sizes), strict=True):
+            yield group, part.view(shape)
 
     def plain_of(self, x: Tensor) -> Tensor:
         """What is sent as it is."""
@@ -208,50 +229,36 @@ class _Plan:
         """The factors for the next step; rows beyond the present rank are zero, so that they are drawn when
         they are needed."""
         new = PerParameter(old)
-        for name, factor in zip(self.names, self.products.views(factors, side), strict=True):
-            missing = old[name].shape[0] - factor.shape[0]
-            new[name] = torch.nn.functional.pad(factor, (0, 0, 0, missing)) if missing else factor
+        for group, rows in self.each_group(factors, side):
+            missing = old[group.names[0]].shape[0] - group.rank
+            padded = torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+            new.update(zip(group.names, padded.unbind(), strict=True))
         return new
+
+    def starts(self, factors: PerParameter, side: str, context: StepContext) -> Tensor:
+        """The orthonormal factors to multiply with; what is zero of them is drawn by all ranks alike."""
+        if not self.groups:
+            return torch.empty(0, dtype=torch.float32)
+        some = factors[self.groups[0].names[0]]
+        flat = torch.empty(self.products.numels[side], dtype=torch.float32, device=some.device)
+        for group, rows in self.each_group(flat, side):
+            count, rank, length = rows.shape
+            kept = torch.cat([factors[name] for name in group.names]).view(count, -1, length)
+            rows.copy_(kept[:, :rank])
+            _enliven(rows, group.names, context)
+        return self.orthonormal(flat, side)
 
     def orthonormal(self, factors: Tensor, side: str) -> Tensor:
         """:func:`orthonormal` of each factor; those of one shape in one call."""
-        to_groups, shapes = self._groups(side)
-        grouped, out = torch.empty_like(factors), torch.empty_like(factors)
-        move(factors, grouped, to_groups)
-        at = 0
-        for count, rank, length in shapes:
-            group = grouped[at : at + count * rank * length]
-            rows = group.view(count, rank, length)
-            if rank * length % ALIGNED == 0:
-                group.copy_(orthonormal(rows).view(-1))
+        out = torch.empty_like(factors)
+        groups = zip(self.each_group(factors, side), self.each_group(out, side), strict=True)
+        for (_, rows), (_, to) in groups:
+            if rows[0].numel() % ALIGNED == 0:
+                to.copy_(orthonormal(rows))
             else:
-                for factor in rows:
-                    factor.copy_(orthonormal(factor))
-            at += group.numel()
-        move(grouped, out, to_groups.back)
+                for factor, orthogonal in zip(rows, to, strict=True):
+                    orthogonal.copy_(orthonormal(factor))
         return out
-
-    def _groups(self, side: str) -> tuple[Moves, list[tuple[int, int, int]]]:
-        """Factors of one shape side by side; how many there are of each shape, rank and length."""
-        return self._groups_of_p if side == "p" else self._groups_of_q
-
-    @cached_property
-    def _groups_of_p(self) -> tuple[Moves, list[tuple[int, int, int]]]:
-        return _grouped(self.products.shapes("p"))
-
-    @cached_property
-    def _groups_of_q(self) -> tuple[Moves, list[tuple[int, int, int]]]:
-        return _grouped(self.products.shapes("q"))
-
-    @cached_property
-    def q_rows(self) -> Tensor:
-        """How long each row of the factors Q is."""
-        return torch.tensor([b for r, b in self.products.shapes("q") for _ in range(r)], dtype=torch.int64)
-
-    @cached_property
-    def p_rows(self) -> Tensor:
-        """How long each row of the factors P is."""
-        return torch.tensor([a for r, a in self.products.shapes("p") for _ in range(r)], dtype=torch.int64)
 
 
 def _plan(layout: Layout, rank: int, min_compression: float) -> _Plan:
@@ -260,49 +267,17 @@ def _plan(layout: Layout, rank: int, min_compression: float) -> _Plan:
 
 def _make(layout: Layout, rank: int, min_compression: float) -> _Plan:
     ranks = _worth(layout, rank, min_compression)
-    matrices, plain, plain_at = [], [], 0
+    alike: dict[tuple[int, int, int], list[tuple[str, int]]] = {}
+    plain, plain_at = [], 0
     for param, at in zip(layout.slices, layout.offsets, strict=True):
         if param.name in ranks:
-            matrices.append((ranks[param.name], *_sides(param), at))
+            alike.setdefault((ranks[param.name], *_sides(param)), []).append((param.name, at))
         else:
             plain.append((at, plain_at, param.numel))
             plain_at += param.numel
-    return _Plan(tuple(ranks), lowrank.Products(tuple(matrices)), Moves(tuple(plain)))
-
-
-def _grouped(shapes: list[tuple[int, int]]) -> tuple[Moves, list[tuple[int, int, int]]]:
-    begin = list(itertools.accumulate((rank * length for rank, length in shapes), initial=0))
-    members: dict[tuple[int, int], list[int]] = {}
-    for index, shape in enumerate(shapes):
-        members.setdefault(shape, []).append(index)
-    moves, to = [], 0
-    for (rank, length), indices in members.items():
-        for index in indices:
-            moves.append((begin[index], to, rank * length))
-            to += rank * length
-    return Moves(tuple(moves)), [(len(indices), *shape) for shape, indices in members.items()]
-
-
-def _starts(factors: PerParameter, plan: _Plan, side: str, context: StepContext) -> Tensor:
-    """The orthonormal factors to multiply with; what is zero of them is drawn by all ranks alike."""
-    ranks = [rank for rank, _ in plan.products.shapes(side)]
-    pieces = [factors[name] for name in plan.names]
-    pieces = [
-        piece if len(piece) == rank else piece[:rank] for piece, rank in zip(pieces, ranks, strict=True)
-    ]
-    if not pieces:
-        return torch.empty(0, dtype=torch.float32)
-    flat = torch.cat([piece.reshape(-1) for piece in pieces])
-    # On a GPU looking would wait for it: noise is drawn always, and taken only where a row is zero.
-    if flat.device.type != "cpu" or not _all_alive(flat, plan, side):
-        keys = [context.shared.fold("powersgd", name) for name in plan.names]
-        flat = torch.cat([_alive(piece, key).reshape(-1) for piece, key in zip(pieces, keys, strict=True)])
-    return plan.orthonormal(flat, side)
-
-
-def _all_alive(flat: Tensor, plan: _Plan, side: str) -> bool:
-    lengths = plan.q_rows if side == "q" else plan.p_rows
-    return bool((torch.segment_reduce(flat.abs(), "max", lengths=lengths) != 0).all())
+    groups = [_Group(tuple(name for name, _ in members), *shape) for shape, members in alike.items()]
+    products = [(*shape, at) for shape, members in alike.items() for _, at in members]
+    return _Plan(tuple(groups), lowrank.Products(tuple(products)), Moves(tuple(plain)))
 
 
 def orthonormal(rows: Tensor) -> Tensor:
@@ -312,13 +287,19 @@ def orthonormal(rows: Tensor) -> Tensor:
     return columns.mT.contiguous()
 
 
-def _alive(rows: Tensor, key: Key) -> Tensor:
-    """The rows, with fresh noise for those that are zero."""
-    alive = rows.any(dim=1, keepdim=True)
-    if rows.device.type == "cpu" and alive.all():
-        return rows
-    noise = torch.randn(rows.shape, generator=key.generator(), dtype=torch.float32)
-    return torch.where(alive, rows, noise.to(rows.device, non_blocking=True))
+def _enliven(rows: Tensor, names: tuple[str, ...], context: StepContext) -> None:
+    """Fresh noise for rows that are zero, in place: ``[matrices, rank, length]``, a key for each matrix."""
+    on_cpu = rows.device.type == "cpu"
+    if on_cpu and rows[..., 0].all():  # what does not begin with a zero is not zero
+        return
+    alive = rows.any(dim=2, keepdim=True)
+    # A GPU is not waited for: all are drawn.
+    dead = (~alive).any(dim=1).view(-1).nonzero().view(-1).tolist() if on_cpu else range(len(names))
+    generator = torch.Generator()
+    for i in dead:
+        generator.manual_seed(context.shared.fold("powersgd", names[i]).seed)
+        noise = torch.randn(rows.shape[1:], generator=generator, dtype=torch.float32)
+        rows[i] = torch.where(alive[i], rows[i], noise.to(rows.device, non_blocking=True))
 
 
 def _means(plain: Tensor, factors: Tensor, context: StepContext) -> Rounds[tuple[Tensor, Tensor]]:
@@ -352,7 +333,7 @@ def _is_matrix(param: ParamSlice) -> bool:
     summable=True,
     biased=True,
     deviations="Q is made orthonormal before use; a column that is zero is drawn anew; each rank owes "
-    "against its own product (as epfml/powersgd; PyTorch's hook: against the mean's); one_round counts both "
+    "against its own product (epfml/powersgd and PyTorch's hook: against the mean's); one_round counts both "
     "halves in min_compression",
     limitations="vectors and small matrices do not shrink; gradients of high rank come through slowly, "
     "the more so at rank 1 in one round",

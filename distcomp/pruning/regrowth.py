@@ -26,6 +26,8 @@ class Regrowth(Criterion):
         f_t  = fraction / 2 (1 + cos(pi t / until))
         drop the f_t n smallest |w| of a layer's n active weights
         grow as many: the largest |dL/dw| among those that do not live now; they begin at zero
+
+    A weight that was just dropped may grow again, and then keeps its value, as in the paper and its code.
     """
 
     wants_dense = True
@@ -79,8 +81,8 @@ def rigl(
     then carry the signal as all of them did.
 
     Source: Evci et al., Rigging the lottery, ICML 2020. We differ: the same share of pruned weights in every
-    layer; a weight that was just dropped may grow again; the optimizer steps in every iteration, where the
-    authors' code skips its step when connections change.
+    layer, also in the first; no noise on the magnitudes that decide what is dropped; the optimizer steps in
+    every iteration, where the authors' code skips its step when connections change.
     """
     if not 0 <= sparsity < 1 or not 0 <= fraction <= 1 or every < 1:
         raise DistcompError(

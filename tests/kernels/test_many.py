@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused():
             many.quantize(*wrong, pieces)
     with pytest.raises(DistcompError, match="one for each"):
         many.quantize(x, codes, scales, pieces, [1])
-    with pytest.raises(DistcompError, match="the target of a move"):
+    with pytest.raises(DistcompError, match="target's values of a move"):
         move(x, torch.zeros(3), Moves(((0, 0, 4),)))
     with pytest.raises(DistcompError, match="multiple of block"):
         Pieces.of([(0, 10, 3)], 8, 4)

@@ -62,12 +62,13 @@ def test_numbers_that_cannot_be_are_refused_in_c() -> None:
     x = torch.zeros(64, dtype=torch.float32).data_ptr()
     keys = (1, 2, 3, 4, 5, 6)
     image, kernel = (3, 4, 4), (8, 3, 3, 1, 0)
+    two, three, conv = (64, 64), (64, 64, 64), (48, 72, 8, 8, 32)
     for call in (
-        lambda: _cpu.quantize(x, x, x, -1, 8, 4, 0, 0, False, False),
-        lambda: _cpu.quantize(x, x, x, 8, 0, 4, 0, 0, False, False),
-        lambda: _cpu.quantize(x, x, x, 8, 8, 9, 0, 0, False, False),
-        lambda: _cpu.dequantize(x, x, x, 8, -8, 4, 1, 1.0),
-        lambda: _cpu.dequantize(x, x, x, 8, 8, 0, 1, 1.0),
+        lambda: _cpu.quantize(x, x, x, three, 8, 0, 4, 0, 0, False, False),
+        lambda: _cpu.quantize(x, x, x, three, 8, 8, 9, 0, 0, False, False),
+        lambda: _cpu.dequantize(x, x, x, three, 8, -8, 4, 1, 1.0),
+        lambda: _cpu.dequantize(x, x, x, three, 8, 8, 0, 1, 1.0),
+        lambda: _cpu.dequantize_pieces(x, x, x, three, x, -1, 8, 4, 1, 1.0),
         lambda: _cpu.all_finite(x, -1, 0x7F800000),
         lambda: _cpu.checksum(x, -1),
         lambda: _cpu.at_least(x, -1, 0, x, 1),
@@ -75,14 +76,34 @@ def test_numbers_that_cannot_be_are_refused_in_c() -> None:
         lambda: _cpu.permuted(x, 9, 8, 3, keys),
         lambda: _cpu.permuted(x, 2, 8, 64, keys),
         lambda: _cpu.permuted(x, 2, 9, 3, keys),
-        lambda: _cpu.exponents(x, x, -1, 0, 0),
-        lambda: _cpu.scale_by_exponents(x, x, -1),
-        lambda: _cpu.pack_signs(x, x, -1, 1, 1, False),
-        lambda: _cpu.binary_conv(x, x, x, x, x, 1, image, (8, 3, 3, 0, 0), (2, 2), False, False),
-        lambda: _cpu.binary_conv(x, x, x, x, x, 1, image, kernel, (3, 2), False, False),
-        lambda: _cpu.binary_conv(x, x, x, x, x, 1, image, (8, 5, 3, 1, 0), (1, 1), False, False),
-        lambda: _cpu.binary_conv(x, x, x, x, x, -1, image, kernel, (2, 2), False, False),
-        lambda: _cpu.binary_conv(x, x, x, x, x, 1, (0, 4, 4), kernel, (2, 2), False, False),
+        lambda: _cpu.exponents(x, x, (-1, 64), 0, 0),
+        lambda: _cpu.exponents(x, x, (9, 8), 0, 0),
+        lambda: _cpu.scale_by_exponents(x, x, (64, -1)),
+        lambda: _cpu.scale_by_exponents(x, x, (8, 9)),
+        lambda: _cpu.pack_signs(x, x, two, -1, 1, 1, False),
+        lambda: _cpu.pack_signs(x, x, two, 1, 1, 65, False),
+        lambda: _cpu.pack_signs(x, x, (64, 1), 1, 1, 2, False),
+        lambda: _cpu.pack_signs(x, x, two, 1 << 31, 1 << 31, 1 << 31, False),
+        lambda: _cpu.binary_conv(x, x, x, x, x, conv, 1, image, (8, 3, 3, 0, 0), (2, 2), False, False),
+        lambda: _cpu.binary_conv(x, x, x, x, x, conv, 1, image, kernel, (3, 2), False, False),
+        lambda: _cpu.binary_conv(x, x, x, x, x, conv, 1, image, (8, 5, 3, 1, 0), (1, 1), False, False),
+        lambda: _cpu.binary_conv(x, x, x, x, x, conv, -1, image, kernel, (2, 2), False, False),
+        lambda: _cpu.binary_conv(x, x, x, x, x, conv, 1, (0, 4, 4), kernel, (2, 2), False, False),
+        lambda: _cpu.binary_conv(x, x, x, x, x, conv, 4, image, kernel, (2, 2), False, False),
+        lambda: _cpu.binary_conv(
+            x, x, x, x, x, conv, 1, image, (2**31 - 1, 3, 3, 1, 0), (2, 2), False, False
+        ),
+        lambda: _cpu.binary_conv(x, x, x, x, x, conv, 1, (2**31 - 1, 4, 4), kernel, (2, 2), False, False),
+        *(
+            lambda short=short: _cpu.binary_conv(x, x, x, x, x, short, 1, image, kernel, (2, 2), False, False)
+            for short in (
+                (15, 72, 8, 8, 32),
+                (16, 71, 8, 8, 32),
+                (16, 72, 7, 8, 32),
+                (16, 72, 8, 7, 32),
+                (16, 72, 8, 8, 31),
+            )
+        ),
     ):
         with pytest.raises(ValueError, match="cannot be"):
             call()
@@ -97,3 +118,19 @@ def test_filters_of_another_shape_are_refused() -> None:
             binary.binary_conv2d(x, changed[0], (8, 3, 3, 3), changed[1], scale)
     with pytest.raises(DistcompError, match="pack them with pack_filters"):
         binary.binary_linear(torch.ones(2, 3), words, (8, 3, 1, 1), scale, scale)
+
+
+def test_one_tensor_that_reaches_further_than_its_buffers_is_refused_in_c() -> None:
+    """A tensor of 20 elements in blocks of 8: 3 scales; 4-bit codes take 4 + 4 + 2 bytes."""
+    x, codes, scales = (torch.zeros(8 * size, dtype=torch.uint8) for size in (20, 10, 3))
+    at = [one.data_ptr() for one in (x, codes, scales)]
+    _cpu.quantize(*at, (20, 10, 3), 20, 8, 4, 0, 0, False, False)
+    _cpu.dequantize(*at, (20, 10, 3), 20, 8, 4, 0, 1.0)
+    for sizes, numel in (
+        ((19, 10, 3), 20), ((20, 9, 3), 20), ((20, 10, 2), 20), ((20, 10, 3), -1), ((20, 10, -3), 20),
+        ((20, 10, 3), 2**63 - 1), ((2**63 - 1, 2**63 - 1, 2**63 - 1), 2**63 - 1),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="outside its buffers"):
+            _cpu.quantize(*at, sizes, numel, 8, 4, 0, 0, False, False)
+        with pytest.raises(ValueError, match="outside its buffers"):
+            _cpu.dequantize(*at, sizes, numel, 8, 4, 0, 1.0)

@@ -23,6 +23,21 @@ FACTORIES = {
 }
 
 
+def is_number(node: ast.expr) -> bool:
+    if isinstance(node, ast.UnaryOp):
+        node = node.operand
+    return isinstance(node, ast.Constant)
+
+
+def takes_the_default(call: ast.Call) -> bool:
+    """Whether a call of a function of torch makes a tensor whose type nobody names."""
+    assert isinstance(call.func, ast.Attribute)
+    if call.func.attr == "where":  # of two numbers
+        return len(call.args) == 3 and is_number(call.args[1]) and is_number(call.args[2])
+    named = any(keyword.arg in ("dtype", None) for keyword in call.keywords)
+    return call.func.attr in FACTORIES and not named
+
+
 def without_dtype(source: str) -> list[str]:
     """The calls ``torch.zeros(...)`` and the like in ``source`` that name no dtype, as ``line: name``."""
     return [
@@ -32,8 +47,7 @@ def without_dtype(source: str) -> list[str]:
         and isinstance(call.func, ast.Attribute)
         and isinstance(call.func.value, ast.Name)
         and call.func.value.id == "torch"
-        and call.func.attr in FACTORIES
-        and not any(keyword.arg in ("dtype", None) for keyword in call.keywords)
+        and takes_the_default(call)
     ]
 
 
@@ -47,5 +61,6 @@ def test_every_new_tensor_names_its_type(path: Path) -> None:
 def test_the_rule_finds_one_without() -> None:
     source = (
         "import torch\ntorch.zeros(3)\ntorch.zeros(3, dtype=torch.int64)\nx.new_zeros(3)\ntorch.rand(())\n"
+        "torch.where(x, 1.0, -1.0)\ntorch.where(x, y, -1.0)\n"
     )
-    assert without_dtype(source) == ["2: torch.zeros", "5: torch.rand"]
+    assert without_dtype(source) == ["2: torch.zeros", "5: torch.rand", "6: torch.where"]
