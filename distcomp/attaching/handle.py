@@ -28,7 +28,7 @@ from distcomp.attaching.protocol import Sync
 from distcomp.attaching.requested import attached_note
 from distcomp.attaching.session import Meeting, Session
 from distcomp.attaching.settings import details_of, settings_of
-from distcomp.attaching.target import Target
+from distcomp.attaching.target import Replicas, Target
 from distcomp.attaching.watch import Sink, Watch
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.builtin_hooks import is_builtin
@@ -41,7 +41,6 @@ from distcomp.private_torch import bypasses_hooks, steps_in_a_hook, steps_in_bac
 from distcomp.runtime.saved_state import Fingerprint, described, pack, unpack
 from distcomp.training import clock_of
 from distcomp.transports.backends import patience_s
-from distcomp.transports.types import ProcessGroup
 
 
 def attach(
@@ -52,7 +51,7 @@ def attach(
     scaler: Scaler | None = None,
     seed: int = 0,
     timeout_s: float | None = None,
-    replicas: ProcessGroup | None = None,
+    replicas: Replicas | None = None,
     weights: WeightGather | Compressor | Method | str | None = None,
 ) -> Handle:
     """Let ``method`` carry the gradients of a DistributedDataParallel or FSDP2 model, or average models. Call
@@ -72,8 +71,9 @@ def attach(
         timeout_s: how long to wait for a peer before naming it and giving up; None takes the timeout of the
             model's process group (30 minutes over Gloo, where ``init_process_group`` was not told otherwise).
             A rank may compute or evaluate alone for so long.
-        replicas: of an FSDP model sharded over one dimension of a mesh: the group of those that hold the same
-            shard. The method then averages across them, after FSDP's own reduce-scatter inside each.
+        replicas: of an FSDP model sharded over one dimension of a mesh: those that hold the same shard, a
+            process group or the mesh's other dimension. The method then averages gradients across them, after
+            FSDP's own reduce-scatter inside each; or models, shard by shard.
         weights: of an FSDP2 model: how its weights are gathered, a compressor such as ``"qsgd:bits=8"``,
             ``"gather:compressor=(qsgd:bits=8),reuse=true"`` or ``"difference:compressor=(qsgd:bits=4)"``
             (:mod:`distcomp.methods.weight_gather`). None: as they are. Each setting changes the weights that
@@ -117,7 +117,7 @@ _ATTACHED: WeakSet[nn.Module] = WeakSet()
 
 
 def _weight_gather(
-    weights: WeightGather | Compressor | Method | str | None, target: Target, replicas: ProcessGroup | None
+    weights: WeightGather | Compressor | Method | str | None, target: Target, replicas: object
 ) -> WeightGather | None:
     """How weights are gathered. Raises DistcompError where they are not, or cannot be so."""
     if weights is None:
@@ -176,8 +176,9 @@ class Handle:
         self._pruners = masks.join(target.module, sync)
         self._exchanges = TensorExchanges(sync, next(target.module.parameters()).device, seed)
         self._fingerprint = Fingerprint(described(sync.method), target.shapes_digest)
-        self._place, store = target.place, target.everyone.get_group_store()
-        self._loads = Loads(store, self._place.rank, self._place.ranks, session.name, session.timeout_s)
+        everyone, store = target.place, target.everyone.get_group_store()
+        self._place = everyone if sync.replicated else target.shard_place
+        self._loads = Loads(store, everyone.rank, everyone.ranks, session.name, session.timeout_s)
         self._attached = True
 
     @property
@@ -415,7 +416,7 @@ def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None
                 "its gradient is agreed on; step after the backward"
             )
     if target.shards is not None:
-        refuse_sharded(chosen)
+        refuse_sharded(chosen, target)
     if isinstance(chosen, Averaging | MultiLevel):
         refuse_averaging(target, chosen, optimizer)
         return

@@ -27,8 +27,8 @@ from distcomp.attaching.optimizers import average, forget, needed
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
+from distcomp.attaching.shards import weights_of
 from distcomp.attaching.target import Target
-from distcomp.attaching.weights import Weights
 from distcomp.averaging.base import Averaging, FragmentState, FromFirst, InFlight, MultiLevel, fragment_states
 from distcomp.averaging.gossip import Gossip
 from distcomp.averaging.topology import resolve
@@ -43,7 +43,7 @@ from distcomp.runtime.driver import context_of, start
 from distcomp.runtime.executor import Executor
 from distcomp.runtime.pipeline import Timeline
 from distcomp.runtime.saved_state import LARGEST, damaged, whole_number
-from distcomp.training import TrainingClock
+from distcomp.training import Source, TrainingClock
 from distcomp.transports.types import GradBucket
 
 
@@ -54,7 +54,7 @@ class ParameterSync(Sync):
     """
 
     replicated = False
-    source = "parameters"
+    source: Source = "parameters"
 
     def __init__(
         self,
@@ -71,7 +71,9 @@ class ParameterSync(Sync):
         self._lost: frozenset[int] = frozenset()
         self._optimizer = optimizer
         self._seed = seed
-        self._weights = Weights(target.module, target.ignored)
+        self._weights = weights_of(target)
+        if target.shards is not None:
+            self.source = "outputs"  # FSDP puts gradients where no hook of a parameter sees them
         self._ddp = target.ddp
         rank, size = session.rank, session.size
         self._fragments = fragment_states(averaging, self._weights.layout, rank, size)
@@ -191,7 +193,7 @@ class ParameterSync(Sync):
         @cache
         def result() -> AggregateResult:
             self._timeline.spans += started.timeline.spans
-            if not started.finite:
+            if not self._weights.everywhere(started.finite):
                 raise DistcompError(
                     f"a worker's model held a NaN or an infinity after iteration {step}: training diverged; "
                     "lower the learning rate, and restart from the last checkpoint"
@@ -239,7 +241,7 @@ class ParameterSync(Sync):
         weights.write(weights.layout, mean)
         weights.write_buffers(self._mean(own_buffers, weights.buffers))
         try:
-            yield (square.item() / weights.layout.numel) ** 0.5
+            yield weights.root_mean(square)
         finally:
             weights.write(weights.layout, own)
             weights.write_buffers(own_buffers)
@@ -420,7 +422,7 @@ def refuse_averaging(target: Target, averaging: Averaging | MultiLevel, optimize
         needed(optimizer)
     size = dist.get_world_size(target.group)
     _refuse_to_go_on(target, averaging)
-    warning = averaging.conditions(Weights(target.module, target.ignored).layout, size).get("warning")
+    warning = averaging.conditions(weights_of(target).layout, size).get("warning")
     if warning and dist.get_rank(target.group) == 0:
         warnings.warn(warning, stacklevel=4)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Place:
 
     rank: int
     ranks: tuple[int, ...]
+    shard: str | None = None
+    """Which shard of a model is saved, where these ranks share no more than that."""
 
     @property
     def text(self) -> str:
@@ -73,7 +76,8 @@ def pack(place: Place, fingerprint: Fingerprint, content: Mapping[str, Any]) -> 
     """A checkpoint of one rank. Its one key names the rank: savers that merge ranks then lose nothing."""
     head = {"format": FORMAT, "world_size": len(place.ranks), "ranks": place.text}
     about = {"method": fingerprint.method, "parameters": fingerprint.parameters}
-    return {f"rank{place.rank}": {**head, **about, **content}}
+    shard = {} if place.shard is None else {"shard": place.shard}
+    return {f"rank{place.rank}": {**head, **about, **shard, **content}}
 
 
 Leaves = Callable[[Fields], ByParameter | None]
@@ -100,7 +104,7 @@ def unpack(
     Raises DistcompError for what is damaged, for parts of different steps, and where a rank's part is
     missing; with ``strict``, for the state of another method or of other parameters.
     """
-    parts = _parts(saved)
+    parts = _of_shard(_parts(saved), place)
     own = parts.get(f"rank{place.rank}")
     if own is not None and own["ranks"] == place.text:
         return _checked(own, fingerprint, leaves, strict)
@@ -139,6 +143,24 @@ def _parts(saved: Any) -> dict[str, Fields]:
     return {key: dict(part) for key, part in parts.items()}
 
 
+def _of_shard(parts: dict[str, Fields], place: Place) -> dict[str, Fields]:
+    """The parts of those who held this rank's shard. Raises DistcompError where there are none."""
+    same = {key: part for key, part in parts.items() if part.get("shard") == place.shard}
+    if not same:
+        there = sorted({str(part.get("shard", "a whole model")) for part in parts.values()})
+        raise DistcompError(
+            f"the checkpoint is of {_listed(there, 'shard ')}, and rank {place.rank} holds "
+            f"{f'shard {place.shard}' if place.shard else 'a whole model'}: pieces of weights cannot be told "
+            "apart; go on with as many shards, or save the weights by torch.distributed.checkpoint and load "
+            "those alone"
+        )
+    return same
+
+
+def _listed(shards: list[str], prefix: str) -> str:
+    return ", ".join(one if one.startswith("a ") else prefix + one for one in shards[:SHOWN])
+
+
 def _check_head(key: str, part: Mapping[str, Any]) -> None:
     for name in ("ranks", "method", "parameters"):
         if not isinstance(part.get(name), str):
@@ -173,13 +195,22 @@ def _check_complete(parts: Mapping[str, Fields], place: Place) -> None:
     old_size = max(part["world_size"] for part in parts.values())
     if len(parts) == old_size:
         return
-    numbers = range(min(old_size, len(parts) + SHOWN))
+    numbers = _numbers(groups[0], len(parts) + SHOWN)
     missing = [old for old in numbers if f"rank{old}" not in parts][:SHOWN]
     raise DistcompError(
         f"the checkpoint was saved by {old_size} ranks ({groups[0]}) and this is rank {place.rank} of "
         f"{len(place.ranks)}; the parts of ranks {missing}{' and more' if len(missing) == SHOWN else ''} are "
         "missing: pass a list of all ranks' state dicts"
     )
+
+
+def _numbers(ranks: str, most: int) -> list[int]:
+    """The first ranks of a text such as ``0-3`` or ``0,2``."""
+    try:
+        spans = [[int(end) for end in span.split("-")] for span in ranks.split(",")]
+    except ValueError as error:
+        raise damaged("ranks", "they are no numbers") from error
+    return list(islice(chain.from_iterable(range(span[0], span[-1] + 1) for span in spans), most))
 
 
 def _check_alike(parts: Mapping[str, Fields]) -> None:

@@ -11,12 +11,10 @@ import torch
 from distcomp import registry
 from tests.attaching.fsdp import oracle, shard_jobs
 
-REFUSED = {"powersgd", "gradiveq", "allocate", "warmup"}  # warm-up leads to PowerSGD unless told otherwise
 GRADIENT = [
     name for name, entry in registry.METHODS.items() if entry.kind == "gradient" and not entry.control
 ]
-SPECS = [name for name in GRADIENT if name not in REFUSED]
-SPECS += ["qsgd:bits=1", "warmup:inner=qsgd,steps=3", "qsgd:bits=8 -> 4 @ 3"]
+SPECS = [*GRADIENT, "qsgd:bits=1", "warmup:inner=qsgd,steps=3", "qsgd:bits=8 -> 4 @ 3"]
 
 
 def test_identity_has_the_bits_of_fsdp_and_leaves_none_behind(cluster):
@@ -116,12 +114,9 @@ def test_a_divide_factor_counts_all_ranks_also_across_replicas(cluster):
 
 
 SENTENCES = {
-    ("", "powersgd"): "PowerSGD needs whole parameters",
-    ("", "gradiveq"): "GradiVeQ needs whole parameters",
-    ("", "allocate"): "Allocate needs the name",
-    ("", "warmup"): "PowerSGD needs whole parameters",
-    ("", "diloco"): "holds pieces",
-    ("", "ddp"): "holds pieces",
+    ("columns", "powersgd"): "cut along another dimension",
+    ("", "diloco"): "which ranks hold the same shard",
+    ("", "ddp"): "DistributedDataParallel's buckets",
     ("hybrid", "identity"): "mesh of 2 dimensions",
     ("replicas without shards", "identity"): "Sequential is none",
     ("replicated", "identity"): "wrapped by replicate()",
