@@ -115,10 +115,10 @@ class FSDPCaller:
 
 
 def fsdp_caller() -> FSDPCaller | None:
-    """Who called, if it was FSDP2. A collective does not say for whom it is: the frames that lead to it do."""
+    """Who called, if it was FSDP2. No collective says for whom it is; the frames that lead to it do."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        caller = frame.f_locals.get("self") if frame.f_code.co_filename.endswith(_FSDP_FILE) else None
+        caller: Any = frame.f_locals.get("self") if frame.f_code.co_filename.endswith(_FSDP_FILE) else None
         if type(caller).__name__ == "FSDPParamGroup":
             policy = caller.mp_policy
             return FSDPCaller(caller._module_fqn or "root", policy.param_dtype, policy.reduce_dtype)
@@ -131,7 +131,7 @@ _FSDP_FILE = "_fsdp_param_group.py"
 
 def process_group(name: str) -> Any:
     """The process group that a functional collective names."""
-    return torch._C._distributed_c10d._resolve_process_group(name)
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # a name, too
 
 
 def _param_groups(state: Any) -> list[Any]:

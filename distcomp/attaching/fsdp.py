@@ -32,12 +32,13 @@ from distcomp.attaching.shards import finite_in_all_shards, refuse_averaging_sha
 from distcomp.attaching.slices import local
 from distcomp.attaching.target import Target, is_sharded
 from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods.base import ByParameter, Method
 from distcomp.methods.reduce_scatter import owned_layout, to_shards
 from distcomp.methods.row_owners import needs_parameters, to_rows
-from distcomp.methods.weight_gather import WeightGather
+from distcomp.methods.weight_gather import WeightGather, parse_weight_gather
 from distcomp.private_torch import FSDPGroup, fsdp_divide_factor, fsdp_group
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.driver import commit, context_of, exchange
@@ -410,8 +411,13 @@ def refuse_sharded(method: Method | Averaging | MultiLevel | str, target: Target
         )
 
 
-def refuse_gathers(target: Target, replicas: object) -> None:
-    """Raise DistcompError where there are no gathers of weights to compress, or ranks that no line joins."""
+def weight_gather_of(
+    weights: WeightGather | Compressor | Method | str | None, target: Target, replicas: object
+) -> WeightGather | None:
+    """How weights are gathered. Raises DistcompError where there are no gathers to compress, or ranks that no
+    line joins."""
+    if weights is None:
+        return None
     if target.shards is None:
         raise DistcompError(
             f"weights= says how an FSDP2 model gathers its shards, and {type(target.module).__name__} has "
@@ -422,3 +428,4 @@ def refuse_gathers(target: Target, replicas: object) -> None:
             "with replicas= the attached line joins those who hold the same shard, and weights are gathered "
             "among those who hold the others; leave weights= or replicas= out"
         )
+    return parse_weight_gather(weights)

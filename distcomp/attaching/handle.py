@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,11 +16,12 @@ from torch.optim.optimizer import Optimizer
 from distcomp.attaching import masks
 from distcomp.attaching.agreement import Loads
 from distcomp.attaching.arguments import check_arguments, check_optimizer
+from distcomp.attaching.audit import Audit, audit
 from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.builtin_hooks import BuiltinHookSync
 from distcomp.attaching.ddp import GradientSync
 from distcomp.attaching.exchanges import PREFIX, TensorExchanges, checked_exchanges
-from distcomp.attaching.fsdp import FSDPSync, refuse_gathers, refuse_sharded
+from distcomp.attaching.fsdp import FSDPSync, refuse_sharded, weight_gather_of
 from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
 from distcomp.attaching.parameters import ParameterSync, edges_of, refuse_averaging
@@ -36,7 +37,7 @@ from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError, PeerLost
 from distcomp.methods import METHODS, Method, parse
 from distcomp.methods.base import ByParameter
-from distcomp.methods.weight_gather import WeightGather, parse_weight_gather
+from distcomp.methods.weight_gather import WeightGather
 from distcomp.private_torch import bypasses_hooks, steps_in_a_hook, steps_in_backward
 from distcomp.runtime.saved_state import Fingerprint, described, pack, unpack
 from distcomp.training import clock_of
@@ -95,7 +96,7 @@ def attach(
     try:
         chosen = _method(method)
         edges = _check(target, chosen, optimizer)
-        gathered = _weight_gather(weights, target, replicas)
+        gathered = weight_gather_of(weights, target, replicas)
         dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
     except DistcompError as error:
         meeting.refuse(str(error))
@@ -114,16 +115,6 @@ def attach(
 
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
-
-
-def _weight_gather(
-    weights: WeightGather | Compressor | Method | str | None, target: Target, replicas: object
-) -> WeightGather | None:
-    """How weights are gathered. Raises DistcompError where they are not, or cannot be so."""
-    if weights is None:
-        return None
-    refuse_gathers(target, replicas)
-    return parse_weight_gather(weights)
 
 
 def _check(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> frozenset[tuple[int, int]]:
@@ -315,6 +306,10 @@ class Handle:
             PeerLost: a rank did not call it within the timeout.
         """
         return self._exchanges.exchange(tensor, method, name)
+
+    def audit(self) -> AbstractContextManager[Audit]:
+        """What training steps send until the context ends (:func:`distcomp.attaching.audit.audit`)."""
+        return audit()
 
     @contextmanager
     def averaged_model(self) -> Iterator[float]:
