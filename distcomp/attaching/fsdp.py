@@ -337,10 +337,9 @@ class FSDPSync(Sync):
 
     def report(self) -> dict[str, Any]:
         """What this rank keeps between steps, and in how many pieces a buffer is owned."""
-        leaves = [leaf for one in self._states.by_parameter().values() for leaf in one.values()]
         held_bytes = self._weights.state_bytes if self._weights is not None else 0
         return {
-            "state_bytes": sum(leaf.numel() * leaf.element_size() for leaf in leaves) + held_bytes,
+            "state_bytes": self._states.held_bytes + held_bytes,
             "shards": dist.get_world_size(self._shards),
         }
 

@@ -53,11 +53,11 @@ def by_columns(mesh: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh, shard_placement_fn=lambda _: Shard(1))
 
 
-def sgd(model: nn.Module, spec: str = "identity") -> torch.optim.SGD:
+def sgd(model: nn.Module, spec: Any = "identity") -> torch.optim.SGD:
     """With momentum, unless the method brings its own and says so."""
     usual = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
     try:
-        distcomp.parse(spec).check(usual)
+        (distcomp.parse(spec) if isinstance(spec, str) else spec).check(usual)
     except distcomp.DistcompError:
         return torch.optim.SGD(model.parameters(), lr=LR)
     return usual

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distcomp import registry
+from distcomp.methods import compact_residuals, parse
 from tests.attaching.fsdp import oracle, shard_jobs
 
 GRADIENT = [
@@ -72,6 +73,16 @@ def test_resume_is_bit_equal(cluster, spec):
     saved = cluster(2).run(shard_jobs.first_half, spec)
     assert all(torch.isfinite(one["whole"]).all() for one in saved)
     assert all(cluster(2).run(shard_jobs.second_half, spec, saved))
+
+
+@pytest.mark.parametrize(("form", "per_value"), [("bf16", 2.0), ("int8", 1.0 + 4 / 512)])
+def test_residuals_of_fewer_bits_are_resumed_bit_by_bit(cluster, form, per_value):
+    spec = compact_residuals(parse("qsgd:bits=1"), form)
+    saved = cluster(2).run(shard_jobs.first_half, spec)
+    assert all(cluster(2).run(shard_jobs.second_half, spec, saved))
+    for _, stats in cluster(2).run(shard_jobs.trained, spec, 2):
+        scales = 4 * 2 * 4 if form == "int8" else 0  # each buffer's two pieces begin a block
+        assert stats["state_bytes"] == pytest.approx(per_value * padded_numel(2), abs=4 * 40 + scales)
 
 
 def test_resume_is_bit_equal_across_replicas(cluster):
