@@ -16,8 +16,9 @@ from distcomp.methods.scheduled import Scheduled
 def compact_residuals(method: Method | str, form: str = "bf16") -> Method:
     """``method`` with all residuals of its error feedback in ``form``: ``bf16`` or ``int8``.
 
-    Rounded at random, ``E[kept] = residual``; see :class:`distcomp.methods.ErrorFeedback`. On the wire: ``method``'s bytes.
-    Memory: 2 or 1.01 bytes in the place of 4 for each number. A checkpoint holds the same numbers in float32.
+    Rounded at random, ``E[kept] = residual``; see :class:`distcomp.methods.ErrorFeedback`. On the wire:
+    ``method``'s bytes. Memory: 2 or 1.01 bytes in the place of 4 for each number. A checkpoint holds the same
+    numbers in float32.
 
     Raises DistcompError for a method without error feedback, and for another form.
     """
