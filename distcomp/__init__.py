@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distcomp import network as network
     from distcomp import precision as precision
     from distcomp import pruning as pruning
+    from distcomp.attaching.audit import audit as audit
     from distcomp.attaching.handle import Handle as Handle
     from distcomp.attaching.handle import attach as attach
     from distcomp.averaging.recipes import choco as choco
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CorruptPayload", "DistcompError", "Handle", "Mismatch", "PeerLost", "SettingsMismatch",
-    "allocate", "attach", "averaging", "bf16", "calls", "choco", "compressors", "dcd", "demo", "dgc",
+    "allocate", "attach", "audit", "averaging", "bf16", "choco", "compressors", "dcd", "demo", "dgc",
     "diloco", "dpsgd", "ef21", "ef_signsgd", "fixed_point", "fp16", "gradiveq", "identity",
     "init_process_group", "local_sgd", "masked", "methods", "natural", "network", "onebit_adam",
     "parse", "post_local_sgd", "powersgd", "precision", "pruning", "qsgd", "random_k", "register",

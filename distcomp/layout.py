@@ -170,3 +170,8 @@ class FlatBuffer:
 
     data: Tensor
     layout: Layout
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes in memory."""
+        return self.data.numel() * self.data.element_size()

@@ -5,9 +5,11 @@ A test names each of these where a new version of PyTorch has moved it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
@@ -92,6 +94,44 @@ def fsdp_divide_factor(module: nn.Module) -> float | None:
     groups = _param_groups(module._get_fsdp_state())  # type: ignore[operator]
     factor: float | None = groups[0].gradient_divide_factor if groups else None
     return factor
+
+
+def fsdp_accumulates(model: nn.Module) -> bool:
+    """Whether an FSDP2 model was told ``set_requires_gradient_sync(False)``, which has no getter."""
+    if not hasattr(inside_compiled(model), "_get_fsdp_state"):
+        return False
+    states = [part._get_fsdp_state() for part in model.modules() if hasattr(part, "_get_fsdp_state")]  # type: ignore[operator]
+    groups = [group for state in states for group in _param_groups(state)]
+    return bool(groups) and not any(group.reduce_grads for group in groups)
+
+
+@dataclass(frozen=True)
+class FSDPCaller:
+    """The FSDP2 module on whose behalf a collective runs, and the types that it was told to compute in."""
+
+    module: str
+    param_dtype: torch.dtype | None
+    reduce_dtype: torch.dtype | None
+
+
+def fsdp_caller() -> FSDPCaller | None:
+    """Who called, if it was FSDP2. No collective says for whom it is; the frames that lead to it do."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller: Any = frame.f_locals.get("self") if frame.f_code.co_filename.endswith(_FSDP_FILE) else None
+        if type(caller).__name__ == "FSDPParamGroup":
+            policy = caller.mp_policy
+            return FSDPCaller(caller._module_fqn or "root", policy.param_dtype, policy.reduce_dtype)
+        frame = frame.f_back
+    return None
+
+
+_FSDP_FILE = "_fsdp_param_group.py"
+
+
+def process_group(name: str) -> Any:
+    """The process group that a functional collective names."""
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # a name, too
 
 
 def _param_groups(state: Any) -> list[Any]:

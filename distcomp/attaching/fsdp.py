@@ -3,7 +3,8 @@
 ``fully_shard`` reduces the gradients of each module it wraps as one flat buffer: every parameter padded to a
 multiple of the ranks and cut in as many pieces, the first pieces of all parameters before the second ones. No
 name and no shape comes with it, so a method sees one long piece per owner
-(:func:`distcomp.methods.reduce_scatter.owned_layout`).
+(:func:`distcomp.methods.reduce_scatter.owned_layout`); one that needs them sees the parameters that
+:mod:`distcomp.attaching.fsdp_rows` reads in the buffer, and FSDP is given the rank's own rows.
 
 The exchange runs where FSDP runs its own: inside backward, before the module's sharded gradients are made, on
 a GPU in FSDP's stream. Gradients that accumulate (``set_requires_gradient_sync(False)``) are not exchanged.
@@ -23,15 +24,21 @@ from torch import Tensor, nn
 
 from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.fsdp_gather import PREFIX, WeightGathers, gather_units
+from distcomp.attaching.fsdp_rows import ParameterBuffer, padded_shards, parameter_buffers
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
+from distcomp.attaching.shards import finite_in_all_shards, refuse_averaging_shards
+from distcomp.attaching.slices import local
 from distcomp.attaching.target import Target, is_sharded
+from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods.base import ByParameter, Method
-from distcomp.methods.reduce_scatter import owned_layout, refuse_nameless, to_shards
-from distcomp.methods.weight_gather import WeightGather
+from distcomp.methods.reduce_scatter import owned_layout, to_shards
+from distcomp.methods.row_owners import needs_parameters, to_rows
+from distcomp.methods.weight_gather import WeightGather, parse_weight_gather
 from distcomp.private_torch import FSDPGroup, fsdp_divide_factor, fsdp_group
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.driver import commit, context_of, exchange
@@ -188,13 +195,20 @@ class FSDPSync(Sync):
         self._seed = seed
         self._scaler = scaler
         self._across = target.replicas is not None
+        assert target.shards is not None
         self._shards = target.shards
-        self._talks = method if self._across else to_shards(method)
+        groups = groups_of(target.module)
+        self._whole: dict[str, ParameterBuffer] = {}
+        self._known: dict[str, Layout] = {}
+        count = dist.get_world_size(target.shards)
+        if needs_parameters(method) and self._across:
+            self._known = padded_shards(target.module, groups, count)
+        elif needs_parameters(method):
+            self._whole = parameter_buffers(target.module, groups, count)
+        self._talks = method if self._across else to_rows(method) if self._whole else to_shards(method)
         self._states = States(self._talks)
-        self._layouts: dict[str, Layout] = {}
         self._sent_before: int | None = None
         self._begin_iteration()
-        groups = groups_of(target.module)
         self._units = units_of(groups, target.replicas)
         self._weights = (
             WeightGathers(target.module, groups, weights, session, self.executor, seed) if weights else None
@@ -232,13 +246,14 @@ class FSDPSync(Sync):
         self._exchange_begins()
         self.clock.exchange_begins()
         self._ready_s = time.perf_counter()
-        layout = self._layout(name, buffer.numel())
+        layout, whole = self._layout(name, buffer.numel()), self._whole.get(name)
         scale = (
             self._scaler.scale(torch.ones((), device=buffer.device, dtype=torch.float32))
             if self._scaler is not None
             else None
         )
         x = buffer.float() if scale is None else buffer.float() / scale
+        x = x if whole is None else whole.parameters(x)
         context = context_of(self._session.channel, layout, self.iterations, self._seed)
         agreed = exchange(
             self._talks, x, self._states.of(layout, buffer.device), context, self.executor(buffer.device)
@@ -246,6 +261,7 @@ class FSDPSync(Sync):
         self._talked.append(agreed.aggregation)
         self._timeline.spans += agreed.timeline.spans
         estimate = agreed.result().estimate
+        estimate = estimate if whole is None else whole.piece(estimate, self._session.rank)
         return estimate if scale is None else estimate * scale
 
     def _exchange_begins(self) -> None:
@@ -254,11 +270,15 @@ class FSDPSync(Sync):
             self._sent_before = self._session.ledger.total_bytes
 
     def _layout(self, name: str, numel: int) -> Layout:
-        owners = 1 if self._across else self._session.size
-        known = self._layouts.setdefault(name, owned_layout(name, numel, owners))
-        if known.numel != numel:
+        if name not in self._known:
+            owners = 1 if self._across else self._session.size
+            whole = self._whole.get(name)
+            self._known[name] = whole.layout if whole is not None else owned_layout(name, numel, owners)
+        known = self._known[name]
+        expected = self._whole[name].numel if name in self._whole else known.numel
+        if expected != numel:
             raise DistcompError(
-                f"the buffer of {name} held {known.numel} elements and now holds {numel}: some parameters "
+                f"the buffer of {name} held {expected} elements and now holds {numel}: some parameters "
                 "had no gradient, and nothing tells which; call "
                 "model.set_reduce_scatter_unused_params(True) on every FSDP module"
             )
@@ -291,12 +311,8 @@ class FSDPSync(Sync):
         self._begin_iteration()
 
     def _everywhere(self, finite: Tensor) -> Tensor:
-        """Whether all shards were finite: replicas of one shard learn nothing of the others."""
-        if not self._across or dist.get_world_size(self._shards) == 1:
-            return finite
-        count = finite.int().reshape(1)
-        dist.all_reduce(count, dist.ReduceOp.MIN, group=self._shards)
-        return count[0].bool()
+        """Whether all ranks were finite."""
+        return finite_in_all_shards(finite, self._shards) if self._across else finite
 
     def close(self) -> None:
         """From now on FSDP reduces as before; replicas are averaged in the gradients' own type."""
@@ -321,10 +337,9 @@ class FSDPSync(Sync):
 
     def report(self) -> dict[str, Any]:
         """What this rank keeps between steps, and in how many pieces a buffer is owned."""
-        leaves = [leaf for one in self._states.by_parameter().values() for leaf in one.values()]
         held_bytes = self._weights.state_bytes if self._weights is not None else 0
         return {
-            "state_bytes": sum(leaf.numel() * leaf.element_size() for leaf in leaves) + held_bytes,
+            "state_bytes": self._states.held_bytes + held_bytes,
             "shards": dist.get_world_size(self._shards),
         }
 
@@ -339,12 +354,13 @@ class FSDPSync(Sync):
         }
 
     def expected_state(self, saved: Mapping[str, Any]) -> None:
-        """Raises DistcompError where something is owed by another number of ranks or shards: buffers are
-        interleaved by them. What is held of the weights begins anew there, with a warning.
+        """Raises DistcompError where something is owed by another number of ranks or shards, and buffers are
+        interleaved by them; what is owed for whole parameters is handed on. What is held of the weights
+        begins anew there, with a warning.
 
         What buffers hold is known when FSDP first reduces one; another shape is refused then.
         """
-        if _owed(saved["state"]) and not self._is_of_these_shards(saved):
+        if _owed(saved["state"]) and not self._whole and not self._is_of_these_shards(saved):
             shards, size = dist.get_world_size(self._shards), dist.get_world_size()
             raise DistcompError(
                 f"the checkpoint is of {saved['world_size']} ranks and {saved.get('shards', 'no')} shards, "
@@ -374,22 +390,33 @@ def _begin_alike(model: nn.Module, replicas: dist.ProcessGroup) -> None:
     first = dist.get_global_rank(replicas, 0)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
-            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            dist.broadcast(local.detach(), first, group=replicas)
+            dist.broadcast(local(tensor).detach(), first, group=replicas)
 
 
-def refuse_sharded(method: Method | object) -> None:
+def refuse_sharded(method: Method | Averaging | MultiLevel | str, target: Target) -> None:
     """What an FSDP model cannot be served by, named with its reason."""
-    if not isinstance(method, Method):
+    if isinstance(method, str):
         raise DistcompError(
-            f"{method!r} needs whole models or DistributedDataParallel's buckets, and an FSDP model holds "
-            "pieces; use a gradient method such as 'identity' or 'qsgd:bits=4'"
+            f"{method!r} needs DistributedDataParallel's buckets, and an FSDP model has none; use a method "
+            "of distcomp's, such as 'identity' or 'qsgd:bits=4'"
         )
-    refuse_nameless(method)
+    if isinstance(method, Method):
+        return
+    refuse_averaging_shards(method, target)
+    if any(module in _UNITS and _UNITS[module].replicas is not None for module in target.module.modules()):
+        raise DistcompError(
+            "the gradients of this FSDP model were averaged across replicas before, which FSDP cannot "
+            "forget; wrap the model again, then attach"
+        )
 
 
-def refuse_gathers(target: Target, replicas: dist.ProcessGroup | None) -> None:
-    """Raise DistcompError where there are no gathers of weights to compress, or ranks that no line joins."""
+def weight_gather_of(
+    weights: WeightGather | Compressor | Method | str | None, target: Target, replicas: object
+) -> WeightGather | None:
+    """How weights are gathered. Raises DistcompError where there are no gathers to compress, or ranks that no
+    line joins."""
+    if weights is None:
+        return None
     if target.shards is None:
         raise DistcompError(
             f"weights= says how an FSDP2 model gathers its shards, and {type(target.module).__name__} has "
@@ -400,3 +427,4 @@ def refuse_gathers(target: Target, replicas: dist.ProcessGroup | None) -> None:
             "with replicas= the attached line joins those who hold the same shard, and weights are gathered "
             "among those who hold the others; leave weights= or replicas= out"
         )
+    return parse_weight_gather(weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch.distributed as dist
 
@@ -64,7 +64,16 @@ class Pool:
             members, timeout=patience, backend=dist.get_backend(parent), use_local_synchronization=True
         )
         assert isinstance(made, dist.ProcessGroup)
+        _OWN.add(made)
         return number, made
+
+
+_OWN: WeakSet[dist.ProcessGroup] = WeakSet()
+
+
+def is_own(group: dist.ProcessGroup) -> bool:
+    """Whether a group was made here: what goes over it is in a ledger."""
+    return group in _OWN
 
 
 _POOLS: WeakKeyDictionary[dist.ProcessGroup, Pool] = WeakKeyDictionary()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,12 +16,13 @@ from torch.optim.optimizer import Optimizer
 from distcomp.attaching import masks
 from distcomp.attaching.agreement import Loads
 from distcomp.attaching.arguments import check_arguments, check_optimizer, warn_of_rounding
+from distcomp.attaching.audit import Audit, audit
 from distcomp.attaching.averageable import edges_of, refuse_averaging
 from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.builtin_hooks import BuiltinHookSync
 from distcomp.attaching.ddp import GradientSync
 from distcomp.attaching.exchanges import PREFIX, TensorExchanges, checked_exchanges
-from distcomp.attaching.fsdp import FSDPSync, refuse_gathers, refuse_sharded
+from distcomp.attaching.fsdp import FSDPSync, refuse_sharded, weight_gather_of
 from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
 from distcomp.attaching.parameters import ParameterSync
@@ -29,7 +30,7 @@ from distcomp.attaching.protocol import Sync
 from distcomp.attaching.requested import record_attached
 from distcomp.attaching.session import Meeting, Session
 from distcomp.attaching.settings import details_of, settings_of
-from distcomp.attaching.target import Target
+from distcomp.attaching.target import Replicas, Target
 from distcomp.attaching.watch import Sink, Watch
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.builtin_hooks import is_builtin
@@ -37,12 +38,11 @@ from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError, PeerLost
 from distcomp.methods import METHODS, Method, parse
 from distcomp.methods.base import ByParameter
-from distcomp.methods.weight_gather import WeightGather, parse_weight_gather
+from distcomp.methods.weight_gather import WeightGather
 from distcomp.private_torch import bypasses_hooks, steps_in_a_hook, steps_in_backward
 from distcomp.runtime.saved_state import Fingerprint, described, pack_state, unpack_state
 from distcomp.training import clock_of
 from distcomp.transports.backends import patience_s
-from distcomp.transports.types import ProcessGroup
 
 
 def attach(
@@ -53,7 +53,7 @@ def attach(
     scaler: Scaler | None = None,
     seed: int = 0,
     timeout_s: float | None = None,
-    replicas: ProcessGroup | None = None,
+    replicas: Replicas | None = None,
     weights: WeightGather | Compressor | Method | str | None = None,
 ) -> Handle:
     """Let ``method`` carry the gradients of a DDP or FSDP2 model, or average models. Call it on every rank.
@@ -72,8 +72,9 @@ def attach(
         timeout_s: how long to wait for a peer before naming it and giving up; None takes the timeout of the
             model's process group (30 minutes over Gloo, where ``init_process_group`` was not told otherwise).
             A rank may compute or evaluate alone for so long.
-        replicas: of an FSDP model sharded over one dimension of a mesh: the group of those that hold the same
-            shard. The method then averages across them, after FSDP's own reduce-scatter inside each.
+        replicas: of an FSDP model sharded over one dimension of a mesh: those that hold the same shard, a
+            process group or the mesh's other dimension. The method then averages gradients across them, after
+            FSDP's own reduce-scatter inside each; or models, shard by shard.
         weights: of an FSDP2 model: how its weights are gathered, such as ``"qsgd:bits=8"`` or
             ``"difference:compressor=(qsgd:bits=4)"`` (:mod:`distcomp.methods.weight_gather`); None: as they
             are. Changes the weights that are computed with, never those that are trained.
@@ -94,7 +95,7 @@ def attach(
     with meeting.refusals_told():
         chosen = _method(method)
         edges = _check(target, chosen, optimizer)
-        gathered = _weight_gather(weights, target, replicas)
+        gathered = weight_gather_of(weights, target, replicas)
         dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
     settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)}
     session = Session.open(meeting, settings, details_of(target), edges)
@@ -107,16 +108,6 @@ def attach(
 
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
-
-
-def _weight_gather(
-    weights: WeightGather | Compressor | Method | str | None, target: Target, replicas: ProcessGroup | None
-) -> WeightGather | None:
-    """How weights are gathered. Raises DistcompError where they are not, or cannot be so."""
-    if weights is None:
-        return None
-    refuse_gathers(target, replicas)
-    return parse_weight_gather(weights)
 
 
 def _check(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> frozenset[tuple[int, int]]:
@@ -173,8 +164,9 @@ class Handle:
         self._pruners = masks.join(target.module, sync)
         self._exchanges = TensorExchanges(sync, next(target.module.parameters()).device, seed)
         self._fingerprint = Fingerprint(described(sync.method), target.shapes_digest)
-        self._place, store = target.place, target.everyone.get_group_store()
-        self._loads = Loads(store, self._place.rank, self._place.ranks, session.name, session.timeout_s)
+        everyone, store = target.place, target.everyone.get_group_store()
+        self._place = everyone if sync.replicated else target.shard_place
+        self._loads = Loads(store, everyone.rank, everyone.ranks, session.name, session.timeout_s)
         self._attached = True
 
     @property
@@ -312,6 +304,10 @@ class Handle:
         """
         return self._exchanges.exchange(tensor, method, name)
 
+    def audit(self) -> AbstractContextManager[Audit]:
+        """What training steps send until the context ends (:func:`distcomp.attaching.audit.audit`)."""
+        return audit()
+
     @contextmanager
     def averaged_model(self) -> Iterator[float]:
         """The model holds the mean of all ranks' weights and buffers, to be evaluated or saved; afterwards
@@ -412,7 +408,7 @@ def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None
                 "its gradient is agreed on; step after the backward"
             )
     if target.shards is not None:
-        refuse_sharded(chosen)
+        refuse_sharded(chosen, target)
     if isinstance(chosen, Averaging | MultiLevel):
         refuse_averaging(target, chosen, optimizer)
         return

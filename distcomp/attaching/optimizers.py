@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from distcomp.attaching.slices import local
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 
@@ -39,10 +40,11 @@ def average(optimizer: Optimizer | None, parameters: Mapping[str, nn.Parameter],
     """
     state = needed(optimizer).state
     tensors = {
-        f"{key}:{name}": value
+        f"{key}:{name}": local(value)
         for name, parameter in parameters.items()
         for key, value in sorted(state.get(parameter, {}).items())
         if isinstance(value, Tensor) and value.shape == parameter.shape and key != "step"
+        if local(value).numel()
     }
     device = next(iter(parameters.values())).device
     ready = torch.full(

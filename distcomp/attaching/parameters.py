@@ -27,8 +27,8 @@ from distcomp.attaching.optimizers import average, forget
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
+from distcomp.attaching.shards import weights_of
 from distcomp.attaching.target import Target
-from distcomp.attaching.weights import Weights
 from distcomp.averaging.base import Averaging, FragmentState, FromFirst, InFlight, MultiLevel, fragment_states
 from distcomp.compressors import Identity
 from distcomp.errors import DistcompError, PeerLost
@@ -41,7 +41,7 @@ from distcomp.runtime.driver import context_of, start
 from distcomp.runtime.executor import Executor
 from distcomp.runtime.pipeline import Timeline
 from distcomp.runtime.saved_state import LARGEST, damaged, whole_number
-from distcomp.training import TrainingClock
+from distcomp.training import Source, TrainingClock
 from distcomp.transports.types import GradBucket
 
 
@@ -52,7 +52,7 @@ class ParameterSync(Sync):
     """
 
     replicated = False
-    source = "parameters"
+    source: Source = "parameters"
 
     def __init__(
         self,
@@ -69,7 +69,9 @@ class ParameterSync(Sync):
         self._lost: set[int] = set()
         self._optimizer = optimizer
         self._seed = seed
-        self._weights = Weights(target.module, target.ignored)
+        self._weights = weights_of(target)
+        if target.shards is not None:
+            self.source = "outputs"  # FSDP puts gradients where no hook of a parameter sees them
         self._ddp = target.ddp
         rank, size = session.rank, session.size
         self._fragments = fragment_states(averaging, self._weights.layout, rank, size)
@@ -207,7 +209,7 @@ class ParameterSync(Sync):
         @cache
         def result() -> AggregateResult:
             self._timeline.spans += started.timeline.spans
-            if not started.finite:
+            if not self._weights.everywhere(started.finite):
                 raise DistcompError(
                     f"a worker's model held a NaN or an infinity after iteration {step}: training diverged; "
                     "lower the learning rate, and restart from the last checkpoint"
@@ -255,7 +257,7 @@ class ParameterSync(Sync):
         weights.write(weights.layout, mean)
         weights.write_buffers(self._mean(own_buffers, weights.buffers))
         try:
-            yield (square.item() / weights.layout.numel) ** 0.5
+            yield weights.root_mean(square)
         finally:
             weights.write(weights.layout, own)
             weights.write_buffers(own_buffers)

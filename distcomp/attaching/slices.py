@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from distcomp.layout import ParamSlice
 
@@ -19,6 +19,14 @@ NORMS = (
     nn.RMSNorm,
     nn.LocalResponseNorm,
 )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be distributed: all of it, or its shard (a view)."""
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    own: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]  # of a DTensor
+    return own
 
 
 def slices_of(module: nn.Module) -> dict[int, ParamSlice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch.distributed as dist
 from torch import nn
@@ -13,6 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from distcomp.errors import DistcompError
 from distcomp.private_torch import inside_compiled
 from distcomp.runtime.saved_state import Place
+
+if TYPE_CHECKING:  # takes seconds to import, and who has a mesh has imported it
+    from torch.distributed.device_mesh import DeviceMesh
+
+Replicas: TypeAlias = "dist.ProcessGroup | DeviceMesh"
+"""Those who hold the same shard: a group, or a mesh of one dimension."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +37,15 @@ class Target:
     """Across which a method exchanges an FSDP model's shards: the replicas of a hybrid mesh."""
 
     @staticmethod
-    def of(model: nn.Module, replicas: dist.ProcessGroup | None = None) -> Target:
+    def of(model: nn.Module, replicas: Replicas | None = None) -> Target:
         """Looks under torch.compile's wrapper. A plain module exchanges over the default process group, an
-        FSDP model over its mesh, or across ``replicas``.
+        FSDP model over its mesh, or across ``replicas``, a group or a mesh of one dimension.
 
         Raises DistcompError where that group does not exist, or where ``replicas`` mean nothing.
         """
         inner = inside_compiled(model)
+        if replicas is not None and not isinstance(replicas, dist.ProcessGroup):
+            replicas = _group_of(replicas)
         if is_sharded(inner):
             return _sharded(model, inner, replicas)
         if replicas is not None:
@@ -77,6 +86,15 @@ class Target:
         return Place(dist.get_rank(), tuple(sorted(dist.get_process_group_ranks(self.everyone))))
 
     @property
+    def shard_place(self) -> Place:
+        """As :attr:`place`, where what is saved is this rank's shard of it: replicas of other shards save
+        something else."""
+        if self.shards is None:
+            return self.place
+        shard = f"{dist.get_rank(self.shards) + 1} of {dist.get_world_size(self.shards)}"
+        return Place(dist.get_rank(), tuple(sorted(dist.get_process_group_ranks(self.group))), shard)
+
+    @property
     def shapes_digest(self) -> str:
         """Names, shapes and types of all parameters, in short."""
         shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in self.module.named_parameters()]
@@ -112,6 +130,16 @@ def is_sharded(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)
+
+
+def _group_of(replicas: DeviceMesh) -> dist.ProcessGroup:
+    """The process group of a mesh of one dimension."""
+    if replicas.ndim != 1:
+        raise DistcompError(
+            f"replicas= is a mesh of {replicas.ndim} dimensions; name the one along which ranks hold the "
+            "same shard: replicas=mesh['replicate']"
+        )
+    return replicas.get_group()
 
 
 def _sharded(called: nn.Module, inner: nn.Module, replicas: dist.ProcessGroup | None) -> Target:

@@ -30,7 +30,7 @@ class Weights:
         self._module = module
         self._ignored = frozenset(ignored)
         self.parameters = self._trained()
-        for name, tensor in (*self.parameters.items(), *self._changing()):
+        for name, tensor in (*self._local().items(), *self._changing()):
             _refuse(name, tensor)
         devices = {parameter.device for parameter in self.parameters.values()}
         if len(devices) != 1:
@@ -38,18 +38,36 @@ class Weights:
                 f"the trained parameters lie on {len(devices)} devices; move the module to one"
             )
         (self.device,) = devices
-        slices = slices_of(module)
-        self.layout = Layout(tuple(slices[id(parameter)] for parameter in self.parameters.values()))
+        self.layout = self._layout()
         self.buffers = Layout.of((name, tuple(buffer.shape)) for name, buffer in self._buffers().items())
 
     def read(self, layout: Layout) -> Tensor:
         """The flat buffer of some parameters, or pieces of them (a copy, float32)."""
+        local = self._local()
         self._refuse_changes()
-        return _read(self.parameters, layout, self.device)
+        return _read(local, layout, self.device)
 
     def write(self, layout: Layout, buffer: Tensor) -> None:
         """Put a flat buffer back."""
-        _write(self.parameters, layout, buffer)
+        _write(self._local(), layout, buffer)
+
+    def everywhere(self, finite: Tensor) -> Tensor:
+        """Whether the whole model was finite (bool), where ``finite`` says it of what is held here."""
+        return finite
+
+    def root_mean(self, square: Tensor) -> float:
+        """The root mean square of a weight, from the sum of the squares of those that are held here
+        (``[1]``)."""
+        return float((square.item() / self.layout.numel) ** 0.5)
+
+    def _local(self) -> Mapping[str, Tensor]:
+        """What this rank holds of each parameter."""
+        return self.parameters
+
+    def _layout(self) -> Layout:
+        """What lies where in the flat buffer."""
+        slices = slices_of(self._module)
+        return Layout(tuple(slices[id(parameter)] for parameter in self.parameters.values()))
 
     def read_buffers(self) -> Tensor:
         """The flat buffer of the floating-point buffers."""

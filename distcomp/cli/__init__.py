@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from distcomp.cli import (
     advise,
+    audit,
     compress,
     decompress,
     doctor,
@@ -26,7 +27,7 @@ from distcomp.cli import (
 )
 from distcomp.errors import DistcompError
 
-COMMANDS = (run, emulate, probe, advise, simulate, report, methods, compress, decompress, doctor)
+COMMANDS = (run, emulate, probe, audit, advise, simulate, report, methods, compress, decompress, doctor)
 
 DESCRIPTION = """\
 Distributed training in fewer bits: compress what PyTorch workers send to each

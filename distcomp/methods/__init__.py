@@ -4,6 +4,7 @@ from distcomp.methods.active_only import ActiveOnly
 from distcomp.methods.allocate import Allocate, allocate
 from distcomp.methods.base import AggregateResult, Method, PerParameter, StepContext
 from distcomp.methods.basic import bf16, except_small, fp16, identity, none, qsgd, with_feedback
+from distcomp.methods.compact import compact_residuals
 from distcomp.methods.correction import MomentumCorrection, momentum_correction
 from distcomp.methods.deep_gradient import Clipped, dgc
 from distcomp.methods.demo import DecoupledMomentum, demo
@@ -69,6 +70,7 @@ __all__ = [
     "Warmup",
     "allocate",
     "bf16",
+    "compact_residuals",
     "compressor_of",
     "cyclic_topk",
     "demo",

@@ -108,7 +108,8 @@ class Method(Written, ABC):
 
     needs: frozenset[str] = frozenset()
     """What a method must know of parameters beside their values, each as a few words (:data:`NAMES`,
-    :data:`SHAPES`). A caller whose buffers lack it (FSDP) refuses the method by these words."""
+    :data:`SHAPES`). A caller whose buffers lack it finds it out (FSDP2), or refuses the method by these
+    words."""
 
     def init(self, layout: Layout) -> State:
         """The state before the first step, for the parameters of ``layout``."""

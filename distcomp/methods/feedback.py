@@ -12,6 +12,7 @@ from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
+from distcomp.methods.residuals import check_form, kept
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,30 @@ class ErrorFeedback(Method):
     follows slowly what was not sent, so that the ranks' residuals stay alike under a large learning rate.
     Either way a part is then forgotten, not owed. ``x``: float32 ``[layout.numel]``.
 
-    On the wire: ``inner``'s bytes. Memory: one tensor of the model's size per rank, and inner's.
+    ``kept``: the residual is ``float32``, or ``bf16`` or ``int8`` (blocks of 512 with a scale), rounded at
+    random (:func:`distcomp.methods.residuals.kept`). The law then holds in expectation: what was sent and is
+    owed is what came in plus the sum of all steps' rounding errors, each of mean zero given what came before
+    and less than ``2^-7 |e_j|`` (``bf16``) or ``max|block| / 127`` (``int8``). With ``beta < 1`` and
+    ``int8`` it is LoCo's moving average.
+
+    On the wire: ``inner``'s bytes. Memory: 4, 2 or 1.01 bytes for each of the model's numbers per rank, and
+    inner's; twice the float32 for the moment of an exchange.
 
     Source: Seide et al. 2014; Karimireddy et al. 2019; the decay: Sarfi et al., SparseLoCo, 2025; the filter:
-    Chen et al., ScaleCom, NeurIPS 2020. We differ: residuals are in units of the *unscaled* gradient and the
-    learning rate is not inside (at a constant rate the two are the same); on a step that a GradScaler skips,
-    nothing changes.
+    Chen et al., ScaleCom, NeurIPS 2020; 8 bits: Xie et al., LoCo, 2024. We differ: residuals are in units of
+    the *unscaled* gradient and the learning rate is not inside (at a constant rate the two are the same); on
+    a step that a GradScaler skips, nothing changes; what is kept in few bits is rounded at random.
 
-    Raises DistcompError for a decay or a beta outside (0, 1].
+    Raises DistcompError for a decay or a beta outside (0, 1], and for another form of the residual.
     """
 
     inner: Method
     decay: float = 1.0
     beta: float = 1.0
+    kept: str = "float32"
 
     def __post_init__(self) -> None:
+        check_form(self.kept)
         for name, value in (("decay", self.decay), ("beta", self.beta)):
             if not 0 < value <= 1:
                 raise DistcompError(
@@ -82,7 +92,8 @@ class ErrorFeedback(Method):
             def contribution() -> Tensor:
                 return sent
 
-        new = {"residual": FlatBuffer(residual, context.layout), "inner": result.state}
+        owed = kept(residual, context.layout, self.kept, context.private)
+        new = {"residual": owed, "inner": result.state}
         return AggregateResult(result.estimate, contribution, new)
 
     def sole_compressor(self) -> Compressor | None:

@@ -59,8 +59,8 @@ class PowerSGD(Method):
     orthonormal P is computed by every rank from the same bits: ranks need the same torch build and kind of
     CPU.
 
-    Raises DistcompError for a rank below 1, and for parameters that arrive in pieces (FSDP): their matrices
-    are unknown.
+    Raises DistcompError for a rank below 1, and for parameters that arrive in pieces: their matrices are
+    unknown.
     """
 
     rank: int | Schedule = 4

@@ -12,6 +12,7 @@ residual of error feedback: *one rank owes for the whole buffer*, not for its ow
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,23 +122,39 @@ def to_shards(method: Method) -> Method:
 
 
 def _to_owners(method: Method) -> Method:
+    compressor = compressor_within(method)
+    if compressor is not None:
+        return ShardMean(compressor)
+    if isinstance(method, Partition):
+        # The rule sees a nameless piece of role "matrix": biases and norms go with the rest.
+        return _to_owners(method.special if method.rule(_SOME_PIECE) else method.usual)
+    return through_wrappers(method, _to_owners) or OwnShard(method)
+
+
+def compressor_within(method: Method) -> Compressor | None:
+    """The compressor that ``method`` is made from; None where it is made from none."""
     match method:
         case AllReduceMean(c) | AllGatherMean(c) | ReduceScatterMean(c) | Auto(c):
-            return ShardMean(c)
+            return c
+    return None
+
+
+def through_wrappers(method: Method, change: Callable[[Method], Method]) -> Method | None:
+    """``method`` with what it wraps changed, if it hands estimates on element by element; else None."""
+    match method:
         case ErrorFeedback(inner):
-            return replace(method, inner=_to_owners(inner))
+            return replace(method, inner=change(inner))
         case Warmup(inner, steps, before):
-            return Warmup(_to_owners(inner), steps, _to_owners(before))
+            return Warmup(change(inner), steps, change(before))
+        case Partition(rule, special, usual):
+            return Partition(rule, change(special), change(usual))
         case Scheduled(name, settings, recipe):
 
-            def owned(**values: Any) -> Method:
-                return _to_owners(recipe(**values))
+            def changed(**values: Any) -> Method:
+                return change(recipe(**values))
 
-            return Scheduled(name, settings, owned)
-        # The rule sees a nameless piece of role "matrix": biases and norms go with the rest.
-        case Partition(rule, special, usual):
-            return _to_owners(special if rule(_SOME_PIECE) else usual)
-    return OwnShard(method)
+            return Scheduled(name, settings, changed)
+    return None
 
 
 _SOME_PIECE = owned_layout("", 1, 1).slices[0]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from weakref import WeakSet
 
 from distcomp.collectives import Request
+
+LEDGERS: WeakSet[Ledger] = WeakSet()
+"""Those of this process that somebody uses."""
 
 
 class Ledger:
@@ -14,6 +18,7 @@ class Ledger:
     def __init__(self) -> None:
         self.sent_bytes: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
+        LEDGERS.add(self)
 
     @property
     def total_bytes(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class Place:
 
     rank: int
     ranks: tuple[int, ...]
+    shard: str | None = None
+    """Which shard of a model is saved, where these ranks share no more than that."""
 
     @property
     def text(self) -> str:
@@ -78,7 +81,8 @@ def pack_state(group: Place, fingerprint: Fingerprint, content: Mapping[str, Any
     """A checkpoint of one rank. Its one key names the rank: savers that merge ranks then lose nothing."""
     head = {"format": FORMAT, "world_size": len(group.ranks), "ranks": group.text}
     about = {"method": fingerprint.method, "parameters": fingerprint.parameters}
-    return {f"rank{group.rank}": {**head, **about, **content}}
+    shard = {} if group.shard is None else {"shard": group.shard}
+    return {f"rank{group.rank}": {**head, **about, **shard, **content}}
 
 
 Leaves = Callable[[PartFields], ByParameter | None]
@@ -105,7 +109,7 @@ def unpack_state(
     Raises DistcompError for what is damaged, for parts of different steps, and where a rank's part is
     missing; with ``strict``, for the state of another method or of other parameters.
     """
-    parts = _parts(saved)
+    parts = _of_shard(_parts(saved), group)
     own = parts.get(f"rank{group.rank}")
     if own is not None and own["ranks"] == group.text:
         return _checked(own, fingerprint, leaves, strict)
@@ -144,6 +148,24 @@ def _parts(saved: Any) -> dict[str, PartFields]:
     return {key: dict(part) for key, part in parts.items()}
 
 
+def _of_shard(parts: dict[str, PartFields], place: Place) -> dict[str, PartFields]:
+    """The parts of those who held this rank's shard. Raises DistcompError where there are none."""
+    same = {key: part for key, part in parts.items() if part.get("shard") == place.shard}
+    if not same:
+        there = sorted({str(part.get("shard", "a whole model")) for part in parts.values()})
+        raise DistcompError(
+            f"the checkpoint is of {_listed(there, 'shard ')}, and rank {place.rank} holds "
+            f"{f'shard {place.shard}' if place.shard else 'a whole model'}: pieces of weights cannot be told "
+            "apart; go on with as many shards, or save the weights by torch.distributed.checkpoint and load "
+            "those alone"
+        )
+    return same
+
+
+def _listed(shards: list[str], prefix: str) -> str:
+    return ", ".join(one if one.startswith("a ") else prefix + one for one in shards[:SHOWN])
+
+
 def _check_head(key: str, part: Mapping[str, Any]) -> None:
     for name in ("ranks", "method", "parameters"):
         if not isinstance(part.get(name), str):
@@ -178,13 +200,22 @@ def _check_complete(parts: Mapping[str, PartFields], group: Place) -> None:
     old_size = max(part["world_size"] for part in parts.values())
     if len(parts) == old_size:
         return
-    numbers = range(min(old_size, len(parts) + SHOWN))
+    numbers = _numbers(groups[0], len(parts) + SHOWN)
     missing = [old for old in numbers if f"rank{old}" not in parts][:SHOWN]
     raise DistcompError(
         f"the checkpoint was saved by {old_size} ranks ({groups[0]}) and this is rank {group.rank} of "
         f"{len(group.ranks)}; the parts of ranks {missing}{' and more' if len(missing) == SHOWN else ''} are "
         "missing: pass a list of all ranks' state dicts"
     )
+
+
+def _numbers(ranks: str, most: int) -> list[int]:
+    """The first ranks of a text such as ``0-3`` or ``0,2``."""
+    try:
+        spans = [[int(end) for end in span.split("-")] for span in ranks.split(",")]
+    except ValueError as error:
+        raise damaged("ranks", "they are no numbers") from error
+    return list(islice(chain.from_iterable(range(span[0], span[-1] + 1) for span in spans), most))
 
 
 def _check_alike(parts: Mapping[str, PartFields]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import ByParameter, Method, PerParameter, State, cut_state, join_state, map_state
+from distcomp.methods.residuals import PackedBuffer
 
 
 class States:
@@ -56,6 +58,22 @@ class States:
         self._by_layout.clear()
         self._loose = {name: dict(leaves) for name, leaves in cut.items()}
 
+    @property
+    def held_bytes(self) -> int:
+        """What all of it takes in memory."""
+        held = [value for leaves in self._loose.values() for value in leaves.values()]
+        total = sum(value.numel() * value.element_size() for value in held)
+
+        def count(_: str, leaf: FlatBuffer | PerParameter) -> None:
+            nonlocal total
+            each = leaf.values() if isinstance(leaf, PerParameter) else ()
+            total += sum(value.numel() * value.element_size() for value in each)
+            total += leaf.held_bytes if isinstance(leaf, FlatBuffer) else 0
+
+        for state in self._by_layout.values():
+            map_state(state, count, count)
+        return total
+
     def expected(self, layout: Layout, saved: ByParameter) -> ByParameter:
         """What the state of these parameters has to be like: tensors without values."""
         # Not made on the meta device: what the state depends on, a source's coins, say, needs values.
@@ -80,6 +98,8 @@ def select(finite: Tensor, new: State, old: State) -> State:
         return torch.where(finite, value, old_cut[name][path].to(value))
 
     def buffer(path: str, leaf: FlatBuffer) -> FlatBuffer:
+        if isinstance(leaf, PackedBuffer):
+            return leaf.where(finite, _leaf(old, path))
         pieces = [pick(param.name, path, piece) for param, piece in leaf.layout.pieces(leaf.data)]
         return FlatBuffer(torch.cat(pieces) if pieces else leaf.data, leaf.layout)
 
@@ -87,3 +107,12 @@ def select(finite: Tensor, new: State, old: State) -> State:
         return PerParameter({name: pick(name, path, value) for name, value in leaf.items()})
 
     return map_state(new, buffer, each)
+
+
+def _leaf(state: State, path: str) -> FlatBuffer:
+    """The flat buffer at a path such as ``inner/residual``."""
+    node: Any = state
+    for name in path.split("/"):
+        node = node[name]
+    assert isinstance(node, FlatBuffer)
+    return node

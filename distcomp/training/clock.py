@@ -30,7 +30,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from distcomp.private_torch import NO_BACKWARD, at_backward_end, backward_number, inside_compiled
+from distcomp.private_torch import (
+    NO_BACKWARD,
+    at_backward_end,
+    backward_number,
+    fsdp_accumulates,
+    inside_compiled,
+)
 
 Source = Literal["parameters", "outputs", "told"]
 """How the clock learns that a backward is under way: a hook on every parameter; one on what the forward
@@ -157,7 +163,10 @@ class TrainingClock:
 
     def _backward_ended(self) -> None:
         self._backward = NO_BACKWARD
+        model = self._model()
         if not self._open or self._quiet or self._accumulates:
+            return
+        if model is not None and fsdp_accumulates(model):
             return
         self._open = False
         self.iterations += 1
@@ -200,7 +209,8 @@ class TrainingClock:
         if model is None:
             raise RuntimeError("the model is gone; nobody can listen to its training")
         return [
-            model.register_forward_pre_hook(_OwnHook(uncompiled(self._forward_begins))),
+            # before FSDP's own hook, which gathers the weights that a listener may be about to change
+            model.register_forward_pre_hook(_OwnHook(uncompiled(self._forward_begins)), prepend=True),
             model.register_forward_hook(_OwnHook(uncompiled(self._forward_ended)), always_call=True),
         ]
 

@@ -74,7 +74,7 @@ def test_ddp_keeps_what_is_asked_of_it(ddp: DistributedDataParallel) -> None:
 
 def test_fsdp_tells_what_it_gathers_together() -> None:
     """FSDPModule._get_fsdp_state, FSDPState._fsdp_param_groups, FSDPParam._module_info,
-    FSDPParamGroup.gradient_divide_factor"""
+    FSDPParamGroup.gradient_divide_factor, FSDPParamGroup.reduce_grads"""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -94,8 +94,35 @@ def test_fsdp_tells_what_it_gathers_together() -> None:
         assert private.fsdp_divide_factor(model[0]) is None
         model[0].set_gradient_divide_factor(3.0)
         assert private.fsdp_divide_factor(model[0]) == 3.0
+        assert not private.fsdp_accumulates(model)
+        model.set_requires_gradient_sync(False)
+        assert private.fsdp_accumulates(model)
+        assert not private.fsdp_accumulates(nn.Linear(2, 2))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_collective_of_fsdp_leads_to_its_module() -> None:
+    """_fsdp_param_group.py, FSDPParamGroup, FSDPParamGroup.mp_policy, FSDPParamGroup._module_fqn"""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    callers: list[private.FSDPCaller | None] = []
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(2, 3))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        model[0].set_all_reduce_hook(lambda _: callers.append(private.fsdp_caller()))
+        model(torch.ones(1, 2)).sum().backward()
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        assert private.process_group(group.group_name) is group
+    finally:
+        torch.distributed.destroy_process_group()
+    assert callers == [private.FSDPCaller("0", torch.bfloat16, torch.float32)]
+    assert private.fsdp_caller() is None
 
 
 PRIVATE = (
@@ -107,6 +134,8 @@ PRIVATE = (
     "_get_fsdp_state",
     "_fsdp_param_groups",
     "_module_info",
+    "_module_fqn",
+    "_resolve_process_group",
 )
 """Names that stand in :mod:`distcomp.private_torch` alone."""
 

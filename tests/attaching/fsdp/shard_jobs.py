@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 import distcomp
 
@@ -46,11 +47,17 @@ def sharded(mesh: Any, seed: int = 0, **options: Any) -> nn.Sequential:
     return model
 
 
-def sgd(model: nn.Module, spec: str = "identity") -> torch.optim.SGD:
+def by_columns(mesh: Any) -> nn.Module:
+    """A matrix of which each rank holds some columns."""
+    model = nn.Sequential(nn.Linear(16, 5, bias=False))
+    return fully_shard(model, mesh=mesh, shard_placement_fn=lambda _: Shard(1))
+
+
+def sgd(model: nn.Module, spec: Any = "identity") -> torch.optim.SGD:
     """With momentum, unless the method brings its own and says so."""
     usual = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
     try:
-        distcomp.parse(spec).check(usual)
+        (distcomp.parse(spec) if isinstance(spec, str) else spec).check(usual)
     except distcomp.DistcompError:
         return torch.optim.SGD(model.parameters(), lr=LR)
     return usual
@@ -273,6 +280,8 @@ def sentence(rank: int, size: int, kind: str, spec: str = "identity") -> str:
             distcomp.attach(sharded(mesh), None, spec)
         elif kind == "replicas without shards":
             distcomp.attach(network(), None, spec, replicas=mesh.get_group("shard"))
+        elif kind == "columns":
+            distcomp.attach(by_columns(mesh["shard"]), None, spec)
         elif kind == "replicated":
             distcomp.attach(replicate(network(), mesh=mesh["shard"]), None, spec)
         else:

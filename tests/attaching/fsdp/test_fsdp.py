@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from distcomp import registry
+from distcomp.methods import compact_residuals, parse
 from tests.attaching.fsdp import oracle, shard_jobs
 
-REFUSED = {"powersgd", "gradiveq", "allocate", "warmup"}  # warm-up leads to PowerSGD unless told otherwise
 GRADIENT = [
     name for name, entry in registry.METHODS.items() if entry.kind == "gradient" and not entry.control
 ]
-SPECS = [name for name in GRADIENT if name not in REFUSED]
-SPECS += ["qsgd:bits=1", "warmup:inner=qsgd,steps=3", "qsgd:bits=8 -> 4 @ 3"]
+SPECS = [*GRADIENT, "qsgd:bits=1", "warmup:inner=qsgd,steps=3", "qsgd:bits=8 -> 4 @ 3"]
 
 
 def test_identity_has_the_bits_of_fsdp_and_leaves_none_behind(cluster):
@@ -76,6 +75,16 @@ def test_resume_is_bit_equal(cluster, spec):
     assert all(cluster(2).run(shard_jobs.second_half, spec, saved))
 
 
+@pytest.mark.parametrize(("form", "per_value"), [("bf16", 2.0), ("int8", 1.0 + 4 / 512)])
+def test_residuals_of_fewer_bits_are_resumed_bit_by_bit(cluster, form, per_value):
+    spec = compact_residuals(parse("qsgd:bits=1"), form)
+    saved = cluster(2).run(shard_jobs.first_half, spec)
+    assert all(cluster(2).run(shard_jobs.second_half, spec, saved))
+    for _, stats in cluster(2).run(shard_jobs.trained, spec, 2):
+        scales = 4 * 2 * 4 if form == "int8" else 0  # each buffer's two pieces begin a block
+        assert stats["state_bytes"] == pytest.approx(per_value * padded_numel(2), abs=4 * 40 + scales)
+
+
 def test_resume_is_bit_equal_across_replicas(cluster):
     saved = cluster(4).run(shard_jobs.first_half, "qsgd:bits=1", 2)
     assert all(cluster(4).run(shard_jobs.second_half, "qsgd:bits=1", saved, 2))
@@ -116,12 +125,9 @@ def test_a_divide_factor_counts_all_ranks_also_across_replicas(cluster):
 
 
 SENTENCES = {
-    ("", "powersgd"): "PowerSGD needs whole parameters",
-    ("", "gradiveq"): "GradiVeQ needs whole parameters",
-    ("", "allocate"): "Allocate needs the name",
-    ("", "warmup"): "PowerSGD needs whole parameters",
-    ("", "diloco"): "holds pieces",
-    ("", "ddp"): "holds pieces",
+    ("columns", "powersgd"): "cut along another dimension",
+    ("", "diloco"): "which ranks hold the same shard",
+    ("", "ddp"): "DistributedDataParallel's buckets",
     ("hybrid", "identity"): "mesh of 2 dimensions",
     ("replicas without shards", "identity"): "Sequential is none",
     ("replicated", "identity"): "wrapped by replicate()",
