@@ -91,7 +91,9 @@ def _unpack(data: bytes | memoryview, count: int, bits: int) -> Narrow:
 def _inflate(data: bytes | memoryview, count: int, itemsize: int) -> Narrow:
     unzip = zlib.decompressobj()
     try:
-        raw = unzip.decompress(data, count * itemsize + 1)
+        raw = unzip.decompress(
+            data, count * itemsize + 1
+        )  # no further: a small stream may expand without end
     except zlib.error as error:
         raise CorruptFile(f"a zlib stream is damaged ({error})") from None
     if len(raw) != count * itemsize or not unzip.eof or unzip.unused_data:
@@ -111,20 +113,21 @@ def code_lengths(counts: Symbols) -> Symbols:
         lengths = _tree(counts)
         if lengths.max() <= LONGEST:
             break
+        # Too deep a tree: halved counts are more alike, and make a flatter one. Rare symbols stay in.
         counts = np.where(counts > 0, (counts + 1) // 2, 0)
     return lengths
 
 
 def _tree(counts: Symbols) -> Symbols:
-    order = itertools.count()
+    order = itertools.count()  # settles ties: the same lengths on every machine
     heap = [(int(n), next(order), [symbol]) for symbol, n in enumerate(counts) if n]
     heapq.heapify(heap)
     lengths = np.zeros(len(counts), np.int64)
     while len(heap) > 1:
-        count, _, left = heapq.heappop(heap)
-        two, _, right = heapq.heappop(heap)
+        rarest, _, left = heapq.heappop(heap)
+        second, _, right = heapq.heappop(heap)
         lengths[left + right] += 1
-        heapq.heappush(heap, (count + two, next(order), left + right))
+        heapq.heappush(heap, (rarest + second, next(order), left + right))
     return lengths
 
 
@@ -156,6 +159,7 @@ def _huffman(symbols: Symbols, alphabet: int) -> bytes:
 def _unhuffman(data: bytes | memoryview, count: int, alphabet: int) -> Narrow:
     head = -(-alphabet * 4 // 8)
     lengths = _unpack(data[:head], alphabet, 4).astype(np.int64)
+    # Kraft's inequality: codes of these lengths do not overlap.
     if sum(1 << (LONGEST - int(n)) for n in lengths if n) > 1 << LONGEST:
         raise CorruptFile("a Huffman table is no prefix code: the file is damaged")
     if not count <= (len(data) - head) * 8 <= count * LONGEST + 7:

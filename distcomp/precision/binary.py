@@ -14,6 +14,7 @@ from distcomp.precision.quantizer import FULL, WeightQuantizer
 from distcomp.randomness import Key
 
 ENDS = ("first", "last")
+"""Layers that stay in float32, as in most papers: the least of the work, and the most sensitive."""
 
 
 def binary_connect(
@@ -166,6 +167,7 @@ class XnorSign(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         w, alpha = ctx.saved_tensors
         n = w[0].numel()
+        # As in the paper's algorithm: of alpha's derivative each weight has its own share alone, 1/n.
         back: Tensor = gradients[0] * (1 / n + alpha * (w.abs() <= 1))
         return back
 
@@ -212,6 +214,7 @@ class SignAndScale(nn.Module):
         size: tuple[int, ...] = layer.kernel_size
         batched = x if x.dim() == len(size) + 2 else x[None]
         mean = batched.abs().mean(1, keepdim=True)
+        # Stride, padding and dilation are the layer's: one K for each output, of what that output sees.
         box = torch.full((1, 1, *size), 1 / math.prod(size), dtype=x.dtype, device=x.device)
         convolve: Any = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}[len(size)]
         k: Tensor = convolve(mean, box, None, layer.stride, layer.padding, layer.dilation)
@@ -231,6 +234,7 @@ class TimesScale(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """``(y - bias) K + bias``."""
+        # Taken away as it is read: a K that is left over would scale another step's output.
         k, self.source.scale = self.source.scale, None
         assert k is not None
         bias: Tensor | None = self.layer.bias

@@ -68,6 +68,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``sum_i beta_i sign(r_i)``; magnitudes are means over a sample."""
+        # Without a gradient of its own: that of the whole sum is the straight-through one below.
         residual, total = x.detach(), torch.zeros_like(x)
         for _ in range(self.binarizations):
             beta = residual.abs().mean(dim=tuple(range(1, x.dim())), keepdim=True)

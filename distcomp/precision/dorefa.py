@@ -14,6 +14,7 @@ from distcomp.precision.quantizer import FULL, WeightQuantizer
 from distcomp.randomness import Key
 
 TINY = torch.finfo(torch.float32).tiny
+"""In the place of a largest magnitude of 0: what it divides is 0, too."""
 
 
 def dorefa(
@@ -111,6 +112,7 @@ def quantize_gradient(dy: Tensor, bits: int, u: Tensor | None) -> Tensor:
     """DoReFa's f: ``dy`` with the batch as first axis, ``u`` uniform in [0, 1) or None for no noise."""
     if dy.numel() == 0:
         return dy
+    # Of each sample, as in the paper: gradients of samples that are learnt already are much smaller.
     largest = dy.abs().amax(dim=tuple(range(1, dy.dim())), keepdim=True) if dy.dim() > 1 else dy.abs()
     m = largest.clamp(min=TINY)
     unit = dy / (2 * m) + 0.5
@@ -145,6 +147,7 @@ class DorefaGradient(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """``y`` itself."""
+        # Drawn in the forward: a backward that runs twice rounds alike, and the count goes by forwards.
         key = None if self.noise is None else self.noise.next_key()
         passed: Tensor = QuantizedBack.apply(y, self.bits, key)  # type: ignore[no-untyped-call]
         return passed

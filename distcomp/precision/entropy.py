@@ -12,7 +12,9 @@ from distcomp.precision.noise import straight_through
 from distcomp.precision.quantizer import FULL, WeightQuantizer
 
 MOST_ROUNDS = 20
+"""Of moving every boundary once; it ends sooner, as soon as none moves."""
 STEPS = (1.0, 0.5, 0.25, 0.125)
+"""Distances of neighbouring levels that are tried, in powers of two."""
 
 
 def weighted_entropy(
@@ -61,6 +63,7 @@ def boundaries(magnitudes: Tensor, clusters: int) -> Tensor:
     lowest. float64.
     """
     n = magnitudes.numel()
+    # Cumulative sums: the mass of any cluster is then one difference, and all places are tried at once.
     mass = torch.cat([magnitudes.new_zeros(1, dtype=torch.float64), magnitudes.double().square().cumsum(0)])
     cut = (torch.arange(clusters + 1, dtype=torch.float64) * n / clusters).long().tolist()
     for _ in range(MOST_ROUNDS):
@@ -135,6 +138,7 @@ class ClusteredWeight(WeightQuantizer):
         due = self.training and int(self.calls) % self.every == 0
         if self.training:
             self.calls += 1
+        # In eval() always anew: what is computed must follow from the weights alone, also loaded ones.
         if due or not self.training or self.values.shape != w.shape:
             self.values = clustered(w, self.bits)
         return straight_through(w, self.values)

@@ -74,7 +74,7 @@ class TernaryWeight(WeightQuantizer):
     def decode(self, w: Tensor) -> Tensor:
         """The weight that is computed with."""
         if not self.training:
-            return w
+            return w  # the mean of what training computes with
         chance = (w.abs() / self.h).clamp(max=1)
         return straight_through(w, self.h * sign(w) * round_at_random(chance, self.noise(w)))
 
@@ -85,6 +85,7 @@ def power_of_two(x: Tensor, u: Tensor, exponents: int | None) -> Tensor:
     Of all exponents, or of the ``exponents`` largest that the tensor needs.
     """
     magnitude = x.abs()
+    # frexp has |x| = m 2^e with m in [1/2, 1): e - 1 is floor(log2 |x|), where a logarithm would round.
     power = torch.ldexp(torch.ones_like(x), torch.frexp(magnitude).exponent - 1)
     below = torch.where(x == 0, 0.0, power)
     least = (

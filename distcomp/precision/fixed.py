@@ -106,6 +106,7 @@ class RoundToFormat(nn.Module):
 
     def later(self) -> Rounding:
         """A rounding whose random numbers are settled now, for use in backward."""
+        # The draw belongs to the forward: under activation checkpointing a backward comes more than once.
         return Rounding(self.format, self.noise.next_key() if self.noise and self.training else None)
 
 

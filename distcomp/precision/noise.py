@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from distcomp.kernels import reference
 from distcomp.randomness import Key
 
-GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as int64
+GOLDEN = -7046029254386353131
+"""2^64 / golden ratio, as int64: multiples of it fill the range evenly."""
 MIX = (-4658895280553007687, -7723592293110705685)
+"""SplitMix64's two factors, as int64."""
 
 
 class Noise(nn.Module):
@@ -45,7 +47,7 @@ def hash_bits(z: Tensor) -> Tensor:
 
 
 def _shifted(z: Tensor, by: int) -> Tensor:
-    return (z >> by) & ((1 << (64 - by)) - 1)
+    return (z >> by) & ((1 << (64 - by)) - 1)  # torch shifts int64 with its sign; the mask takes that off
 
 
 def uniform_like(x: Tensor, key: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ class ShiftBatchNorm(nn.Module):
         shape = [1, -1, *[1] * (x.dim() - 2)]
         mean = x.mean(axes) if self.training else self.mean
         c = x - mean.view(shape)
+        # One factor of the square is rounded to a power of two, the other is not: a shift, not a product.
         variance = (c * _ap2(c)).mean(axes) if self.training else self.variance
         if self.training:
             with torch.no_grad():

@@ -12,6 +12,7 @@ from distcomp.precision.convert import BitWidths, Quantizers, convert
 from distcomp.precision.quantizer import WeightQuantizer
 
 TERNARY_BITS = 2
+"""Of one of three values."""
 
 
 def ttq(
@@ -89,6 +90,7 @@ class TrainedTernary(WeightQuantizer):
 
     def decode(self, w: Tensor) -> Tensor:
         """The weight that is computed with."""
+        # A constant to the gradient: the paper moves no weight to move the threshold.
         t = self.threshold * w.detach().abs().max()
         weight: Tensor = Ternarize.apply(w, self.positive, self.negative, t)  # type: ignore[no-untyped-call]
         return weight

@@ -38,6 +38,7 @@ def correlations(layer: nn.Linear | nn.Conv2d, inputs: Tensor, outputs: Tensor) 
 def _standardised(x: Tensor) -> Tensor:
     centered = x - x.mean(0)
     deviation = centered.square().mean(0).sqrt()
+    # Relative to the magnitudes: a constant varies by its rounding, which correlates with anything.
     varies = deviation > 1e-6 * x.abs().amax(0)
     return torch.where(varies, centered / deviation, 0.0)
 

@@ -66,6 +66,7 @@ class Codebook(Parametrization):
             )
         count = int(codes.max())
         members = torch.bincount(codes, minlength=count + 1)[1:]
+        # float64: a centroid may have millions of members.
         sums = torch.zeros(count + 1, dtype=torch.float64, device=values.device)
         means = sums.scatter_add_(0, codes, values.double())[1:] / members.clamp(min=1)
         return means.to(values.dtype)

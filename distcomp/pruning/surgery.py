@@ -71,6 +71,7 @@ class Surgery(Criterion):
         masks: NamedTensors = {}
         for name in view.due:
             magnitudes = view.weights[name].abs().float()
+            # Once, as in the authors' code: a base that followed the weights would follow what it prunes.
             if name not in view.memory:
                 spread = magnitudes.std(unbiased=False)
                 base = magnitudes.mean() + of_layer(self.rate, name) * spread
@@ -114,5 +115,6 @@ def dns(
 
 
 def check_rarity(gamma: float, power: float) -> None:
+    """Raise DistcompError for settings of :class:`Draws` with which probabilities would not fall."""
     if gamma < 0 or power < 0:
         raise DistcompError(f"gamma and power are 0 or more, not {gamma} and {power}: probabilities fall")
