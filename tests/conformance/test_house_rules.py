@@ -51,7 +51,7 @@ def toy(tmp_path: Path) -> Iterator[str]:
 
 
 def test_one_file_adds_a_method_to_the_config_the_conformance_tests_the_shell_and_the_docs(
-    toy: str, capsys: pytest.CaptureFixture[str]
+    toy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert parse(f"{toy}:grid=0.5") == METHODS[toy].recipe(grid=0.5)
     assert {str(subject) for subject in methods() if subject.name == toy} >= {toy, f"{toy}:grid=0.25"}
@@ -65,6 +65,7 @@ def test_one_file_adds_a_method_to_the_config_the_conformance_tests_the_shell_an
     assert main(["methods"]) == 0
     assert toy in capsys.readouterr().out
 
+    monkeypatch.syspath_prepend(str(HERE.parents[1] / "docs"))
     pages = load("catalogue", HERE.parents[1] / "docs" / "catalogue.py").pages()
     assert "Average what is rounded to" in pages["methods.md"]
     assert "`grid=0.125`" in pages["methods/averaging_toy.md"]
