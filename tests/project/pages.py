@@ -40,7 +40,7 @@ def snippets() -> list[tuple[str, str]]:
 
 
 def program(snippet: str) -> str:
-    """A whole script as it is; a fragment after what it takes for granted, with a step that uses its handle."""
+    """A whole script as it is; a fragment after what it takes for granted, with a step for its handle."""
     if "import distcomp" in snippet:
         return snippet
     if "import horovod" in snippet:
