@@ -40,13 +40,13 @@ def snippets() -> list[tuple[str, str]]:
 
 
 def program(snippet: str) -> str:
-    """A whole script as it is; a fragment after what it takes for granted, and with a step that uses it."""
+    """A whole script as it is; a fragment after what it takes for granted, with a step for its handle."""
     if "import distcomp" in snippet:
         return snippet
     if "import horovod" in snippet:
         return PRELUDE + snippet
-    step = STEP if "attach(" in snippet else ""
-    return PRELUDE + ("" if WRAP.strip() in snippet else WRAP) + snippet + step
+    wrap = "" if WRAP.strip() in snippet else WRAP
+    return PRELUDE + wrap + snippet + (STEP if "handle" in snippet else "")
 
 
 CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
