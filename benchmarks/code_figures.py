@@ -3,8 +3,9 @@
     python -m benchmarks.code_figures                            # of this checkout, as JSON
     python -m benchmarks.code_figures ../old --write figures.json
     python -m benchmarks.code_figures --table OLD.json           # this checkout beside an older one
+    python -m benchmarks.code_figures --page                     # docs/decisions/rebuild.md, from the results
 
-Works on a checkout whose package lies in ``distcomp/`` or in ``distcomp/``. Nothing of it is run,
+Works on a checkout whose package lies in ``src/distcomp/`` or in ``distcomp/``. Nothing of it is run,
 but for the number of public names, which is asked of ``distcomp.__all__``.
 """
 
@@ -26,6 +27,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from benchmarks._places import ROOT
+from benchmarks._tables import fill, result
+
+PAGE = ROOT / "docs" / "decisions" / "rebuild.md"
+
 LONG = 60
 """Lines of a function, docstring included, above which it is listed."""
 
@@ -40,6 +46,23 @@ OLD_WORDS = [
     "differs", "one", "found",
 ]  # fmt: skip
 """Words that the field has others for, as they stood when the words were counted first."""
+
+SAME_MEANING = {
+    "distcomp.kernels": "one kernel, by each of its back ends and by the dispatcher that chooses",
+    "distcomp.cli": "add a command's options, run it, plot what it found",
+    "distcomp.integrations": "attach, save and load, as each trainer spells them",
+}
+"""Rooms whose modules answer alike: a name that several of them define is one interface, one meaning."""
+
+SAME_WORD = {
+    "attach": "compression to a model: of one's own loop, or of a trainer's",
+    "fixed_point": "the format Q(I).(F): of a layer's numbers, of a message's",
+    "gradual": "a part of the weights at a time: quantized, or pruned",
+    "materialize": "a parametrization into a plain weight: of all kinds, or of masks alone",
+    "register": "under a name: a method, a backend of torch.distributed",
+    "remove": "a parametrization from a weight: of all kinds, or quantizers alone",
+}
+"""Public names of two rooms that say the same of two things, as English does."""
 
 REQUESTS = ("Request", "Collective")
 """What the union of all requests may be called."""
@@ -73,7 +96,7 @@ class Package:
         self.above = checkout / "src" if (checkout / "src" / "distcomp").is_dir() else checkout
         root = self.above / "distcomp"
         if not root.is_dir():
-            raise SystemExit(f"{checkout} holds no distcomp/ and no distcomp/; name a checkout")
+            raise SystemExit(f"{checkout} holds no src/distcomp/ and no distcomp/; name a checkout")
         self.modules = [Module(_dotted(path, self.above), path) for path in sorted(root.rglob("*.py"))]
         self.names = {module.name for module in self.modules}
         self.native = sorted(path for end in ("*.c", "*.h") for path in root.rglob(end))
@@ -248,13 +271,36 @@ def identifiers(module: Module) -> Iterator[str]:
 
 
 def twice_defined(package: Package) -> dict[str, list[str]]:
-    """Public classes and functions that more than one module defines: a word with two meanings."""
+    """Public classes, functions and names of types that more than one module defines."""
     where: dict[str, list[str]] = {}
     for module in package.modules:
         for node in module.tree.body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
-                where.setdefault(node.name, []).append(module.name)
+            for name in _public_names_of(node):
+                where.setdefault(name, []).append(module.name)
     return {name: modules for name, modules in sorted(where.items()) if len(modules) > 1 and name != "main"}
+
+
+def _public_names_of(node: ast.stmt) -> Iterator[str]:
+    """What a statement defines for others. Constants are their module's own, and so are type variables."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+        yield node.name
+    elif isinstance(node, ast.Assign | ast.AnnAssign) and "TypeVar(" not in ast.unparse(node):
+        names = (ast.unparse(target) for target in _targets(node))
+        yield from (name for name in names if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name))
+
+
+def two_meanings(package: Package) -> dict[str, list[str]]:
+    """Public names that mean two things: defined twice, and neither in the modules of one interface
+    (:data:`SAME_MEANING`) nor one word for one thing (:data:`SAME_WORD`)."""
+    return {
+        name: modules
+        for name, modules in twice_defined(package).items()
+        if name not in SAME_WORD and len({_interface(module) for module in modules}) > 1
+    }
+
+
+def _interface(module: str) -> str:
+    return next((room for room in SAME_MEANING if f"{module}.".startswith(f"{room}.")), module)
 
 
 # --- Types and torch ---
@@ -404,6 +450,7 @@ def figures(checkout: Path) -> dict[str, Any]:
         "private_torch_names": private_torch(package),
         "old_words": {word: used[word] for word in OLD_WORDS if used[word]},
         "names_defined_in_two_modules": twice_defined(package),
+        "names_with_two_meanings": two_meanings(package),
     }
 
 
@@ -424,12 +471,21 @@ def _cell(key: str, value: Any) -> str:
     return f"{len(value) if isinstance(value, list | dict) else value:,}"
 
 
+def page_table() -> str:
+    """The table of docs/decisions/rebuild.md: of the two committed results."""
+    return table(result("code_figures_before"), result("code_figures"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("checkout", type=Path, nargs="?", default=Path(__file__).parents[1])
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--table", type=Path, metavar="OLD", help="print a table beside these older figures")
+    parser.add_argument("--page", action="store_true", help=f"write the committed results into {PAGE.name}")
     options = parser.parse_args()
+    if options.page:
+        fill(PAGE, "code figures", page_table())
+        return
     made = figures(options.checkout.resolve())
     if options.table:
         print(table(json.loads(options.table.read_text()), made))

@@ -25,7 +25,7 @@ from torch import Tensor
 import distcomp
 from benchmarks._common import arguments_of, median, rank_command, write
 from distcomp import compressors as c
-from distcomp.collectives import AllReduce, ProfiledExchange
+from distcomp.collectives import AllReduce, Rounds
 from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult, StepContext
 from distcomp.network.launch import MEMORY_ENV
@@ -113,13 +113,13 @@ def of_pytorch(x: Tensor, out: Tensor) -> Iterator[tuple[str, dict[str, Step]]]:
         )
 
 
-def alone(profile: ProfiledExchange[AggregateResult]) -> AggregateResult:
+def alone(exchange: Rounds[AggregateResult]) -> AggregateResult:
     """A exchange of sums, held by one worker with itself."""
     try:
-        request = next(profile)
+        request = next(exchange)
         while True:
             assert isinstance(request, AllReduce)
-            request = profile.send(request.x)
+            request = exchange.send(request.x)
     except StopIteration as stop:
         result: AggregateResult = stop.value
         return result

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks._common import arguments_of, write
 from benchmarks._places import EXAMPLES
-from distcomp.recording import find, read
+from distcomp.recording import find_runs, read_run
 
 METHODS = (
     "ddp", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1", "qsgd:bits=1,error_feedback=False", "none",
@@ -35,7 +35,7 @@ def final_losses(seed: int, steps: int, methods: tuple[str, ...]) -> dict[str, t
             str(SCRIPT), "--steps", str(steps), "--seed", str(seed), "--eval-every", str(steps),
         ]  # fmt: skip
         subprocess.run(command, check=True, stdout=sys.stderr)
-        runs = {run.method: run for run in map(read, find([Path(directory) / "runs"]))}
+        runs = {run.method: run for run in map(read_run, find_runs([Path(directory) / "runs"]))}
         last = {method: runs[method].of_kind("metric")[-1] for method in methods}
         return {method: (one["test_loss"], one["test_accuracy"]) for method, one in last.items()}
 

@@ -9,17 +9,14 @@ peak of memory is taken before and after.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-import traceback
-from collections import Counter
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks._common import arguments_of, write
+from benchmarks._fuzz import Tally, peak_bytes
 from tests.pruning import fuzz
 
 EDITS = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6)
@@ -30,16 +27,12 @@ FILES = st.one_of(
 )
 
 
-def peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def main() -> None:
     parser = arguments_of(__doc__)
-    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--inputs", type=int, default=20_000)
     inputs = parser.parse_args().inputs
     torch.set_num_threads(1)
-    became: Counter[str] = Counter(read=0, refused=0, crashed=0)
+    tally = Tally(fuzz.try_to_read, "read", "refused")
 
     @settings(
         max_examples=inputs, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
@@ -47,23 +40,18 @@ def main() -> None:
     )  # fmt: skip
     @given(FILES)
     def feed(data: bytes) -> None:
-        try:
-            became[fuzz.try_to_read(data)] += 1
-        except Exception:
-            became["crashed"] += 1
-            print(data.hex(), traceback.format_exc(), sep="\n", file=sys.stderr)
+        tally.feed(data)
 
     fuzz.try_to_read(fuzz.seeds()[0])
     before, began_s = peak_bytes(), time.perf_counter()
     feed()
     result = {
-        "inputs": sum(became.values()), **became, "limit_bytes": fuzz.LIMIT_BYTES,
+        **tally.result(), "limit_bytes": fuzz.LIMIT_BYTES,
         "peak_before_bytes": before, "peak_bytes": peak_bytes(), "seconds": time.perf_counter() - began_s,
     }  # fmt: skip
     print(result)
     write("fuzz_container", result)
-    if became["crashed"]:
-        raise SystemExit(f"{became['crashed']} files crashed the reader; they are printed above")
+    tally.check("files crashed the reader")
 
 
 if __name__ == "__main__":

@@ -9,17 +9,9 @@ may not take more memory than ``limit_bytes`` of addresses.
 
 from __future__ import annotations
 
-import resource
-import sys
-import traceback
-from collections import Counter
-
-import torch
-
-from benchmarks._common import arguments_of, write
+from benchmarks._common import arguments_of
+from benchmarks._fuzz import Tally, fuzz
 from tests.core import state_fuzz
-
-LIMIT_BYTES = 8 << 30
 
 
 def main() -> None:
@@ -27,20 +19,8 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
-    became: Counter[str] = Counter(loaded=0, refused=0, crashed=0)
-    for case in state_fuzz.cases(wanted.inputs, wanted.seed):
-        try:
-            became[state_fuzz.try_to_load(*case)] += 1
-        except Exception:
-            became["crashed"] += 1
-            print(case, traceback.format_exc(), sep="\n", file=sys.stderr)
-    result = {"inputs": sum(became.values()), **became, "limit_bytes": LIMIT_BYTES}
-    print(result)
-    write("fuzz_states", result, wanted.seed)
-    if became["crashed"]:
-        raise SystemExit(f"{became['crashed']} checkpoints crashed who loaded them; they are printed above")
+    cases = state_fuzz.cases(wanted.inputs, wanted.seed)
+    fuzz("fuzz_states", Tally(state_fuzz.try_to_load, "loaded", "refused"), cases, wanted.seed)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import distcomp
 from benchmarks._common import Cells, arguments_of, gathered, median, on_network, start, write
 from benchmarks._crowd import Oversubscription, Plan, Task, rows, train, warm_up_then_cosine
 from benchmarks._places import RESULTS, example
-from distcomp.methods.slices import Slicing, Subspace, compress, relative_loss, to_slices
+from distcomp.methods.slices import Slicing, Subspace, relative_loss, to_coefficients, to_slices
 
 WORKERS, BATCH, RATE = 6, 8, 0.05
 LEARN, LATER = 60, (30, 120)
@@ -162,7 +162,7 @@ def found(series: list[Tensor], subspace: Subspace) -> tuple[Tensor, Tensor, int
 
 def losses(series: list[Tensor], basis: Tensor, mean: Tensor) -> dict[str, float]:
     def over(part: list[Tensor]) -> float:
-        each = [relative_loss(s, compress(s, basis, mean).reshape(-1), mean) for s in part]
+        each = [relative_loss(s, to_coefficients(s, basis, mean).reshape(-1), mean) for s in part]
         return statistics.mean(each)
 
     near, far = LATER

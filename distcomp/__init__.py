@@ -9,6 +9,7 @@ rooms, ``distcomp.methods.nuqsgd``, ``distcomp.averaging.ecd``, and every one ha
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from distcomp.registry import when_missing
@@ -16,6 +17,7 @@ from distcomp.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from distcomp import averaging as averaging
+    from distcomp import calls as calls
     from distcomp import compressors as compressors
     from distcomp import methods as methods
     from distcomp import network as network
@@ -63,7 +65,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CorruptPayload", "DistcompError", "Handle", "Mismatch", "PeerLost", "SettingsMismatch",
-    "allocate", "attach", "audit", "averaging", "bf16", "choco", "compressors", "dcd", "demo", "dgc",
+    "allocate", "attach", "audit", "averaging", "bf16", "calls", "choco", "compressors", "dcd", "demo",
+    "dgc",
     "diloco", "dpsgd", "ef21", "ef_signsgd", "fixed_point", "fp16", "gradiveq", "identity",
     "init_process_group", "local_sgd", "masked", "methods", "natural", "network", "onebit_adam",
     "parse", "post_local_sgd", "powersgd", "precision", "pruning", "qsgd", "random_k", "register",
@@ -72,6 +75,7 @@ __all__ = [
 
 ROOMS = {
     "averaging": "distcomp.averaging",
+    "calls": "distcomp.calls",
     "compressors": "distcomp.compressors",
     "methods": "distcomp.methods",
     "network": "distcomp.network",
@@ -102,7 +106,8 @@ if not TYPE_CHECKING:  # a type checker would take every name for one that exist
             modules = map(importlib.import_module, _SOURCES)
             globals()[name] = next(getattr(module, name) for module in modules if hasattr(module, name))
             return globals()[name]
-        if name.startswith("_"):
+        # ``from distcomp import kernels`` asks here first: a room's import must not set off those of others.
+        if name.startswith("_") or importlib.util.find_spec(f"distcomp.{name}") is not None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         rooms = [
             room for room in ("methods", "averaging") if callable(getattr(__getattr__(room), name, None))

@@ -29,6 +29,7 @@ Observed = Mapping[str, object]
 """What the training loop has seen, by who asks for it; immutable values."""
 
 NOTHING_OBSERVED: Observed = {}
+"""Where there is no training loop, or it has seen nothing."""
 
 FROZEN = "frozen"
 """Observed: a frozenset of the names of parameters that no rank trains in this step."""
@@ -59,15 +60,17 @@ class Planned:
 
     @property
     def shared(self) -> Key:
+        """That of seed 0."""
         return Key.of(0, self.step)
 
     @property
     def observed(self) -> Observed:
+        """Nothing."""
         return NOTHING_OBSERVED
 
 
 Elements = Tensor | None
-"""Which elements of a segment, flattened: int64 ``[active]``, rising; None for all of them."""
+"""Which elements of a slice, flattened: int64 ``[active]``, rising; None for all of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +87,14 @@ class ActiveSet:
     whole: Layout
     """Of the tensor that they are taken from."""
     elements: Mapping[str, tuple[ParamSlice, Elements]] = field(repr=False)
-    """By the name of an active parameter: its segment in :attr:`whole`, and which of its elements."""
+    """By the name of an active parameter: its slice in :attr:`whole`, and which of its elements."""
     indices: Tensor | None = field(repr=False)
     """Into the whole tensor: int64 ``[layout.numel]``, rising; None where all of it is active."""
 
     @staticmethod
     def all(layout: Layout) -> ActiveSet:
         """Everything."""
-        return ActiveSet(layout, layout, {one.name: (one, None) for one in layout.slices}, None)
+        return ActiveSet(layout, layout, {param.name: (param, None) for param in layout.slices}, None)
 
     @staticmethod
     def of(layout: Layout, masks: Mapping[str, Tensor | bool]) -> ActiveSet:
@@ -162,7 +165,7 @@ class ActiveSet:
 
 
 def _bits(param: ParamSlice, mask: Tensor | bool) -> Tensor | bool:
-    """Which elements of a segment its parameter's mask has active."""
+    """Which elements of a slice its parameter's mask has active."""
     if isinstance(mask, bool):
         return mask
     if tuple(mask.shape) != param.shape or mask.dtype != torch.bool:
@@ -173,16 +176,16 @@ def _bits(param: ParamSlice, mask: Tensor | bool) -> Tensor | bool:
     return mask.reshape(-1)[param.start : param.stop].cpu()
 
 
-def _both(one: Tensor | bool, other: Tensor | bool) -> Tensor | bool:
-    if isinstance(one, bool):
-        return other if one else False
+def _both(first: Tensor | bool, other: Tensor | bool) -> Tensor | bool:
+    if isinstance(first, bool):
+        return other if first else False
     if isinstance(other, bool):
-        return one if other else False
-    return one & other
+        return first if other else False
+    return first & other
 
 
 def _collect(layout: Layout, active: Mapping[str, Tensor | bool]) -> ActiveSet:
-    """The set, from the bits of each segment."""
+    """The set, from the bits of each slice."""
     slices, indices = [], []
     elements: dict[str, tuple[ParamSlice, Elements]] = {}
     for param, at in zip(layout.slices, layout.offsets, strict=True):
@@ -203,12 +206,14 @@ def _collect(layout: Layout, active: Mapping[str, Tensor | bool]) -> ActiveSet:
 
 
 def _survivors(param: ParamSlice, bits: Tensor, count: int) -> ParamSlice:
-    """The segment that a parameter's active elements make: a box where they are one, else a vector."""
+    """The slice that a parameter's active elements make: a box where they are one, else a vector."""
     shape: tuple[int, ...] = (count,)
     if param.whole and len(param.shape) >= 2:
         mask = bits.view(param.shape)
         rows = int(mask.flatten(1).any(1).sum())
         columns = int(mask.transpose(0, 1).flatten(1).any(1).sum())
+        # Whole rows crossed with whole columns, and nothing else, make a matrix again: if as many elements
+        # are active as the box has.
         box = (rows, columns, *param.shape[2:])
         shape = box if torch.Size(box).numel() == count else shape
     return ParamSlice(param.name, shape, 0, count, param.role)

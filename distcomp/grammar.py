@@ -33,6 +33,7 @@ from distcomp.registry import COMPRESSORS, METHODS
 from distcomp.schedule import ARROWS, Schedule
 
 MOST_CHARACTERS = 10_000
+MOST_IN_A_WORD = 100
 MOST_NESTED = 20
 LARGEST_INTEGER = 2**31 - 1
 """Counts of bits, elements and steps: what is larger would overflow further down, far from who wrote it."""
@@ -78,10 +79,10 @@ def unbracketed(text: str) -> str:
 def _matching(text: str) -> int:
     """Where the bracket that the text begins with is closed; -1 where it is not."""
     depth = 0
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         depth += (character in _OPENING) - (character in _CLOSING)
         if depth == 0:
-            return place
+            return index
     return -1
 
 
@@ -89,14 +90,14 @@ def _at_commas(rest: str, text: str) -> list[str]:
     """The settings: cut at commas that are outside of brackets and quotes."""
     pieces: list[str] = []
     depth, begin, quote = 0, 0, ""
-    for place, character in enumerate(rest):
+    for index, character in enumerate(rest):
         if quote:
             quote = "" if character == quote else quote
         elif character in "'\"":
             quote = character
         elif character == "," and depth == 0:
-            pieces.append(rest[begin:place])
-            begin = place + 1
+            pieces.append(rest[begin:index])
+            begin = index + 1
         depth += 0 if quote else (character in _OPENING) - (character in _CLOSING)
         if depth > MOST_NESTED:
             raise _too_deep()
@@ -146,12 +147,22 @@ def read_settings(name: str, texts: Mapping[str, str | None], make: Callable[...
 
 
 def _read(text: str, hint: Any) -> Any:
-    """A literal, or a word; where a word is wanted, also one that looks like a number."""
+    """A literal, or a word; where only a text is wanted, also one that looks like something else."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         value = _WORDS.get(text.lower(), text)
-    return text if hint is str and not isinstance(value, str) else value
+    if hint is str and not isinstance(value, str):
+        return text
+    return text if text.lower() == "none" and not _fits(None, hint) and _fits(text, hint) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    try:
+        _fitted(value, hint)
+    except TypeError:
+        return False
+    return True
 
 
 def no_such(what: str, name: str, known: typing.Iterable[str]) -> DistcompError:
@@ -192,6 +203,8 @@ def checked(name: str, settings: Mapping[str, Any], make: Callable[..., Any]) ->
     for key, value in settings.items():
         hint = hints.get(key, Any)
         try:
+            if hint is str and isinstance(value, str) and len(value) > MOST_IN_A_WORD:
+                raise TypeError
             values[key] = _fitted(value, hint)
         except TypeError:
             default = parameters[key].default
@@ -213,9 +226,15 @@ def _fitted(value: Any, hint: Any) -> Any:
         return _fitted_tuple(value, get_args(hint))
     if kind in (int, float):
         return _fitted_number(value, kind)
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or _is_long_word(value):
         raise TypeError
     return value
+
+
+def _is_long_word(value: object) -> bool:
+    """Whether it is a text of many characters, and cannot be that of a method, a compressor or a schedule."""
+    is_long = isinstance(value, str) and len(value) > MOST_IN_A_WORD
+    return is_long and ":" not in str(value) and not is_schedule(value)
 
 
 def _fitted_to_one(value: Any, hints: tuple[Any, ...]) -> Any:
@@ -238,7 +257,7 @@ def _fitted_tuple(value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
     if hints and len(hints) != len(value):
         raise TypeError
     return (
-        tuple(_fitted(one, hint) for one, hint in zip(value, hints, strict=True)) if hints else tuple(value)
+        tuple(_fitted(item, hint) for item, hint in zip(value, hints, strict=True)) if hints else tuple(value)
     )
 
 
@@ -254,7 +273,7 @@ def _fitted_number(value: Any, kind: type) -> Any:
         number = float(value)
     except (OverflowError, ValueError) as error:
         raise TypeError from error
-    if math.isnan(number):
+    if not math.isfinite(number):
         raise TypeError
     return number
 
@@ -262,7 +281,7 @@ def _fitted_number(value: Any, kind: type) -> Any:
 def _kind_of(hint: Any) -> str:
     """An annotation in words."""
     if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
-        return " or ".join(_kind_of(one) for one in get_args(hint))
+        return " or ".join(_kind_of(option) for option in get_args(hint))
     if hint is type(None):
         return "none"
     if hint is int:
@@ -345,7 +364,7 @@ def written(value: Any) -> str:
     if isinstance(value, int | float | tuple):
         return repr(value)
     text = str(value)
-    return f"({text})" if ":" in text or "," in text else text
+    return f"({text})" if ":" in text or "," in text or text in _WORDS else text
 
 
 def _is_word(text: str) -> bool:
@@ -361,5 +380,10 @@ def _written_text(text: str) -> str:
 
 
 def is_schedule(value: object) -> bool:
-    """Whether a value is meant to be the text of a schedule."""
-    return isinstance(value, str) and "@" in value and any(arrow in value for arrow in ARROWS)
+    """Whether a value is meant to be the text of a schedule: that of a method may hold one behind a colon."""
+    return (
+        isinstance(value, str)
+        and "@" in value
+        and ":" not in value
+        and any(arrow in value for arrow in ARROWS)
+    )

@@ -31,7 +31,7 @@ from distcomp.runtime.channel import Channel
 from distcomp.runtime.driver import commit, context_of, exchange
 from distcomp.runtime.executor import Executor
 from distcomp.runtime.ledger import Ledger
-from distcomp.runtime.saved_state import Fingerprint, Place, described, pack, unpack
+from distcomp.runtime.saved_state import Fingerprint, Place, described, pack_state, unpack_state
 from distcomp.runtime.states import States
 from distcomp.transports.horovod import Horovod
 
@@ -120,7 +120,7 @@ class GradientExchange:
     def state_dict(self) -> dict[str, Any]:
         """What this rank keeps between steps, and of what it is: save one for every rank."""
         content = {"iterations": self.iterations, "seed": self._seed, "state": self._states.by_parameter()}
-        return pack(self._place, self._fingerprint, content)
+        return pack_state(self._place, self._fingerprint, content)
 
     def load_state_dict(
         self, saved: Mapping[str, Any] | Sequence[Mapping[str, Any]], strict: bool = True
@@ -132,7 +132,7 @@ class GradientExchange:
         SettingsMismatch on the other ranks, and where parts are of different steps.
         """
         try:
-            fields = unpack(
+            fields = unpack_state(
                 saved,
                 self._place,
                 self._fingerprint,

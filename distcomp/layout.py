@@ -26,7 +26,7 @@ class ParamSlice:
 
     name: str
     shape: tuple[int, ...]
-    """The shape of the whole parameter, also when the segment is only a piece of it."""
+    """The shape of the whole parameter, also where the slice is only a piece of it."""
     start: int
     numel: int
     role: str = "matrix"
@@ -34,11 +34,12 @@ class ParamSlice:
 
     @property
     def stop(self) -> int:
+        """Where it ends in the parameter."""
         return self.start + self.numel
 
     @property
     def whole(self) -> bool:
-        """Whether the segment is the whole parameter (matrix methods need that)."""
+        """Whether the slice is the whole parameter (matrix methods need that)."""
         total = 1
         for side in self.shape:
             total *= side
@@ -67,11 +68,12 @@ class Layout:
 
     @cached_property
     def numel(self) -> int:
+        """Elements of the flat buffer."""
         return sum(param.numel for param in self.slices)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each segment begins in the flat buffer."""
+        """Where each slice begins in the flat buffer."""
         offsets, at = [], 0
         for param in self.slices:
             offsets.append(at)
@@ -80,25 +82,30 @@ class Layout:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """How many elements each segment has."""
+        """How many elements each slice has."""
         return [param.numel for param in self.slices]
 
     @cached_property
     def names(self) -> tuple[str, ...]:
+        """The parameters' names, in order."""
         return tuple(param.name for param in self.slices)
 
     def pieces(self, buffer: Tensor) -> Iterator[tuple[ParamSlice, Tensor]]:
-        """Each segment with its view of the flat buffer."""
+        """Each slice with its view of the flat buffer."""
         yield from zip(self.slices, torch.split(buffer[: self.numel], self.sizes), strict=True)
 
     def select(self, keep: Callable[[ParamSlice], bool]) -> Layout:
-        """The layout of the segments that ``keep`` accepts."""
+        """The layout of the slices that ``keep`` accepts."""
         return Layout(tuple(param for param in self.slices if keep(param)))
 
     def block_count(self, alignment: int) -> int:
         """How many blocks of ``alignment`` elements cover the flat buffer, each parameter beginning a new
         one."""
         return sum(-(-param.numel // alignment) for param in self.slices)
+
+    def within(self, block: int) -> int:
+        """The block, cut to the longest parameter: beyond that it would be padding, in each of them."""
+        return min(block, max([1, *self.sizes]))
 
     def split(self, parts: int, alignment: int) -> tuple[Layout, ...]:
         """Cut into consecutive chunks of nearly equal numbers of blocks; no block is cut.
@@ -123,7 +130,7 @@ class Layout:
         return {}
 
     def __hash__(self) -> int:
-        return self._hash
+        return self._hash  # kept: a layout is looked up several times a step, and has hundreds of slices
 
     @cached_property
     def _hash(self) -> int:
@@ -131,6 +138,7 @@ class Layout:
 
 
 def _split(slices: tuple[ParamSlice, ...], parts: int, alignment: int) -> Iterator[Layout]:
+    # Blocks are dealt out, not elements: a chunk's bounds then lie on every parameter's own grid.
     blocks = sum(-(-param.numel // alignment) for param in slices)
     bounds = [blocks * i // parts for i in range(parts + 1)]
     for low, high in itertools.pairwise(bounds):

@@ -30,9 +30,13 @@ from distcomp.errors import CorruptPayload
 from distcomp.kernels import checksum
 
 HEADER = struct.Struct("<4sBBHIIQQ")
+"""Little-endian, without padding: the table above."""
 MAGIC = b"dcp1"
+"""What every payload begins with."""
 NON_FINITE_AT = 4
+"""Where the flag stands whether the sender's tensor was *not* finite."""
 FINITE_AT = 5
+"""Where its opposite stands: a bit that flips on the way makes both alike, which is no legal header."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,16 @@ class Part:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return self.numel * self.dtype.itemsize
 
 
 Parts = tuple[Part, ...]
+"""What a payload holds, in order of falling item size."""
 
 
 def body_bytes(parts: Parts) -> int:
+    """Bytes of all parts: what follows the header, without padding."""
     return sum(part.nbytes for part in parts)
 
 
@@ -85,6 +92,7 @@ class Payload:
 
     @staticmethod
     def empty(parts: Parts, device: torch.device | None = None) -> Payload:
+        """One whose parts are still to be written, and whose header is, when it is sent."""
         return Payload(torch.empty(wire_bytes(parts), dtype=torch.uint8, device=device), parts)
 
     def __getitem__(self, kind: str) -> Tensor:
@@ -92,6 +100,7 @@ class Payload:
 
     @property
     def body(self) -> Tensor:
+        """What follows the header (uint8), without padding: what the checksum covers."""
         return self.wire[HEADER.size : HEADER.size + body_bytes(self.parts)]
 
 
@@ -107,9 +116,11 @@ class PayloadHeader:
 def write_header(payload: Payload, agreed: PayloadHeader, finite: Tensor) -> None:
     """Write the header. ``finite`` (a bool of no dimensions) lies on the payload's device."""
     body = payload.body
+    # On a GPU the checksum would have to come to the host before it can be written: there is none.
     check = checksum(body) if body.device.type == "cpu" else 0
     header = HEADER.pack(MAGIC, 0, 1, agreed.rank, agreed.fingerprint, agreed.exchange, body.numel(), check)
     payload.wire[: HEADER.size] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    # On the payload's device, after the rest: the flag is the only part that the host may not know yet.
     payload.wire[NON_FINITE_AT] = ~finite
     payload.wire[FINITE_AT] = finite
 
@@ -126,7 +137,7 @@ def check_header(payload: Payload, expected: PayloadHeader) -> Tensor:
     magic, non_finite, finite, rank, fingerprint, exchange, length, check = HEADER.unpack(
         payload.wire[: HEADER.size].numpy().tobytes()
     )
-    found: Iterable[tuple[str, object, object]] = (
+    compared: Iterable[tuple[str, object, object]] = (
         ("magic", magic, MAGIC),
         ("finite flag", (non_finite, finite), (0, 1) if finite else (1, 0)),
         ("rank", rank, expected.rank),
@@ -135,13 +146,12 @@ def check_header(payload: Payload, expected: PayloadHeader) -> Tensor:
         ("length", length, body.numel()),
         ("checksum", check, checksum(body)),
     )
-    for what, got, wanted in found:
+    for what, got, wanted in compared:
         if got != wanted:
             raise CorruptPayload(
-                f"the payload from rank {expected.rank} in exchange {expected.exchange} is corrupt: "
-                f"{what} is {got!r}, "
-                f"expected {wanted!r}; no gradient was changed: restart from the last checkpoint and "
-                "check the network"
+                f"the payload from rank {expected.rank} in exchange {expected.exchange} is corrupt: {what} "
+                f"is {got!r}, expected {wanted!r}; no gradient was changed: restart from the last checkpoint "
+                "and check the network"
             )
     return torch.tensor(bool(finite), dtype=torch.bool)
 

@@ -16,17 +16,21 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 from distcomp.errors import DistcompError
+from distcomp.registry import find
 
 GROUP = "distcomp_methods"
 IMPORT = "DISTCOMP_IMPORT"
 
+Found = TypeVar("Found")
 
-def load() -> None:
+
+def load_plugins() -> None:
     """Import all of them; those that are there already are not imported again.
 
     Raises DistcompError for one that cannot be imported.
@@ -37,6 +41,13 @@ def load() -> None:
         _import(named, IMPORT)
 
 
+def lookup(table: Mapping[str, Found], name: str) -> Found | None:
+    """The entry of a name, or None; brings in what others have brought before it gives up."""
+    if find(table, name) is None:
+        load_plugins()
+    return table.get(name)
+
+
 def name_in_environment(named: Sequence[str], beside: Path | None = None) -> None:
     """Put what ``--import`` names into this process's environment, which its children inherit, and import it.
 
@@ -45,14 +56,14 @@ def name_in_environment(named: Sequence[str], beside: Path | None = None) -> Non
     for folder in (Path.cwd(), *([beside.resolve()] if beside is not None else [])):
         if named and str(folder) not in sys.path:
             sys.path.append(str(folder))
-    given = [one.strip() for part in named for one in part.split(",") if one.strip()]
-    absolute = [str(Path(one).resolve()) if _is_file(one) else _as_file(one) for one in given]
+    given = [name.strip() for part in named for name in part.split(",") if name.strip()]
+    absolute = [str(Path(name).resolve()) if _is_file(name) else _as_file(name) for name in given]
     before = [os.environ[IMPORT]] if os.environ.get(IMPORT) else []
-    for one in absolute:
-        _import(one, "--import")
+    for module in absolute:
+        _import(module, "--import")
     if absolute:
         os.environ[IMPORT] = ",".join([*before, *absolute])
-    load()
+    load_plugins()
 
 
 def _is_file(named: str) -> bool:

@@ -50,7 +50,7 @@ class ProcessEnvironment:
         return self.local_size == self.size
 
 
-def place(environment: Mapping[str, str] | None = None) -> ProcessEnvironment:
+def read_environment(environment: Mapping[str, str] | None = None) -> ProcessEnvironment:
     """What the launcher has set. A process without a launcher is rank 0 of 1.
 
     Raises DistcompError where a launcher's variables make no sense.

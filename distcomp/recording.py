@@ -123,13 +123,13 @@ def _warn(what: str) -> None:
 
 def scalars(record: Record) -> dict[str, float]:
     """A record's numbers by name, nested ones as ``phases/encode_s``; without its ``kind`` and ``step``."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
-            found |= {f"{name}/{inner}": one for inner, one in scalars(value).items()}
+            numbers |= {f"{name}/{inner}": number for inner, number in scalars(value).items()}
         elif name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = value
-    return found
+            numbers[name] = value
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,12 @@ def surroundings(where: Path) -> dict[str, Any]:
     }
 
 
-def find(paths: list[Path]) -> list[Path]:
+def find_runs(paths: list[Path]) -> list[Path]:
     """The run directories among ``paths`` and one level below them, in order of name.
 
     Raises DistcompError for a path that is no run and holds none.
     """
-    found: list[Path] = []
+    directories: list[Path] = []
     for path in paths:
         runs = (
             [path]
@@ -197,11 +197,11 @@ def find(paths: list[Path]) -> list[Path]:
         )
         if not runs:
             raise DistcompError(f"{path} holds no run; name a directory with a run.json in it, or its parent")
-        found += [run for run in runs if run not in found]
-    return found
+        directories += [run for run in runs if run not in directories]
+    return directories
 
 
-def read(directory: Path) -> Run:
+def read_run(directory: Path) -> Run:
     """Read a run, also one that is still running or was killed in the middle of a line.
 
     Raises DistcompError where the directory is not a run, or a line before the last is damaged.
@@ -291,7 +291,9 @@ def _check_about(about: Any) -> None:
     ranks, argv = about.get("ranks"), about.get("argv")
     if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
         raise ValueError(f"ranks is {str(ranks)[:40]!r}")
-    if argv is not None and not (isinstance(argv, list) and all(isinstance(one, str) for one in argv)):
+    if argv is not None and not (
+        isinstance(argv, list) and all(isinstance(argument, str) for argument in argv)
+    ):
         raise ValueError(f"argv is {str(argv)[:40]!r}")
     for name in ("host", "versions"):
         _mapping(name, about.get(name))
@@ -299,11 +301,13 @@ def _check_about(about: Any) -> None:
     for name in ("asked", "fabric", "packets", "achieved"):
         if not isinstance(network.get(name), str | None):
             raise ValueError(f"network/{name} is {str(network[name])[:40]!r}")
-    for link in network.get("links") or ():
+    links = network.get("links")
+    if links is not None and not (isinstance(links, list) and all(isinstance(one, dict) for one in links)):
+        raise ValueError(f"network/links is {str(links)[:40]!r}")
+    for link in links or ():
         for name in ("asked_bps", "achieved_bps", "after_idle_bps"):
-            value = _mapping("a link", link).get(name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise ValueError(f"{name} is {str(value)[:40]!r}")
+            if link.get(name) != math.inf:
+                _check_counted(name, link.get(name))
 
 
 def measured(value: object) -> float | None:

@@ -73,7 +73,7 @@ class Schedule:
             points = []
         if not points or len(arrows) > 1:
             raise DistcompError(
-                f"{text!r} is no schedule; write '8 -> 4 @ 1000 -> 2 @ 5000', or ~> (linear), "
+                f"{text[:80]!r} is no schedule; write '8 -> 4 @ 1000 -> 2 @ 5000', or ~> (linear), "
                 "*> (geometric) or ^> (cubic) throughout"
             )
         return Schedule(tuple(points), ARROWS[arrows.pop()] if arrows else "step")

@@ -18,7 +18,16 @@ from matplotlib.figure import Figure
 from benchmarks._common import arguments_of
 from benchmarks._places import ROOT
 from benchmarks._tables import Block, write_blocks
-from benchmarks.docs_figures import advice, averaging, comparisons, faults, measured, precision, pruning
+from benchmarks.docs_figures import (
+    advice,
+    averaging,
+    comparisons,
+    faults,
+    measured,
+    precision,
+    pruning,
+    rebuild,
+)
 
 DOCS = ROOT / "docs"
 
@@ -29,6 +38,7 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "faults": [(DOCS / "faults.md", faults.BLOCKS)],
     "precision": [(DOCS / "precision.md", precision.BLOCKS)],
     "pruning": [(DOCS / "pruning.md", pruning.BLOCKS)],
+    "rebuild": [(DOCS / "decisions" / "corrected-numbers.md", rebuild.BLOCKS)],
     "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS)],
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 from distcomp.advice.predict import Machine, Prediction, predict
 from distcomp.advice.scale import Rehearsals
 from distcomp.advice.task import TrainingTask
-from distcomp.attaching.observe import Observed, observe_alone
+from distcomp.attaching.observe import ObservedSteps, observe_alone
 from distcomp.errors import DistcompError
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Host
@@ -93,7 +93,7 @@ class Advice:
 
 
 def advise(
-    trained: TrainingTask | tuple[Observed, Observed],
+    trained: TrainingTask | tuple[ObservedSteps, ObservedSteps],
     fabric: Fabric,
     methods: Sequence[str] = METHODS,
     ranks_here: int = 1,
@@ -110,7 +110,7 @@ def advise(
     if isinstance(trained, TrainingTask):
         tell("timing steps of the model")
         trained = _observed(trained, fabric), _observed(trained, fabric)
-    observed, again = sorted(trained, key=lambda one: one.step_s)
+    observed, again = sorted(trained, key=lambda steps: steps.step_s)
     host = Host(ranks_here, cores) if ranks_here > 1 else ALONE
     machine = Machine(observed, host, host.oversubscription)
     second = Machine(again, host, host.oversubscription)
@@ -120,13 +120,16 @@ def advise(
         rehearsals.append(Rehearsals(method, observed.layouts))
         repeated.append(predict(Rehearsals(method, again.layouts).among(fabric.ranks), second, fabric).step_s)
     baseline = rehearsals[methods.index(BASELINE)]
-    for at, one in enumerate(rehearsals, start=1):
-        tell(f"[{at}/{len(methods)}] predicting {one.method}")
-        rows.append(_row(one, baseline, machine, fabric))
+    for at, rehearsed in enumerate(rehearsals, start=1):
+        tell(f"[{at}/{len(methods)}] predicting {rehearsed.method}")
+        rows.append(_row(rehearsed, baseline, machine, fabric))
     plain_s = repeated[methods.index(BASELINE)]
     noise = max(abs(plain_s / step_s / row.speed_up - 1) for row, step_s in zip(rows, repeated, strict=True))
     rates = [SLOWEST_BPS * 10 ** (i / PER_DECADE) for i in range(6 * PER_DECADE + 1)]
-    curves = {one.method: [(bps, _at_rate(one, machine, fabric, bps)) for bps in rates] for one in rehearsals}
+    curves = {
+        rehearsed.method: [(bps, _at_rate(rehearsed, machine, fabric, bps)) for bps in rates]
+        for rehearsed in rehearsals
+    }
     return Advice(
         tuple(sorted(rows, key=lambda row: row.prediction.step_s)),
         fabric,
@@ -137,7 +140,7 @@ def advise(
     )
 
 
-def _observed(training_task: TrainingTask, fabric: Fabric) -> Observed:
+def _observed(training_task: TrainingTask, fabric: Fabric) -> ObservedSteps:
     batch = training_task.batch(0, fabric.ranks, 0)
     return observe_alone(training_task.model, batch, training_task.loss, training_task.optimizer)
 
@@ -148,8 +151,8 @@ def milliseconds(time_s: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
-def _row(one: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: Fabric) -> AdviceRow:
-    prediction = predict(one.among(fabric.ranks), machine, fabric)
+def _row(rehearsed: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: Fabric) -> AdviceRow:
+    prediction = predict(rehearsed.among(fabric.ranks), machine, fabric)
     plain = predict(baseline.among(fabric.ranks), machine, fabric)
     efficiency = {}
     for ranks in SCALES:
@@ -157,19 +160,19 @@ def _row(one: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: Fabric
             there = fabric.of(ranks)
         except DistcompError:  # ranks that are not alike: there is no saying what more of them would be
             break
-        efficiency[ranks] = machine.timing.step_s / predict(one.among(ranks), machine, there).step_s
-    even = math.inf if one is baseline else break_even_bps(one, baseline, machine, fabric)
-    return AdviceRow(one.method, prediction, plain.step_s / prediction.step_s, even, efficiency)
+        efficiency[ranks] = machine.timing.step_s / predict(rehearsed.among(ranks), machine, there).step_s
+    even = math.inf if rehearsed is baseline else break_even_bps(rehearsed, baseline, machine, fabric)
+    return AdviceRow(rehearsed.method, prediction, plain.step_s / prediction.step_s, even, efficiency)
 
 
-def break_even_bps(one: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: Fabric) -> float:
+def break_even_bps(rehearsed: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: Fabric) -> float:
     """The highest rate of every link (uplinks in proportion) at which the method is faster; to 1 %.
 
     0 where it is slower at 1 Mbit/s, too; inf where it is faster at 1 Tbit/s, still.
     """
 
     def faster(bps: float) -> bool:
-        return _at_rate(one, machine, fabric, bps) < _at_rate(baseline, machine, fabric, bps)
+        return _at_rate(rehearsed, machine, fabric, bps) < _at_rate(baseline, machine, fabric, bps)
 
     if faster(FASTEST_BPS):
         return math.inf
@@ -184,8 +187,8 @@ def break_even_bps(one: Rehearsals, baseline: Rehearsals, machine: Machine, fabr
     return low
 
 
-def _at_rate(one: Rehearsals, machine: Machine, fabric: Fabric, bps: float) -> float:
-    return predict(one.among(fabric.ranks), machine, at_rate(fabric, bps)).step_s
+def _at_rate(rehearsed: Rehearsals, machine: Machine, fabric: Fabric, bps: float) -> float:
+    return predict(rehearsed.among(fabric.ranks), machine, at_rate(fabric, bps)).step_s
 
 
 def at_rate(fabric: Fabric, bps: float) -> Fabric:

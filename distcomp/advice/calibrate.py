@@ -104,13 +104,17 @@ def _excess(
     for method, profile in zip(methods, profiles, strict=True):
         with attach(ddp, method=method):
             step_s, busy_s = timed(step, REPEATS)
-        computed_s = machine.observed.step_s + sum(one.work_s for one in profile)
+        computed_s = machine.observed.step_s + sum(exchange.work_s for exchange in profile)
         steps_s.append(step_s)
         core_s.append(max(0.0, busy_s - computed_s) / exchanges)
     if machine.host.shared:
         waking_s = steps_s[0] - modelled_s(0.0, core_s[0], profiles[0], machine, fabric)
-        core_s = [one + max(0.0, waking_s) / exchanges / machine.host.oversubscription for one in core_s]
-    late_s = [late(*measured, machine, fabric) for measured in zip(steps_s, core_s, profiles, strict=True)]
+        core_s = [
+            seconds + max(0.0, waking_s) / exchanges / machine.host.oversubscription for seconds in core_s
+        ]
+    late_s = [
+        late_per_hop_s(*measured, machine, fabric) for measured in zip(steps_s, core_s, profiles, strict=True)
+    ]
     sent = [method.payload_bytes(layouts[0], fabric.ranks, 0) / ROUNDS for method in methods]
     return Overhead(tuple(sent), tuple(late_s), tuple(core_s))
 
@@ -122,7 +126,7 @@ def _zeros(sent_bytes: int, around: bool, ranks: int) -> Zeros:
     return Zeros(max(1, sent_bytes // (ranks - 1)), around)
 
 
-def late(
+def late_per_hop_s(
     step_s: float, core_s: float, profiles: Sequence[ProfiledExchange], machine: Machine, fabric: Fabric
 ) -> float:
     """Seconds per hop with which the model of a step comes to ``step_s``, by bisection; 0 where it takes

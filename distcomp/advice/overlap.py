@@ -34,7 +34,7 @@ class Timing:
 
     def times(self, factor: float) -> Timing:
         """On a machine that is slower by a factor."""
-        return Timing(tuple(factor * one for one in self.ready_s), factor * self.step_s)
+        return Timing(tuple(factor * seconds for seconds in self.ready_s), factor * self.step_s)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def gradient_step(
     slowness: float = 1.0,
 ) -> StepTime:
     """A step in which every bucket is exchanged. ``slowness``: of arithmetic, against when it was timed."""
-    costs = [[one.ask.exchange(fabric).cost(fabric, host) for one in profile.rounds] for profile in profiles]
+    costs = [
+        [round_.ask.exchange(fabric).cost(fabric, host) for round_ in profile.rounds] for profile in profiles
+    ]
     line = _Line(timing, host)
     finished = [False] * len(profiles)
     for bucket, number in request_order():
@@ -88,9 +90,9 @@ def averaging_step(
 ) -> StepTime:
     """The mean step of a model that is averaged in some steps, after the step; nothing overlaps."""
     costs = [
-        (profile.share, one.ask.exchange(fabric).cost(fabric, host))
+        (profile.share, round_.ask.exchange(fabric).cost(fabric, host))
         for profile in profiles
-        for one in profile.rounds
+        for round_ in profile.rounds
     ]
     wire_s = sum(share * max(cost.seconds, host.oversubscription * cost.core_s) for share, cost in costs)
     work_s = slowness * sum(profile.share * profile.work_s for profile in profiles)

@@ -10,7 +10,7 @@ import torch
 
 from distcomp.advice.overlap import StepTime, Timing, averaging_step, gradient_step
 from distcomp.advice.profile import ProfiledExchange, ProfiledRound, clock, exchanges_of, profiles_of
-from distcomp.attaching.observe import Observed
+from distcomp.attaching.observe import ObservedSteps
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.builtin_hooks import BUILTIN_HOOKS
 from distcomp.layout import Layout
@@ -30,7 +30,7 @@ class Machine:
     """What was measured of a model on a machine, and what its ranks share. ``slowness``: of computing,
     against when it was measured."""
 
-    observed: Observed
+    observed: ObservedSteps
     host: Host = ALONE
     slowness: float = 1.0
 
@@ -79,7 +79,9 @@ def predict(profiled: ProfiledMethod, machine: Machine, fabric: Fabric) -> Predi
             profiles = around_a_ring(profiles)
         time_ = gradient_step(machine.timing, profiles, fabric, machine.host, machine.slowness)
     sent = sum(
-        profile.share * one.ask.sent_bytes(fabric.ranks) for profile in profiles for one in profile.rounds
+        profile.share * round_.ask.sent_bytes(fabric.ranks)
+        for profile in profiles
+        for round_ in profile.rounds
     )
     return Prediction(**vars(time_), sent_bytes=sent)
 
@@ -88,7 +90,10 @@ def around_a_ring(profiles: Sequence[ProfiledExchange]) -> tuple[ProfiledExchang
     """The exchanges with every sum around a ring, however small: PyTorch's own know no other way."""
     return tuple(
         replace(
-            profile, rounds=tuple(replace(one, ask=replace(one.ask, kind="ring")) for one in profile.rounds)
+            profile,
+            rounds=tuple(
+                replace(round_, ask=replace(round_.ask, kind="ring_all_reduce")) for round_ in profile.rounds
+            ),
         )
         for profile in profiles
     )
@@ -105,7 +110,8 @@ def _hook_exchange(method: str, layout: Layout) -> ProfiledExchange:
     return ProfiledExchange(
         (
             ProfiledRound(
-                statistics.median(times_s), RequestSizes("sum", (PREDICTED_HOOKS[method] * layout.numel,))
+                statistics.median(times_s),
+                RequestSizes("all_reduce", (PREDICTED_HOOKS[method] * layout.numel,)),
             ),
         ),
         0.0,

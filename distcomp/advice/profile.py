@@ -19,7 +19,7 @@ from distcomp.layout import Layout
 from distcomp.methods import Method
 from distcomp.methods.base import AggregateResult, StepContext
 from distcomp.network.model import Edge
-from distcomp.network.request_sizes import RequestSizes, groups_of, sizes_of, uneven
+from distcomp.network.request_sizes import RequestSizes, request_groups, sizes_of, uneven
 from distcomp.payload import Payload, PayloadHeader, write_header
 from distcomp.randomness import Key
 from distcomp.runtime.aggregation import Aggregation
@@ -56,7 +56,7 @@ class ProfiledExchange:
     @property
     def work_s(self) -> float:
         """All of its arithmetic."""
-        return sum(one.work_s for one in self.rounds) + self.last_s
+        return sum(round_.work_s for round_ in self.rounds) + self.last_s
 
 
 def profiles_of(method: Method, layouts: Sequence[Layout], ranks: int) -> tuple[ProfiledExchange, ...]:
@@ -79,8 +79,8 @@ def profiles_of(method: Method, layouts: Sequence[Layout], ranks: int) -> tuple[
             states[bucket] = profile.finished().state
     last = WARM_UP + REPEATS
     return tuple(
-        _summary(one, lambda rank, bucket=bucket: begin(bucket, rank, last), ranks, frozenset())  # type: ignore[misc]
-        for bucket, one in enumerate(held)
+        _summary(turns, lambda rank, bucket=bucket: begin(bucket, rank, last), ranks, frozenset())  # type: ignore[misc]
+        for bucket, turns in enumerate(held)
     )
 
 
@@ -115,7 +115,7 @@ def _copying_s(fragment: FragmentState, result: AggregateResult) -> float:
     """To read the weights before an exchange and after it, and to write them."""
     flat = torch.zeros(fragment.layout.numel, dtype=torch.float32)
     views = {param.name: piece for param, piece in fragment.layout.pieces(flat)}
-    whole = Layout(tuple(replace(one, start=0) for one in fragment.layout.slices))
+    whole = Layout(tuple(replace(param, start=0) for param in fragment.layout.slices))
     begin_s = clock()
     gather(views, whole)
     scatter(views, whole, fragment.apply_result(result, gather(views, whole)))
@@ -131,13 +131,17 @@ def _summary(
     """Medians over the repetitions; who asks within which group is found out by asking every rank."""
     kept = held[WARM_UP:]
     requests = [request for _, request in kept[-1] if request is not None]
-    works_s = [statistics.median(times) for times in zip(*([s for s, _ in one] for one in kept), strict=True)]
+    works_s = [
+        statistics.median(times) for times in zip(*([s for s, _ in turns] for turns in kept), strict=True)
+    ]
     columns: list[list[Request]] = [[] for _ in requests]
     if any(request.group or uneven(request, 0, ranks) for request in requests):
         everyone = [[request for _, request in _hold(begin(rank), rank, ranks)] for rank in range(ranks)]
-        columns = [[one for one in column if one is not None] for column in zip(*everyone, strict=True)][:-1]
+        columns = [
+            [request for request in column if request is not None] for column in zip(*everyone, strict=True)
+        ][:-1]
     request_sizes = [
-        sizes_of(request, ranks, groups_of(column) if column else None, edges, column)
+        sizes_of(request, ranks, request_groups(column) if column else None, edges, column)
         for request, column in zip(requests, columns, strict=True)
     ]
     rounds = tuple(ProfiledRound(work_s, ask) for work_s, ask in zip(works_s, request_sizes, strict=False))

@@ -43,7 +43,7 @@ class Rehearsals:
 def _extended(
     few: ProfiledExchange, many: ProfiledExchange, ranks: int, edges: frozenset[Edge]
 ) -> ProfiledExchange:
-    same = [one.ask.kind for one in few.rounds] == [one.ask.kind for one in many.rounds]
+    same = [round_.ask.kind for round_ in few.rounds] == [round_.ask.kind for round_ in many.rounds]
     earlier = few if same else many
 
     def work_s(at_few: float, at_many: float) -> float:

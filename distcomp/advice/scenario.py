@@ -65,23 +65,23 @@ class Scenario:
     def computing_s(self, step: int, workers: int) -> NDArray[np.float64]:
         """Each worker's time for the computing of a step; the same whenever it is asked for."""
         times = np.full(workers, self.compute_s)
-        for one in self.slow:
-            times[list(one.ranks)] *= one.factor
+        for slow in self.slow:
+            times[list(slow.ranks)] *= slow.factor
         drawn = np.random.default_rng((self.seed, step)).random(workers)
         times[drawn < self.straggler_chance] *= self.straggler_factor
         return times
 
     def back_s(self, rank: int, moment_s: float) -> float:
         """When a worker's link is there: now, or when it comes back."""
-        for one in sorted(self.down, key=lambda one: one.begin_s):
-            if rank in one.ranks and one.begin_s <= moment_s < one.end_s:
-                moment_s = one.end_s
+        for outage in sorted(self.down, key=lambda outage_: outage_.begin_s):
+            if rank in outage.ranks and outage.begin_s <= moment_s < outage.end_s:
+                moment_s = outage.end_s
         return moment_s
 
     def check(self, workers: int) -> None:
         """Raise DistcompError where a worker is named that there is none of."""
-        named = [rank for one in self.slow for rank in one.ranks]
-        named += [rank for one in self.down for rank in one.ranks]
+        named = [rank for slow in self.slow for rank in slow.ranks]
+        named += [rank for outage in self.down for rank in outage.ranks]
         for rank in named:
             if not 0 <= rank < workers:
                 raise DistcompError(f"the scenario names worker {rank}; there are 0 to {workers - 1}")
@@ -118,9 +118,12 @@ class Scenario:
             int(table.get("seed", 0)),
             chance,
             factor,
-            tuple(Slow(tuple(map(int, one["ranks"])), float(one["factor"])) for one in table.get("slow", [])),
             tuple(
-                Down(tuple(map(int, one["ranks"])), parse_time(one["begin"]), parse_time(one["end"]))
-                for one in table.get("down", [])
+                Slow(tuple(map(int, entry["ranks"])), float(entry["factor"]))
+                for entry in table.get("slow", [])
+            ),
+            tuple(
+                Down(tuple(map(int, entry["ranks"])), parse_time(entry["begin"]), parse_time(entry["end"]))
+                for entry in table.get("down", [])
             ),
         )

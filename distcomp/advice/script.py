@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from distcomp.attaching.hook_dispatcher import dispatcher_of
-from distcomp.attaching.observe import WARM_UP, Observed, Watcher
+from distcomp.attaching.observe import WARM_UP, ObservedSteps, Watcher
 from distcomp.errors import DistcompError
 
 REPEATS = 10
@@ -50,7 +50,7 @@ def _names(node: ast.stmt) -> list[str]:
     return []
 
 
-def observe_script(script: Path, arguments: Sequence[str]) -> tuple[Observed, Observed]:
+def observe_script(script: Path, arguments: Sequence[str]) -> tuple[ObservedSteps, ObservedSteps]:
     """The first and the second half of some steps of the loop that ``script`` runs with its
     DistributedDataParallel model. What it prints goes to standard error; nothing is sent.
 
@@ -115,8 +115,9 @@ class _Observer:
         try:
             with (
                 mock.patch.object(DistributedDataParallel, "__init__", made),
-                mock.patch.object(handle, "attach", _unattached),
+                # distcomp's first: it is looked up in handle when asked for, and then kept.
                 mock.patch.object(distcomp, "attach", _unattached),
+                mock.patch.object(handle, "attach", _unattached),
             ):
                 yield
         finally:
@@ -168,7 +169,7 @@ def _as_main(script: Path, arguments: Sequence[str]) -> Iterator[None]:
             sys.argv, sys.path[:] = argv, path
 
 
-def _observed(steps: Sequence[tuple[float, list[tuple[Any, float]]]]) -> Observed:
+def _observed(steps: Sequence[tuple[float, list[tuple[Any, float]]]]) -> ObservedSteps:
     layouts = tuple(layout for layout, _ in steps[0][1])
     if not layouts or any(tuple(layout for layout, _ in seen) != layouts for _, seen in steps):
         raise DistcompError(
@@ -176,4 +177,6 @@ def _observed(steps: Sequence[tuple[float, list[tuple[Any, float]]]]) -> Observe
             "predict; let every step be one backward through the whole model"
         )
     ready_s = zip(*([moment_s for _, moment_s in seen] for _, seen in steps), strict=True)
-    return Observed(layouts, tuple(map(statistics.fmean, ready_s)), statistics.fmean(s for s, _ in steps))
+    return ObservedSteps(
+        layouts, tuple(map(statistics.fmean, ready_s)), statistics.fmean(s for s, _ in steps)
+    )

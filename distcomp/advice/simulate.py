@@ -117,9 +117,11 @@ class Simulation:
             for (_, piece), name in zip(self.layout.pieces(mean), self.layout.names, strict=True):
                 parameter = model.get_parameter(name)
                 parameter.copy_(piece.view_as(parameter))
-        found = dict(self.training_task.evaluate(model)) if self.training_task.evaluate is not None else {}
+        evaluated = (
+            dict(self.training_task.evaluate(model)) if self.training_task.evaluate is not None else {}
+        )
         spread = float((self.models - mean).square().mean()) ** 0.5
-        return {**found, "spread": spread, "seconds": self.seconds, "sent_bytes": self.sent_bytes}
+        return {**evaluated, "spread": spread, "seconds": self.seconds, "sent_bytes": self.sent_bytes}
 
     @property
     def seconds(self) -> float:
@@ -147,7 +149,9 @@ class Simulation:
             self._one({name: piece[i] for name, piece in models.items()}, inputs[i], targets[i])
             for i in range(self.size)
         ]
-        return self._joined({name: torch.stack([one[name] for one in each]) for name in self.layout.names})
+        return self._joined(
+            {name: torch.stack([gradients[name] for gradients in each]) for name in self.layout.names}
+        )
 
     @property
     def _one(self) -> Callable[[Mapping[str, Tensor], Tensor, Tensor], dict[str, Tensor]]:
@@ -163,8 +167,8 @@ class Simulation:
     def _views(self, stacked: Tensor) -> dict[str, Tensor]:
         """``[size, *shape]`` of each parameter."""
         return {
-            one.name: stacked[:, at : at + one.numel].view(self.size, *one.shape)
-            for one, at in zip(self.layout.slices, self.layout.offsets, strict=True)
+            param.name: stacked[:, at : at + param.numel].view(self.size, *param.shape)
+            for param, at in zip(self.layout.slices, self.layout.offsets, strict=True)
         }
 
     # ------------------------------------------------------------------------------------------- exchanges
@@ -190,11 +194,13 @@ class Simulation:
 
     def _absent(self) -> dict[int, frozenset[int]]:
         """Whom each worker cannot reach, where the averaging goes on without them."""
-        one = self.method
-        if not isinstance(one, Gossip) or one.on_failure != "continue" or one.replicas:
+        averaging = self.method
+        if not isinstance(averaging, Gossip) or averaging.on_failure != "continue" or averaging.replicas:
             return {}
-        gone, everyone = self.clock.unheard(), frozenset(range(self.size))
-        return {rank: everyone if rank in gone else gone for rank in range(self.size)} if gone else {}
+        unheard, everyone = self.clock.unheard(), frozenset(range(self.size))
+        return (
+            {rank: everyone if rank in unheard else unheard for rank in range(self.size)} if unheard else {}
+        )
 
 
 def _loss(
@@ -211,7 +217,7 @@ def _layout(model: nn.Module) -> Layout:
             "use GroupNorm or LayerNorm for BatchNorm"
         )
     slices = slices_of(model)
-    return Layout(tuple(slices[id(one)] for one in model.parameters() if one.requires_grad))
+    return Layout(tuple(slices[id(parameter)] for parameter in model.parameters() if parameter.requires_grad))
 
 
 def _elementwise(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ from distcomp.advice.scenario import Scenario
 from distcomp.collectives import Request
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Host
-from distcomp.network.request_sizes import RequestSizes, groups_of, sizes_of, uneven
+from distcomp.network.request_sizes import RequestSizes, request_groups, sizes_of, uneven
 
 
 class VirtualClock:
@@ -46,10 +46,10 @@ class VirtualClock:
         if asked[0].neighbors_only is not None:
             self._mix(asked)
         else:
-            groups = groups_of(asked) or (tuple(range(len(asked))),)
+            groups = request_groups(asked) or (tuple(range(len(asked))),)
             first = groups[0][0]
             everyone = asked if uneven(asked[first], first, len(asked)) else []
-            ask = sizes_of(asked[first], len(asked), groups_of(asked), frozenset(), everyone)
+            ask = sizes_of(asked[first], len(asked), request_groups(asked), frozenset(), everyone)
             seconds = self._seconds(ask)
             ready_s = self._ready_s()
             for group in groups:
@@ -59,15 +59,18 @@ class VirtualClock:
 
     def _mix(self, asked: list[Any]) -> None:
         edges = frozenset(
-            (rank, other) for rank, one in enumerate(asked) for other in one.neighbors_only if rank < other
+            (rank, other)
+            for rank, request in enumerate(asked)
+            for other in request.neighbors_only
+            if rank < other
         )
         seconds = self._seconds(sizes_of(asked[0], len(asked), None, edges))
-        talking = np.array([bool(one.neighbors_only) for one in asked])
+        talking = np.array([bool(request.neighbors_only) for request in asked])
         ready_s = np.where(talking, self._ready_s(), self.now_s)
         self.now_s = np.array(
             [
-                max(ready_s[[rank, *one.neighbors_only]]) + (seconds if one.neighbors_only else 0.0)
-                for rank, one in enumerate(asked)
+                max(ready_s[[rank, *request.neighbors_only]]) + (seconds if request.neighbors_only else 0.0)
+                for rank, request in enumerate(asked)
             ]
         )
 

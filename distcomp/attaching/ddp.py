@@ -274,8 +274,7 @@ class GradientSync(Sync):
             if layout.numel != bucket.buffer().numel():
                 raise DistcompError(
                     f"a bucket of {bucket.buffer().numel()} elements holds parameters of {layout.numel}: "
-                    "padded buckets are "
-                    "not supported; please report the module and the torch version"
+                    "padded buckets are not supported; please report the module and the torch version"
                 )
             self._layouts[key] = layout
         return self._layouts[key]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,52 +10,17 @@ import torch
 from torch import Tensor
 
 from distcomp.attaching.protocol import Sync
-from distcomp.collectives import AllGather, Rounds
-from distcomp.errors import DistcompError, Mismatch
+from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods import Method, parse
-from distcomp.methods.base import AggregateResult, State, StepContext
-from distcomp.payload import Part, Payload
 from distcomp.private_torch import NO_BACKWARD, backward_number
 from distcomp.runtime.driver import commit, context_of
 from distcomp.runtime.saved_state import damaged, described, fitting, whole_number
 from distcomp.runtime.states import States
+from distcomp.runtime.unanimous import Unanimous
 
 PREFIX = "exchange/"
 """Begins the names under which a checkpoint keeps these states, beside those of parameters."""
-
-LONGEST_WORDS = 512
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Every rank sends a number of 63 bits; the estimate holds them all, in rank order."""
-
-    own: int
-    propagates_nonfinite: bool = True
-
-    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        payload = Payload.empty((Part("digest", torch.int64, 1),), x.device)
-        payload["digest"].fill_(self.own)
-        payloads: list[Payload] = yield AllGather(payload)
-        numbers = torch.cat([payload["digest"] for payload in payloads])
-        return AggregateResult(numbers, lambda: numbers, state)
-
-
-@dataclass(frozen=True)
-class Words:
-    """Every rank sends a text; the estimate holds all, in rank order, each of ``LONGEST_WORDS`` bytes."""
-
-    own: str
-    propagates_nonfinite: bool = True
-
-    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        payload = Payload.empty((Part("words", torch.uint8, LONGEST_WORDS),), x.device)
-        encoded = self.own.encode()[:LONGEST_WORDS].ljust(LONGEST_WORDS)
-        payload["words"].copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
-        payloads: list[Payload] = yield AllGather(payload)
-        texts = torch.stack([payload["words"] for payload in payloads])
-        return AggregateResult(texts, lambda: texts, state)
 
 
 @dataclass
@@ -179,29 +143,11 @@ class TensorExchanges:
     def _agree(self, words: str) -> None:
         """Raise Mismatch on every rank, naming the difference, unless all are about to exchange alike."""
         self._sync.idle()
-        digest = int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")
-        numbers = self._ask(Numbers(digest)).tolist()
-        odd = [rank for rank, number in enumerate(numbers) if number != numbers[0]]
-        if not odd:
-            return
-        texts = [
-            bytes(text.tolist()).decode(errors="replace").strip() for text in self._ask(Words(words)).cpu()
-        ]
-        raise Mismatch(
-            f"ranks ask to exchange different things: rank 0 {texts[0]}, rank {odd[0]} {texts[odd[0]]}; call "
-            "handle.exchange on every rank alike"
-        )
-
-    def _ask(self, aggregator: Numbers | Words) -> Tensor:
         layout = Layout.of([("agreement", (1,))])
         context = context_of(self._sync.session.channel, layout, 0, "agreement")
-        return (
-            self._sync.exchange(
-                aggregator, torch.zeros(1, device=self._device, dtype=torch.float32), {}, context
-            )
-            .result()
-            .estimate
-        )
+        nothing = torch.zeros(1, device=self._device, dtype=torch.float32)
+        asked = Unanimous(words, "call handle.exchange on every rank alike")
+        self._sync.exchange(asked, nothing, {}, context).result()
 
 
 def checked_exchanges(said: object) -> dict[str, dict[str, Any]]:

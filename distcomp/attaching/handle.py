@@ -26,7 +26,7 @@ from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
 from distcomp.attaching.parameters import ParameterSync, edges_of, refuse_averaging
 from distcomp.attaching.protocol import Sync
-from distcomp.attaching.requested import attached_note
+from distcomp.attaching.requested import record_attached
 from distcomp.attaching.session import Meeting, Session
 from distcomp.attaching.settings import details_of, settings_of
 from distcomp.attaching.target import Replicas, Target
@@ -39,7 +39,7 @@ from distcomp.methods import METHODS, Method, parse
 from distcomp.methods.base import ByParameter
 from distcomp.methods.weight_gather import WeightGather
 from distcomp.private_torch import bypasses_hooks, steps_in_a_hook, steps_in_backward
-from distcomp.runtime.saved_state import Fingerprint, described, pack, unpack
+from distcomp.runtime.saved_state import Fingerprint, described, pack_state, unpack_state
 from distcomp.training import clock_of
 from distcomp.transports.backends import patience_s
 
@@ -55,8 +55,7 @@ def attach(
     replicas: Replicas | None = None,
     weights: WeightGather | Compressor | Method | str | None = None,
 ) -> Handle:
-    """Let ``method`` carry the gradients of a DistributedDataParallel or FSDP2 model, or average models. Call
-    it on every rank.
+    """Let ``method`` carry the gradients of a DDP or FSDP2 model, or average models. Call it on every rank.
 
     Args:
         model: the DDP model or what ``fully_shard`` returned, also when ``torch.compile`` is wrapped around
@@ -75,10 +74,9 @@ def attach(
         replicas: of an FSDP model sharded over one dimension of a mesh: those that hold the same shard, a
             process group or the mesh's other dimension. The method then averages gradients across them, after
             FSDP's own reduce-scatter inside each; or models, shard by shard.
-        weights: of an FSDP2 model: how its weights are gathered, a compressor such as ``"qsgd:bits=8"``,
-            ``"gather:compressor=(qsgd:bits=8),reuse=true"`` or ``"difference:compressor=(qsgd:bits=4)"``
-            (:mod:`distcomp.methods.weight_gather`). None: as they are. Each setting changes the weights that
-            are computed with, never those that are trained.
+        weights: of an FSDP2 model: how its weights are gathered, such as ``"qsgd:bits=8"`` or
+            ``"difference:compressor=(qsgd:bits=4)"`` (:mod:`distcomp.methods.weight_gather`); None: as they
+            are. Changes the weights that are computed with, never those that are trained.
 
     Returns:
         A handle: ``stats()``, ``log()``, ``state_dict()``, ``load_state_dict()``, ``detach()``; also a
@@ -92,25 +90,19 @@ def attach(
     """
     check_arguments(model, optimizer, method, seed, timeout_s)
     target = Target.of(model, replicas)
-    meeting = Meeting(target, patience_s(target.group) if timeout_s is None else timeout_s)
-    try:
+    meeting = Meeting(target.group, patience_s(target.group) if timeout_s is None else timeout_s)
+    with meeting.refusals_told():
         chosen = _method(method)
         edges = _check(target, chosen, optimizer)
         gathered = weight_gather_of(weights, target, replicas)
         dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
-    except DistcompError as error:
-        meeting.refuse(str(error))
-        raise
     settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)}
     session = Session.open(meeting, settings, details_of(target), edges)
-    if isinstance(chosen, Method) and target.shards is not None:
-        sync: Sync = FSDPSync(target, chosen, session, clock_of(target.called), seed, scaler, gathered)
-    else:
-        sync = _open(chosen, target, session, dispatcher, optimizer=optimizer, scaler=scaler, seed=seed)
+    sync = _open(
+        chosen, target, session, dispatcher, optimizer=optimizer, scaler=scaler, seed=seed, gathered=gathered
+    )
     _ATTACHED.add(target.key)
-    if session.recorder is not None:
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        session.recorder.note(seed=seed, parameters=parameters, **attached_note(method, chosen, session.rank))
+    record_attached(session.recorder, session.rank, model, method, chosen, seed)
     return Handle(target, sync, dispatcher, session, seed)
 
 
@@ -123,7 +115,7 @@ def _check(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> froze
         raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
     _refuse(target, chosen, optimizer)
     check_optimizer(target.module, optimizer)
-    masks.check(chosen, target)
+    masks.check_masks(chosen, target)
     return edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
 
 
@@ -136,9 +128,12 @@ def _open(
     optimizer: Optimizer | None,
     scaler: Scaler | None,
     seed: int,
+    gathered: WeightGather | None,
 ) -> Sync:
     """What serves the choice: where gradients or models meet it."""
     clock = clock_of(target.called)
+    if isinstance(chosen, Method) and target.shards is not None:
+        return FSDPSync(target, chosen, session, clock, seed, scaler, gathered)
     sync: BuiltinHookSync | GradientSync | ParameterSync
     if isinstance(chosen, str):
         sync = BuiltinHookSync(chosen, target.group, session, clock)
@@ -213,7 +208,7 @@ class Handle:
         """
         saved, exchanged = self._sync.state_dict(), self._exchanges.state_dict()
         state = {**saved["state"], **exchanged.pop("state")}
-        return pack(self._place, self._fingerprint, {**saved, **exchanged, "state": state})
+        return pack_state(self._place, self._fingerprint, {**saved, **exchanged, "state": state})
 
     def load_state_dict(self, saved: Saved, strict: bool = True) -> None:
         """Continue where a checkpoint stopped, bit for bit. Call it on every rank: all take over, or none.
@@ -242,7 +237,7 @@ class Handle:
             return None if expected is None else {**expected, **exchanged}
 
         def checked() -> dict[str, Any]:
-            fields = unpack(read(), self._place, self._fingerprint, leaves, strict)
+            fields = unpack_state(read(), self._place, self._fingerprint, leaves, strict)
             return {**fields, "exchanges": checked_exchanges(fields.get("exchanges", {}))}
 
         try:
@@ -428,8 +423,7 @@ def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None
     if bypasses_hooks(model):
         raise DistcompError(
             "torch.compile's python_reducer bypasses communication hooks; set "
-            "torch._dynamo.config.optimize_ddp = "
-            "'ddp_optimizer' before wrapping the model"
+            "torch._dynamo.config.optimize_ddp = 'ddp_optimizer' before wrapping the model"
         )
     if getattr(model, "skip_all_reduce_unused_params", False):
         raise DistcompError(

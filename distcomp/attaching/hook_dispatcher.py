@@ -39,8 +39,7 @@ class HookDispatcher:
         except RuntimeError as error:
             raise DistcompError(
                 "this DistributedDataParallel model already has a communication hook and DDP allows only "
-                "one; "
-                "wrap the module again without register_comm_hook, then attach"
+                "one; wrap the module again without register_comm_hook, then attach"
             ) from error
 
     def __deepcopy__(self, memo: object) -> "HookDispatcher":

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distcomp.attaching.exchanges import Numbers
 from distcomp.attaching.observed import pruners_of
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.target import Target
@@ -19,6 +18,7 @@ from distcomp.methods.from_compressor import from_compressor
 from distcomp.pruning.pruner import Pruner
 from distcomp.runtime.aggregation import Aggregator
 from distcomp.runtime.driver import context_of
+from distcomp.runtime.unanimous import Numbers
 
 
 class Consensus:
@@ -48,7 +48,7 @@ class Consensus:
         return self._sync.exchange(aggregator, x, {}, context).result().estimate
 
 
-def check(method: Any, target: Target) -> None:
+def check_masks(method: Any, target: Target) -> None:
     """Raise DistcompError for another model's pruner, a sharded one's, and averaging beside the computing."""
     parameters = {id(parameter) for parameter in target.module.parameters()}
     for pruner in pruners_of(method):

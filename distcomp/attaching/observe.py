@@ -27,7 +27,7 @@ WARM_UP = 3  # the first step's buckets are not those of later ones
 
 
 @dataclass(frozen=True)
-class Observed:
+class ObservedSteps:
     """Each bucket's layout and the moment it was ready, in seconds from a step's start; and when the step was
     over."""
 
@@ -68,7 +68,7 @@ def observe(
     step: Callable[[], object],
     repeats: int = 5,
     clock: Clock = time.perf_counter,
-) -> Observed:
+) -> ObservedSteps:
     """Means over ``repeats`` of ``step``: one forward, one backward and the optimizer. Nothing is sent.
 
     ``clock``: ``time.process_time`` where processes share cores and it is arithmetic that is asked for.
@@ -90,7 +90,7 @@ def observe(
                 steps_s.append(end_s - begin_s)
                 ready_s.append([moment_s - begin_s for _, moment_s in watcher.seen])
     means_s = tuple(map(statistics.fmean, zip(*ready_s, strict=True)))
-    return Observed(layouts, means_s, statistics.fmean(steps_s))
+    return ObservedSteps(layouts, means_s, statistics.fmean(steps_s))
 
 
 def timed(step: Callable[[], object], repeats: int) -> tuple[float, float]:
@@ -117,7 +117,7 @@ def observe_alone(
     batch: tuple[Tensor, Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
     optimizer: Callable[[Iterable[Tensor]], Optimizer],
-) -> Observed:
+) -> ObservedSteps:
     """As :func:`observe`, of a module in a process that is no rank of anything; a copy of it is trained.
 
     Raises DistcompError where there is a process group already.

@@ -12,7 +12,7 @@ from distcomp.attaching.slices import local
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 
-Mean = Callable[[Tensor, Layout], Tensor]
+MeanOf = Callable[[Tensor, Layout], Tensor]
 """Asks all ranks for the mean of a flat buffer."""
 
 
@@ -32,7 +32,7 @@ def forget(optimizer: Optimizer | None, parameters: Mapping[str, nn.Parameter]) 
         state.pop(parameter, None)
 
 
-def average(optimizer: Optimizer | None, parameters: Mapping[str, nn.Parameter], mean: Mean) -> None:
+def average(optimizer: Optimizer | None, parameters: Mapping[str, nn.Parameter], mean: MeanOf) -> None:
     """Replace every tensor of the optimizer's state that has its parameter's shape by the mean over ranks.
 
     Where an optimizer of some rank has not stepped yet (a GradScaler skipped), none is averaged: ranks ask

@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distcomp.attaching.groups import pool_of
-from distcomp.attaching.target import Target
-from distcomp.errors import PeerLost
+from distcomp.errors import DistcompError, PeerLost
 from distcomp.recording import Recorder
 from distcomp.runtime.channel import Channel
 from distcomp.runtime.ledger import Ledger
@@ -33,23 +33,28 @@ Carrier = TorchDist | GlooP2P | MPITransport | ResilientP2P
 
 
 class Meeting:
-    """The ranks of a target about to attach, and what they say to one another first.
+    """The ranks of a process group about to share a line, and what they say to one another first.
 
     Every call of ``attach`` that knows its ranks is one, also one that is then refused: ranks count alike.
     """
 
-    def __init__(self, target: Target, timeout_s: float) -> None:
-        self.target = target
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
+        self.group = group
         self.timeout_s = timeout_s
-        self.rank, self.size = dist.get_rank(target.group), dist.get_world_size(target.group)
-        self.store: Store = pool_of(target.group).store(target.group)
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.store: Store = pool_of(group).store(group)
         count = f"distcomp/attached/{self.rank}"  # every rank counts alike in a group
         self.name = f"attach{ask_store(lambda: self.store.add(count, 1))}"
         self.agreement = Agreement(self.store, self.rank, self.size, self.name, timeout_s)
 
-    def refuse(self, sentence: str) -> None:
-        """Tell the other ranks, who may wait for this one, why it will not attach."""
-        self.agreement.refuse(sentence)
+    @contextmanager
+    def refusals_told(self) -> Iterator[None]:
+        """Where this rank refuses to attach, the others, who may wait for it, learn why."""
+        try:
+            yield
+        except DistcompError as error:
+            self.agreement.refuse(str(error))
+            raise
 
 
 @dataclass
@@ -81,7 +86,7 @@ class Session:
         Raises SettingsMismatch or PeerLost on every rank, within ``timeout_s``.
         """
         rank, size, timeout_s = meeting.rank, meeting.size, meeting.timeout_s
-        parent = meeting.target.group
+        parent = meeting.group
         pool = pool_of(parent)
         everyone = meeting.agreement.agree({**settings, **pool.proposal()}, details)
         heartbeat = Heartbeat(meeting.store, rank, size, meeting.name, timeout_s=timeout_s)

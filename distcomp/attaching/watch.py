@@ -88,8 +88,7 @@ class Watch(Listener):
         if self._sync.iterations == 0 and _has_gradient(optimizer):
             raise DistcompError(
                 "the optimizer steps but no gradient went through the attached method: call the attached "
-                "model itself "
-                "(not model.module), outside no_sync(), before optimizer.step()"
+                "model itself (not model.module), outside no_sync(), before optimizer.step()"
             )
         self.record()
 

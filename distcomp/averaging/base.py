@@ -31,6 +31,7 @@ from distcomp.runtime.aggregation import Aggregation
 from distcomp.schedule import Varying, extremes, whole
 
 ON_FAILURE = ("stop", "continue")
+"""What a dead worker means."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Averaging(Written, ABC):
     Subclasses are frozen dataclasses; their ``repr`` is what ranks compare. ``period`` is the number of steps
     between two exchanges, or a Schedule of it. ``on_failure`` says what a dead worker means: ``"stop"``
     raises PeerLost naming it; ``"continue"`` goes on without it (gossip only).
+
+    Raises DistcompError for another ``on_failure``, or a period below 1.
     """
 
     period: Varying = 1
@@ -185,11 +188,13 @@ class FragmentState:
 
     def due(self, step: int) -> bool:
         """Whether an exchange begins after step ``step``."""
+        # One exchange at a time: a second one would begin from a model that the first is about to replace.
         period = 1 if step <= self.averaging.gradients_until else whole(self.averaging.period, step)
         return self.in_flight is None and step - self.last >= period
 
     def aggregate(self, x: Tensor, step: int, seed: int, absent: frozenset[int] = frozenset()) -> Aggregation:
         """Begin the exchange that is due."""
+        # Of the step: a resumed run draws what the uninterrupted one would have drawn.
         shared = Key.of(seed, step).fold("averaging", self.name)
         context = AveragingContext(
             self.context.rank,
@@ -244,6 +249,7 @@ def fragment_states(
         layouts = level.fragments_of(layout)
         period = whole(level.period, 0)
         for index, piece in enumerate(layouts):
+            # Fragments take turns: their first exchanges are spread over one period.
             first = -(-period * (index + 1) // len(layouts))
             context = AveragingContext(here, many, piece, 0, Key.of(0))
             fragments.append(
@@ -256,6 +262,7 @@ def fragment_states(
 
 def gather(views: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """The flat buffer of a layout, copied from flat tensors by name, in float32."""
+    # In float32, whatever the model is in: an anchor in bfloat16 would lose updates below its spacing.
     pieces = [views[param.name][param.start : param.stop] for param in layout.slices]
     return torch.cat(pieces).float() if pieces else torch.empty(0, dtype=torch.float32)
 

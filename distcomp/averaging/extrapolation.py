@@ -45,7 +45,10 @@ class ECD(Gossip):
     Source: Tang et al., "Communication compression for decentralized training", NeurIPS 2018, ECD-PSGD. We
     differ: the count starts at t = 2, so that the first message is C(x_2) itself (the paper's first weights
     are -1 and 2); the grid. Bytes: degree x d bits(t) / 8. Memory: one model per neighbour and three of its
-    own.
+    own, float32 ``[layout.numel]`` each.
+
+    Raises DistcompError for a relative compressor without ``allow_relative``, and for a grid that ends below
+    the model's weights.
     """
 
     replicas: ClassVar[bool] = True
@@ -78,7 +81,7 @@ class ECD(Gossip):
         return state
 
     def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
-        t = context.step + 2
+        t = context.step + 2  # with the paper's t = 1 the weights were -1 and 2: of noise as well
         now = self.at(t, state)
         before, estimate, replicas = state["model"].data, state["estimate"].data, tensors(state["replicas"])
         model = weighted(self.row(context), estimate, replicas) + (x - before)
@@ -102,6 +105,7 @@ class ECD(Gossip):
     def averaged(self, estimate: Tensor, payload: Payload, layout: Layout, weight: float) -> Tensor:
         """``(1 - weight) x~ + weight C(z)``, as owner and neighbours compute it; exact where both agree."""
         assert isinstance(self.compressor, Compressor)
+        # lerp, where the equation has two products: equal arguments then give their value to the bit.
         return torch.lerp(estimate, self.compressor.decode(payload, layout), weight)
 
     def at(self, t: int, state: State) -> ECD:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distcomp.averaging.base import Averaging, AveragingContext, agreed
-from distcomp.averaging.topology import MixingRow, Topology, resolve
+from distcomp.averaging.topology import MixingRow, Topology, check_name, resolve
 from distcomp.collectives import NeighborExchange, Rounds
 from distcomp.compressors import Compressor, Identity
 from distcomp.compressors.contraction import measured_contraction, relative_error
@@ -29,20 +29,35 @@ from distcomp.methods.base import AggregateResult, State
 from distcomp.payload import Payload
 
 ORDERS = ("combine_then_adapt", "adapt_then_combine")
+"""Whether neighbours mix before or after the local update."""
 
-SharedAnswers = Mapping[int, Payload]
+NeighbourPayloads = Mapping[int, Payload]
 """Neighbour -> what it sent."""
+
+
+def check_step(step: float, name: str) -> None:
+    """Raise DistcompError for a part of the way to the neighbours' mean that is none of it, or beyond it."""
+    if not 0 < step <= 1:
+        raise DistcompError(f"{name} is above 0 and at most 1, not {step:.3g}; leave it at its default")
 
 
 @dataclass(frozen=True)
 class Gossip(Averaging):
-    """What all gossip has in common: a compressor, a topology, and one payload to each neighbour."""
+    """What all gossip has in common: a compressor, a topology, and one payload to each neighbour.
+
+    Bytes: degree x payload. Models and replicas are float32 ``[layout.numel]``.
+    """
 
     replicas: ClassVar[bool] = False
     """Whether a worker keeps replicas of its neighbours' models: they must then stay its neighbours."""
 
     compressor: Compressor = field(default_factory=Identity)
     topology: str | Topology = "ring"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.topology, str):
+            check_name(self.topology)
 
     @property
     def starts_anew(self) -> bool:
@@ -52,7 +67,9 @@ class Gossip(Averaging):
         """This worker's neighbours and weights, lost ones left out."""
         return resolve(self.topology, context.size).row(context.rank, context.step).without(context.absent)
 
-    def send(self, payload: Payload, context: AveragingContext) -> Rounds[tuple[MixingRow, SharedAnswers]]:
+    def send(
+        self, payload: Payload, context: AveragingContext
+    ) -> Rounds[tuple[MixingRow, NeighbourPayloads]]:
         """Exchange payloads with the neighbours: the row over those who answered, and what they sent."""
         row = self.row(context)
         answers: list[Payload | None] = yield NeighborExchange(payload, row.neighbours)
@@ -62,10 +79,13 @@ class Gossip(Averaging):
         return row.without(set(row.neighbours) - set(messages)), messages
 
     def encode(self, x: Tensor, context: AveragingContext) -> Payload:
+        """``C(x)``, with noise of the worker's own."""
         return self.compressor.encode(x, context.layout, context.private)
 
     def advance(self, base: Tensor, payload: Payload, layout: Layout, times: float = 1.0) -> Tensor:
         """``base + times C(z)``: the one place where owner and neighbours apply the same bytes."""
+        # Decoding straight into the copy saves a model's size; both ends take the same branch, so that their
+        # bits agree.
         if times == 1.0:
             moved = base.clone()
             self.compressor.decode_into(moved, payload, layout, add=True)
@@ -95,7 +115,10 @@ class DPSGD(Gossip):
     With a compressor other than the identity it is *naive compressed gossip*, ``sum_j W_ij C(x^j)``, which
     does not converge below a floor: a control.
 
-    Source: Lian et al., NeurIPS 2017. Bytes: degree x 4 d. Memory: one model.
+    Source: Lian et al., NeurIPS 2017. We differ: a period, and any compressor as a control. Bytes: degree x
+    4 d. Memory: one model (none where the update comes first).
+
+    Raises DistcompError for an unknown order.
     """
 
     order: str = "combine_then_adapt"
@@ -116,7 +139,7 @@ class DPSGD(Gossip):
         model = weighted(row, mine, theirs)
         if adapt_first:
             return agreed(model, state)
-        model += x - mine
+        model += x - mine  # the local update, made at the model that was mixed
         return agreed(model, {"model": FlatBuffer(model.clone(), context.layout)})
 
 
@@ -146,6 +169,7 @@ class DCD(Gossip):
 
     def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
         before, replicas = state["model"].data, tensors(state["replicas"])
+        # x - before is the local update, whatever optimizer made it: what the paper calls the step.
         z = weighted(self.row(context), before, replicas) + (x - before) - before
         sent = self.encode(z, context)
         _, messages = yield from self.send(sent, context)
@@ -193,6 +217,11 @@ class Choco(Gossip):
 
     gamma: float | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gamma is not None:
+            check_step(self.gamma, "gamma")
+
     def init(self, x: Tensor, context: AveragingContext) -> State:
         return {
             "public": FlatBuffer(x.clone(), context.layout),
@@ -237,14 +266,18 @@ class DeepSqueeze(Gossip):
         x^i = x^i + eta sum_j W_ij (c^j - c^i)
 
     No replicas are kept, so the topology may change. Models are compressed, not differences: ``eta`` must be
-    small. ``C`` must be contractive: an unbiased compressor with relative error ``omega`` is damped by ``a =
-    1/(1+omega)``, for its errors would feed on each other otherwise; ``a = 1`` for all others.
+    small. ``C`` must be contractive: an unbiased compressor with relative error ``omega`` is damped by
+    ``a = 1/(1+omega)``, for its errors would feed on each other otherwise; ``a = 1`` for all others.
 
     Source: Tang et al., "DeepSqueeze", 2019. We differ: the damping; ``omega`` is measured on Gaussian data.
     Bytes: degree x payload. Memory: one model.
     """
 
     eta: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_step(self.eta, "eta")
 
     def init(self, x: Tensor, context: AveragingContext) -> State:
         return {"residual": FlatBuffer(torch.zeros_like(x), context.layout)}
@@ -256,6 +289,8 @@ class DeepSqueeze(Gossip):
         damping = measured_contraction(self.compressor, context.layout).damping
         mine = self.damped(sent, context.layout, damping)
         theirs = {j: self.damped(payload, context.layout, damping) for j, payload in messages.items()}
+        # Around one's own c, not x: what is added is then a difference of compressed models, which vanishes
+        # where all agree, and the sum over workers stays what it was.
         model = x + self.eta * (weighted(row, mine, theirs) - mine)
         return agreed(model, {"residual": FlatBuffer(v - mine, context.layout)})
 

@@ -18,8 +18,11 @@ class Outer:
 
         m = momentum m + g;    anchor = anchor - lr (g + momentum m  if nesterov else  m)
 
-    ``Outer()`` is plain averaging: ``anchor - g`` is the mean of the models. DiLoCo's is ``Outer(0.7, 0.9,
-    nesterov=True)``. Memory: one model if there is momentum.
+    ``Outer()`` is plain averaging: ``anchor - g`` is the mean of the models. DiLoCo's is
+    ``Outer(0.7, 0.9, nesterov=True)``. Memory: one model if there is momentum. It sends nothing: every rank
+    takes the same step from the same ``g``.
+
+    Source: Douillard et al., "DiLoCo", 2023; plain: McMahan et al., FedAvg, AISTATS 2017.
 
     Raises DistcompError for a learning rate that is not positive or a momentum outside [0, 1).
     """
@@ -35,6 +38,7 @@ class Outer:
             )
 
     def init(self, layout: Layout) -> State:
+        """The state before the first exchange."""
         return (
             {"momentum": FlatBuffer(torch.zeros(layout.numel, dtype=torch.float32), layout)}
             if self.momentum
@@ -43,6 +47,7 @@ class Outer:
 
     def step(self, anchor: Tensor, gradient: Tensor, state: State) -> tuple[Tensor, State]:
         """The new anchor and the new state."""
+        # Without momentum there is nothing to keep: plain averaging has no state but the anchor.
         if not self.momentum:
             return torch.sub(anchor, gradient, alpha=self.lr), state
         old = state["momentum"]

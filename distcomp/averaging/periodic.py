@@ -24,7 +24,8 @@ from distcomp.methods.from_compressor import from_compressor
 from distcomp.schedule import extremes
 
 POLICIES = ("keep", "reset", "average")
-GRAIN = 512
+"""What becomes of the optimizer's state at an exchange."""
+FRAGMENT_ALIGNMENT = 512
 """Fragments made of blocks are cut at multiples of this many elements of a parameter."""
 
 
@@ -44,8 +45,8 @@ class Periodic(Averaging):
 
     ``fragments > 1``: a part of the model at a time, each every ``period`` steps: ``cut="blocks"``
     by blocks of 512 elements, ``cut="parameters"`` by whole parameters, every ``fragments``-th to the same
-    one. ``overlap``: the exchange goes on during so many steps of computing, and ``x_i = alpha x_i + (1 -
-    alpha) anchor`` when it is over.
+    one. ``overlap``: the exchange goes on during so many steps of computing, and when it is over
+    ``x_i = alpha x_i + (1 - alpha) anchor``.
 
     ``optimizer_state``: ``keep`` it, ``reset`` it at an exchange, or ``average`` it (its tensors of the
     parameters' shapes, in float32). ``buffers``: floating-point buffers (BatchNorm) are ``average``-d at an
@@ -54,7 +55,15 @@ class Periodic(Averaging):
     ``gradients_until``: up to and including this step gradients are averaged before the optimizer sees them,
     as DistributedDataParallel does, and models need not be; the first period begins after it.
 
-    Memory: one model (the anchor), one for outer momentum, and the method's state.
+    On the wire: ``method``'s bytes, every ``period`` steps. Memory: one model (the anchor), one for outer
+    momentum, float32 ``[layout.numel]`` each, and the method's state.
+
+    Source: McMahan et al., FedAvg, AISTATS 2017; Stich, "Local SGD converges fast", ICLR 2019; the outer
+    optimizer: Douillard et al., "DiLoCo", 2023; fragments and overlap: Douillard et al., "Streaming DiLoCo",
+    2025. We differ: any method may carry the difference, with or without error feedback.
+
+    Raises DistcompError for settings outside their ranges, and for fragments or overlap with an optimizer's
+    state that is reset or averaged.
     """
 
     method: Method = field(default_factory=lambda: from_compressor(Identity()))
@@ -103,15 +112,18 @@ class Periodic(Averaging):
 
     def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
         anchor = state["anchor"].data
+        # anchor - x has a gradient's sign: an outer optimizer that descends moves to the workers' mean.
         result = yield from self.method.aggregate(anchor - x, state["method"], context)
         anchor, outer = self.outer.step(anchor, result.estimate, state["outer"])
         state = {"anchor": FlatBuffer(anchor, context.layout), "outer": outer, "method": result.state}
-        return agreed(anchor.clone(), state)
+        return agreed(anchor.clone(), state)  # a copy: training writes into the model, and the anchor stays
 
     def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
+        """``alpha`` of what was computed meanwhile, the rest of what was agreed."""
         return torch.lerp(estimate, now, self.alpha) if self.alpha else estimate
 
     def fragments_of(self, layout: Layout) -> tuple[Layout, ...]:
+        """By ``cut``; those that would be empty are left out."""
         pieces = CUTS[self.cut](layout, self.fragments) if self.fragments > 1 else (layout,)
         return tuple(piece for piece in pieces if piece.slices)
 
@@ -122,7 +134,7 @@ class Periodic(Averaging):
 
 
 def _blocks(layout: Layout, fragments: int) -> tuple[Layout, ...]:
-    return layout.split(fragments, GRAIN)
+    return layout.split(fragments, FRAGMENT_ALIGNMENT)
 
 
 def _parameters(layout: Layout, fragments: int) -> tuple[Layout, ...]:
@@ -131,6 +143,7 @@ def _parameters(layout: Layout, fragments: int) -> tuple[Layout, ...]:
 
 
 CUTS = {"blocks": _blocks, "parameters": _parameters}
+"""How a model is cut into fragments."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +159,12 @@ class Mean(Averaging):
     that quantizes errs in proportion to the model, not to what it learnt (a control).
 
     Memory: none. Bytes: the method's, for ``share d`` values.
+
+    Source: Beton et al., "SPARTA", 2025 (a share of the parameters); the plain mean: Zinkevich et al., NIPS
+    2010.
+
+    Raises DistcompError for a share outside (0, 1], a method that keeps state, and groups that do not divide
+    the world.
     """
 
     method: Method = field(default_factory=lambda: from_compressor(Identity()))

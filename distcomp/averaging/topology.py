@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from distcomp.errors import DistcompError
 
 Matrix = NDArray[np.float64]
-ResilientP2P = Iterable[tuple[int, int]]
+"""``W``: float64 ``[size, size]``."""
+EdgeList = Iterable[tuple[int, int]]
+"""Pairs of workers that are neighbours."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,11 @@ class MixingRow:
 
         Every survivor can do that alone, and what remains of ``W`` is symmetric and doubly stochastic again.
         """
-        gone = set(absent)
-        if gone.isdisjoint(self.neighbours):
+        missing = set(absent)
+        if missing.isdisjoint(self.neighbours):
             return self
-        kept = [(j, w) for j, w in zip(self.neighbours, self.weights, strict=True) if j not in gone]
-        own = self.own + sum(w for j, w in zip(self.neighbours, self.weights, strict=True) if j in gone)
+        kept = [(j, w) for j, w in zip(self.neighbours, self.weights, strict=True) if j not in missing]
+        own = self.own + sum(w for j, w in zip(self.neighbours, self.weights, strict=True) if j in missing)
         return MixingRow(self.rank, tuple(j for j, _ in kept), tuple(w for _, w in kept), own)
 
 
@@ -69,14 +71,14 @@ class Topology:
 
     def row(self, rank: int, step: int = 0) -> MixingRow:
         """``rank``'s neighbours and weights in the exchange number ``step``."""
-        context = step % len(self.matrices)
-        if (rank, context) not in self._rows:
-            weights = self.matrices[context][rank]
+        turn = step % len(self.matrices)
+        if (rank, turn) not in self._rows:
+            weights = self.matrices[turn][rank]
             neighbours = tuple(int(j) for j in np.flatnonzero(weights) if j != rank)
-            self._rows[rank, context] = MixingRow(
+            self._rows[rank, turn] = MixingRow(
                 rank, neighbours, tuple(float(weights[j]) for j in neighbours), float(weights[rank])
             )
-        return self._rows[rank, context]
+        return self._rows[rank, turn]
 
     def degree(self, rank: int) -> float:
         """Neighbours per exchange, on average over a period."""
@@ -91,7 +93,7 @@ class Topology:
         """
         product = np.linalg.multi_dot(self.matrices) if self.changes else self.matrices[0]
         deviation = product - np.full_like(product, 1 / self.size)
-        norm = float(np.linalg.norm(deviation, 2))
+        norm = float(np.linalg.norm(deviation, 2))  # of a symmetric matrix the largest eigenvalue's magnitude
         return float((0.0 if norm < 1e-12 else norm) ** (1 / len(self.matrices)))
 
     @property
@@ -141,7 +143,7 @@ class Topology:
         return hash(self._digest)
 
 
-def metropolis(size: int, edges: ResilientP2P) -> Matrix:
+def metropolis(size: int, edges: EdgeList) -> Matrix:
     """Metropolis-Hastings weights of an undirected graph."""
     adjacent = np.zeros((size, size), dtype=bool)
     for i, j in edges:
@@ -150,6 +152,8 @@ def metropolis(size: int, edges: ResilientP2P) -> Matrix:
         adjacent[i, j] = adjacent[j, i] = True
     degrees = adjacent.sum(axis=1)
     weights = np.where(adjacent, 1.0 / (1 + np.maximum(degrees[:, None], degrees[None, :])), 0.0)
+    # The larger degree of both ends: a row never sums to more than 1, and W is symmetric. What is left of a
+    # row stays with the worker.
     np.fill_diagonal(weights, 1.0 - weights.sum(axis=1))
     return weights
 
@@ -258,18 +262,23 @@ def resolve(topology: str | Topology, size: int) -> Topology:
 
     Raises DistcompError for an unknown name, a topology of another size, or a graph that is not connected.
     """
-    found = _named(topology, size) if isinstance(topology, str) else topology
-    if found.size != size:
-        raise DistcompError(f"{found} is for {found.size} workers and there are {size}; make one for {size}")
-    if not found.connected:
-        raise DistcompError(f"{found} falls apart into pieces that never exchange; connect them")
-    return found
+    made = _named(topology, size) if isinstance(topology, str) else topology
+    if made.size != size:
+        raise DistcompError(f"{made} is for {made.size} workers and there are {size}; make one for {size}")
+    if not made.connected:
+        raise DistcompError(f"{made} falls apart into pieces that never exchange; connect them")
+    return made
+
+
+def check_name(name: str) -> None:
+    """Raise DistcompError unless there is a topology of that name."""
+    if name not in TOPOLOGIES:
+        known = ", ".join(TOPOLOGIES)
+        raise DistcompError(f"there is no topology {name[:80]!r}; use one of {known}, or a Topology")
 
 
 def _named(name: str, size: int) -> Topology:
-    if name not in TOPOLOGIES:
-        known = ", ".join(TOPOLOGIES)
-        raise DistcompError(f"there is no topology {name!r}; use one of {known}, or a Topology")
+    check_name(name)
     return TOPOLOGIES[name](size)
 
 

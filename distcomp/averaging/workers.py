@@ -45,7 +45,7 @@ class Workers:
         """One iteration is over: exchange what is due."""
         self.steps += 1
         for number in range(len(self.fragments[0])):
-            self._apply(number)
+            self._apply(number)  # first what has arrived: an exchange must begin from the model with it
             self._exchange(number)
 
     def _exchange(self, number: int) -> None:

@@ -14,6 +14,7 @@ from distcomp.cli import methods as catalogue
 from distcomp.cli.fabrics import add_fabric, fabric_of
 from distcomp.cli.plugins import add_import, import_plugins
 from distcomp.cli.run import existing
+from distcomp.cli.tables import fitted, sentence
 from distcomp.errors import DistcompError, require
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, predict, recommend."""
-    from distcomp.advice.advise import METHODS, advise, milliseconds
+    from distcomp.advice.advise import METHODS, advise
     from distcomp.advice.predict import PREDICTED_HOOKS
     from distcomp.advice.script import defines, observe_script
     from distcomp.advice.task import NAME, task_of
@@ -69,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise DistcompError("--ranks-here is 1 or more")
     fabric = fabric_of(arguments, "ranks")
     script, given = existing(arguments.model), [one for one in arguments.arguments if one != "--"]
-    trained = task_of(script, given) if defines(script, NAME) else observe_script(script, given)
+    has_task = defines(script, NAME)
+    _tell(f"reading {script}" if has_task else f"running some steps of {script}")
+    trained = task_of(script, given) if has_task else observe_script(script, given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     advice = advise(trained, fabric, methods, arguments.ranks_here, cores, _tell)
     _done()
@@ -78,17 +81,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(advice.as_json(), indent=2))
         return 0
+    show(advice)
+    return 0
+
+
+def show(advice: Advice) -> None:
+    """Print what was measured, the table, and the sentence."""
+    from distcomp.advice.advise import milliseconds
+
     print(f"{advice.parameters:,} parameters, a step computes {milliseconds(advice.compute_s)} here;")
-    print(f"predicted for {fabric.ranks} ranks, fastest first; efficiency by number of ranks;")
+    print(f"predicted for {advice.fabric.ranks} ranks, fastest first;")
+    print("efficiency (computing's share of a step) by number of ranks;")
     print(f"two measurements on this machine differ by {advice.noise:.0%}\n")
     shown = [n for n in SHOWN_SCALES if n in advice.rows[0].efficiency]
-    heads = "".join(f"{n:>7}" for n in shown)
-    width = 2 + max(map(len, methods))
-    print(f"{'method':<{width}}{'step':>12}{'sent':>13}{'speed-up':>10}{'faster below':>15}{heads}")
-    for row in advice.rows:
-        print(_line(row, shown, width))
-    print(f"\n{advice.sentence}")
-    return 0
+    head = ["method", "step", "sent", "speed-up", "faster below", *(f"{n} ranks" for n in shown)]
+    print(fitted(head, [_cells(row, shown) for row in advice.rows]))
+    print(f"\n{sentence(advice.sentence)}")
 
 
 def _tell(what: str) -> None:
@@ -104,16 +112,22 @@ def _done() -> None:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _line(row: AdviceRow, shown: list[int], width: int) -> str:
+def _cells(row: AdviceRow, shown: list[int]) -> list[str]:
     from distcomp.advice.advise import WORTH, milliseconds
 
-    efficiency = "".join(f"{row.efficiency[n]:>7.0%}" for n in shown)
     even = "-" if row.method == "ddp" else _rate(row.break_even_bps)
     if row.method != "ddp" and math.isinf(row.break_even_bps) and row.speed_up < WORTH:
         even = f"not by {WORTH - 1:.0%}"
     sent = f"{row.prediction.sent_bytes / 1e3:,.0f} kB"
     step = milliseconds(row.prediction.step_s)
-    return f"{row.method:<{width}}{step:>12}{sent:>13}{row.speed_up:>9.2f}x{even:>15}{efficiency}"
+    return [
+        row.method,
+        step,
+        sent,
+        f"{row.speed_up:.2f}x",
+        even,
+        *(f"{row.efficiency[n]:.0%}" for n in shown),
+    ]
 
 
 def _rate(bps: float) -> str:

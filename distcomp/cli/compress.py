@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from distcomp.atomic_write import write_whole
+from distcomp.cli.outputs import write_output
+from distcomp.cli.tables import fitted
 from distcomp.errors import DistcompError
 
 DESCRIPTION = """\
@@ -37,12 +38,12 @@ def run(arguments: argparse.Namespace) -> int:
     again = decompress(data, limit_bytes=1 << 62)
     if compress(again, arguments.bits) != data:
         raise DistcompError("what was coded does not read back as it was; please report this model")
-    write(arguments.output, data)
-    for size in sizes(data):
-        print(f"{size.name:<40}{size.dense_bytes:>12} ->{size.stored_bytes:>10}  {size.coding}")
+    write_output(arguments.output, data, b"dcz1", ".dcz file")
+    rows = [[one.name, f"{one.dense_bytes}", f"{one.stored_bytes}", one.coding] for one in sizes(data)]
+    print(fitted(["tensor", "bytes", "stored", "coding"], rows))
     dense = sum(size.dense_bytes for size in sizes(data))
     smaller = f"{dense / len(data):.1f} x smaller"
-    print(f"{dense} bytes of tensors -> {len(data)} bytes, {smaller}: {arguments.output}")
+    print(f"\n{dense} bytes of tensors -> {len(data)} bytes, {smaller}:\n{arguments.output}")
     return 0
 
 
@@ -76,11 +77,3 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{masked} has a mask beside it; save distcomp.pruning.plain_state(model), which applies it"
         )
     return state
-
-
-def write(path: Path, data: bytes | memoryview) -> None:
-    """Write a file whole or not at all."""
-    try:
-        write_whole(path, data)
-    except OSError as error:
-        raise DistcompError(f"{path} cannot be written ({error}); name another file with -o") from None

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from distcomp.cli.compress import write
+from distcomp.cli.outputs import write_output
 from distcomp.errors import DistcompError
 
 
@@ -35,6 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise DistcompError(f"{arguments.file} cannot be read ({error}); name a file") from None
     memory = io.BytesIO()
     torch.save(state, memory)
-    write(arguments.output, memory.getbuffer())
+    write_output(arguments.output, memory.getbuffer(), b"PK\x03\x04", "model that torch.save wrote")
     print(f"{len(state)} tensors: {arguments.output}")
     return 0

@@ -181,7 +181,7 @@ def _one(
 
 def _check_attached(experiment: Experiment, method: str, directory: Path, failed: bool) -> None:
     """Raise DistcompError unless the script attached what it was asked to, and will the next method, too."""
-    about = recording.read(directory).about
+    about = recording.read_run(directory).about
     attached, script = about.get("method"), experiment.script
     if attached is None and not failed:
         raise DistcompError(

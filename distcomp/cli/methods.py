@@ -15,7 +15,7 @@ from typing import Any
 from distcomp.builtin_hooks import BUILTIN_HOOKS, is_builtin, parse_builtin
 from distcomp.cli.plugins import add_import, import_plugins
 from distcomp.errors import DistcompError
-from distcomp.plugins import load as load_plugins
+from distcomp.plugins import load_plugins
 
 HOOK_SUMMARIES = {hook.name: hook.summary for hook in BUILTIN_HOOKS.values()}
 EXAMPLE_SIDE = 1000
@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(listed, indent=2))
         return 0
     width = min(shutil.get_terminal_size().columns, 100)
-    print("Methods, by the name that attach() and --method take (d parameters, n ranks)\n")
+    heading = "Methods, by the name that attach() and --method take (d parameters, n ranks)"
+    print(f"{textwrap.fill(heading, width)}\n")
     for one in methods():
         print(_paragraph(one, width))
     print("Compressors, which methods carry\n")

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distcomp.cli.outputs import write_output
 from distcomp.errors import DistcompError, require
 
 if TYPE_CHECKING:
@@ -62,12 +63,7 @@ def tell(found: Probed, arguments: argparse.Namespace) -> None:
     text = found.fabric.to_toml()
     spread = sorted(link.spread for link in found.links.values())[len(found.links) // 2]
     if arguments.output is not None:
-        try:
-            arguments.output.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise DistcompError(
-                f"{arguments.output} cannot be written ({error}); name another file"
-            ) from None
+        write_output(arguments.output, text.encode(), b"ranks = ", "fabric")
     if arguments.plot is not None:
         plot(found, arguments.plot)
     if arguments.json:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from distcomp import recording
-from distcomp.atomic_write import write_whole
-from distcomp.errors import DistcompError
+from distcomp.cli.outputs import write_output
+from distcomp.cli.tables import sentence
 from distcomp.report import Comparison, as_json, as_text, compare, page
 from distcomp.report.claims import verdict
 from distcomp.report.page import other_names
-from distcomp.report.predicted import Predicted, as_lines, pairs, read_advice
+from distcomp.report.predicted import Predicted, as_lines, pairs_of, read_advice
 from distcomp.report.table import as_cards, rich_table
 
 DESCRIPTION = """\
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table and write the page."""
     comparison = compare_directories(arguments.runs, arguments.target)
     predicted = read_advice(arguments.advice) if arguments.advice is not None else None
-    beside = pairs(comparison, predicted) if predicted is not None else []
+    beside = pairs_of(comparison, predicted) if predicted is not None else []
     path = arguments.output or (None if arguments.json else arguments.runs[0] / "report.html")
     if path is not None:
         write_page(comparison, path, predicted)
@@ -70,17 +70,17 @@ def run(arguments: argparse.Namespace) -> int:
 def compare_directories(directories: Sequence[Path], target_loss: float | None = None) -> Comparison:
     """Read the runs in ``directories`` and compare them."""
     return compare(
-        [recording.read(directory) for directory in recording.find(list(directories))], target_loss
+        [recording.read_run(directory) for directory in recording.find_runs(list(directories))], target_loss
     )
 
 
 def show(comparison: Comparison) -> None:
     """Print the table: with ``rich`` on a terminal where it is installed, in plain characters elsewhere."""
     print(_drawn(comparison))
-    print(f"\n{verdict(comparison).sentence}")
+    print(f"\n{sentence(verdict(comparison).sentence)}")
     names = other_names(comparison)
     if names:
-        print(f"also logged, and drawn on the page: {', '.join(names)}")
+        print(sentence(f"also logged, and drawn on the page: {', '.join(names)}"))
 
 
 def _drawn(comparison: Comparison) -> str:
@@ -100,8 +100,6 @@ def _drawn(comparison: Comparison) -> str:
 
 
 def write_page(comparison: Comparison, path: Path, predicted: Predicted | None = None) -> None:
-    """Write the page whole or not at all."""
-    try:
-        write_whole(path, page(comparison, predicted).encode("utf-8", errors="replace"))
-    except OSError as error:
-        raise DistcompError(f"{path} cannot be written ({error}); name another file with -o") from None
+    """Write the page whole or not at all; only another page is replaced."""
+    text = page(comparison, predicted).encode("utf-8", errors="replace")
+    write_output(path, text, b'<meta name="generator" content="distcomp">', "page of distcomp report")

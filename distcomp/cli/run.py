@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_attached(arguments: argparse.Namespace) -> None:
     """Raise DistcompError where the script attached nothing, or not what ``--method`` asked for."""
-    attached = recording.read(arguments.output).about.get("method")
+    attached = recording.read_run(arguments.output).about.get("method")
     if attached is None:
         raise DistcompError(
             f"{arguments.script} ended well but attached no method, so {arguments.output} holds no record; "

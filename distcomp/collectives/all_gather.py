@@ -31,7 +31,7 @@ class AllGather(Sealed):
     def sends(self) -> tuple[Payload, ...]:
         return (self.payload,)
 
-    def payload_to(self, place: int) -> Payload:
+    def payload_to(self, position: int) -> Payload:
         return self.payload
 
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
@@ -45,11 +45,13 @@ class AllGather(Sealed):
         return (len(sizes) - 1) * sum(sizes) / len(sizes)
 
     def traffic(self, size: int) -> Traffic:
-        return Traffic("gather", tuple(self.wire_sizes(0, size)), chunked=self.parts is not None)
+        return Traffic("all_gather", tuple(self.wire_sizes(0, size)), chunked=self.parts is not None)
 
     def drive(self, line: Primitives) -> Pending:
         return line.all_gather(self.payload.wire, self.wire_sizes(line.rank, line.size), self.group)
 
     def share(self, index: int, count: int) -> Self:
-        parts = None if self.parts is None else tuple(share_parts(one, count) for one in self.parts)
+        parts = (
+            None if self.parts is None else tuple(share_parts(of_member, count) for of_member in self.parts)
+        )
         return replace(self, payload=share_of_payload(self.payload, index, count), parts=parts)

@@ -16,6 +16,8 @@ from distcomp.payload import Part, Parts, Payload
 
 DIRECT_BYTES = 8192
 """A tensor up to this size is summed by sending it to everyone: its cost is hops, not bytes."""
+DIRECT_MEMBERS = 8
+"""With more members, the copies cost more than a ring's hops."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,7 @@ class AllReduce(Request):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return self.x.numel() * self.x.element_size()
 
     def signature(self) -> tuple[object, ...]:
@@ -45,6 +48,7 @@ class AllReduce(Request):
         if not x.is_floating_point():
             return self
         if x.device.type == "cpu":
+            # The buffer was given away, so it may be overwritten; no copy in the usual case, either.
             return self if finite else replace(self, x=x.fill_(float("nan")))
         return replace(
             self, x=torch.where(finite, x, torch.full((), float("nan"), dtype=x.dtype, device=x.device))
@@ -57,7 +61,7 @@ class AllReduce(Request):
         return all_reduce_sent_bytes(self.nbytes, len(self.members(size)))
 
     def traffic(self, size: int) -> Traffic:
-        return Traffic("sum", (self.nbytes,))
+        return Traffic("all_reduce", (self.nbytes,))
 
     def hops(self, size: int) -> int:
         """The steps of a ring, or one."""
@@ -98,7 +102,7 @@ class AllReduce(Request):
 
 def is_summed_directly(nbytes: float, members: int) -> bool:
     """Whether a sum of this size is carried in one hop, by everyone to everyone, instead of around a ring."""
-    return nbytes <= DIRECT_BYTES and members <= 8
+    return nbytes <= DIRECT_BYTES and members <= DIRECT_MEMBERS
 
 
 def all_reduce_sent_bytes(nbytes: float, members: int) -> int:
@@ -112,6 +116,7 @@ def all_reduce_sent_bytes(nbytes: float, members: int) -> int:
 def in_rank_order(terms: Sequence[Tensor]) -> Tensor:
     """``((x_0 + x_1) + x_2) + ...``, in a tensor of its own: the same bits on every rank and over every
     transport."""
+    # Floating-point addition is not associative: who adds in another order holds another model.
     total = terms[0].clone()
     for term in terms[1:]:
         total += term

@@ -26,6 +26,7 @@ class AllToAll(Sealed):
 
     def signature(self) -> tuple[object, ...]:
         if self.parts is not None:
+            # What is sent differs from rank to rank; that both ends mean the same, check_against sees.
             return ("parts declared", len(self.payloads), len(self.parts), self.group)
         return (tuple(payload.parts for payload in self.payloads), self.group)
 
@@ -34,9 +35,9 @@ class AllToAll(Sealed):
         if self.parts is None:
             return
         self.check_one_each(len(self.parts), len(asked))
-        place = self.place(rank)
+        position = self.position(rank)
         for sender, parts in zip(self.members(len(asked)), self.parts, strict=True):
-            sent = asked[sender].payload_to(place).parts
+            sent = asked[sender].payload_to(position).parts
             if sent != parts:
                 raise Mismatch(
                     f"rank {rank} expects {parts} from rank {sender}, which sends it {sent}; "
@@ -46,16 +47,16 @@ class AllToAll(Sealed):
     def sends(self) -> tuple[Payload, ...]:
         return self.payloads
 
-    def payload_to(self, place: int) -> Payload:
-        return self.payloads[place]
+    def payload_to(self, position: int) -> Payload:
+        return self.payloads[position]
 
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
-        return self.parts or [self.payloads[self.place(rank)].parts] * len(self.payloads)
+        return self.parts or [self.payloads[self.position(rank)].parts] * len(self.payloads)
 
     def sent_bytes(self, rank: int, size: int) -> Bytes:
-        sent, own = Bytes(), self.place(rank)
-        for place, payload in enumerate(self.payloads):
-            if place != own:
+        sent, own = Bytes(), self.position(rank)
+        for position, payload in enumerate(self.payloads):
+            if position != own:
                 sent.update(counted(payload.parts, 1))
         return sent
 
@@ -64,7 +65,9 @@ class AllToAll(Sealed):
         return (len(sizes) - 1) * sum(sizes) / len(sizes)
 
     def traffic(self, size: int) -> Traffic:
-        return Traffic("swap", tuple(wire_bytes(one.parts) for one in self.payloads), chunked=True)
+        return Traffic(
+            "all_to_all", tuple(wire_bytes(payload.parts) for payload in self.payloads), chunked=True
+        )
 
     def messages(self, rank: int, size: int) -> tuple[tuple[int, int], ...]:
         if self.parts is None:
@@ -80,7 +83,9 @@ class AllToAll(Sealed):
 
     def share(self, index: int, count: int) -> Self:
         payloads = tuple(share_of_payload(payload, index, count) for payload in self.payloads)
-        parts = None if self.parts is None else tuple(share_parts(one, count) for one in self.parts)
+        parts = (
+            None if self.parts is None else tuple(share_parts(of_sender, count) for of_sender in self.parts)
+        )
         return replace(self, payloads=payloads, parts=parts)
 
     def mean_answer_parts(self, size: int) -> Sequence[Parts]:

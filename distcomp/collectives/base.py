@@ -81,9 +81,9 @@ class Primitives(Protocol):
 class Traffic:
     """What a request puts on a network, in bytes: what :mod:`distcomp.network` prices.
 
-    ``pattern``: sum, gather, swap, mix or cast. ``sizes``: bytes that each member sends (gather), that go to
-    each member (swap), or one number. ``chunked``: the sizes are cuts of something that all members cover
-    together.
+    ``pattern``: all_reduce, all_gather, all_to_all, neighbor_exchange or broadcast. ``sizes``: bytes that
+    each member sends (all_gather), that go to each member (all_to_all), or one number. ``chunked``: the
+    sizes are cuts of something that all members cover together.
     """
 
     pattern: str
@@ -108,7 +108,7 @@ class Request(ABC):
         """The ranks that take part, of ``size`` in all."""
         return self.group or tuple(range(size))
 
-    def place(self, rank: int) -> int:
+    def position(self, rank: int) -> int:
         """Where a rank stands among the members."""
         return self.group.index(rank) if self.group else rank
 
@@ -245,8 +245,8 @@ class Sealed(Request):
     def sends(self) -> tuple[Payload, ...]: ...
 
     @abstractmethod
-    def payload_to(self, place: int) -> Payload:
-        """What the member at a place is sent by who asks this."""
+    def payload_to(self, position: int) -> Payload:
+        """What the member at ``position`` is sent by who asks this."""
 
     @abstractmethod
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
@@ -266,15 +266,17 @@ class Sealed(Request):
         )
 
     def delivered(self, rank: int, asked: Sequence[Any]) -> list[Payload]:
-        place = self.place(rank)
-        payloads = [asked[sender].payload_to(place) for sender in self.senders(len(asked))]
+        position = self.position(rank)
+        payloads = [asked[sender].payload_to(position) for sender in self.senders(len(asked))]
+        # One list for all: what every rank computes alike from it is then computed once (collectives.once).
         return SharedAnswers(payloads) if self.alike else payloads
 
     def read(self, delivered: list[Any]) -> Any:
         return delivered
 
     def echo(self, rank: int, size: int, write_header: SealFor) -> list[Tensor]:
-        own, wires = self.payload_to(self.place(rank)), []
+        # A copy for each sender, for each is given a header of its own.
+        own, wires = self.payload_to(self.position(rank)), []
         for sender, parts in zip(self.senders(size), self.expected(rank, size), strict=True):
             said = Payload(own.wire.clone(), parts) if parts == own.parts else zeros(parts)
             write_header(sender, said)

@@ -36,7 +36,7 @@ class Broadcast(Sealed):
     def sends(self) -> tuple[Payload, ...]:
         return (self.payload,)
 
-    def payload_to(self, place: int) -> Payload:
+    def payload_to(self, position: int) -> Payload:
         return self.payload
 
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
@@ -54,7 +54,7 @@ class Broadcast(Sealed):
         return (members - 1) / members * wire_bytes(self.payload.parts)
 
     def traffic(self, size: int) -> Traffic:
-        return Traffic("cast", (wire_bytes(self.payload.parts),))
+        return Traffic("broadcast", (wire_bytes(self.payload.parts),))
 
     def drive(self, line: Primitives) -> Pending:
         return line.broadcast(self.payload.wire, self.source, self.group)

@@ -29,7 +29,7 @@ class NeighborExchange(Sealed):
         return self.neighbours
 
     def within(self, group: Group) -> Self:
-        return replace(self, neighbours=tuple(group[place] for place in self.neighbours), group=group)
+        return replace(self, neighbours=tuple(group[position] for position in self.neighbours), group=group)
 
     def signature(self) -> tuple[object, ...]:
         return (self.payload.parts, self.group)
@@ -48,7 +48,7 @@ class NeighborExchange(Sealed):
     def sends(self) -> tuple[Payload, ...]:
         return (self.payload,)
 
-    def payload_to(self, place: int) -> Payload:
+    def payload_to(self, position: int) -> Payload:
         return self.payload
 
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
@@ -61,7 +61,7 @@ class NeighborExchange(Sealed):
         return len(self.neighbours) * wire_bytes(self.payload.parts)
 
     def traffic(self, size: int) -> Traffic:
-        return Traffic("mix", (wire_bytes(self.payload.parts),))
+        return Traffic("neighbor_exchange", (wire_bytes(self.payload.parts),))
 
     def drive(self, line: Primitives) -> Pending:
         wires = [self.payload.wire] * len(self.neighbours)

@@ -42,27 +42,28 @@ def share_of_payload(payload: Payload, index: int, count: int) -> Payload:
 def merged_parts(parts: Sequence[Parts]) -> Parts:
     """Several payloads of the same kinds laid together, kind by kind."""
     return tuple(
-        Part(same[0].kind, same[0].dtype, sum(one.numel for one in same)) for same in zip(*parts, strict=True)
+        Part(same[0].kind, same[0].dtype, sum(part.numel for part in same))
+        for same in zip(*parts, strict=True)
     )
 
 
 def merged(payloads: Sequence[Payload]) -> Payload:
     """Payloads of the same kinds as one."""
-    parcel = Payload.empty(merged_parts([one.parts for one in payloads]), payloads[0].wire.device)
+    parcel = Payload.empty(merged_parts([payload.parts for payload in payloads]), payloads[0].wire.device)
     for part in parcel.parts:
-        torch.cat([one[part.kind] for one in payloads], out=parcel[part.kind])
+        torch.cat([payload[part.kind] for payload in payloads], out=parcel[part.kind])
     return parcel
 
 
-def joined(parcels: Sequence[Payload], wholes: Sequence[Parts]) -> list[Payload]:
+def reassembled(parcels: Sequence[Payload], wholes: Sequence[Parts]) -> list[Payload]:
     """The payloads of ``wholes`` whose shares were merged, in that order, in every one of ``parcels``."""
-    return [_joined(parcels, wholes, index) for index in range(len(wholes))]
+    return [_reassembled(parcels, wholes, index) for index in range(len(wholes))]
 
 
-def _joined(parcels: Sequence[Payload], wholes: Sequence[Parts], index: int) -> Payload:
+def _reassembled(parcels: Sequence[Payload], wholes: Sequence[Parts], index: int) -> Payload:
     whole = Payload.empty(wholes[index], parcels[0].wire.device)
     for position, part in enumerate(whole.parts):
-        widths = [share_width(one[position].numel, len(parcels)) for one in wholes]
+        widths = [share_width(whole_parts[position].numel, len(parcels)) for whole_parts in wholes]
         begin = sum(widths[:index])
         pieces = [parcel[part.kind][begin : begin + widths[index]] for parcel in parcels]
         whole[part.kind].copy_(torch.cat(pieces)[: part.numel])

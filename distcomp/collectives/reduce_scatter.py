@@ -45,14 +45,16 @@ class ReduceScatter(Sealed):
                 "give each rank a piece of 0 elements or more, which sum to the tensor's"
             )
 
-    def parts_of(self, place: int) -> Parts:
-        """A message to the member at a place."""
-        return (Part(self.kind, self.x.dtype, self.sizes[place]),)
+    def parts_of(self, position: int) -> Parts:
+        """A message to the member at ``position``."""
+        return (Part(self.kind, self.x.dtype, self.sizes[position]),)
 
     @cached_property
     def payloads(self) -> tuple[Payload, ...]:
         """The pieces, laid out for the wire."""
-        made = tuple(Payload.empty(self.parts_of(place), self.x.device) for place in range(len(self.sizes)))
+        made = tuple(
+            Payload.empty(self.parts_of(position), self.x.device) for position in range(len(self.sizes))
+        )
         for payload, piece in zip(made, torch.split(self.x.reshape(-1), list(self.sizes)), strict=True):
             payload[self.kind].copy_(piece)
         return made
@@ -66,29 +68,29 @@ class ReduceScatter(Sealed):
     def sends(self) -> tuple[Payload, ...]:
         return self.payloads
 
-    def payload_to(self, place: int) -> Payload:
-        return self.payloads[place]
+    def payload_to(self, position: int) -> Payload:
+        return self.payloads[position]
 
     def expected(self, rank: int, size: int) -> Sequence[Parts]:
-        return [self.parts_of(self.place(rank))] * len(self.sizes)
+        return [self.parts_of(self.position(rank))] * len(self.sizes)
 
     def read(self, delivered: list[Any]) -> Tensor:
         return in_rank_order([payload[self.kind] for payload in delivered])
 
     def sent_bytes(self, rank: int, size: int) -> Bytes:
-        sent, own = Bytes(), self.place(rank)
-        for place in range(len(self.sizes)):
-            if place != own:
-                sent.update(counted(self.parts_of(place), 1))
+        sent, own = Bytes(), self.position(rank)
+        for position in range(len(self.sizes)):
+            if position != own:
+                sent.update(counted(self.parts_of(position), 1))
         return sent
 
     def mean_sent_bytes(self, size: int) -> float:
         count = len(self.sizes)
-        return (count - 1) / count * sum(wire_bytes(self.parts_of(place)) for place in range(count))
+        return (count - 1) / count * sum(wire_bytes(self.parts_of(position)) for position in range(count))
 
     def traffic(self, size: int) -> Traffic:
-        sizes = tuple(wire_bytes(self.parts_of(place)) for place in range(len(self.sizes)))
-        return Traffic("swap", sizes, chunked=True)
+        sizes = tuple(wire_bytes(self.parts_of(position)) for position in range(len(self.sizes)))
+        return Traffic("all_to_all", sizes, chunked=True)
 
     def drive(self, line: Primitives) -> Pending:
         self.check_one_each(len(self.sizes), line.size)
@@ -105,7 +107,7 @@ class ReduceScatter(Sealed):
         return replace(self, x=x, sizes=tuple(widths))
 
     def answer_parts(self, rank: int, size: int) -> Sequence[Parts]:
-        return [self.parts_of(self.place(rank))]
+        return [self.parts_of(self.position(rank))]
 
     def mean_answer_parts(self, size: int) -> Sequence[Parts]:
         return [(Part(self.kind, self.x.dtype, -(-self.x.numel() // len(self.sizes))),)]

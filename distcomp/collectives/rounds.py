@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distcomp.collectives.all_gather import AllGather
 from distcomp.collectives.base import Group, Request, SharedAnswers
-from distcomp.collectives.partition import joined, merged, merged_parts
+from distcomp.collectives.partition import merged, merged_parts, reassembled
 from distcomp.payload import Payload, wire_bytes
 
 T = TypeVar("T")
@@ -46,17 +46,18 @@ def within(group: Group, aggregation: Rounds[T]) -> Rounds[T]:
         return value
 
 
-def partitioned(request: Request, place: int, across: Group, index: int, node: Group) -> Rounds[Any]:
+def partitioned(request: Request, position: int, across: Group, index: int, node: Group) -> Rounds[Any]:
     """The answer to ``request`` of a node, which all of its ranks ask alike, each carrying a share of it.
 
-    ``across``: the ranks of the group that answers, one of each node, this one at ``place``; ``node``: the
+    ``across``: the ranks of the group that answers, one of each node, this one at ``position``; ``node``: the
     ranks that share the work, this one at ``index``. The ``index``-th share is asked across; then the node
     puts the shares together, by one gather.
     """
+    # Every rank of the node asks a share, over its own link, at the same time: the node sends each byte once.
     share = request.share(index, len(node))
     answer = yield share.within(across)
     parcels: list[Payload] = yield AllGather(merged(share.packed(answer)), group=node)
-    return request.unpacked(joined(parcels, request.answer_parts(place, len(across))))
+    return request.unpacked(reassembled(parcels, request.answer_parts(position, len(across))))
 
 
 def partitioned_bytes(request: Request, near: int, far: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distcomp.compressors.base import Compressor
 from distcomp.compressors.fixed import integer_bytes, pack_integers, unpack_integers
-from distcomp.compressors.grid import uniform
+from distcomp.compressors.grid import uniform_noise
 from distcomp.kernels.reference import round_at_random
 from distcomp.layout import Layout, ParamSlice
 from distcomp.payload import Part, Parts, Payload
@@ -36,9 +36,12 @@ class AnchoredGrid(Compressor):
     ranks. The mean is right, and as long as nothing is widened (w = 0) the error of a value is below
     ``spacing_p``, whatever the value. Where a difference does not fit, its parameter's grid is widened for
     this message instead of clamping it: receivers read ``w`` from the payload. What equals the anchor is
-    exact.
+    exact. ``x``: float32 ``[layout.numel]``.
 
     On the wire: ``bits/8`` bytes per value and one per parameter.
+
+    Source: none; it is what ECD needs (:class:`distcomp.averaging.extrapolation.ECD`), whose paper asks for
+    an absolutely bounded error and names no quantizer that has one.
     """
 
     anchor: Tensor
@@ -67,7 +70,8 @@ class AnchoredGrid(Compressor):
             for param, peak in zip(layout.slices, largest, strict=True)
         ]
         payload["widening"].copy_(torch.tensor(widened, dtype=torch.uint8))
-        rounded = round_at_random(offset / self._steps(payload, layout), uniform(layout, key, x.device))
+        rounded = round_at_random(offset / self._steps(payload, layout), uniform_noise(layout, key, x.device))
+        # What is finite fits by now; an infinity becomes some integer, and its rank announces it.
         codes = rounded.clamp_(-self.levels, self.levels).to(torch.int64) + self.levels
         payload["codes"].copy_(pack_integers(codes, self.bits))
         return payload
@@ -102,6 +106,7 @@ def _doublings(ratio: float) -> int:
     """The smallest w in 0..127 with ``ratio <= 2^w``; what is not finite takes the largest."""
     if not math.isfinite(ratio):
         return 127
+    # frexp is exact, where log2 of a number just above a power of two rounds down to it.
     mantissa, exponent = math.frexp(ratio)
     return min(127, max(0, exponent - (mantissa == 0.5)))
 
@@ -127,5 +132,5 @@ def spacing_of(x: Tensor, layout: Layout, given: float | None = None) -> dict[st
 def _typical(weights: Tensor) -> float:
     """The standard deviation of a Gaussian of the same median magnitude; 0 for zeros."""
     magnitudes = weights.abs()
-    magnitudes = magnitudes[magnitudes > 0]
+    magnitudes = magnitudes[magnitudes > 0]  # pruned weights say nothing of the size of those that are left
     return float(magnitudes.median()) / MEDIAN_OF_GAUSSIAN if magnitudes.numel() else 0.0

@@ -14,8 +14,9 @@ from torch import Tensor
 from distcomp.grammar import checked, hints_of, nested, no_such, read_settings, split_call, write_call
 from distcomp.layout import Layout
 from distcomp.payload import Parts, Payload, wire_bytes
+from distcomp.plugins import lookup
 from distcomp.randomness import Key
-from distcomp.registry import COMPRESSORS, CompressorEntry, find
+from distcomp.registry import COMPRESSORS, CompressorEntry
 
 
 class Compressor(ABC):
@@ -69,7 +70,8 @@ class Compressor(ABC):
         return out
 
     def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
-        """Subtract the decoded flat buffer from ``out``: what error feedback keeps."""
+        """Subtract the decoded flat buffer from ``out`` (float32, ``[layout.numel]``): what error feedback
+        keeps."""
         out.sub_(self.decode(payload, layout))
 
     def wire_bytes(self, layout: Layout) -> int:
@@ -84,6 +86,8 @@ class Compressor(ABC):
     def delta(self, numel: int) -> float | None:
         """A contraction: ``E|C(x)-x|^2 <= (1-delta) |x|^2`` with delta > 0; None where there is none."""
         omega = self.omega(numel)
+        # Unbiased, so E|C(x)-x|^2 <= omega |x|^2 is the contraction's own inequality; from omega = 1 on it
+        # says nothing, and whoever needs a contraction must damp (distcomp.compressors.contraction).
         return 1 - omega if omega is not None and omega < 1 else None
 
 
@@ -114,13 +118,14 @@ def parse_compressor(given: Compressor | str) -> Compressor:
     if isinstance(given, Compressor):
         return given
     name, texts = split_call(given, "compressor")
-    entry = find(COMPRESSORS, name)
+    entry = lookup(COMPRESSORS, name)
     if entry is None:
         raise no_such("compressor", name, COMPRESSORS)
     with nested():
         settings = read_settings(name, texts, entry.make)
         hints = hints_of(entry.make)
         for key, value in settings.items():
+            # A text is a compressor only where one is asked for: "max" of norm=max stays a text.
             if isinstance(value, str) and isinstance(hints[key], type) and issubclass(hints[key], Compressor):
                 settings[key] = parse_compressor(value)
         made: Compressor = entry.make(**checked(name, settings, entry.make))
@@ -129,12 +134,12 @@ def parse_compressor(given: Compressor | str) -> Compressor:
 
 def _text_of(compressor: Compressor) -> str:
     """``name:key=value`` of the class with what differs from its defaults, or a preset's name."""
-    by_class = next((one.name for one in COMPRESSORS.values() if one.make is type(compressor)), None)
+    by_class = next((entry.name for entry in COMPRESSORS.values() if entry.make is type(compressor)), None)
     settings = _unusual(compressor)
     if by_class is not None and not settings:
         return by_class
-    presets = (one for one in COMPRESSORS.values() if not isinstance(one.make, type))
-    preset = next((one.name for one in presets if one.make() == compressor), None)
+    presets = (entry for entry in COMPRESSORS.values() if not isinstance(entry.make, type))
+    preset = next((entry.name for entry in presets if entry.make() == compressor), None)
     if preset is not None:
         return preset
     return repr(compressor) if by_class is None else write_call(by_class, settings)

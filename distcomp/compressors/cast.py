@@ -16,6 +16,7 @@ from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Name -> type on the wire."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Cast(Compressor):
     """``C(x) = round(x)`` to the nearest value of a 16-bit float (ties to even).
 
     ``|C(x)_j - x_j| <= 2^-8 |x_j|`` for bfloat16 and ``2^-11 |x_j|`` for float16, where x_j is a normal
-    number of the type. On the wire: 2 bytes per value. A NaN stays one.
+    number of the type. On the wire: 2 bytes per value; the payload is ``values``, in the type, as many as the
+    buffer has. A NaN stays one.
 
     float16 clamps finite values to its range (65504) and lets an infinity through: an overflow must not look
     like a number, and a number must not look like an overflow. Payloads may be added on the wire; every hop
@@ -54,6 +56,7 @@ class Cast(Compressor):
         values = payload["values"].copy_(x)
         # Looking costs a fraction of clamping; a GPU is not waited for and clamps.
         if self.dtype == "fp16" and not (x.device.type == "cpu" and kernels.all_finite(values)):
+            # Found by what the cast did, not by comparing with 65504: up to 65519 rounds down to that.
             overflowed = values.isinf() & x.isfinite()
             values.copy_(torch.where(overflowed, x.clamp(-self.largest, self.largest), x))
         return payload

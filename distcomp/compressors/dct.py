@@ -33,7 +33,7 @@ class DctTopK(Sparsifier):
     Biased.
 
     On the wire, per chunk: 4 k bytes of values and about ``k (2 + log2(chunk/k))`` bits of indices (9 each
-    for 32 of 4096).
+    for 32 of 4096). The payload: ``values``, float32, k a chunk; ``indices``, uint8.
 
     Source: Peng et al., "DeMo: decoupled momentum optimization", 2024. We differ: packed indices (the
     reference sends 64 bits each); tensors of more than two dimensions are matrices.
@@ -82,6 +82,7 @@ class DctTopK(Sparsifier):
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
         y = self.transform(x, layout)
+        # Parameter by parameter: chunks of one are rows of one length, so that one call searches them all.
         values_at = codes_at = 0
         for rows in (grid.rows for grid in self._grids(layout)):
             indices = top_indices(rows.view(y), rows.count)
@@ -104,6 +105,7 @@ class DctTopK(Sparsifier):
         return torch.cat(where)
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
+        # Into a buffer of coefficients: adding must wait until they are values again.
         y = torch.zeros_like(out)
         y[self.positions(payload, layout)] = payload["values"]
         if add:
@@ -139,6 +141,7 @@ class _Grid:
 
 @cache
 def _grid(param: ParamSlice, at: int, side: int, k: int) -> _Grid:
+    # A piece of a parameter may begin in the middle of a row: it has one dimension.
     matrix = param.whole and len(param.shape) > 1 and param.numel > 0
     tall = param.shape[0] if matrix else 1
     long = param.numel // tall
@@ -160,6 +163,7 @@ def dct(side: int, device: torch.device) -> Tensor:
 
 @cache
 def _dct(side: int) -> Tensor:
+    # In float64, rounded once: the cosine of a large angle loses in float32 what the angle has lost.
     j = torch.arange(side, dtype=torch.float64)
     matrix = torch.cos(torch.pi * (2 * j + 1) * j[:, None] / (2 * side)).mul_(math.sqrt(2 / side))
     matrix[0] *= math.sqrt(0.5)

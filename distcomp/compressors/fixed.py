@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distcomp.compressors.base import Compressor, register_compressor
-from distcomp.compressors.grid import uniform
+from distcomp.compressors.grid import uniform_noise
 from distcomp.errors import DistcompError
 from distcomp.kernels import reference
 from distcomp.kernels.packing import block_bytes
@@ -41,14 +41,14 @@ def pack_integers(codes: Tensor, bits: int) -> Tensor:
     low = _low_bytes(bits)
     planes = [(codes >> (8 * byte) & 255).to(torch.uint8) for byte in range(low)]
     rest = (codes >> (8 * low)).view(1, -1)
-    return torch.cat([*planes, reference.pack(rest, bits - 8 * low).view(-1)])
+    return torch.cat([*planes, reference.pack_codes(rest, bits - 8 * low).view(-1)])
 
 
 def unpack_integers(packed: Tensor, numel: int, bits: int) -> Tensor:
     """What :func:`pack_integers` was given: int64 ``[numel]``."""
     low = _low_bytes(bits)
     rest = packed[low * numel :].view(1, -1)
-    codes = reference.unpack(rest, numel, bits - 8 * low).view(-1) << (8 * low)
+    codes = reference.unpack_codes(rest, numel, bits - 8 * low).view(-1) << (8 * low)
     for byte in range(low):
         codes |= packed[byte * numel : (byte + 1) * numel].to(torch.int64) << (8 * byte)
     return codes
@@ -90,13 +90,13 @@ class FixedPoint:
         """The format that a text such as ``Q4.12`` names. Raises DistcompError for any other text."""
         if isinstance(text, FixedPoint):
             return text
-        found = re.fullmatch(r"[Qq](-?\d+)\.(-?\d+)", text.strip())
-        if found is None:
+        match = re.fullmatch(r"[Qq](-?\d+)\.(-?\d+)", text.strip())
+        if match is None:
             raise DistcompError(
                 f"{text!r} is no fixed-point format; write Q, the bits before the point (sign included), a "
                 "point and the bits after it, such as Q4.12"
             )
-        return FixedPoint(int(found[1]), int(found[2]))
+        return FixedPoint(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         return f"Q{self.integer_bits}.{self.fraction_bits}"
@@ -118,7 +118,8 @@ class FixedPoint:
 
     def integers(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """k as float32, where ``x`` is finite: to the nearest, or at random by ``u`` in [0, 1)."""
-        y = x * 2.0**self.fraction_bits
+        y = x * 2.0**self.fraction_bits  # a power of two moves the exponent alone: exact
+        # Two's complement has one number more below zero than above.
         rounded = torch.round(y) if u is None else round_at_random(y, u)
         return rounded.clamp(-self.half, self.half - 1)
 
@@ -136,7 +137,11 @@ class FixedGrid(Compressor):
 
     The error of a value is below ``spacing`` and its variance at most ``spacing^2 / 4``, whatever the value,
     up to ``limit = spacing s``; a larger one is clamped. So there is neither an ``omega`` nor a ``delta``.
-    On the wire: ``bits/8`` bytes per value.
+    On the wire: ``bits/8`` bytes per value; the payload is ``codes``, uint8
+    (:func:`pack_integers`).
+
+    Source: Gupta et al., "Deep learning with limited numerical precision", ICML 2015, for the rounding. We
+    differ: the range is symmetric.
 
     Raises DistcompError for a spacing that is not positive or bits outside 2..23.
     """
@@ -165,7 +170,8 @@ class FixedGrid(Compressor):
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
-        rounded = round_at_random(x / self.spacing, uniform(layout, key, x.device))
+        rounded = round_at_random(x / self.spacing, uniform_noise(layout, key, x.device))
+        # As many levels on either side, unlike two's complement: C(-x) is distributed as -C(x).
         codes = rounded.clamp_(-self.levels, self.levels).to(torch.int64) + self.levels
         payload["codes"].copy_(pack_integers(codes, self.bits))
         return payload

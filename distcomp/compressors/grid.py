@@ -11,7 +11,7 @@ from distcomp.layout import Layout
 from distcomp.randomness import Key
 
 WHOLE = 2**62
-"""A grain that no parameter reaches: it is never cut."""
+"""An alignment that no parameter reaches: it is never cut."""
 
 SIGNS = 4096
 """Signs are packed in blocks of this many; eight to a byte, whatever the block."""
@@ -20,6 +20,7 @@ SIGNS = 4096
 def to_rows(x: Tensor, layout: Layout, block: int) -> Tensor:
     """The blocks of a flat buffer as the rows of a matrix, each parameter beginning a new row; padded with
     zeros."""
+    # A block never spans two parameters: its scale must not depend on which of them share a bucket.
     rows = torch.zeros(layout.block_count(block), block, dtype=x.dtype, device=x.device)
     flat, at = rows.view(-1), 0
     for _, piece in layout.pieces(x):
@@ -40,12 +41,13 @@ def from_rows(rows: Tensor, layout: Layout) -> Tensor:
 
 def spread(values: Tensor, layout: Layout) -> Tensor:
     """One number per parameter, repeated for each of its elements: ``[slices] -> [numel]``."""
-    counts = torch.tensor([one.numel for one in layout.slices], dtype=torch.int64, device=values.device)
+    counts = torch.tensor([param.numel for param in layout.slices], dtype=torch.int64, device=values.device)
     return torch.repeat_interleave(values, counts, output_size=layout.numel)
 
 
 def per_parameter_max(x: Tensor, layout: Layout) -> Tensor:
     """``max |x|`` of each parameter, 0 where it is empty: ``[numel] -> [slices]``."""
+    # amax refuses what is empty; the sum of nothing is a 0 on the same device.
     return _stack([piece.abs().amax() if piece.numel() else piece.sum() for _, piece in layout.pieces(x)], x)
 
 
@@ -58,8 +60,9 @@ def _stack(scalars: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(scalars) if scalars else like.new_empty(0)
 
 
-def uniform(layout: Layout, key: Key, device: torch.device) -> Tensor:
+def uniform_noise(layout: Layout, key: Key, device: torch.device) -> Tensor:
     """A number in [0, 1) for each element: a function of key, parameter name and place in the parameter."""
+    # By the place in the parameter, not in the buffer: buckets that are cut otherwise draw the same numbers.
     pieces = [
         reference.uniform(param.numel, key.fold(param.name).bits, param.start, device)
         for param in layout.slices
@@ -77,6 +80,7 @@ def pack_signs(x: Tensor, out: Tensor) -> Tensor:
 
     Returns the mean of ``|x|``, which is found in the same pass; 0 where there is nothing.
     """
+    # The kernel has the mean of each block of 4096, the last one's over fewer; float64 adds up their sums.
     means = torch.empty(kernels.scale_count(x.numel(), SIGNS), device=x.device, dtype=torch.float32)
     kernels.quantize(x, out, means, block=SIGNS, bits=1)
     sums = means.double() * SIGNS

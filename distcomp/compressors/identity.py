@@ -18,7 +18,7 @@ from distcomp.randomness import Key
 class Identity(Compressor):
     """``C(x) = x``, float32 as it is: exact, and payloads may be added on the wire.
 
-    On the wire: 4 bytes per value.
+    On the wire: 4 bytes per value; the payload is ``values``, float32 ``[layout.numel]``.
     """
 
     summable = True

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distcomp import kernels
 from distcomp.compressors.base import Compressor, register_compressor
-from distcomp.compressors.grid import from_rows, pack_signs, sign_bytes, to_rows, uniform, unpack_signs
+from distcomp.compressors.grid import from_rows, pack_signs, sign_bytes, to_rows, uniform_noise, unpack_signs
 from distcomp.compressors.quantize import worst_variance
 from distcomp.errors import DistcompError
 from distcomp.kernels import reference
@@ -62,6 +62,7 @@ class Natural(Compressor):
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
         codes = payload["codes"]
         values = torch.empty_like(out) if add else out
+        # Signs first, as +1 and -1: scaling by an exponent keeps them, and makes the +1 of a zero a zero.
         unpack_signs(codes[out.numel() :], values)
         kernels.scale_by_exponents(codes[: out.numel()], values)
         if add:
@@ -77,15 +78,15 @@ class Natural(Compressor):
 class NonUniform(Compressor):
     """Round ``|x|/norm`` at random to a level beside it, ``0, 2^(1-s), ..., 1/2, 1``: the mean is right.
 
-    For a block ``v`` of ``block`` values, ``s = 2^(bits-1) - 1`` levels above zero, and ``l <= |v_k|/|v| <=
-    u`` neighbours::
+    For a block ``v`` of ``block`` values and ``s = 2^(bits-1) - 1`` levels above zero::
 
+        l <= |v_k|/|v| <= u    neighbours among the levels
         C(v)_k = |v| sign(v_k) u  with probability (|v_k|/|v| - l) / (u - l),  else  |v| sign(v_k) l
 
     where ``|v|`` is the largest magnitude (``norm="max"``) or the Euclidean norm (``norm="l2"``). Small
     values, which are most of a gradient, meet finer levels than in QSGD of the same width. ``bits`` counts
-    the sign. On the wire: ``bits/8`` bytes per value and 4 per block. A block whose scale is below ``2^-120``
-    is sent as zeros.
+    the sign. On the wire: ``bits/8`` bytes per value and 4 per block; the payload: ``scales``, float32, one a
+    block, and ``codes``, uint8. A block whose scale is below ``2^-120`` is sent as zeros.
 
     Source: Ramezani-Kebrya et al., "NUQSGD", JMLR 2021 (``norm="l2"``); Horváth et al. 2019, natural
     dithering (``norm="max"``). We differ: fixed-width codes (the papers entropy-code), blocks.
@@ -126,15 +127,16 @@ class NonUniform(Compressor):
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
-        rows = to_rows(x, layout, self.block)
+        rows = to_rows(x, layout, layout.within(self.block))
         norms = _norms(rows, self.norm)
         payload["scales"].copy_(norms)
+        # Clamped, for a quotient of two numbers that are nearly equal may round to just above 1.
         share = from_rows(rows.abs() / norms.clamp(min=SMALLEST_SCALE)[:, None], layout).clamp_(max=1.0)
-        levels = self._round(share, uniform(layout, key, x.device))
+        levels = self._round(share, uniform_noise(layout, key, x.device))
         codes = torch.where(
             (x < 0) & (levels > 0), self.levels + levels, levels
         )  # 0..s, or s+1..2s: negative
-        payload["codes"].copy_(reference.pack(codes[None], self.bits)[0])
+        payload["codes"].copy_(reference.pack_codes(codes[None], self.bits)[0])
         return payload
 
     def _round(self, share: Tensor, noise: Tensor) -> Tensor:
@@ -144,19 +146,22 @@ class NonUniform(Compressor):
         :class:`Natural`); below it there are two levels, zero and the first.
         """
         s = self.levels
+        # As in the kernel of Natural: noise below one unit of the exponent, so that it carries once or not.
         carried = share.view(torch.int32) + (noise * 2**MANTISSA).to(torch.int32)
-        above = (carried >> MANTISSA) - (127 - s)
+        above = (carried >> MANTISSA) - (127 - s)  # 2^(1-s), the first level, has the exponent 128 - s
         below = reference.round_at_random(share * 2.0 ** (s - 1), noise).to(torch.int32)
         return torch.where(share < 2.0 ** (1 - s), below, above).clamp_(0, s).to(torch.int64)
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        codes = reference.unpack(payload["codes"][None], layout.numel, self.bits)[0]
+        codes = reference.unpack_codes(payload["codes"][None], layout.numel, self.bits)[0]
         negative = codes > self.levels
         levels = torch.where(negative, codes - self.levels, codes)
         exponents = (levels + (127 - self.levels)).to(torch.int32) << MANTISSA
         share = torch.where(levels > 0, exponents.view(torch.float32), 0.0)
         share = torch.where(negative, -share, share)
-        value = from_rows(to_rows(share, layout, self.block) * payload["scales"][:, None], layout)
+        value = from_rows(
+            to_rows(share, layout, layout.within(self.block)) * payload["scales"][:, None], layout
+        )
         if add:
             out += value
         else:

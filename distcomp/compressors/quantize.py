@@ -32,8 +32,9 @@ class Quantize(Compressor):
     and needs error feedback.
 
     ``bits`` is the whole width of a value on the wire, sign included, and values are packed: a block of 512
-    at 3 bits takes 192 bytes. On the wire: ``bits/8`` bytes per value and 4 bytes per block. A block whose
-    scale is below ``2^-120`` is sent as zeros.
+    at 3 bits takes 192 bytes. On the wire: ``bits/8`` bytes per value and 4 bytes per block; the payload:
+    ``scales``, float32, one a block, ``codes``, uint8, and ``plain``, float32, where there is any. A block
+    whose scale is below ``2^-120`` is sent as zeros.
 
     Source: Alistarh et al., "QSGD", NeurIPS 2017, section 3 and the practical variant of section 4 (blocks,
     max norm, fixed-width codes); one bit: Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019. We
@@ -104,13 +105,15 @@ class Quantize(Compressor):
         if self.bits == 1 or self.rounding == "nearest":
             return []
         names = layout.remember(
-            (self, "names"), lambda: [one.name for one in layout.slices if one.role not in self.plain]
+            (self, "names"), lambda: [param.name for param in layout.slices if param.role not in self.plain]
         )
         return key.fold_each(names)
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
         pieces, plain = self._pieces(layout)
+        # The kernel finds the largest magnitude, or at one bit the mean, in its own pass; Euclidean norms are
+        # made here and handed to it.
         given = self.bits > 1 and self.norm == "l2"
         codes, scales = payload["codes"], payload["scales"]
         if given:
@@ -143,6 +146,7 @@ class Quantize(Compressor):
         many.dequantize(payload["codes"], payload["scales"], out, pieces, add=add, subtract=subtract)
         if not plain.each:
             return
+        # The kernel leaves alone what travels plainly; to add, its old values are moved out and back again.
         values = payload["plain"]
         if add or subtract:
             old = torch.empty_like(values)
@@ -161,8 +165,8 @@ class Quantize(Compressor):
         return min(length / self.levels**2, math.sqrt(length) / self.levels)
 
     def delta(self, numel: int) -> float | None:
-        """One bit: ``|v|_1^2 / (B |v|_2^2) >= 1/B``. To nearest with the max norm: ``1 / (1 + (B-1)/(4
-        s^2))``, which all values but the largest just below half a level reach."""
+        """One bit: ``|v|_1^2 / (B |v|_2^2) >= 1/B``. To nearest with the max norm:
+        ``1 / (1 + (B-1)/(4 s^2))``, which all values but the largest just below half a level reach."""
         length = max(1, min(self.block, numel))
         if self.bits == 1:
             return 1 / length

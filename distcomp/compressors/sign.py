@@ -28,8 +28,9 @@ class ScaledSign(Compressor):
         C(x) = (|x|_1 / d) sign(x),    sign(0) = +1;    |C(x) - x|^2 = (1 - |x|_1^2 / (d |x|_2^2)) |x|^2
 
     Biased: contracts by ``|x|_1^2 / (d |x|_2^2)`` (about 0.64 for Gaussian values, 1/d at worst); needs error
-    feedback. On the wire: 1/8 byte per value, each parameter beginning a byte, and 4 bytes per
-    parameter. With a scale per block instead: ``Quantize(bits=1)``.
+    feedback. On the wire: 1/8 byte per value, each parameter beginning a byte, and 4 bytes per parameter; the
+    payload: ``scales``, float32, one a parameter, and ``codes``, uint8. With a scale per block instead:
+    ``Quantize(bits=1)``.
 
     Source: Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019. We differ: the paper's sign(0) is
     not said.
@@ -77,7 +78,9 @@ class OneBit(Compressor):
         C(v)_k = mean{v_j : v_j >= 0}  if v_k >= 0,    else  mean{v_j : v_j < 0}
 
     The two values are the least-squares fit for the threshold 0. Biased: contracts by one over the length of
-    the longer side at worst; needs error feedback. On the wire: 1/8 byte per value and 8 bytes per unit.
+    the longer side at worst; needs error feedback. On the wire: 1/8 byte per value and 8 bytes per unit; the
+    payload: ``scales``, float32, of each parameter first all means of what is not negative, then the others;
+    ``codes``, uint8.
 
     Source: Seide et al., "1-bit stochastic gradient descent", Interspeech 2014. The paper has two values per
     *column*; its layers compute ``W^T v``, so a column of its W is what enters one unit: a row of torch's
@@ -98,7 +101,7 @@ class OneBit(Compressor):
         for units, means in self._units(x, payload, layout):
             means[0] = _mean_where(units, units >= 0)
             means[1] = _mean_where(units, units < 0)
-        pack_signs(x, payload["codes"])
+        pack_signs(x, payload["codes"])  # the whole buffer at once: bits know no units
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
@@ -118,6 +121,7 @@ class OneBit(Compressor):
             length = _unit_length(param)
             before = param.start % length
             after = -(before + param.numel) % length
+            # A NaN is neither >= 0 nor < 0: what is missing of a row counts in neither mean.
             padded = torch.nn.functional.pad(piece, (before, after), value=float("nan"))
             yield padded.view(-1, length), means
 
@@ -146,7 +150,7 @@ def _unit_length(param: ParamSlice) -> int:
 
 
 def _unit_count(param: ParamSlice) -> int:
-    """How many units a segment touches, also where it is a piece that begins or ends within one."""
+    """How many units a slice touches, also where it is a piece that begins or ends within one."""
     if param.numel == 0:
         return 0
     length = _unit_length(param)
@@ -160,7 +164,7 @@ def _mean_where(units: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _per_value(means: Tensor, param: ParamSlice) -> Tensor:
-    """One number per unit, for each value of the segment."""
+    """One number per unit, for each value of the slice."""
     length = _unit_length(param)
     before = param.start % length
     return means.repeat_interleave(length)[before : before + param.numel]

@@ -80,6 +80,7 @@ class IndexCode:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of one row's indices; 0 where none or all of the elements are sent."""
         if self.count in (0, self.universe):
             return 0
         return _code_bytes(self.universe, self.count, self.width)
@@ -91,26 +92,28 @@ class IndexCode:
             return torch.empty(rows, 0, dtype=torch.uint8, device=indices.device)
         if width is None:
             return _ones_at(indices, self.universe)
-        place = torch.arange(self.count, device=indices.device)
-        high = _ones_at((indices >> width) + place, _unary_bits(self.universe, self.count, width))
+        # Rising indices lie in rising chunks; with its ordinal added no two of them fall on one bit, and the
+        # zeros between the ones say in unary where a chunk ends.
+        ordinal = torch.arange(self.count, device=indices.device)
+        high = _ones_at((indices >> width) + ordinal, _unary_bits(self.universe, self.count, width))
         if width == 0:
             return high
-        return torch.cat([reference.pack(indices & (2**width - 1), width), high], dim=1)
+        return torch.cat([reference.pack_codes(indices & (2**width - 1), width), high], dim=1)
 
     def decode(self, code: Tensor) -> Tensor:
         """``[rows, nbytes]`` -> ``[rows, count]``. Bytes that no encoder made give legal indices, too."""
         width = self.width
-        place = torch.arange(self.count, device=code.device)
+        ordinal = torch.arange(self.count, device=code.device)
         if self.nbytes == 0:
-            return place.expand(code.shape[0], -1)
+            return ordinal.expand(code.shape[0], -1)
         if width is None:
             return _places_of_ones(code, self.universe, self.count)
         low_bytes = block_bytes(self.count, width)
         high = _places_of_ones(code[:, low_bytes:], _unary_bits(self.universe, self.count, width), self.count)
-        indices = (high - place) << width
+        indices = (high - ordinal) << width
         if width:
-            indices |= reference.unpack(code[:, :low_bytes], self.count, width)
-        return indices.clamp_(0, self.universe - 1)
+            indices |= reference.unpack_codes(code[:, :low_bytes], self.count, width)
+        return indices.clamp_(0, self.universe - 1)  # of damaged bytes; nobody indexes outside a buffer
 
 
 def _unary_bits(universe: int, count: int, width: int) -> int:
@@ -132,12 +135,12 @@ def _best_width(universe: int, count: int) -> int | None:
 def _ones_at(places: Tensor, length: int) -> Tensor:
     """Rows of ``length`` bits, packed, that are one at ``places``."""
     bits = torch.zeros(places.shape[0], length, dtype=torch.uint8, device=places.device)
-    return reference.pack(bits.scatter_(1, places, 1), 1)
+    return reference.pack_codes(bits.scatter_(1, places, 1), 1)
 
 
 def _places_of_ones(packed: Tensor, length: int, count: int) -> Tensor:
     """Where the first ``count`` ones of each row are. Waits for no device: the number of ones is known."""
-    bits = reference.unpack(packed, length, 1)
+    bits = reference.unpack_codes(packed, length, 1)
     rank = torch.where(bits == 1, bits.cumsum(1) - 1, count).clamp_(max=count)
     places = torch.zeros(packed.shape[0], count + 1, dtype=torch.int64, device=packed.device)
     places.scatter_(1, rank, torch.arange(length, device=packed.device).expand_as(rank))
@@ -157,10 +160,12 @@ class Rows:
     count: int
 
     def view(self, buffer: Tensor) -> Tensor:
+        """The rows in a flat buffer: ``[rows, length]``."""
         return buffer[self.start : self.start + self.rows * self.length].view(self.rows, self.length)
 
     @property
     def code(self) -> IndexCode:
+        """How a row says which of its elements it sends."""
         return IndexCode(self.length, self.count)
 
     @property
@@ -187,76 +192,81 @@ class RowSet:
 
     @cached_property
     def code_bytes(self) -> int:
-        return sum(one.rows * one.code.nbytes for one in self.each)
+        """Bytes that say which elements are sent, of all rows."""
+        return sum(rows.rows * rows.code.nbytes for rows in self.each)
 
     @cached_property
     def count(self) -> int:
         """How many elements are sent."""
-        return sum(one.rows * one.count for one in self.each)
+        return sum(rows.rows * rows.count for rows in self.each)
 
     def largest(self, x: Tensor) -> Tensor:
         """Where the largest magnitudes of each row are in a flat buffer (int64), row after row, rising."""
         if not kernel.serves(x.device):
-            return _joined([one.in_buffer(top_indices(one.view(x), one.count)) for one in self.each], x)
+            return _concatenated(
+                [rows.in_buffer(top_indices(rows.view(x), rows.count)) for rows in self.each], x
+            )
         places = torch.empty(self.count, dtype=torch.int64)
         kernel.top(x.contiguous(), self._tables[1], places)
-        for one, at in self._long:
-            places[at : at + one.count] = one.in_buffer(top_indices(one.view(x), one.count))
+        for rows, at in self._long:
+            places[at : at + rows.count] = rows.in_buffer(top_indices(rows.view(x), rows.count))
         return places
 
     def encode(self, places: Tensor) -> Tensor:
         """The bytes (uint8) that say which elements of the flat buffer ``places`` are."""
         if kernel.serves(places.device):
             codes = torch.empty(self.code_bytes, dtype=torch.uint8)
-            kernel.write(places.contiguous(), self._tables[0], codes)
+            kernel.write_indices(places.contiguous(), self._tables[0], codes)
             return codes
         written = []
-        for one, part in zip(
-            self.each, torch.split(places, [one.rows * one.count for one in self.each]), strict=True
+        for rows, part in zip(
+            self.each, torch.split(places, [rows_.rows * rows_.count for rows_ in self.each]), strict=True
         ):
-            written.append(one.code.encode(one.in_rows(part)).reshape(-1))
-        return _joined(written, torch.empty(0, dtype=torch.uint8, device=places.device))
+            written.append(rows.code.encode(rows.in_rows(part)).reshape(-1))
+        return _concatenated(written, torch.empty(0, dtype=torch.uint8, device=places.device))
 
     def decode(self, codes: Tensor) -> Tensor:
         """What :meth:`encode` was given."""
         if kernel.serves(codes.device):
             places = torch.empty(self.count, dtype=torch.int64)
-            kernel.read(codes.contiguous(), self._tables[0], places)
+            kernel.read_indices(codes.contiguous(), self._tables[0], places)
             return places
-        parts = torch.split(codes, [one.rows * one.code.nbytes for one in self.each])
+        parts = torch.split(codes, [rows.rows * rows.code.nbytes for rows in self.each])
         read = [
-            one.in_buffer(one.code.decode(part.view(one.rows, one.code.nbytes)))
-            for one, part in zip(self.each, parts, strict=True)
+            rows.in_buffer(rows.code.decode(part.view(rows.rows, rows.code.nbytes)))
+            for rows, part in zip(self.each, parts, strict=True)
         ]
-        return _joined(read, codes)
+        return _concatenated(read, codes)
 
     @cached_property
     def _long(self) -> list[tuple[Rows, int]]:
         """The rows that a sampled threshold searches, and where their places begin."""
-        ends = itertools.accumulate((one.rows * one.count for one in self.each), initial=0)
-        return [(one, at) for one, at in zip(self.each, ends, strict=False) if one.sampled]
+        ends = itertools.accumulate((rows.rows * rows.count for rows in self.each), initial=0)
+        return [(rows, at) for rows, at in zip(self.each, ends, strict=False) if rows.sampled]
 
     @cached_property
     def _tables(self) -> tuple[RowTable, RowTable]:
         """All rows for C, and those that C searches."""
-        lines, place, code = [torch.empty(0, 6, dtype=torch.int64)], 0, 0
+        # Six numbers a row, as the C kernel reads them: begin, length, count, where its places and its code
+        # begin, and how it is coded.
+        lines, place_at, code = [torch.empty(0, 6, dtype=torch.int64)], 0, 0
         searched = [torch.empty(0, dtype=torch.bool)]
-        for one in self.each:
-            number, size = torch.arange(one.rows), one.code.nbytes
-            table = torch.empty(one.rows, 6, dtype=torch.int64)
-            table[:, 0] = one.start + number * one.length
-            table[:, 1], table[:, 2] = one.length, one.count
-            table[:, 3], table[:, 4] = place + number * one.count, code + number * size
-            width = one.code.width
+        for rows in self.each:
+            number, size = torch.arange(rows.rows), rows.code.nbytes
+            table = torch.empty(rows.rows, 6, dtype=torch.int64)
+            table[:, 0] = rows.start + number * rows.length
+            table[:, 1], table[:, 2] = rows.length, rows.count
+            table[:, 3], table[:, 4] = place_at + number * rows.count, code + number * size
+            width = rows.code.width
             table[:, 5] = NOTHING if size == 0 else BITMAP if width is None else width
             lines.append(table)
-            searched.append(torch.full((one.rows,), not one.sampled, dtype=torch.bool))
-            place, code = place + one.rows * one.count, code + one.rows * size
+            searched.append(torch.full((rows.rows,), not rows.sampled, dtype=torch.bool))
+            place_at, code = place_at + rows.rows * rows.count, code + rows.rows * size
         all_lines = torch.cat(lines)
         return RowTable(all_lines, code), RowTable(all_lines[torch.cat(searched)], code)
 
 
-def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+def _concatenated(parts: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=like.device)
 
 
@@ -305,6 +315,7 @@ def _top_exactly(magnitude: Tensor, count: int) -> Tensor:
 def _top_by_keys(magnitude: Tensor, count: int) -> Tensor:
     """One integer holds magnitude and place, so that no two are equal and the lower place wins a tie."""
     length = magnitude.shape[1]
+    # On a GPU topk breaks ties as it likes, and ranks must not differ.
     fall = torch.arange(length - 1, -1, -1, device=magnitude.device)
     keys = (magnitude.to(torch.int64) << 32) | fall
     return keys.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
@@ -319,6 +330,8 @@ def _candidates(x: Tensor, count: int) -> Tensor | None:
     """
     sample = reference.magnitudes(x[::STRIDE])
     expected = count / STRIDE
+    # Four standard deviations more of the sample than expected: the threshold is then almost never too high,
+    # which alone would cost an answer. Too low costs time, and from twice the count on the search gives up.
     rank = min(sample.numel(), int(expected + 4 * expected**0.5) + 4)
     threshold = int(sample.topk(rank, sorted=False).values.amin())
     candidates = kernels.at_least(x, threshold, 2 * count + STRIDE * 64)
@@ -328,6 +341,7 @@ def _candidates(x: Tensor, count: int) -> Tensor | None:
 def _top_of_one(x: Tensor, count: int) -> Tensor:
     """The places of the ``count`` largest of one row, rising, without a sort."""
     magnitude = reference.magnitudes(x)
+    # The k-th is found in linear time; of those equal to it, as many as are due, from the lowest index on.
     edge = magnitude.kthvalue(magnitude.numel() - count + 1).values
     chosen = magnitude > edge
     ties = (magnitude == edge).nonzero().view(-1)

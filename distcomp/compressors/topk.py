@@ -31,7 +31,10 @@ from distcomp.randomness import Key
 
 
 class Sparsifier(Compressor):
-    """Sends some elements of a flat buffer: their values (float32) and which they are."""
+    """Sends some elements of a flat buffer: their values and which they are.
+
+    The payload: ``values``, float32, in the order of :meth:`kept`; ``indices``, uint8.
+    """
 
     @abstractmethod
     def kept(self, layout: Layout) -> Layout:
@@ -49,10 +52,10 @@ class Sparsifier(Compressor):
         return (Part("values", torch.float32, self.kept(layout).numel), self.index_part(layout))
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        place(out, self.positions(payload, layout), payload["values"], add)
+        put_values(out, self.positions(payload, layout), payload["values"], add)
 
 
-def place(out: Tensor, where: Tensor, values: Tensor, add: bool) -> None:
+def put_values(out: Tensor, where: Tensor, values: Tensor, add: bool) -> None:
     """Write values where they belong, and zeros elsewhere unless ``add``. No place occurs twice."""
     if add:
         out.index_add_(0, where, values)
@@ -72,7 +75,7 @@ class TopK(Sparsifier):
     every parameter: faster (short rows), and a flat buffer may be cut between chunks. Long parameters are
     searched on the CPU through a sampled threshold, with the same answer. Biased: meant for error feedback.
 
-    On the wire: 4 bytes per value and about ``2 + log2(1/ratio)`` bits per index (9 at 1 %, see
+    On the wire: 4 bytes per value that is kept and about ``2 + log2(1/ratio)`` bits per index (9 at 1 %, see
     :class:`distcomp.compressors.sparse.IndexCode`).
 
     Source: Aji & Heafield 2017; Stich et al., "Sparsified SGD with memory", NeurIPS 2018. We differ: indices
@@ -128,7 +131,7 @@ class TopK(Sparsifier):
         """``k/d``, of the chunk that fares worst."""
         length = self.chunk or max(1, numel)
         lengths = {min(length, max(1, numel)), numel % length} - {0}
-        return min(kept_count(one, self.ratio) / one for one in lengths)
+        return min(kept_count(chunk_numel, self.ratio) / chunk_numel for chunk_numel in lengths)
 
 
 @register_compressor("random_k")
@@ -169,6 +172,7 @@ class RandomK(Sparsifier):
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
+        # The key instead of the indices: whoever has it draws the same ones.
         seed = bytearray(key.bits.to_bytes(8, "little"))
         payload["indices"].copy_(torch.frombuffer(seed, dtype=torch.uint8))
         where = self.drawn(layout, key).to(x.device)
@@ -184,6 +188,7 @@ class RandomK(Sparsifier):
         where = [torch.empty(0, dtype=torch.int64)]
         for param, at in zip(layout.slices, layout.offsets, strict=True):
             count = kept_count(param.numel, self.ratio)
+            # By parameter: buckets that hold others draw the same of this one.
             where.append(sample_indices(param.numel, count, key.fold("random-k", param.name)) + at)
         return torch.cat(where)
 
@@ -236,6 +241,7 @@ class Chain(Compressor):
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         kept = self.sparsifier.kept(layout)
         selected = self.sparsifier.encode(x, layout, key)
+        # Another key than the sparsifier's: the noise of rounding must not go with what was chosen.
         values = self.quantizer.encode(selected["values"], kept, key.fold("values"))
         payload = Payload.empty(self.parts(layout), x.device)
         payload.body[: values.body.numel()] = values.body
@@ -245,7 +251,7 @@ class Chain(Compressor):
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
         kept = self.sparsifier.kept(layout)
         encoded = Payload(payload.wire, self.quantizer.parts(kept))  # they come first, the indices last
-        place(out, self.sparsifier.positions(payload, layout), self.quantizer.decode(encoded, kept), add)
+        put_values(out, self.sparsifier.positions(payload, layout), self.quantizer.decode(encoded, kept), add)
 
     def omega(self, numel: int) -> float | None:
         chosen = self.sparsifier.omega(numel)
@@ -263,6 +269,7 @@ class Chain(Compressor):
 
 
 def kept_numel(sparsifier: Sparsifier, numel: int) -> int:
+    """How many elements a sparsifier keeps of a parameter of ``numel``."""
     return sparsifier.kept(Layout.of([("x", (numel,))])).numel
 
 

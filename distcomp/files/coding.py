@@ -43,7 +43,7 @@ def encode(symbols: Symbols, alphabet: int) -> tuple[int, bytes]:
         HUFFMAN: _huffman(symbols, alphabet),
         ZLIB: zlib.compress(plain.tobytes(), 9),
     }
-    coder = min(ways, key=lambda one: (len(ways[one]), one))
+    coder = min(ways, key=lambda way: (len(ways[way]), way))
     return coder, ways[coder]
 
 
@@ -121,14 +121,14 @@ def _tree(counts: Symbols) -> Symbols:
     heapq.heapify(heap)
     lengths = np.zeros(len(counts), np.int64)
     while len(heap) > 1:
-        one, _, left = heapq.heappop(heap)
+        count, _, left = heapq.heappop(heap)
         two, _, right = heapq.heappop(heap)
         lengths[left + right] += 1
-        heapq.heappush(heap, (one + two, next(order), left + right))
+        heapq.heappush(heap, (count + two, next(order), left + right))
     return lengths
 
 
-def canonical(lengths: Symbols) -> Symbols:
+def canonical_codes(lengths: Symbols) -> Symbols:
     """The code of each symbol: shorter ones first, then in order of the symbols."""
     codes = np.zeros(len(lengths), np.int64)
     code = 0
@@ -143,7 +143,7 @@ def canonical(lengths: Symbols) -> Symbols:
 def _huffman(symbols: Symbols, alphabet: int) -> bytes:
     """Half a byte per symbol of the alphabet for the code's lengths, then the codes, first bit first."""
     lengths = code_lengths(np.bincount(symbols, minlength=alphabet))
-    codes = canonical(lengths)
+    codes = canonical_codes(lengths)
     each = lengths[symbols]
     starts = np.cumsum(each) - each
     bits = np.zeros(int(each.sum()), np.uint8)
@@ -168,7 +168,7 @@ def _read_codes(
 ) -> Narrow:
     """Symbols one after the other, by the table of all codes of up to 15 bits."""
     table = np.full(1 << LONGEST, -1, np.int64)
-    for symbol, code in enumerate(canonical(lengths)):
+    for symbol, code in enumerate(canonical_codes(lengths)):
         if lengths[symbol]:
             free = LONGEST - int(lengths[symbol])
             table[int(code) << free : (int(code) + 1) << free] = symbol
@@ -177,17 +177,17 @@ def _read_codes(
     while done < count:
         first = at // 8  # the byte in which the next code begins
         symbols, steps = _windows(coded[first : first + AT_ONCE // 8 + 2], table, lengths)
-        place, stop = at - 8 * first, min(AT_ONCE, end - 8 * first)
-        found: list[int] = []
-        while place < stop and done + len(found) < count:
-            if symbols[place] < 0:
+        bit, stop = at - 8 * first, min(AT_ONCE, end - 8 * first)
+        decoded: list[int] = []
+        while bit < stop and done + len(decoded) < count:
+            if symbols[bit] < 0:
                 raise CorruptFile("a Huffman stream holds no code: the file is damaged")
-            found.append(symbols[place])
-            place += steps[place]
-        if not found:
+            decoded.append(symbols[bit])
+            bit += steps[bit]
+        if not decoded:
             raise CorruptFile("a Huffman stream ends early: the file is damaged")
-        out[done : done + len(found)] = found
-        at, done = 8 * first + place, done + len(found)
+        out[done : done + len(decoded)] = decoded
+        at, done = 8 * first + bit, done + len(decoded)
     if at > end or end - at >= 8:
         raise CorruptFile("a Huffman stream is longer or shorter than its symbols")
     return out

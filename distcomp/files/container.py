@@ -206,7 +206,7 @@ def _check_end(reader: _Reader) -> None:
 def sizes(data: bytes) -> list[Size]:
     """What each tensor of a file takes, its line in the table included."""
     reader = _Reader.of(data)
-    found = []
+    sizes = []
     for entry in _table(reader, 1 << 62):
         body = reader.take(entry.nbytes)
         line = 2 + len(entry.name.encode()) + 2 + 4 * len(entry.shape) + 9
@@ -217,9 +217,9 @@ def sizes(data: bytes) -> list[Size]:
                 f"{centroids.size} centroids, {bits}-bit gaps: {CODERS[gaps[0]]}, codes: {CODERS[codes[0]]}"
             )
         dense = entry.numel * entry.dtype.itemsize
-        found.append(Size(entry.name, entry.numel, active, dense, line + entry.nbytes, coding))
+        sizes.append(Size(entry.name, entry.numel, active, dense, line + entry.nbytes, coding))
     _check_end(reader)
-    return found
+    return sizes
 
 
 def _table(reader: _Reader, limit_bytes: int) -> list[_Entry]:

@@ -42,8 +42,8 @@ def k_means(values: Values, count: int) -> Values:
         if np.array_equal(moved, centroids):
             break
         centroids = moved
-    found = np.unique(centroids.astype(np.float32))
-    active: Values = found[found != 0]
+    distinct = np.unique(centroids.astype(np.float32))
+    active: Values = distinct[distinct != 0]
     return active
 
 

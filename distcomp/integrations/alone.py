@@ -1,4 +1,5 @@
-"""One process is a world of one: it has nobody to say anything to, and no method is attached."""
+"""What trainers' callbacks share: the method that they attach; and one process, a world of one, where they
+attach none: it has nobody to say anything to."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from distcomp.attaching.handle import Handle
+from distcomp.attaching.handle import Chosen, Handle, attach
 from distcomp.attaching.target import has_process_group
 from distcomp.errors import DistcompError
 
@@ -38,13 +39,13 @@ class Alone:
         """There is nothing to leave."""
 
 
-def attached_or_alone(attach: Callable[[], Handle], model: Any, rank_count: int) -> Handle | Alone:
-    """What ``attach`` gives; in a single process without a process group a stand-in, with a warning.
+def attached_or_alone(join: Callable[[], Handle], model: Any, rank_count: int) -> Handle | Alone:
+    """What ``join`` attaches; in a single process without a process group a stand-in, with a warning.
 
     Raises DistcompError where there are several processes and yet no process group.
     """
     if has_process_group() or not isinstance(model, nn.Module):
-        return attach()
+        return join()
     if rank_count > 1:
         raise DistcompError(
             f"the trainer counts {rank_count} processes, which share no process group; choose a strategy "
@@ -53,6 +54,26 @@ def attached_or_alone(attach: Callable[[], Handle], model: Any, rank_count: int)
     warnings.warn(
         "one process trains alone, so that nothing is sent and nothing compressed; start several, with "
         "torchrun --nproc-per-node 2 or the trainer's own option",
-        stacklevel=3,
+        stacklevel=4,  # the trainer, which called its callback
     )
     return Alone()
+
+
+class AttachingCallback:
+    """A trainer's callback that attaches a method while it trains. ``handle`` is there from then on."""
+
+    handle: Handle | Alone | None = None
+
+    def __init__(self, method: Chosen | None = None, **options: Any) -> None:
+        self._method, self._options = method, options
+
+    def _attach(self, model: Any, optimizer: Any, scaler: Any, rank_count: int) -> Handle | Alone:
+        self.handle = attached_or_alone(
+            lambda: attach(model, optimizer, self._method, scaler=scaler, **self._options), model, rank_count
+        )
+        return self.handle
+
+    def _last_payload_bytes(self) -> int | None:
+        """What the last step sent; None before the first."""
+        last = self.handle.stats().get("last") if self.handle is not None else None
+        return None if last is None else int(last["payload_bytes"])

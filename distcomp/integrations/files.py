@@ -26,7 +26,7 @@ def save(handle: Handle, directory: str | Path) -> None:
     write_whole(path, memory.getbuffer())
 
 
-def holds(directory: str | Path) -> bool:
+def was_saved(directory: str | Path) -> bool:
     """Whether anything was saved there."""
     return any(Path(directory).glob("distcomp-rank*.pt"))
 
@@ -37,19 +37,27 @@ def load(handle: Handle, directory: str | Path) -> None:
 
     Raises DistcompError where a rank's part is missing.
     """
-    place = handle.state_dict()
-    handle.load_from(lambda: _parts(Path(directory), place))
+    own = handle.state_dict()
+    handle.load_from(lambda: _parts(Path(directory), own))
 
 
-def _parts(directory: Path, place: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
+def resume(handle: Handle, directory: str | Path) -> bool:
+    """:func:`load` where anything was saved; whether it was."""
+    saved = was_saved(directory)
+    if saved:
+        load(handle, directory)
+    return saved
+
+
+def _parts(directory: Path, state: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
     """This rank's part, if it is of the same ranks; else all parts."""
-    if not holds(directory):
+    if not was_saved(directory):
         raise DistcompError(
             f"{directory} holds nothing of distcomp's; name a checkpoint that was saved while a method was "
             "attached, or go on without loading"
         )
-    own = _path(directory, place)
-    if own.exists() and _ranks(part := _read(own)) == _ranks(place):
+    own = _path(directory, state)
+    if own.exists() and _ranks(part := _read(own)) == _ranks(state):
         return part
     return [_read(path) for path in sorted(directory.glob("distcomp-rank*.pt"))]
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from distcomp.attaching.handle import Chosen, Handle, attach
+from distcomp.attaching.handle import Chosen, Handle
 from distcomp.errors import require
-from distcomp.integrations.alone import Alone, attached_or_alone
+from distcomp.integrations.alone import AttachingCallback
 
 Callback: Any = require("lightning.pytorch", "lightning").Callback
 
 
-class Compression(Callback):
+class Compression(AttachingCallback, Callback):
     """``Trainer(strategy="ddp", callbacks=[Compression("qsgd:bits=4")])``; any method that ``attach`` takes.
 
     What the method remembers is in Lightning's own checkpoint: rank 0 gathers it from all ranks when it
@@ -23,30 +23,21 @@ class Compression(Callback):
     """
 
     def __init__(self, method: Chosen | None = None, **options: Any) -> None:
-        self.handle: Handle | Alone | None = None
-        self._method = method
-        self._options = options
-        self._saved: dict[str, Any] = {}
-        self._to_load: dict[str, Any] = {}
+        super().__init__(method, **options)
+        self._saved, self._to_load = dict[str, Any](), dict[str, Any]()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        model = trainer.strategy.model
-        self.handle = attached_or_alone(
-            lambda: attach(model, optimizer, self._method, scaler=scaler, **self._options),
-            model,
-            trainer.world_size,
-        )
+        handle = self._attach(trainer.strategy.model, optimizer, scaler, trainer.world_size)
         if self._to_load:
-            self.handle.load_state_dict(self._to_load)
+            handle.load_state_dict(self._to_load)
             self._to_load = {}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         """What the step sent, in Lightning's own logs: ``distcomp/payload_bytes``."""
-        last = self.handle.stats().get("last") if self.handle is not None else None
-        if last is not None:
-            pl_module.log("distcomp/payload_bytes", float(last["payload_bytes"]))
+        if (sent_bytes := self._last_payload_bytes()) is not None:
+            pl_module.log("distcomp/payload_bytes", float(sent_bytes))
 
     def state_dict(self) -> dict[str, Any]:
         """All ranks' parts, on rank 0. Lightning calls it on every rank and saves what rank 0 has."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distcomp.errors import require
+from distcomp.integrations.series import SERIES, amounts_of
 
 
 class Prometheus:
@@ -22,10 +23,8 @@ class Prometheus:
 
     def __init__(self, path: str | Path, every_s: float = 5.0, **labels: str) -> None:
         require("prometheus_client", "prometheus")
-        self._path = Path(path)
-        self._every_s = every_s
-        self._written_s = float("-inf")
-        self._labels = labels
+        self._path, self._labels = Path(path), labels
+        self._every_s, self._written_s = every_s, float("-inf")
         if "rank" in labels:
             self._make()
 
@@ -39,31 +38,16 @@ class Prometheus:
 
     def _make(self) -> None:
         client = require("prometheus_client", "prometheus")
-        labels = self._labels
-        self._registry: Any = client.CollectorRegistry()
-        self._write: Any = client.write_to_textfile
-
-        def make(kind: Any, name: str, told: str, *by: str) -> Any:
-            return kind(f"distcomp_{name}", told, [*labels, *by], registry=self._registry)
-
-        self._steps = make(client.Counter, "steps", "Iterations exchanged")
-        self._sent = make(client.Counter, "sent_bytes", "Payload bytes sent", "kind")
-        self._seconds = make(client.Counter, "seconds", "Time in each phase of the exchange", "phase")
-        self._step = make(client.Gauge, "step_seconds", "Length of the last step")
-        self._metric = make(client.Gauge, "metric", "What the script logged last", "name")
+        self._registry, self._write = client.CollectorRegistry(), client.write_to_textfile
+        self._series: dict[str, Any] = {}
+        for name, (kind, says, *own) in SERIES.items():
+            labels, make = [*self._labels, *own], getattr(client, kind)
+            self._series[name] = make(f"distcomp_{name}", says, labels, registry=self._registry)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        if record["kind"] == "step":
-            self._steps.labels(**self._labels).inc()
-            self._step.labels(**self._labels).set(record["step_s"] or float("nan"))
-            for kind, sent_bytes in record["payload_by_kind"].items():
-                self._sent.labels(**self._labels, kind=kind).inc(sent_bytes)
-            for phase, seconds in record["phases"].items():
-                self._seconds.labels(**self._labels, phase=phase.removesuffix("_s")).inc(seconds)
-        else:
-            for name, value in record.items():
-                if name not in ("kind", "step") and isinstance(value, int | float):
-                    self._metric.labels(**self._labels, name=name).set(value)
+        for name, own, amount in amounts_of(record):
+            series = self._series[name].labels(**self._labels, **own)
+            (series.inc if SERIES[name][0] == "Counter" else series.set)(amount)
         if time.monotonic() - self._written_s >= self._every_s:
             self.close()
 

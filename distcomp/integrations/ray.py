@@ -28,6 +28,5 @@ def attach(model: nn.Module, optimizer: Optimizer, method: Chosen | None = None,
     checkpoint = train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
-            if files.holds(directory):
-                files.load(handle, directory)
+            files.resume(handle, directory)
     return handle

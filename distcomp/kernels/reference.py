@@ -49,7 +49,7 @@ def round_at_random(y: Tensor, u: Tensor) -> Tensor:
     return below + (fraction + u * ONE >= ONE)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """(rows, m) integers in 0 .. 2^bits - 1 -> (rows, bytes) uint8, each row one block."""
     rows, m = codes.shape
     planes, shift = [], 0
@@ -64,8 +64,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.cat(planes, dim=1)
 
 
-def unpack(packed: Tensor, m: int, bits: int) -> Tensor:
-    """(rows, bytes) uint8 -> (rows, m) int64: what :func:`pack` was given."""
+def unpack_codes(packed: Tensor, m: int, bits: int) -> Tensor:
+    """(rows, bytes) uint8 -> (rows, m) int64: what :func:`pack_codes` was given."""
     rows = packed.shape[0]
     codes = torch.zeros(rows, m, dtype=torch.int64, device=packed.device)
     shift = start = 0
@@ -113,7 +113,7 @@ def quantize(
         else:
             noise = uniform(x_rows.numel(), key, first + start, x.device).view_as(x_rows)
             integers = round_to_levels(x_rows, scale, levels(bits), noise if stochastic else None)
-        code_rows.copy_(pack(integers, bits))
+        code_rows.copy_(pack_codes(integers, bits))
 
 
 def round_to_levels(x: Tensor, scale: Tensor, s: int, noise: Tensor | None) -> Tensor:
@@ -134,7 +134,7 @@ def dequantize(
 ) -> None:
     """See :func:`distcomp.kernels.dequantize`; ``sign`` is 0 to overwrite, +1 to add, -1 to subtract."""
     for _, out_rows, code_rows, scale in _blocks(out, codes, scales, block, bits):
-        integers = unpack(code_rows, out_rows.shape[1], bits)
+        integers = unpack_codes(code_rows, out_rows.shape[1], bits)
         centred = 2 * integers - 1 if bits == 1 else integers - levels(bits)
         value = centred.to(torch.float32) * _divide(scale, float(levels(bits))).view(-1, 1)
         if sign:

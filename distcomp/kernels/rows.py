@@ -60,7 +60,7 @@ def top(x: Tensor, table: RowTable, places: Tensor) -> None:
     cpu.shared(run, len(table.lines), 1, 4 * x.numel() // max(1, len(table.lines)))
 
 
-def write(places: Tensor, table: RowTable, codes: Tensor) -> None:
+def write_indices(places: Tensor, table: RowTable, codes: Tensor) -> None:
     """Write each row's places as its bytes (uint8)."""
     _check("places", places, torch.int64, table.ends[1])
     _check("codes", codes, torch.uint8, table.code_bytes)
@@ -70,8 +70,8 @@ def write(places: Tensor, table: RowTable, codes: Tensor) -> None:
     _cpu.write_rows(places.data_ptr(), lines.data_ptr(), len(lines), codes.data_ptr())
 
 
-def read(codes: Tensor, table: RowTable, places: Tensor) -> None:
-    """Read back what :func:`write` wrote. Bytes that it did not write give places of their row, too."""
+def read_indices(codes: Tensor, table: RowTable, places: Tensor) -> None:
+    """Read back what :func:`write_indices` wrote. Other bytes give places of their row, too."""
     _check("codes", codes, torch.uint8, table.code_bytes)
     _check("places", places, torch.int64, table.ends[1])
     from distcomp.kernels import _cpu

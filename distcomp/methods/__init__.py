@@ -12,7 +12,7 @@ from distcomp.methods.ef21 import EF21, ef21
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.fixed_point import FixedPointAllReduce, fixed_point
 from distcomp.methods.from_compressor import AllGatherMean, AllReduceMean, ReduceScatterMean, from_compressor
-from distcomp.methods.gradiveq import Cycle, GradiVeQ, gradiveq
+from distcomp.methods.gradiveq import GradiVeQ, gradiveq
 from distcomp.methods.integers import HomomorphicQuantizer, RandomHadamard, TernGrad, shared_range, terngrad
 from distcomp.methods.majority_vote import MajorityVote, majority_vote
 from distcomp.methods.onebit_adam import OneBitAdam, onebit_adam
@@ -21,7 +21,7 @@ from distcomp.methods.powersgd import PowerSGD, powersgd
 from distcomp.methods.quantizers import ef_signsgd, natural, nuqsgd, onebit
 from distcomp.methods.registry import compressor_of, method_of, parse, register
 from distcomp.methods.scheduled import Scheduled, Warmup
-from distcomp.methods.slices import Slicing, Subspace
+from distcomp.methods.slices import Cycle, Slicing, Subspace
 from distcomp.methods.sparsifiers import (
     CyclicTopK,
     SharedRandomK,

@@ -26,11 +26,13 @@ from distcomp.methods.base import (
 from distcomp.payload import Part, Parts, Payload, wire_bytes
 
 RESIDUALS = ("keep", "drop")
+"""What becomes of the residual of a coordinate that is no longer active."""
 
 UNUSED_HERE = "unused on this rank"
 """Observed: a frozenset of the names of parameters that this rank's backward did not reach."""
 
 DIGEST: Parts = (Part("active", torch.int64, 1),)
+"""What ranks compare."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class ActiveOnly(Method):
 
     ``x``: float32 ``[layout.numel]``. Bytes: those of ``inner`` for the active coordinates (nothing is sent
     where there are none), and ``(n-1) 40`` to compare.
+
+    Source: none; masked training (Zhu & Gupta 2017), freezing and stochastic depth (Huang et al. 2016) all
+    leave out gradients, and these papers do not say what becomes of residuals.
 
     Raises DistcompError for other ``residuals``, Mismatch where active sets differ between ranks.
     """
@@ -103,14 +108,16 @@ class ActiveOnly(Method):
         if held is not None:
             after["held"] = FlatBuffer(active.complement(corrected), context.layout)
         if not keeps:
-            gone = active.complement(_residual(cut_state(state["inner"]), context.layout, x))
-            after["dropped"] = FlatBuffer(state["dropped"].data + gone, context.layout)
+            dropped = active.complement(_residual(cut_state(state["inner"]), context.layout, x))
+            after["dropped"] = FlatBuffer(state["dropped"].data + dropped, context.layout)
         return replace(result, state=after)
 
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         active = self.source.active(layout, Planned(step))
-        compared = (size - 1) * wire_bytes(DIGEST) if self.compare else 0
-        return compared + (self.inner.payload_bytes(active.layout, size, step) if active.layout.slices else 0)
+        comparing = (size - 1) * wire_bytes(DIGEST) if self.compare else 0
+        return comparing + (
+            self.inner.payload_bytes(active.layout, size, step) if active.layout.slices else 0
+        )
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ class UsedOnly(Method):
         unused = yield from unused_everywhere(context, x.device)
         context = replace(context, observed={**context.observed, FROZEN: unused})
         active = Frozen().active(context.layout, context)
-        if active.indices is None:
+        if active.indices is None:  # the usual step: nothing is copied
             return (yield from self.inner.aggregate(x, state, context))
         return (yield from exchange_active(self.inner, x, state, context, active))
 
@@ -156,6 +163,8 @@ def exchange_active(
     if not active.layout.slices:
         nothing = torch.zeros_like(x)
         return AggregateResult(nothing, lambda: nothing, remembered({}, state, active, keeps))
+    # What inner keeps depends on the layout that it is given: a fresh state has the shapes, the old one the
+    # values where they still fit.
     fresh = _on_device(inner.init(active.layout), x.device)
     fitted = recalled(fresh, cut_state(state), active)
     result = yield from inner.aggregate(active.pick(x), fitted, replace(context, layout=active.layout))
@@ -260,15 +269,15 @@ def _merged_buffer(
         for param, piece in old.layout.pieces(old.data):
             pieces[param.name] = (param, piece if keeps else torch.zeros_like(piece))
     order = list(pieces)
-    gone = {name for name in pieces if name in active.elements}
+    moved = {name for name in pieces if name in active.elements}
     for param, values in new.layout.pieces(new.data) if new is not None else ():
         whole, elements = active.elements[param.name]
-        gone.discard(param.name)
+        moved.discard(param.name)
         if elements is not None:
             _, below = pieces.get(param.name, (whole, values.new_zeros(whole.numel)))
             values = below.clone().index_copy_(0, elements.to(below.device), values)
         pieces[param.name] = (whole, values)
-    for name in gone:  # another shape has led it to another leaf
+    for name in moved:  # another shape has led it to another leaf
         del pieces[name]
     kept = list(_in_order(pieces, order).values())
     if not kept:

@@ -59,7 +59,7 @@ class Allocate(Method):
     fixes the total error and minimizes bytes, here bytes are fixed and the error is least; options of any
     kind in one ladder; errors are of the gradient with its residual, over all ranks.
 
-    Raises DistcompError for a budget or a period that is not above 0, and an empty ladder.
+    Raises DistcompError for a budget outside of (0, 100], a period below 1, and an empty ladder.
     """
 
     budget: Varying = 1 / 32
@@ -69,9 +69,10 @@ class Allocate(Method):
     needs = frozenset({NAMES})
 
     def __post_init__(self) -> None:
-        if extremes(self.budget)[0] <= 0 or extremes(self.period)[0] < 1:
+        low, high = extremes(self.budget)
+        if not 0 < low <= high <= 100 or extremes(self.period)[0] < 1:
             raise DistcompError(
-                f"budget={self.budget} is a part of float32's bytes, above 0, "
+                f"budget={self.budget} is a part of float32's bytes, above 0 and at most 100, "
                 f"and period={self.period} counts steps, 1 or more"
             )
         if not self.ladder:
@@ -133,8 +134,10 @@ class Allocate(Method):
         own = Payload.empty(self._table(layout), x.device)
         own["values"].view(len(layout.slices), len(self.ladder)).copy_(self._errors(x, context))
         payloads: list[Payload] = yield AllGather(own)
+        # In rank order, on the CPU, in float64: ranks that planned from other bits would send other things.
         table = sum(
-            (one["values"].cpu().numpy() for one in payloads[1:]), start=payloads[0]["values"].cpu().numpy()
+            (payload["values"].cpu().numpy() for payload in payloads[1:]),
+            start=payloads[0]["values"].cpu().numpy(),
         )
         errors = np.nan_to_num(table).reshape(len(layout.slices), len(self.ladder))
         sizes, budget = _sizes(layout, self.ladder), self._budget_bytes(layout, context.step)
@@ -152,6 +155,7 @@ class Allocate(Method):
         columns = []
         for option, compressor in enumerate(self.ladder):
             payload = compressor.encode(x, context.layout, context.private.fold("measure", option))
+            # By every option, also those that are not in use: that is what a plan compares.
             missed = x - compressor.decode(payload, context.layout)
             columns.append([piece.double().square().sum() for _, piece in context.layout.pieces(missed)])
         rows = list(zip(*columns, strict=True))
@@ -172,6 +176,7 @@ class Allocate(Method):
 
 
 UNPLANNED = -1
+"""The option of a layer before the first plan."""
 
 
 @lru_cache(maxsize=256)
@@ -196,7 +201,10 @@ Sizes = NDArray[np.int64]
 def _sizes(layout: Layout, ladder: tuple[Compressor, ...]) -> Sizes:
     """``[layers, options]``: payload bytes, headers apart."""
     return np.array(
-        [[body_bytes(one.parts(Layout((param,)))) for one in ladder] for param in layout.slices],
+        [
+            [body_bytes(compressor.parts(Layout((param,)))) for compressor in ladder]
+            for param in layout.slices
+        ],
         dtype=np.int64,
     ).reshape(len(layout.slices), len(ladder))
 
@@ -210,6 +218,7 @@ def knapsack(errors: Table, sizes: Sizes, budget: int) -> list[int]:
 
     Among equals the smaller. If nothing fits: the smallest option of each row.
     """
+    # Sizes are rounded up and the purse down: what fits in coins fits in bytes.
     coin = max(1, -(-budget // BINS))
     coins, purse = -(-sizes // coin), budget // coin
     if not len(sizes) or coins.min(1).sum() > purse:

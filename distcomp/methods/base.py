@@ -40,7 +40,9 @@ per element, cut and joined by its layout) or :class:`PerParameter`. Returned, n
 
 
 NAMES = "the name of each parameter"
+"""What :attr:`Method.needs` says of a method that treats parameters by name."""
 SHAPES = "whole parameters in their shapes"
+"""What it says of one that needs matrices, or convolutions."""
 
 
 class PerParameter(dict[str, Tensor]):
@@ -169,7 +171,8 @@ class Method(Written, ABC):
 
 
 def mean(x: Tensor, context: StepContext) -> Rounds[Tensor]:
-    """The mean of ``x`` over the ranks. Multiplies by 1/n before the sum, as DistributedDataParallel does."""
+    """The mean of ``x`` over the ranks: an all-reduce of it, ``2 (n-1)/n`` of its bytes."""
+    # Times 1/n, and before the sum, as DistributedDataParallel does it: the bits are to be the same.
     total: Tensor = yield AllReduce(x * (1.0 / context.size))
     return total
 
@@ -230,6 +233,7 @@ def join_state(cut: ByParameter, template: State) -> dict[str, Any]:
     """
 
     def taken(name: str, path: str, fresh: Tensor) -> Tensor:
+        # A new parameter has nothing saved: it begins as a fresh one would.
         value = cut.get(name, {}).get(path, fresh)
         if value.shape != fresh.shape:
             raise DistcompError(

@@ -39,6 +39,7 @@ def with_feedback(
     end.
     """
     method = from_compressor(compressor, pattern)
+    # What is unbiased errs to either side and is averaged out; what is biased must be owed.
     wanted = not compressor.unbiased if error_feedback is None else error_feedback
     if not wanted:
         return method

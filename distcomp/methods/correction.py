@@ -29,13 +29,13 @@ class MomentumCorrection(Method):
     ::
 
         u_i <- m u_i + x_i;       inner(u_i)
-        u_i <- m (u_i + x_i);     inner(u_i + x_i)              # instead, with nesterov
-        u_i <- 0 where contribution_i is not 0                  # masking
+        u_i <- m (u_i + x_i);     inner(u_i + x_i)        # instead, with nesterov
+        u_i <- 0 where contribution_i is not 0            # masking
 
     What error feedback holds back then arrives with the momentum it would have gathered. ``masking`` (for
     sparse methods) ends the momentum of what was sent, lest stale directions be pushed twice. The
     optimizer's own momentum must be 0. On the wire: ``inner``'s bytes. Memory: one tensor of the model's
-    size, and inner's.
+    size (``u``, float32 ``[layout.numel]``), and inner's.
 
     Source: Lin et al., "Deep gradient compression", ICLR 2018, sections 3.1 and 3.2. Around
     ``ErrorFeedback`` over top-k it is that method.
@@ -70,6 +70,7 @@ class MomentumCorrection(Method):
         u = self.momentum * (u + x) if self.nesterov else self.momentum * u + x
         result = yield from self.inner.aggregate(u + x if self.nesterov else u, state["inner"], context)
         if self.masking:
+            # Made once: masking needs it now, and error feedback around all this would ask for it again.
             sent = result.contribution()
             u = torch.where(sent == 0, u, 0.0)
             result = replace(result, contribution=lambda: sent)
@@ -80,6 +81,7 @@ class MomentumCorrection(Method):
 
 
 SPARSE = with_feedback(TopK(0.01), "all_gather")
+"""The paper's, unless another is given."""
 
 
 @register(
@@ -100,5 +102,6 @@ def momentum_correction(
     and ``nesterov`` are those that the optimizer would have had; ``masking`` ends the momentum of elements
     that were sent: for sparse methods only.
     """
+    # No masking where everything is sent in every step: it would be no momentum at all.
     dense = MomentumCorrection(EXACT, momentum, nesterov)
     return Partition(PLAIN, dense, MomentumCorrection(method_of(inner), momentum, nesterov, masking))

@@ -24,9 +24,15 @@ from distcomp.methods.scheduled import EXACT
 class Clipped(Method):
     """Each rank's gradient of a parameter, scaled down to the norm ``limit / sqrt(n)`` where it is longer.
 
-    If the ranks' gradients are independent, their sum then keeps to ``limit``. A parameter is clipped by
-    itself: a bucket knows nothing of the others. Source: Lin et al., ICLR 2018, section 3.2 (local gradient
-    clipping; the paper clips the whole gradient).
+    ::
+
+        x_i <- x_i min(1, limit / (sqrt(n) |x_i|))        per parameter; then inner(x_i)
+
+    If the ranks' gradients are independent, their sum then keeps to ``limit``. On the wire: ``inner``'s
+    bytes.
+
+    Source: Lin et al., ICLR 2018, section 3.2, local gradient clipping. We differ: a parameter is clipped by
+    itself, for a bucket knows nothing of the others; the paper clips the whole gradient.
 
     Raises DistcompError for a limit that is not above zero.
     """
@@ -48,6 +54,7 @@ class Clipped(Method):
             context.layout.pieces(x), context.layout.pieces(clipped), strict=True
         ):
             norm = torch.linalg.vector_norm(piece, dtype=torch.float64)  # squares of large values fit
+            # A norm of zero gives an infinity, of which the clamp makes 1.
             torch.mul(piece, (limit / norm).clamp(max=1.0).float(), out=out)
         return (yield from self.inner.aggregate(clipped, state, context))
 

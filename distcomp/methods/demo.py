@@ -74,6 +74,8 @@ class DecoupledMomentum(Method):
         q = self.select.encode(d, layout, context.private)
         payloads: list[Payload] = yield AllGather(q)
 
+        # Payload after payload, in rank order: every rank adds the same numbers in the same order. Within one
+        # payload no position occurs twice, so that the indexed sum is deterministic on a GPU, too.
         total, senders = torch.zeros_like(x), torch.zeros_like(x)
         for payload in payloads:
             where = self.select.positions(payload, layout)
@@ -91,6 +93,7 @@ class DecoupledMomentum(Method):
             own[where] = context.size * q["values"] / senders[where]
             return self.select.inverse(own, layout)
 
+        # What is taken out is what was sent, not what was agreed: the rest of q's mean is the others' own.
         kept = FlatBuffer(d - self.select.decode(q, layout), layout)
         return AggregateResult(estimate, contribution, {"momentum": kept})
 

@@ -34,8 +34,8 @@ class EF21(Method):
     gradients take ``eta < 1``: without it EF21 need not converge. The estimate lags behind the gradient and
     is never exact where C is not.
 
-    On the wire: the payload of ``compressor`` by ``pattern``. Memory: ``g_i``, ``g``, and ``v_i`` where eta
-    < 1.
+    On the wire: the payload of ``compressor`` by ``pattern``. Memory: ``g_i``, ``g``, and ``v_i`` where
+    ``eta < 1``, float32 ``[layout.numel]`` each.
 
     Source: Richtárik, Sokolov & Fatkhullin, "EF21", NeurIPS 2021; momentum: Fatkhullin, Tyurin & Richtárik,
     NeurIPS 2023. We differ: ``g_i`` begins at 0, not at an uncompressed gradient; a second stage's error
@@ -76,10 +76,12 @@ class EF21(Method):
         own = state["own"].data + self._damped(result.contribution(), context.layout)
         mean = state["mean"].data + self._damped(result.estimate, context.layout)
         new |= {"own": FlatBuffer(own, context.layout), "mean": FlatBuffer(mean, context.layout)}
+        # A copy: the caller may write into the estimate, and the mean is state.
         return AggregateResult(mean.clone(), lambda: own, new)
 
     def _damped(self, difference: Tensor, layout: Layout) -> Tensor:
         for param, piece in layout.pieces(difference):
+            # By the whole parameter's size, not the piece's: buckets that are cut otherwise damp alike.
             factor = self._damping(math.prod(param.shape))
             if factor != 1:
                 piece.mul_(factor)
@@ -93,6 +95,7 @@ class EF21(Method):
 
 
 SPARSE = TopK(0.01)
+"""The paper's compressor, unless another is given."""
 
 
 @register(
@@ -100,17 +103,16 @@ SPARSE = TopK(0.01)
     wire="that of the compressor, by the pattern",
     summable=False,
     biased=True,
-    deviations="begins at zero instead of an uncompressed gradient; from three ranks on the mean is "
-    "encoded a "
-    "second time; biases and norms in float32",
+    deviations="begins at zero instead of an uncompressed gradient; from three ranks on the mean is encoded "
+    "a second time; biases and norms in float32",
     limitations="with noisy gradients and eta = 1: the difference to what is known stays as large as the "
     "noise",
 )
 def ef21(compressor: Compressor | str = SPARSE, pattern: str = "auto", eta: float = 1.0) -> Method:
     """Send the compressed difference between the gradient and what the others already know of it.
 
-    See :class:`distcomp.methods.EF21`. ``compressor`` is one, or the text of one (``"TopK:ratio=0.05"``,
-    ``"Quantize:bits=1"``); ``pattern`` is how its payloads meet; ``eta``: weight of the newest gradient in
+    See :class:`distcomp.methods.EF21`. ``compressor`` is one, or the text of one (``"topk:ratio=0.05"``,
+    ``"quantize:bits=1"``); ``pattern`` is how its payloads meet; ``eta``: weight of the newest gradient in
     the momentum that is sent instead of it (1: none; 0.1 is usual with noisy gradients).
     """
     return except_small(EF21(compressor_of(compressor), pattern, eta))

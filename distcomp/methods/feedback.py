@@ -72,6 +72,7 @@ class ErrorFeedback(Method):
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         residual: Tensor = state["residual"].data
+        # Not multiplied by 1: the same bits, and a tensor of the model's size less.
         e = residual if self.decay == 1 else residual * self.decay
         corrected = x + e
         # A two-stage method inside may then leave its second error with the owner of the chunk.
@@ -84,6 +85,7 @@ class ErrorFeedback(Method):
                 return x + e - residual
 
         else:
+            # The filter needs both what was sent and what came in: nothing can be done in place.
             sent = result.contribution()
             residual = (1 - self.beta) * e + self.beta * (corrected - sent)
 

@@ -32,10 +32,12 @@ from distcomp.methods.base import AggregateResult, Method, State, StepContext, a
 from distcomp.payload import Payload, body_bytes
 
 PATTERNS = ("auto", "all_reduce", "all_gather", "reduce_scatter")
+"""How payloads may meet."""
 
 NOTHING = Layout(())
+"""Of an empty chunk."""
 
-REFERENCE_LAYOUT = Layout.of([("yardstick", (1024, 1024))])
+REFERENCE_LAYOUT = Layout.of([("reference", (1024, 1024))])
 """What the cost of two patterns is compared on."""
 
 
@@ -67,7 +69,8 @@ class AllReduceMean(Method):
 
     We divide by n before encoding, so that a narrow type neither overflows nor rounds the sum a second time.
     Finite values beyond the n-th part of what the type holds are clamped to it (their sum would be an
-    infinity); an infinity stays one.
+    infinity); an infinity stays one. ``contribution_i = n decode(encode(x_i / n))``. On the wire:
+    ``2 (n-1)/n`` of a payload, without its header. What a ring rounds on its way nobody owes.
     """
 
     compressor: Compressor
@@ -79,9 +82,11 @@ class AllReduceMean(Method):
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         scaled = x * (1.0 / context.size)
         if isinstance(self.compressor, Identity):
+            # No payload is made: x / n is what is summed, and what DistributedDataParallel sums.
             total = yield AllReduce(scaled)
             return AggregateResult(total, lambda: x, state)
         payload = self.compressor.encode(self._clamped(scaled, context.size), context.layout, context.shared)
+        # Decoded now: the transport takes the payload for its buffer, and the sum comes back in its place.
         sent = self.compressor.decode(payload, context.layout)
         (part,) = payload.parts
         total = yield AllReduce(payload[part.kind], kind=part.kind)
@@ -114,6 +119,7 @@ class AllGatherMean(Method):
     compressor: Compressor
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        # A key of the rank's own: errors that are independent average out over the ranks.
         own = self.compressor.encode(x, context.layout, context.private.fold("gather"))
         payloads: list[Payload] = yield AllGather(own)
         about = (self.compressor, context.layout)
@@ -145,10 +151,13 @@ class ReduceScatterMean(Method):
     The second encoding errs too. Its error belongs to the owner of the chunk, whose contribution is
     ``decode(c_jj) + n (decode(a_j) - m_j)`` there: the law holds and error feedback loses nothing.
 
-    **Under error feedback** the owner adds its own chunk as it is, ``m_j = 1/n (x_j + sum_{i != j}
-    decode(c_ij))``, for that part crosses no wire. What it owes there is the second stage's error alone, and
-    is added just before the second encoding, as a server adds its own: had it to go through the first encoder
-    with the rest, one rank's blocks would become coarse. Without error feedback the owner's chunk is encoded
+    **Under error feedback** the owner adds its own chunk as it is, for that part crosses no wire::
+
+        m_j = 1/n (x_j + sum_{i != j} decode(c_ij))
+
+    What it owes there is the second stage's error alone, and is added just before the second encoding, as a
+    server adds its own: had it to go through the first encoder with the rest, one rank's blocks would become
+    coarse. Without error feedback the owner's chunk is encoded
     like all others, so that buckets cut otherwise, which make other owners, change no value.
 
     ``second`` encodes the mean (``compressor`` where it is None). On the wire: ``(n-1)/n`` of a payload of
@@ -184,6 +193,7 @@ class ReduceScatterMean(Method):
                     view.sub_(own)
                 else:
                     c.subtract_from(view, payload, chunk)
+            # n times: a contribution is n times what of it stands in the mean.
             own_estimate = chunk_views(estimate, chunks)[context.rank]
             views[context.rank].sub_(own_estimate - chunk_mean, alpha=context.size)
 
@@ -198,6 +208,7 @@ class ReduceScatterMean(Method):
     def _chunks(self, layout: Layout, size: int) -> tuple[Layout, ...]:
         """The chunk of each rank, on a grid that both stages share."""
         second = self.second or self.compressor
+        # A multiple of both: neither stage's blocks are cut, so that the chunks change no value.
         return layout.split(size, math.lcm(self.compressor.alignment, second.alignment))
 
     def _encoded(self, x: Tensor, chunks: tuple[Layout, ...], context: StepContext) -> tuple[Payload, ...]:
@@ -235,12 +246,15 @@ class Auto(Method):
     hundredth of the signal over n, which the noise of minibatches hides); see :func:`second_stage`.
 
     Decided on a large tensor instead of the bucket at hand, because cutting the buckets otherwise must change
-    no value.
+    no value. On the wire: what the one that is chosen sends.
+
+    Source: none: papers gather or reduce, and do not choose.
     """
 
     compressor: Compressor
 
     def chosen(self, size: int) -> Method:
+        """The method at this world size."""
         return _cheapest(self.compressor, size)
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
@@ -259,7 +273,7 @@ def _cheapest(compressor: Compressor, size: int) -> Method:
     if size < 3:  # there both send one payload, and gathering rounds once
         return gather
     scatter = ReduceScatterMean(compressor, second_stage(compressor, size))
-    gathered, scattered = (one.payload_bytes(REFERENCE_LAYOUT, size, 0) for one in (gather, scatter))
+    gathered, scattered = (method.payload_bytes(REFERENCE_LAYOUT, size, 0) for method in (gather, scatter))
     return gather if gathered <= scattered else scatter
 
 
@@ -285,8 +299,8 @@ def second_stage(compressor: Compressor, size: int) -> Compressor | None:
     if _variance(compressor) <= allowed:
         return None
     finer = list(_finer(compressor))
-    fitting = [one for one in finer if _variance(one) <= allowed] or finer[-1:]
-    return min(fitting, key=lambda one: one.wire_bytes(REFERENCE_LAYOUT), default=None)
+    fitting = [quantizer for quantizer in finer if _variance(quantizer) <= allowed] or finer[-1:]
+    return min(fitting, key=lambda quantizer: quantizer.wire_bytes(REFERENCE_LAYOUT), default=None)
 
 
 def _finer(compressor: Compressor) -> Iterator[Compressor]:

@@ -28,54 +28,25 @@ from distcomp.methods.base import (
 )
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.from_compressor import from_compressor
-from distcomp.methods.partition import Partition, Rule, merge, sides, split
+from distcomp.methods.partition import Partition, merge, sides, split
 from distcomp.methods.registry import method_of, register
 from distcomp.methods.scheduled import EXACT
 from distcomp.methods.slices import (
+    Cycle,
     Slicing,
     Subspace,
-    compress,
-    decompress,
+    Unsliced,
+    from_coefficients,
     from_slices,
     mixed,
     relative_loss,
+    to_coefficients,
     to_slices,
 )
 from distcomp.payload import Part, Parts, Payload, body_bytes, wire_bytes
 
 VOTES, REST = "votes", "rest"
 """What rides behind the coefficients: votes, a slice of their own (exact), and what is not sliced."""
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """``learn`` steps of gradients that are sent plainly and remembered, then ``compressed`` ones, and again.
-
-    ``retrain``: learn anew as soon as, on most ranks, the relative loss of what is sent passes this many
-    times what it was on the rank's own first compressed gradients; 0: never before its time.
-    """
-
-    learn: int = 100
-    compressed: int = 400
-    retrain: float = 1.5
-
-    def __post_init__(self) -> None:
-        if self.learn < 5 or self.compressed < 1:
-            raise DistcompError(
-                "a cycle learns for 5 steps or more and compresses for 1 or more, "
-                f"not {self.learn} and {self.compressed}"
-            )
-        if self.retrain and self.retrain <= 1:
-            raise DistcompError(f"retrain is a factor above 1, not {self.retrain}; 0 switches it off")
-
-    @property
-    def length(self) -> int:
-        return self.learn + self.compressed
-
-    @property
-    def watch(self) -> int:
-        """Compressed steps that set the reference."""
-        return max(1, min(20, self.compressed // 5))
 
 
 @dataclass(frozen=True)
@@ -138,13 +109,13 @@ class GradiVeQ(Method):
         def each(*shape_of: str) -> PerParameter:
             return PerParameter(
                 {
-                    name: torch.zeros([one[axis] for axis in shape_of], dtype=torch.float32)
-                    for name, one in shapes.items()
+                    name: torch.zeros([shape[axis] for axis in shape_of], dtype=torch.float32)
+                    for name, shape in shapes.items()
                 }
             )
 
         age = step % self.cycle.length
-        known = {name: one["most"] * (age >= self.cycle.learn) for name, one in shapes.items()}
+        known = {name: shape["most"] * (age >= self.cycle.learn) for name, shape in shapes.items()}
         return {
             "age": PerParameter({name: torch.tensor(age, dtype=torch.int64) for name in shapes}),
             "dims": PerParameter(
@@ -214,26 +185,27 @@ class GradiVeQ(Method):
             _, share, k = self.slicing.shape(param)
             slices = to_slices(piece, param, k)
             samples[_row(age)][name] = slices[::share].clone()
-            total[name] = slices + total[name] if age else slices
+            total[name] = slices + total[name] if age else slices  # a new cycle forgets the last one's
             ages[name] = ages[name] + 1
             if age + 1 == self.cycle.learn:
                 due.append(param)
         new = {**state, "plain": result.state, "total": total, "samples": samples, "age": ages}
         if due:
-            new = yield from self._found(new, tuple(due), context)
+            new = yield from self._bases_found(new, tuple(due), context)
         return replace(result, state=new)
 
-    def _found(
+    def _bases_found(
         self, state: dict[str, Any], due: tuple[ParamSlice, ...], context: StepContext
     ) -> Rounds[dict[str, Any]]:
         """Bases and means of the layers whose learning is over, by the mixtures that rank 0 broadcasts."""
         rows = range(self.cycle.learn)
         samples = [torch.stack([state["samples"][_row(age)][s.name] for age in rows], dim=1) for s in due]
         payload = Payload.empty(self._parts(due), samples[0].device)
+        # Rank 0 alone: eigenvectors differ from machine to machine, in sign at the least.
         if context.rank == 0:
             for own, mixture, dims in zip(samples, *self._views(payload, due), strict=True):
-                found, count = self.subspace.find(own)
-                mixture.copy_(found)
+                own_mixture, count = self.subspace.find(own)
+                mixture.copy_(own_mixture)
                 dims.fill_(count)
         answer: Payload = yield Broadcast(payload, source=0)
         new = {key: PerParameter(state[key]) for key in ("basis", "mean", "dims", "reference")}
@@ -247,7 +219,7 @@ class GradiVeQ(Method):
 
     def _mixtures(self, due: tuple[ParamSlice, ...]) -> list[tuple[int, int, int]]:
         shapes = [self._shape(param) for param in due]
-        return [(one["bases"], one["most"], self.cycle.learn) for one in shapes]
+        return [(shape["bases"], shape["most"], self.cycle.learn) for shape in shapes]
 
     def _parts(self, due: tuple[ParamSlice, ...]) -> Parts:
         values = sum(math.prod(shape) for shape in self._mixtures(due))
@@ -257,7 +229,9 @@ class GradiVeQ(Method):
         """The mixture and d of each layer, as they lie in a payload."""
         shapes = self._mixtures(due)
         flat = torch.split(payload["values"], [math.prod(shape) for shape in shapes])
-        return [one.view(shape) for one, shape in zip(flat, shapes, strict=True)], list(payload["indices"])
+        return [values.view(shape) for values, shape in zip(flat, shapes, strict=True)], list(
+            payload["indices"]
+        )
 
     def _compressed(
         self, x: Tensor, state: State, context: StepContext, rest: Tensor
@@ -267,21 +241,23 @@ class GradiVeQ(Method):
         known = [_Known.of(param, state) for param in context.layout.slices]
         coefficients, votes = [], []
         reference, ages = PerParameter(state["reference"]), PerParameter(state["age"])
-        for one, (param, piece) in zip(known, context.layout.pieces(x), strict=True):
-            slices = to_slices(piece, param, one.mean.shape[1])
-            coefficients.append(compress(slices, one.basis, one.mean).reshape(-1))
+        for layer, (param, piece) in zip(known, context.layout.pieces(x), strict=True):
+            slices = to_slices(piece, param, layer.mean.shape[1])
+            coefficients.append(to_coefficients(slices, layer.basis, layer.mean).reshape(-1))
             if self.cycle.retrain:
-                loss = relative_loss(slices, coefficients[-1], one.mean)
+                loss = relative_loss(slices, coefficients[-1], layer.mean)
                 vote, reference[param.name] = self._judge(loss, ages[param.name], reference[param.name])
                 votes.append(vote)
         sizes = tuple(c.numel() for c in coefficients)
         layout = _coefficients(context.layout.names, sizes, len(votes), rest.numel())
+        # The mean of votes of 0 and 1 is the share of ranks that vote: no round of its own.
         own = torch.cat([*coefficients, x.new_tensor(votes), rest])
         result = yield from self.coefficients.aggregate(own, {}, replace(context, layout=layout))
         agreed = result.estimate[: own.numel() - rest.numel()]
         anew = agreed[agreed.numel() - len(votes) :].tolist() or [0.0] * len(known)
-        for one, share in zip(known, anew, strict=True):
-            ages[one.param.name] = (ages[one.param.name] + 1) % self.cycle.length * (share <= 0.5)
+        for layer, share in zip(known, anew, strict=True):
+            # Most ranks for it: age 0, so that the layer learns from the next step on.
+            ages[layer.param.name] = (ages[layer.param.name] + 1) % self.cycle.length * (share <= 0.5)
         compressed = AggregateResult(
             _restored(agreed, known, x),
             lambda: _restored(result.contribution(), known, x),
@@ -292,7 +268,7 @@ class GradiVeQ(Method):
     def _judge(self, loss: float, age: Tensor, reference: Tensor) -> tuple[float, Tensor]:
         """This rank's vote for learning anew; what it compares with is gathered in the first steps."""
         if int(age) - self.cycle.learn < self.cycle.watch:
-            return 0.0, reference + reference.new_tensor([loss, 1.0])
+            return 0.0, reference + reference.new_tensor([loss, 1.0])  # a sum and a count: their mean
         total, count = reference.tolist()
         return float(loss * count > self.cycle.retrain * total), reference
 
@@ -322,14 +298,14 @@ class GradiVeQ(Method):
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         others, layout = sides(self._unsliced, layout).layouts
         age = step % self.cycle.length
-        apart_bytes = all_reduce_bytes(4 * others.numel, size) if others.slices else 0
+        others_bytes = all_reduce_bytes(4 * others.numel, size) if others.slices else 0
         if age >= self.cycle.learn and layout.slices:
             most = {s.name: self._shape(s)["slices"] * self._shape(s)["most"] for s in layout.slices}
             votes = len(most) if self.cycle.retrain else 0
             riding = others.numel if self.coefficients == EXACT else 0
             sent = _coefficients(tuple(most), tuple(most.values()), votes, riding)
-            return self.coefficients.payload_bytes(sent, size, step) + (0 if riding else apart_bytes)
-        plain = apart_bytes + (self.plain.payload_bytes(layout, size, step) if layout.slices else 0)
+            return self.coefficients.payload_bytes(sent, size, step) + (0 if riding else others_bytes)
+        plain = others_bytes + (self.plain.payload_bytes(layout, size, step) if layout.slices else 0)
         if age + 1 < self.cycle.learn or not layout.slices:
             return plain
         parts, tree = self._parts(layout.slices), (size - 1) / size
@@ -354,12 +330,12 @@ class _Known:
 def _restored(coefficients: Tensor, known: list[_Known], like: Tensor) -> Tensor:
     """The flat buffer that coefficients stand for."""
     out = torch.empty_like(like)
-    layout = Layout(tuple(one.param for one in known))
+    layout = Layout(tuple(layer.param for layer in known))
     at = 0
-    for one, (param, piece) in zip(known, layout.pieces(out), strict=True):
-        slices, dims = one.mean.shape[0], one.basis.shape[1]
+    for layer, (param, piece) in zip(known, layout.pieces(out), strict=True):
+        slices, dims = layer.mean.shape[0], layer.basis.shape[1]
         own = coefficients[at : at + slices * dims].view(slices, dims)
-        from_slices(decompress(own, one.basis, one.mean), param, piece)
+        from_slices(from_coefficients(own, layer.basis, layer.mean), param, piece)
         at += slices * dims
     return out
 
@@ -380,26 +356,7 @@ def _coefficients(names: tuple[str, ...], numels: tuple[int, ...], votes: int, r
     return Layout.of([(name, (numel,)) for name, numel in sent if numel])
 
 
-@dataclass(frozen=True)
-class Unsliced(Rule):
-    """What GradiVeQ does not apply to: all but convolutions, and those too wide to slice."""
-
-    slicing: Slicing = field(default=Slicing())
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({SHAPES})
-
-    def __call__(self, param: ParamSlice) -> bool:
-        if len(param.shape) == 4 and not param.whole:
-            raise DistcompError(
-                f"{param.name} arrives in pieces, and gradiveq needs whole convolutions; use qsgd, topk "
-                "or another method that works element by element"
-            )
-        return self.slicing.length(param) is None
-
-
-def _lifted(bits: int, what: str) -> Method:
+def _method_of_width(bits: int, what: str) -> Method:
     """A stateless, unbiased (or nearly so) way to send numbers at a width."""
     if bits not in (*range(2, 9), 16, 32):
         raise DistcompError(f"{what} takes 2 to 8 bits, 16 (bfloat16) or 32, not {bits}")
@@ -442,8 +399,8 @@ def gradiveq(
     method = GradiVeQ(
         subspace=Subspace(ratio, loss, centred=mean == "pca"),
         cycle=Cycle(learn, compressed, retrain),
-        plain=_lifted(plain_bits, "plain_bits"),
-        coefficients=_lifted(coefficient_bits, "coefficient_bits"),
+        plain=_method_of_width(plain_bits, "plain_bits"),
+        coefficients=_method_of_width(coefficient_bits, "coefficient_bits"),
     )
     whole: Method = ErrorFeedback(method) if error_feedback else method
     return whole if others == EXACT else Partition(Unsliced(), method_of(others), whole)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distcomp.collectives import AllGather, AllReduce, Rounds
-from distcomp.compressors.grid import from_rows, per_parameter_max, spread, to_rows, uniform
+from distcomp.compressors.grid import from_rows, per_parameter_max, spread, to_rows, uniform_noise
 from distcomp.errors import DistcompError
 from distcomp.kernels.reference import round_at_random
 from distcomp.layout import Layout, ParamSlice
@@ -21,8 +21,11 @@ from distcomp.payload import Part, Parts, Payload, wire_bytes
 from distcomp.randomness import Key
 
 WORD_BITS = 32
+"""What every transport adds as integers."""
 SMALLEST_RANGE = 2.0**-120
+"""A range that is smaller counts as zero: nothing is divided by it."""
 
+LARGEST_SIDE = 2**20
 LARGEST_LEVEL = 2**22
 """Integers up to here are rounded right in float32, with two bits to spare."""
 
@@ -57,6 +60,7 @@ def pack_fields(codes: Tensor, bits: int) -> Tensor:
     words = word_count(codes.numel(), bits)
     planes = torch.nn.functional.pad(codes, (0, fields * words - codes.numel())).view(fields, words)
     packed = planes[0].clone()
+    # Added, not or-ed: a negative digit borrows from the field above it, and unpacking gives that back.
     for field in range(1, fields):
         packed += planes[field] << (bits * field)
     return packed
@@ -66,6 +70,7 @@ def unpack_fields(words: Tensor, numel: int, bits: int) -> Tensor:
     """Peel off the lowest field, sign-extended, and subtract it before the next one is looked at."""
     planes, rest = [], words
     for _ in range(WORD_BITS // bits):
+        # To the top and back down: the arithmetic shift extends the field's sign.
         low = (rest << (WORD_BITS - bits)) >> (WORD_BITS - bits)
         planes.append(low)
         rest = (rest - low) >> bits
@@ -74,12 +79,14 @@ def unpack_fields(words: Tensor, numel: int, bits: int) -> Tensor:
 
 def largest_of_all(own: Tensor) -> Rounds[Tensor]:
     """The elementwise maximum over the ranks. ``own``: float32 or bfloat16. On the wire: (n-1) payloads."""
+    # Gathered, not reduced: transports sum, and few take a maximum; n numbers a block are few. Their header
+    # announces a NaN, of which the integers that follow could not tell.
     payload = Payload.empty(_range_parts(own.numel(), own.dtype), own.device)
     payload["scales"].copy_(own)
     payloads: list[Payload] = yield AllGather(payload)
     largest = payloads[0]["scales"].float()
-    for one in payloads[1:]:
-        largest = torch.maximum(largest, one["scales"].float())
+    for received in payloads[1:]:
+        largest = torch.maximum(largest, received["scales"].float())
     return largest
 
 
@@ -93,7 +100,7 @@ def _agreement_bytes(ranges: int, dtype: torch.dtype, words: int, size: int) -> 
 
 def _round_at_random(x: Tensor, layout: Layout, key: Key, largest: int) -> Tensor:
     """One of the integers around x, as int32: right in the mean. A NaN becomes some legal integer."""
-    rounded = round_at_random(x, uniform(layout, key, x.device))
+    rounded = round_at_random(x, uniform_noise(layout, key, x.device))
     return torch.nan_to_num(rounded).clamp_(-largest, largest).to(torch.int32)
 
 
@@ -153,7 +160,8 @@ class HomomorphicQuantizer(Method):
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         s = self.levels(context.size)
-        rows = to_rows(x, context.layout, self.block)
+        # Rounded up: a range below the largest magnitude would clamp it, which is biased.
+        rows = to_rows(x, context.layout, context.layout.within(self.block))
         r = yield from largest_of_all(_bfloat16_above(rows.abs().amax(1)))
         r = torch.where(r < SMALLEST_RANGE, 0.0, r)
 
@@ -162,7 +170,7 @@ class HomomorphicQuantizer(Method):
         total = yield from sum_integers(q, self.width(context.size))
 
         def decoded(integers: Tensor, times: float) -> Tensor:
-            levels = to_rows(integers.float(), context.layout, self.block)
+            levels = to_rows(integers.float(), context.layout, context.layout.within(self.block))
             return from_rows(levels * (r * (times / s))[:, None], context.layout)
 
         return AggregateResult(decoded(total, 1 / context.size), lambda: decoded(q, 1.0), state)
@@ -196,7 +204,7 @@ class TernGrad(Method):
 
     Source: Wen et al., "TernGrad", NeurIPS 2017. We differ: the sum stays integer all the way (the paper's
     server sends 32-bit floats down, or the shared scale's integers); the paper keeps the last layer in float,
-    here biases and norms.
+    here biases and norms. It keeps no state.
 
     Raises DistcompError for a negative clip.
     """
@@ -211,6 +219,7 @@ class TernGrad(Method):
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         g = self._clipped(x, context.layout)
+        # After clipping, as in the paper: the range is that of what is sent.
         s = yield from largest_of_all(per_parameter_max(g, context.layout))
         s = torch.where(s < SMALLEST_RANGE, 0.0, s)
         ratio = g / spread(s.clamp(min=SMALLEST_RANGE), context.layout)
@@ -224,6 +233,7 @@ class TernGrad(Method):
             return x
         clipped = torch.empty_like(x)
         for (_, piece), (_, out) in zip(layout.pieces(x), layout.pieces(clipped), strict=True):
+            # float64: the squares of a large parameter's values add up.
             sigma = piece.double().std(correction=0) if piece.numel() > 1 else piece.abs().sum()
             limit = torch.maximum(self.clip * sigma, piece.double().mean().abs()).float()
             out.copy_(torch.minimum(torch.maximum(piece, -limit), limit))
@@ -240,21 +250,23 @@ class RandomHadamard(Method):
 
     A rotation spreads outliers over their block, so that the largest magnitude is near the typical one.
     ``estimate = D H estimate'``; the inverse is linear, so the law holds for any inner method. Signs are the
-    same on all ranks. A parameter is padded with zeros to whole blocks, which are sent too.
+    same on all ranks. A parameter is padded with zeros to whole blocks, which are sent too. On the wire:
+    ``inner``'s bytes for the padded buffer.
 
     Source: Suresh et al., "Distributed mean estimation with limited communication", ICML 2017; Li et al.,
     THC, NSDI 2024.
 
-    Raises DistcompError where ``block`` is not a power of two.
+    Raises DistcompError where ``block`` is not a power of two up to 2^20: every parameter is padded to it.
     """
 
     inner: Method
     block: int = 512
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.block & (self.block - 1):
+        if not 1 <= self.block <= LARGEST_SIDE or self.block & (self.block - 1):
             raise DistcompError(
-                f"a Hadamard matrix has a power of two for its side, not {self.block}; use 512"
+                f"a Hadamard matrix has a power of two for its side, at most {LARGEST_SIDE:,}, not "
+                f"{self.block}; use 512"
             )
 
     def padded(self, layout: Layout) -> Layout:
@@ -271,7 +283,8 @@ class RandomHadamard(Method):
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         padded = self.padded(context.layout)
         shape = (padded.numel // self.block, self.block)
-        noise = uniform(padded, context.shared.fold("rotate"), x.device).view(shape)
+        # The same signs on all ranks, or sums of rotated values would be no rotated sums.
+        noise = uniform_noise(padded, context.shared.fold("rotate"), x.device).view(shape)
         signs = torch.where(noise < 0.5, -1.0, 1.0)
 
         def back(y: Tensor) -> Tensor:
@@ -289,6 +302,8 @@ def hadamard(rows: Tensor) -> Tensor:
     """The orthonormal Walsh-Hadamard transform of each row: its own inverse, and the same bits everywhere."""
     count, side = rows.shape
     half = 1
+    # Butterflies, side log2(side) additions a row: a product with the matrix would add in an order that
+    # depends on the machine's library.
     while half < side:
         pairs = rows.view(count, side // (2 * half), 2, half)
         rows = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], dim=2)

@@ -17,6 +17,7 @@ from distcomp.methods.registry import register
 from distcomp.payload import Part, Parts, Payload, wire_bytes
 
 MAGNITUDES = ("mean", "one")
+"""What a sign is multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class MajorityVote(Method):
     rank is left alone: its ``s`` is 0.
 
     Votes are packed bits, swapped so that the owner of a chunk counts them, and the result is gathered: on
-    the wire ``2 (n-1)/n d/8`` bytes, and an all-reduce of 4 bytes per parameter.
+    the wire ``2 (n-1)/n d/8`` bytes, and an all-reduce of 4 bytes per parameter. It keeps no state.
 
     **Contributions.** A rank's own votes, ``s sign(x_i)``, sum to ``s`` times the count, not to n times the
     result. The difference is made where the rounding happens: the owner of a chunk adds ``s (n v - count)``
@@ -53,11 +54,12 @@ class MajorityVote(Method):
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         scale = yield from mean(per_parameter_mean(x, context.layout), context)
         if self.magnitude == "one":
-            scale = (scale > 0).float()
+            scale = (scale > 0).float()  # a parameter that is zero everywhere is left alone here, too
 
         chunks = context.layout.split(context.size, SIGNS)
         ballots = tuple(_ballot(view) for view in chunk_views(x, chunks))
         received: list[Payload] = yield AllToAll(ballots)
+        # Counts of +1 and -1 are whole numbers: float32 adds them exactly, in any order.
         count = torch.zeros(chunks[context.rank].numel, device=x.device, dtype=torch.float32)
         for ballot in received:
             unpack_signs(ballot["codes"], count, add=True)

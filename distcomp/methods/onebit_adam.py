@@ -92,6 +92,7 @@ class OneBitAdam(Method):
         # b1 m + (1 - b1) x_i: the common m, and this rank's own gradient. So the mean of m_i is Adam's m.
         own = torch.lerp(x, before, beta1)
         if warm:
+            # The gradient is averaged, not the momentum: v needs the mean's square, and m follows from it.
             result = yield from EXACT.aggregate(x, {}, context)
             g = result.estimate
             m = torch.lerp(g, before, beta1)
@@ -102,6 +103,7 @@ class OneBitAdam(Method):
             m = result.estimate
             share = result.contribution
 
+        # Counted here, not taken from the step: one that a GradScaler skips commits no state.
         moved = x.new_tensor([1.0, float(warm)])
         steps = PerParameter({name: state["steps"][name] + moved for name in context.layout.names})
         new = {
@@ -140,8 +142,7 @@ class OneBitAdam(Method):
     biased=True,
     direction=True,
     deviations="bias correction throughout (DeepSpeed's applies none); one bit is sign times the block's "
-    "mean magnitude; biases and norms in "
-    "float32; the errors are checkpointed",
+    "mean magnitude; biases and norms in float32; the errors are checkpointed",
     limitations="where the variance has not settled by freeze_step; and with any optimizer but plain SGD, "
     "since Adam's step is in the estimate",
 )

@@ -42,8 +42,8 @@ class Partition(Method):
     """Parameters that ``rule`` accepts go through ``special``, the others through ``usual``, in this order.
 
     The parameters of each are laid end to end, so that each method runs one exchange however many parameters
-    there are. Estimate and contribution are those of both, put where their parameters lie. Bytes: those of
-    both.
+    there are. Estimate and contribution are those of both, put where their parameters lie: the law holds for
+    the whole because it does for each. On the wire: the bytes of both.
     """
 
     rule: Rule
@@ -81,13 +81,16 @@ class Partition(Method):
             result = yield from self.special.aggregate(x, state["special"], context)
             return replace(result, state={**state, "special": result.state})
 
+        # One after the other, not interleaved: requests must come in one order on all ranks.
         x_special, x_usual = split(x, self.rule, context.layout)
-        one = yield from self.special.aggregate(x_special, state["special"], replace(context, layout=special))
-        two = yield from self.usual.aggregate(x_usual, state["usual"], replace(context, layout=usual))
+        of_special = yield from self.special.aggregate(
+            x_special, state["special"], replace(context, layout=special)
+        )
+        of_usual = yield from self.usual.aggregate(x_usual, state["usual"], replace(context, layout=usual))
         return AggregateResult(
-            merge(one.estimate, two.estimate, self.rule, context.layout),
-            lambda: merge(one.contribution(), two.contribution(), self.rule, context.layout),
-            {"special": one.state, "usual": two.state},
+            merge(of_special.estimate, of_usual.estimate, self.rule, context.layout),
+            lambda: merge(of_special.contribution(), of_usual.contribution(), self.rule, context.layout),
+            {"special": of_special.state, "usual": of_usual.state},
         )
 
     def sole_compressor(self) -> Compressor | None:
@@ -113,6 +116,7 @@ class Sides:
 
     @property
     def layouts(self) -> tuple[Layout, Layout]:
+        """Of what the rule accepts, and of the others."""
         return self.special, self.usual
 
 
@@ -130,7 +134,7 @@ def _sides_of(rule: Rule, layout: Layout) -> Sides:
         slices[side].append(param)
         moves[side].append((at, ends[side], param.numel))
         ends[side] += param.numel
-    special, usual = (Layout(tuple(one)) for one in slices)
+    special, usual = (Layout(tuple(side)) for side in slices)
     return Sides(special, usual, Moves(tuple(moves[0])), Moves(tuple(moves[1])))
 
 

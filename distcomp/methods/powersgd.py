@@ -106,6 +106,7 @@ class PowerSGD(Method):
     def _two_rounds(
         self, x: Tensor, plan: _Plan, state: State, context: StepContext
     ) -> Rounds[AggregateResult]:
+        # Orthonormal, where the paper leaves Q as it is: float32 holds a span best by an orthonormal basis.
         q = _starts(state["q"], plan, "q", context)
         plain = plan.plain_of(x)
         plain_mean, p = yield from _means(plain, lowrank.each_times_rows(q, x, plan.products), context)
@@ -120,7 +121,7 @@ class PowerSGD(Method):
             # The rank's own Q, not the mean's: what this rank's residual keeps is its own error alone.
             lambda: plan.together(x, plain, p, q_own),
             {**state, "q": plan.kept(state["q"], "q", q_mean)},
-            lambda given: plan.deduct(given, p, q_own),
+            lambda given: plan.subtract_contribution(given, p, q_own),
         )
 
     def _one_round(
@@ -131,16 +132,16 @@ class PowerSGD(Method):
         fixed = _starts(state[given], plan, given, context)
         times = lowrank.each_times_rows if even else lowrank.each_times_columns
         own, plain = times(fixed, x, plan.products), plan.plain_of(x)
-        plain_mean, found = yield from _means(plain, own, context)
+        plain_mean, factor_mean = yield from _means(plain, own, context)
 
         def ordered(free: Tensor) -> tuple[Tensor, Tensor]:
             return (free, fixed) if even else (fixed, free)
 
         return AggregateResult(
-            plan.together(x, plain_mean, *ordered(found)),
+            plan.together(x, plain_mean, *ordered(factor_mean)),
             lambda: plan.together(x, plain, *ordered(own)),
-            {**state, made: plan.kept(state[made], made, found)},
-            lambda given: plan.deduct(given, *ordered(own)),
+            {**state, made: plan.kept(state[made], made, factor_mean)},
+            lambda given: plan.subtract_contribution(given, *ordered(own)),
         )
 
     def _ranks(self, layout: Layout, step: int) -> dict[str, int]:
@@ -162,7 +163,7 @@ def _worth(layout: Layout, rank: int, min_compression: float) -> dict[str, int]:
     ranks = {}
     for param in filter(_is_matrix, layout.slices):
         a, b = _sides(param)
-        r = min(rank, a, b)
+        r = min(rank, a, b)  # a matrix of fewer rows or columns has no more rank than these
         if r * (a + b) * min_compression <= a * b:
             ranks[param.name] = r
     return ranks
@@ -196,7 +197,7 @@ class _Plan:
         lowrank.each_outer(p, q, out, self.products)
         return out
 
-    def deduct(self, given: Tensor, p: Tensor, q: Tensor) -> None:
+    def subtract_contribution(self, given: Tensor, p: Tensor, q: Tensor) -> None:
         """Take the contribution off a flat buffer: the products, and all of what went plainly."""
         move(
             torch.zeros(self.plain.ends[1], device=given.device, dtype=torch.float32), given, self.plain.back
@@ -224,8 +225,8 @@ class _Plan:
             if rank * length % ALIGNED == 0:
                 group.copy_(orthonormal(rows).view(-1))
             else:
-                for one in rows:
-                    one.copy_(orthonormal(one))
+                for factor in rows:
+                    factor.copy_(orthonormal(factor))
             at += group.numel()
         move(grouped, out, to_groups.back)
         return out
@@ -286,13 +287,16 @@ def _starts(factors: PerParameter, plan: _Plan, side: str, context: StepContext)
     """The orthonormal factors to multiply with; what is zero of them is drawn by all ranks alike."""
     ranks = [rank for rank, _ in plan.products.shapes(side)]
     pieces = [factors[name] for name in plan.names]
-    pieces = [one if len(one) == rank else one[:rank] for one, rank in zip(pieces, ranks, strict=True)]
+    pieces = [
+        piece if len(piece) == rank else piece[:rank] for piece, rank in zip(pieces, ranks, strict=True)
+    ]
     if not pieces:
         return torch.empty(0, dtype=torch.float32)
-    flat = torch.cat([one.reshape(-1) for one in pieces])
+    flat = torch.cat([piece.reshape(-1) for piece in pieces])
+    # On a GPU looking would wait for it: noise is drawn always, and taken only where a row is zero.
     if flat.device.type != "cpu" or not _all_alive(flat, plan, side):
         keys = [context.shared.fold("powersgd", name) for name in plan.names]
-        flat = torch.cat([_alive(one, key).reshape(-1) for one, key in zip(pieces, keys, strict=True)])
+        flat = torch.cat([_alive(piece, key).reshape(-1) for piece, key in zip(pieces, keys, strict=True)])
     return plan.orthonormal(flat, side)
 
 

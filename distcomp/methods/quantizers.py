@@ -15,8 +15,7 @@ from distcomp.methods.registry import register
     summable=False,
     biased=False,
     deviations="up to 8 bits count exponents from the block's largest magnitude down, and round to 0 below; "
-    "from "
-    "three ranks on the mean is rounded a second time, to a uniform grid of at most 8 bits",
+    "from three ranks on the mean is rounded a second time, to a uniform grid of at most 8 bits",
     limitations="where 9 bits are still too many; fewer bits are coarse in the upper half of each block's "
     "range",
 )
@@ -37,8 +36,8 @@ def natural(bits: int = 9, block: int = 512) -> Method:
     summable=False,
     biased=False,
     deviations="fixed-width codes in the place of Huffman's; bits count the sign; blocks; from three ranks "
-    "on the "
-    "mean is rounded a second time, to a uniform grid with as many bits as keep the variance below twice",
+    "on the mean is rounded a second time, to a uniform grid with as many bits as keep the variance below "
+    "twice",
     limitations="few levels near the norm: blocks whose values are of one size are rounded coarsely",
 )
 def nuqsgd(bits: int = 4, block: int = 512, norm: str = "l2") -> Method:
@@ -55,8 +54,7 @@ def nuqsgd(bits: int = 4, block: int = 512, norm: str = "l2") -> Method:
     summable=False,
     biased=True,
     deviations="residuals in gradient units (no learning rate inside); sign(0) = +1; from three ranks on the "
-    "mean is "
-    "encoded a second time, and the owner of a chunk owes for it; biases and norms in float32",
+    "mean is encoded a second time, and the owner of a chunk owes for it; biases and norms in float32",
     limitations="without its residual; and where magnitudes differ much within a parameter, for which "
     "block > 0 helps",
 )
@@ -78,8 +76,7 @@ def ef_signsgd(block: int = 0, error_feedback: bool = True) -> Method:
     summable=False,
     biased=True,
     deviations="the second quantization's error is owed by the owner of the chunk; biases and norms in "
-    "float32; "
-    "for the paper's cold start see warmup",
+    "float32; for the paper's cold start see warmup",
     limitations="without error feedback training diverges; large first gradients call for a warmup",
 )
 def onebit(error_feedback: bool = True) -> Method:

@@ -98,7 +98,7 @@ class OwnShard(Method):
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         result = yield from self.inner.aggregate(x, state, context)
         own = chunk_views(result.estimate, _pieces(context.layout))[context.rank]
-        return replace(result, estimate=own.clone())
+        return replace(result, estimate=own.clone())  # not a view: it would keep all of the buffer alive
 
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         return self.inner.payload_bytes(layout, size, step)
@@ -126,6 +126,7 @@ def _to_owners(method: Method) -> Method:
     if compressor is not None:
         return ShardMean(compressor)
     if isinstance(method, Partition):
+        # The rule sees a nameless piece of role "matrix": biases and norms go with the rest.
         return _to_owners(method.special if method.rule(_SOME_PIECE) else method.usual)
     return through_wrappers(method, _to_owners) or OwnShard(method)
 

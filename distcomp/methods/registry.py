@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 from distcomp.compressors.base import Compressor, parse_compressor
 from distcomp.errors import DistcompError
-from distcomp.grammar import nested, no_such, read_settings, remember, split_call
+from distcomp.grammar import nested, no_such, read_settings, remember, shortened, split_call
 from distcomp.methods.base import Method
 from distcomp.methods.scheduled import with_schedules
-from distcomp.plugins import load as load_plugins
-from distcomp.registry import COMPRESSORS, METHODS, Entry, find
+from distcomp.plugins import lookup
+from distcomp.registry import COMPRESSORS, METHODS, Entry
 
 Recipe = TypeVar("Recipe", bound=Callable[..., Any])
 
@@ -72,10 +72,7 @@ def parse(text: str) -> Any:
     given twice, a value of another kind, and a text that is too long or nested too deep.
     """
     name, texts = split_call(text, "method")
-    entry = find(METHODS, name)
-    if entry is None:
-        load_plugins()
-        entry = METHODS.get(name)
+    entry = lookup(METHODS, name)
     if entry is None:
         raise no_such("method", name, METHODS)
     with nested():
@@ -89,7 +86,9 @@ def method_of(given: Method | str) -> Method:
     """
     method = parse(given) if isinstance(given, str) and given.strip() else given
     if not isinstance(method, Method):
-        raise DistcompError(f"{str(given)!r} is no method for gradients; give one such as 'qsgd:bits=4'")
+        raise DistcompError(
+            f"{shortened(str(given))!r} is no method for gradients; give one such as 'qsgd:bits=4'"
+        )
     return method
 
 
@@ -104,7 +103,7 @@ def compressor_of(given: Compressor | Method | str) -> Compressor:
         return given
     if isinstance(given, str):
         name, texts = split_call(given, "compressor")
-        entry, is_method = COMPRESSORS.get(name), find(METHODS, name) is not None
+        entry, is_method = lookup(COMPRESSORS, name), lookup(METHODS, name) is not None
         # Some names are those of both, such as topk; settings that only the method has decide which is meant.
         if entry is not None and (
             not is_method or texts.keys() <= inspect.signature(entry.make).parameters.keys()
@@ -115,7 +114,7 @@ def compressor_of(given: Compressor | Method | str) -> Compressor:
     compressor = method_of(given).sole_compressor()
     if compressor is None:
         raise DistcompError(
-            f"'{given}' is an exchange of all ranks, and here one payload is sent; use a compressor "
-            "such as 'quantize:bits=4', 'topk:ratio=0.01' or 'sign'"
+            f"'{shortened(str(given))}' is an exchange of all ranks, and here one payload is sent; use a "
+            "compressor such as 'quantize:bits=4', 'topk:ratio=0.01' or 'sign'"
         )
     return compressor

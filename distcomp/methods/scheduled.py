@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class Scheduled(Method):
 
     Every registered recipe makes one where a setting is given as a :class:`~distcomp.schedule.Schedule`.
     The state must be of one form throughout: set a recipe that keeps a residual only for some values to keep
-    one always. Every step costs what the step's method costs.
+    one always. On the wire, in each step: the bytes of that step's method.
 
     Raises DistcompError for a value that the recipe refuses, and for states that differ in form.
     """
@@ -39,7 +40,7 @@ class Scheduled(Method):
     recipe: Callable[..., Method] = field(repr=False)
 
     def __post_init__(self) -> None:
-        forms = {step: _form(self.in_step(step).init(PROBE)) for step in self._turns}
+        forms = {step: _form(self.in_step(step).init(PROBE)) for step in self._changes}
         odd = next((step for step, form in forms.items() if form != forms[0]), None)
         if odd is not None:
             raise DistcompError(
@@ -49,20 +50,20 @@ class Scheduled(Method):
 
     @property
     def propagates_nonfinite(self) -> bool:  # type: ignore[override]
-        return all(self.in_step(step).propagates_nonfinite for step in self._turns)
+        return all(self.in_step(step).propagates_nonfinite for step in self._changes)
 
     @property
-    def _turns(self) -> list[int]:
+    def _changes(self) -> list[int]:
         """The steps in which a setting begins another value, and step 0."""
-        points = (one.points for _, one in self.settings if isinstance(one, Schedule))
+        points = (setting.points for _, setting in self.settings if isinstance(setting, Schedule))
         return sorted({0, *(step for steps in points for step, _ in steps)})
 
     def in_step(self, step: int) -> Method:
         """The method of one step."""
-        return _built(self.recipe, tuple((name, _value(one, step)) for name, one in self.settings))
+        return _built(self.recipe, tuple((name, _value(setting, step)) for name, setting in self.settings))
 
     def children(self) -> dict[str, Method]:
-        return {f"step {step}": self.in_step(step) for step in self._turns}
+        return {f"step {step}": self.in_step(step) for step in self._changes}
 
     def init(self, layout: Layout) -> State:
         return self.in_step(0).init(layout)
@@ -74,6 +75,7 @@ class Scheduled(Method):
         return self.in_step(step).payload_bytes(layout, size, step)
 
 
+# A method is a value: made once for all steps in which its settings have these values.
 @functools.lru_cache(maxsize=256)
 def _built(recipe: Callable[..., Method], settings: tuple[tuple[str, Any], ...]) -> Method:
     return recipe(**dict(settings))
@@ -83,8 +85,11 @@ def _value(setting: Any, step: int) -> Any:
     """The setting's value in a step: a whole number where all of the schedule's are."""
     if not isinstance(setting, Schedule):
         return setting
-    whole = all(float(value).is_integer() for value in setting.values)
-    return round(setting(step)) if whole else setting(step)
+    return round(setting(step)) if _whole(setting) else setting(step)
+
+
+def _whole(schedule: Schedule) -> bool:
+    return all(float(value).is_integer() for value in schedule.values)
 
 
 def _form(state: State) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -104,15 +109,19 @@ def with_schedules(recipe: Recipe, everywhere: bool = True) -> Recipe:
     Without ``everywhere`` only those annotated as such may; others are refused with a DistcompError.
     """
     signature = inspect.signature(recipe)
-    native = {name for name, one in signature.parameters.items() if "Schedule" in str(one.annotation)}
+    native = {
+        name for name, parameter in signature.parameters.items() if "Schedule" in str(parameter.annotation)
+    }
     numeric = {name for name, hint in hints_of(recipe).items() if _is_number(hint)}
     title = recipe.__name__.rstrip("_")
 
     @functools.wraps(recipe)
     def build(*arguments: Any, **settings: Any) -> Any:
         given = dict(signature.bind(*arguments, **settings).arguments)
-        read = {name: one if name in native else _read(one) for name, one in given.items()}
-        changing = {name for name, one in read.items() if isinstance(one, Schedule) and name not in native}
+        read = {name: setting if name in native else _read(setting) for name, setting in given.items()}
+        changing = {
+            name for name, setting in read.items() if isinstance(setting, Schedule) and name not in native
+        }
         if changing and not (everywhere and changing <= numeric):
             fixed = min(changing - numeric or changing)
             may = sorted(native | numeric) if everywhere else sorted(native)
@@ -120,7 +129,10 @@ def with_schedules(recipe: Recipe, everywhere: bool = True) -> Recipe:
                 f"{title}: {fixed} cannot change with the step; give one value"
                 + (f" (a schedule may be given for {', '.join(may)})" if may else "")
             )
-        fixed_ = {name: one for name, one in read.items() if name not in changing}
+        broken = [name for name in changing if hints_of(recipe)[name] is int and not _whole(read[name])]
+        if broken:
+            raise DistcompError(f"{title}: {broken[0]} counts; give a schedule of whole numbers")
+        fixed_ = {name: setting for name, setting in read.items() if name not in changing}
         read |= checked(title, fixed_, recipe)
         if changing:
             return Scheduled(title, tuple(read.items()), recipe)
@@ -135,11 +147,14 @@ def _read(setting: Any) -> Any:
 
 
 def _is_number(hint: Any) -> bool:
-    """Whether an annotation admits a number."""
-    return hint in (int, float) or any(_is_number(one) for one in get_args(hint) if one is not bool)
+    """Whether an annotation admits a number; a tuple of numbers is none."""
+    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
+        return any(_is_number(one) for one in get_args(hint))
+    return hint in (int, float)
 
 
 EXACT = from_compressor(Identity())
+"""The mean in float32: what is sent where nothing is compressed."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +162,8 @@ class Warmup(Method):
     """Send float32 (go through ``before``) in the first ``steps`` steps and through ``inner`` afterwards.
 
     ``estimate = mean(x)`` and ``contribution_i = x_i`` while it lasts; ``inner`` keeps the state it began
-    with. A function of the step only: a run resumed in the middle goes on warming up. On the wire: ``2
-    (n-1)/n 4d`` while it lasts.
+    with. A function of the step only: a run resumed in the middle goes on warming up. On the wire:
+    ``2 (n-1)/n 4d`` bytes while it lasts.
 
     Raises DistcompError for a negative number of steps.
     """

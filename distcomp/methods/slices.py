@@ -1,15 +1,52 @@
-"""What GradiVeQ computes on one rank alone: slices of a convolution's gradient, and the subspace they lie
-in."""
+"""What GradiVeQ knows and computes on one rank alone: its cycle, slices of a convolution's gradient, and the
+subspace they lie in."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from distcomp.errors import DistcompError
 from distcomp.layout import ParamSlice
+from distcomp.methods.base import SHAPES
+from distcomp.methods.partition import Rule
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """``learn`` steps of gradients that are sent plainly and remembered, then ``compressed`` ones, and again.
+
+    ``retrain``: learn anew as soon as, on most ranks, the relative loss of what is sent passes this many
+    times what it was on the rank's own first compressed gradients; 0: never before its time.
+
+    Raises DistcompError for fewer than 5 steps of learning, fewer than 1 of compression, or a ``retrain`` of
+    at most 1 that is not 0.
+    """
+
+    learn: int = 100
+    compressed: int = 400
+    retrain: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.learn < 5 or self.compressed < 1:
+            raise DistcompError(
+                "a cycle learns for 5 steps or more and compresses for 1 or more, "
+                f"not {self.learn} and {self.compressed}"
+            )
+        if self.retrain and self.retrain <= 1:
+            raise DistcompError(f"retrain is a factor above 1, not {self.retrain}; 0 switches it off")
+
+    @property
+    def length(self) -> int:
+        """Steps of a whole cycle."""
+        return self.learn + self.compressed
+
+    @property
+    def watch(self) -> int:
+        """Compressed steps that set the reference."""
+        return max(1, min(20, self.compressed // 5))
 
 
 @dataclass(frozen=True)
@@ -21,6 +58,8 @@ class Slicing:
     larger. A layer with ``F D > cap`` is not sliced: its basis would be too large to find and to keep.
 
     At most ``reuse`` slices share a basis, which is found from the first of them; 0: all of a layer do.
+
+    Raises DistcompError for an ``aim`` outside 1..cap, or a negative ``reuse``.
     """
 
     aim: int = 1024
@@ -58,6 +97,25 @@ class Slicing:
         return bases, -(-slices // bases), k
 
 
+@dataclass(frozen=True)
+class Unsliced(Rule):
+    """What GradiVeQ does not apply to: all but convolutions, and those too wide to slice."""
+
+    slicing: Slicing = field(default=Slicing())
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({SHAPES})
+
+    def __call__(self, param: ParamSlice) -> bool:
+        if len(param.shape) == 4 and not param.whole:
+            raise DistcompError(
+                f"{param.name} arrives in pieces, and gradiveq needs whole convolutions; use qsgd, topk "
+                "or another method that works element by element"
+            )
+        return self.slicing.length(param) is None
+
+
 def to_slices(piece: Tensor, param: ParamSlice, k: int) -> Tensor:
     """``[slices, K]`` in memory of its own, from a gradient that lies in a flat buffer."""
     moved = piece.view(param.shape).permute(2, 3, 1, 0)
@@ -70,7 +128,7 @@ def from_slices(slices: Tensor, param: ParamSlice, out: Tensor) -> None:
     out.view(param.shape).copy_(slices.view(height, width, depth, filters).permute(3, 2, 0, 1))
 
 
-def compress(slices: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
+def to_coefficients(slices: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
     """``c = U^T (g - mu)``: ``[S, d]`` for slices ``[S, K]`` and bases ``[B, d, K]`` of neighbouring slices.
 
     Linear in (g, mu): what the ranks' parts compress to adds up to what their sum compresses to.
@@ -78,17 +136,18 @@ def compress(slices: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
     return torch.bmm(_shared(slices - mean, basis), basis.mT).flatten(0, 1)[: slices.shape[0]]
 
 
-def decompress(coefficients: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
+def from_coefficients(coefficients: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
     """``U c + mu``: ``[S, K]``."""
     return torch.bmm(_shared(coefficients, basis), basis).flatten(0, 1)[: mean.shape[0]] + mean
 
 
 def relative_loss(slices: Tensor, coefficients: Tensor, mean: Tensor) -> float:
     """``|g - (U c + mu)| / |g|``, without the product: U is orthonormal."""
-    whole, apart, kept = (
-        float(torch.linalg.vector_norm(one)) for one in (slices, slices - mean, coefficients)
+    whole, centred, kept = (
+        float(torch.linalg.vector_norm(values)) for values in (slices, slices - mean, coefficients)
     )
-    return max(apart**2 - kept**2, 0.0) ** 0.5 / whole if whole else 0.0
+    # Of an orthonormal basis |U c| = |c|: what is lost is what is left of the square.
+    return max(centred**2 - kept**2, 0.0) ** 0.5 / whole if whole else 0.0
 
 
 def _shared(rows: Tensor, basis: Tensor) -> Tensor:
@@ -108,6 +167,8 @@ class Subspace:
     ``ratio``: at most ``K / ratio`` coefficients per slice. ``loss``: as few of them as stay within this much
     (of the energy, 0.01 is 1 %) of the best that so many can do, on gradients that the basis was not found
     from. ``centred``: samples minus their mean; otherwise around zero.
+
+    Raises DistcompError for a ratio below 1 or a loss outside [0, 1).
     """
 
     ratio: float = 8.0
@@ -132,14 +193,18 @@ class Subspace:
         d is chosen with bases of the first four fifths, by their loss on the last fifth; the mixture returned
         is that of all samples.
         """
+        # An eigensolver refuses a NaN, and a step that has one is skipped in any case.
         samples = torch.nan_to_num(samples.double(), 0.0, 0.0, 0.0)
         count, k = samples.shape[1:]
         most = self.most(k, count)
-        early, late = samples[:, : count - held_out(count)], samples[:, count - held_out(count) :]
-        basis = torch.bmm(self._mixture(early, most), early)
-        apart = late - early.mean(1, keepdim=True) if self.centred else late
-        left = apart.square().sum() - torch.bmm(apart, basis.mT).square().sum((0, 1)).cumsum(0)
-        enough = left <= left[-1] + self.loss * late.square().sum()
+        first_fifths, last_fifth = (
+            samples[:, : count - held_out(count)],
+            samples[:, count - held_out(count) :],
+        )
+        basis = torch.bmm(self._mixture(first_fifths, most), first_fifths)
+        centred = last_fifth - first_fifths.mean(1, keepdim=True) if self.centred else last_fifth
+        left = centred.square().sum() - torch.bmm(centred, basis.mT).square().sum((0, 1)).cumsum(0)
+        enough = left <= left[-1] + self.loss * last_fifth.square().sum()
         return self._mixture(samples, most), int(enough.int().argmax()) + 1
 
     def _mixture(self, samples: Tensor, most: int) -> Tensor:
@@ -166,6 +231,7 @@ def principal(samples: Tensor, most: int) -> Tensor:
     ``principal(X) X`` has orthonormal rows. By the eigenvectors of the T x T matrix of inner products: T is a
     hundred where K is thousands. Where the samples span less, zeros follow.
     """
+    # Scaled by the largest magnitude: squares of small gradients would underflow, even in float64.
     largest = samples.abs().amax((1, 2), keepdim=True)
     scale = torch.where(largest > 0, largest, 1.0)
     values, vectors = torch.linalg.eigh(torch.bmm(samples / scale, samples.mT / scale))

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from distcomp.collectives import Broadcast, Rounds
 from distcomp.compressors import Cast, Compressor, Identity, RandomK, TopK
-from distcomp.compressors.topk import place, with_values
+from distcomp.compressors.topk import put_values, with_values
 from distcomp.errors import DistcompError
+from distcomp.grammar import unbracketed
 from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
 from distcomp.methods.basic import except_small, with_feedback
@@ -88,6 +89,7 @@ class SharedRandomK(Method):
         return self.inner.init(self.select.kept(layout))
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        # The key that all ranks share: the same places everywhere, so that no index is sent.
         where = self.select.drawn(context.layout, context.shared).to(x.device)
         factors = self.select.factors(context.layout, x.device)
         kept = self.select.kept(context.layout)
@@ -127,6 +129,7 @@ class CyclicTopK(Method):
         return (self.select.index_part(layout),)
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        # By turns: no rank's data decides alone what is sent, and nobody is asked who is next.
         leader = context.step % context.size
         choice = Payload.empty(self._parts(context.layout), x.device)
         if context.rank == leader:
@@ -142,6 +145,7 @@ class CyclicTopK(Method):
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         parts = self._parts(layout)
         tree = (size - 1) / size
+        # Header and indices are rounded one by one, as the ledger counts them.
         sent = round((wire_bytes(parts) - body_bytes(parts)) * tree) + round(body_bytes(parts) * tree)
         return sent + self.inner.payload_bytes(self.select.kept(layout), size, step)
 
@@ -151,7 +155,7 @@ def _placed(result: AggregateResult, where: Tensor, like: Tensor) -> AggregateRe
 
     def spread_out(values: Tensor) -> Tensor:
         out = torch.empty_like(like)
-        place(out, where, values, add=False)
+        put_values(out, where, values, add=False)
         return out
 
     return AggregateResult(
@@ -162,7 +166,7 @@ def _placed(result: AggregateResult, where: Tensor, like: Tensor) -> AggregateRe
 def _summed(values: str | Method, residual: bool) -> Method:
     if isinstance(values, str) and values in SUMMED:
         return OWED[values] if residual else SUMMED[values]
-    name = values.partition(":")[0].strip("( ") if isinstance(values, str) else ""
+    name = unbracketed(values).partition(":")[0].strip() if isinstance(values, str) else ""
     if isinstance(values, str) and name not in METHODS:
         raise DistcompError(
             f"values cannot be summed as {values!r}; use one of {', '.join(SUMMED)}, or a method"
@@ -176,8 +180,7 @@ def _summed(values: str | Method, residual: bool) -> Method:
     summable=True,
     biased=True,
     deviations="without replacement, from a key that all ranks share; under error feedback bf16 and fp16 "
-    "values are "
-    "added in float32 by owners of chunks; biases and norms in float32",
+    "values are added in float32 by owners of chunks; biases and norms in float32",
     limitations="at small ratios most of a gradient is d/k steps old when it is sent",
 )
 def random_k(ratio: float = 0.01, values: str | Method = "fp32", error_feedback: bool = True) -> Method:

@@ -81,7 +81,8 @@ class TwoLevel(Method):
         return {"inside": self.inside.init(layout), "across": self.across.init(layout)}
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        position = self._place(context.rank, context.size)
+        position = self._position(context.rank, context.size)
+        # Nodes draw apart; across, the ranks of a node draw alike: each carries a part of one exchange.
         inside, across = context.shared.fold("inside", position.index), context.shared.fold("across")
         near = replace(context, rank=position.rank, size=len(position.node), shared=inside)
         far = replace(context, rank=position.index, size=len(position.column), shared=across)
@@ -98,8 +99,8 @@ class TwoLevel(Method):
             {"inside": node.state, "across": nodes.state},
         )
 
-    def _place(self, rank: int, size: int) -> NodePosition:
-        nodes = self.nodes or tuple((one,) for one in range(size))
+    def _position(self, rank: int, size: int) -> NodePosition:
+        nodes = self.nodes or tuple((rank_,) for rank_ in range(size))
         if sum(map(len, nodes)) != size:
             raise DistcompError(
                 f"nodes={nodes} are {sum(map(len, nodes))} ranks, and {size} are here; say where each rank is"
@@ -110,7 +111,7 @@ class TwoLevel(Method):
 
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         """Of ``across`` by what it asks for when all is zero: what is sent depends on the layout alone."""
-        position = self._place(0, size)
+        position = self._position(0, size)
         near, far = len(position.node), len(position.column)
         if near == 1:
             return self.across.payload_bytes(layout, far, step)
@@ -173,6 +174,7 @@ def nodes_of(environment: Mapping[str, str]) -> tuple[Group, ...] | None:
 
 
 ACROSS = qsgd()
+"""Between nodes, unless another is given."""
 
 
 @register(
@@ -192,5 +194,5 @@ def two_level(
     ``nodes`` are the ranks of each node, ``((0, 1), (2, 3))``; without them, as the launcher's environment
     tells; and where that tells nothing, every rank is a node of its own.
     """
-    told = nodes_of(os.environ) if nodes is None else tuple(tuple(node) for node in nodes)
-    return TwoLevel(method_of(inside), method_of(across), told)
+    known = nodes_of(os.environ) if nodes is None else tuple(tuple(node) for node in nodes)
+    return TwoLevel(method_of(inside), method_of(across), known)

@@ -8,6 +8,7 @@ from distcomp.methods.registry import method_of, register
 from distcomp.methods.scheduled import Warmup
 
 INNER = powersgd()
+"""Afterwards, unless another is given."""
 
 
 @register(

@@ -86,7 +86,9 @@ class ShardCodec:
 
 def _split(layout: Layout) -> tuple[Layout, Layout]:
     """What is coded, and what goes as it is."""
-    return layout.select(lambda one: one.role not in PLAIN), layout.select(lambda one: one.role in PLAIN)
+    return layout.select(lambda param: param.role not in PLAIN), layout.select(
+        lambda param: param.role in PLAIN
+    )
 
 
 def _joined(pieces: Mapping[str, Tensor], layout: Layout, x: Tensor) -> Tensor:
@@ -260,7 +262,7 @@ def _plainly(x: Tensor, layout: Layout, dtype: torch.dtype) -> Rounds[Tensor]:
     payload = Payload.empty((Part(KIND, dtype, layout.numel),), x.device)
     payload[KIND].copy_(x)
     payloads: list[Payload] = yield AllGather(payload)
-    return torch.cat([one[KIND] for one in payloads])
+    return torch.cat([payload[KIND] for payload in payloads])
 
 
 def _holding(held: Tensor, layout: Layout, size: int) -> AggregateResult:
@@ -287,8 +289,8 @@ KINDS: Mapping[str, type[WeightGather]] = {"gather": Gather, "difference": Diffe
 
 
 def parse_weight_gather(given: WeightGather | Compressor | Method | str) -> WeightGather:
-    """How weights are gathered: a compressor or its text, ``qsgd:bits=8``; or ``gather:compressor=int8,
-    reuse=true``, ``difference:compressor=(qsgd:bits=4)``.
+    """How weights are gathered: a compressor or its text, ``qsgd:bits=8``; or
+    ``gather:compressor=int8,reuse=true``, ``difference:compressor=(qsgd:bits=4)``.
 
     Raises DistcompError for a name that none has, settings that it does not have, or a method that is more
     than a compressor.

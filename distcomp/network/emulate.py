@@ -121,8 +121,8 @@ class Net:
         then `env`.
         """
         port = self._port()
-        told = {host: {**self._environment(host, port), **(env or {})} for host in commands}
-        return Job(self._control, {host: Command(argv, told[host]) for host, argv in commands.items()})
+        environment = {host: {**self._environment(host, port), **(env or {})} for host in commands}
+        return Job(self._control, {host: Command(argv, environment[host]) for host, argv in commands.items()})
 
     def counters(self) -> list[CableCounters]:
         """What has crossed each rank's cable so far: the figures of `tc -s qdisc`."""
@@ -158,7 +158,7 @@ class Net:
 
     def describe(self) -> list[str]:
         """Lines that say what network this is, how it is made, and what the self-test measured."""
-        return [_describe_making(self), *_describe_delay(self), *link_self_test.describe(self.links)]
+        return [_describe_making(self), *_describe_delay(self), *link_self_test.report_lines(self.links)]
 
     def _environment(self, host: int, port: int) -> dict[str, str]:
         self._check_host(host)
@@ -244,7 +244,7 @@ def emulate(
     with _holder() as control:
         net = _build(fabric, control, packets, force_rootless)
         if net.real_packets and selftest:
-            net.links = link_self_test.measure(net)
+            net.links = link_self_test.measure(fabric, net.addresses, net.run_on)
         yield net
 
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from distcomp.errors import DistcompError
 
 Floats = NDArray[np.float64]
-Loss = Callable[[Floats], Floats]
+LossOfPoints = Callable[[Floats], Floats]
 """Of a residual in units of the noise; even, and never falling away from zero."""
 
 TUKEY_C, HUBER_C = 4.685, 1.345
@@ -45,7 +45,7 @@ def squares(residual: Floats) -> Floats:
 
 
 def isotonic_fit(
-    y: ArrayLike, loss: Loss = tukey, sigma: float | None = None, levels: int = 12
+    y: ArrayLike, loss: LossOfPoints = tukey, sigma: float | None = None, levels: int = 12
 ) -> NDArray[np.float64]:
     """The rising sequence ``x_1 <= ... <= x_n`` that minimizes ``sum_ik loss((x_i - y_ik) / sigma)``.
 
@@ -74,7 +74,7 @@ def isotonic_fit(
     problem = _Problem(y, loss, scale, low, span / (2**levels - 1))
     active = [np.zeros(1, dtype=np.int64)] * len(y)
     for level in range(levels, -1, -1):
-        active = [problem.split(one) if level < levels else one for one in active]
+        active = [problem.split(intervals) if level < levels else intervals for intervals in active]
         active = problem.prune(active, 2**level)
     return low + problem.step * problem.best.astype(np.float64)
 
@@ -97,7 +97,7 @@ def noise(y: Floats) -> float:
 class _Problem:
     """The data, the grid, and the best rising path over it that is known so far."""
 
-    def __init__(self, y: Floats, loss: Loss, sigma: float, low: float, step: float) -> None:
+    def __init__(self, y: Floats, loss: LossOfPoints, sigma: float, low: float, step: float) -> None:
         self.y, self.loss, self.sigma, self.low, self.step = y, loss, sigma, low, step
         self.best: NDArray[np.int64] = np.zeros(len(y), dtype=np.int64)
         self.upper = self.cost(self.best)
@@ -114,8 +114,8 @@ class _Problem:
         known."""
         bounds = [self._lower(i, intervals, width) for i, intervals in enumerate(active)]
         ahead = _sweep(active, bounds)
-        behind = [one[::-1] for one in _sweep([-one[::-1] for one in active[::-1]],
-                                              [one[::-1] for one in bounds[::-1]])][::-1]  # fmt: skip
+        behind = [intervals[::-1] for intervals in _sweep([-intervals[::-1] for intervals in active[::-1]],
+                                              [lower[::-1] for lower in bounds[::-1]])][::-1]  # fmt: skip
         self._improve(active, ahead, bounds, width)
         room = self.upper + 1e-9 * (1 + abs(self.upper))
         return [
@@ -154,7 +154,7 @@ def _sweep(active: list[NDArray[np.int64]], bounds: list[Floats]) -> list[Floats
     costs = [bounds[0]]
     for i in range(1, len(active)):
         cheapest = np.minimum.accumulate(costs[-1])
-        place = np.searchsorted(active[i - 1], active[i], side="right") - 1
-        before = np.where(place >= 0, cheapest[np.maximum(place, 0)], np.inf)
+        last_below = np.searchsorted(active[i - 1], active[i], side="right") - 1
+        before = np.where(last_below >= 0, cheapest[np.maximum(last_below, 0)], np.inf)
         costs.append(before + bounds[i])
     return costs

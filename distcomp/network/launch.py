@@ -216,11 +216,13 @@ def _show_failures(result: LaunchResult) -> None:
     for rank, code in sorted(result.exit_codes.items()):
         if rank != 0 and code != 0 and rank not in result.stopped:
             lines = result.outputs[rank].splitlines()[-_TAIL_LINES:]
-            text = "".join(f"[rank {rank}] {line}\n" for line in [*lines, f"ended with {describe(code)}"])
+            text = "".join(
+                f"[rank {rank}] {line}\n" for line in [*lines, f"ended with {describe_exit(code)}"]
+            )
             _write(sys.stderr, text.encode())
 
 
-def describe(exit_code: int) -> str:
+def describe_exit(exit_code: int) -> str:
     """``"status 1"``, or ``"SIGKILL"`` where a signal ended it."""
     return f"status {exit_code}" if exit_code >= 0 else signal.Signals(-exit_code).name
 

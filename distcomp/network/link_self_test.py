@@ -11,19 +11,16 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from distcomp.errors import DistcompError
 from distcomp.network import control_socket, helper_process
-from distcomp.network.launch import show_nothing
+from distcomp.network.fabric import Fabric
+from distcomp.network.launch import Job, show_nothing
 from distcomp.network.shape import FRAME_BYTES, FRAME_PAYLOAD_BYTES, retransmitted_segments
 from distcomp.network.units import UNSHAPED, format_rate
-
-if TYPE_CHECKING:
-    from distcomp.network.emulate import Net
 
 _LASTING_S = (0.25, 0.05)  # in bulk, and after idle
 _IDLE_S = 0.3
@@ -45,7 +42,7 @@ class LinkTest:
     retransmitted_segments: int
 
     @property
-    def holds(self) -> bool:
+    def holds_rate(self) -> bool:
         """Are both measurements within 10 % of what was asked? Always so for an unshaped link."""
         measured = (self.achieved_bps, self.after_idle_bps)
         return self.asked_bps == UNSHAPED or all(
@@ -53,35 +50,39 @@ class LinkTest:
         )
 
 
-def measure(net: Net) -> tuple[LinkTest, ...]:
-    """Send around the ring of all ranks, rack by rack, so that one message at a time crosses each uplink."""
-    ring = sorted(range(net.fabric.ranks), key=lambda rank: (net.fabric.rack_of(rank), rank))
+def measure(
+    fabric: Fabric, addresses: Sequence[str], run_on: Callable[[Mapping[int, Sequence[str]]], Job]
+) -> tuple[LinkTest, ...]:
+    """Send around the ring of all ranks, rack by rack, so that one message at a time crosses each uplink.
+
+    ``run_on`` starts a command on each of the hosts that it names.
+    """
+    ring = sorted(range(fabric.ranks), key=lambda rank: (fabric.rack_of(rank), rank))
     if len(ring) < 2:
         return ()
     links = list(zip(ring, ring[1:] + ring[:1], strict=True))
-    result = net.run_on(_commands(net, links)).wait(_TIMEOUT_S, grace_s=1.0, show=show_nothing)
+    commands = _commands(fabric, addresses, links)
+    result = run_on(commands).wait(_TIMEOUT_S, grace_s=1.0, show=show_nothing)
     if not result.ok:
         said = result.outputs[result.first_failure or 0].strip().splitlines()[-1:] or ["it said nothing"]
         remedy = "try again, or skip it with selftest=False"
         raise DistcompError(f"the self-test of the emulated network failed ({said[0]}); {remedy}")
     return tuple(
-        LinkTest(
-            source, target, net.fabric.path_rate_bps(source, target), **json.loads(result.outputs[source])
-        )
+        LinkTest(source, target, fabric.path_rate_bps(source, target), **json.loads(result.outputs[source]))
         for source, target in links
     )
 
 
-def _commands(net: Net, links: list[tuple[int, int]]) -> dict[int, list[str]]:
+def _commands(
+    fabric: Fabric, addresses: Sequence[str], links: Sequence[tuple[int, int]]
+) -> dict[int, list[str]]:
     sizes = {
-        target: [
-            message_bytes(net.fabric.path_rate_bps(source, target), lasting_s) for lasting_s in _LASTING_S
-        ]
+        target: [message_bytes(fabric.path_rate_bps(source, target), lasting_s) for lasting_s in _LASTING_S]
         for source, target in links
     }
     plans = {
         source: {
-            "address": net.addresses[source], "target": net.addresses[target], "first": source == links[0][0],
+            "address": addresses[source], "target": addresses[target], "first": source == links[0][0],
             "sends": sizes[target], "receives": sizes[source],
         }
         for source, target in links
@@ -96,7 +97,7 @@ def message_bytes(rate_bps: float, lasting_s: float) -> int:
     return int(min(max(rate_bps / 8 * lasting_s, _LEAST_BYTES), _MOST_BYTES))
 
 
-def describe(links: Sequence[LinkTest]) -> list[str]:
+def report_lines(links: Sequence[LinkTest]) -> list[str]:
     """One line: the asked rate, and the slowest and fastest that was achieved, in bulk and after idle."""
     if not links:
         return []
@@ -104,7 +105,7 @@ def describe(links: Sequence[LinkTest]) -> list[str]:
     bulk = _range([link.achieved_bps for link in links])
     after_idle = _range([link.after_idle_bps for link in links])
     lines = [f"self-test: asked {asked}, achieved {bulk}, one message after idle {after_idle}"]
-    off = [f"{link.source} to {link.target}" for link in links if not link.holds]
+    off = [f"{link.source} to {link.target}" for link in links if not link.holds_rate]
     if off:
         lines.append(f"self-test: off by more than {_TOLERANCE:.0%}: {', '.join(off)} (is the machine busy?)")
     return lines
@@ -112,9 +113,9 @@ def describe(links: Sequence[LinkTest]) -> list[str]:
 
 def main(plan: str) -> None:
     """What each rank runs; prints its measurements as JSON."""
-    told = json.loads(plan)
-    with socket.create_server((told["address"], _PORT)) as server:
-        to_next = _connect(told["target"])
+    settings = json.loads(plan)
+    with socket.create_server((settings["address"], _PORT)) as server:
+        to_next = _connect(settings["target"])
         from_previous, _ = server.accept()
     for peer in (to_next, from_previous):
         peer.settimeout(_TIMEOUT_S)
@@ -122,8 +123,10 @@ def main(plan: str) -> None:
     rates_bps = []
     for index, idle_s in enumerate((0.0, _IDLE_S)):
         time.sleep(idle_s)
-        _start_together(to_next, from_previous, told["first"])
-        rates_bps.append(measure_link(to_next, from_previous, told["sends"][index], told["receives"][index]))
+        _start_together(to_next, from_previous, settings["first"])
+        rates_bps.append(
+            measure_link(to_next, from_previous, settings["sends"][index], settings["receives"][index])
+        )
     achieved_bps, after_idle_bps = rates_bps
     result = {"achieved_bps": achieved_bps, "after_idle_bps": after_idle_bps}
     json.dump({**result, "retransmitted_segments": retransmitted_segments()}, sys.stdout)

@@ -10,20 +10,17 @@ crosses it at its own rate; the exchange is over when the busiest link is::
 (:mod:`distcomp.network.framing`). ``message`` is the host's work to send and receive one,
 ``Host.message_s``, of which a rank has so many one behind the other.
 
-===============  =====================================  ===================  ==========  =====================
-exchange         bytes sent per rank, payload P         hops                 messages    of
-===============  =====================================  ===================  ==========  =====================
-:func:`ring`     2 (n-1)/n P                            2 (n-1)              2 (n-1)     a large sum
-:func:`tree`     2 P within, P at root and leaves       2 ceil(log2 n)       as hops     a small sum, large n
-:func:`direct`   (n-1) P                                1                    n-1         a small sum, small n
-:func:`gather`   (n-1) P                                1                    n-1         payloads to all
-:func:`swap`     (n-1)/n P                              1                    n-1         chunks to owners
-:func:`mix`      degree P                               1                    degree      neighbours
-:func:`pairs`    what each sends to each                1                    the most    uneven all-to-all
-:func:`cast`     P at the source, (n-1)/n P on average  ceil(log2 n)         as hops     one to all
-===============  =====================================  ===================  ==========  =====================
-
-A two-stage reduction (:func:`two_stage`) is a swap and a gather of the chunks.
+=========================  =====================================  ============  ========  ================
+exchange                   bytes sent per rank, payload P         hops          messages  of
+=========================  =====================================  ============  ========  ================
+:func:`ring_all_reduce`    2 (n-1)/n P                            2 (n-1)       2 (n-1)   a large sum
+:func:`direct_all_reduce`  (n-1) P                                1             n-1       a small sum
+:func:`all_gather`         (n-1) P                                1             n-1       payloads to all
+:func:`all_to_all`         (n-1)/n P                              1             n-1       chunks to owners
+:func:`neighbor_exchange`  degree P                               1             degree    neighbours
+:func:`uneven_all_to_all`  what each sends to each                1             the most  uneven parts
+:func:`broadcast`          P at the source, (n-1)/n P on average  ceil(log2 n)  as hops   one to all
+=========================  =====================================  ============  ========  ================
 
 Assumed: TCP shares links without loss and without waste; a rank sends and receives at once; ranks of a rack
 share nothing but its uplink; there is no other traffic. Where ranks share a machine, its cores carry the
@@ -45,7 +42,7 @@ from distcomp.collectives import Group
 from distcomp.network.fabric import Fabric
 from distcomp.network.framing import acknowledged_bytes, framed_bytes
 
-Bytes = NDArray[np.float64]
+LinkBytes = NDArray[np.float64]
 Edge = tuple[int, int]
 
 
@@ -104,10 +101,10 @@ ALONE = Host()
 class Load:
     """Bytes that cross each link: out of and into each rank, out of and into each rack."""
 
-    out: Bytes
-    into: Bytes
-    up: Bytes
-    down: Bytes
+    out: LinkBytes
+    into: LinkBytes
+    up: LinkBytes
+    down: LinkBytes
 
     @property
     def sent_bytes(self) -> float:
@@ -127,7 +124,7 @@ class Cost:
     transfer_s: float
     latency_s: float
     core_s: float
-    links_s: Bytes
+    links_s: LinkBytes
 
     @property
     def seconds(self) -> float:
@@ -177,13 +174,13 @@ class ExchangeLoad:
 def together(exchanges: Iterable[ExchangeLoad]) -> ExchangeLoad:
     """Exchanges of several groups at the same time: links carry the loads of all."""
     every = list(exchanges)
-    columns = zip_longest(*(one.stages for one in every))
+    columns = zip_longest(*(exchange.stages for exchange in every))
     return ExchangeLoad(
         tuple(_added([load for load in column if load is not None]) for column in columns),
-        max((one.hops for one in every), default=0),
-        max((one.delay_s for one in every), default=0.0),
-        max((one.messages for one in every), default=0),
-        any(one.around for one in every),
+        max((exchange.hops for exchange in every), default=0),
+        max((exchange.delay_s for exchange in every), default=0.0),
+        max((exchange.messages for exchange in every), default=0),
+        any(exchange.around for exchange in every),
     )
 
 
@@ -199,48 +196,45 @@ def _added(loads: Sequence[Load]) -> Load:
 
 def along(edges: Mapping[Edge, float], fabric: Fabric) -> Load:
     """The load of messages of so many bytes along edges ``(source, target)``."""
-    n, racks, place = fabric.ranks, max(1, len(fabric.racks)), places(fabric)
+    n, racks, rack_of = fabric.ranks, max(1, len(fabric.racks)), places(fabric)
     load = Load(np.zeros(n), np.zeros(n), np.zeros(racks), np.zeros(racks))
     for (source, target), nbytes in edges.items():
         load.out[source] += nbytes
         load.into[target] += nbytes
-        if place[source] != place[target]:
-            load.up[place[source]] += nbytes
-            load.down[place[target]] += nbytes
+        if rack_of[source] != rack_of[target]:
+            load.up[rack_of[source]] += nbytes
+            load.down[rack_of[target]] += nbytes
     return load
 
 
 def among(
-    sends: Sequence[float] | Bytes, shares: Sequence[float] | Bytes, group: Group, fabric: Fabric
+    sends: Sequence[float] | LinkBytes, shares: Sequence[float] | LinkBytes, group: Group, fabric: Fabric
 ) -> Load:
     """The load when member i sends ``sends[i] * shares[j]`` bytes to every other member j.
 
-    A gather has ``shares`` of 1; a swap of chunks ``sends`` of 1. Computed from sums: any number of ranks.
+    An all-gather has ``shares`` of 1; an all-to-all of chunks ``sends`` of 1. Computed from sums: any number
+    of ranks.
     """
-    members, place = np.array(group), places(fabric)[list(group)]
+    members, rack_of = np.array(group), places(fabric)[list(group)]
     a, b = np.asarray(sends, dtype=np.float64), np.asarray(shares, dtype=np.float64)
     racks = max(1, len(fabric.racks))
-    rack_a, rack_b = np.bincount(place, a, racks), np.bincount(place, b, racks)
+    rack_a, rack_b = np.bincount(rack_of, a, racks), np.bincount(rack_of, b, racks)
     out, into = np.zeros(fabric.ranks), np.zeros(fabric.ranks)
     out[members] = a * (b.sum() - b)
     into[members] = b * (a.sum() - a)
     return Load(out, into, rack_a * (b.sum() - rack_b), rack_b * (a.sum() - rack_a))
 
 
-def occupied_s(load: Load, fabric: Fabric) -> Bytes:
+def occupied_s(load: Load, fabric: Fabric) -> LinkBytes:
     """How long each link carries the load: out of and into the ranks, out of and into the racks."""
     rates, uplinks = links(fabric)
     pairs = ((load.out, load.into, rates), (load.up, load.down, uplinks))
     return np.concatenate(
-        [
-            8 * charged(sent, back) / rate
-            for one, other, rate in pairs
-            for sent, back in ((one, other), (other, one))
-        ]
+        [8 * charged(sent, back) / rate for a, b, rate in pairs for sent, back in ((a, b), (b, a))]
     )
 
 
-def charged(sent: Bytes, back: Bytes) -> Bytes:
+def charged(sent: LinkBytes, back: LinkBytes) -> LinkBytes:
     """Bytes that a link's queue is charged: a stream, and acknowledgements of what comes the other way."""
     return np.asarray(framed_bytes(1) * sent + acknowledged_bytes(1) * back)
 
@@ -248,14 +242,14 @@ def charged(sent: Bytes, back: Bytes) -> Bytes:
 @lru_cache(maxsize=64)
 def places(fabric: Fabric) -> NDArray[np.int64]:
     """The rack of each rank; 0 for all where there are none."""
-    place = np.zeros(fabric.ranks, dtype=np.int64)
+    rack_of = np.zeros(fabric.ranks, dtype=np.int64)
     for index, rack in enumerate(fabric.racks):
-        place[list(rack.ranks)] = index
-    return place
+        rack_of[list(rack.ranks)] = index
+    return rack_of
 
 
 @lru_cache(maxsize=64)
-def links(fabric: Fabric) -> tuple[Bytes, Bytes]:
+def links(fabric: Fabric) -> tuple[LinkBytes, LinkBytes]:
     """The rates of ranks' links and of racks' uplinks."""
     uplinks = [rack.uplink_bps for rack in fabric.racks] or [math.inf]
     return np.array(fabric.rates_bps), np.array(uplinks)
@@ -263,10 +257,10 @@ def links(fabric: Fabric) -> tuple[Bytes, Bytes]:
 
 def delay_s(pairs: Sequence[Edge], fabric: Fabric) -> float:
     """One way between the pair that is farthest apart."""
-    place, racks = places(fabric), _rack_delays(fabric)
+    rack_of, racks = places(fabric), _rack_delays(fabric)
     source, target = np.array(pairs).T
-    crossing = place[source] != place[target]
-    return fabric.delay_s + float(((racks[place[source]] + racks[place[target]]) * crossing).max())
+    crossing = rack_of[source] != rack_of[target]
+    return fabric.delay_s + float(((racks[rack_of[source]] + racks[rack_of[target]]) * crossing).max())
 
 
 def farthest_s(group: Group, fabric: Fabric) -> float:
@@ -277,14 +271,14 @@ def farthest_s(group: Group, fabric: Fabric) -> float:
     )
 
 
-def _rack_delays(fabric: Fabric) -> Bytes:
+def _rack_delays(fabric: Fabric) -> LinkBytes:
     return np.array([rack.delay_s for rack in fabric.racks] or [0.0])
 
 
 # ------------------------------------------------------------------------------------------------- exchanges
 
 
-def ring(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
+def ring_all_reduce(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     """A sum of ``nbytes`` around a ring in the order of ranks: scatter-reduce, then gather."""
     n = len(group)
     if n == 1:
@@ -294,37 +288,22 @@ def ring(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     return ExchangeLoad((load,), 2 * (n - 1), delay_s(edges, fabric), 2 * (n - 1), around=True)
 
 
-def tree(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
-    """A sum of ``nbytes`` up a binomial tree and down again; its levels do not overlap."""
-    down = cast(nbytes, group, fabric)
-    up = tuple(Load(load.into, load.out, load.down, load.up) for load in down.stages)
-    return ExchangeLoad(up[::-1] + down.stages, 2 * down.hops, down.delay_s, 2 * down.messages, around=True)
-
-
-def direct(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
+def direct_all_reduce(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     """A sum of ``nbytes`` that everybody sends to everybody."""
-    return gather([nbytes] * len(group), group, fabric)
+    return all_gather([nbytes] * len(group), group, fabric)
 
 
-def gather(payload_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
+def all_gather(payload_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
     """Member i sends ``payload_bytes[i]`` to every other."""
     return _at_once(among(payload_bytes, np.ones(len(group)), group, fabric), group, fabric)
 
 
-def swap(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
+def all_to_all(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
     """Every member sends ``chunk_bytes[j]`` to member j."""
     return _at_once(among(np.ones(len(group)), chunk_bytes, group, fabric), group, fabric)
 
 
-def two_stage(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
-    """A :func:`swap` of chunks, and a :func:`gather` of what their owners made of them."""
-    one, other = swap(chunk_bytes, group, fabric), gather(chunk_bytes, group, fabric)
-    return ExchangeLoad(
-        one.stages + other.stages, one.hops + other.hops, one.delay_s, one.messages + other.messages
-    )
-
-
-def pairs(sent: Iterable[tuple[int, int, float]], fabric: Fabric) -> ExchangeLoad:
+def uneven_all_to_all(sent: Iterable[tuple[int, int, float]], fabric: Fabric) -> ExchangeLoad:
     """Messages (from, to, bytes), all at once, at most one from a rank to another."""
     edges = {(source, target): nbytes for source, target, nbytes in sent}
     if not edges:
@@ -333,7 +312,7 @@ def pairs(sent: Iterable[tuple[int, int, float]], fabric: Fabric) -> ExchangeLoa
     return ExchangeLoad((along(edges, fabric),), 1, delay_s(list(edges), fabric), most)
 
 
-def mix(nbytes: float, edges: Iterable[Edge], fabric: Fabric) -> ExchangeLoad:
+def neighbor_exchange(nbytes: float, edges: Iterable[Edge], fabric: Fabric) -> ExchangeLoad:
     """Neighbours send each other ``nbytes``; each edge is named once."""
     both = [pair for i, j in edges for pair in ((i, j), (j, i))]
     if not both:
@@ -342,7 +321,7 @@ def mix(nbytes: float, edges: Iterable[Edge], fabric: Fabric) -> ExchangeLoad:
     return ExchangeLoad((along(dict.fromkeys(both, nbytes), fabric),), 1, delay_s(both, fabric), degree)
 
 
-def cast(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
+def broadcast(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     """The first member's ``nbytes`` to all, down a binomial tree: in round k, 2^k members send."""
     n, stages, slowest_s, reached = len(group), [], 0.0, 1
     while reached < n:

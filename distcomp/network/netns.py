@@ -71,7 +71,7 @@ def enter(namespace: int) -> None:
     _check(_libc.setns(namespace, _CLONE_NEWNET), "setns(network)")
 
 
-def create() -> int:
+def create_namespace() -> int:
     """A descriptor of a new network namespace; the caller stays where it is."""
     home = current()
     try:

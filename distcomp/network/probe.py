@@ -14,10 +14,10 @@ from distcomp.network.framing import framed_bytes
 from distcomp.network.isotonic import isotonic_fit, noise
 from distcomp.network.units import UNSHAPED
 
-Times = Sequence[Sequence[float]]
+PairTimes = Sequence[Sequence[float]]
 
 
-def curve(times_s: Times) -> NDArray[np.float64]:
+def curve(times_s: PairTimes) -> NDArray[np.float64]:
     """Seconds for each size, from repeated measurements, ``[sizes, repeats]``: a rising curve that outliers
     do not move. Fitted to the logarithm, for noise grows with what is measured."""
     return np.asarray(np.exp(isotonic_fit(np.log(np.maximum(times_s, 1e-9)))))
@@ -34,7 +34,7 @@ class LinkFit:
     curve_s: tuple[float, ...]
 
 
-def link_of(sizes: Sequence[int], times_s: Times) -> LinkFit:
+def link_of(sizes: Sequence[int], times_s: PairTimes) -> LinkFit:
     """The link behind message times: latency at the smallest size, rate between the two largest.
 
     Raises DistcompError where there are fewer than two sizes.
@@ -92,9 +92,9 @@ def fabric_from(
         float(f"{max(link.rate_bps for pair, link in links.items() if rank in pair):.3g}")
         for rank in range(ranks)
     )
-    place = {rank: index for index, rack in enumerate(racks) for rank in rack}
-    inside = [link.latency_s for (i, j), link in links.items() if place[i] == place[j]]
-    across = [link.latency_s for (i, j), link in links.items() if place[i] != place[j]]
+    rack_of = {rank: index for index, rack in enumerate(racks) for rank in rack}
+    inside = [link.latency_s for (i, j), link in links.items() if rack_of[i] == rack_of[j]]
+    across = [link.latency_s for (i, j), link in links.items() if rack_of[i] != rack_of[j]]
     delay_s = _microseconds(float(np.median(inside or across)))
     if len(racks) == 1:
         return Fabric(rates, delay_s)

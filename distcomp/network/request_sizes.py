@@ -6,32 +6,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distcomp.collectives import Group, Request, is_summed_directly
+from distcomp.errors import DistcompError
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import (
     Edge,
     ExchangeLoad,
-    cast,
-    direct,
-    gather,
-    mix,
-    pairs,
-    ring,
-    swap,
+    all_gather,
+    all_to_all,
+    broadcast,
+    direct_all_reduce,
+    neighbor_exchange,
+    ring_all_reduce,
     together,
+    uneven_all_to_all,
 )
 from distcomp.payload import HEADER
 
 Groups = tuple[Group, ...]
+"""Groups that ask side by side."""
+
+REQUEST_KINDS = (
+    "all_reduce", "ring_all_reduce", "all_gather", "all_to_all", "neighbor_exchange", "broadcast",
+)  # fmt: skip
+"""What :mod:`distcomp.network.model` has a price for."""
 
 
 @dataclass(frozen=True)
 class RequestSizes:
     """One round.
 
-    ``kind``: sum, ring (a sum, whatever its size), gather, swap, mix or cast. ``sizes``: bytes that each
-    member sends (gather), that go to each member (swap), or one number. ``groups`` ask side by side; None is
-    one group of all. ``chunked``: the sizes are cuts of something that all members cover together.
-    ``messages``: (from, to, bytes), where ranks send different sizes; they stand for the sizes then.
+    ``kind``: all_reduce, ring_all_reduce (one that goes around whatever its size), all_gather, all_to_all,
+    neighbor_exchange or broadcast. ``sizes``: bytes that each member sends (all_gather), that go to each
+    member (all_to_all), or one number. ``groups`` ask side by side; None is one group of all. ``chunked``:
+    the sizes are cuts of something that all members cover together. ``messages``: (from, to, bytes), where
+    ranks send different sizes; they stand for the sizes then.
+
+    Raises DistcompError for another kind.
     """
 
     kind: str
@@ -41,36 +51,45 @@ class RequestSizes:
     chunked: bool = False
     messages: tuple[tuple[int, int, float], ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.kind not in REQUEST_KINDS:
+            raise DistcompError(
+                f"there is no price for {self.kind!r}; a request's traffic is one of "
+                f"{', '.join(REQUEST_KINDS)}"
+            )
+
     def exchange(self, fabric: Fabric) -> ExchangeLoad:
         """What it asks of a network of ``fabric.ranks`` ranks."""
         groups = self.groups or (tuple(range(fabric.ranks)),)
         if self.messages:
-            return pairs(self.messages, fabric)
-        if self.kind == "mix":
-            return mix(self.sizes[0], self.edges, fabric)
+            return uneven_all_to_all(self.messages, fabric)
+        if self.kind == "neighbor_exchange":
+            return neighbor_exchange(self.sizes[0], self.edges, fabric)
         return together(self._within(group, fabric) for group in groups)
 
     def _within(self, group: Group, fabric: Fabric) -> ExchangeLoad:
         size = self.sizes[0]
-        if self.kind == "sum":
-            return (direct if is_summed_directly(size, len(group)) else ring)(size, group, fabric)
-        if self.kind == "ring":
-            return ring(size, group, fabric)
-        if self.kind == "cast":
-            return cast(size, group, fabric)
-        return (gather if self.kind == "gather" else swap)(self.sizes, group, fabric)
+        if self.kind == "all_reduce":
+            return (direct_all_reduce if is_summed_directly(size, len(group)) else ring_all_reduce)(
+                size, group, fabric
+            )
+        if self.kind == "ring_all_reduce":
+            return ring_all_reduce(size, group, fabric)
+        if self.kind == "broadcast":
+            return broadcast(size, group, fabric)
+        return (all_gather if self.kind == "all_gather" else all_to_all)(self.sizes, group, fabric)
 
     def sent_bytes(self, ranks: int) -> float:
         """Bytes that a rank sends, on average."""
         members = len(self.groups[0]) if self.groups else ranks
         if self.messages:
             return sum(nbytes for _, _, nbytes in self.messages) / ranks
-        if self.kind == "mix":
+        if self.kind == "neighbor_exchange":
             return 2 * len(self.edges) / ranks * self.sizes[0]
-        if self.kind in ("sum", "ring"):
-            direct_ = self.kind == "sum" and is_summed_directly(self.sizes[0], members)
+        if self.kind in ("all_reduce", "ring_all_reduce"):
+            direct_ = self.kind == "all_reduce" and is_summed_directly(self.sizes[0], members)
             return (members - 1 if direct_ else 2 * (members - 1) / members) * self.sizes[0]
-        if self.kind == "cast":
+        if self.kind == "broadcast":
             return (members - 1) / members * self.sizes[0]
         return (members - 1) / members * sum(self.sizes)
 
@@ -80,7 +99,9 @@ class RequestSizes:
         Chunks get smaller and keep their headers; whatever else is sent stays as large as it is.
         """
         if not self.chunked:
-            return replace(self, sizes=self.sizes[:1] * (ranks if self.kind == "gather" else 1), edges=edges)
+            return replace(
+                self, sizes=self.sizes[:1] * (ranks if self.kind == "all_gather" else 1), edges=edges
+            )
         bodies = sum(self.sizes) - HEADER.size * len(self.sizes)
         return replace(self, sizes=(HEADER.size + bodies / ranks,) * ranks, messages=())
 
@@ -100,7 +121,7 @@ def sizes_of(
         for rank, asked in enumerate(everyone)
         for to, nbytes in asked.messages(rank, ranks)
     )
-    between = edges if traffic.pattern == "mix" else frozenset()
+    between = edges if traffic.pattern == "neighbor_exchange" else frozenset()
     return RequestSizes(traffic.pattern, traffic.sizes, groups, between, traffic.chunked, messages)
 
 
@@ -109,7 +130,7 @@ def uneven(request: Request, rank: int, ranks: int) -> bool:
     return bool(request.messages(rank, ranks))
 
 
-def groups_of(requests: Sequence[Request]) -> Groups | None:
+def request_groups(requests: Sequence[Request]) -> Groups | None:
     """The groups in which all ranks ask, each once; None where they ask as one."""
     if requests[0].group is None:
         return None

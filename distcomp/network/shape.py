@@ -105,10 +105,10 @@ def shape_own(fabric: Fabric, rank: int, device: str = DEVICE) -> None:
             return
         with _needs("redirection of what arrives", "load it (modprobe ifb act_mirred cls_u32)"):
             route.link("add", ifname=_ARRIVING, kind="ifb")
-            arriving, index = socket.if_nametoindex(_ARRIVING), socket.if_nametoindex(device)
-            route.link("set", index=arriving, state="up")
+            ifb, index = socket.if_nametoindex(_ARRIVING), socket.if_nametoindex(device)
+            route.link("set", index=ifb, state="up")
             route.tc("add", "ingress", index, _INGRESS)
-            redirect = {"kind": "mirred", "direction": "egress", "action": "redirect", "ifindex": arriving}
+            redirect = {"kind": "mirred", "direction": "egress", "action": "redirect", "ifindex": ifb}
             everything = {"keys": ["0x0/0x0+0"], "target": _ROOT, "protocol": _ALL}
             route.tc("add-filter", "u32", index, parent=_INGRESS, action=[redirect], **everything)
         _shape(route, _ARRIVING, fabric.rates_bps[rank], 0.0)
@@ -141,7 +141,7 @@ def retransmitted_segments() -> int:
 
 
 def _host(route: Any, fabric: Fabric, rank: int, bridge: int, netem: bool) -> EmulatedHost:
-    host = EmulatedHost(netns.create(), str(_SUBNET[rank + 1]), f"rank{rank}")
+    host = EmulatedHost(netns.create_namespace(), str(_SUBNET[rank + 1]), f"rank{rank}")
     rate_bps = fabric.rates_bps[rank]
     _cable(route, host.plug, {"ifname": DEVICE, "net_ns_fd": host.namespace})
     _plug(route, host.plug, bridge)
@@ -180,16 +180,18 @@ def _shape(route: Any, name: str, rate_bps: float, delay_s: float) -> None:
     if _FASTEST_BPS < rate_bps < UNSHAPED:
         raise DistcompError(f"{format_rate(rate_bps)} is above what tc tbf can hold; give 34gbit or unshaped")
     _segment(route, name, rate_bps)
-    index, place = socket.if_nametoindex(name), {"handle": _ROOT}
+    index, attributes = socket.if_nametoindex(name), {"handle": _ROOT}
     if rate_bps != UNSHAPED:
         with _needs("tc tbf", "load it (modprobe sch_tbf)"):
             bucket = {"rate": int(rate_bps / 8), "burst": burst_bytes(rate_bps), "limit": _QUEUE_BYTES}
             route.tc("add", "tbf", index, _ROOT, **bucket)
-        place = {"handle": _INNER, "parent": _CHILD}
+        attributes = {"handle": _INNER, "parent": _CHILD}
     if delay_s:
-        route.tc("replace", "netem", index, delay=delay_s * 1e6, limit=_QUEUE_BYTES // FRAME_BYTES, **place)
+        route.tc(
+            "replace", "netem", index, delay=delay_s * 1e6, limit=_QUEUE_BYTES // FRAME_BYTES, **attributes
+        )
     elif rate_bps == UNSHAPED:
-        route.tc("add", "bfifo", index, limit=_QUEUE_BYTES, **place)
+        route.tc("add", "bfifo", index, limit=_QUEUE_BYTES, **attributes)
 
 
 def _segment(route: Any, name: str, rate_bps: float) -> None:

@@ -168,12 +168,12 @@ def descendants(pid: int) -> list[int]:
                 continue  # ended while we looked
             if state not in "ZX":
                 children.setdefault(int(parent), []).append(int(entry.name))
-    found: list[int] = []
+    below: list[int] = []
     layer = children.get(pid, [])
     while layer:
-        found += layer
+        below += layer
         layer = [child for parent in layer for child in children.get(parent, [])]
-    return found
+    return below
 
 
 def _kill(root: int) -> None:

@@ -66,8 +66,8 @@ class Parametrization(nn.Module):
 
     @abstractmethod
     def right_inverse(self, weight: Any) -> Tensor | Tensors:
-        """Theta of the weight nearest to ``weight``: ``decode(right_inverse(decode(theta))) ~
-        decode(theta)``.
+        """Theta of the weight nearest to ``weight``; of ``w = decode(theta)`` so that
+        ``decode(right_inverse(w)) ~ w``.
 
         Changes nothing of its own. A code is given all tensors of what it stands for, as a tuple, if these
         are several.

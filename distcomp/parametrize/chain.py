@@ -13,7 +13,7 @@ from distcomp.errors import DistcompError
 from distcomp.parametrize import links as algebra
 from distcomp.parametrize import registered
 from distcomp.parametrize.base import Parametrization
-from distcomp.parametrize.links import Chain, evaluating
+from distcomp.parametrize.links import WeightChain, evaluating
 
 __all__ = ["bits", "chain", "evaluating", "install", "latent", "materialize", "parameters", "remove"]
 
@@ -33,17 +33,17 @@ def install(model: nn.Module, name: str, parametrization: Parametrization) -> Pa
     sharded already; where something stands at the same place; for another shape or type; and inside a
     DistributedDataParallel where parameters would be new.
     """
-    place = _Place.of(model, name)
-    before = place.chain
-    _check_free(model, place, before)
-    parametrization.to(before.theta[0].device).train(place.module.training)
+    located = _Place.of(model, name)
+    before = located.chain
+    _check_free(model, located, before)
+    parametrization.to(before.theta[0].device).train(located.module.training)
     after = algebra.inserted(before, parametrization)
     if isinstance(_uncompiled(model), DistributedDataParallel) and _shapes(before) != _shapes(after):
         raise DistcompError(
             f"{parametrization.label} gives {name} new parameters, which DistributedDataParallel would not "
             "know; install it first"
         )
-    place.write(after)
+    located.write(after)
     return parametrization
 
 
@@ -77,7 +77,7 @@ class Removal:
 
     module: nn.Module
     tensor: str
-    after: Chain
+    after: WeightChain
 
 
 def removal(
@@ -89,24 +89,24 @@ def removal(
     densify: bool = False,
 ) -> Removal:
     """What :func:`remove` would do: see there."""
-    place = _Place.of(model, name)
-    links = place.chain.links
+    located = _Place.of(model, name)
+    links = located.chain.links
     taken = [link for link in links if _matches(link, which)]
     if not taken:
         there = ", ".join(algebra.label(link) for link in links) or "nothing"
         raise DistcompError(f"{name} has no parametrization of {which!r} to remove; there is: {there}")
-    _check_whole(name, place.chain)
-    after = place.chain
+    _check_whole(name, located.chain)
+    after = located.chain
     for link in reversed(taken):  # outermost first: less is computed
         if link in after.links:
             after = algebra.without(after, after.links.index(link), materialize, densify)
-    return Removal(place.module, place.tensor, after)
+    return Removal(located.module, located.tensor, after)
 
 
 def apply(removals: Iterable[Removal]) -> None:
     """Do what was found to be possible."""
-    for one in removals:
-        registered.write(one.module, one.tensor, one.after)
+    for removal in removals:
+        registered.write_chain(removal.module, removal.tensor, removal.after)
 
 
 def materialize(model: nn.Module) -> nn.Module:
@@ -114,22 +114,26 @@ def materialize(model: nn.Module) -> nn.Module:
     it."""
     apply(
         [
-            Removal(module, tensor, Chain(chain.name, (), (chain.weight(),)))
+            Removal(module, tensor, WeightChain(chain.name, (), (chain.weight(),)))
             for module, tensor, chain in chains(model)
         ]
     )
     return model
 
 
-def chains(model: nn.Module) -> list[tuple[nn.Module, str, Chain]]:
+def chains(model: nn.Module) -> list[tuple[nn.Module, str, WeightChain]]:
     """Every parameter that has a chain: its module, its name there, the chain."""
     every = [
-        (module, tensor, registered.read(module, tensor, f"{path}.{tensor}" if path else tensor))
+        (module, tensor, registered.read_chain(module, tensor, f"{path}.{tensor}" if path else tensor))
         for path, module in _unwrapped(model).named_modules()
         if parametrize.is_parametrized(module)
         for tensor in module.parametrizations
     ]
-    return [one for one in every if all(isinstance(tensor, nn.Parameter) for tensor in one[2].theta)]
+    return [
+        of_tensor
+        for of_tensor in every
+        if all(isinstance(tensor, nn.Parameter) for tensor in of_tensor[2].theta)
+    ]
 
 
 def chain(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
@@ -148,11 +152,11 @@ def latent(model: nn.Module, name: str, owner: str) -> Tensor:
 
     The parameter, where nothing lies below.
     """
-    found = _Place.of(model, name)
-    links = found.chain.links
-    mine = [place for place, link in enumerate(links) if _matches(link, owner)]
+    located = _Place.of(model, name)
+    links = located.chain.links
+    mine = [position for position, link in enumerate(links) if _matches(link, owner)]
     below = links[: mine[0]] if mine else links
-    return algebra.passed(below, found.chain.theta)[0]
+    return algebra.passed(below, located.chain.theta)[0]
 
 
 def bits(model: nn.Module, name: str | None = None) -> float:
@@ -166,8 +170,12 @@ def bits(model: nn.Module, name: str | None = None) -> float:
         if isinstance(part, parametrize.ParametrizationList)
         for parameter in part.parameters()
     }
-    plain = sum(8.0 * one.numel() * one.element_size() for one in model.parameters() if id(one) not in inside)
-    return plain + sum(algebra.stored(one).bits for _, _, one in chains(model))
+    plain = sum(
+        8.0 * parameter.numel() * parameter.element_size()
+        for parameter in model.parameters()
+        if id(parameter) not in inside
+    )
+    return plain + sum(algebra.stored(links).bits for _, _, links in chains(model))
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ class _Place:
 
     module: nn.Module
     tensor: str
-    chain: Chain
+    chain: WeightChain
 
     @staticmethod
     def of(model: nn.Module, name: str) -> _Place:
@@ -187,15 +195,15 @@ class _Place:
         except AttributeError:
             module = nn.Module()
         if not parametrize.is_parametrized(module, tensor) and module._parameters.get(tensor) is None:
-            known = ", ".join(one for one, _ in root.named_parameters())
+            known = ", ".join(parameter_name for parameter_name, _ in root.named_parameters())
             raise DistcompError(f"there is no parameter {name!r}; there are: {known}")
-        return _Place(module, tensor, registered.read(module, tensor, name))
+        return _Place(module, tensor, registered.read_chain(module, tensor, name))
 
-    def write(self, after: Chain) -> None:
-        registered.write(self.module, self.tensor, after)
+    def write(self, after: WeightChain) -> None:
+        registered.write_chain(self.module, self.tensor, after)
 
 
-def _check_free(model: nn.Module, place: _Place, before: Chain) -> None:
+def _check_free(model: nn.Module, located: _Place, before: WeightChain) -> None:
     owners = sum(
         parameter is before.theta[0]
         for part in _unwrapped(model).modules()
@@ -208,14 +216,14 @@ def _check_free(model: nn.Module, place: _Place, before: Chain) -> None:
     _check_whole(before.name, before)
 
 
-def _check_whole(name: str, chain: Chain) -> None:
+def _check_whole(name: str, chain: WeightChain) -> None:
     if any(hasattr(tensor, "to_local") for tensor in chain.theta):
         raise DistcompError(
             f"{name} is sharded by FSDP already; change its parametrizations before fully_shard()"
         )
 
 
-def _shapes(chain: Chain) -> list[tuple[int, ...]]:
+def _shapes(chain: WeightChain) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in chain.theta]
 
 

@@ -19,7 +19,7 @@ from distcomp.parametrize.base import Order, Parametrization, Storage, Tensors
 
 
 @dataclass(frozen=True)
-class Chain:
+class WeightChain:
     """Links, innermost first, and theta, which the innermost decodes. ``name`` is for messages."""
 
     name: str
@@ -64,21 +64,25 @@ def applied(links: Sequence[nn.Module], theta: Tensors) -> Tensors:
 
 
 def as_tuple(value: Tensor | Sequence[Tensor]) -> Tensors:
+    """One tensor or several, as several."""
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
 def label(link: nn.Module) -> str:
+    """How messages call a link."""
     return link.label if isinstance(link, Parametrization) else f"{type(link).__name__} (not of distcomp)"
 
 
 def order(link: nn.Module) -> Order:
+    """Where a link stands in a chain; a foreign one like a structure."""
     return link.order if isinstance(link, Parametrization) else Order.STRUCTURE
 
 
 @torch.no_grad()
-def described(links: Sequence[nn.Module], target: Tensors) -> tuple[tuple[nn.Module, ...], Tensors]:
+def fitted_below(links: Sequence[nn.Module], target: Tensors) -> tuple[tuple[nn.Module, ...], Tensors]:
     """The links, fitted to what they are to give, and the theta from which they give the nearest to it."""
     fitted: list[nn.Module] = []
+    # From the outside in: each link is asked for what it must be given.
     for link in reversed(links):
         if isinstance(link, Parametrization):
             link = link.refit(target[0] if len(target) == 1 else target)
@@ -95,7 +99,7 @@ def _inverse(link: nn.Module, weight: Tensors) -> Tensors:
 
 
 @torch.no_grad()
-def inserted(before: Chain, new: Parametrization) -> Chain:
+def inserted(before: WeightChain, new: Parametrization) -> WeightChain:
     """The chain with ``new`` at the place of its order; of equals, the last is outermost.
 
     What stood under it describes, as nearly as it can, what ``new`` needs to describe what it found.
@@ -107,51 +111,52 @@ def inserted(before: Chain, new: Parametrization) -> Chain:
                     f"{before.name} is described by {label(link)}; remove that before "
                     f"{new.label} is installed"
                 )
-    place = sum(order(link) <= new.order for link in before.links)
-    below, above = before.links[:place], before.links[place:]
-    found = applied(below, before.theta)
-    theta = _inverse(new, found)
-    _try(before.name, new, theta, found)
-    if below and same(theta, found):
-        return Chain(before.name, (*below, new, *above), before.theta)
-    fitted, theta = described(below, theta)
-    return Chain(before.name, (*fitted, new, *above), theta)
+    position = sum(order(link) <= new.order for link in before.links)
+    below, above = before.links[:position], before.links[position:]
+    weight = applied(below, before.theta)
+    theta = _inverse(new, weight)
+    _try(before.name, new, theta, weight)
+    # A quantizer or mask takes the weight as it is: what lies below need not be fitted, which would err.
+    if below and same(theta, weight):
+        return WeightChain(before.name, (*below, new, *above), before.theta)
+    fitted, theta = fitted_below(below, theta)
+    return WeightChain(before.name, (*fitted, new, *above), theta)
 
 
-def _try(name: str, new: Parametrization, theta: Tensors, found: Tensors) -> None:
+def _try(name: str, new: Parametrization, theta: Tensors, weight: Tensors) -> None:
     """Decode once, in the mode in which it is, and see that the weight keeps its shape and type."""
     if new.changes_dtype:
         return
     given = passed([new], theta)
     wrong = [
         f"{tuple(now.shape)} of {now.dtype}, not {tuple(was.shape)} of {was.dtype}"
-        for now, was in zip(given, found, strict=False)
+        for now, was in zip(given, weight, strict=False)
         if now.shape != was.shape or now.dtype != was.dtype
     ]
-    if len(given) != len(found):
-        wrong = [f"{len(given)} tensors, not {len(found)}"]
+    if len(given) != len(weight):
+        wrong = [f"{len(given)} tensors, not {len(weight)}"]
     if wrong:
         raise DistcompError(f"{new.label} decodes {name} to {wrong[0]}; make it for this tensor")
 
 
 @torch.no_grad()
-def without(before: Chain, place: int, materialize: bool, densify: bool) -> Chain:
+def without(before: WeightChain, position: int, materialize: bool, densify: bool) -> WeightChain:
     """The chain without one link: see :func:`distcomp.parametrize.remove`."""
-    below, link, above = before.links[:place], before.links[place], before.links[place + 1 :]
-    found = applied(below, before.theta)
-    target = applied([link], found) if materialize else _restored(link, found)
-    if same(target, found):
-        return Chain(before.name, (*below, *above), before.theta)
-    fitted, theta = described(below, target)
+    below, link, above = before.links[:position], before.links[position], before.links[position + 1 :]
+    weight = applied(below, before.theta)
+    target = applied([link], weight) if materialize else _restored(link, weight)
+    if same(target, weight):
+        return WeightChain(before.name, (*below, *above), before.theta)
+    fitted, theta = fitted_below(below, target)
     if materialize and below and not same(applied(fitted, theta), target):
         if not densify:
             raise DistcompError(
-                f"{before.name}: {' and '.join(label(one) for one in below)} cannot hold exactly what it "
+                f"{before.name}: {' and '.join(label(link_) for link_ in below)} cannot hold exactly what it "
                 f"computed with under {label(link)}; remove with materialize=False, or densify=True, which "
-                f"stores {sum(one.numel() for one in target)} numbers and takes these off, too"
+                f"stores {sum(tensor.numel() for tensor in target)} numbers and takes these off, too"
             )
         fitted, theta = (), target
-    after = Chain(before.name, (*fitted, *above), theta)
+    after = WeightChain(before.name, (*fitted, *above), theta)
     if after.numbers > before.numbers and not densify:
         raise DistcompError(
             f"{before.name}: without {label(link)} it stores {after.numbers} numbers, not {before.numbers}; "
@@ -167,16 +172,16 @@ def _restored(link: nn.Module, theta: Tensors) -> Tensors:
     return as_tuple(restored)
 
 
-def same(one: Tensors, other: Tensors) -> bool:
+def same(first: Tensors, other: Tensors) -> bool:
     """Whether all tensors are equal, bit for bit (but for the sign of zero)."""
-    return len(one) == len(other) and all(
+    return len(first) == len(other) and all(
         a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
-        for a, b in zip(one, other, strict=True)
+        for a, b in zip(first, other, strict=True)
     )
 
 
 @torch.no_grad()
-def stored(chain: Chain) -> Storage:
+def stored(chain: WeightChain) -> Storage:
     """What the chain takes to store, link by link from theta on."""
     storage = Storage(chain.numbers, 8.0 * chain.theta[0].element_size())
     value = chain.theta

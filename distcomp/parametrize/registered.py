@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from distcomp.errors import DistcompError
-from distcomp.parametrize.links import Chain, label
+from distcomp.parametrize.links import WeightChain, label
 
 ORDER = "parameter_order"
 """Attribute of a list: the names of the module's parameters in the order that they had."""
@@ -24,32 +24,32 @@ def registered(module: nn.Module, tensor: str) -> parametrize.ParametrizationLis
     """The list of a tensor's parametrizations, if it has any."""
     if not parametrize.is_parametrized(module, tensor):
         return None
-    found = module.parametrizations[tensor]  # type: ignore[index]
-    assert isinstance(found, parametrize.ParametrizationList)
-    return found
+    links = module.parametrizations[tensor]  # type: ignore[index]
+    assert isinstance(links, parametrize.ParametrizationList)
+    return links
 
 
-def read(module: nn.Module, tensor: str, name: str) -> Chain:
+def read_chain(module: nn.Module, tensor: str, name: str) -> WeightChain:
     """The chain of a tensor; without links, theta is the parameter itself."""
-    found = registered(module, tensor)
-    if found is not None:
-        return Chain(name, links_of(found), theta_of(found))
-    return Chain(name, (), (module._parameters[tensor],))  # type: ignore[arg-type]
+    links = registered(module, tensor)
+    if links is not None:
+        return WeightChain(name, links_of(links), theta_of(links))
+    return WeightChain(name, (), (module._parameters[tensor],))  # type: ignore[arg-type]
 
 
-def links_of(found: parametrize.ParametrizationList) -> tuple[nn.Module, ...]:
+def links_of(links: parametrize.ParametrizationList) -> tuple[nn.Module, ...]:
     """The links of a list, innermost first."""
-    return tuple(found.get_submodule(str(place)) for place in range(len(found)))
+    return tuple(links.get_submodule(str(position)) for position in range(len(links)))
 
 
-def theta_of(found: parametrize.ParametrizationList) -> tuple[Tensor, ...]:
+def theta_of(links: parametrize.ParametrizationList) -> tuple[Tensor, ...]:
     """The tensors that a list decodes, in the order of ``decode``'s parameters."""
-    names = ["original"] if found.is_tensor else [f"original{place}" for place in range(found.ntensors)]
-    return tuple(getattr(found, name) for name in names)
+    names = ["original"] if links.is_tensor else [f"original{position}" for position in range(links.ntensors)]
+    return tuple(getattr(links, name) for name in names)
 
 
 @torch.no_grad()
-def write(module: nn.Module, tensor: str, chain: Chain) -> None:
+def write_chain(module: nn.Module, tensor: str, chain: WeightChain) -> None:
     """Let the module compute with a chain. Parameters stay who they are where their shapes do."""
     before = registered(module, tensor)
     old = theta_of(before) if before is not None else (module._parameters[tensor],)

@@ -116,16 +116,18 @@ def slow_groups(
     of momentum SGD they run off before the weights have learned anything. Adam, whose steps do not grow with
     the gradient, does without.
     """
-    latent = {id(one) for _, layer in converted(model) for one in parameters(layer, "weight")}
+    latent = {id(parameter) for _, layer in converted(model) for parameter in parameters(layer, "weight")}
     common = {
-        id(one)
+        id(parameter)
         for part in model.modules()
         if isinstance(part, LearnedScale | TrainedTernary)
-        for one in part.parameters(recurse=False)
+        for parameter in part.parameters(recurse=False)
     }
     groups: dict[float, list[nn.Parameter]] = {1.0: [], slower: [], shared: []}
-    for one in model.parameters():
-        groups[slower if id(one) in latent else shared if id(one) in common else 1.0].append(one)
+    for parameter in model.parameters():
+        groups[slower if id(parameter) in latent else shared if id(parameter) in common else 1.0].append(
+            parameter
+        )
     return [{"params": ones, "lr": share * lr} for share, ones in groups.items() if ones]
 
 

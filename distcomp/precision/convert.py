@@ -92,11 +92,11 @@ def convert(model: nn.Module, plan: Plan, skip: tuple[str, ...]) -> nn.Module:
         if quantizers.weight_projection is not None:
             _check_projection(name, layer, quantizers.weight_projection)
     for _, layer, quantizers in planned:
-        install(layer, quantizers)
+        install_quantizers(layer, quantizers)
     return model
 
 
-def install(layer: nn.Module, quantizers: Quantizers) -> None:
+def install_quantizers(layer: nn.Module, quantizers: Quantizers) -> None:
     """One layer's quantizers."""
     layer.bit_widths = quantizers.bit_widths  # type: ignore[assignment]
     layer.swapped = (type_before_parametrizations(layer), tuple(quantizers.attributes))  # type: ignore[assignment]
@@ -151,9 +151,9 @@ def remove(model: nn.Module, materialize: bool = True, *, densify: bool = False)
     for _, layer in every:
         for hook in layer.precision_hooks:  # type: ignore[union-attr]
             hook.remove()
-        for place in PLACES:
-            if hasattr(layer, place):
-                delattr(layer, place)
+        for attribute in PLACES:
+            if hasattr(layer, attribute):
+                delattr(layer, attribute)
         kind, added = layer.swapped  # type: ignore[misc]
         own_class(layer, kind)
         for name in ("bit_widths", "swapped", "precision_hooks", *added):
@@ -204,10 +204,10 @@ class WeightProjection(nn.Module):
 
     layer: Any
 
-    def __init__(self, layer: nn.Module, law: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, projection: nn.Module) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # not a child: a copied layer brings its own copy along
-        self.law = law
+        self.projection = projection
         _RESTING.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -223,27 +223,27 @@ class WeightProjection(nn.Module):
         """
         for name in quantized(self.layer):
             theta = parameters(self.layer, name)
-            mine = [one for one in theta if owned is None or id(one) in owned]
-            if not mine or not _holds_weights(type(self.layer).__name__, self.layer, name, self.law):
+            mine = [parameter for parameter in theta if owned is None or id(parameter) in owned]
+            if not mine or not _holds_weights(type(self.layer).__name__, self.layer, name, self.projection):
                 continue
             for parameter in mine:
                 local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-                local.copy_(self.law(local))
+                local.copy_(self.projection(local))
 
 
-def _check_projection(path: str, layer: nn.Module, law: nn.Module) -> None:
+def _check_projection(path: str, layer: nn.Module, projection: nn.Module) -> None:
     for name in ("weight", "bias"):
         if _has(layer, name):
-            _holds_weights(path, layer, name, law)
+            _holds_weights(path, layer, name, projection)
 
 
-def _holds_weights(path: str, layer: nn.Module, name: str, law: nn.Module) -> bool:
+def _holds_weights(path: str, layer: nn.Module, name: str, projection: nn.Module) -> bool:
     """Whether what is stored are numbers of the weight. Raises DistcompError for a law that needs it."""
     for link in chain(layer, name):
         if _is_quantizer(link):
             break
         if not (isinstance(link, Parametrization) and link.selects):
-            if getattr(law, "needs_weights", False):
+            if getattr(projection, "needs_weights", False):
                 raise DistcompError(
                     f"the {name} of {path} is stored as {type(link).__name__}, whose numbers are no "
                     "weights that could be kept on a grid; name the layer in skip, or use "
@@ -258,7 +258,7 @@ _RESTING: WeakSet[WeightProjection] = WeakSet()
 
 def _after_step(optimizer: Optimizer, arguments: object, options: object) -> None:
     if _RESTING:
-        owned = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for weight_projection in list(_RESTING):
             weight_projection.project(owned)
 

@@ -67,8 +67,8 @@ def boundaries(magnitudes: Tensor, clusters: int) -> Tensor:
         moved = False
         for k in range(1, clusters):
             low, high = cut[k - 1], cut[k + 1]
-            place = torch.arange(low, high + 1)
-            gain = _weighted(mass, low, place, n) + _weighted(mass, place, high, n)
+            cuts = torch.arange(low, high + 1)
+            gain = _weighted(mass, low, cuts, n) + _weighted(mass, cuts, high, n)
             best = low + int(gain.argmax())
             moved |= best != cut[k]
             cut[k] = best
@@ -193,5 +193,6 @@ class LogActivation(nn.Module):
             (top - (count - 2) * step - down * step, step) for step in STEPS for down in range(count // 2)
         ]
         return max(
-            tried, key=lambda one: weighted_entropy_of(x, log_levels(x, one[0], one[1], self.bits), count)
+            tried,
+            key=lambda levels: weighted_entropy_of(x, log_levels(x, levels[0], levels[1], self.bits), count),
         )

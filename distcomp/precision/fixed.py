@@ -49,38 +49,44 @@ def fixed_point(
     ranks, which must keep the same weights. In ``eval()`` activations are rounded to the nearest.
 
     Source: Gupta et al., "Deep learning with limited numerical precision", ICML 2015. We differ: an output
-    that saturates passes no gradient (the paper says nothing of it); the
-    optimizer's own state (momentum) stays in float32.
+    that saturates passes no gradient (the paper says nothing of it); the optimizer's own state (momentum)
+    stays in float32.
 
     Raises DistcompError for an unknown format or rounding, or a model without layers to convert.
     """
     if rounding not in ROUNDINGS:
         raise DistcompError(f"fixed_point rounds stochastic or nearest, not {rounding!r}")
-    weight_format = FixedPoint.of(format)
-    activation_format = FixedPoint.of(activations or format)
-    gradient_format = FixedPoint.of(gradients or format)
-    bit_widths = BitWidths(weight_format.bits, activation_format.bits, gradient_format.bits)
+    formats = tuple(FixedPoint.of(given or format) for given in (format, activations, gradients))
 
     def plan(name: str, layer: nn.Module) -> Quantizers:
         shared, own = Key.of("precision", seed, name), Key.of("precision", seed, name, rank)
-
-        def rounder(format: FixedPoint, key: Key) -> RoundToFormat:
-            return RoundToFormat(format, key if rounding == "stochastic" else None)
-
-        return Quantizers(
-            bit_widths,
-            {
-                one: GridGradient(rounder(gradient_format, own.fold(one)), exact, weight_format.bits)
-                for one in ("weight", "bias")
-            },
-            input_quantizer=Widen() if exact else None,
-            output_quantizer=GridOutput(
-                rounder(activation_format, own.fold("y")), rounder(gradient_format, own.fold("e"))
-            ),
-            weight_projection=rounder(weight_format, shared.fold("rest")),
-        )
+        return _quantizers(formats, exact, rounding, shared, own)
 
     return convert(model, plan, skip)
+
+
+def _quantizers(
+    formats: tuple[FixedPoint, ...], exact: bool, rounding: str, shared: Key, own: Key
+) -> Quantizers:
+    """Those of a layer; ``formats``: of weights, activations and gradients."""
+    of_weights, of_activations, of_gradients = formats
+
+    def rounder(format: FixedPoint, key: Key) -> RoundToFormat:
+        return RoundToFormat(format, key if rounding == "stochastic" else None)
+
+    return Quantizers(
+        BitWidths(of_weights.bits, of_activations.bits, of_gradients.bits),
+        {
+            name: GridGradient(rounder(of_gradients, own.fold(name)), exact, of_weights.bits)
+            for name in ("weight", "bias")
+        },
+        input_quantizer=Widen() if exact else None,
+        output_quantizer=GridOutput(
+            rounder(of_activations, own.fold("y")), rounder(of_gradients, own.fold("e"))
+        ),
+        # The key without the rank: replicas hold the same weights, so they must round them alike.
+        weight_projection=rounder(of_weights, shared.fold("rest")),
+    )
 
 
 class RoundToFormat(nn.Module):

@@ -120,12 +120,12 @@ def bottom_to_top(model: nn.Module, update: str = "next") -> Iterator[Phase]:
     owners = _owners(model, [name for name, _ in switches])
     try:
         for k in range(1, len(switches) + 1):
-            for place, (_, switch) in enumerate(switches, start=1):
-                switch.on = place <= k
+            for position, (_, switch) in enumerate(switches, start=1):
+                switch.on = position <= k
             for name, parameter in model.named_parameters():
                 learns = owners[name] == k if update == "next" else owners[name] >= k
                 parameter.requires_grad_(before[name] and learns)
-            trained = tuple(name for name, one in model.named_parameters() if one.requires_grad)
+            trained = tuple(name for name, parameter_ in model.named_parameters() if parameter_.requires_grad)
             yield Phase(k, trained)
     finally:
         set_activations(model, True)
@@ -145,19 +145,19 @@ def top_layers(model: nn.Module, count: int = 1) -> Phase:
     owners = _owners(model, [name for name, _ in switches])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(owners[name] > len(switches) - count)
-    trained = tuple(name for name, one in model.named_parameters() if one.requires_grad)
+    trained = tuple(name for name, parameter_ in model.named_parameters() if parameter_.requires_grad)
     return Phase(len(switches), trained)
 
 
 def _switches(model: nn.Module) -> list[tuple[str, Nearest]]:
-    found = [
+    switches = [
         (name, layer.input_quantizer)
         for name, layer in converted(model)
         if isinstance(layer.input_quantizer, Nearest)
     ]
-    if not found:
+    if not switches:
         raise DistcompError("no activation has a switch; call distcomp.precision.gradual(model) first")
-    return found
+    return switches
 
 
 def _owners(model: nn.Module, names: list[str]) -> dict[str, int]:

@@ -30,14 +30,14 @@ class Noise(nn.Module):
     def next_key(self) -> Tensor:
         """The key of one draw (int64 of no dimensions), to be used now or in backward."""
         self.draws += 1
-        return mixed(self.draws * GOLDEN + self.key)
+        return hash_bits(self.draws * GOLDEN + self.key)
 
     def forward(self, like: Tensor) -> Tensor:
         """One number for each element of ``like``."""
         return uniform_like(like, self.next_key())
 
 
-def mixed(z: Tensor) -> Tensor:
+def hash_bits(z: Tensor) -> Tensor:
     """SplitMix64's output function on int64, whose products wrap: neighbouring draws get unlike keys."""
     z = (z ^ _shifted(z, 30)) * MIX[0]
     z = (z ^ _shifted(z, 27)) * MIX[1]

@@ -28,12 +28,12 @@ def pack(model: nn.Module) -> nn.Module:
             "no layer has binary weights and inputs; convert with distcomp.precision.bnn or xnor_net"
         )
     packed = [(name, layer, _packed(name, layer)) for name, layer in chosen]
-    for name, layer, one in packed:
+    for name, layer, packed_layer in packed:
         remove(layer, densify=True)
         if layer is model:
-            return one
+            return packed_layer
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, one)
+        setattr(model.get_submodule(parent), child, packed_layer)
     return remove(model).eval()
 
 

@@ -50,11 +50,11 @@ class Summary:
 
     def __str__(self) -> str:
         lines = [f"{'layer':<28}{'weights':>9}{'inputs':>8}{'gradients':>11}{'numbers':>12}{'bytes':>12}"]
-        for one in self.layers:
-            bits = one.bit_widths
+        for layer in self.layers:
+            bits = layer.bit_widths
             lines.append(
-                f"{one.name:<28}{bits.weights:>9g}{bits.activations:>8g}{bits.gradients:>11g}"
-                f"{one.numel:>12,}{one.bytes:>12,}"
+                f"{layer.name:<28}{bits.weights:>9g}{bits.activations:>8g}{bits.gradients:>11g}"
+                f"{layer.numel:>12,}{layer.bytes:>12,}"
             )
         lines.append(
             f"{self.bytes:,} bytes, {self.float_bytes / max(1, self.bytes):.1f} x fewer than float32"
@@ -78,7 +78,7 @@ def summary(model: nn.Module, example: Any = None) -> Summary:
         raise DistcompError("the model has no Linear or Conv layer; there is nothing to sum up")
     operations = _operations(model, example) if example is not None else {}
     rows = [_row(name, layer, operations.get(name, 0)) for name, layer in named]
-    everything = sum(one.numel() for one in model.parameters())
+    everything = sum(parameter.numel() for parameter in model.parameters())
     return Summary(
         tuple(rows),
         4 * (everything - sum(row.numel for row in rows)),
@@ -89,7 +89,7 @@ def summary(model: nn.Module, example: Any = None) -> Summary:
 def _row(name: str, layer: nn.Module, operations: int) -> LayerSummary:
     bit_widths = getattr(layer, "bit_widths", BitWidths())
     bias = latent_of(layer, "bias")
-    weights = sum(one.numel() for one in parameters(layer, "weight"))
+    weights = sum(parameter.numel() for parameter in parameters(layer, "weight"))
     bias_numel = 0 if bias is None else bias.numel()
     if len(chain(layer, "weight")) > len({"weight"} & {*quantized(layer)}):
         bits = stored_bits(layer, "weight")

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
 from distcomp.pruning.masks import evaluating, keep_largest, unwrapped, weights_of
-from distcomp.pruning.pruner import Criterion, Pruner, PruningContext, Tensors
+from distcomp.pruning.pruner import Criterion, NamedTensors, Pruner, PruningContext
 
 
 def correlations(layer: nn.Linear | nn.Conv2d, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def correlations(layer: nn.Linear | nn.Conv2d, inputs: Tensor, outputs: Tensor) 
         a = functional.unfold(inputs, layer.weight.shape[2:], layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
         b = outputs.flatten(2)
     else:
-        a, b = (one.reshape(len(one), -1, one.shape[-1]).transpose(1, 2) for one in (inputs, outputs))
+        a, b = (maps.reshape(len(maps), -1, maps.shape[-1]).transpose(1, 2) for maps in (inputs, outputs))
     r = torch.einsum("nkl,nil->lki", _standardised(b), _standardised(a)) / len(a)
     return r.abs().mean(0).view(layer.weight.shape)
 
@@ -63,7 +63,7 @@ class Correlation(Criterion):
     def due(self, step: int, name: str) -> bool:
         return step == self.start + self.every * self.order.index(name)
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return {name: self._of(name, view) for name in view.due}
 
     def _of(self, name: str, view: PruningContext) -> Tensor:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from distcomp.errors import DistcompError
 from distcomp.parametrize import chain, evaluating, parameters
 from distcomp.pruning.masks import Mask, keep_largest, unwrapped
-from distcomp.pruning.pruner import Criterion, Pruner, PruningContext, Tensors
+from distcomp.pruning.pruner import Criterion, NamedTensors, Pruner, PruningContext
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -44,7 +44,7 @@ class Discrimination(Criterion):
     def due(self, step: int, name: str) -> bool:
         return step == self.start + self.every * self.order.index(name)
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return {name: self._selected(name) for name in view.due}
 
     def _selected(self, name: str) -> Tensor:
@@ -73,9 +73,9 @@ class Discrimination(Criterion):
         selected = torch.zeros(count, dtype=torch.bool, device=weight.device)
         while (missing := wanted - int(selected.sum())) > 0:
             mask.copy_(_columns(selected, weight))
-            found = self.loss(self.model.forward(inputs), targets)
-            found = found + self.balance * functional.mse_loss(outputs[-1], whole)
-            (gradient,) = torch.autograd.grad(found, weight)
+            objective = self.loss(self.model.forward(inputs), targets)
+            objective = objective + self.balance * functional.mse_loss(outputs[-1], whole)
+            (gradient,) = torch.autograd.grad(objective, weight)
             scores = gradient.reshape(len(gradient), count, -1).norm(dim=2).sum(0)
             selected |= keep_largest(scores.masked_fill(selected, -torch.inf), min(missing, self.at_once))
         return _columns(selected, weight)

@@ -122,13 +122,13 @@ def frequency(
     """
     check_rarity(gamma, power)
     module = unwrapped(model)
-    found = [
+    spatial = [
         f"{prefix}.weight" if prefix else "weight"
         for prefix, part in module.named_modules()
         if isinstance(part, nn.Conv2d) and part.weight.shape[-1] * part.weight.shape[-2] > 1
     ]
-    chosen = found if names is None else list(names)
-    flat = [name for name in chosen if name not in found]
+    chosen = spatial if names is None else list(names)
+    flat = [name for name in chosen if name not in spatial]
     if flat:  # named, but without a plane of frequencies
         raise DistcompError(f"{flat[0]} is no 2-D convolution of kernels above 1 x 1; leave it out of names")
     criterion = FrequencySurgery(Draws(seed, gamma, power, until), rate, bands or Bands())

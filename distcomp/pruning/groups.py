@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
 from distcomp.pruning.masks import Pruned, unwrapped, weights_of
-from distcomp.pruning.pruner import Criterion, Pruner, PruningContext, Tensors
+from distcomp.pruning.pruner import Criterion, NamedTensors, Pruner, PruningContext
 
 KINDS = {"filters": (0,), "channels": (1,), "shapes": None, "depth": ()}
 """The dimensions that tell groups apart; None: all but the first."""
@@ -59,14 +59,14 @@ class GroupLasso(Criterion):
     def due(self, step: int, name: str) -> bool:
         return step == self.until
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return {name: view.weights[name] != 0 for name in view.due}
 
     def after_step(self, step: int, pruned: Mapping[str, Pruned], rates: Mapping[int, float]) -> None:
         if step > self.until:
             return
-        for one in pruned.values():
-            rate, weight = rates.get(id(one.parameter), 0.0), one.parameter.detach()
+        for pruned_weight in pruned.values():
+            rate, weight = rates.get(id(pruned_weight.parameter), 0.0), pruned_weight.parameter.detach()
             shrunk = weight.sign() * (weight.abs() - rate * self.l1).clamp(min=0) if self.l1 else weight
             for kind, strength in self.strengths:
                 shrunk = block_shrink(shrunk, kind, rate * strength, self.weighted)

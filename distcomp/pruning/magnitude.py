@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
 from distcomp.pruning.masks import keep_largest, unwrapped, weights_of
-from distcomp.pruning.pruner import Criterion, Pruner, PruningContext, Tensors
+from distcomp.pruning.pruner import Criterion, NamedTensors, Pruner, PruningContext
 from distcomp.randomness import Key
 from distcomp.schedule import Schedule, extremes, varying
 
@@ -29,17 +29,17 @@ def of_layer(value: float | tuple[tuple[str, float], ...], name: str, otherwise:
     return dict(value).get(name, otherwise) if isinstance(value, tuple) else value
 
 
-def smallest_pruned(weights: Tensors, masks: Tensors, sparsity: float, scope: str) -> Tensors:
+def smallest_pruned(weights: NamedTensors, masks: NamedTensors, sparsity: float, scope: str) -> NamedTensors:
     """Masks within the given ones that leave ``1 - sparsity`` of the weights: of each layer, or of all.
 
     The largest magnitudes live; among equals the lower index does.
     """
     scores = {n: w.abs().float().masked_fill(~masks[n], -math.inf) for n, w in weights.items()}
     if scope == "layer":
-        return {n: keep_largest(one, round((1 - sparsity) * one.numel())) for n, one in scores.items()}
-    flat = torch.cat([one.reshape(-1) for one in scores.values()])
+        return {n: keep_largest(score, round((1 - sparsity) * score.numel())) for n, score in scores.items()}
+    flat = torch.cat([score.reshape(-1) for score in scores.values()])
     kept = keep_largest(flat, round((1 - sparsity) * flat.numel()))
-    pieces = torch.split(kept, [one.numel() for one in scores.values()])
+    pieces = torch.split(kept, [score.numel() for score in scores.values()])
     return {name: piece.view_as(scores[name]) for name, piece in zip(scores, pieces, strict=True)}
 
 
@@ -72,7 +72,7 @@ class Gradual(Criterion):
         first, last = self.sparsity.points[0][0], self.sparsity.points[-1][0]
         return first <= step <= last and ((step - first) % self.every == 0 or step == last)
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return smallest_pruned(view.weights, view.masks, self.sparsity(view.step), self.scope)
 
 
@@ -121,7 +121,7 @@ class Magnitude(Criterion):
     def due(self, step: int, name: str) -> bool:
         return step in self.at
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return {name: self._of(name, view) for name in view.due}
 
     def _of(self, name: str, view: PruningContext) -> Tensor:
@@ -155,7 +155,7 @@ def magnitude(
     if by not in ("share", "quality"):
         raise DistcompError(f"by is 'share' or 'quality', not {by!r}")
     amounts = amount.values() if isinstance(amount, Mapping) else [amount]
-    if any(one < 0 or (by == "share" and one >= 1) for one in amounts):
+    if any(share < 0 or (by == "share" and share >= 1) for share in amounts):
         raise DistcompError(f"a share of pruned weights is in [0, 1) and a quality 0 or more, not {amount}")
     if not steps or sorted(set(steps)) != list(steps):
         raise DistcompError(f"steps must rise, and there must be one, not {list(steps)}")
@@ -191,7 +191,7 @@ def sensitivity(
 def affordable(table: Mapping[str, Mapping[float, float]], loss: float) -> dict[str, float]:
     """Each layer's largest share that leaves it, pruned alone, at ``loss`` or below; 0 where none does."""
     return {
-        name: max((share for share, found in row.items() if found <= loss), default=0.0)
+        name: max((share for share, loss_ in row.items() if loss_ <= loss), default=0.0)
         for name, row in table.items()
     }
 
@@ -212,7 +212,7 @@ class NOfM(Criterion):
     def due(self, step: int, name: str) -> bool:
         return step in self.at
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return {name: n_of_m(view.weights[name], self.n, self.m) for name in view.due}
 
 
@@ -244,11 +244,11 @@ def nm(
         raise DistcompError(f"n of m needs 0 < n < m, not {n} of {m}; the usual is 2 of 4")
     module = unwrapped(model)
     chosen = weights_of(module) if names is None else list(names)
-    fits = {one: _row(module, one) % m == 0 for one in chosen}
+    fits = {name: _row(module, name) % m == 0 for name in chosen}
     if names is not None and not all(fits.values()):
-        odd = next(one for one in chosen if not fits[one])
+        odd = next(name for name in chosen if not fits[name])
         raise DistcompError(f"rows of {odd} are no multiple of {m} weights; leave it out of names")
-    return Pruner(model, optimizer, NOfM(n, m, tuple(steps)), [one for one in chosen if fits[one]], seed)
+    return Pruner(model, optimizer, NOfM(n, m, tuple(steps)), [name for name in chosen if fits[name]], seed)
 
 
 def _row(module: nn.Module, name: str) -> int:
@@ -267,10 +267,10 @@ class DenseSparseDense(Criterion):
     def due(self, step: int, name: str) -> bool:
         return step in (self.sparse_from, self.dense_from)
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         if view.step == self.dense_from:
             return {name: torch.ones_like(view.masks[name]) for name in view.due}
-        masks: Tensors = {}
+        masks: NamedTensors = {}
         for name in view.due:
             share = of_layer(self.share, name)
             masks |= smallest_pruned({name: view.weights[name]}, {name: view.masks[name]}, share, "layer")
@@ -307,7 +307,7 @@ class Fixed(Criterion):
     def due(self, step: int, name: str) -> bool:
         return False
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         return {}
 
 
@@ -318,9 +318,9 @@ def fixed(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimizer | 
     return pruner
 
 
-def random_masks(weights: Tensors, sparsity: float, key: Key) -> Tensors:
+def random_masks(weights: NamedTensors, sparsity: float, key: Key) -> NamedTensors:
     """Masks drawn at random from a key, each layer with the same share of pruned weights."""
-    masks: Tensors = {}
+    masks: NamedTensors = {}
     for name, weight in weights.items():
         draw = torch.rand(
             weight.numel(), generator=key.fold("initial", name).generator(), dtype=torch.float32

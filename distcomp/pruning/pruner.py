@@ -25,7 +25,7 @@ from distcomp.pruning.masks import Mask, Pruned, digest, put_masks, unwrapped, w
 from distcomp.randomness import Key
 from distcomp.training import Listener, clock_of
 
-Tensors = dict[str, Tensor]
+NamedTensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class PruningContext:
 
     step: int
     due: tuple[str, ...]
-    weights: Tensors
+    weights: NamedTensors
     """Trained values by name, pruned ones included; their mean over ranks where ranks differ."""
-    masks: Tensors
-    gradients: Tensors
+    masks: NamedTensors
+    gradients: NamedTensors
     """What the optimizer last saw, where the criterion asks for it."""
     key: Key
-    memory: Tensors
+    memory: NamedTensors
     """What the criterion keeps between decisions; it may write here. Saved with the pruner."""
 
 
@@ -61,7 +61,7 @@ class Criterion(ABC):
         """The parametrization of a parameter."""
         return Mask(parameter)
 
-    def begin(self, weights: Tensors, key: Key) -> Tensors:
+    def begin(self, weights: NamedTensors, key: Key) -> NamedTensors:
         """Masks before the first step, where they are not all ones."""
         return {}
 
@@ -73,7 +73,7 @@ class Criterion(ABC):
         """
 
     @abstractmethod
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         """New masks (bool) of parameters in ``view.due``; those left out stay."""
 
     def after_step(self, step: int, pruned: Mapping[str, Pruned], rates: Mapping[int, float]) -> None:
@@ -82,7 +82,7 @@ class Criterion(ABC):
         return
 
 
-class Consensus(Protocol):
+class SupportsConsensus(Protocol):
     """How a pruner asks the other ranks, where a method is attached."""
 
     replicated: bool
@@ -132,11 +132,11 @@ class Pruner(Listener):
         self.seed = seed
         self.step = 0
         self.history: list[Change] = []
-        self.consensus: Consensus | None = None
-        self.memory: Tensors = {}
+        self.consensus: SupportsConsensus | None = None
+        self.memory: NamedTensors = {}
         self._model = model
         self._optimizer = optimizer
-        self._gradients: Tensors = {}
+        self._gradients: NamedTensors = {}
         self._pending = False
         self._snapshot: tuple[object, MaskSnapshot] | None = None
         if optimizer is None and (criterion.wants_optimizer or criterion.wants_gradients):
@@ -156,30 +156,30 @@ class Pruner(Listener):
     # ------------------------------------------------------------------------------------ what there is now
 
     @property
-    def masks(self) -> Tensors:
+    def masks(self) -> NamedTensors:
         """The masks by name (bool; do not write to them)."""
-        return {name: one.mask for name, one in self.pruned.items()}
+        return {name: pruned.mask for name, pruned in self.pruned.items()}
 
     @property
-    def weights(self) -> Tensors:
+    def weights(self) -> NamedTensors:
         """The trained values by name, pruned ones included."""
-        return {name: one.parameter.detach() for name, one in self.pruned.items()}
+        return {name: pruned.parameter.detach() for name, pruned in self.pruned.items()}
 
     @property
     def version(self) -> tuple[int, ...]:
         """Changes whenever a mask is written to, by whomever."""
-        return tuple(one.mask._version for one in self.pruned.values())
+        return tuple(pruned.mask._version for pruned in self.pruned.values())
 
     @property
     def sparsity(self) -> dict[str, float]:
         """The share of pruned weights of each parameter."""
-        return {name: 1 - one.mask.float().mean().item() for name, one in self.pruned.items()}
+        return {name: 1 - pruned.mask.float().mean().item() for name, pruned in self.pruned.items()}
 
     @property
     def density(self) -> float:
         """The share of weights that live, of all that may be pruned."""
-        active = sum(int(one.mask.sum()) for one in self.pruned.values())
-        return active / max(1, sum(one.mask.numel() for one in self.pruned.values()))
+        active = sum(int(pruned.mask.sum()) for pruned in self.pruned.values())
+        return active / max(1, sum(pruned.mask.numel() for pruned in self.pruned.values()))
 
     def needs_dense(self, step: int, name: str) -> bool:
         """Whether the gradients of pruned weights of this parameter are exchanged in iteration ``step``."""
@@ -189,11 +189,11 @@ class Pruner(Listener):
         """The masks as they are now, and whose gradients the coming iteration wants whole: what does not
         change any more."""
         dense = frozenset(
-            one.wire_name for name, one in self.pruned.items() if self.needs_dense(self.step, name)
+            pruned.wire_name for name, pruned in self.pruned.items() if self.needs_dense(self.step, name)
         )
         made_of = (self.version, dense)
         if self._snapshot is None or self._snapshot[0] != made_of:
-            masks = {one.wire_name: one.mask.detach().cpu().clone() for one in self.pruned.values()}
+            masks = {pruned.wire_name: pruned.mask.detach().cpu().clone() for pruned in self.pruned.values()}
             self._snapshot = (made_of, MaskSnapshot(masks, dense))
         return self._snapshot[1]
 
@@ -218,9 +218,9 @@ class Pruner(Listener):
 
     def before_step(self, optimizer: Optimizer) -> None:
         if optimizer is self._optimizer and self.criterion.wants_gradients and self._pending:
-            for name, one in self.pruned.items():
-                if self.criterion.due(self.step, name) and one.parameter.grad is not None:
-                    self._gradients[name] = one.parameter.grad.detach().float().clone()
+            for name, pruned in self.pruned.items():
+                if self.criterion.due(self.step, name) and pruned.parameter.grad is not None:
+                    self._gradients[name] = pruned.parameter.grad.detach().float().clone()
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -247,8 +247,8 @@ class Pruner(Listener):
 
     def _open(self) -> None:
         """Let gradients of pruned weights through where the coming iteration wants them."""
-        for name, one in self.pruned.items():
-            one.parametrization.dense_grad = self.criterion.keeps_dense_grad or self.needs_dense(
+        for name, pruned in self.pruned.items():
+            pruned.parametrization.dense_grad = self.criterion.keeps_dense_grad or self.needs_dense(
                 self.step, name
             )
 
@@ -265,34 +265,34 @@ class Pruner(Listener):
         self.history.append(Change(self.step, self.sparsity))
         self._verify()
 
-    def _agreed(self, own: Tensors) -> Tensors:
+    def _agreed(self, own: NamedTensors) -> NamedTensors:
         """The mean over ranks, where a rank has its own."""
         if self.consensus is None or self.consensus.replicated:
             return own
-        mean = self.consensus.mean(torch.cat([one.float().reshape(-1) for one in own.values()]))
-        pieces = torch.split(mean, [one.numel() for one in own.values()])
+        mean = self.consensus.mean(torch.cat([values.float().reshape(-1) for values in own.values()]))
+        pieces = torch.split(mean, [values.numel() for values in own.values()])
         return {name: piece.view_as(own[name]) for name, piece in zip(own, pieces, strict=True)}
 
-    def _full_gradients(self) -> Tensors:
+    def _full_gradients(self) -> NamedTensors:
         return {
             name: self._gradients.get(name, torch.zeros_like(weight, dtype=torch.float32))
             for name, weight in self.weights.items()
         }
 
-    def _set(self, masks: Tensors, agreed: Tensors | None = None) -> None:
+    def _set(self, masks: NamedTensors, agreed: NamedTensors | None = None) -> None:
         """Write new masks. What comes back begins at zero (or where all ranks agree it was), without
         momentum."""
         for name, mask in masks.items():
-            one = self.pruned[name]
-            grown = mask & ~one.mask
-            if not torch.equal(mask, one.mask):
-                one.mask.copy_(mask)
+            pruned = self.pruned[name]
+            grown = mask & ~pruned.mask
+            if not torch.equal(mask, pruned.mask):
+                pruned.mask.copy_(mask)
             if agreed is not None and grown.any():
                 value = (
                     torch.zeros((), dtype=torch.float32) if self.criterion.restarts else agreed[name][grown]
                 )
-                one.parameter.data[grown] = value.to(one.parameter)
-                self._forget(one.parameter, grown)
+                pruned.parameter.data[grown] = value.to(pruned.parameter)
+                self._forget(pruned.parameter, grown)
 
     def _forget(self, parameter: nn.Parameter, grown: Tensor) -> None:
         """Clear what the optimizer remembers of weights that begin anew."""
@@ -306,8 +306,8 @@ class Pruner(Listener):
         """Raise Mismatch unless every rank holds the same masks."""
         if self.consensus is None:
             return
-        found = self.consensus.numbers(digest(self.masks))
-        odd = [rank for rank, number in enumerate(found) if number != found[0]]
+        digests = self.consensus.numbers(digest(self.masks))
+        odd = [rank for rank, number in enumerate(digests) if number != digests[0]]
         if odd:
             raise Mismatch(
                 f"the masks of rank {odd[0]} differ from those of rank 0 after iteration {self.step}; start "

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from distcomp.errors import DistcompError
 from distcomp.pruning.magnitude import random_masks
 from distcomp.pruning.masks import keep_largest
-from distcomp.pruning.pruner import Criterion, Pruner, PruningContext, Tensors
+from distcomp.pruning.pruner import Criterion, NamedTensors, Pruner, PruningContext
 from distcomp.randomness import Key
 
 
@@ -36,13 +36,13 @@ class Regrowth(Criterion):
     until: int
     fraction: float = 0.3
 
-    def begin(self, weights: Tensors, key: Key) -> Tensors:
+    def begin(self, weights: NamedTensors, key: Key) -> NamedTensors:
         return random_masks(weights, self.sparsity, key)
 
     def due(self, step: int, name: str) -> bool:
         return 0 < step < self.until and step % self.every == 0
 
-    def decide(self, view: PruningContext) -> Tensors:
+    def decide(self, view: PruningContext) -> NamedTensors:
         share = self.fraction / 2 * (1 + math.cos(math.pi * view.step / self.until))
         return {
             name: _exchanged(view.weights[name], view.masks[name], view.gradients[name], share)

@@ -76,7 +76,7 @@ class Codebook(Parametrization):
         if [tuple(tensor.shape) for tensor in tensors] == (self.shapes or [tuple(self.codes.shape)]):
             held = self.decode(self.right_inverse(weight))
             kept = (held,) if isinstance(held, Tensor) else held
-            if all(torch.equal(one, other) for one, other in zip(kept, tensors, strict=True)):
+            if all(torch.equal(decoded, tensor) for decoded, tensor in zip(kept, tensors, strict=True)):
                 return self
         return Codebook.of(weight, self.most).train(self.training)
 

@@ -112,8 +112,8 @@ class Walk:
 
     def need_all(self, node: fx.Node) -> None:
         """What goes into an operation that is not known here stays as it is."""
-        for one in node.all_input_nodes:
-            value = self.values[one]
+        for input_ in node.all_input_nodes:
+            value = self.values[input_]
             if value is not None:
                 self.needed.update(value.channels)
 
@@ -129,26 +129,26 @@ class Walk:
     # ----------------------------------------------------------------------------------------- operations
 
     def visit(self, node: fx.Node, module: nn.Module | None) -> Value | None:
-        inputs = [self.values[one] for one in node.all_input_nodes]
+        inputs = [self.values[input_] for input_ in node.all_input_nodes]
         kind: Any = node.target if node.op != "call_module" else type(module)
         if node.op == "call_module" and self.shared(module):
             kind = None  # two calls would have to agree
         x = inputs[0] if inputs else None
-        found: Value | None = None
+        value: Value | None = None
         if kind in LAYERS:
-            found = self.layer(module, x)
+            value = self.layer(module, x)
         elif x is not None and _flattens(node, module) and x.trail > 0:
-            found = Value(x.channels, x.constants, FLAT)
+            value = Value(x.channels, x.constants, FLAT)
         elif kind in SUMS and len(inputs) == 2:
-            found = self.sum(node)
+            value = self.sum(node)
         elif x is not None and len(inputs) == 1:
-            found = self.single(node, kind, module, x)
-        if found is None:
+            value = self.single(node, kind, module, x)
+        if value is None:
             if not _asks_for_the_batch(node):
                 self.need_all(node)
         elif _in_place(node, module):
-            self.values[node.all_input_nodes[0]] = found
-        return found
+            self.values[node.all_input_nodes[0]] = value
+        return value
 
     def shared(self, module: nn.Module | None) -> bool:
         """Whether a module, or a parameter of it, is used more than once."""
@@ -173,12 +173,12 @@ class Walk:
         return None
 
     def sum(self, node: fx.Node) -> Value | None:
-        one, other = node.all_input_nodes
-        a, b = self.values[one], self.values[other]
+        first, second = node.all_input_nodes
+        a, b = self.values[first], self.values[second]
         if a is None or b is None or node.kwargs or (len(a.channels), a.trail) != (len(b.channels), b.trail):
             return None
         both = a.constants + b.constants
-        for side, value, rest, constant in ((one, a, other, b), (other, b, one, a)):
+        for side, value, rest, constant in ((first, a, second, b), (second, b, first, a)):
             alone = len(side.users) == len(rest.users) == 1 or not _in_place(node, None)
             if not constant.constants.isnan().any() and constant.trail != FLAT and alone:
                 self.branch = self.branch or (node, side, constant)
@@ -193,7 +193,7 @@ class Walk:
         weight = (
             module.weight.detach().double().cpu().flatten(2) if trail else _exact(module.weight)[..., None]
         )
-        alive, total = (_block_diagonal(one, groups) for one in ((weight != 0).any(2), weight.sum(2)))
+        alive, total = (_block_diagonal(tensor, groups) for tensor in ((weight != 0).any(2), weight.sum(2)))
         if x is not None and not x.fits(alive.shape[1], trail):
             return None
         if x is None:
@@ -205,14 +205,14 @@ class Walk:
         folded = total * constants.where(folds, 0.0)
         out = folded.sum(1) + (0.0 if module.bias is None else _exact(module.bias))
         out[(alive & ~folds).any(1)] = math.nan
-        found = self.fresh(out, trail)
+        value = self.fresh(out, trail)
         if groups > 1:
-            self.tie_groups(x, found, groups)
+            self.tie_groups(x, value, groups)
         elif x is not None:
             read = (alive.any(0) & ~folds).tolist()
             self.needed.update(channel for channel, is_read in zip(x.channels, read, strict=True) if is_read)
-        self.layers.append(Layer(module, x, found, folded))
-        return found
+        self.layers.append(Layer(module, x, value, folded))
+        return value
 
     def tie_groups(self, x: Value | None, out: Value, groups: int) -> None:
         """A group of a convolution goes as a whole."""
@@ -394,10 +394,10 @@ def _cut(small: fx.GraphModule, node: fx.Node, kept: fx.Node, constant: Value) -
             kept = small.graph.call_module(name, (kept,))
     node.replace_all_uses_with(kept)
     orphans = {node}
-    for one in reversed(small.graph.nodes):
-        if one in orphans and not one.users and one.op != "placeholder":
-            orphans.update(one.all_input_nodes)
-            small.graph.erase_node(one)
+    for node_ in reversed(small.graph.nodes):
+        if node_ in orphans and not node_.users and node_.op != "placeholder":
+            orphans.update(node_.all_input_nodes)
+            small.graph.erase_node(node_)
     small.delete_all_unused_submodules()
 
 

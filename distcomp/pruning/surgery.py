@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
 from distcomp.pruning.magnitude import PerLayer, frozen, of_layer
-from distcomp.pruning.pruner import Criterion, Pruner, PruningContext, Tensors
+from distcomp.pruning.pruner import Criterion, NamedTensors, Pruner, PruningContext
 from distcomp.randomness import Key
 
 
@@ -67,8 +67,8 @@ class Surgery(Criterion):
     def due(self, step: int, name: str) -> bool:
         return self.draws(step, name)
 
-    def decide(self, view: PruningContext) -> Tensors:
-        masks: Tensors = {}
+    def decide(self, view: PruningContext) -> NamedTensors:
+        masks: NamedTensors = {}
         for name in view.due:
             magnitudes = view.weights[name].abs().float()
             if name not in view.memory:

@@ -30,21 +30,21 @@ def verdict(comparison: Comparison) -> Verdict:
     self-test, not where the baseline ran once, and not below the noise."""
     best, base = comparison.best, comparison.baseline
     if best is None or best.speed_up is None or base is None:
-        one = len(comparison.rows) == 1
+        alone = len(comparison.rows) == 1
         return Verdict(
-            f"{comparison.rows[0].method}: what it took and sent" if one else "Methods side by side"
+            f"{comparison.rows[0].method}: what it took and sent" if alone else "Methods side by side"
         )
-    off = [told for run in comparison.runs if (told := off_rate(run))]
+    off = [sentence for run in comparison.runs if (sentence := off_rate(run))]
     if off:
         return Verdict(f"No method is called faster: the network did not hold its rate ({off[0]})")
     noise = comparison_noise(comparison)
     if noise is None:
         return Verdict("No method is called faster: DDP ran once, so what is chance is not known")
-    factor = f"{words.told(best.speed_up, words.number)} times"
+    factor = f"{words.formatted(best.speed_up, words.number)} times"
     if abs(math.log(best.speed_up)) <= math.log1p(max(LEAST, MARGIN * noise)):
         return Verdict(
             f"No difference beyond chance: {best.method} is {factor} as fast as DDP, and runs of one method "
-            f"differ by {words.told(noise, words.percent)}"
+            f"differ by {words.formatted(noise, words.percent)}"
         )
     if best.speed_up < 1:
         return Verdict(
@@ -59,7 +59,7 @@ def verdict(comparison: Comparison) -> Verdict:
 def goal(comparison: Comparison) -> str:
     """The test loss that counts, and where it is from."""
     source = "as was asked" if comparison.target_given else "DDP's last one and 5 %"
-    return f"a test loss of {words.told(comparison.target_loss or 0.0, words.loss)} ({source})"
+    return f"a test loss of {words.formatted(comparison.target_loss or 0.0, words.loss)} ({source})"
 
 
 def comparison_noise(comparison: Comparison) -> float | None:

@@ -75,12 +75,12 @@ class Figures:
     @property
     def test_accuracy(self) -> float | None:
         """At the end."""
-        found = (point.test_accuracy for point in reversed(self.curve))
-        return next((one for one in found if one is not None), None)
+        accuracies = (point.test_accuracy for point in reversed(self.curve))
+        return next((accuracy for accuracy in accuracies if accuracy is not None), None)
 
     def reached(self, target_loss: float) -> Point | None:
-        """The first evaluation at or below the target."""
-        below = (p for p in self.curve if p.test_loss is not None and p.test_loss <= target_loss)
+        """The first evaluation at or below the target; a loss that is not finite is at none."""
+        below = (p for p in self.curve if p.test_loss is not None and -math.inf < p.test_loss <= target_loss)
         return next(below, None)
 
 
@@ -107,7 +107,7 @@ class MethodRow:
 
     def spread(self, name: str) -> Spread | None:
         """Mean and spread of a figure over the runs, None where a run lacks it."""
-        return spread(getattr(run, name) for run in self.runs)
+        return spread_of(getattr(run, name) for run in self.runs)
 
     def spent_s(self) -> dict[str, float] | None:
         """Where the time of the mean step went, over all runs."""
@@ -169,19 +169,21 @@ def figures(run: Run) -> Figures:
         method=run.method,
         seed=run.about.get("seed"),
         steps=max((len(rank) for rank in steps), default=0),
-        payload_bytes=mean(one.get("payload_bytes") for rank in steps for one in rank),
-        wire_bytes=mean(mean(_counted(rank)) for rank in steps),
-        predicted_wire_bytes=mean(one.get("predicted_wire_bytes") for rank in steps for one in rank),
-        step_s=median(one.get("step_s") for one in later),
-        exchange_s=median(one.get("exchange_s") for one in later),
+        payload_bytes=mean_of_known(step.get("payload_bytes") for rank in steps for step in rank),
+        wire_bytes=mean_of_known(mean_of_known(_counted(rank)) for rank in steps),
+        predicted_wire_bytes=mean_of_known(
+            step.get("predicted_wire_bytes") for rank in steps for step in rank
+        ),
+        step_s=median(step.get("step_s") for step in later),
+        exchange_s=median(step.get("exchange_s") for step in later),
         starting_s=starting_s,
         spent_s=_spent(later),
         curve=tuple(_curve(run.ranks.get(0, ()), starting_s or 0.0, first.get("step_s") or 0.0)),
         unread=tuple(
             dict.fromkeys(
                 name
-                for one in metrics
-                for name, value in one.items()
+                for record in metrics
+                for name, value in record.items()
                 if name != "kind" and value is not None and measured(value) is None
             )
         ),
@@ -189,13 +191,13 @@ def figures(run: Run) -> Figures:
 
 
 def _starting_s(first: Record, later: Sequence[Record]) -> float | None:
-    usual_s = median(one.get("step_s") for one in later)
+    usual_s = median(step.get("step_s") for step in later)
     if usual_s is None or first.get("step_s") is None:
         return None
     return max(0.0, float(first["step_s"]) - usual_s)
 
 
-def mean(values: Iterable[float | None]) -> float | None:
+def mean_of_known(values: Iterable[float | None]) -> float | None:
     """Of the values that were recorded, or None where none was."""
     there = [value for value in values if value is not None]
     return _fmean(there) if there else None
@@ -212,7 +214,7 @@ def median(values: Iterable[float | None]) -> float | None:
     return statistics.median(there) if there else None
 
 
-def spread(values: Iterable[float | None]) -> Spread | None:
+def spread_of(values: Iterable[float | None]) -> Spread | None:
     """Mean and sample standard deviation, None where a value is missing or there is none."""
     known: list[float] = []
     for value in values:
@@ -242,13 +244,14 @@ def _counted(steps: Sequence[Record]) -> Iterator[float]:
 
 def _spent(steps: Sequence[Record]) -> dict[str, float] | None:
     """Compute is what remains of the step. None where a phase was not timed."""
-    timed = [one for one in steps if one.get("step_s") is not None and one.get("exposed")]
+    timed = [step for step in steps if step.get("step_s") is not None and step.get("exposed")]
     if not timed:
         return None
     parts = {
-        phase: statistics.fmean(one["exposed"].get(f"{phase}_s") or 0.0 for one in timed) for phase in PHASES
+        phase: statistics.fmean(step["exposed"].get(f"{phase}_s") or 0.0 for step in timed)
+        for phase in PHASES
     }
-    compute = statistics.fmean(one["step_s"] for one in timed) - sum(parts.values())
+    compute = statistics.fmean(step["step_s"] for step in timed) - sum(parts.values())
     return {"compute": compute, **parts} if compute >= 0 else None
 
 
@@ -277,7 +280,7 @@ def _curve(records: Iterable[Record], starting_s: float, first_s: float) -> Iter
 
 
 def _default_target(baseline: Sequence[Figures]) -> float | None:
-    final = mean(run.test_loss for run in baseline)
+    final = mean_of_known(run.test_loss for run in baseline)
     return None if final is None or not math.isfinite(final) else final + TARGET_MARGIN * abs(final)
 
 
@@ -285,7 +288,7 @@ def _to_target(group: Sequence[Figures], target_loss: float | None) -> Spread | 
     if target_loss is None:
         return None
     points = [run.reached(target_loss) for run in group]
-    return spread(None if point is None else point.train_s for point in points)
+    return spread_of(None if point is None else point.train_s for point in points)
 
 
 def _row(
@@ -298,17 +301,17 @@ def _row(
 
 
 def _check_comparable(runs: Sequence[Run]) -> None:
-    for what, told in (
+    for what, read in (
         ("number of ranks", _ranks),
         ("script", _script),
         ("network", network_asked),
         ("fabric", _fabric),
     ):
-        first = told(runs[0])
+        first = read(runs[0])
         for run in runs:
-            if told(run) != first:
+            if read(run) != first:
                 raise DistcompError(
-                    f"{runs[0].directory} and {run.directory} differ in their {what} ({first}; {told(run)}), "
+                    f"{runs[0].directory} and {run.directory} differ in their {what} ({first}; {read(run)}), "
                     "so their figures cannot stand side by side; report them one by one"
                 )
 

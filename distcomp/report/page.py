@@ -14,7 +14,7 @@ from distcomp.recording import Run
 from distcomp.report import svg, words
 from distcomp.report.claims import verdict
 from distcomp.report.figures import BASELINE, CONTROLS, Comparison, MethodRow
-from distcomp.report.predicted import Predicted, pairs, section
+from distcomp.report.predicted import Predicted, pairs_of, section
 from distcomp.report.table import Column, columns
 
 WIDE, NARROW = (540, 320), (358, 270)
@@ -35,19 +35,19 @@ def page(comparison: Comparison, predicted: Predicted | None = None) -> str:
     """The report as one HTML document; with what was ``predicted`` of steps, where that is given."""
     folder = resources.files("distcomp.report")
     template = Template((folder / "page.html").read_text(encoding="utf-8"))
-    found = verdict(comparison)
+    claim = verdict(comparison)
     return template.substitute(
         style=(folder / "page.css").read_text(encoding="utf-8"),
         script=(folder / "page.js").read_text(encoding="utf-8"),
-        title=escape(found.sentence),
+        title=escape(claim.sentence),
         setting=escape(_setting(comparison)),
-        tiles="".join(_tiles(comparison, found.winner)),
-        table=_table(comparison, found.winner),
+        tiles="".join(_tiles(comparison, claim.winner)),
+        table=_table(comparison, claim.winner),
         legend="".join(_legend(comparison)),
         charts="".join([*_charts(comparison), *_other_charts(comparison)]) or NO_CHARTS,
         unread=_unread(comparison),
         time=_time(comparison),
-        predicted=section(pairs(comparison, predicted)) if predicted is not None else "",
+        predicted=section(pairs_of(comparison, predicted)) if predicted is not None else "",
         meaning=escape(" ".join(filter(None, (column.meaning for column in columns(comparison))))),
         bytes=_bytes(comparison),
         rings=RINGS if comparison.target_loss is not None else "",
@@ -71,11 +71,11 @@ def _tiles(comparison: Comparison, best: MethodRow | None) -> Iterator[str]:
     base = comparison.baseline
     if best is None or base is None or best.to_target_s is None or base.to_target_s is None:
         return
-    target = words.told(comparison.target_loss or 0.0, words.loss)
+    target = words.formatted(comparison.target_loss or 0.0, words.loss)
     yield _tile(
         f"Training time to a test loss of {target}",
-        words.told(best.to_target_s.mean, words.seconds),
-        f"DDP: {words.told(base.to_target_s.mean, words.seconds)}",
+        words.formatted(best.to_target_s.mean, words.seconds),
+        f"DDP: {words.formatted(base.to_target_s.mean, words.seconds)}",
     )
     for title, figure, write in (
         ("Sent on the wire by each worker in a step", "wire_bytes", words.size),
@@ -88,7 +88,7 @@ def _tiles(comparison: Comparison, best: MethodRow | None) -> Iterator[str]:
             and its is not None
             and not (figure == "payload_bytes" and best.spread("wire_bytes"))
         ):
-            yield _tile(title, words.told(mine.mean, write), f"DDP: {words.told(its.mean, write)}")
+            yield _tile(title, words.formatted(mine.mean, write), f"DDP: {words.formatted(its.mean, write)}")
 
 
 def _tile(title: str, value: str, beside: str) -> str:
@@ -138,8 +138,8 @@ def _breakable(text: str) -> str:
 def _role(row: MethodRow) -> str:
     role = "baseline" if row.method == BASELINE else "control" if row.method in CONTROLS else ""
     several = f"{len(row.runs)} runs" if len(row.runs) > 1 else ""
-    told = ", ".join(filter(None, (role, several)))
-    return f" <small>{told}</small>" if told else ""
+    note = ", ".join(filter(None, (role, several)))
+    return f" <small>{note}</small>" if note else ""
 
 
 def _legend(comparison: Comparison) -> Iterator[str]:
@@ -164,7 +164,7 @@ def _charts(comparison: Comparison) -> Iterator[str]:
                 dotted = (
                     ""
                     if chart.level is None
-                    else f" <small>dotted: {words.told(chart.level, words.loss)}</small>"
+                    else f" <small>dotted: {words.formatted(chart.level, words.loss)}</small>"
                 )
                 caption = f"<figcaption>{escape(chart.title)}{dotted}</figcaption>"
                 yield f"<figure>{caption}{wide}{narrow}{silent}</figure>"
@@ -190,8 +190,8 @@ def _other_charts(comparison: Comparison) -> Iterator[str]:
 
 
 def _other_points(curve: Any, name: str) -> tuple[tuple[float, float], ...]:
-    found = ((point.train_s, point.others.get(name)) for point in curve)
-    return tuple((x, y) for x, y in found if y is not None and math.isfinite(y))
+    points = ((point.train_s, point.others.get(name)) for point in curve)
+    return tuple((x, y) for x, y in points if y is not None and math.isfinite(y))
 
 
 def other_names(comparison: Comparison) -> list[str]:
@@ -227,9 +227,9 @@ def _chart(comparison: Comparison, figure: str, over: str, title: str, label: st
 
 
 def _points(curve: Any, over: str, figure: str) -> tuple[tuple[float, float], ...]:
-    found = ((getattr(point, over), getattr(point, figure)) for point in curve)
+    points = ((getattr(point, over), getattr(point, figure)) for point in curve)
     return tuple(
-        (x, y) for x, y in found if y is not None and math.isfinite(y) and (over == "train_s" or x > 0)
+        (x, y) for x, y in points if y is not None and math.isfinite(y) and (over == "train_s" or x > 0)
     )
 
 
@@ -241,7 +241,7 @@ def _ceiling(comparison: Comparison) -> float:
         for run in row.runs
         if run.curve and run.curve[0].test_loss
     ]
-    return max((one for one in first if math.isfinite(one)), default=math.inf)
+    return max((loss for loss in first if math.isfinite(loss)), default=math.inf)
 
 
 def _rings(comparison: Comparison, over: str) -> Iterator[tuple[int, float, float]]:
@@ -265,7 +265,7 @@ def _silent(comparison: Comparison) -> str:
 
 
 def _short_size(nbytes: float) -> str:
-    return words.told(nbytes, words.size).replace(".00 ", " ").replace(".0 ", " ")
+    return words.formatted(nbytes, words.size).replace(".00 ", " ").replace(".0 ", " ")
 
 
 def _short(value: float) -> str:
@@ -291,38 +291,41 @@ def _time(comparison: Comparison) -> str:
 
 def _bar(row: MethodRow, parts: Mapping[str, float] | None, longest: float) -> str:
     if parts is None:
-        told = "not split: the record lacks phases, or they overlap"
-        return f'<div class="bar-name">{_breakable(row.method)}</div><div class="bar-cell aside">{told}</div>'
+        reason = "not split: the record lacks phases, or they overlap"
+        return (
+            f'<div class="bar-name">{_breakable(row.method)}</div><div class="bar-cell aside">{reason}</div>'
+        )
     pieces = "".join(
         f'<i class="part {part}" style="width:{100 * parts[part] / longest:.3f}%"></i>'
         for part in PARTS
         if parts[part]
     )
-    told = " · ".join([*_parts_told(parts), *_starting_told(row)])
-    whole = words.told(sum(parts.values()), words.seconds)
-    bar = f'<div class="bar" role="img" aria-label="{escape(told)}">{pieces}<b>{whole}</b></div>'
+    reason = " · ".join([*_parts_told(parts), *_starting_told(row)])
+    whole = words.formatted(sum(parts.values()), words.seconds)
+    bar = f'<div class="bar" role="img" aria-label="{escape(reason)}">{pieces}<b>{whole}</b></div>'
     return (
         f'<div class="bar-name">{_breakable(row.method)}</div>'
-        f'<div class="bar-cell">{bar}<div class="bar-told">{escape(told)}</div></div>'
+        f'<div class="bar-cell">{bar}<div class="bar-told">{escape(reason)}</div></div>'
     )
 
 
 def _parts_told(parts: Mapping[str, float]) -> list[str]:
-    return [f"{part} {words.told(parts[part], words.seconds)}" for part in PARTS if parts[part]]
+    return [f"{part} {words.formatted(parts[part], words.seconds)}" for part in PARTS if parts[part]]
 
 
 def _starting_told(row: MethodRow) -> list[str]:
-    found = row.spread("starting_s")
-    told = None if found is None else words.told(found.mean, words.seconds)
-    return [] if told is None else [f"the first step took {told} more, which counts nowhere"]
+    seconds = row.spread("starting_s")
+    text = None if seconds is None else words.formatted(seconds.mean, words.seconds)
+    return [] if text is None else [f"the first step took {text} more, which counts nowhere"]
 
 
 def _bytes(comparison: Comparison) -> str:
     """What arithmetic says must cross the wire, beside what the kernel counted."""
     rows = [(row, row.spread("predicted_wire_bytes"), row.spread("wire_bytes")) for row in comparison.rows]
     lines = [
-        f"<tr><th scope='row'>{_breakable(row.method)}</th><td>{words.told(predicted.mean, words.size)}</td>"
-        f"<td>{words.told(counted.mean, words.size)}</td>"
+        f"<tr><th scope='row'>{_breakable(row.method)}</th>"
+        f"<td>{words.formatted(predicted.mean, words.size)}</td>"
+        f"<td>{words.formatted(counted.mean, words.size)}</td>"
         f"<td>{100 * (counted.mean / predicted.mean - 1):+.1f} %</td></tr>"
         for row, predicted, counted in rows
         if predicted is not None and counted is not None and predicted.mean
@@ -355,7 +358,7 @@ def _environment(comparison: Comparison) -> Iterator[str]:
         ("Seed", about(lambda run: run.about.get("seed"))),
         ("Command", about(lambda run: " ".join(run.about.get("argv") or []))),
         ("Started", about(lambda run: run.about.get("started"))),
-        ("Steps", ", ".join(sorted({str(one.steps) for row in comparison.rows for one in row.runs}))),
+        ("Steps", ", ".join(sorted({str(run_.steps) for row in comparison.rows for run_ in row.runs}))),
         (
             "Did not finish",
             ", ".join(run.directory.name for run in runs if run.about.get("exit_status")) or None,

@@ -42,43 +42,43 @@ def read_advice(path: Path) -> Predicted:
         ) from None
 
 
-def pairs(comparison: Comparison, predicted: Predicted) -> list[Pair]:
+def pairs_of(comparison: Comparison, predicted: Predicted) -> list[Pair]:
     """The methods of which both are known, in the order of the comparison.
 
     Raises DistcompError where there is none: the advice is of other methods, or no step was recorded.
     """
-    found = []
+    pairs = []
     for row in comparison.rows:
         measured = row.spread("step_s")
         if row.method in predicted and measured is not None:
-            found.append(Pair(row.method, predicted[row.method], measured.mean))
-    if not found:
+            pairs.append(Pair(row.method, predicted[row.method], measured.mean))
+    if not pairs:
         raise DistcompError(
             f"the advice is of {', '.join(predicted)}, and none of these was measured; "
             "give distcomp advise the same --methods as the runs"
         )
-    return found
+    return pairs
 
 
-def as_lines(found: list[Pair]) -> list[str]:
+def as_lines(pairs: list[Pair]) -> list[str]:
     """A table in plain characters."""
-    width = 2 + max(len("method"), *(len(one.method) for one in found))
+    width = 2 + max(len("method"), *(len(pair.method) for pair in pairs))
     lines = [f"{'method':<{width}}{'predicted':>12}{'measured':>12}{'error':>9}"]
-    for one in found:
-        told = (words.told(seconds, words.seconds) for seconds in (one.predicted_s, one.measured_s))
+    for pair in pairs:
+        texts = (words.formatted(seconds, words.seconds) for seconds in (pair.predicted_s, pair.measured_s))
         lines.append(
-            f"{one.method:<{width}}" + "".join(f"{text:>12}" for text in told) + f"{one.error:>+9.1%}"
+            f"{pair.method:<{width}}" + "".join(f"{text:>12}" for text in texts) + f"{pair.error:>+9.1%}"
         )
     return lines
 
 
-def section(found: list[Pair]) -> str:
+def section(pairs: list[Pair]) -> str:
     """The same for the page."""
     rows = "".join(
-        f'<tr><th scope="row">{escape(one.method)}</th>'
-        f"<td>{escape(words.told(one.predicted_s, words.seconds))}</td>"
-        f"<td>{escape(words.told(one.measured_s, words.seconds))}</td><td>{one.error:+.1%}</td></tr>"
-        for one in found
+        f'<tr><th scope="row">{escape(pair.method)}</th>'
+        f"<td>{escape(words.formatted(pair.predicted_s, words.seconds))}</td>"
+        f"<td>{escape(words.formatted(pair.measured_s, words.seconds))}</td><td>{pair.error:+.1%}</td></tr>"
+        for pair in pairs
     )
     head = "".join(f'<th scope="col">{text}</th>' for text in ("method", "predicted", "measured", "error"))
     return (

@@ -191,7 +191,7 @@ def _text(x: float, y: float, anchor: str, text: str, kind: str = "value") -> st
 def _linear_ticks(low: float, high: float, wanted: int) -> list[float]:
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(one * power for one in (1, 2, 5, 10) if one * power >= rough)
+    step = next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= rough)
     first = math.ceil(low / step - 1e-9)
     return [float(f"{at * step:.12g}") for at in range(first, math.floor(high / step + 1e-9) + 1)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,12 @@ class Column:
 def columns(comparison: Comparison) -> list[Column]:
     """All columns after the method's name, those left out that have nothing to say."""
     every = _columns(comparison)
-    return [one for one in every if any(one.cell(row) != words.MISSING for row in comparison.rows)]
+    return [column for column in every if any(column.cell(row) != words.MISSING for row in comparison.rows)]
 
 
 def _columns(comparison: Comparison) -> list[Column]:
     def figure(name: str, write: words.Write) -> Callable[[MethodRow], str]:
-        return lambda row: words.spread(row.spread(name), write)
+        return lambda row: words.with_spread(row.spread(name), write)
 
     target = comparison.target_loss
     return [
@@ -48,7 +48,7 @@ def _columns(comparison: Comparison) -> list[Column]:
         ),
         Column(("seconds", "per step"), figure("step_s", words.number), "Seconds per step are the median."),
         Column(
-            ("s to loss", "" if target is None else f"≤ {words.told(target, words.loss)}"),
+            ("s to loss", "" if target is None else f"≤ {words.formatted(target, words.loss)}"),
             lambda row: words.to_target(row, comparison),
             "Seconds to a loss are of training (evaluations and what the first step takes longer are left "
             "out), until the first evaluation at or below it "
@@ -113,17 +113,19 @@ def name(row: MethodRow) -> str:
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """Every figure, unrounded. A value that is not finite is written as a string: JSON has no name for it."""
     first = comparison.runs[0].about
-    return {
+    found = {
         "script": first.get("argv"),
         "ranks": first.get("ranks"),
         "network": first.get("network"),
         "network_asked": network_asked(comparison.runs[0]),
-        "target_loss": _plain(comparison.target_loss),
+        "target_loss": comparison.target_loss,
         "verdict": verdict(comparison).sentence,
         "noise": comparison_noise(comparison),
         "rows": [_row(row) for row in comparison.rows],
         "runs": [_run(run) for run in comparison.runs],
     }
+    plain: dict[str, Any] = _plain(found)
+    return plain
 
 
 def _row(row: MethodRow) -> dict[str, Any]:
@@ -136,10 +138,10 @@ def _row(row: MethodRow) -> dict[str, Any]:
         "runs": len(row.runs),
         "seeds": [run.seed for run in row.runs],
         "steps": [run.steps for run in row.runs],
-        **{one: _spread(row.spread(one)) for one in names},
+        **{name: _spread(row.spread(name)) for name in names},
         "to_target_s": _spread(row.to_target_s),
         "reached_target": row.reached,
-        "speed_up": _plain(row.speed_up),
+        "speed_up": row.speed_up,
         "spent_s": row.spent_s(),
     }
 
@@ -149,12 +151,17 @@ def _run(run: Run) -> dict[str, Any]:
     return {"directory": str(run.directory), **{key: run.about.get(key) for key in wanted}}
 
 
-def _spread(found: Spread | None) -> dict[str, Any] | None:
-    return None if found is None else {"mean": _plain(found.mean), "deviation": _plain(found.deviation)}
+def _spread(spread: Spread | None) -> dict[str, Any] | None:
+    return None if spread is None else {"mean": spread.mean, "deviation": spread.deviation}
 
 
-def _plain(value: float | None) -> float | str | None:
-    return str(value) if value is not None and not math.isfinite(value) else value
+def _plain(value: Any) -> Any:
+    """What is not finite as text, wherever it stands: also in what a script said of its run."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True)
-class Unit:
+class Scale:
     """How a value is written: so many decimals of a unit."""
 
     decimals: int
@@ -25,54 +25,54 @@ class Unit:
         return f"{value / self.per_unit:.{self.decimals}f}" if math.isfinite(value) else "diverged"
 
 
-def number(value: float) -> Unit:
+def number(value: float) -> Scale:
     """Three significant digits, never in powers of ten: 0.0123, 1.23, 12.3, 1230."""
-    return Unit(_decimals(value))
+    return Scale(_decimals(value))
 
 
-def size(nbytes: float) -> Unit:
+def size(nbytes: float) -> Scale:
     """Decimal units: 980 B, 12.3 kB, 6.31 MB."""
     power = 0
     while power < len(_BYTE_UNITS) - 1 and abs(nbytes) >= 999.5 * 1000**power:
         power += 1
-    return Unit(_decimals(nbytes / 1000**power) if power else 0, f" {_BYTE_UNITS[power]}", 1000.0**power)
+    return Scale(_decimals(nbytes / 1000**power) if power else 0, f" {_BYTE_UNITS[power]}", 1000.0**power)
 
 
-def seconds(value: float) -> Unit:
+def seconds(value: float) -> Scale:
     """Milliseconds below a tenth of a second: 3.20 ms, 0.534 s, 41.2 s."""
     if 0 < value < 0.1:
-        return Unit(_decimals(value * 1000), " ms", 1e-3)
-    return Unit(_decimals(value), " s")
+        return Scale(_decimals(value * 1000), " ms", 1e-3)
+    return Scale(_decimals(value), " s")
 
 
-def percent(share: float) -> Unit:
+def percent(share: float) -> Scale:
     """A share of one: 89.1 %."""
-    return Unit(1, " %", 0.01)
+    return Scale(1, " %", 0.01)
 
 
-def loss(value: float) -> Unit:
+def loss(value: float) -> Scale:
     """Four decimals while it is small."""
-    return Unit(4) if abs(value) < 10 else number(value)
+    return Scale(4) if abs(value) < 10 else number(value)
 
 
-Write = Callable[[float], Unit]
+Write = Callable[[float], Scale]
 
 
-def told(value: float, write: Write) -> str:
+def formatted(value: float, write: Write) -> str:
     """A value with its unit."""
     scale = write(value)
     return scale.write(value) + (scale.unit if math.isfinite(value) else "")
 
 
-def spread(found: Spread | None, write: Write) -> str:
+def with_spread(figures: Spread | None, write: Write) -> str:
     """The mean, and the spread to the same decimal where there is one: 0.3483 ±0.0009."""
-    if found is None:
+    if figures is None:
         return MISSING
-    scale = write(found.mean)
-    deviation = scale.write(found.deviation)
+    scale = write(figures.mean)
+    deviation = scale.write(figures.deviation)
     if not float(deviation):
-        return told(found.mean, write)
-    return f"{scale.write(found.mean)} ±{deviation}{scale.unit}"
+        return formatted(figures.mean, write)
+    return f"{scale.write(figures.mean)} ±{deviation}{scale.unit}"
 
 
 def to_target(row: MethodRow, comparison: Comparison) -> str:
@@ -80,13 +80,13 @@ def to_target(row: MethodRow, comparison: Comparison) -> str:
     if comparison.target_loss is None or all(run.test_loss is None for run in row.runs):
         return MISSING
     if row.to_target_s is not None:
-        return spread(row.to_target_s, number)
+        return with_spread(row.to_target_s, number)
     return f"{row.reached} of {len(row.runs)}" if row.reached else "never"
 
 
 def speed_up(row: MethodRow) -> str:
     """How many times sooner than the baseline."""
-    return MISSING if row.speed_up is None else f"{told(row.speed_up, number)}×"
+    return MISSING if row.speed_up is None else f"{formatted(row.speed_up, number)}×"
 
 
 def _decimals(value: float) -> int:

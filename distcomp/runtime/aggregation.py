@@ -50,6 +50,7 @@ class Aggregation:
 
     @property
     def layout(self) -> Layout:
+        """Of the buffer that is exchanged."""
         return self._context.layout
 
     @property
@@ -68,6 +69,7 @@ class Aggregation:
         try:
             if self._rounds is None:
                 if self.watch:
+                    # Before the method sees x: a mask, a clamp or a top-k may hide a NaN from the rest.
                     self.finite = finite_flag(self._x)
                 self._rounds = self._method.aggregate(self._x, self.before, self._context)
                 return next(self._rounds)

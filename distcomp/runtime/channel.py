@@ -54,6 +54,7 @@ class Channel:
 
     def prepare(self, request: Request, finite: Tensor) -> OpenRequest:
         """Seal and count, outside of network time. ``finite``: whether this rank's tensor is."""
+        # Numbered on both sides alike: a payload that belongs to another exchange is refused by its header.
         self.exchange = (self.exchange + 1) % 2**32
         request = request.poisoned(finite)
         for payload in dict.fromkeys(request.sends()):  # one that goes to many is sealed once
@@ -75,6 +76,7 @@ class OpenRequest:
         self.finished_s = 0.0
 
     def start(self) -> None:
+        """Hand it to the network. In the same order on every rank."""
         self._pending = self._channel.transport.start(self._request)
 
     def wait(self) -> None:
@@ -101,6 +103,7 @@ class OpenRequest:
 
 
 TRUE = torch.tensor(True, dtype=torch.bool)
+"""All finite, as far as is known."""
 
 
 def finite_flag(x: Tensor) -> Tensor:

@@ -86,6 +86,7 @@ def commit(
     finite = TRUE
     for aggregation in everything:
         finite = aggregation.finite & finite.to(aggregation.finite.device)
+    # All buckets or none: half an iteration's residuals would go with no gradient that was applied.
     finite = agreed(finite)
     for aggregation in everything:
         kept = select(finite, aggregation.finished().state, aggregation.before)

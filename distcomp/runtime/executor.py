@@ -34,6 +34,7 @@ class Executor:
         if self._stream is None:
             timeline = self._drive(aggregation)
             return lambda: timeline
+        # x may still be being written on the caller's stream: this one waits for it, the host for neither.
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):

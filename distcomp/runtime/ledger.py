@@ -22,8 +22,10 @@ class Ledger:
 
     @property
     def total_bytes(self) -> int:
+        """Of all kinds."""
         return sum(self.sent_bytes.values())
 
     def count(self, request: Request, rank: int, size: int) -> None:
+        """Count a request, which ``rank`` of ``size`` begins."""
         self.requests[type(request).__name__] += 1
         self.sent_bytes.update(request.sent_bytes(rank, size))

@@ -54,10 +54,12 @@ class Running:
 
     @property
     def over(self) -> bool:
+        """Whether its result is there."""
         return self.aggregation.result is not None
 
 
-Carrier = Generator[int, Running | None, None]
+BucketCarrier = Generator[int, Running | None, None]
+"""Yields the index of the bucket that it needs, is sent it."""
 
 
 def request_order() -> Iterator[tuple[int, int]]:
@@ -69,7 +71,7 @@ def request_order() -> Iterator[tuple[int, int]]:
         diagonal += 1
 
 
-def drive(channel: Channel, timeline: Timeline) -> Carrier:
+def drive(channel: Channel, timeline: Timeline) -> BucketCarrier:
     """Carry all exchanges of an iteration.
 
     A generator: it yields the index of a bucket when it needs it, and is sent its exchange, or None when
@@ -91,6 +93,7 @@ def drive(channel: Channel, timeline: Timeline) -> Carrier:
         if bucket >= len(buckets) or buckets[bucket].over:
             continue
         current = buckets[bucket]
+        # Waited for only now, in the request's own turn: meanwhile other buckets were encoded and sent.
         if current.open_request is not None:
             with _range(current, bucket, "wait"):
                 _wait(current, timeline)
@@ -98,6 +101,7 @@ def drive(channel: Channel, timeline: Timeline) -> Carrier:
             under_way = _advance(current, channel, timeline)
         if under_way:
             assert current.open_request is not None
+            # Here and nowhere else: starting order is what keeps ranks from waiting for each other forever.
             current.open_request.start()
 
 

@@ -21,10 +21,13 @@ from distcomp.grammar import Written
 from distcomp.methods.base import ByParameter
 
 FORMAT = 2
-SHOWN = 8  # ranks or names in an error
+"""Of a rank's part; another one is refused."""
+SHOWN = 8
+"""Ranks or names in an error."""
 LARGEST = 2**62
+"""Whole numbers beyond it are damage: they would overflow where they are counted on."""
 
-Fields = dict[str, Any]
+PartFields = dict[str, Any]
 Cut = dict[str, dict[str, Tensor]]
 
 
@@ -67,31 +70,33 @@ def described(thing: Any) -> str:
         return f"({', '.join(map(described, thing))})"
     if isinstance(thing, Written | ActiveParameters) and is_dataclass(thing):
         settings = [f for f in fields(thing) if f.repr and f.metadata.get("fingerprint", True)]
-        listed = ", ".join(f"{one.name}={described(getattr(thing, one.name))}" for one in settings)
+        listed = ", ".join(
+            f"{setting.name}={described(getattr(thing, setting.name))}" for setting in settings
+        )
         return f"{type(thing).__name__}({listed})"
     return str(thing) if isinstance(thing, str) else repr(thing)
 
 
-def pack(place: Place, fingerprint: Fingerprint, content: Mapping[str, Any]) -> Fields:
+def pack_state(group: Place, fingerprint: Fingerprint, content: Mapping[str, Any]) -> PartFields:
     """A checkpoint of one rank. Its one key names the rank: savers that merge ranks then lose nothing."""
-    head = {"format": FORMAT, "world_size": len(place.ranks), "ranks": place.text}
+    head = {"format": FORMAT, "world_size": len(group.ranks), "ranks": group.text}
     about = {"method": fingerprint.method, "parameters": fingerprint.parameters}
-    shard = {} if place.shard is None else {"shard": place.shard}
-    return {f"rank{place.rank}": {**head, **about, **shard, **content}}
+    shard = {} if group.shard is None else {"shard": group.shard}
+    return {f"rank{group.rank}": {**head, **about, **shard, **content}}
 
 
-Leaves = Callable[[Fields], ByParameter | None]
+Leaves = Callable[[PartFields], ByParameter | None]
 """What a part's state would look like (tensors without values), by what the part says of itself; None where
 that is not known yet."""
 
 
-def unpack(
+def unpack_state(
     saved: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    place: Place,
+    group: Place,
     fingerprint: Fingerprint,
     leaves: Leaves,
     strict: bool = True,
-) -> Fields:
+) -> PartFields:
     """This rank's part of a checkpoint, looked at in whole.
 
     For the same ranks it is what this rank saved. For others, parts of *all* old ranks are needed, and every
@@ -104,30 +109,30 @@ def unpack(
     Raises DistcompError for what is damaged, for parts of different steps, and where a rank's part is
     missing; with ``strict``, for the state of another method or of other parameters.
     """
-    parts = _of_shard(_parts(saved), place)
-    own = parts.get(f"rank{place.rank}")
-    if own is not None and own["ranks"] == place.text:
+    parts = _of_shard(_parts(saved), group)
+    own = parts.get(f"rank{group.rank}")
+    if own is not None and own["ranks"] == group.text:
         return _checked(own, fingerprint, leaves, strict)
-    _check_complete(parts, place)
+    _check_complete(parts, group)
     _check_alike(parts)
     checked = [_checked(part, fingerprint, leaves, strict) for _, part in sorted(parts.items(), key=_number)]
     return {**checked[0], "state": _mean([part["state"] for part in checked])}
 
 
-def _number(item: tuple[str, Fields]) -> tuple[int, str]:
+def _number(item: tuple[str, PartFields]) -> tuple[int, str]:
     return len(item[0]), item[0]
 
 
-def _parts(saved: Any) -> dict[str, Fields]:
+def _parts(saved: Any) -> dict[str, PartFields]:
     """Every rank's part by its key. Raises DistcompError for what nobody saved."""
-    parts: dict[str, Fields] = {}
-    for one in saved if isinstance(saved, Sequence) and not isinstance(saved, str | bytes) else [saved]:
-        if not isinstance(one, Mapping):
+    parts: dict[str, PartFields] = {}
+    for saver in saved if isinstance(saved, Sequence) and not isinstance(saved, str | bytes) else [saved]:
+        if not isinstance(saver, Mapping):
             raise DistcompError(
-                f"the checkpoint is a {type(one).__name__}; pass what handle.state_dict() returned, or a "
+                f"the checkpoint is a {type(saver).__name__}; pass what handle.state_dict() returned, or a "
                 "list of all ranks'"
             )
-        parts.update(one)
+        parts.update(saver)
     if not parts:
         raise DistcompError(
             "the checkpoint holds no state of any rank; pass what handle.state_dict() returned"
@@ -143,7 +148,7 @@ def _parts(saved: Any) -> dict[str, Fields]:
     return {key: dict(part) for key, part in parts.items()}
 
 
-def _of_shard(parts: dict[str, Fields], place: Place) -> dict[str, Fields]:
+def _of_shard(parts: dict[str, PartFields], place: Place) -> dict[str, PartFields]:
     """The parts of those who held this rank's shard. Raises DistcompError where there are none."""
     same = {key: part for key, part in parts.items() if part.get("shard") == place.shard}
     if not same:
@@ -183,13 +188,13 @@ def whole_number(where: str, name: str, value: object, least: int, most: int = L
     return value
 
 
-def _check_complete(parts: Mapping[str, Fields], place: Place) -> None:
+def _check_complete(parts: Mapping[str, PartFields], group: Place) -> None:
     """Raise DistcompError unless these are the parts of all ranks of one group."""
     groups = sorted({part["ranks"] for part in parts.values()})
     if len(groups) > 1:
         raise DistcompError(
             f"the checkpoint holds parts of several groups of ranks ({'; '.join(groups[:SHOWN])}), and this "
-            f"is rank {place.rank} of {place.text}, which is none of them; pass a list of the parts of the "
+            f"is rank {group.rank} of {group.text}, which is none of them; pass a list of the parts of the "
             "group whose model this is"
         )
     old_size = max(part["world_size"] for part in parts.values())
@@ -198,8 +203,8 @@ def _check_complete(parts: Mapping[str, Fields], place: Place) -> None:
     numbers = _numbers(groups[0], len(parts) + SHOWN)
     missing = [old for old in numbers if f"rank{old}" not in parts][:SHOWN]
     raise DistcompError(
-        f"the checkpoint was saved by {old_size} ranks ({groups[0]}) and this is rank {place.rank} of "
-        f"{len(place.ranks)}; the parts of ranks {missing}{' and more' if len(missing) == SHOWN else ''} are "
+        f"the checkpoint was saved by {old_size} ranks ({groups[0]}) and this is rank {group.rank} of "
+        f"{len(group.ranks)}; the parts of ranks {missing}{' and more' if len(missing) == SHOWN else ''} are "
         "missing: pass a list of all ranks' state dicts"
     )
 
@@ -213,7 +218,7 @@ def _numbers(ranks: str, most: int) -> list[int]:
     return list(islice(chain.from_iterable(range(span[0], span[-1] + 1) for span in spans), most))
 
 
-def _check_alike(parts: Mapping[str, Fields]) -> None:
+def _check_alike(parts: Mapping[str, PartFields]) -> None:
     """Raise DistcompError for parts that were not saved together."""
     (first_key, first), *others = parts.items()
     for name in ("iterations", "seed", "method", "parameters", "world_size"):
@@ -226,7 +231,7 @@ def _check_alike(parts: Mapping[str, Fields]) -> None:
                 )
 
 
-def _checked(part: Fields, fingerprint: Fingerprint, leaves: Leaves, strict: bool) -> Fields:
+def _checked(part: PartFields, fingerprint: Fingerprint, leaves: Leaves, strict: bool) -> PartFields:
     """The part, its state looked at. Raises DistcompError for what it cannot be."""
     state = well_formed(part.get("state"))
     if strict:

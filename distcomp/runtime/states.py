@@ -18,32 +18,34 @@ class States:
 
     def __init__(self, method: Method) -> None:
         self._method = method
-        self._slabs: dict[Layout, State] = {}
+        self._by_layout: dict[Layout, State] = {}
         self._loose: dict[str, dict[str, Tensor]] = {}
         """By parameter, of parameters that no present flat buffer holds (loaded, or of flat buffers that are
         gone)."""
 
     def of(self, layout: Layout, device: torch.device) -> State:
         """The state for a flat buffer."""
-        if layout not in self._slabs:
+        if layout not in self._by_layout:
+            # Buckets were cut anew: whatever holds one of these parameters gives its state back first.
             self._retire(set(layout.names))
             fresh = map_state(
                 self._method.init(layout),
                 lambda _, buffer: FlatBuffer(buffer.data.to(device), buffer.layout),
                 lambda _, leaf: PerParameter({name: value.to(device) for name, value in leaf.items()}),
             )
-            self._slabs[layout] = join_state(self._loose, fresh)
+            self._by_layout[layout] = join_state(self._loose, fresh)
             for name in layout.names:
                 self._loose.pop(name, None)
-        return self._slabs[layout]
+        return self._by_layout[layout]
 
     def commit(self, layout: Layout, state: State) -> None:
-        self._slabs[layout] = state
+        """Keep a flat buffer's new state."""
+        self._by_layout[layout] = state
 
     def by_parameter(self) -> dict[str, dict[str, Tensor]]:
         """Parameter name -> path -> tensor (copies)."""
         everything = {name: dict(leaves) for name, leaves in self._loose.items()}
-        for state in self._slabs.values():
+        for state in self._by_layout.values():
             everything.update(cut_state(state))
         return {
             name: {path: value.detach().clone() for path, value in leaves.items()}
@@ -53,7 +55,7 @@ class States:
 
     def load(self, cut: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Replace everything; flat buffers take their part when they are next asked for."""
-        self._slabs.clear()
+        self._by_layout.clear()
         self._loose = {name: dict(leaves) for name, leaves in cut.items()}
 
     @property
@@ -68,7 +70,7 @@ class States:
             total += sum(value.numel() * value.element_size() for value in each)
             total += leaf.held_bytes if isinstance(leaf, FlatBuffer) else 0
 
-        for state in self._slabs.values():
+        for state in self._by_layout.values():
             map_state(state, count, count)
         return total
 
@@ -82,8 +84,8 @@ class States:
         }
 
     def _retire(self, names: set[str]) -> None:
-        for layout in [one for one in self._slabs if names & set(one.names)]:
-            self._loose.update(cut_state(self._slabs.pop(layout)))
+        for layout in [layout_ for layout_ in self._by_layout if names & set(layout_.names)]:
+            self._loose.update(cut_state(self._by_layout.pop(layout)))
 
 
 def select(finite: Tensor, new: State, old: State) -> State:

@@ -148,7 +148,9 @@ class TrainingClock:
         if module is not self._model():
             return
         self.in_forward = False
-        if not torch.is_grad_enabled() or not any(one.source == "outputs" for one in self._listeners):
+        if not torch.is_grad_enabled() or not any(
+            listener.source == "outputs" for listener in self._listeners
+        ):
             return
         arrived = _weakly(self, TrainingClock.gradient_arrived)
         for tensor in _tensors(outputs):

@@ -64,8 +64,8 @@ class Agreement:
     def refuse(self, sentence: str) -> None:
         """Tell the others why this rank will not attach. Nothing is raised here."""
         with suppress(PeerLost):  # the store's host has gone: nobody is left to read it
-            told = f"rank {self._rank} was refused: {sentence}"
-            ask_store(lambda: self._store.compare_set(self._refused, "", told))
+            refusal = f"rank {self._rank} was refused: {sentence}"
+            ask_store(lambda: self._store.compare_set(self._refused, "", refusal))
             self._part()
 
     def _difference(
@@ -88,8 +88,8 @@ class Agreement:
     def _first_detail(self, setting: str, lines: Sequence[str], other: int) -> tuple[str, str, str]:
         """Where two lists whose digests differ first do."""
         self._set(f"details/{setting}", list(lines))
-        told, _ = self._everyone(f"details/{setting}", PARTING_S, (0, other))
-        mine, others = list(told.get(0, ())), list(told.get(other, ()))
+        lines_of, _ = self._everyone(f"details/{setting}", PARTING_S, (0, other))
+        mine, others = list(lines_of.get(0, ())), list(lines_of.get(other, ()))
         length = max(len(mine), len(others))
         pairs = zip(_padded(mine, length), _padded(others, length), strict=True)
         first, second = next(((a, b) for a, b in pairs if a != b), ("unknown", "unknown"))

@@ -59,7 +59,7 @@ class Board:
         return list(zip(ages_s, self._states, self._at, strict=True))
 
 
-class Line:
+class Connection:
     """A connection that carries lines of JSON and never blocks."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -114,23 +114,23 @@ def addresses(store: Store) -> list[str]:
     The address of the interface that ``GLOO_SOCKET_IFNAME`` names; the one from which the rendezvous store is
     reached; the host's name.
     """
-    found = []
+    known = []
     named = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if named:
-        found.append(_address_of(named))
+        known.append(_address_of(named))
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     if isinstance(store, TCPStore):
-        found.append(_address_towards(store.host, store.port))
-    return list(dict.fromkeys([one for one in found if one] + [socket.gethostname()]))
+        known.append(_address_towards(store.host, store.port))
+    return list(dict.fromkeys([address for address in known if address] + [socket.gethostname()]))
 
 
 def _address_towards(host: str, port: int) -> str | None:
     """The address of this host on the way to another; nothing is sent."""
     with suppress(OSError):
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.connect(place)
+            probe.connect(address)
             return str(probe.getsockname()[0])
     return None
 
@@ -146,21 +146,21 @@ def _address_of(interface: str) -> str | None:
     return None
 
 
-def connect(place: Mapping[str, Any]) -> Line:
-    """Reach the board at ``place``, by the first of its addresses that leads to it.
+def connect(board: Mapping[str, Any]) -> Connection:
+    """Reach ``board``, by the first of its addresses that leads to it.
 
     Raises DistcompError with every address that was tried.
     """
     failures = []
-    on_this_host = [LOOPBACK] if place["hosts"][-1] == socket.gethostname() else []
-    for host in [*place["hosts"], *on_this_host]:
+    on_this_host = [LOOPBACK] if board["hosts"][-1] == socket.gethostname() else []
+    for host in [*board["hosts"], *on_this_host]:
         try:
-            connection = socket.create_connection((host, place["port"]), CONNECT_S)
+            connection = socket.create_connection((host, board["port"]), CONNECT_S)
         except OSError as error:
             failures.append(f"{host}: {error.strerror or error}")
             continue
-        return Line(connection)
+        return Connection(connection)
     raise DistcompError(
-        f"port {place['port']} of {' or '.join(failures)}: cannot be reached; let all TCP through between "
+        f"port {board['port']} of {' or '.join(failures)}: cannot be reached; let all TCP through between "
         "the nodes of a job, and name the interface in GLOO_SOCKET_IFNAME"
     )

@@ -29,7 +29,7 @@ class GlooP2P:
     does not answer.
 
     Nothing waits before it must: requests are started in the order in which every rank starts them, and Gloo
-    matches messages between two ranks in that order.
+    matches messages of one length between two ranks in that order.
     """
 
     def __init__(self, group: dist.ProcessGroup, heartbeat: Heartbeat, timeout_s: float) -> None:
@@ -50,7 +50,7 @@ class GlooP2P:
     def close(self) -> None:
         """Nothing to close: groups are kept for who comes next."""
 
-    def all_reduce(self, x: Tensor, group: Group | None) -> PendingMessages:
+    def all_reduce(self, x: Tensor, group: Group | None) -> GlooMessages:
         nbytes, count = x.numel() * x.element_size(), len(self._members(group))
         if not is_summed_directly(nbytes, count):
             among = self._groups.of(group)
@@ -61,12 +61,10 @@ class GlooP2P:
         everyone.result = _sum_in_order(everyone.result(), x)
         return everyone
 
-    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> PendingMessages:
+    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> GlooMessages:
         return self.all_to_all([wire] * len(sizes), sizes, group)
 
-    def all_to_all(
-        self, wires: Sequence[Tensor], sizes: Sequence[int], group: Group | None
-    ) -> PendingMessages:
+    def all_to_all(self, wires: Sequence[Tensor], sizes: Sequence[int], group: Group | None) -> GlooMessages:
         """What goes to the next rank and comes from the last one first, then from one further off; one's own
         buffer is itself."""
         members, among = self._members(group), self._groups.of(group)
@@ -77,29 +75,31 @@ class GlooP2P:
         for shift in range(1, count):
             left, right = (here - shift) % count, (here + shift) % count
             received[left] = torch.empty(sizes[left], dtype=torch.uint8)
-            receives.append(dist.irecv(received[left], group=among, group_src=left))
-            sends.append(partial(dist.isend, wires[right], group=among, group_dst=right))
+            receives.append(dist.irecv(received[left], group=among, group_src=left, tag=_tag(received[left])))
+            sends.append(
+                partial(dist.isend, wires[right], group=among, group_dst=right, tag=_tag(wires[right]))
+            )
         return self._pending_messages(sends, receives, lambda: received)
 
     def neighbor_exchange(
         self, wires: Sequence[Tensor], neighbors: Sequence[int], sizes: Sequence[int], group: Group | None
-    ) -> PendingMessages:
+    ) -> GlooMessages:
         members, among = self._members(group), self._groups.of(group)
         places = [members.index(neighbor) for neighbor in neighbors]
         received = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         receives = [
-            dist.irecv(buffer, group=among, group_src=place)
-            for place, buffer in zip(places, received, strict=True)
+            dist.irecv(buffer, group=among, group_src=position, tag=_tag(buffer))
+            for position, buffer in zip(places, received, strict=True)
         ]
         sends = [
-            partial(dist.isend, wire, group=among, group_dst=place)
-            for place, wire in zip(places, wires, strict=True)
+            partial(dist.isend, wire, group=among, group_dst=position, tag=_tag(wire))
+            for position, wire in zip(places, wires, strict=True)
         ]
         return self._pending_messages(sends, receives, lambda: received)
 
-    def broadcast(self, wire: Tensor, source: int, group: Group | None) -> PendingMessages:
-        place, among = self._members(group).index(source), self._groups.of(group)
-        work = partial(dist.broadcast, wire, group=among, group_src=place, async_op=True)
+    def broadcast(self, wire: Tensor, source: int, group: Group | None) -> GlooMessages:
+        position, among = self._members(group).index(source), self._groups.of(group)
+        work = partial(dist.broadcast, wire, group=among, group_src=position, async_op=True)
         return self._pending_messages([work], [], lambda: [wire])
 
     def _members(self, group: Group | None) -> Group:
@@ -107,10 +107,16 @@ class GlooP2P:
 
     def _pending_messages(
         self, sends: Sequence[Callable[[], Any]], receives: list[Any], result: Callable[[], Any]
-    ) -> PendingMessages:
+    ) -> GlooMessages:
         begin_s = time.perf_counter()
         works = [*receives, *(send() for send in sends)]
-        return PendingMessages(works, result, self._heartbeat, self._patience, begin_s)
+        return GlooMessages(works, result, self._heartbeat, self._patience, begin_s)
+
+
+def _tag(wire: Tensor) -> int:
+    """The length in bytes: who expects another one does not receive the message, and its wait ends in time.
+    Gloo would abort the process."""
+    return wire.numel() * wire.element_size() % 2**31
 
 
 def _sum_in_order(buffers: list[Tensor], like: Tensor) -> Callable[[], Tensor]:
@@ -120,7 +126,7 @@ def _sum_in_order(buffers: list[Tensor], like: Tensor) -> Callable[[], Tensor]:
 
 
 @dataclass
-class PendingMessages:
+class GlooMessages:
     """A request whose receives are posted and whose sends are under way."""
 
     works: list[Any]

@@ -21,10 +21,10 @@ from datetime import timedelta
 from typing import Any
 
 from distcomp.errors import DistcompError, PeerLost
-from distcomp.transports.board import Board, Line, addresses, connect, listen
+from distcomp.transports.board import Board, Connection, addresses, connect, listen
 from distcomp.transports.bounded import STORE_SILENT, Result, bounded
 from distcomp.transports.types import Store
-from distcomp.transports.verdict import REMEDY, Findings, verdict
+from distcomp.transports.verdict import REMEDY, Findings, diagnosis
 
 ANSWER_S = 1.0
 """So long one waits for the answers of boards; one whose host is stopped never answers."""
@@ -62,8 +62,8 @@ class Heartbeat:
         self._selector = selectors.DefaultSelector()
         self._board: Board | None = None
         self._listening: list[socket.socket] = []
-        self._speakers: list[Line] = []
-        self._lines: dict[int, Line] = {}
+        self._speakers: list[Connection] = []
+        self._lines: dict[int, Connection] = {}
         self._token = secrets.token_hex(16)
         self._tokens: dict[int, str] = {}
         self._stopped = size == 1
@@ -120,7 +120,7 @@ class Heartbeat:
             threading.Event().wait(LOOK_S)
         said = "; ".join(findings.notes)
         if not said:
-            said = verdict(findings, self._rank, self._size, self.diagnosis_s, self.timeout_s)
+            said = diagnosis(findings, self._rank, self._size, self.diagnosis_s, self.timeout_s)
             self._tell(said)
         remedy = "" if REMEDY in said else f"; {REMEDY}"
         return PeerLost(f"{said}{remedy} ({_first_line(error)})")
@@ -140,7 +140,7 @@ class Heartbeat:
             number = self._asked
             self._waker.send(b".")
             self._changed.wait_for(lambda: self._answered(number), ANSWER_S)
-            answers = {host: one for host, one in self._answers.items() if one["id"] >= number}
+            answers = {host: answer for host, answer in self._answers.items() if answer["id"] >= number}
         if not answers:
             return Findings(deaf=True)
         return Findings.of(list(answers.values()), self._rank, self._size, self.diagnosis_s)
@@ -158,10 +158,10 @@ class Heartbeat:
             self._listening.append(listen())
             self._listening[0].setblocking(False)
             self._selector.register(self._listening[0], selectors.EVENT_READ, self._accept)
-            place = {
+            address = {
                 "hosts": addresses(store), "port": self._listening[0].getsockname()[1], "token": self._token
             }  # fmt: skip
-            self._ask_store(lambda: store.set(self._key(self._rank), json.dumps(place)), self._rank)
+            self._ask_store(lambda: store.set(self._key(self._rank), json.dumps(address)), self._rank)
         failures = []
         for host in set(keepers(self._size)) - {self._rank}:
             try:
@@ -179,11 +179,11 @@ class Heartbeat:
         """Connect to another rank's board."""
         key = self._key(host)
 
-        def place() -> bytes:
+        def address() -> bytes:
             store.wait([key], timedelta(seconds=self.timeout_s))
             return store.get(key)
 
-        where = json.loads(self._ask_store(place, host))
+        where = json.loads(self._ask_store(address, host))
         line = connect(where)
         self._lines[host], self._tokens[host] = line, where["token"]
         self._selector.register(line.socket, selectors.EVENT_READ, lambda: self._read_answers(host))
@@ -203,13 +203,13 @@ class Heartbeat:
     # ------------------------------------------------------------------------------------------- the thread
 
     def _run(self) -> None:
-        next_s, told = 0.0, 0
+        next_s, counted = 0.0, 0
         while not self._stopped:
             for key, _ in self._selector.select(max(0.0, next_s - time.monotonic())):
                 key.data()
-            if time.monotonic() >= next_s or self._asked > told:
-                next_s, told = time.monotonic() + self._interval_s, self._asked
-                self._beat(told)
+            if time.monotonic() >= next_s or self._asked > counted:
+                next_s, counted = time.monotonic() + self._interval_s, self._asked
+                self._beat(counted)
 
     def _release(self) -> None:
         self._selector.close()
@@ -258,11 +258,11 @@ class Heartbeat:
     def _accept(self) -> None:
         with suppress(OSError):
             connection, _ = self._listening[0].accept()
-            line = Line(connection)
+            line = Connection(connection)
             self._speakers.append(line)
             self._selector.register(connection, selectors.EVENT_READ, lambda: self._read_words(line))
 
-    def _read_words(self, line: Line) -> None:
+    def _read_words(self, line: Connection) -> None:
         """What a rank says to the board here. Who does not know the token is not heard."""
         assert self._board is not None
         messages = line.hear()

@@ -29,35 +29,34 @@ class Horovod:
     def start(self, request: Request) -> Pending:
         if request.group is not None and len(request.group) < self.size:
             raise DistcompError(
-                "methods that exchange within groups (two_level) do not run over Horovod; "
-                "use torch.distributed, "
-                "which horovodrun can start as well"
+                "methods that exchange within groups (two_level) do not run over Horovod; use "
+                "torch.distributed, which horovodrun can start as well"
             )
         return request.drive(self)
 
-    def all_reduce(self, x: Tensor, group: Group | None) -> PendingMessages:
+    def all_reduce(self, x: Tensor, group: Group | None) -> HorovodMessages:
         return self._pending_messages(
             self._hvd.allreduce_async(x, op=self._hvd.AllReduce), lambda total: total
         )
 
-    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> PendingMessages:
+    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> HorovodMessages:
         handle = self._hvd.allgather_async(wire)
         return self._pending_messages(handle, lambda everything: list(torch.split(everything, list(sizes))))
 
     def all_to_all(
         self, wires: Sequence[Tensor], sizes: Sequence[int], group: Group | None
-    ) -> PendingMessages:
+    ) -> HorovodMessages:
         return self._all_to_all(dict(enumerate(wires)), range(self.size))
 
     def neighbor_exchange(
         self, wires: Sequence[Tensor], neighbors: Sequence[int], sizes: Sequence[int], group: Group | None
-    ) -> PendingMessages:
+    ) -> HorovodMessages:
         return self._all_to_all(dict(zip(neighbors, wires, strict=True)), neighbors)
 
-    def broadcast(self, wire: Tensor, source: int, group: Group | None) -> PendingMessages:
+    def broadcast(self, wire: Tensor, source: int, group: Group | None) -> HorovodMessages:
         return self._pending_messages(self._hvd.broadcast_async(wire, source), lambda wire: [wire])
 
-    def _all_to_all(self, outgoing: dict[int, Tensor], senders: Iterable[int]) -> PendingMessages:
+    def _all_to_all(self, outgoing: dict[int, Tensor], senders: Iterable[int]) -> HorovodMessages:
         """What each of ``senders`` sent here, in their order."""
         splits = torch.tensor(
             [outgoing[to].numel() if to in outgoing else 0 for to in range(self.size)], dtype=torch.int64
@@ -71,11 +70,11 @@ class Horovod:
 
         return self._pending_messages(handle, received)
 
-    def _pending_messages(self, handle: Any, result: Callable[[Any], Any]) -> PendingMessages:
-        return PendingMessages(lambda: result(self._hvd.synchronize(handle)))
+    def _pending_messages(self, handle: Any, result: Callable[[Any], Any]) -> HorovodMessages:
+        return HorovodMessages(lambda: result(self._hvd.synchronize(handle)))
 
 
-class PendingMessages:
+class HorovodMessages:
     """A collective that Horovod's own thread carries."""
 
     def __init__(self, answer: Callable[[], Any]) -> None:

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from distcomp.errors import DistcompError
-from distcomp.process_environment import ProcessEnvironment, place
+from distcomp.process_environment import ProcessEnvironment, read_environment
 from distcomp.transports.mpi.library import library
 from distcomp.transports.mpi.progress import take_off
 from distcomp.transports.types import HashStore, Store, TCPStore
@@ -36,7 +36,7 @@ def init_process_group(backend: str = "gloo", *, timeout_s: float = 300.0) -> Pr
     Raises:
         DistcompError: nobody says where the ranks meet: set ``MASTER_ADDR`` and ``MASTER_PORT``.
     """
-    here = place()
+    here = read_environment()
     if dist.is_initialized():
         return here
     patience = timedelta(seconds=timeout_s)
@@ -77,12 +77,12 @@ def _store_by_mpi(here: ProcessEnvironment, patience: timedelta) -> Store:
             f"{world.size}: they are of two MPIs; use the mpirun that lies beside python (pip install mpich)"
         )
     host = os.environ.get("MASTER_ADDR", LOOPBACK if here.on_one_host else socket.gethostname())
-    told = bytearray(256)
+    address = bytearray(256)
     if here.rank == 0:
         store = TCPStore(host, 0, here.size, True, patience, wait_for_workers=False)
-        told[:] = f"{host} {store.port}".encode().ljust(len(told))
-    take_off([world.Ibcast(told, 0)], told).wait(patience.total_seconds())
-    host, port = told.decode().split()
+        address[:] = f"{host} {store.port}".encode().ljust(len(address))
+    take_off([world.Ibcast(address, 0)], address).wait(patience.total_seconds())
+    host, port = address.decode().split()
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=port)
     if here.rank == 0:
         return store

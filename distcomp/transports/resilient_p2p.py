@@ -114,8 +114,8 @@ class ResilientP2P:
         self._survivors.clear()
 
     def _group(self, name: str, members: tuple[int, ...]) -> Any:
-        place = PrefixStore(f"distcomp/{self._heartbeat.name}/{name}", self._store)
-        return dist.ProcessGroupGloo(place, members.index(self.rank), len(members), self._patience)
+        store = PrefixStore(f"distcomp/{self._heartbeat.name}/{name}", self._store)
+        return dist.ProcessGroupGloo(store, members.index(self.rank), len(members), self._patience)
 
     def _wait(self, works: list[Any]) -> None:
         for work in works:

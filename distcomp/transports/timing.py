@@ -18,7 +18,7 @@ from distcomp.network.probe import LinkFit, fabric_from, link_of, racks_of
 Times = list[list[float]]
 """Seconds: for each size, each repetition."""
 
-Pair = tuple[int, int]
+RankPair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Probed:
     """A network as it was measured: the times of every pair, the links behind them, the fabric they make."""
 
     sizes: list[int]
-    times_s: dict[Pair, Times]
-    links: dict[Pair, LinkFit]
+    times_s: dict[RankPair, Times]
+    links: dict[RankPair, LinkFit]
     fabric: Fabric
 
 
@@ -36,8 +36,8 @@ def probed(sizes: list[int], repeats: int) -> Probed | None:
     rack at once. What was found is told on rank 0, the others get None."""
     dist.init_process_group("gloo")
     try:
-        found = _measured(sizes, repeats)
-        return found if dist.get_rank() == 0 else None
+        measured = _measured(sizes, repeats)
+        return measured if dist.get_rank() == 0 else None
     finally:
         dist.destroy_process_group()
 
@@ -45,7 +45,7 @@ def probed(sizes: list[int], repeats: int) -> Probed | None:
 def _measured(sizes: list[int], repeats: int) -> Probed:
     ranks = dist.get_world_size()
     mine = {(i, j): pair_seconds(i, j, sizes, repeats) for i, j in combinations(range(ranks), 2)}
-    everyone: list[dict[Pair, Times]] = [{} for _ in range(ranks)]
+    everyone: list[dict[RankPair, Times]] = [{} for _ in range(ranks)]
     dist.all_gather_object(everyone, mine)
     times_s = {pair: everyone[pair[0]][pair] for pair in mine}
     links = {pair: link_of(sizes, times) for pair, times in times_s.items()}

@@ -32,7 +32,7 @@ class Findings:
     @staticmethod
     def of(answers: Sequence[dict[str, Any]], rank: int, size: int, silence_s: float) -> Findings:
         """Merge the answers of boards: heard by one is heard."""
-        found = Findings(list(dict.fromkeys(note for answer in answers for note in answer["notes"])))
+        findings = Findings(list(dict.fromkeys(note for answer in answers for note in answer["notes"])))
         views = [answer["view"] for answer in answers]
         begun = []
         for other in range(size):
@@ -42,39 +42,41 @@ class Findings:
             if other == rank:
                 continue
             if LEFT in states:
-                found.left.add(other)
+                findings.left.add(other)
             elif GONE in states:
-                found.gone.add(other)
+                findings.gone.add(other)
             elif min(age_s for age_s, _, _ in seen) > silence_s:
-                found.silent.add(other)
-        found.furthest = max(begun)
-        there = [one for one in range(size) if one not in found.left | found.gone | found.silent]
-        least = min(begun[one] for one in there)
-        if least < found.furthest:
-            found.behind = {one: least for one in there if begun[one] == least}
-        return found
+                findings.silent.add(other)
+        findings.furthest = max(begun)
+        there = [
+            rank_ for rank_ in range(size) if rank_ not in findings.left | findings.gone | findings.silent
+        ]
+        least = min(begun[rank_] for rank_ in there)
+        if least < findings.furthest:
+            findings.behind = {rank_: least for rank_ in there if begun[rank_] == least}
+        return findings
 
 
-def verdict(found: Findings, rank: int, size: int, silence_s: float, timeout_s: float) -> str:
+def diagnosis(findings: Findings, rank: int, size: int, silence_s: float, timeout_s: float) -> str:
     """One sentence that names ranks and a reason."""
-    if found.deaf or (size > 2 and len(found.silent) == size - 1):
+    if findings.deaf or (size > 2 and len(findings.silent) == size - 1):
         return (
             f"rank {rank} hears no other rank: its network is cut, or all others died "
             f"(no heartbeat for {silence_s:g} s)"
         )
     sentences = []
-    if found.gone:
-        sentences.append(f"{ranks(found.gone)} died or hangs (its connections were closed)")
-    if found.silent:
-        sentences.append(f"{ranks(found.silent)} died or hangs (no heartbeat for {silence_s:g} s)")
+    if findings.gone:
+        sentences.append(f"{ranks(findings.gone)} died or hangs (its connections were closed)")
+    if findings.silent:
+        sentences.append(f"{ranks(findings.silent)} died or hangs (no heartbeat for {silence_s:g} s)")
     if sentences:
         return "; ".join(sentences)
-    if found.left:
-        return f"{ranks(found.left)} ended or detached while others still exchange"
-    if found.behind:
+    if findings.left:
+        return f"{ranks(findings.left)} ended or detached while others still exchange"
+    if findings.behind:
         return (
-            f"{ranks(found.behind)} did not come to an exchange within timeout_s={timeout_s:g}, although "
-            f"alive: {min(found.behind.values())} exchanges begun, others {found.furthest}; if it only "
+            f"{ranks(findings.behind)} did not come to an exchange within timeout_s={timeout_s:g}, although "
+            f"alive: {min(findings.behind.values())} exchanges begun, others {findings.furthest}; if it only "
             "computes longer, give distcomp.attach a longer timeout_s"
         )
     return (

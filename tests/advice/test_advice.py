@@ -14,15 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import distcomp
 from distcomp import cli
 from distcomp.advice import TrainingTask
 from distcomp.advice.advise import Advice, AdviceRow, advise, at_rate, break_even_bps
-from distcomp.advice.calibrate import late
+from distcomp.advice.calibrate import late_per_hop_s
 from distcomp.advice.overlap import Timing, averaging_step, gradient_step
 from distcomp.advice.predict import Machine, Prediction, predict, profile_method
 from distcomp.advice.profile import ProfiledExchange, ProfiledRound, clock
 from distcomp.advice.scale import Rehearsals
-from distcomp.attaching.observe import Observed
+from distcomp.attaching import handle
+from distcomp.attaching.observe import ObservedSteps
+from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods import METHODS, parse
 from distcomp.methods.base import Method
@@ -58,11 +61,11 @@ def test_averagings_are_rehearsed_too(name: str) -> None:
 
 
 def machine() -> Machine:
-    return Machine(Observed((LAYOUT,), (0.1,), 0.15))
+    return Machine(ObservedSteps((LAYOUT,), (0.1,), 0.15))
 
 
 def sums(*sizes: float) -> tuple[ProfiledRound, ...]:
-    return tuple(ProfiledRound(0.01, RequestSizes("ring", (size,))) for size in sizes)
+    return tuple(ProfiledRound(0.01, RequestSizes("ring_all_reduce", (size,))) for size in sizes)
 
 
 def test_a_step_by_hand() -> None:
@@ -91,7 +94,7 @@ def test_what_is_small_hides_behind_backward() -> None:
 
 def test_while_one_bucket_is_on_the_wire_the_next_is_encoded() -> None:
     fabric, timing = Fabric.uniform(2, 8e6), Timing((0.0, 0.0), 0.0)
-    heavy = ProfiledExchange((ProfiledRound(0.5, RequestSizes("ring", (1_448_000,))),), 0.0)
+    heavy = ProfiledExchange((ProfiledRound(0.5, RequestSizes("ring_all_reduce", (1_448_000,))),), 0.0)
     assert gradient_step(timing, [heavy, heavy], fabric).step_s == pytest.approx(0.5 + 2 * 1.547)
 
 
@@ -113,10 +116,17 @@ def test_what_was_measured_beyond_the_model_is_added_per_hop() -> None:
     late = Host(
         direct=Overhead((1e3, 1e6), (1e-3, 1e-3), (0.0, 0.0)), around=Overhead((1.0,), (2e-3,), (0.0,))
     )
-    payload = RequestSizes("gather", (1e5,) * 4).exchange(fabric)
+    payload = RequestSizes("all_gather", (1e5,) * 4).exchange(fabric)
     assert payload.cost(fabric, late).seconds == pytest.approx(payload.cost(fabric).seconds + 1e-3)
-    ring = RequestSizes("ring", (1e5,)).exchange(fabric)
+    ring = RequestSizes("ring_all_reduce", (1e5,)).exchange(fabric)
     assert ring.cost(fabric, late).seconds == pytest.approx(ring.cost(fabric).seconds + 6 * 2e-3)
+
+
+def test_traffic_of_a_kind_without_a_price_is_refused() -> None:
+    with pytest.raises(
+        DistcompError, match=r"no price for 'gather'; a request's traffic is one of all_reduce"
+    ):
+        RequestSizes("gather", (1e5,) * 4)
 
 
 def test_what_was_measured_lies_on_lines_between_sizes() -> None:
@@ -136,7 +146,7 @@ def test_backward_arithmetic_and_carrying_share_a_core_by_hand() -> None:
     of a rank's turn."""
     fabric, timing = Fabric.uniform(2, 8e6), Timing((1.0, 2.0), 2.5)
     profiles = [
-        ProfiledExchange((ProfiledRound(0.1, RequestSizes("ring", (1_448_000,))),), 0.2),
+        ProfiledExchange((ProfiledRound(0.1, RequestSizes("ring_all_reduce", (1_448_000,))),), 0.2),
         ProfiledExchange((), 0.0),
     ]
     step = gradient_step(timing, profiles, fabric, shared(2, 1, 0.5))
@@ -153,7 +163,10 @@ def test_backward_arithmetic_and_carrying_share_a_core_by_hand() -> None:
 def test_what_crosses_different_links_is_under_way_together() -> None:
     """One bucket is sent from rank 1 to rank 0 and the other back, or both the same way."""
     fabric, timing = Fabric.uniform(2, 8e6), Timing((0.0, 0.0), 0.0)
-    there, back = RequestSizes("swap", (1_448_000.0, 0.0)), RequestSizes("gather", (1_448_000.0, 0.0))
+    there, back = (
+        RequestSizes("all_to_all", (1_448_000.0, 0.0)),
+        RequestSizes("all_gather", (1_448_000.0, 0.0)),
+    )
     one, other = (ProfiledExchange((ProfiledRound(0.0, ask),), 0.0) for ask in (there, back))
     both = gradient_step(timing, [one, other], fabric)
     assert both.step_s == both.wire_s == pytest.approx(1.514 + 0.033)  # acknowledgements of the other
@@ -183,7 +196,7 @@ def test_no_step_is_shorter_than_its_cores_are_busy(
     timing, fabric = Timing(tuple(ready), ready[-1] + 0.1), Fabric.uniform(4, 8e6)
     profiles = [
         ProfiledExchange(
-            tuple(ProfiledRound(w, RequestSizes("gather", (1e5,) * 4)) for w in works[:2]), works[2]
+            tuple(ProfiledRound(w, RequestSizes("all_gather", (1e5,) * 4)) for w in works[:2]), works[2]
         )
         for _ in ready
     ]
@@ -203,13 +216,13 @@ def test_what_a_hop_takes_is_found_from_what_the_step_took(
     late_s: float, core_s: float, around: bool
 ) -> None:
     fabric = Fabric.uniform(4, 8e6)
-    kind = RequestSizes("ring", (1e4,)) if around else RequestSizes("gather", (1e4,) * 4)
+    kind = RequestSizes("ring_all_reduce", (1e4,)) if around else RequestSizes("all_gather", (1e4,) * 4)
     profiles = [ProfiledExchange((ProfiledRound(0.01, kind),) * 2, 0.01)] * 3
-    measured = Machine(Observed((LAYOUT,) * 3, (0.1, 0.2, 0.3), 0.35), Host(4, 2), slowness=2.0)
+    measured = Machine(ObservedSteps((LAYOUT,) * 3, (0.1, 0.2, 0.3), 0.35), Host(4, 2), slowness=2.0)
     carried = Overhead((kind.sent_bytes(4),), (late_s,), (core_s,))
     host = replace(measured.host, direct=carried, around=carried)
     step_s = gradient_step(measured.timing, profiles, fabric, host, 2.0).step_s
-    found = late(step_s, core_s, profiles, measured, fabric)
+    found = late_per_hop_s(step_s, core_s, profiles, measured, fabric)
     overhead = Overhead((kind.sent_bytes(4),), (found,), (core_s,))
     again = gradient_step(
         measured.timing, profiles, fabric, replace(measured.host, direct=overhead, around=overhead), 2.0
@@ -247,7 +260,7 @@ def test_beyond_eight_ranks_requests_are_extended_as_if_rehearsed(name: str) -> 
 def test_break_even_is_where_both_take_as_long() -> None:
     fabric = Fabric.uniform(8, "1gbit", "50us")
     one, plain = Rehearsals("qsgd:bits=4", [LAYOUT]), Rehearsals("ddp", [LAYOUT])
-    slow = Machine(Observed((LAYOUT,), (1e-5,), 2e-5), slowness=1.0)
+    slow = Machine(ObservedSteps((LAYOUT,), (1e-5,), 2e-5), slowness=1.0)
     even = break_even_bps(one, plain, slow, fabric)
     assert 1e6 < even < 1e12
     below, above = (
@@ -269,7 +282,7 @@ def test_on_a_shared_core_arithmetic_and_backward_hold_each_other_up() -> None:
     """0.3 s of arithmetic while backward has 1 s to go take 0.6 s; backward then ends at 2.3 s."""
     timing, profile = (
         Timing((1.0, 2.0), 2.5),
-        ProfiledExchange((ProfiledRound(0.3, RequestSizes("gather", (0.0, 0.0))),), 0.0),
+        ProfiledExchange((ProfiledRound(0.3, RequestSizes("all_gather", (0.0, 0.0))),), 0.0),
     )
     alone = gradient_step(timing, [profile, ProfiledExchange((), 0.0)], Fabric.uniform(2))
     assert alone.step_s == pytest.approx(2.5)
@@ -317,7 +330,7 @@ def test_nothing_is_recommended_inside_the_noise(noise: float, begins: str) -> N
 
 def test_what_two_measurements_differ_by_is_the_noise() -> None:
     layout = Layout.of([("weight", (64, 64))])
-    quiet, busy = Observed((layout,), (0.01,), 0.02), Observed((layout,), (0.05,), 0.1)
+    quiet, busy = ObservedSteps((layout,), (0.01,), 0.02), ObservedSteps((layout,), (0.05,), 0.1)
     fabric = Fabric.uniform(2, "1mbit")
     told: list[str] = []
     advice = advise((busy, quiet), fabric, ("ddp", "bf16"), tell=told.append)
@@ -348,6 +361,7 @@ for step in range(STEPS):
 def test_advise_reads_a_training_loop_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], attach: str
 ) -> None:
+    vars(distcomp).pop("attach", None)  # as in a process that has not asked for it yet
     script = tmp_path / "train.py"
     script.write_text(LOOP.replace("ATTACH", attach).replace("STEPS", "10**9"))
     asked = [
@@ -374,6 +388,7 @@ def test_advise_reads_a_training_loop_as_it_is(
     script.write_text("raise RuntimeError('boom')")
     assert cli.main(asked) == 2
     assert "failed after 0 steps" in capsys.readouterr().err
+    assert distcomp.attach is handle.attach
 
 
 def test_on_a_slow_one_it_names_what_is_fastest() -> None:

@@ -15,15 +15,13 @@ from distcomp.network.model import (
     ALONE,
     ExchangeLoad,
     Host,
-    cast,
-    direct,
-    gather,
-    mix,
-    ring,
-    swap,
+    all_gather,
+    all_to_all,
+    broadcast,
+    direct_all_reduce,
+    neighbor_exchange,
+    ring_all_reduce,
     together,
-    tree,
-    two_stage,
 )
 
 Message = tuple[int, int, float]
@@ -94,14 +92,21 @@ def test_every_exchange_is_the_sum_of_its_messages(fabric: Fabric, group: tuple,
     apart = apart_s([(i, j) for _, _, i, j in all_pairs], fabric)
     gathered = [(i, j, p[a]) for a, _, i, j in all_pairs]
     swapped = [(i, j, p[b]) for _, b, i, j in all_pairs]
-    agree(gather(p, group, fabric), fabric, [gathered], 1, apart)
-    agree(swap(p, group, fabric), fabric, [swapped], 1, apart)
-    agree(two_stage(p, group, fabric), fabric, [swapped, gathered], 2, apart)
-    agree(direct(p[0], group, fabric), fabric, [[(i, j, p[0]) for _, _, i, j in all_pairs]], 1, apart)
+    agree(all_gather(p, group, fabric), fabric, [gathered], 1, apart)
+    agree(all_to_all(p, group, fabric), fabric, [swapped], 1, apart)
+    agree(
+        direct_all_reduce(p[0], group, fabric), fabric, [[(i, j, p[0]) for _, _, i, j in all_pairs]], 1, apart
+    )
 
     around = [(group[i], group[(i + 1) % n]) for i in range(n)]
     chunks = [(i, j, p[0] / n) for i, j in around]
-    agree(ring(p[0], group, fabric), fabric, [chunks] * (2 * (n - 1)), 2 * (n - 1), apart_s(around, fabric))
+    agree(
+        ring_all_reduce(p[0], group, fabric),
+        fabric,
+        [chunks] * (2 * (n - 1)),
+        2 * (n - 1),
+        apart_s(around, fabric),
+    )
 
 
 @given(fabric=fabrics(), nbytes=st.integers(1, 10**6))
@@ -109,10 +114,8 @@ def test_every_exchange_is_the_sum_of_its_messages(fabric: Fabric, group: tuple,
 def test_a_tree_doubles_those_who_know(fabric: Fabric, nbytes: int) -> None:
     down = [[(0, 1, nbytes)], [(0, 2, nbytes), (1, 3, nbytes)], [(0, 4, nbytes), (1, 5, nbytes)]]
     apart = apart_s([(i, j) for stage in down for i, j, _ in stage], fabric)
-    up = [[(j, i, b) for i, j, b in stage] for stage in reversed(down)]
     group = tuple(range(6))
-    agree(cast(nbytes, group, fabric), fabric, down, 3, apart)
-    agree(tree(nbytes, group, fabric), fabric, up + down, 6, apart)
+    agree(broadcast(nbytes, group, fabric), fabric, down, 3, apart)
 
 
 @given(fabric=fabrics(), nbytes=st.integers(1, 10**6))
@@ -120,7 +123,7 @@ def test_a_tree_doubles_those_who_know(fabric: Fabric, nbytes: int) -> None:
 def test_neighbours_send_to_neighbours_only(fabric: Fabric, nbytes: int) -> None:
     edges = [(0, 1), (1, 2), (0, 5), (1, 4)]
     both = edges + [(j, i) for i, j in edges]
-    exchange = mix(nbytes, edges, fabric)
+    exchange = neighbor_exchange(nbytes, edges, fabric)
     agree(exchange, fabric, [[(i, j, nbytes) for i, j in both]], 1, apart_s(both, fabric))
     assert exchange.messages == 3
 
@@ -130,14 +133,14 @@ def test_neighbours_send_to_neighbours_only(fabric: Fabric, nbytes: int) -> None
 def test_groups_at_the_same_time_share_links(fabric: Fabric, nbytes: int) -> None:
     evens, odds = (0, 2, 4), (1, 3, 5)
     messages = [(i, j, nbytes) for group in (evens, odds) for _, _, i, j in everyone(group)]
-    both = together([gather([nbytes] * 3, group, fabric) for group in (evens, odds)])
+    both = together([all_gather([nbytes] * 3, group, fabric) for group in (evens, odds)])
     assert both.cost(fabric).transfer_s == pytest.approx(busiest_s(messages, fabric))
 
 
 def test_a_ring_of_4_at_100_mbit_by_hand() -> None:
     """1.5 times 16,793,600 bytes; 1514 + 66/2 bytes of frames for each 1448; 12.5 MB a second."""
     fabric = Fabric.uniform(4, "100mbit", "1ms")
-    cost = ring(16_793_600, (0, 1, 2, 3), fabric).cost(fabric)
+    cost = ring_all_reduce(16_793_600, (0, 1, 2, 3), fabric).cost(fabric)
     assert cost.seconds == pytest.approx(1.5 * 16_793_600 * (1514 + 33) / 1448 / 12.5e6 + 6e-3)
 
 
@@ -146,15 +149,15 @@ def test_an_uplink_is_shared_by_all_who_cross_it() -> None:
     fabric = Fabric((1e9,) * 4, 0.0, racks)
     payload = [1e6] * 4
     crossing = 4 * 1e6 * (1514 + 33) / 1448 * 8 / 1e8  # 2 ranks to 2 ranks
-    assert gather(payload, (0, 1, 2, 3), fabric).cost(fabric).transfer_s == pytest.approx(crossing)
-    alone = ring(4e6, (0, 1, 2, 3), fabric).cost(fabric).transfer_s
+    assert all_gather(payload, (0, 1, 2, 3), fabric).cost(fabric).transfer_s == pytest.approx(crossing)
+    alone = ring_all_reduce(4e6, (0, 1, 2, 3), fabric).cost(fabric).transfer_s
     assert alone == pytest.approx(1.5 * 4e6 * (1514 + 33) / 1448 * 8 / 1e8)  # one edge of the ring crosses
 
 
 def test_a_crowded_host_takes_longer() -> None:
     fabric, group = Fabric.uniform(4, "1gbit"), (0, 1, 2, 3)
     busy = Host(ranks=4, cores=2, message_s=1e-3, byte_s=1e-7)
-    exchange = gather([1e6] * 4, group, fabric)
+    exchange = all_gather([1e6] * 4, group, fabric)
     assert exchange.cost(fabric, busy).latency_s == pytest.approx(3 * 1e-3 * 2)
     assert exchange.cost(fabric, busy).transfer_s == pytest.approx(3e6 * 1e-7 * 2)
     assert exchange.cost(fabric, ALONE).transfer_s < exchange.cost(fabric, busy).transfer_s
@@ -163,13 +166,13 @@ def test_a_crowded_host_takes_longer() -> None:
 def test_one_rank_alone_sends_nothing() -> None:
     fabric = Fabric.uniform(3, "1mbit", "1s")
     alone = [
-        ring(1e6, (1,), fabric), gather([1e6], (1,), fabric), cast(1e6, (1,), fabric),
-        swap([1e6], (1,), fabric), mix(1e6, [], fabric), tree(1e6, (2,), fabric),
+        ring_all_reduce(1e6, (1,), fabric), all_gather([1e6], (1,), fabric), broadcast(1e6, (1,), fabric),
+        all_to_all([1e6], (1,), fabric), neighbor_exchange(1e6, [], fabric),
     ]  # fmt: skip
     assert {one.cost(fabric).seconds for one in alone} == {0.0}
 
 
 def test_thousands_of_ranks_are_no_work() -> None:
     fabric, group = Fabric.uniform(4096, "25gbit", "50us"), tuple(range(4096))
-    loads = gather([1e3] * 4096, group, fabric).stages[0]
+    loads = all_gather([1e3] * 4096, group, fabric).stages[0]
     assert np.allclose(loads.out, 4095e3)

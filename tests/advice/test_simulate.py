@@ -17,7 +17,7 @@ from distcomp.advice.scenario import Down, Slow
 from distcomp.errors import DistcompError
 from distcomp.methods import parse
 from distcomp.network import Fabric
-from distcomp.network.model import gather, mix, ring
+from distcomp.network.model import all_gather, neighbor_exchange, ring_all_reduce
 
 RATE = 0.2
 
@@ -88,8 +88,8 @@ def test_the_clock_adds_computing_and_the_ring() -> None:
     one = simulation("identity", 8, Scenario(compute_s=0.5))
     fabric = Fabric.uniform(8, "10mbit", "5ms")
     trained(one, 3)
-    sum_s = ring(4 * one.layout.numel, tuple(range(8)), fabric).cost(fabric).seconds
-    direct_s = gather([4 * one.layout.numel] * 8, tuple(range(8)), fabric).cost(fabric).seconds
+    sum_s = ring_all_reduce(4 * one.layout.numel, tuple(range(8)), fabric).cost(fabric).seconds
+    direct_s = all_gather([4 * one.layout.numel] * 8, tuple(range(8)), fabric).cost(fabric).seconds
     expected = direct_s if 4 * one.layout.numel <= 8192 else sum_s
     assert one.seconds == pytest.approx(3 * (0.5 + expected))
 
@@ -101,7 +101,7 @@ def test_gossip_waits_for_neighbours_only() -> None:
     one = trained(simulation("dpsgd", 8, scenario), 1)
     edges = [(i, (i + 1) % 8) for i in range(8)]
     sent = one.net.ledgers[0].total_bytes / 2
-    exchange_s = mix(sent, edges, fabric).cost(fabric).seconds
+    exchange_s = neighbor_exchange(sent, edges, fabric).cost(fabric).seconds
     slow = [10 + exchange_s] * 2
     assert one.clock.now_s.tolist() == pytest.approx([slow[0], slow[0], *[1 + exchange_s] * 5, slow[1]])
     everybody = trained(simulation("identity", 8, scenario), 1)
@@ -188,7 +188,7 @@ def test_the_command_trains_prints_and_records(tmp_path: Path, capsys: pytest.Ca
     status = cli.main([*given, "--eval-every", "3", "-o", str(where), str(script), "7"])
     assert status == 0
     assert "6 workers of 10 parameters, choco: simulated" in capsys.readouterr().out
-    run = recording.read(where)
+    run = recording.read_run(where)
     assert run.about["simulated"] is True
     assert [one["step"] for one in run.of_kind("metric")] == [3, 6]
     assert run.of_kind("metric")[1]["train_s"] > run.of_kind("metric")[0]["train_s"] > 0

@@ -99,7 +99,7 @@ def test_each_method_ran_in_the_script_s_own_environment(compared: tuple[Path, s
 
 def test_the_record_says_what_was_run_and_how_it_ended(compared: tuple[Path, str, str]) -> None:
     where, out, _ = compared
-    runs = [recording.read(path) for path in recording.find([where / "out"])]
+    runs = [recording.read_run(path) for path in recording.find_runs([where / "out"])]
     assert [run.method for run in runs] == ["ddp", "bf16", "ddp"]
     assert [run.about["exit_status"] for run in runs] == [0, 1, 0]
     for run in runs:
@@ -201,7 +201,7 @@ def test_run_is_torchrun_with_the_method_and_a_record(tmp_path: Path) -> None:
     assert process.returncode == 0, err
     assert "method qsgd:bits=4 argv ['--seed', '5'] beside True" in out
     assert out.endswith("see it with: distcomp report out\n")
-    run = recording.read(tmp_path / "out")
+    run = recording.read_run(tmp_path / "out")
     assert (run.method, run.about["ranks"], run.about["seed"]) == ("qsgd:bits=4", 1, 5)
     assert len(run.of_kind("step", 0)) == 4
 
@@ -216,7 +216,7 @@ def test_a_cold_start_without_packets_says_so_and_records_the_same(tmp_path: Pat
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "NOT REAL PACKETS" in out
-    run = recording.read(tmp_path / "out" / "01-ddp")
+    run = recording.read_run(tmp_path / "out" / "01-ddp")
     assert run.about["network"]["real"] is False
     assert len(run.of_kind("step", 0)) == 4
     assert "argv ['--seed', '3'] beside True" in (tmp_path / "out" / "01-ddp" / "output0.txt").read_text()
@@ -267,7 +267,7 @@ def test_a_script_that_names_its_method_is_never_labelled_with_another(tmp_path:
     assert "and not ddp" in err
     assert "distcomp.attach(model, optimizer)" in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["01-ddp"]  # the second never ran
-    assert recording.read(tmp_path / "out" / "01-ddp").method not in ("ddp", "bf16")
+    assert recording.read_run(tmp_path / "out" / "01-ddp").method not in ("ddp", "bf16")
 
 
 def test_a_script_that_names_the_first_method_itself_is_refused_before_the_second_runs(
@@ -281,13 +281,35 @@ def test_a_script_that_names_the_first_method_itself_is_refused_before_the_secon
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["01-qsgd-bits=4"]
 
 
+def test_a_script_that_hands_the_environment_s_method_on_is_compared(tmp_path: Path) -> None:
+    """As examples/digits.py does, with an option whose default is the variable."""
+    handed = STUBBORN.replace("METHOD", 'os.environ["DISTCOMP_METHOD"]').replace(
+        "import torch\n", "import os, torch\n", 1
+    )
+    (tmp_path / "handed.py").write_text(handed)
+    script = ["--no-packets", "--ranks", "1", "-o", "out", "handed.py"]
+    status, out, err = said(tmp_path, "emulate", "--methods", "bf16; qsgd:bits=4", *script)
+    assert status == 0, (out, err)
+    runs = [recording.read(path) for path in recording.find([tmp_path / "out"])]
+    assert [run.method for run in runs] == ["bf16", "qsgd:bits=4"]
+
+
+def test_a_script_that_names_a_text_is_found_out_by_the_next_method(tmp_path: Path) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN.replace("METHOD", '"bf16"'))
+    script = ["--no-packets", "--ranks", "1", "-o", "out", "stubborn.py"]
+    status, _, err = said(tmp_path, "emulate", "--methods", "bf16; qsgd:bits=4", *script)
+    assert status == 2
+    assert "attached bf16 and not qsgd:bits=4" in err
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
 def test_run_records_what_was_attached_and_says_where_that_is_not_what_was_asked_for(tmp_path: Path) -> None:
     (tmp_path / "stubborn.py").write_text(STUBBORN.replace("METHOD", "'qsgd:bits=4'"))
     status, out, err = said(tmp_path, "run", "--method", "bf16", "-o", "out", "stubborn.py")
     assert status == 2, (out, err)
     assert "attached qsgd:bits=4 and not bf16" in err
     assert "DISTCOMP_METHOD=bf16 asks for another method" in err
-    run = recording.read(tmp_path / "out")
+    run = recording.read_run(tmp_path / "out")
     assert (run.method, run.asked) == ("qsgd:bits=4", "bf16")
 
 
@@ -297,7 +319,7 @@ def test_a_script_that_attaches_nothing_is_told_so(tmp_path: Path) -> None:
     assert status == 2
     assert "trained" in out
     assert "attached no method" in err
-    assert recording.read(tmp_path / "out").method == "bf16 (never attached)"
+    assert recording.read_run(tmp_path / "out").method == "bf16 (never attached)"
     status, out, err = said(
         tmp_path, "emulate", "--no-packets", "--ranks", "1", "--method", "ddp", "-o", "o2", "plain.py"
     )
@@ -329,4 +351,4 @@ def test_a_method_of_one_s_own_stands_in_the_table(tmp_path: Path, warm: bool) -
     )  # fmt: skip
     assert status == 0, (out, err)
     assert re.search(r"^says_nothing ", out, flags=re.MULTILINE)
-    assert recording.read(tmp_path / "out" / "01-says-nothing").method == "says_nothing"
+    assert recording.read_run(tmp_path / "out" / "01-says-nothing").method == "says_nothing"

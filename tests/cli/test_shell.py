@@ -117,7 +117,7 @@ def test_report_prints_the_table_and_writes_the_page(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "report.html").write_text("mine")
     assert main(["report", str(runs)]) == 0
-    comparison = compare([recording.read(path) for path in recording.find([runs])])
+    comparison = compare([recording.read_run(path) for path in recording.find_runs([runs])])
     sentence = verdict(comparison).sentence
     assert capsys.readouterr().out == f"{as_text(comparison)}\n\n{sentence}\n\nwrote {runs}/report.html\n"
     assert (runs / "report.html").read_text().startswith("<!DOCTYPE html>")
@@ -130,7 +130,7 @@ def test_report_as_json_writes_no_page_unless_asked(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["report", "--json", "--target", "0.5", str(runs)]) == 0
-    comparison = compare([recording.read(path) for path in recording.find([runs])], 0.5)
+    comparison = compare([recording.read_run(path) for path in recording.find_runs([runs])], 0.5)
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(as_json(comparison)))
     assert not (runs / "report.html").exists()
     assert main(["report", "--json", "-o", "other.html", str(runs)]) == 0
@@ -168,6 +168,7 @@ MISTAKES = {
     "no run": (["report", "{tmp}"], "holds no run"),
     "a run without end": (["report", "{tmp}/absent"], "holds no run"),
     "a page that cannot be written": (["report", "{runs}", "-o", "{tmp}/no/where.html"], "cannot be written"),
+    "a page over a script": (["report", "{runs}", "-o", "{script}"], "is no page of distcomp report"),
     "a target that is no number": (["report", "{runs}", "--target", "low"], "invalid float"),
     "no script": (["emulate", "{tmp}/absent.py"], "is not a file"),
     "nothing to run": (["run"], "required: SCRIPT"),

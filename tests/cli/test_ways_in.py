@@ -171,5 +171,32 @@ def test_compress_says_what_it_cannot_take(what: str, tmp_path: Path, capsys: Ca
     assert told.count("\n") == 1
 
 
+def test_a_command_replaces_what_it_wrote_and_nothing_else(
+    runs: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    """Also not the model that is compressed, nor the page that stands in the directory of the runs."""
+    torch.save({"a": torch.ones(9)}, tmp_path / "model.pt")
+    model, packed, again = (str(tmp_path / name) for name in ("model.pt", "model.dcz", "again.pt"))
+    page = str(runs / "report.html")
+    for _ in range(2):
+        assert main(["report", str(runs)]) == 0
+        assert main(["compress", model, "-o", packed]) == 0
+        assert main(["decompress", packed, "-o", again]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    Path(page).write_text("<html>mine</html>")
+    before[Path(page)] = b"<html>mine</html>"
+    for refused in (
+        ["report", str(runs)],
+        ["report", str(runs), "-o", model],
+        ["compress", model, "-o", model],
+        ["decompress", packed, "-o", packed],
+        ["decompress", packed, "-o", page],
+    ):
+        capsys.readouterr()
+        assert main(refused) == 2
+        assert "is left alone; name another file with -o" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_two_runs_that_begin_in_the_same_second_have_directories_of_their_own(tmp_path: Path) -> None:
     assert len({dated_directory(tmp_path / "runs") for _ in range(5)}) == 5

@@ -31,7 +31,7 @@ from distcomp.layout import Layout
 from distcomp.methods import AggregateResult, Method, StepContext
 from distcomp.methods.base import State
 from distcomp.network import Fabric
-from distcomp.network.model import pairs
+from distcomp.network.model import uneven_all_to_all
 from distcomp.network.request_sizes import sizes_of
 from distcomp.payload import Part, Payload, wire_bytes
 from tests.collectives import script
@@ -250,7 +250,7 @@ def test_an_uneven_all_to_all_takes_as_long_as_its_busiest_link() -> None:
     sent = [(i, j, wire_bytes(script.parts(i, j))) for i in range(4) for j in range(4) if i != j]
     clock = VirtualClock(fabric, Scenario())
     clock.exchange(requests)
-    expected = pairs(sent, fabric).cost(fabric).seconds
+    expected = uneven_all_to_all(sent, fabric).cost(fabric).seconds
     assert expected > 8 * 60_000 / 1e7
     assert clock.now_s.tolist() == pytest.approx([expected] * 4)
     ask = sizes_of(requests[2], 4, None, frozenset(), requests)

@@ -56,7 +56,7 @@ class Maximum(Sealed):
         return (len(self.members(size)) - 1) * wire_bytes(self.parts)
 
     def traffic(self, size: int) -> Traffic:
-        return Traffic("gather", tuple(self.wire_sizes(0, size)))
+        return Traffic("all_gather", tuple(self.wire_sizes(0, size)))
 
     def drive(self, line: Primitives) -> Pending:
         return line.all_gather(self.payload.wire, self.wire_sizes(line.rank, line.size), self.group)

@@ -13,7 +13,7 @@ from torch import Tensor
 from distcomp import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods import parse
-from distcomp.runtime.saved_state import Fingerprint, Place, pack, unpack
+from distcomp.runtime.saved_state import Fingerprint, Place, pack_state, unpack_state
 from distcomp.runtime.states import States
 
 TEXTS = ("qsgd:bits=1", "powersgd:rank=2", "allocate", "onebit_adam:freeze_step=2", "gradiveq", "topk")
@@ -35,7 +35,7 @@ def part_of(text: str, iterations: int = 3) -> dict[str, Any]:
     states.commit(LAYOUT, state)
     saved = states.by_parameter()
     content = {"iterations": iterations, "seed": 0, "exchanges": {}, "state": saved}
-    return pack(PLACE, Fingerprint(text, "3 tensors"), content)
+    return pack_state(PLACE, Fingerprint(text, "3 tensors"), content)
 
 
 def _places(node: Any, into: list[tuple[dict[Any, Any], Any]]) -> list[tuple[dict[Any, Any], Any]]:
@@ -76,12 +76,16 @@ def try_to_load(text: str, saved: Any, strict: bool) -> str:
     """What became of it: loaded, or refused. What was loaded is of the right shape, finite, and joins."""
     states = States(parse(text))
     try:
-        fields = unpack(
-            saved, PLACE, Fingerprint(text, "3 tensors"), lambda _: states.expected(LAYOUT), strict
+        fields = unpack_state(
+            saved,
+            PLACE,
+            Fingerprint(text, "3 tensors"),
+            lambda part: states.expected(LAYOUT, part["state"]),
+            strict,
         )
     except DistcompError:
         return "refused"
-    expected = states.expected(LAYOUT)
+    expected = states.expected(LAYOUT, {})
     assert type(fields["iterations"]) is int
     assert type(fields["seed"]) is int
     for name, leaves in fields["state"].items():

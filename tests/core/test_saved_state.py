@@ -10,7 +10,7 @@ import torch
 from distcomp import DistcompError
 from distcomp.methods import parse
 from distcomp.methods.base import join_state
-from distcomp.runtime.saved_state import Fingerprint, Place, unpack
+from distcomp.runtime.saved_state import Fingerprint, Place, unpack_state
 from distcomp.runtime.states import States
 
 from . import state_fuzz as fuzz
@@ -31,11 +31,11 @@ def test_parts_of_different_steps_are_refused() -> None:
     parts = [fuzz.part_of("qsgd:bits=1", iterations=3), {"rank1": fuzz.part_of("qsgd:bits=1", 4)["rank0"]}]
     states = States(parse("qsgd:bits=1"))
     with pytest.raises(DistcompError, match="iterations is 3 in rank0 and 4 in rank1"):
-        unpack(
+        unpack_state(
             parts,
             Place(0, (0,)),
             Fingerprint("qsgd:bits=1", "3 tensors"),
-            lambda _: states.expected(fuzz.LAYOUT),
+            lambda part: states.expected(fuzz.LAYOUT, part["state"]),
         )
 
 
@@ -43,14 +43,14 @@ def test_parts_of_two_groups_are_not_mixed() -> None:
     one, other = (copy.deepcopy(fuzz.part_of("qsgd:bits=1")["rank0"]) for _ in range(2))
     one["ranks"], other["ranks"] = "0,2", "1,3"
     with pytest.raises(DistcompError, match="several groups of ranks"):
-        unpack({"rank0": one, "rank1": other}, Place(0, (0, 1)), Fingerprint("", ""), lambda _: {})
+        unpack_state({"rank0": one, "rank1": other}, Place(0, (0, 1)), Fingerprint("", ""), lambda _: {})
 
 
 def test_a_state_of_another_width_never_reaches_a_kernel() -> None:
     method = parse("powersgd:rank=2")
     narrow = {"0.weight": {"inner/q": torch.ones(2, 3), "residual": torch.zeros(48)}}
     fresh = method.init(fuzz.LAYOUT)
-    path = next(path for path in States(method).expected(fuzz.LAYOUT)["0.weight"] if path.endswith("q"))
+    path = next(path for path in States(method).expected(fuzz.LAYOUT, {})["0.weight"] if path.endswith("q"))
     narrow["0.weight"] = {path: torch.ones(2, 3)}
     with pytest.raises(DistcompError, match="has the shape"):
         join_state(narrow, fresh)

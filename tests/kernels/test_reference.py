@@ -32,10 +32,10 @@ def test_randomness_is_even_and_its_streams_are_unrelated() -> None:
 @given(st.integers(1, 8), st.integers(0, 70), st.data())
 def test_packing_is_planar_and_reversible(bits: int, m: int, data: st.DataObject) -> None:
     codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=m, max_size=m))
-    packed = reference.pack(torch.tensor([codes], dtype=torch.int64), bits)
+    packed = reference.pack_codes(torch.tensor([codes], dtype=torch.int64), bits)
     assert bytes(packed.flatten().tolist()) == oracle.pack_block(codes, bits)
     assert packed.numel() == packing.block_bytes(m, bits)
-    assert reference.unpack(packed, m, bits).flatten().tolist() == codes
+    assert reference.unpack_codes(packed, m, bits).flatten().tolist() == codes
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

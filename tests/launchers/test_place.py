@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distcomp.errors import DistcompError
-from distcomp.process_environment import ProcessEnvironment, place
+from distcomp.process_environment import ProcessEnvironment, read_environment
 from distcomp.transports.rendezvous import _meeting_place, first_host
 
 TOLD = {
@@ -27,27 +27,27 @@ TOLD = {
 
 @pytest.mark.parametrize("launcher", TOLD)
 def test_each_launcher_is_read(launcher: str) -> None:
-    assert place(TOLD[launcher]) == ProcessEnvironment(3, 4, 1, 2, launcher)
-    assert not place(TOLD[launcher]).on_one_host
+    assert read_environment(TOLD[launcher]) == ProcessEnvironment(3, 4, 1, 2, launcher)
+    assert not read_environment(TOLD[launcher]).on_one_host
 
 
 def test_nobody_launched_is_one_of_one() -> None:
-    assert place({}) == ProcessEnvironment(0, 1, 0, 1, "none")
+    assert read_environment({}) == ProcessEnvironment(0, 1, 0, 1, "none")
 
 
 def test_a_batch_script_of_slurm_is_alone() -> None:
     """It sees the numbers of the job; only what srun starts is a rank."""
-    assert place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}).size == 1
+    assert read_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}).size == 1
 
 
 def test_mpirun_inside_slurm_is_read_as_mpirun() -> None:
-    assert place({**TOLD["srun"], "PMI_RANK": "1", "PMI_SIZE": "2"}).launcher == "MPICH"
+    assert read_environment({**TOLD["srun"], "PMI_RANK": "1", "PMI_SIZE": "2"}).launcher == "MPICH"
 
 
 @pytest.mark.parametrize("wrong", [{"RANK": "x", "WORLD_SIZE": "2"}, {"PMI_RANK": "2", "PMI_SIZE": "2"}])
 def test_words_that_make_no_sense_are_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(DistcompError, match=next(iter(wrong))):
-        place(wrong)
+        read_environment(wrong)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,12 @@ def test_the_first_of_slurms_hosts(nodes: str, first: str) -> None:
 
 def test_where_ranks_meet() -> None:
     srun = {**TOLD["srun"], "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "41"}
-    host, port = _meeting_place(place(srun), srun)
-    assert (host, _meeting_place(place(srun), {**srun, "SLURM_JOB_ID": "42"})[1] != port) == ("gpu07", True)
+    host, port = _meeting_place(read_environment(srun), srun)
+    assert (host, _meeting_place(read_environment(srun), {**srun, "SLURM_JOB_ID": "42"})[1] != port) == (
+        "gpu07",
+        True,
+    )
     told = {**TOLD["horovodrun"], "MASTER_ADDR": "host0", "MASTER_PORT": "1234"}
-    assert _meeting_place(place(told), told) == ("host0", 1234)
+    assert _meeting_place(read_environment(told), told) == ("host0", 1234)
     with pytest.raises(DistcompError, match="set MASTER_ADDR"):
-        _meeting_place(place(TOLD["horovodrun"]), TOLD["horovodrun"])
+        _meeting_place(read_environment(TOLD["horovodrun"]), TOLD["horovodrun"])

@@ -22,7 +22,7 @@ from distcomp.methods import (
     parse,
 )
 from distcomp.methods.base import cut_state, join_state
-from distcomp.methods.slices import compress, decompress, mixed, principal, to_slices
+from distcomp.methods.slices import from_coefficients, mixed, principal, to_coefficients, to_slices
 from tests.buffers import alike, by_name, draw
 from tests.lockstep import Round, converse
 
@@ -109,8 +109,8 @@ def test_what_the_parts_compress_to_adds_up_to_what_the_sum_compresses_to(
     parts = torch.randn(size, slices, 12, generator=generator, dtype=torch.float64)
     mean = torch.randn(slices, 12, generator=generator, dtype=torch.float64)
     basis = directions(torch.randn(bases, 9, 12, generator=generator, dtype=torch.float64), 4)
-    summed = sum(compress(part, basis, mean / size) for part in parts)
-    torch.testing.assert_close(summed, compress(parts.sum(0), basis, mean), atol=1e-12, rtol=1e-12)
+    summed = sum(to_coefficients(part, basis, mean / size) for part in parts)
+    torch.testing.assert_close(summed, to_coefficients(parts.sum(0), basis, mean), atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("mean", ["pca", "zero"])
@@ -349,7 +349,9 @@ def held_out_loss(
     mixture, dims = Subspace(ratio=8).find(slices[:learn, 0].unsqueeze(0))
     used = mixed(mixture, slices[:learn, 0].unsqueeze(0))[:, :dims] if basis is None else basis[:, :dims]
     mean = slices[:learn].mean(0)
-    back = torch.stack([decompress(compress(one, used, mean), used, mean) for one in slices[learn:]])
+    back = torch.stack(
+        [from_coefficients(to_coefficients(one, used, mean), used, mean) for one in slices[learn:]]
+    )
     return float((back - slices[learn:]).norm() / slices[learn:].norm()), dims
 
 

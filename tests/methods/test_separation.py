@@ -25,8 +25,8 @@ from distcomp.methods import (
     from_compressor,
 )
 from distcomp.methods.allocate import LADDER, Allocate
-from distcomp.methods.gradiveq import Cycle, GradiVeQ
-from distcomp.methods.slices import Slicing, Subspace
+from distcomp.methods.gradiveq import GradiVeQ
+from distcomp.methods.slices import Cycle, Slicing, Subspace
 from tests.lockstep import World
 
 OUT, IN, ROWS, WORKERS = 8, 9, 60, 4

@@ -324,7 +324,7 @@ def test_the_summary_counts_bits_bytes_and_operations() -> None:
         (lambda: precision.dorefa(network(), 0), "1 to 32 bits"),
         (lambda: precision.dorefa(nn.ReLU()), "nothing to convert"),
         (lambda: precision.dorefa(network(), skip=("nosuch",)), "no layers"),
-        (lambda: precision.dorefa(nn.Linear(2, 2)), "every layer is kept"),
+        (lambda: precision.dorefa(nn.Linear(2, 2)), "every layer is skipped"),
         (lambda: precision.bnn(precision.dorefa(network())), "converted already"),
         (lambda: precision.fixed_point(network(), "Q4.12", rounding="up"), "stochastic or nearest"),
         (lambda: precision.ttq(network(), 1.5), "share of the largest"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -15,48 +15,10 @@ import pytest
 
 from distcomp.cli.methods import check
 from distcomp.methods import METHODS
+from tests.project.pages import PAGES, ROOT, WRITTEN, program, snippets
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-WRITTEN = [page for page in PAGES if page != ROOT / "docs" / "methods.md" and page.parent.name != "methods"]
-
-FENCE = re.compile(r"^```(python|diff)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RESULTS = ROOT / "benchmarks" / "results"
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-
-PRELUDE = """\
-import torch, torch.distributed as dist, distcomp
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-model = nn.Linear(4, 4)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-scaler = torch.amp.GradScaler("cpu")
-"""
-WRAP = "model = DistributedDataParallel(model)\n"
-STEP = (
-    "\nmodel(torch.ones(1, 4)).sum().backward()\noptimizer.step()\nassert handle.stats()['iterations'] == 1\n"
-)
-
-
-def snippets() -> list[tuple[str, str]]:
-    """(where, program) of each Python block, and of each diff as it reads once it has been applied."""
-    found = []
-    for page in WRITTEN:
-        for number, (language, text) in enumerate(FENCE.findall(page.read_text()), start=1):
-            if language == "diff":
-                kept = (line for line in text.splitlines() if not line.startswith("-"))
-                text = "\n".join(line[1:].removeprefix(" ") for line in kept)
-            found.append((f"{page.relative_to(ROOT)}:{number}", text))
-    return found
-
-
-def program(snippet: str) -> str:
-    """A whole script as it is; a fragment after what it takes for granted, and with a step that uses it."""
-    if "import distcomp" in snippet:
-        return snippet
-    if "import horovod" in snippet:
-        return PRELUDE + snippet
-    return PRELUDE + ("" if WRAP.strip() in snippet else WRAP) + snippet + STEP
 
 
 @pytest.mark.parametrize(("where", "snippet"), snippets(), ids=[where for where, _ in snippets()])
@@ -82,12 +44,11 @@ def test_the_line_that_readme_promises_is_among_them() -> None:
 
 @pytest.fixture(scope="module")
 def catalogue() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("catalogue", ROOT / "docs" / "catalogue.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(ROOT / "docs"))  # as docs/conf.py does
+    try:
+        return importlib.import_module("catalogue")
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -125,16 +86,31 @@ def test_a_page_tells_paper_bytes_defaults_and_failures(catalogue: ModuleType) -
         assert told in page
 
 
-@pytest.mark.parametrize("name", ["gradiveq", "allocate", "sparse_loco", "warmup"])
-def test_a_method_that_a_result_file_has_is_not_said_to_be_unmeasured(
-    catalogue: ModuleType, name: str
-) -> None:
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_page_says_what_was_measured(catalogue: ModuleType, name: str) -> None:
+    """Each row has figures and the file that they are from, which names the method."""
     page = catalogue.pages()[f"methods/{name}.md"]
+    rows = re.findall(r"^\| .* \| (.*) \| `(\w+\.json)` \|$", page, flags=re.MULTILINE)
+    assert rows
     assert catalogue.NOTHING not in page
-    files = re.findall(r"`(\w+\.json)` \|$", page, flags=re.MULTILINE)
-    assert files
-    for file in files:
-        assert name in (catalogue.RESULTS / file).read_text()
+    labels = {"dpsgd": "D-PSGD", "dcd": "DCD", "ecd": "ECD", "choco": "CHOCO", "deepsqueeze": "DeepSqueeze"}
+    for figures, file in rows:
+        assert re.search(r"\d|diverged|nothing", figures)
+        text = (RESULTS / file).read_text().lower()
+        assert any(one in text for one in (name, labels.get(name, name).lower()))
+
+
+def test_bytes_and_budgets_on_a_page_are_those_of_their_files(catalogue: ModuleType) -> None:
+    pages = catalogue.pages()
+    found = json.loads((RESULTS / "method_bytes.json").read_text())
+    assert set(found["methods"]) == set(METHODS)
+    nbytes = sum(found["methods"]["nuqsgd"]["by_kind"].values())
+    assert f"| {nbytes:,.0f} B, " in pages["methods/nuqsgd.md"]
+    budget = json.loads((RESULTS / "allocation.json").read_text())["budgets"]["1/128"]
+    off = budget["paired_difference_mean"] / budget["uniform"][budget["best uniform"]]["mean"]
+    assert f"| {off:+.1%} ± " in pages["methods/allocate.md"]
+    assert "gradiveq_loss.json" in pages["methods/gradiveq.md"]
+    assert "pareto.json" in pages["methods/sparse_loco.md"]
 
 
 def test_no_page_asks_another_host_for_its_mathematics() -> None:
@@ -167,7 +143,7 @@ def test_every_method_says_when_it_fails() -> None:
 
 
 def test_a_measured_row_is_what_the_result_file_says(catalogue: ModuleType) -> None:
-    found = json.loads((catalogue.RESULTS / "step_time_100mbit.json").read_text())
+    found = json.loads((RESULTS / "step_time_100mbit.json").read_text())
     ddp, one_bit = (found["methods"][spec] for spec in ("ddp", "qsgd:bits=1"))
     faster = ddp["exchange_s"] / one_bit["exchange_s"]
     page = catalogue.pages()["methods/qsgd.md"]

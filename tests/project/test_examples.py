@@ -31,7 +31,7 @@ def train(directory: Path, script: str, *arguments: str, start: tuple[str, ...] 
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return recording.read(directory)
+    return recording.read_run(directory)
 
 
 def losses(run: recording.Run) -> dict[int, float]:

@@ -40,7 +40,7 @@ KINDS = {
 FOLDERS = ("distcomp", "tests", "docs", "examples", "benchmarks", "docker", "launchers", "scripts", ".ci")
 
 LONGEST_FILE = 450
-LONGEST_FUNCTION = 70
+LONGEST_FUNCTION = 60
 MOST_PARAMETERS = 10
 
 

@@ -198,3 +198,31 @@ def test_the_core_needs_torch_and_numpy_alone() -> None:
     code = f"import sys, distcomp; print([name for name in {extras} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+FIRST = """
+import os, sys, torch, torch.distributed
+for module in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        try:
+            __import__(module)
+            os._exit(0)
+        except BaseException as error:
+            print(module, type(error).__name__, error, flush=True)
+            os._exit(1)
+    os.waitpid(child, 0)
+"""
+
+
+ROOMS_AND_HEARTS = [
+    "advice", "attaching.ddp", "attaching.session", "averaging", "calls", "cli", "collectives", "compressors",
+    "kernels", "methods", "network", "parametrize", "precision", "pruning", "runtime.channel",
+]  # fmt: skip
+
+
+def test_every_room_may_be_imported_first() -> None:
+    """No import waits for another one to have been made before."""
+    modules = [f"distcomp.{name}" for name in ROOMS_AND_HEARTS]
+    done = subprocess.run([sys.executable, "-c", FIRST, *modules], capture_output=True, text=True, check=True)
+    assert done.stdout == ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
 import pytest
 
 from benchmarks._tables import Block, write_blocks
+from benchmarks.docs_figures import averaging
 from benchmarks.docs_figures.__main__ import PAGES
 
 WRITTEN = [(page, blocks) for pages in PAGES.values() for page, blocks in pages]
@@ -19,3 +21,14 @@ def test_a_page_is_what_the_script_writes(page: Path, blocks: dict[str, Block], 
     write_blocks(written, blocks)
     assert written.read_text() == page.read_text()
     assert page.read_text().count(": begin -->") == page.read_text().count(": end -->") > 0
+
+
+def test_the_names_in_the_plot_stand_inside_its_frame_and_apart() -> None:
+    (axis,) = averaging.draw_pareto().axes
+    frame = axis.get_window_extent()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert len(boxes) > 5
+    for box in boxes:
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.code_figures import Package, circles, edges
+from benchmarks.code_figures import PAGE as REBUILD
+from benchmarks.code_figures import Package, circles, edges, page_table, two_meanings
 from benchmarks.rooms_picture import FIGURE, PAGE, House, drawn_edges, house, layers, reduced, table
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,28 @@ def test_the_picture_shows_the_imports(rooms: House) -> None:
 
 def test_the_table_names_every_import(rooms: House) -> None:
     assert f"<!-- rooms: begin -->\n{table(rooms)}\n<!-- rooms: end -->" in PAGE.read_text(), REMEDY
+
+
+def test_the_table_of_the_rebuild_is_that_of_the_committed_results() -> None:
+    page = REBUILD.read_text()
+    remedy = "run python -m benchmarks.code_figures --page"
+    assert f"<!-- code figures: begin -->\n{page_table()}\n<!-- code figures: end -->" in page, remedy
+
+
+def test_no_public_name_means_two_things() -> None:
+    """What two modules define is one interface of a room, or one word for one thing, and is listed so."""
+    assert two_meanings(Package(ROOT)) == {}
+
+
+def test_a_name_of_two_meanings_is_seen(tmp_path: Path) -> None:
+    folder = tmp_path / "distcomp"
+    (folder / "kernels").mkdir(parents=True)
+    (folder / "__init__.py").write_text("Edges = tuple[int, int]\ndef walk(): ...\ndef _own(): ...\n")
+    (folder / "other.py").write_text("class Edges: ...\nclass walk: ...\nclass _own: ...\n")
+    (folder / "kernels" / "one.py").write_text("def quantize(): ...\n")
+    (folder / "kernels" / "two.py").write_text("def quantize(): ...\n")
+    both = ["distcomp", "distcomp.other"]
+    assert two_meanings(Package(tmp_path)) == {"Edges": both, "walk": both}
 
 
 def test_a_room_lies_above_all_that_it_imports(rooms: House) -> None:

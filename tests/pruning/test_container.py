@@ -52,7 +52,7 @@ def test_huffman_is_a_prefix_code_near_the_entropy(counts):
     p = counts[counts > 0] / counts.sum()
     mean = (lengths * counts).sum() / counts.sum()
     assert -(p * np.log2(p)).sum() - 1e-9 <= mean < -(p * np.log2(p)).sum() + 1.01
-    codes = coding.canonical(lengths)
+    codes = coding.canonical_codes(lengths)
     words = sorted(format(int(c), f"0{n}b") for c, n in zip(codes, lengths, strict=True) if n)
     assert all(not after.startswith(word) for word, after in itertools.pairwise(words))
 

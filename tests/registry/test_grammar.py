@@ -16,6 +16,9 @@ from distcomp.grammar import MOST_CHARACTERS, MOST_NESTED, split_call
 from distcomp.methods import METHODS, Method, compressor_of, from_compressor, parse
 from distcomp.registry import COMPRESSORS, load_all
 from distcomp.schedule import Schedule
+from tests.buffers import draw
+from tests.lockstep import once
+from tests.registry import text_fuzz
 
 load_all()
 
@@ -46,6 +49,16 @@ REFUSED = {
     "a setting nearly right": ("qsgd:bit=4", r"did you mean bits\?"),
     "a compressor nearly right": ("ef21:compressor=Quantise", r"did you mean quantize\?"),
     "a schedule of a word": ("qsgd:norm=1 -> 2 @ 5", "norm cannot change with the step"),
+    "a schedule of a tuple": ("two_level:nodes=1 -> 2 @ 5", "nodes cannot change with the step"),
+    "a count by halves": ("topk:chunk=1 ~> 0.01 @ 3", "chunk counts; give a schedule of whole numbers"),
+    "no number at all": ("powersgd:min_compression=1e999", "min_compression takes float, not inf"),
+    "a word without end": ("fixed_point:pattern=" + "1" * 5000, "pattern takes str"),
+    "a text without end": (f"warmup:inner=(qsgd:{'b' * 5000})", "qsgd has no setting"),
+    "a schedule without end": (f"qsgd:bits=1 -> {'1' * 5000} x", "takes int|is no schedule"),
+    "a topology misspelt": ("dcd:topology=rng", "there is no topology 'rng'"),
+    "a step beyond the mean": ("deepsqueeze:eta=100000000000000000000", "eta is above 0 and at most 1"),
+    "more than all bytes": ("allocate:budget=1e308", "above 0 and at most 100"),
+    "a rotation of everything": ("shared_range:hadamard=true,block=1073741824", "at most 1,048,576"),
     "no gradient method": ("warmup:inner=local_sgd", "no method for gradients"),
 }
 
@@ -97,6 +110,8 @@ def test_what_fits_after_all_is_made_to_fit() -> None:
         (distcomp.topk(values=Quantize(4, rounding="nearest")), "topk:values=int4"),
         (distcomp.topk(values="4bit"), "topk:values=int4"),
         (distcomp.choco("sign"), "choco:compressor=sign"),
+        (distcomp.warmup("none"), "warmup:inner=(none)"),
+        (distcomp.warmup("qsgd:bits=8 -> 4 @ 1000"), "warmup:inner=(qsgd:bits=8 -> 4 @ 1000)"),
         (distcomp.diloco(50, TopK(0.1)), "diloco:period=50,compressor=(topk:ratio=0.1)"),
         (distcomp.local_sgd("1 -> 16 @ 5000"), "local_sgd:period=1 -> 16 @ 5000"),
         (
@@ -140,6 +155,27 @@ def test_a_compressors_name_is_read_and_written(name: str) -> None:
 def test_a_methods_name_is_read_and_written(name: str) -> None:
     assert str(parse(name)) == name
     assert parse(str(parse(name))) == parse(name)
+
+
+def test_none_is_a_method_where_no_value_may_be_left_out() -> None:
+    assert parse("warmup:inner=none") == distcomp.warmup("none")
+
+
+@pytest.mark.parametrize("text", ["natural:block=2147483647", "shared_range:block=2147483647"])
+def test_a_block_longer_than_every_parameter_is_one_block_of_each(text: str) -> None:
+    """The values are those of any block that is long enough, and so is the memory."""
+    given = draw(2, text_fuzz.LAYOUT)
+    long, enough = (
+        once(parse(one), given, text_fuzz.LAYOUT) for one in (text, f"{text.split(':')[0]}:block=480")
+    )
+    assert torch.equal(long.estimate, enough.estimate)
+    assert long.sent_bytes == enough.sent_bytes
+
+
+def test_odd_texts_are_refused_or_make_a_method_that_works() -> None:
+    """``python -m benchmarks.fuzz_texts`` tries 20,000."""
+    became = [text_fuzz.try_to_use(*case) for case in text_fuzz.cases(400, seed=0)]
+    assert 40 < became.count("used") < 360
 
 
 TEXTS = [

@@ -29,7 +29,7 @@ def run(
     train_s = sum(one["step_s"] for one in records)
     records.append({"kind": "metric", "step": 8, "train_s": train_s, "test_loss": 1.0})
     name = f"{len(list(where.iterdir())):02}"
-    return recording.read(synthetic.write(where / name, synthetic.about(method, **about), {0: records}))
+    return recording.read_run(synthetic.write(where / name, synthetic.about(method, **about), {0: records}))
 
 
 def compared(where: Path, *runs: tuple[Any, ...], **about: Any) -> Comparison:
@@ -96,7 +96,7 @@ def test_what_a_script_logs_under_its_own_names_is_drawn_or_named(tmp_path: Path
     ]
     records = [{"kind": "step", "step": at, "step_s": 0.5} for at in range(3)]
     made = synthetic.write(tmp_path / "run", synthetic.about("ddp"), {0: [*records, *metrics]})
-    found = compare([recording.read(made)])
+    found = compare([recording.read_run(made)])
     html = page(found)
     assert "loss against seconds of training" in html
     assert "Logged and not drawn: text, list." in html
@@ -116,7 +116,7 @@ def test_whatever_a_script_logs_makes_a_page(tmp_path: Path, name: str) -> None:
     for start in range(len(metrics)):
         turned = [one | {"step": at} for at, one in enumerate(metrics[start:] + metrics[:start])]
         made = synthetic.write(tmp_path / str(start), synthetic.about("ddp"), {0: turned})
-        found = compare([recording.read(made)])
+        found = compare([recording.read_run(made)])
         as_json(found)
         as_cards(found)
         assert "<h1>" in page(found)

@@ -61,7 +61,9 @@ def experiments(draw: st.DrawFn) -> dict[str, list[oracle.Records]]:
 
 def written(experiment: dict[str, list[oracle.Records]], parent: Path) -> list[recording.Run]:
     return [
-        recording.read(synthetic.write(parent / f"{method}-{at}", synthetic.about(method, seed=at), records))
+        recording.read_run(
+            synthetic.write(parent / f"{method}-{at}", synthetic.about(method, seed=at), records)
+        )
         for method, runs in experiment.items()
         for at, records in enumerate(runs)
     ]
@@ -107,7 +109,7 @@ def close(told: dict[str, Any] | None, expected: dict[str, Any] | None) -> bool:
 
 
 def test_where_the_time_went_adds_up_to_the_mean_step(tmp_path: Path) -> None:
-    run = recording.read(synthetic.training(tmp_path / "run", "qsgd:bits=4", steps=20))
+    run = recording.read_run(synthetic.training(tmp_path / "run", "qsgd:bits=4", steps=20))
     spent = compare([run]).rows[0].spent_s()
     later = run.of_kind("step", 0)[1:]
     assert spent is not None
@@ -119,12 +121,12 @@ def test_where_the_time_went_adds_up_to_the_mean_step(tmp_path: Path) -> None:
 def test_phases_that_exceed_the_step_are_not_shown_as_a_split(tmp_path: Path) -> None:
     exposed = {"encode_s": 0.0, "recode_s": 0.0, "wait_s": 2.0, "decode_s": 0.0}
     records = [{"kind": "step", "step": at, "step_s": 1.0, "exposed": exposed} for at in range(3)]
-    run = recording.read(synthetic.write(tmp_path / "run", synthetic.about("ddp"), {0: records}))
+    run = recording.read_run(synthetic.write(tmp_path / "run", synthetic.about("ddp"), {0: records}))
     assert compare([run]).rows[0].spent_s() is None
 
 
 def test_the_best_is_the_soonest_that_is_neither_baseline_nor_control(tmp_path: Path) -> None:
-    runs = [recording.read(path) for path in synthetic.experiment(tmp_path)]
+    runs = [recording.read_run(path) for path in synthetic.experiment(tmp_path)]
     comparison = compare(runs)
     assert comparison.best is not None
     assert comparison.best.method == "qsgd:bits=1"
@@ -153,13 +155,13 @@ def test_runs_that_cannot_stand_side_by_side_are_refused(
     one = synthetic.write(tmp_path / "one", synthetic.about("ddp"), {0: []})
     two = synthetic.write(tmp_path / "two", synthetic.about("bf16", **more), {0: []})
     with pytest.raises(DistcompError, match=f"differ in their {named}"):
-        compare([recording.read(one), recording.read(two)])
+        compare([recording.read_run(one), recording.read_run(two)])
 
 
 @pytest.mark.parametrize(("final", "target"), [(2.0, 2.1), (-2.0, -1.9)])
 def test_the_target_is_easier_than_what_ddp_ends_with(tmp_path: Path, final: float, target: float) -> None:
     metric = {"kind": "metric", "step": 1, "train_s": 1.0, "test_loss": final}
-    run = recording.read(synthetic.write(tmp_path / "run", synthetic.about("ddp"), {0: [metric]}))
+    run = recording.read_run(synthetic.write(tmp_path / "run", synthetic.about("ddp"), {0: [metric]}))
     assert compare([run]).target_loss == pytest.approx(target)
 
 
@@ -169,7 +171,9 @@ def test_no_run_is_an_error() -> None:
 
 
 def test_seeds_become_one_row_with_a_spread(tmp_path: Path) -> None:
-    runs = [recording.read(path) for path in synthetic.experiment(tmp_path, seeds=3, methods=["ddp", "bf16"])]
+    runs = [
+        recording.read_run(path) for path in synthetic.experiment(tmp_path, seeds=3, methods=["ddp", "bf16"])
+    ]
     comparison = compare(runs)
     assert [len(row.runs) for row in comparison.rows] == [3, 3]
     assert [one.seed for one in comparison.rows[1].runs] == [0, 1, 2]
@@ -180,14 +184,14 @@ def test_seeds_become_one_row_with_a_spread(tmp_path: Path) -> None:
 
 def test_a_column_that_nobody_fills_is_left_out(tmp_path: Path) -> None:
     records = [{"kind": "step", "step": at, "step_s": 0.1} for at in range(3)]
-    run = recording.read(synthetic.write(tmp_path / "run", synthetic.about("bf16"), {0: records}))
+    run = recording.read_run(synthetic.write(tmp_path / "run", synthetic.about("bf16"), {0: records}))
     heading = as_text(compare([run])).splitlines()[1].split()
     assert heading == ["method", "per", "step"]
 
 
 @given(st.floats(1e-6, 1e12))
 def test_a_number_is_written_to_three_digits_without_powers_of_ten(value: float) -> None:
-    text = words.told(value, words.number)
+    text = words.formatted(value, words.number)
     assert "e" not in text
     assert float(text) == pytest.approx(value, rel=0.00501)
     if value < 999:
@@ -196,15 +200,15 @@ def test_a_number_is_written_to_three_digits_without_powers_of_ten(value: float)
 
 @given(st.floats(0, 1e14))
 def test_a_size_has_a_unit_and_at_most_three_digits_before_the_point(nbytes: float) -> None:
-    figure, unit = words.told(nbytes, words.size).split()
+    figure, unit = words.formatted(nbytes, words.size).split()
     factor = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
     assert float(figure) * factor == pytest.approx(nbytes, rel=0.00501, abs=0.5)
     assert unit == "TB" or len(figure.partition(".")[0]) <= 3
 
 
 def test_words() -> None:
-    assert words.told(0.0321, words.seconds) == "32.1 ms"
-    assert words.told(130.04, words.seconds) == "130 s"
-    assert words.told(0.8912, words.percent) == "89.1 %"
-    assert words.told(float("nan"), words.loss) == "diverged"
-    assert words.told(0.99951, words.number) == "1.00"
+    assert words.formatted(0.0321, words.seconds) == "32.1 ms"
+    assert words.formatted(130.04, words.seconds) == "130 s"
+    assert words.formatted(0.8912, words.percent) == "89.1 %"
+    assert words.formatted(float("nan"), words.loss) == "diverged"
+    assert words.formatted(0.99951, words.number) == "1.00"

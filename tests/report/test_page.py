@@ -54,7 +54,7 @@ def read(html: str) -> Reader:
 
 
 def comparison_of(parent: Path, **how: object) -> Comparison:
-    return compare([recording.read(path) for path in synthetic.experiment(parent, **how)])  # type: ignore[arg-type]
+    return compare([recording.read_run(path) for path in synthetic.experiment(parent, **how)])  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_the_page_says_what_the_table_says(comparison: Comparison, html: str) ->
     best = comparison.best
     assert best is not None
     assert best.speed_up is not None
-    told = f"({words.told(best.speed_up, words.number)} times sooner than DDP"
+    told = f"({words.formatted(best.speed_up, words.number)} times sooner than DDP"
     assert told[1:] in html
     assert f"reaches a test loss of {comparison.target_loss:.4f} (DDP&#x27;s last one and 5 %)" in html
 
@@ -139,7 +139,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
         {"kind": "metric", "step": at, "train_s": at, "test_loss": 1.0 / (at + 1), "test_accuracy": 0.5}
         for at in range(3)
     ]
-    run = recording.read(synthetic.write(tmp_path / "run", about, {0: metrics}))
+    run = recording.read_run(synthetic.write(tmp_path / "run", about, {0: metrics}))
     html = page(compare([run]))
     reader = read(html)
     assert [tag for tag, _ in reader.tags].count("script") == 1
@@ -160,7 +160,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
 def test_a_run_that_tells_next_to_nothing_still_makes_a_page(
     tmp_path: Path, records: list[dict[str, object]]
 ) -> None:
-    run = recording.read(
+    run = recording.read_run(
         synthetic.write(tmp_path / "run", {"method": "ddp"}, {0: records} if records else {})
     )
     html = page(compare([run]))
@@ -182,14 +182,16 @@ def test_where_ddp_is_fastest_the_page_says_so(tmp_path: Path) -> None:
             }
             for at in range(1, 3)
         ]
-        runs.append(recording.read(synthetic.write(tmp_path / name, synthetic.about(method), {0: metrics})))
+        runs.append(
+            recording.read_run(synthetic.write(tmp_path / name, synthetic.about(method), {0: metrics}))
+        )
     html = page(compare(runs))
     assert "Plain DDP is fastest on this network: bf16 has 0.502 times its speed to a test loss" in html
 
 
 def test_simulated_networks_are_called_that(tmp_path: Path) -> None:
     about = synthetic.about("ddp", network=synthetic.NETWORK | {"real": False})
-    run = recording.read(synthetic.write(tmp_path / "run", about, {0: []}))
+    run = recording.read_run(synthetic.write(tmp_path / "run", about, {0: []}))
     assert "simulated: these are not real packets" in page(compare([run]))
 
 
@@ -200,7 +202,7 @@ def test_pruned_weights_are_drawn_over_time_where_there_are_any(tmp_path: Path, 
         {"kind": "metric", "step": at, "train_s": float(at), "test_loss": 1.0, "test_accuracy": 0.5, **share}
         for at, share in enumerate(shares)
     ]
-    run = recording.read(synthetic.write(tmp_path / "run", synthetic.about("ddp"), {0: metrics}))
+    run = recording.read_run(synthetic.write(tmp_path / "run", synthetic.about("ddp"), {0: metrics}))
     html = page(compare([run]))
     read(html)
     assert ("Share of pruned weights against seconds" in html) == pruned

@@ -9,7 +9,7 @@ import pytest
 
 from distcomp import cli
 from distcomp.report.figures import compare
-from distcomp.report.predicted import pairs
+from distcomp.report.predicted import pairs_of
 from tests.report import synthetic
 
 
@@ -23,12 +23,12 @@ def advice(path: Path, **steps_s: float) -> Path:
 
 def test_the_error_is_of_the_prediction(tmp_path: Path) -> None:
     runs = synthetic.experiment(tmp_path, methods=["ddp", "bf16"])
-    from distcomp.recording import read
+    from distcomp.recording import read_run
 
-    comparison = compare([read(run) for run in runs])
+    comparison = compare([read_run(run) for run in runs])
     measured = {row.method: row.spread("step_s") for row in comparison.rows}
     assert measured["ddp"] is not None
-    (one,) = pairs(comparison, {"ddp": 2 * measured["ddp"].mean, "qsgd:bits=8": 1.0})
+    (one,) = pairs_of(comparison, {"ddp": 2 * measured["ddp"].mean, "qsgd:bits=8": 1.0})
     assert (one.method, one.measured_s) == ("ddp", measured["ddp"].mean)
     assert one.error == pytest.approx(1.0)
 

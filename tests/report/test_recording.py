@@ -33,7 +33,7 @@ def test_what_is_recorded_is_read_back(tmp_path: Path) -> None:
     recorder.metric(step=1, train_s=0.5, test_loss=float("nan"))
     recorder.step(step=1, step_s=0.25, payload_bytes=12)
     recorder.close()
-    run = recording.read(tmp_path)
+    run = recording.read_run(tmp_path)
     assert (run.method, run.about["seed"], run.about["steps"]) == ("ddp", 3, 2)
     assert [one["payload_bytes"] for one in run.of_kind("step")] == [10, 12]
     assert [one["kind"] for one in run.ranks[0]] == ["step", "metric", "step"]
@@ -46,7 +46,7 @@ def test_a_tensor_of_one_number_is_recorded_as_that_number(tmp_path: Path) -> No
             return 1.5
 
     record(tmp_path).metric(step=0, test_loss=Scalar())
-    assert recording.read(tmp_path).of_kind("metric")[0]["test_loss"] == 1.5
+    assert recording.read_run(tmp_path).of_kind("metric")[0]["test_loss"] == 1.5
     with pytest.raises(DistcompError, match="a set cannot be recorded"):
         record(tmp_path).metric(step=0, test_loss={1})
 
@@ -66,11 +66,11 @@ def test_a_file_cut_anywhere_keeps_every_whole_line_and_can_be_continued(
     path.write_bytes(data)
 
     whole = data.count(b"\n")
-    assert [one["step"] for one in recording.read(directory).of_kind("step")] == list(range(whole))
+    assert [one["step"] for one in recording.read_run(directory).of_kind("step")] == list(range(whole))
     again = record(directory)
     again.step(step=whole)
     again.close()
-    assert [one["step"] for one in recording.read(directory).of_kind("step")] == list(range(whole + 1))
+    assert [one["step"] for one in recording.read_run(directory).of_kind("step")] == list(range(whole + 1))
 
 
 def test_a_torn_tail_longer_than_a_page_is_dropped(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_torn_tail_longer_than_a_page_is_dropped(tmp_path: Path) -> None:
     with (tmp_path / "rank0.jsonl").open("ab") as file:
         file.write(b'{"kind": "step", "step": 1, "junk": "' + b"x" * 10_000)
     record(tmp_path).step(step=1)
-    assert [one["step"] for one in recording.read(tmp_path).of_kind("step")] == [0, 1]
+    assert [one["step"] for one in recording.read_run(tmp_path).of_kind("step")] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path, 
         file.write(line + "\n")
     recorder.step(step=1)
     with pytest.raises(DistcompError, match=r"line 2 of .*rank0\.jsonl is damaged"):
-        recording.read(tmp_path)
+        recording.read_run(tmp_path)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["step", "metric"]), st.integers(0, 6)), max_size=25))
@@ -130,7 +130,7 @@ def test_a_run_resumed_at_step_2_counts_its_steps_once(tmp_path: Path) -> None:
             recorder.step(step=step, mark=mark)
             recorder.metric(step=step + 1, test_loss=1.0)
             recorder.metric(step=step + 1, test_accuracy=0.5)
-    run = recording.read(tmp_path)
+    run = recording.read_run(tmp_path)
     marks = [(one["step"], one["mark"]) for one in run.of_kind("step")]
     assert marks == [(0, "old"), (1, "old"), (2, "new"), (3, "new")]
     assert [one["step"] for one in run.of_kind("metric")] == [1, 2, 3, 4]
@@ -147,7 +147,7 @@ def test_sigkill_loses_nothing(tmp_path: Path) -> None:
     environment = os.environ | {recording.RUN_DIR: str(tmp_path / "new" / "run"), recording.METHOD: "bf16"}
     done = subprocess.run([sys.executable, "-c", script], env=environment)
     assert done.returncode == -signal.SIGKILL
-    run = recording.read(tmp_path / "new" / "run")
+    run = recording.read_run(tmp_path / "new" / "run")
     assert len(run.of_kind("step")) == 5
     assert (run.asked, run.method) == ("bf16", "bf16 (never attached)")
     assert run.about["versions"]["python"] == sys.version.split()[0]
@@ -177,7 +177,7 @@ def test_a_full_disk_is_warned_of_once_and_stops_nothing(tmp_path: Path) -> None
         recorder.step(step=2)
         recorder.metric(step=2, test_loss=1.0)
     recorder.close()
-    assert len(recording.read(tmp_path).of_kind("step")) == 1
+    assert len(recording.read_run(tmp_path).of_kind("step")) == 1
 
 
 def test_a_line_that_found_room_for_its_beginning_only_is_left_out(tmp_path: Path) -> None:
@@ -195,19 +195,19 @@ def test_a_line_that_found_room_for_its_beginning_only_is_left_out(tmp_path: Pat
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("cannot be written") == 1
-    assert [one["step"] for one in recording.read(tmp_path).of_kind("step")] == [0]
+    assert [one["step"] for one in recording.read_run(tmp_path).of_kind("step")] == [0]
 
 
 def test_the_method_is_what_was_attached_not_what_was_asked_for(tmp_path: Path) -> None:
     recording.write_about(tmp_path, {"asked": "bf16", "ranks": None})
     recorder = Recorder(tmp_path, 0)
-    assert recording.read(tmp_path).method == "bf16 (never attached)"
+    assert recording.read_run(tmp_path).method == "bf16 (never attached)"
     recorder.note(method="qsgd:bits=4")
     recorder.note(steps=3)
-    run = recording.read(tmp_path)
+    run = recording.read_run(tmp_path)
     assert (run.method, run.asked, run.about["ranks"]) == ("qsgd:bits=4", "bf16", 1)
     recorder.note(method="ddp")
-    assert recording.read(tmp_path).method == "qsgd:bits=4, then ddp"
+    assert recording.read_run(tmp_path).method == "qsgd:bits=4, then ddp"
 
 
 def test_a_launcher_s_description_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -221,16 +221,16 @@ def test_runs_are_found_one_level_down(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for name in ("b", "a"):
         record(tmp_path / "set" / name)
-    found = recording.find([tmp_path / "set", tmp_path / "set" / "b"])
+    found = recording.find_runs([tmp_path / "set", tmp_path / "set" / "b"])
     assert [one.name for one in found] == ["a", "b"]
     with pytest.raises(DistcompError, match="holds no run"):
-        recording.find([tmp_path])
+        recording.find_runs([tmp_path])
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"format": 99}')
     with pytest.raises(DistcompError, match="format 99"):
-        recording.read(tmp_path)
+        recording.read_run(tmp_path)
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(DistcompError, match="not the record of a run"):
-        recording.read(tmp_path)
+        recording.read_run(tmp_path)

@@ -102,8 +102,7 @@ def ecd(
     biased=False,
     kind="gossip",
     deviations="public copies start from the common model and are kept one by one; a default step size; "
-    "unbiased "
-    "compressors are damped by 1/(1+omega), measured on Gaussian data",
+    "unbiased compressors are damped by 1/(1+omega), measured on Gaussian data",
     limitations="a gamma above what the compressor's error allows diverges; long rings mix slowly",
 )
 def choco(
@@ -130,8 +129,7 @@ def choco(
     biased=False,
     kind="gossip",
     deviations="unbiased compressors are damped by 1/(1+omega), measured on Gaussian data; warns where eta "
-    "exceeds "
-    "their contraction",
+    "exceeds their contraction",
     limitations="an eta above what the compressor's error allows diverges; whole models are harder to "
     "compress than differences",
 )

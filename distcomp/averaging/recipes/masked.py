@@ -75,7 +75,9 @@ class ActiveGossip(Averaging):
 
     When the active set changes, replicas follow it: all workers take the exact mean of their models
     (``2 (n-1)/n 4 nnz`` bytes, once) and gossip starts anew from there. A source that changes with every
-    exchange therefore makes plain averaging of it.
+    exchange therefore makes plain averaging of it. Bytes: ``inner``'s for the active weights, otherwise.
+
+    Raises DistcompError for ``on_failure="continue"``.
     """
 
     inner: Gossip
@@ -102,6 +104,7 @@ class ActiveGossip(Averaging):
         about = replace(context, layout=active.layout)
         mine = active.pick(x)
         if not torch.equal(state["alive"].data, active.spread(torch.ones_like(mine))):
+            # Replicas of other coordinates mean nothing now: all begin again from one model, exactly equal.
             mean = yield AllReduce(mine * (1.0 / context.size))
             return agreed(active.put(x, mean), self._begin(x, mean, active, context))
         fitted = recalled(self.inner.init(mine, about), cut_state(state["inner"]), active)

@@ -83,8 +83,7 @@ def sparse_averaging(
     biased=False,
     kind="periodic",
     deviations="scatter-reduce from three ranks on (a second quantization, of more bits as qsgd has it); "
-    "error feedback is an extension, off "
-    "by default; biases and norms in float32",
+    "error feedback is an extension, off by default; biases and norms in float32",
     limitations="few bits and long periods at a large learning rate: what is rounded is the whole way "
     "since the last exchange",
 )
@@ -239,6 +238,7 @@ def sparse_loco(
     old residuals fade. ``outer_lr`` and ``outer_momentum`` are the outer SGD's. ``optimizer_state``:
     ``keep``, ``reset`` or ``average`` it at an exchange; ``buffers``: ``average`` or ``keep`` them.
     """
+    # Gathered: ranks choose other elements each, and what an owner selected again would not be theirs.
     sparse = with_values(TopK(ratio, chunk), values)
     return Periodic(
         ErrorFeedback(from_compressor(sparse, "all_gather"), decay),
@@ -310,4 +310,5 @@ def _scheduled(averaging: Periodic, schedule: str) -> Periodic:
             "schedule is 'periodic', or 'round_robin' with a fixed period; "
             f"not {schedule!r} with {averaging.period}"
         )
+    # As many fragments as the period has steps, which take turns: one of them is due in every step.
     return replace(averaging, fragments=averaging.period)

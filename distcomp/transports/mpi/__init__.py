@@ -18,6 +18,6 @@ def register() -> None:
 
 
 def _create(options: Any, _: object) -> Any:
-    from distcomp.transports.mpi.group import create
+    from distcomp.transports.mpi.group import create_group
 
-    return create(options)
+    return create_group(options)

@@ -22,10 +22,10 @@ from distcomp.transports.mpi.library import addends, library, raw, reduction
 from distcomp.transports.mpi.progress import Flight, take_off
 from distcomp.transports.types import Store
 
-Tensors = list[Tensor]
+TensorList = list[Tensor]
 
 
-def create(options: Any) -> MpiGroup:
+def create_group(options: Any) -> MpiGroup:
     """The group of some of MPI's ranks (all, where torch names none), as torch.distributed asks for it.
 
     Raises DistcompError in a process to which MPI gives another rank than torch.distributed does.
@@ -54,7 +54,7 @@ class MPIWork(dist.Work):
         self,
         requests: list[Any],
         buffers: object,
-        output: Tensors,
+        output: TensorList,
         timeout: timedelta,
         finish: Callable[[], None] | None = None,
     ) -> None:
@@ -62,7 +62,7 @@ class MPIWork(dist.Work):
         self._output = output
         self._timeout_s = timeout.total_seconds()
         self._finish = finish
-        self._future: torch.futures.Future[Tensors] = torch.futures.Future()
+        self._future: torch.futures.Future[TensorList] = torch.futures.Future()
         self._flight = take_off(requests, buffers, self._landed)
 
     @torch.no_grad()
@@ -85,10 +85,10 @@ class MPIWork(dist.Work):
     def is_success(self) -> bool:
         return self._flight.done and self._flight.error is None
 
-    def get_future(self) -> torch.futures.Future[Tensors]:
+    def get_future(self) -> torch.futures.Future[TensorList]:
         return self._future
 
-    def result(self) -> Tensors:
+    def result(self) -> TensorList:
         return self._output
 
 
@@ -118,14 +118,14 @@ class MpiGroup(dist.ProcessGroup):
         """End the whole MPI job, which is what MPI can do about a rank that does not answer."""
         self.comm.Abort(1)
 
-    def allreduce(self, tensors: Tensors, opts: Any = None) -> MPIWork:
+    def allreduce(self, tensors: TensorList, opts: Any = None) -> MPIWork:
         (x,) = tensors
         name, mean = _operation(opts)
         work = x.contiguous()
         request = self.comm.Iallreduce(library().IN_PLACE, addends(work), reduction(name, x.dtype))
         return self._fly(request, work, [x], lambda: _put(work, x, self.size() if mean else 1))
 
-    def reduce(self, tensors: Tensors, opts: Any) -> MPIWork:
+    def reduce(self, tensors: TensorList, opts: Any) -> MPIWork:
         (x,) = tensors
         name, mean = _operation(opts)
         work = x.contiguous()
@@ -134,7 +134,7 @@ class MpiGroup(dist.ProcessGroup):
         request = self.comm.Ireduce(*data, reduction(name, x.dtype), opts.rootRank)
         return self._fly(request, work, [x], lambda: _put(work, x, self.size() if mean and here else 1))
 
-    def reduce_scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any = None) -> MPIWork:
+    def reduce_scatter(self, outputs: TensorList, inputs: list[TensorList], opts: Any = None) -> MPIWork:
         return self._reduce_scatter_base(outputs[0], torch.cat([x.reshape(-1) for x in inputs[0]]), opts)
 
     def _reduce_scatter_base(self, output: Tensor, x: Tensor, opts: Any = None) -> MPIWork:
@@ -144,12 +144,12 @@ class MpiGroup(dist.ProcessGroup):
         scale = self.size() if mean else 1
         return self._fly(request, (sent, received), [output], lambda: _put(received, output, scale))
 
-    def broadcast(self, tensors: Tensors, opts: Any) -> MPIWork:
+    def broadcast(self, tensors: TensorList, opts: Any) -> MPIWork:
         (x,) = tensors
         work = x.contiguous()
         return self._fly(self.comm.Ibcast(raw(work), opts.rootRank), work, [x], lambda: _put(work, x))
 
-    def allgather(self, outputs: list[Tensors], inputs: Tensors, opts: Any = None) -> MPIWork:
+    def allgather(self, outputs: list[TensorList], inputs: TensorList, opts: Any = None) -> MPIWork:
         (x,) = inputs
         sent, received = x.contiguous(), torch.empty(self.size(), x.numel(), dtype=x.dtype)
         request = self.comm.Iallgather(raw(sent), raw(received))
@@ -160,7 +160,7 @@ class MpiGroup(dist.ProcessGroup):
         request = self.comm.Iallgather(raw(sent), raw(received))
         return self._fly(request, (sent, received), [output], lambda: _put(received, output))
 
-    def gather(self, outputs: list[Tensors], inputs: Tensors, opts: Any) -> MPIWork:
+    def gather(self, outputs: list[TensorList], inputs: TensorList, opts: Any) -> MPIWork:
         sent = inputs[0].contiguous()
         here = opts.rootRank == self.rank()
         received = torch.empty(self.size() if here else 0, sent.numel(), dtype=sent.dtype)
@@ -168,10 +168,10 @@ class MpiGroup(dist.ProcessGroup):
         request = self.comm.Igather(raw(sent), raw(received) if here else None, opts.rootRank)
         return self._fly(request, (sent, received), into, lambda: _spread(received, into))
 
-    def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> MPIWork:
+    def scatter(self, outputs: TensorList, inputs: list[TensorList], opts: Any) -> MPIWork:
         (x,) = outputs
         here = opts.rootRank == self.rank()
-        sent = torch.stack([one.reshape(-1) for one in inputs[0]]) if here else None
+        sent = torch.stack([tensor.reshape(-1) for tensor in inputs[0]]) if here else None
         received = torch.empty(x.numel(), dtype=x.dtype)
         request = self.comm.Iscatter(None if sent is None else raw(sent), raw(received), opts.rootRank)
         return self._fly(request, (sent, received), [x], lambda: _put(received, x))
@@ -187,7 +187,7 @@ class MpiGroup(dist.ProcessGroup):
         request = self.comm.Ialltoallv([data, outgoing, kind], [into, incoming, kind])
         return self._fly(request, (sent, received), [output], lambda: _put(received, output))
 
-    def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> MPIWork:
+    def alltoall(self, outputs: TensorList, inputs: TensorList, opts: Any = None) -> MPIWork:
         sent = torch.cat([x.reshape(-1) for x in inputs])
         received = torch.empty(sum(x.numel() for x in outputs), dtype=sent.dtype)
         sizes = [[x.numel() * x.element_size() for x in each] for each in (inputs, outputs)]
@@ -198,11 +198,11 @@ class MpiGroup(dist.ProcessGroup):
             request, (sent, received), outputs, lambda: _spread(torch.split(received, cuts), outputs)
         )
 
-    def send(self, tensors: Tensors, dst: int, tag: int = 0) -> MPIWork:
+    def send(self, tensors: TensorList, dst: int, tag: int = 0) -> MPIWork:
         work = tensors[0].contiguous()
         return self._fly(self.comm.Isend(raw(work), dst, tag), work, tensors)
 
-    def recv(self, tensors: Tensors, src: int, tag: int = 0) -> MPIWork:
+    def recv(self, tensors: TensorList, src: int, tag: int = 0) -> MPIWork:
         (x,) = tensors
         work = x.contiguous()
         return self._fly(self.comm.Irecv(raw(work), src, tag), work, tensors, lambda: _put(work, x))
@@ -216,7 +216,7 @@ class MpiGroup(dist.ProcessGroup):
     all_to_all_single = alltoall_base
 
     def _fly(
-        self, request: Any, buffers: object, output: Tensors, finish: Callable[[], None] | None = None
+        self, request: Any, buffers: object, output: TensorList, finish: Callable[[], None] | None = None
     ) -> MPIWork:
         return MPIWork([request], buffers, output, self._timeout, finish)
 
@@ -229,7 +229,7 @@ def _put(brought: Tensor, wanted: Tensor, divisor: int = 1) -> None:
         wanted.copy_(brought.view_as(wanted))
 
 
-def _spread(brought: Sequence[Tensor] | Tensor, wanted: Tensors) -> None:
+def _spread(brought: Sequence[Tensor] | Tensor, wanted: TensorList) -> None:
     for piece, x in zip(brought, wanted, strict=True):
         x.copy_(piece.view_as(x))
 

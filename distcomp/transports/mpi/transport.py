@@ -46,7 +46,7 @@ class MPITransport:
     def close(self) -> None:
         """Nothing to close: communicators live as long as MPI."""
 
-    def all_reduce(self, x: Tensor, group: Group | None) -> PendingMessages:
+    def all_reduce(self, x: Tensor, group: Group | None) -> MpiMessages:
         comm, nbytes = self._communicator(group), x.numel() * x.element_size()
         if is_summed_directly(nbytes, comm.size):
             everyone = torch.empty(comm.size, *x.shape, dtype=x.dtype)
@@ -56,16 +56,14 @@ class MPITransport:
         request = comm.Iallreduce(library().IN_PLACE, buffer, reduction("SUM", x.dtype))
         return self._pending_messages([request], (x, buffer), lambda: x)
 
-    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> PendingMessages:
+    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> MpiMessages:
         comm, counts = self._communicator(group), list(sizes)
         everything = wire.new_empty(sum(counts))
         data, kind = raw(everything)
         request = comm.Iallgatherv(raw(wire[: counts[comm.rank]]), [data, counts, kind])
         return self._pending_messages([request], (wire, data), lambda: list(torch.split(everything, counts)))
 
-    def all_to_all(
-        self, wires: Sequence[Tensor], sizes: Sequence[int], group: Group | None
-    ) -> PendingMessages:
+    def all_to_all(self, wires: Sequence[Tensor], sizes: Sequence[int], group: Group | None) -> MpiMessages:
         comm, counts = self._communicator(group), list(sizes)
         sent, received = torch.cat(list(wires)), torch.empty(sum(counts), dtype=torch.uint8)
         (sent_data, kind), (received_data, _) = raw(sent), raw(received)
@@ -77,7 +75,7 @@ class MPITransport:
 
     def neighbor_exchange(
         self, wires: Sequence[Tensor], neighbors: Sequence[int], sizes: Sequence[int], group: Group | None
-    ) -> PendingMessages:
+    ) -> MpiMessages:
         comm, members = self._communicator(group), group or tuple(range(self.size))
         peers = [members.index(neighbor) for neighbor in neighbors]
         received = [torch.empty(size, dtype=torch.uint8) for size in sizes]
@@ -85,16 +83,16 @@ class MPITransport:
         sends = [comm.Isend(raw(wire), peer) for peer, wire in zip(peers, wires, strict=True)]
         return self._pending_messages(receives + sends, (wires, received), lambda: received)
 
-    def broadcast(self, wire: Tensor, source: int, group: Group | None) -> PendingMessages:
-        place = (group or tuple(range(self.size))).index(source)
-        request = self._communicator(group).Ibcast(raw(wire), place)
+    def broadcast(self, wire: Tensor, source: int, group: Group | None) -> MpiMessages:
+        position = (group or tuple(range(self.size))).index(source)
+        request = self._communicator(group).Ibcast(raw(wire), position)
         return self._pending_messages([request], wire, lambda: [wire])
 
     def _pending_messages(
         self, requests: list[Any], buffers: object, result: Callable[[], Any]
-    ) -> PendingMessages:
+    ) -> MpiMessages:
         """``buffers`` must stay alive until MPI's requests are done; ``result`` is what they then come to."""
-        return PendingMessages(take_off(requests, buffers), result, self._heartbeat, self._patience_s)
+        return MpiMessages(take_off(requests, buffers), result, self._heartbeat, self._patience_s)
 
     def _communicator(self, members: Group | None) -> Any:
         """The communicator of some ranks; made when first asked for, which its members do together."""
@@ -107,7 +105,7 @@ class MPITransport:
 
 
 @dataclass
-class PendingMessages:
+class MpiMessages:
     """A request that MPI carries."""
 
     flight: Flight

@@ -113,7 +113,7 @@ def rebuilt_buckets(rank, size, spec):
                 received[name] += parameter.grad * size
                 given[name] += dict(twin.named_parameters())[name].grad
             optimizer.step()
-            layouts.append(tuple(sorted(one.names for one in handle._sync.states._slabs)))
+            layouts.append(tuple(sorted(one.names for one in handle._sync.states._by_layout)))
         residual = {
             n: leaves.get("residual") for n, leaves in handle.state_dict()[f"rank{rank}"]["state"].items()
         }

@@ -1,0 +1,144 @@
+"""What the calls of one process group go over: watched by a heartbeat, counted by a ledger."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distcomp.attaching.session import Meeting, Session
+from distcomp.calls.work import Work
+from distcomp.collectives import Rounds
+from distcomp.errors import DistcompError, PeerLost
+from distcomp.layout import Layout
+from distcomp.methods.base import AggregateResult, State, StepContext
+from distcomp.randomness import Key
+from distcomp.runtime import driver
+from distcomp.runtime.channel import Channel
+from distcomp.runtime.executor import Executor
+from distcomp.runtime.unanimous import unanimous
+from distcomp.transports.backends import patience_s
+from distcomp.transports.types import ProcessGroup
+
+REMEDY = "call it on every rank alike"
+NOTHING = Layout(())
+"""A call's tensors are no parameters."""
+
+Asked = Callable[[StepContext], Rounds[Tensor]]
+"""What a call asks of the other ranks, and what it makes of the answers: one flat tensor."""
+
+
+class Call:
+    """One call as an exchange: first all ranks compare what they ask."""
+
+    def __init__(self, words: str, asked: Asked, exact: bool) -> None:
+        self.words = words
+        self.asked = asked
+        self.propagates_nonfinite = exact
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        yield from unanimous(self.words, REMEDY, x.device)
+        answer = yield from self.asked(context)
+        return AggregateResult(answer, lambda: answer, state)
+
+
+class Line:
+    """The calls of one group, in order, on a thread of their own (a stream, on a GPU)."""
+
+    def __init__(self, group: ProcessGroup, timeout_s: float | None) -> None:
+        patience = patience_s(group) if timeout_s is None else timeout_s
+        self.session = Session.open(Meeting(group, patience), {"line": "calls"}, {})
+        self._executor: Executor | None = None
+        self._device: torch.device | None = None
+        self._calls = 0
+        self._error: PeerLost | None = None
+
+    def call(
+        self, words: str, asked: Asked, x: Tensor, exact: bool, finish: Callable[[Tensor], None]
+    ) -> Work:
+        """Begin a call on ``x``; ``finish`` is given the answer when it is waited for."""
+        if self._error is not None:
+            raise self._error
+        channel = self.session.channel
+        context = StepContext(
+            self.session.rank, self.session.size, NOTHING, self._calls, Key.of("calls", self._calls)
+        )
+        self._calls += 1
+        with torch.no_grad():
+            exchange = driver.exchange(Call(words, asked, exact), x, {}, context, self._on(x.device, channel))
+
+        def over() -> None:
+            try:
+                answer = exchange.result().estimate
+            except PeerLost as error:
+                self._error = error
+                raise
+            finish(answer)
+
+        return Work(over)
+
+    def _on(self, device: torch.device, channel: Channel) -> Executor:
+        if self._executor is None:
+            self._executor, self._device = Executor(channel, device, beside=True), device
+        if device != self._device:
+            raise DistcompError(
+                f"the tensor lies on {device}, and calls of this group are of tensors on {self._device}; "
+                "move it there, or use another group"
+            )
+        return self._executor
+
+    def close(self) -> None:
+        """End the thread, after what it carries, and say goodbye."""
+        if self._executor is not None:
+            self._executor.close()
+        self.session.close(whole=self._error is None)
+
+
+_LINES: WeakKeyDictionary[ProcessGroup, Line] = WeakKeyDictionary()
+
+
+def connect(group: ProcessGroup | None = None, timeout_s: float | None = None) -> None:
+    """Open the line of a group's calls. Call it on every rank of it; the first call does it otherwise.
+
+    ``timeout_s``: how long a call waits for a rank; the group's own timeout by default.
+
+    Raises PeerLost naming a rank that does not come.
+    """
+    line_of(group, timeout_s)
+
+
+def disconnect(group: ProcessGroup | None = None) -> None:
+    """Close the line of a group's calls, before the group is destroyed. The next call opens another."""
+    line = _LINES.pop(group_of(group), None)
+    if line is not None:
+        line.close()
+
+
+def sent_bytes(group: ProcessGroup | None = None) -> Mapping[str, int]:
+    """Bytes that this rank has sent by calls of a group, by kind."""
+    line = _LINES.get(group_of(group))
+    return {} if line is None else dict(line.session.ledger.sent_bytes)
+
+
+def line_of(group: ProcessGroup | None, timeout_s: float | None = None) -> Line:
+    """The line of a group's calls, opened when first asked for."""
+    known = group_of(group)
+    if known not in _LINES:
+        line = Line(known, timeout_s)
+        _LINES[known] = line
+        weakref.finalize(known, line.close)
+    return _LINES[known]
+
+
+def group_of(group: ProcessGroup | None) -> ProcessGroup:
+    """The group, or the default one. Raises DistcompError where there is none, or this rank is not in it."""
+    if not dist.is_initialized():
+        raise DistcompError("there is no process group; call torch.distributed.init_process_group first")
+    known = dist.group.WORLD if group is None else group
+    if known is None or dist.get_rank(known) < 0:
+        raise DistcompError(f"rank {dist.get_rank()} is none of the group's; call on its ranks only")
+    return known
