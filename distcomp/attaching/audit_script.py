@@ -14,7 +14,8 @@ from unittest import mock
 import torch.distributed as dist
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from distcomp.attaching.audit import Audit, audit
+from distcomp.attaching.audit import audit
+from distcomp.attaching.audit_report import Audit
 from distcomp.errors import DistcompError
 
 WARM_UP = 2

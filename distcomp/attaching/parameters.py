@@ -27,7 +27,7 @@ from distcomp.attaching.optimizers import average, forget, needed
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
-from distcomp.attaching.shards import weights_of
+from distcomp.attaching.shards import averaged_weights
 from distcomp.attaching.target import Target
 from distcomp.averaging.base import Averaging, FragmentState, FromFirst, InFlight, MultiLevel, fragment_states
 from distcomp.averaging.gossip import Gossip
@@ -71,7 +71,7 @@ class ParameterSync(Sync):
         self._lost: frozenset[int] = frozenset()
         self._optimizer = optimizer
         self._seed = seed
-        self._weights = weights_of(target)
+        self._weights = averaged_weights(target)
         if target.shards is not None:
             self.source = "outputs"  # FSDP puts gradients where no hook of a parameter sees them
         self._ddp = target.ddp
@@ -421,7 +421,7 @@ def refuse_averaging(target: Target, averaging: Averaging | MultiLevel, optimize
         needed(optimizer)
     size = dist.get_world_size(target.group)
     _refuse_to_go_on(target, averaging)
-    warning = averaging.conditions(weights_of(target).layout, size).get("warning")
+    warning = averaging.conditions(averaged_weights(target).layout, size).get("warning")
     if warning and dist.get_rank(target.group) == 0:
         warnings.warn(warning, stacklevel=4)
 

@@ -103,7 +103,7 @@ class RowMean(Method):
         return round(sum(self.compressor.wire_bytes(rows.layout) for rows in owners) * (size - 1) / size)
 
 
-def to_rows(method: Method) -> Method:
+def to_row_owners(method: Method) -> Method:
     """``method`` as a reduce-scatter of whole parameters.
 
     Methods made from a compressor, also within error feedback, schedules and partitions, send each owner its
@@ -112,7 +112,7 @@ def to_rows(method: Method) -> Method:
     compressor = compressor_within(method)
     if compressor is not None:
         return RowMean(compressor)
-    return through_wrappers(method, to_rows) or method
+    return through_wrappers(method, to_row_owners) or method
 
 
 def needs_parameters(method: Method) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distcomp.attaching.audit_report import Audit, sent_bytes
+from distcomp.attaching.audit_report import Audit, sent_in_call_bytes
 from tests.attaching import audit_jobs as jobs
 from tests.attaching.audit_jobs import WIDTH
 
@@ -102,9 +102,9 @@ def test_the_scripts_own_collectives_are_seen(cluster):
     ],
 )
 def test_formulas_of_what_is_sent(kind, gloo, nccl):
-    assert sent_bytes(kind, 100, 4, "gloo") == gloo
-    assert sent_bytes(kind, 100, 4, "nccl") == nccl
-    assert sent_bytes(kind, 100, 1, "gloo") == (100 if kind == "send" else 0)
+    assert sent_in_call_bytes(kind, 100, 4, "gloo") == gloo
+    assert sent_in_call_bytes(kind, 100, 4, "nccl") == nccl
+    assert sent_in_call_bytes(kind, 100, 1, "gloo") == (100 if kind == "send" else 0)
 
 
 def test_nothing_is_a_sentence_too():
