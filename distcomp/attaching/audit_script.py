@@ -74,13 +74,13 @@ def audit_script(script: Path, arguments: Sequence[str], steps: int) -> Audit:
     finally:
         hook.remove()
         watched.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if watched.taken < WARM_UP + steps:
         raise DistcompError(
             f"{script} took {watched.taken} steps with an optimizer, and {WARM_UP + steps} are needed; let "
             "it train longer, or audit fewer with --steps"
         )
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return watched.seen
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from distcomp.attaching.audit_report import Audit, sent_in_call_bytes
 from tests.attaching import audit_jobs as jobs
@@ -167,3 +168,4 @@ def test_a_script_that_cannot_be_audited_is_a_sentence(alone, tmp_path: Path, ca
     script.write_text(text)
     assert main(["audit", str(script)]) == 2
     assert sentence in capsys.readouterr().err
+    assert not torch.distributed.is_initialized()
