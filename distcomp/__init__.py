@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from distcomp.methods import qsgd as qsgd
     from distcomp.methods import random_k as random_k
     from distcomp.methods import register as register
-    from distcomp.methods import shared_range as shared_range
     from distcomp.methods import topk as topk
     from distcomp.methods.allocate import allocate as allocate
     from distcomp.methods.demo import demo as demo
@@ -65,11 +64,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CorruptPayload", "DistcompError", "Handle", "Mismatch", "PeerLost", "SettingsMismatch",
-    "allocate", "attach", "audit", "averaging", "bf16", "choco", "compressors", "dcd", "demo", "dgc",
+    "allocate", "attach", "audit", "averaging", "bf16", "calls", "choco", "compressors", "dcd", "demo",
+    "dgc",
     "diloco", "dpsgd", "ef21", "ef_signsgd", "fixed_point", "fp16", "gradiveq", "identity",
     "init_process_group", "local_sgd", "masked", "methods", "natural", "network", "onebit_adam",
     "parse", "post_local_sgd", "powersgd", "precision", "pruning", "qsgd", "random_k", "register",
-    "shared_range", "sparse_loco", "streaming_diloco", "topk", "two_level", "warmup",
+    "sparse_loco", "streaming_diloco", "topk", "two_level", "warmup",
 ]  # fmt: skip
 
 ROOMS = {

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distcomp.attaching.audit_report import Audit, Collective, sent_bytes
+from distcomp.attaching.audit_report import Audit, Collective
 from distcomp.attaching.groups import is_own
 from distcomp.network.qdisc import QueueCount, read_qdisc
 from distcomp.private_torch import NO_BACKWARD, backward_number, fsdp_caller, process_group
@@ -134,8 +134,8 @@ def audit() -> Iterator[Audit]:
 
     Every collective of this thread by kind, role, module, type and ranks; beside it what distcomp's ledgers
     have counted and, on an emulated network, what the interface has sent. Bytes are those of this rank, by
-    the formulas of :func:`distcomp.attaching.audit_report.sent_bytes`. Steps are those of the optimizer that
-    stepped most. Complete when the context ends.
+    the formulas of :func:`distcomp.attaching.audit_report.sent_in_call_bytes`. Steps are those of the
+    optimizer that stepped most. Complete when the context ends.
 
     What a graph of torch.compile calls by itself is not seen; compile less, or audit the model uncompiled.
     """
@@ -166,6 +166,3 @@ def _counted() -> QueueCount | None:
     """What the queue of this rank's own interface has counted, if it has one."""
     device = os.environ.get("DISTCOMP_DEVICE")
     return read_qdisc(device) if device else None
-
-
-__all__ = ["Audit", "Collective", "audit", "sent_bytes"]

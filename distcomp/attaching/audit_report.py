@@ -45,10 +45,10 @@ class Collective:
     @property
     def sent_bytes(self) -> int:
         """What one rank sends in one call."""
-        return sent_bytes(self.kind, self.numel * self.dtype.itemsize, self.ranks, self.backend)
+        return sent_in_call_bytes(self.kind, self.numel * self.dtype.itemsize, self.ranks, self.backend)
 
 
-def sent_bytes(kind: str, nbytes: int, ranks: int, backend: str) -> int:
+def sent_in_call_bytes(kind: str, nbytes: int, ranks: int, backend: str) -> int:
     """What a rank sends when each of ``ranks`` hands over ``nbytes``, the mean over the ranks.
 
     ::

@@ -14,7 +14,8 @@ from unittest import mock
 import torch.distributed as dist
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from distcomp.attaching.audit import Audit, audit
+from distcomp.attaching.audit import audit
+from distcomp.attaching.audit_report import Audit
 from distcomp.errors import DistcompError
 
 WARM_UP = 2
@@ -73,13 +74,13 @@ def audit_script(script: Path, arguments: Sequence[str], steps: int) -> Audit:
     finally:
         hook.remove()
         watched.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if watched.taken < WARM_UP + steps:
         raise DistcompError(
             f"{script} took {watched.taken} steps with an optimizer, and {WARM_UP + steps} are needed; let "
             "it train longer, or audit fewer with --steps"
         )
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return watched.seen
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from distcomp.attaching.optimizers import needed
-from distcomp.attaching.shards import weights_of
+from distcomp.attaching.shards import averaged_weights
 from distcomp.attaching.target import Target
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.averaging.gossip import Gossip
@@ -43,7 +43,7 @@ def refuse_averaging(target: Target, averaging: Averaging | MultiLevel, optimize
         needed(optimizer)
     size = dist.get_world_size(target.group)
     _refuse_to_go_on(target, averaging)
-    warning = averaging.conditions(weights_of(target).layout, size).get("warning")
+    warning = averaging.conditions(averaged_weights(target).layout, size).get("warning")
     if warning and dist.get_rank(target.group) == 0:
         warnings.warn(warning, stacklevel=4)
 

@@ -37,7 +37,7 @@ from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods.base import ByParameter, Method
 from distcomp.methods.reduce_scatter import owned_layout, to_shards
-from distcomp.methods.row_owners import needs_parameters, to_rows
+from distcomp.methods.row_owners import needs_parameters, to_row_owners
 from distcomp.methods.weight_gather import WeightGather, parse_weight_gather
 from distcomp.private_torch import FSDPGroup, fsdp_divide_factor, fsdp_group
 from distcomp.runtime.aggregation import Aggregation
@@ -205,7 +205,7 @@ class FSDPSync(Sync):
             self._known = padded_shards(target.module, groups, count)
         elif needs_parameters(method):
             self._whole = parameter_buffers(target.module, groups, count)
-        self._talks = method if self._across else to_rows(method) if self._whole else to_shards(method)
+        self._talks = method if self._across else to_row_owners(method) if self._whole else to_shards(method)
         self._states = States(self._talks)
         self._sent_before: int | None = None
         self._begin_iteration()

@@ -16,7 +16,8 @@ from torch.optim.optimizer import Optimizer
 from distcomp.attaching import masks
 from distcomp.attaching.agreement import Loads
 from distcomp.attaching.arguments import check_arguments, check_optimizer, warn_of_rounding
-from distcomp.attaching.audit import Audit, audit
+from distcomp.attaching.audit import audit
+from distcomp.attaching.audit_report import Audit
 from distcomp.attaching.averageable import edges_of, refuse_averaging
 from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.builtin_hooks import BuiltinHookSync

@@ -27,7 +27,7 @@ from distcomp.attaching.optimizers import average, forget
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
-from distcomp.attaching.shards import weights_of
+from distcomp.attaching.shards import averaged_weights
 from distcomp.attaching.target import Target
 from distcomp.averaging.base import Averaging, FragmentState, FromFirst, InFlight, MultiLevel, fragment_states
 from distcomp.compressors import Identity
@@ -69,7 +69,7 @@ class ParameterSync(Sync):
         self._lost: set[int] = set()
         self._optimizer = optimizer
         self._seed = seed
-        self._weights = weights_of(target)
+        self._weights = averaged_weights(target)
         if target.shards is not None:
             self.source = "outputs"  # FSDP puts gradients where no hook of a parameter sees them
         self._ddp = target.ddp

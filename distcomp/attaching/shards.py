@@ -73,7 +73,7 @@ def _cut(whole: ParamSlice, parameter: DTensor, shard: int, count: int) -> Param
     return replace(whole, shape=tuple(shape), numel=math.prod(shape))
 
 
-def weights_of(target: Target) -> Weights:
+def averaged_weights(target: Target) -> Weights:
     """What is averaged of a model: its trained weights, or this rank's shards of them."""
     if target.shards is None:
         return Weights(target.module, target.ignored)

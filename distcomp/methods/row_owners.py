@@ -27,7 +27,7 @@ from distcomp.payload import Payload
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class OwnedRows:
     """The rows that one rank owns: as parameters of their own, and where they lie in the whole buffer."""
 
     layout: Layout
@@ -45,12 +45,12 @@ class Rows:
         move(rows, x, self.moves.back)
 
 
-def owners_of(layout: Layout, size: int) -> tuple[Rows, ...]:
+def owners_of(layout: Layout, size: int) -> tuple[OwnedRows, ...]:
     """What each of ``size`` ranks owns of whole parameters."""
     return layout.remember(("rows", size), lambda: tuple(_rows(layout, one, size) for one in range(size)))
 
 
-def _rows(layout: Layout, owner: int, size: int) -> Rows:
+def _rows(layout: Layout, owner: int, size: int) -> OwnedRows:
     slices, moves, end = [], [], 0
     for param, at in zip(layout.slices, layout.offsets, strict=True):
         first, shape = cut_rows(param.shape, owner, size)
@@ -59,7 +59,7 @@ def _rows(layout: Layout, owner: int, size: int) -> Rows:
             slices.append(ParamSlice(f"{param.name}[{owner}]", shape, 0, numel, param.role))
             moves.append((at + first * (numel // shape[0]), end, numel))
             end += numel
-    return Rows(Layout(tuple(slices)), Moves(tuple(moves)))
+    return OwnedRows(Layout(tuple(slices)), Moves(tuple(moves)))
 
 
 def cut_rows(shape: tuple[int, ...], owner: int, size: int) -> tuple[int, tuple[int, ...]]:
@@ -103,7 +103,7 @@ class RowMean(Method):
         return round(sum(self.compressor.wire_bytes(rows.layout) for rows in owners) * (size - 1) / size)
 
 
-def to_rows(method: Method) -> Method:
+def to_row_owners(method: Method) -> Method:
     """``method`` as a reduce-scatter of whole parameters.
 
     Methods made from a compressor, also within error feedback, schedules and partitions, send each owner its
@@ -112,7 +112,7 @@ def to_rows(method: Method) -> Method:
     compressor = compressor_within(method)
     if compressor is not None:
         return RowMean(compressor)
-    return through_wrappers(method, to_rows) or method
+    return through_wrappers(method, to_row_owners) or method
 
 
 def needs_parameters(method: Method) -> bool:

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from distcomp.attaching.audit_report import Audit, sent_bytes
+from distcomp.attaching.audit_report import Audit, sent_in_call_bytes
 from tests.attaching import audit_jobs as jobs
 from tests.attaching.audit_jobs import WIDTH
 
@@ -102,9 +103,9 @@ def test_the_scripts_own_collectives_are_seen(cluster):
     ],
 )
 def test_formulas_of_what_is_sent(kind, gloo, nccl):
-    assert sent_bytes(kind, 100, 4, "gloo") == gloo
-    assert sent_bytes(kind, 100, 4, "nccl") == nccl
-    assert sent_bytes(kind, 100, 1, "gloo") == (100 if kind == "send" else 0)
+    assert sent_in_call_bytes(kind, 100, 4, "gloo") == gloo
+    assert sent_in_call_bytes(kind, 100, 4, "nccl") == nccl
+    assert sent_in_call_bytes(kind, 100, 1, "gloo") == (100 if kind == "send" else 0)
 
 
 def test_nothing_is_a_sentence_too():
@@ -167,3 +168,4 @@ def test_a_script_that_cannot_be_audited_is_a_sentence(alone, tmp_path: Path, ca
     script.write_text(text)
     assert main(["audit", str(script)]) == 2
     assert sentence in capsys.readouterr().err
+    assert not torch.distributed.is_initialized()

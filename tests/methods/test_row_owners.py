@@ -13,7 +13,7 @@ from distcomp.layout import Layout
 from distcomp.methods import ErrorFeedback, Partition, Rule, from_compressor, parse
 from distcomp.methods.base import cut_state
 from distcomp.methods.powersgd import PowerSGD
-from distcomp.methods.row_owners import RowMean, needs_parameters, owners_of, to_rows
+from distcomp.methods.row_owners import RowMean, needs_parameters, owners_of, to_row_owners
 from tests.buffers import buffer
 from tests.lockstep import World
 
@@ -66,17 +66,17 @@ def test_what_is_made_of_compressors_goes_to_the_owners_and_the_rest_to_all():
     four, exact = from_compressor(Quantize(4)), from_compressor(Identity())
     by_name = Partition(Rule(("bias",), names=("a",)), exact, ErrorFeedback(four))
     assert needs_parameters(by_name)
-    assert to_rows(by_name) == Partition(
+    assert to_row_owners(by_name) == Partition(
         by_name.rule, RowMean(Identity()), ErrorFeedback(RowMean(Quantize(4)))
     )
-    assert to_rows(ErrorFeedback(PowerSGD())) == ErrorFeedback(PowerSGD())
+    assert to_row_owners(ErrorFeedback(PowerSGD())) == ErrorFeedback(PowerSGD())
     assert not needs_parameters(parse("qsgd:bits=4"))
 
 
 def test_nothing_is_lost_of_whole_parameters():
     """sum_t n estimate_t + sum_i e_i = sum_t sum_i x_i, each in its owner's rows."""
     size, given_ = 3, torch.zeros(LAYOUT.numel, dtype=torch.float64)
-    method = to_rows(
+    method = to_row_owners(
         Partition(
             Rule(("bias", "norm")), from_compressor(Identity()), ErrorFeedback(from_compressor(Quantize(2)))
         )
