@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -326,6 +327,7 @@ class _Thread:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._serve, name="distcomp-exchange", daemon=True)
         self._thread.start()
+        atexit.register(self._end_at_exit)
 
     def submit(self, bucket: Bucket, first: bool, last: bool) -> None:
         if last:
@@ -344,8 +346,14 @@ class _Thread:
                 if not self._thread.is_alive():
                     raise RuntimeError("the thread that carries exchanges has ended; attach again")
 
+    def _end_at_exit(self) -> None:
+        """Of a script that ends attached: a thread that frees a tensor meanwhile would abort it."""
+        self._inbox.put(None)
+        self._thread.join(LOOK_S)
+
     def close(self) -> None:
         """End the thread. Its exchange under way ends within the timeout."""
+        atexit.unregister(self._end_at_exit)
         self._inbox.put(None)
         patience_s = self._sync.session.timeout_s + LOOK_S
         self._thread.join(patience_s)

@@ -73,9 +73,8 @@ def attach(
         timeout_s: how long to wait for a peer before naming it and giving up; None takes the timeout of the
             model's process group (30 minutes over Gloo, where ``init_process_group`` was not told otherwise).
             A rank may compute or evaluate alone for so long.
-        replicas: of an FSDP model sharded over one dimension of a mesh: those that hold the same shard, a
-            process group or the mesh's other dimension. The method then averages gradients across them, after
-            FSDP's own reduce-scatter inside each; or models, shard by shard.
+        replicas: of an FSDP model sharded over one dimension of a mesh: those that hold the same shard (a
+            process group, or the mesh's other dimension), across whom gradients or models are averaged.
         weights: of an FSDP2 model: how its weights are gathered, such as ``"qsgd:bits=8"`` or
             ``"difference:compressor=(qsgd:bits=4)"`` (:mod:`distcomp.methods.weight_gather`); None: as they
             are. Changes the weights that are computed with, never those that are trained.

@@ -18,7 +18,7 @@ from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
 
 Shape = tuple[int, ...]
-Chosen = Method | Compressor | str
+CodecLike = Method | Compressor | str
 
 
 class Codec(ABC):
@@ -81,7 +81,7 @@ class Lossy(Codec):
         return self.compressor.decode(payload, self.layout(shape))
 
 
-def codec_for(chosen: Chosen, dtype: torch.dtype) -> Codec:
+def codec_for(chosen: CodecLike, dtype: torch.dtype) -> Codec:
     """The codec that is asked for, of tensors of a dtype.
 
     Raises DistcompError for a method that is more than a compressor, and for whole numbers, which only
@@ -94,7 +94,7 @@ def codec_for(chosen: Chosen, dtype: torch.dtype) -> Codec:
     return Lossy(compressor, dtype.is_complex)
 
 
-def check_lossy(chosen: Chosen, dtype: torch.dtype) -> None:
+def check_lossy(chosen: CodecLike, dtype: torch.dtype) -> None:
     """Raise DistcompError for whole numbers."""
     if not dtype.is_floating_point and not dtype.is_complex:
         raise DistcompError(

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distcomp.calls.codec import Chosen, Codec, as_float32, check_lossy, codec_for, layout_of, restored
-from distcomp.calls.line import Line, group_of, line_of
+from distcomp.calls.codec import Codec, CodecLike, as_float32, check_lossy, codec_for, layout_of, restored
+from distcomp.calls.line import CallLine, group_of, line_of
 from distcomp.calls.work import Work
 from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, ReduceScatter, Rounds
 from distcomp.collectives.all_reduce import in_rank_order
@@ -37,7 +37,7 @@ OPS = ("sum", "mean")
 
 def all_reduce(
     tensor: Tensor,
-    method: Chosen = "identity",
+    method: CodecLike = "identity",
     *,
     op: str = "sum",
     group: ProcessGroup | None = None,
@@ -76,7 +76,7 @@ def all_reduce(
 def reduce_scatter(
     output: Tensor,
     inputs: Tensor | Sequence[Tensor],
-    codec: Chosen = "identity",
+    codec: CodecLike = "identity",
     *,
     op: str = "sum",
     group: ProcessGroup | None = None,
@@ -111,7 +111,7 @@ def reduce_scatter(
 def all_gather(
     outputs: Tensor | Sequence[Tensor],
     tensor: Tensor,
-    codec: Chosen = "identity",
+    codec: CodecLike = "identity",
     *,
     group: ProcessGroup | None = None,
     async_op: bool = False,
@@ -141,7 +141,7 @@ def all_gather(
 def all_to_all(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    codec: Chosen = "identity",
+    codec: CodecLike = "identity",
     *,
     group: ProcessGroup | None = None,
     async_op: bool = False,
@@ -180,7 +180,7 @@ def all_to_all(
 def broadcast(
     tensor: Tensor,
     src: int,
-    codec: Chosen = "identity",
+    codec: CodecLike = "identity",
     *,
     group: ProcessGroup | None = None,
     async_op: bool = False,
@@ -220,7 +220,7 @@ def broadcast(
 
 
 def _begin(
-    line: Line,
+    line: CallLine,
     words: str,
     asked: Callable[[StepContext], Rounds[Tensor]],
     x: Tensor,
@@ -312,7 +312,7 @@ def _pieces(given: Tensor | Sequence[Tensor], count: int, like: Tensor) -> list[
     return list(given)
 
 
-def _method(chosen: Chosen, dtype: torch.dtype) -> Method | None:
+def _method(chosen: CodecLike, dtype: torch.dtype) -> Method | None:
     """How it is summed; None for the exact sum in the tensor's own dtype."""
     if isinstance(chosen, str) and lookup(METHODS, split_call(chosen, "method")[0]) is not None:
         chosen = parse(chosen)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distcomp.calls.codec import Chosen
+from distcomp.calls.codec import CodecLike
 from distcomp.calls.collectives import all_gather, all_to_all, reduce_scatter
 from distcomp.calls.line import line_of
 from distcomp.errors import DistcompError
@@ -20,16 +20,16 @@ from distcomp.transports.types import ProcessGroup
 class Codecs:
     """Of the forward and of the backward, over a group."""
 
-    forward: Chosen
-    backward: Chosen
+    forward: CodecLike
+    backward: CodecLike
     group: ProcessGroup | None
 
 
 def gather_rows(
     rows: Tensor,
-    codec: Chosen = "identity",
+    codec: CodecLike = "identity",
     *,
-    backward: Chosen | None = None,
+    backward: CodecLike | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """Every rank's rows, in rank order: ``[n rows, ...]`` of ``[rows, ...]``, the same on every rank.
@@ -48,9 +48,9 @@ def route_rows(
     rows: Tensor,
     counts: Sequence[int],
     received_counts: Sequence[int],
-    codec: Chosen = "identity",
+    codec: CodecLike = "identity",
     *,
-    backward: Chosen | None = None,
+    backward: CodecLike | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """Send ``counts[j]`` rows to rank j, from the first on: what the ranks sent here, ``received_counts[j]``
@@ -103,7 +103,7 @@ def _routed(
     rows: Tensor,
     counts: tuple[int, ...],
     received_counts: tuple[int, ...],
-    codec: Chosen,
+    codec: CodecLike,
     group: ProcessGroup | None,
 ) -> Tensor:
     received = rows.new_empty((sum(received_counts), *rows.shape[1:]))

@@ -46,7 +46,7 @@ class Call:
         return AggregateResult(answer, lambda: answer, state)
 
 
-class Line:
+class CallLine:
     """The calls of one group, in order, on a thread of their own (a stream, on a GPU)."""
 
     def __init__(self, group: ProcessGroup, timeout_s: float | None) -> None:
@@ -98,7 +98,7 @@ class Line:
         self.session.close(whole=self._error is None)
 
 
-_LINES: WeakKeyDictionary[ProcessGroup, Line] = WeakKeyDictionary()
+_LINES: WeakKeyDictionary[ProcessGroup, CallLine] = WeakKeyDictionary()
 
 
 def connect(group: ProcessGroup | None = None, timeout_s: float | None = None) -> None:
@@ -124,11 +124,11 @@ def sent_bytes(group: ProcessGroup | None = None) -> Mapping[str, int]:
     return {} if line is None else dict(line.session.ledger.sent_bytes)
 
 
-def line_of(group: ProcessGroup | None, timeout_s: float | None = None) -> Line:
+def line_of(group: ProcessGroup | None, timeout_s: float | None = None) -> CallLine:
     """The line of a group's calls, opened when first asked for."""
     known = group_of(group)
     if known not in _LINES:
-        line = Line(known, timeout_s)
+        line = CallLine(known, timeout_s)
         _LINES[known] = line
         weakref.finalize(known, line.close)
     return _LINES[known]

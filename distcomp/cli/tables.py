@@ -14,7 +14,7 @@ def fitted(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The first column begins each line and is never cut; the others stand to the right. On a terminal that
     is too narrow every row becomes a paragraph; in a pipe or a file nothing is."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    if not sys.stdout.isatty() or sum(widths) + len(GAP) * (len(widths) - 1) <= columns():
+    if not sys.stdout.isatty() or sum(widths) + len(GAP) * (len(widths) - 1) <= terminal_columns():
         return "\n".join(_aligned(line, widths) for line in (head, *rows))
     named = max(map(len, head[1:]), default=0)
     return "\n\n".join(
@@ -27,10 +27,10 @@ def fitted(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def sentence(text: str) -> str:
     """Broken between words where a terminal would break it anywhere."""
-    return textwrap.fill(text, columns(), break_long_words=False) if sys.stdout.isatty() else text
+    return textwrap.fill(text, terminal_columns(), break_long_words=False) if sys.stdout.isatty() else text
 
 
-def columns() -> int:
+def terminal_columns() -> int:
     """How wide the terminal is."""
     return shutil.get_terminal_size().columns
 

@@ -104,14 +104,11 @@ class DctTopK(Sparsifier):
             at += size
         return torch.cat(where)
 
-    def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        # Into a buffer of coefficients: adding must wait until they are values again.
+    def put(self, out: Tensor, values: Tensor, payload: Payload, layout: Layout, scale: int) -> None:
+        # Into a buffer of coefficients: adding must wait until they are elements again.
         y = torch.zeros_like(out)
-        y[self.positions(payload, layout)] = payload["values"]
-        if add:
-            out += self.inverse(y, layout)
-        else:
-            out.copy_(self.inverse(y, layout))
+        y[self.positions(payload, layout)] = values
+        out.add_(self.inverse(y, layout), alpha=scale)
 
     def delta(self, numel: int) -> float:
         """``k`` of the elements of a chunk, which are at most ``side^2``."""

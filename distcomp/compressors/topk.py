@@ -51,19 +51,15 @@ class Sparsifier(Compressor):
     def parts(self, layout: Layout) -> Parts:
         return (Part("values", torch.float32, self.kept(layout).numel), self.index_part(layout))
 
+    def put(self, out: Tensor, values: Tensor, payload: Payload, layout: Layout, scale: int) -> None:
+        """Add ``scale`` times what the ``values`` (float32) of a payload stand for, at its positions."""
+        out.index_add_(0, self.positions(payload, layout), values, alpha=scale)
+
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        put_values(out, self.positions(payload, layout), payload["values"], add)
+        self.put(out if add else out.zero_(), payload["values"], payload, layout, 1)
 
     def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
-        out.index_add_(0, self.positions(payload, layout), payload["values"], alpha=-1)
-
-
-def put_values(out: Tensor, where: Tensor, values: Tensor, add: bool) -> None:
-    """Write values where they belong, and zeros elsewhere unless ``add``. No place occurs twice."""
-    if add:
-        out.index_add_(0, where, values)
-    else:
-        out.zero_().index_copy_(0, where, values)
+        self.put(out, payload["values"], payload, layout, -1)
 
 
 @register_compressor("topk")
@@ -252,11 +248,10 @@ class Chain(Compressor):
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        put_values(out, self.sparsifier.positions(payload, layout), self._values(payload, layout), add)
+        self.sparsifier.put(out if add else out.zero_(), self._values(payload, layout), payload, layout, 1)
 
     def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
-        where = self.sparsifier.positions(payload, layout)
-        out.index_add_(0, where, self._values(payload, layout), alpha=-1)
+        self.sparsifier.put(out, self._values(payload, layout), payload, layout, -1)
 
     def _values(self, payload: Payload, layout: Layout) -> Tensor:
         """The values that were sent, decoded."""

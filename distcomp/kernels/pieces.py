@@ -18,7 +18,7 @@ from distcomp import kernels
 from distcomp.errors import DistcompError
 from distcomp.kernels.dispatch import backend
 from distcomp.kernels.packing import packed_bytes, scale_count
-from distcomp.kernels.tables import check, lines_of
+from distcomp.kernels.tables import check_tensor, lines_of
 
 LARGE = 1 << 18
 """Elements: a piece of more than these is a call of its own, which several threads may share."""
@@ -222,8 +222,8 @@ class Moves:
 
 def move(source: Tensor, target: Tensor, moves: Moves) -> None:
     """Copy the pieces (float32, contiguous) to their places in ``target``."""
-    check("source's values of a move", source, torch.float32, moves.ends[0])
-    check("target's values of a move", target, torch.float32, moves.ends[1])
+    check_tensor("source's values of a move", source, torch.float32, moves.ends[0])
+    check_tensor("target's values of a move", target, torch.float32, moves.ends[1])
     if _served(source) and target.device.type == "cpu":
         from distcomp.kernels import _cpu
 
@@ -245,7 +245,7 @@ def _check(x: Tensor, codes: Tensor, scales: Tensor, pieces: Pieces) -> None:
         ("scales", scales, torch.float32, pieces.scale_count),
     )
     for what, tensor, dtype, numel in wanted:
-        check(what, tensor, dtype, numel)
+        check_tensor(what, tensor, dtype, numel)
     if not 1 <= pieces.bits <= 8 or pieces.block < 1:
         raise DistcompError(
             f"bits={pieces.bits} and block={pieces.block} are no widths of a code; choose 1 to 8 bits and "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distcomp.kernels.dispatch import backend
-from distcomp.kernels.tables import check, lines_of
+from distcomp.kernels.tables import check_tensor, lines_of
 
 BITMAP, NOTHING = -1, -2
 """The widths of rows whose places are sent as a bitmap, or not at all (every element is sent)."""
@@ -44,8 +44,8 @@ def serves(device: torch.device) -> bool:
 def top(x: Tensor, table: RowTable, places: Tensor) -> None:
     """Write into ``places`` (int64) where the ``count`` largest magnitudes of each row are in ``x``
     (float32), rising; of equal ones the lower. Raises ValueError for a row that lies outside either."""
-    check("values", x, torch.float32, table.ends[0])
-    check("places", places, torch.int64, table.ends[1])
+    check_tensor("values", x, torch.float32, table.ends[0])
+    check_tensor("places", places, torch.int64, table.ends[1])
     from distcomp.kernels import _cpu, cpu
 
     x_at, places_at, sizes = x.data_ptr(), places.data_ptr(), (x.numel(), places.numel())
@@ -73,7 +73,7 @@ def read_indices(codes: Tensor, table: RowTable, places: Tensor) -> None:
 
 def _coded(places: Tensor, table: RowTable, codes: Tensor) -> tuple[int, int, tuple[int, int], int, int]:
     """What C is told of places and their bytes."""
-    check("places", places, torch.int64, table.ends[1])
-    check("codes", codes, torch.uint8, table.code_bytes)
+    check_tensor("places", places, torch.int64, table.ends[1])
+    check_tensor("codes", codes, torch.uint8, table.code_bytes)
     sizes = places.numel(), codes.numel()
     return places.data_ptr(), codes.data_ptr(), sizes, *lines_of(table.lines, LINE_BYTES)

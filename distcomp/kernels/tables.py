@@ -14,7 +14,7 @@ from distcomp.errors import DistcompError
 LINE_ITEM_BYTES = 8
 
 
-def check(what: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
+def check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
     """Raise DistcompError unless ``tensor`` is contiguous, of this type and ``numel`` elements or more."""
     if not tensor.is_contiguous() or tensor.dtype != dtype or tensor.numel() < numel:
         raise DistcompError(
@@ -31,5 +31,5 @@ def lines_of(table: Tensor, line_bytes: int) -> tuple[int, int]:
             f"a table is {tuple(table.shape)} on {table.device}; pass one of {line_bytes // LINE_ITEM_BYTES} "
             "columns on the CPU"
         )
-    check("lines of a table", table, torch.int64, 0)
+    check_tensor("lines of a table", table, torch.int64, 0)
     return table.data_ptr(), len(table)

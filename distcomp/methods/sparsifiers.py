@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distcomp.collectives import Broadcast, Rounds
 from distcomp.compressors import Cast, Compressor, Identity, RandomK, TopK
-from distcomp.compressors.topk import put_values, with_values
+from distcomp.compressors.topk import with_values
 from distcomp.errors import DistcompError
 from distcomp.grammar import unbracketed
 from distcomp.layout import Layout
@@ -155,7 +155,7 @@ def _placed(result: AggregateResult, where: Tensor, like: Tensor) -> AggregateRe
 
     def spread_out(values: Tensor) -> Tensor:
         out = torch.empty_like(like)
-        put_values(out, where, values, add=False)
+        out.zero_().index_copy_(0, where, values)
         return out
 
     return AggregateResult(

@@ -290,15 +290,15 @@ def ring_all_reduce(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad
 
 def direct_all_reduce(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     """A sum of ``nbytes`` that everybody sends to everybody."""
-    return all_gather([nbytes] * len(group), group, fabric)
+    return all_gather_load([nbytes] * len(group), group, fabric)
 
 
-def all_gather(payload_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
+def all_gather_load(payload_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
     """Member i sends ``payload_bytes[i]`` to every other."""
     return _at_once(among(payload_bytes, np.ones(len(group)), group, fabric), group, fabric)
 
 
-def all_to_all(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
+def all_to_all_load(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
     """Every member sends ``chunk_bytes[j]`` to member j."""
     return _at_once(among(np.ones(len(group)), chunk_bytes, group, fabric), group, fabric)
 
@@ -321,7 +321,7 @@ def neighbor_exchange(nbytes: float, edges: Iterable[Edge], fabric: Fabric) -> E
     return ExchangeLoad((along(dict.fromkeys(both, nbytes), fabric),), 1, delay_s(both, fabric), degree)
 
 
-def broadcast(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
+def broadcast_load(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     """The first member's ``nbytes`` to all, down a binomial tree: in round k, 2^k members send."""
     n, stages, slowest_s, reached = len(group), [], 0.0, 1
     while reached < n:

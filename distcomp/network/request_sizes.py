@@ -11,9 +11,9 @@ from distcomp.network.fabric import Fabric
 from distcomp.network.model import (
     Edge,
     ExchangeLoad,
-    all_gather,
-    all_to_all,
-    broadcast,
+    all_gather_load,
+    all_to_all_load,
+    broadcast_load,
     direct_all_reduce,
     neighbor_exchange,
     ring_all_reduce,
@@ -76,8 +76,8 @@ class RequestSizes:
         if self.kind == "ring_all_reduce":
             return ring_all_reduce(size, group, fabric)
         if self.kind == "broadcast":
-            return broadcast(size, group, fabric)
-        return (all_gather if self.kind == "all_gather" else all_to_all)(self.sizes, group, fabric)
+            return broadcast_load(size, group, fabric)
+        return (all_gather_load if self.kind == "all_gather" else all_to_all_load)(self.sizes, group, fabric)
 
     def sent_bytes(self, ranks: int) -> float:
         """Bytes that a rank sends, on average."""

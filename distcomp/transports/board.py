@@ -149,7 +149,7 @@ def _address_of(interface: str) -> str | None:
     return None
 
 
-def connect(board: Mapping[str, Any]) -> Connection:
+def connect_to(board: Mapping[str, Any]) -> Connection:
     """Reach ``board``, by the first of its addresses that leads to it.
 
     Raises DistcompError with every address that was tried.

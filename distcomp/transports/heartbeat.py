@@ -21,7 +21,7 @@ from datetime import timedelta
 from typing import Any
 
 from distcomp.errors import DistcompError, PeerLost
-from distcomp.transports.board import Board, Connection, addresses, connect, listen
+from distcomp.transports.board import Board, Connection, addresses, connect_to, listen
 from distcomp.transports.bounded import STORE_SILENT, Result, bounded
 from distcomp.transports.types import Store
 from distcomp.transports.verdict import REMEDY, Findings, diagnosis
@@ -189,7 +189,7 @@ class Heartbeat:
             return store.get(key)
 
         where = json.loads(self._ask_store(address, host))
-        line = connect(where)
+        line = connect_to(where)
         self._lines[host], self._tokens[host] = line, where["token"]
         self._selector.register(line.socket, selectors.EVENT_READ, lambda: self._read_answers(host))
 

@@ -72,6 +72,17 @@ def test_adding_while_decoding_is_decoding_and_adding(subject: Subject) -> None:
         assert torch.equal(added, there + written)
 
 
+@subjects
+def test_subtracting_is_subtracting_what_is_decoded(subject: Subject) -> None:
+    c = subject.build()
+    for layout in LAYOUTS.values():
+        x, owed = draw(2, layout)
+        payload = c.encode(x, layout, KEY)
+        left = owed.clone()
+        c.subtract_from(left, payload, layout)
+        assert torch.equal(left, owed - c.decode(payload, layout))
+
+
 @pytest.mark.parametrize("cuts", [2, 3, 7])
 @subjects
 def test_cut_at_its_grain_a_slab_comes_back_the_same(subject: Subject, cuts: int) -> None:

@@ -1,4 +1,4 @@
-"""Imports point down the list of rooms, and only transports and attaching know torch.distributed."""
+"""Imports point down the list of rooms, and few of them know torch.distributed."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ ROOMS = [
 
 MAY_KNOW_TORCH_DISTRIBUTED = (
     "transports",
+    "calls",
     "attaching",
     "cli",
     "integrations",
