@@ -15,9 +15,9 @@ from distcomp.network.model import (
     ALONE,
     ExchangeLoad,
     Host,
-    all_gather,
-    all_to_all,
-    broadcast,
+    all_gather_load,
+    all_to_all_load,
+    broadcast_load,
     direct_all_reduce,
     neighbor_exchange,
     ring_all_reduce,
@@ -92,8 +92,8 @@ def test_every_exchange_is_the_sum_of_its_messages(fabric: Fabric, group: tuple,
     apart = apart_s([(i, j) for _, _, i, j in all_pairs], fabric)
     gathered = [(i, j, p[a]) for a, _, i, j in all_pairs]
     swapped = [(i, j, p[b]) for _, b, i, j in all_pairs]
-    agree(all_gather(p, group, fabric), fabric, [gathered], 1, apart)
-    agree(all_to_all(p, group, fabric), fabric, [swapped], 1, apart)
+    agree(all_gather_load(p, group, fabric), fabric, [gathered], 1, apart)
+    agree(all_to_all_load(p, group, fabric), fabric, [swapped], 1, apart)
     agree(
         direct_all_reduce(p[0], group, fabric), fabric, [[(i, j, p[0]) for _, _, i, j in all_pairs]], 1, apart
     )
@@ -115,7 +115,7 @@ def test_a_tree_doubles_those_who_know(fabric: Fabric, nbytes: int) -> None:
     down = [[(0, 1, nbytes)], [(0, 2, nbytes), (1, 3, nbytes)], [(0, 4, nbytes), (1, 5, nbytes)]]
     apart = apart_s([(i, j) for stage in down for i, j, _ in stage], fabric)
     group = tuple(range(6))
-    agree(broadcast(nbytes, group, fabric), fabric, down, 3, apart)
+    agree(broadcast_load(nbytes, group, fabric), fabric, down, 3, apart)
 
 
 @given(fabric=fabrics(), nbytes=st.integers(1, 10**6))
@@ -133,7 +133,7 @@ def test_neighbours_send_to_neighbours_only(fabric: Fabric, nbytes: int) -> None
 def test_groups_at_the_same_time_share_links(fabric: Fabric, nbytes: int) -> None:
     evens, odds = (0, 2, 4), (1, 3, 5)
     messages = [(i, j, nbytes) for group in (evens, odds) for _, _, i, j in everyone(group)]
-    both = together([all_gather([nbytes] * 3, group, fabric) for group in (evens, odds)])
+    both = together([all_gather_load([nbytes] * 3, group, fabric) for group in (evens, odds)])
     assert both.cost(fabric).transfer_s == pytest.approx(busiest_s(messages, fabric))
 
 
@@ -149,7 +149,7 @@ def test_an_uplink_is_shared_by_all_who_cross_it() -> None:
     fabric = Fabric((1e9,) * 4, 0.0, racks)
     payload = [1e6] * 4
     crossing = 4 * 1e6 * (1514 + 33) / 1448 * 8 / 1e8  # 2 ranks to 2 ranks
-    assert all_gather(payload, (0, 1, 2, 3), fabric).cost(fabric).transfer_s == pytest.approx(crossing)
+    assert all_gather_load(payload, (0, 1, 2, 3), fabric).cost(fabric).transfer_s == pytest.approx(crossing)
     alone = ring_all_reduce(4e6, (0, 1, 2, 3), fabric).cost(fabric).transfer_s
     assert alone == pytest.approx(1.5 * 4e6 * (1514 + 33) / 1448 * 8 / 1e8)  # one edge of the ring crosses
 
@@ -157,7 +157,7 @@ def test_an_uplink_is_shared_by_all_who_cross_it() -> None:
 def test_a_crowded_host_takes_longer() -> None:
     fabric, group = Fabric.uniform(4, "1gbit"), (0, 1, 2, 3)
     busy = Host(ranks=4, cores=2, message_s=1e-3, byte_s=1e-7)
-    exchange = all_gather([1e6] * 4, group, fabric)
+    exchange = all_gather_load([1e6] * 4, group, fabric)
     assert exchange.cost(fabric, busy).latency_s == pytest.approx(3 * 1e-3 * 2)
     assert exchange.cost(fabric, busy).transfer_s == pytest.approx(3e6 * 1e-7 * 2)
     assert exchange.cost(fabric, ALONE).transfer_s < exchange.cost(fabric, busy).transfer_s
@@ -166,13 +166,13 @@ def test_a_crowded_host_takes_longer() -> None:
 def test_one_rank_alone_sends_nothing() -> None:
     fabric = Fabric.uniform(3, "1mbit", "1s")
     alone = [
-        ring_all_reduce(1e6, (1,), fabric), all_gather([1e6], (1,), fabric), broadcast(1e6, (1,), fabric),
-        all_to_all([1e6], (1,), fabric), neighbor_exchange(1e6, [], fabric),
+        ring_all_reduce(1e6, (1,), fabric), all_gather_load([1e6], (1,), fabric), broadcast_load(1e6, (1,), fabric),
+        all_to_all_load([1e6], (1,), fabric), neighbor_exchange(1e6, [], fabric),
     ]  # fmt: skip
     assert {one.cost(fabric).seconds for one in alone} == {0.0}
 
 
 def test_thousands_of_ranks_are_no_work() -> None:
     fabric, group = Fabric.uniform(4096, "25gbit", "50us"), tuple(range(4096))
-    loads = all_gather([1e3] * 4096, group, fabric).stages[0]
+    loads = all_gather_load([1e3] * 4096, group, fabric).stages[0]
     assert np.allclose(loads.out, 4095e3)
