@@ -142,6 +142,20 @@ def test_many_calls_average_to_the_truth(cluster):
         assert worst < 0.35  # a rounding is up to 2 wrong; 400 of them, by 4 standard errors
 
 
+def alike(rank, size):
+    """What came of one tensor that every rank sends."""
+    x = torch.linspace(-1, 1, 1024, dtype=torch.float32)
+    gathered, routed = [x.clone() for _ in range(size)], [x.clone() for _ in range(size)]
+    calls.all_gather(gathered, x, "qsgd:bits=2")
+    calls.all_to_all(routed, [x] * size, "qsgd:bits=2")
+    calls.disconnect()
+    return torch.equal(*gathered), torch.equal(*routed)
+
+
+def test_ranks_round_each_by_numbers_of_their_own(cluster):
+    assert cluster(2).run(alike) == [(False, False)] * 2
+
+
 def uneven(rank, size, codec):
     """Rank j is sent ``(rank + j) % 3`` rows."""
     inputs = [torch.full(((rank + to) % 3, 5), 10.0 * rank + to, dtype=torch.float32) for to in range(size)]
