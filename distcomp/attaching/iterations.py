@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from distcomp.attaching.slices import local
 from distcomp.errors import DistcompError
 
 TENSORS, ELEMENTS = 16, 64
@@ -60,5 +61,5 @@ class Iterations:
         return False
 
     def _sample(self) -> list[Tensor]:
-        flat = [parameter.detach().reshape(-1) for parameter in self._sampled]
+        flat = [local(parameter).detach().reshape(-1) for parameter in self._sampled]
         return [one[:: max(1, len(one) // ELEMENTS)].clone() for one in flat]

@@ -167,7 +167,8 @@ def test_one_rank_alone_sends_nothing() -> None:
     fabric = Fabric.uniform(3, "1mbit", "1s")
     alone = [
         ring_all_reduce(1e6, (1,), fabric), all_gather_load([1e6], (1,), fabric),
-        broadcast_load(1e6, (1,), fabric), all_to_all_load([1e6], (1,), fabric), neighbor_exchange(1e6, [], fabric),
+        broadcast_load(1e6, (1,), fabric), all_to_all_load([1e6], (1,), fabric),
+        neighbor_exchange(1e6, [], fabric),
     ]  # fmt: skip
     assert {one.cost(fabric).seconds for one in alone} == {0.0}
 

@@ -290,7 +290,7 @@ def test_a_script_that_hands_the_environment_s_method_on_is_compared(tmp_path: P
     script = ["--no-packets", "--ranks", "1", "-o", "out", "handed.py"]
     status, out, err = said(tmp_path, "emulate", "--methods", "bf16; qsgd:bits=4", *script)
     assert status == 0, (out, err)
-    runs = [recording.read(path) for path in recording.find([tmp_path / "out"])]
+    runs = [recording.read_run(path) for path in recording.find_runs([tmp_path / "out"])]
     assert [run.method for run in runs] == ["bf16", "qsgd:bits=4"]
 
 

@@ -162,7 +162,7 @@ def test_gossip_goes_on_without_a_replica_that_died(six):
         assert "error" not in one
         assert one["lost"] == [1]
         torch.testing.assert_close(one["end"], (found[0]["own"] + found[4]["own"]) / 2)
-        assert one["warned"] == ["rank 1 is lost; training goes on without it"]
+        assert one["warned"] == ["rank 1 died or hangs; training goes on without it"]
 
 
 def test_by_default_training_stops_and_names_the_replica_that_died(six):
