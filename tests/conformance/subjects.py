@@ -20,6 +20,7 @@ from distcomp import compressors
 from distcomp.compressors import Compressor
 from distcomp.errors import DistcompError
 from distcomp.methods import METHODS, Entry, Method
+from distcomp.registry import load_all
 
 Settings = dict[str, Any]
 
@@ -61,6 +62,7 @@ class Subject:
 
 def methods() -> list[Subject]:
     """Every registered method that is not a control, with its settings."""
+    load_all()  # or the table would grow while it is read
     return [
         Subject(entry.name, entry.recipe, settings, entry)
         for entry in METHODS.values()

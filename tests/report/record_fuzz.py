@@ -111,7 +111,7 @@ def try_to_report(files: Files, directory: Path, sound: recording.Run) -> str:
     in it is finite, and what it says of the sound run is what was so without the other."""
     write(files, directory)
     try:
-        run = recording.read(directory)
+        run = recording.read_run(directory)
         comparison = compare([sound, run])
     except DistcompError:
         return "refused"
@@ -138,7 +138,7 @@ def sound_run(directory: Path) -> recording.Run:
     for name in ("rank0.jsonl", "rank1.jsonl"):
         lines[name][0]["method"] = "ddp"
     files = {name: b"".join(json.dumps(one).encode() + b"\n" for one in told) for name, told in lines.items()}
-    return recording.read(write(files, directory))
+    return recording.read_run(write(files, directory))
 
 
 def cases(count: int, seed: int, directory: Path) -> Iterator[tuple[Files, Path, recording.Run]]:

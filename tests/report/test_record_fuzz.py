@@ -35,7 +35,7 @@ def test_a_sound_record_is_reported(tmp_path: Path) -> None:
 def test_links_that_no_launcher_wrote_are_refused(tmp_path: Path, links: Any) -> None:
     recording.write_about(tmp_path, {"method": "ddp", "network": {"links": links}})
     with pytest.raises(DistcompError, match="is not the record of a run"):
-        recording.read(tmp_path)
+        recording.read_run(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_reaches_no_target_and_what_is_not_finite_is_text_in_json(
@@ -45,7 +45,7 @@ def test_a_loss_that_is_not_finite_reaches_no_target_and_what_is_not_finite_is_t
     recorder = recording.Recorder(tmp_path, 0)
     recorder.metric(step=1, train_s=1.0, test_loss=-math.inf)
     recorder.close()
-    found = compare([recording.read(tmp_path)], target_loss=1.0)
+    found = compare([recording.read_run(tmp_path)], target_loss=1.0)
     assert found.rows[0].reached == 0
     assert 'cy="-inf"' not in page(found)
     told = json.loads(json.dumps(as_json(found), allow_nan=False))

@@ -114,8 +114,8 @@ def test_a_rank_that_stops_is_named_and_the_job_ends() -> None:
 def test_a_process_that_mpirun_did_not_start_is_told_so() -> None:
     script = """
 from types import SimpleNamespace
-from distcomp.transports.mpi.group import create
-create(SimpleNamespace(global_ranks_in_group=[], group_size=2, group_rank=1))
+from distcomp.transports.mpi.group import create_group
+create_group(SimpleNamespace(global_ranks_in_group=[], group_size=2, group_rank=1))
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
