@@ -56,6 +56,8 @@ class CallLine:
         self._device: torch.device | None = None
         self._calls = 0
         self._error: PeerLost | None = None
+        self.end: Callable[[], object] = self.close
+        """:meth:`close`, once: by whoever disconnects, or when the group goes."""
 
     def call(
         self, words: str, asked: Asked, x: Tensor, exact: bool, finish: Callable[[Tensor], None]
@@ -106,7 +108,8 @@ def connect(group: ProcessGroup | None = None, timeout_s: float | None = None) -
 
     ``timeout_s``: how long a call waits for a rank; the group's own timeout by default.
 
-    Raises PeerLost naming a rank that does not come.
+    Raises PeerLost naming a rank that does not come, DistcompError where the line is open with another
+    timeout.
     """
     line_of(group, timeout_s)
 
@@ -115,7 +118,7 @@ def disconnect(group: ProcessGroup | None = None) -> None:
     """Close the line of a group's calls, before the group is destroyed. The next call opens another."""
     line = _LINES.pop(group_of(group), None)
     if line is not None:
-        line.close()
+        line.end()
 
 
 def sent_bytes(group: ProcessGroup | None = None) -> Mapping[str, int]:
@@ -128,10 +131,15 @@ def line_of(group: ProcessGroup | None, timeout_s: float | None = None) -> CallL
     """The line of a group's calls, opened when first asked for."""
     known = group_of(group)
     if known not in _LINES:
-        line = CallLine(known, timeout_s)
-        _LINES[known] = line
-        weakref.finalize(known, line.close)
-    return _LINES[known]
+        line = _LINES[known] = CallLine(known, timeout_s)
+        line.end = weakref.finalize(known, line.close)
+    line = _LINES[known]
+    if timeout_s not in (None, line.session.timeout_s):
+        raise DistcompError(
+            f"calls of this group wait {line.session.timeout_s:g} s already, not {timeout_s:g} s; connect "
+            "before the first call, or disconnect first"
+        )
+    return line
 
 
 def group_of(group: ProcessGroup | None) -> ProcessGroup:

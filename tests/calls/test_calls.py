@@ -304,6 +304,7 @@ def refused(rank, size):
         "counts": lambda: calls.all_to_all([x], [x, x]),
         "dtypes": lambda: calls.all_to_all([x, x], [x, x.double()]),
         "source": lambda: calls.broadcast(x, 7),
+        "timeout": lambda: (calls.connect(timeout_s=30), calls.connect(timeout_s=31)),
         "rows": lambda: calls.route_rows(x.view(3, 2), [1, 1], [1, 1]),
     }
     found = {}

@@ -111,6 +111,38 @@ def test_a_rank_that_stops_is_named_and_the_job_ends() -> None:
     assert all("rank 1 died or hangs" in one["answer"] for one in told), told
 
 
+CALLS = """
+import torch, torch.distributed as dist, distcomp
+from distcomp import calls
+
+distcomp.init_process_group("mpi4py")
+rank, size = dist.get_rank(), dist.get_world_size()
+total = torch.full((300, 4), rank + 1.0)
+calls.all_reduce(total, "qsgd:bits=8")
+assert (total - 3).abs().max() < 0.1
+routed = [torch.empty((rank + source) % 3, 4) for source in range(size)]
+calls.all_to_all(routed, [torch.full(((rank + to) % 3, 4), float(rank)) for to in range(size)])
+assert all((rows == source).all() for source, rows in enumerate(routed))
+told = torch.full((5,), float(rank), dtype=torch.float64)
+calls.broadcast(told, 1)
+assert (told == 1).all()
+gathered = torch.empty(size * 3, 2)
+calls.all_gather(gathered, torch.full((3, 2), float(rank)), "bf16")
+assert gathered.view(size, -1).eq(torch.arange(size)[:, None]).all()
+piece = torch.empty(3)
+calls.reduce_scatter(piece, torch.ones(size * 3), "qsgd:bits=4")
+assert (piece == size).all()
+calls.disconnect()
+dist.destroy_process_group()
+print("called")
+"""
+
+
+def test_calls_with_a_codec() -> None:
+    done = mpirun(2, "-c", CALLS)
+    assert (done.returncode, done.stdout.count("called")) == (0, 2), done.stdout + done.stderr
+
+
 def test_a_process_that_mpirun_did_not_start_is_told_so() -> None:
     script = """
 from types import SimpleNamespace
