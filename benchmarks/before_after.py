@@ -36,7 +36,7 @@ def source_of(checkout: Path) -> Path:
     """The folder that PYTHONPATH must name for distcomp to be that checkout's."""
     folder = checkout / "src" if (checkout / "src" / "distcomp").is_dir() else checkout
     if not (folder / "distcomp" / "__init__.py").is_file():
-        raise SystemExit(f"{checkout} holds no distcomp/ and no distcomp/; name a checkout")
+        raise SystemExit(f"{checkout} holds no src/distcomp/ and no distcomp/; name a checkout")
     return folder
 
 
@@ -97,23 +97,26 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--steps", type=int, default=6, help="steps of a process")
     parser.add_argument("--methods", nargs="*", default=METHODS)
-    parser.add_argument("--dry", action="store_true", help="print the result and write nothing")
+    parser.add_argument("--dry", action="store_true", help="print the rows and write nothing")
     asked = parser.parse_args()
     old = asked.old.resolve()
-    rows: dict[str, Any] = {}
-    with emulate(Fabric.uniform(4, "100mbit")) as net:
-        described = net.describe()
-        for method in asked.methods:
-            exchange = partial(on_ranks, net, "exchange", method, asked.steps)
-            rows[f"exchange, {method}"] = paired(exchange, old, ROOT, asked.pairs)
+    result: dict[str, Any] = {"what": (__doc__ or "").splitlines()[0], "rows": {}}
+
+    def add(name: str, measure: Measure) -> None:
+        """Measure one row and write what there is: a run that is stopped loses one row, not all."""
+        row = result["rows"][name] = paired(measure, old, ROOT, asked.pairs)
+        print(f"{name:<36}{row['before']:9.4f}{row['after']:9.4f}  ratio {row['ratio']:.3f}", flush=True)
+        if not asked.dry:
+            write("rebuild_speed", result)
+
+    add("import", import_s)
     with emulate(Fabric.uniform(2, "unshaped")) as net:
         overhead = partial(on_ranks, net, "overhead", "identity", 4 * asked.steps)
-        rows["step with identity / bare step"] = paired(overhead, old, ROOT, asked.pairs)
-    rows["import"] = paired(import_s, old, ROOT, asked.pairs)
-    result = {"what": (__doc__ or "").splitlines()[0], "network": described, "rows": rows}
-    for name, row in rows.items():
-        print(f"{name:<36}{row['before']:9.4f}{row['after']:9.4f}  ratio {row['ratio']:.3f}")
-    print(json.dumps(result) if asked.dry else f"written to {write('rebuild_speed', result)}")
+        add("step with identity / bare step", overhead)
+    with emulate(Fabric.uniform(4, "100mbit")) as net:
+        result["network"] = net.describe()
+        for method in asked.methods:
+            add(f"exchange, {method}", partial(on_ranks, net, "exchange", method, asked.steps))
 
 
 if __name__ == "__main__":
