@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -14,6 +15,16 @@ from typing import Any
 
 PATIENCE_S = 120.0
 """After this a job counts as hung. Far above what any job takes: it is a verdict, not a measurement."""
+
+
+_EARLIER: set[threading.Thread] = set()
+"""The threads of this rank before its job: an earlier one may have ended attached and be collected later."""
+
+
+def threads_left() -> list[str]:
+    """What still runs of distcomp's in this rank, of what its job has started."""
+    started = (thread for thread in threading.enumerate() if thread not in _EARLIER)
+    return [thread.name for thread in started if thread.name.startswith("distcomp")]
 
 
 class JobFailed(AssertionError):
@@ -115,6 +126,8 @@ def _serve(rank: int, size: int, pipe: Connection) -> None:
         os.environ.update(
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size)
         )
+        _EARLIER.clear()
+        _EARLIER.update(threading.enumerate())
         try:
             dist.init_process_group("gloo")
             answer = job(rank, size, *arguments)

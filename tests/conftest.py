@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,26 @@ def cluster() -> Iterator[Callable[[int], Cluster]]:
     yield get
     for ranks in made.values():
         ranks.close()
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was() -> Iterator[None]:
+    """A test that leaves a variable or a folder of modules behind fails itself, not one that runs later."""
+    variables, folders = _variables(), list(sys.path)
+    yield
+    changed = dict(variables.items() ^ _variables().items())
+    added = [folder for folder in sys.path if folder not in folders]
+    for name in changed:
+        os.environ.pop(name, None)
+    os.environ.update({name: variables[name] for name in changed if name in variables})
+    sys.path[:] = folders
+    assert (changed, added) == ({}, []), "put back what was changed, by monkeypatch"
+
+
+def _variables() -> dict[str, str]:
+    """Those of the environment that lead a later test astray."""
+    ours = ("DISTCOMP", "PYTHONPATH", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "PMI_", "SLURM_")
+    return {name: value for name, value in os.environ.items() if name.startswith(ours)}
 
 
 BUILT_ELSEWHERE = {

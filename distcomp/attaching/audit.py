@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distcomp.attaching.audit_report import Audit, Collective
 from distcomp.attaching.groups import is_own
-from distcomp.network.qdisc import QueueCount, read_qdisc
 from distcomp.private_torch import NO_BACKWARD, backward_number, fsdp_caller, process_group
 from distcomp.runtime.ledger import LEDGERS
+
+if TYPE_CHECKING:
+    from distcomp.network.qdisc import QueueCount
 
 C10D = {
     "allreduce_": ("all_reduce", 0),
@@ -165,4 +167,8 @@ def audit() -> Iterator[Audit]:
 def _counted() -> QueueCount | None:
     """What the queue of this rank's own interface has counted, if it has one."""
     device = os.environ.get("DISTCOMP_DEVICE")
-    return read_qdisc(device) if device else None
+    if not device:
+        return None
+    from distcomp.network.qdisc import read_qdisc  # only on an emulated network, not with every import
+
+    return read_qdisc(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ from distcomp.compressors import Identity
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods.from_compressor import from_compressor
-from distcomp.pruning.pruner import Pruner
 from distcomp.runtime.aggregation import Aggregator
 from distcomp.runtime.driver import context_of
 from distcomp.runtime.unanimous import Numbers
+
+if TYPE_CHECKING:
+    from distcomp.pruning.pruner import Pruner
 
 
 class Consensus:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from distcomp.active import FROZEN, NOTHING_OBSERVED, ActiveParameters, Observed
-from distcomp.pruning.active import ActiveMasks
-from distcomp.pruning.pruner import Pruner, pruner_named
+
+if TYPE_CHECKING:
+    from distcomp.pruning.pruner import Pruner
 
 
 def sources_of(method: Any) -> list[ActiveParameters]:
@@ -25,7 +26,14 @@ def sources_of(method: Any) -> list[ActiveParameters]:
 
 def pruners_of(method: Any) -> list[Pruner]:
     """The pruners whose masks a method, or one within it, follows."""
-    return [pruner_named(one.pruner) for one in sources_of(method) if isinstance(one, ActiveMasks)]
+    sources = sources_of(method)
+    if not sources:
+        return []
+    # Where nothing is pruned, attaching does not wait for the room of pruning to be imported.
+    from distcomp.pruning.active import ActiveMasks
+    from distcomp.pruning.pruner import pruner_named
+
+    return [pruner_named(one.pruner) for one in sources if isinstance(one, ActiveMasks)]
 
 
 def observer(method: Any, parameters: Mapping[str, Tensor]) -> Callable[[], Observed]:

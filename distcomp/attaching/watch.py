@@ -14,7 +14,6 @@ from distcomp.attaching.elapsed import TrainingTime
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.session import Session
 from distcomp.errors import DistcompError
-from distcomp.network.qdisc import read_qdisc_bytes
 from distcomp.training import Listener
 
 Sink = Callable[[Mapping[str, Any]], object]
@@ -120,7 +119,11 @@ def _has_gradient(optimizer: Optimizer) -> bool:
 def _qdisc_bytes() -> int | None:
     """What the kernel's queue has counted for this rank, where the emulator says which queue it is."""
     device = os.environ.get("DISTCOMP_DEVICE")
-    return read_qdisc_bytes(device) if device else None
+    if not device:
+        return None
+    from distcomp.network.qdisc import read_qdisc_bytes  # only on an emulated network, not with every import
+
+    return read_qdisc_bytes(device)
 
 
 def _describe(last: Any) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class TrainingClock:
         self._parameters.update(_known(self._model()))
         if "forward" not in self._hooks:
             self._hooks["forward"] = self._watch_forward()
-            self._hooks["step"] = self._watch_steps()
+            _hear_steps(self)
         if listener.source == "parameters" and "parameters" not in self._hooks:
             self._hooks["parameters"] = self._watch_parameters()
 
@@ -105,6 +105,7 @@ class TrainingClock:
             for hook in [hook for hooks in self._hooks.values() for hook in hooks]:
                 hook.remove()
             self._hooks.clear()
+            _STEPPED[:] = [known for known in _STEPPED if known() not in (None, self)]
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -214,13 +215,6 @@ class TrainingClock:
             model.register_forward_hook(_OwnHook(uncompiled(self._forward_ended)), always_call=True),
         ]
 
-    def _watch_steps(self) -> list[Any]:
-        before, after = _weakly(self, TrainingClock._before_step), _weakly(self, TrainingClock._after_step)
-        hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        for hook in hooks:  # they are of all optimizers: a clock that is gone leaves none behind
-            weakref.finalize(self, hook.remove)
-        return hooks
-
     def _watch_parameters(self) -> list[Any]:
         arrived = _weakly(self, TrainingClock._parameter_arrived)
         parameters = [known() for known in self._parameters.values()]
@@ -249,6 +243,39 @@ class _OwnHook:
 
     def __reduce__(self) -> tuple[type[_OwnHook], tuple[()]]:
         return _OwnHook, ()
+
+
+_STEPPED: list[weakref.ref[TrainingClock]] = []
+"""The clocks that hear of optimizers' steps, in the order in which somebody began to listen."""
+
+_STEP_HOOKS: list[Any] = []
+
+
+def _hear_steps(clock: TrainingClock) -> None:
+    """Tell ``clock`` of every optimizer's steps.
+
+    Two hooks serve all clocks and stay: torch walks over its hooks while they run, so that one that is taken
+    away meanwhile, by a listener that leaves or because a clock was collected, would end the user's step.
+    """
+    _STEPPED[:] = [known for known in _STEPPED if known() is not None]
+    _STEPPED.append(weakref.ref(clock))
+    if not _STEP_HOOKS:
+        _STEP_HOOKS.append(register_optimizer_step_pre_hook(_before_a_step))
+        _STEP_HOOKS.append(register_optimizer_step_post_hook(_after_a_step))
+
+
+def _before_a_step(optimizer: Optimizer, arguments: Any, options: Any) -> None:
+    for known in tuple(_STEPPED):
+        clock = known()
+        if clock is not None:
+            clock._before_step(optimizer, arguments, options)
+
+
+def _after_a_step(optimizer: Optimizer, arguments: Any, options: Any) -> None:
+    for known in tuple(_STEPPED):
+        clock = known()
+        if clock is not None:
+            clock._after_step(optimizer, arguments, options)
 
 
 _CLOCKS: WeakKeyDictionary[nn.Module, weakref.ref[TrainingClock]] = WeakKeyDictionary()

@@ -7,7 +7,6 @@ import io
 import math
 import os
 import signal
-import threading
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from distcomp.payload import Part, Payload
 from distcomp.transports.gloo_p2p import GlooP2P
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.torchdist import TorchDist
+from tests.cluster import threads_left
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -403,5 +403,5 @@ def straying(rank: int, size: int, spec: Any, how: str, timeout_s: float) -> dic
             with contextlib.suppress(distcomp.DistcompError):
                 handle.detach()
     found["warned"] = [str(one.message) for one in caught if "goes on without" in str(one.message)]
-    found["threads"] = [one.name for one in threading.enumerate() if one.name.startswith("distcomp")]
+    found["threads"] = threads_left()
     return found

@@ -86,6 +86,7 @@ def OWN() -> Method:
 def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing that a test registers stays."""
     monkeypatch.setenv("DISTCOMP_IMPORT", "")
+    monkeypatch.syspath_prepend("")  # so that it puts the path back: --import adds to it
     before = dict(METHODS)
     yield
     for name in METHODS.keys() - before.keys():

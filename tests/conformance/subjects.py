@@ -62,10 +62,12 @@ class Subject:
 
 def methods() -> list[Subject]:
     """Every registered method that is not a control, with its settings."""
-    load_all()  # or the table would grow while it is read
+    load_all()
+    # A copy: trying settings looks up names, which may bring in what installed plug-ins register.
+    entries = tuple(METHODS.values())
     return [
         Subject(entry.name, entry.recipe, settings, entry)
-        for entry in METHODS.values()
+        for entry in entries
         if not entry.control and entry.kind == "gradient"
         for settings in choices(entry.recipe)
     ]

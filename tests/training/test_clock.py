@@ -131,6 +131,25 @@ def test_the_optimizer_of_another_model_is_not_heard() -> None:
     assert notes.answers == []
 
 
+def test_a_clock_that_goes_in_the_middle_of_a_step_does_not_disturb_it() -> None:
+    """torch walks over the hooks of all optimizers while they run."""
+    model, other, notes = nn.Linear(3, 2), [nn.Linear(3, 2)], Notes()
+
+    class Leaves(Notes):
+        def before_step(self, optimizer: Optimizer) -> None:
+            clock_of(model).leave(self)
+            other.clear()
+            gc.collect()
+
+    clock_of(model).listen(Leaves())
+    clock_of(other[0]).listen(Notes())
+    clock_of(model).listen(notes)
+    gone = weakref.ref(clock_of(other[0]))
+    step(model, torch.optim.SGD(model.parameters(), 0.1))
+    assert gone() is None
+    assert notes.answers == ["forward", "backward", "before", "used", "after"]
+
+
 def test_many_listeners_have_one_set_of_hooks_and_the_last_takes_it_away() -> None:
     model, listeners = nn.Linear(3, 2), [Notes(), Notes(), Notes("outputs")]
     for listener in listeners:

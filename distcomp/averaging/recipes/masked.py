@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.active_only import ActiveOnly, compared, recalled, remembered
 from distcomp.methods.base import AggregateResult, Method, State, cut_state
 from distcomp.methods.registry import parse
-from distcomp.pruning.pruner import Pruner
+
+if TYPE_CHECKING:
+    from distcomp.pruning.pruner import Pruner
 
 
 def active_only(

@@ -92,8 +92,3 @@ def replicas_equal(model: nn.Module) -> bool:
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     return all(torch.equal(one, mine) for one in everyone)
-
-
-def threads_left() -> list[str]:
-    """What still runs of distcomp's in this process."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("distcomp")]

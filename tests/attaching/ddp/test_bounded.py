@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distcomp
 from distcomp.transports.verdict import REMEDY
 from tests.attaching.ddp import jobs
-from tests.cluster import Cluster, Failure
+from tests.cluster import Cluster, Failure, threads_left
 
 TIMEOUT_S = 6
 PATIENCE_S = 90
@@ -208,7 +208,7 @@ def go(rank, size, way):
         one.handle.detach()
     except distcomp.DistcompError as error:  # what went wrong is said again; the model is left all the same
         told = told or str(error)
-    return told, kind, jobs.threads_left()
+    return told, kind, threads_left()
 
 
 def check(answers, victim, reason):
@@ -298,7 +298,7 @@ def attach(rank, size, how):
     try:
         distcomp.attach(model, None, method, seed=int(how == "seed" and odd), timeout_s=TIMEOUT_S)
     except distcomp.DistcompError as error:
-        return str(error), [one.name for one in threading.enumerate() if one.name == "distcomp-heartbeat"]
+        return str(error), threads_left()
     return "attached", []
 
 

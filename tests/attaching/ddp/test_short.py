@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
 from tests.attaching.ddp import jobs
-from tests.cluster import Failure
+from tests.cluster import Failure, threads_left
 
 TIMEOUT_S = 8
 
@@ -42,7 +42,7 @@ def skipping(rank, size, spec, who, cap_mb, skips):
     except (RuntimeError, distcomp.DistcompError) as error:
         told = f"step {step}: {error}"
     handle.detach()
-    return told, jobs.threads_left()
+    return told, threads_left()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def broken(rank, size, error, within):
     except error as raised:
         caught = str(raised)
     handle.detach()
-    return caught, jobs.threads_left()
+    return caught, threads_left()
 
 
 @pytest.mark.parametrize("within", [True, False], ids=["with", "detach"])
@@ -171,7 +171,7 @@ def leaves_early(rank, size):
     jobs.train(model, optimizer, rank, 2)
     if rank == 1:
         handle.detach()
-        return "left", jobs.threads_left()
+        return "left", threads_left()
     try:
         handle.exchange(torch.ones(3))
     except distcomp.PeerLost as error:
@@ -179,7 +179,7 @@ def leaves_early(rank, size):
     else:
         told = "not noticed"
     handle.detach()
-    return told, jobs.threads_left()
+    return told, threads_left()
 
 
 def test_an_exchange_that_nobody_answers_ends(doomed):

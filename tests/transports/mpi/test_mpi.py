@@ -25,10 +25,9 @@ QUICK = "leaves_no_trace or bytes_of_every_step"
 def mpirun(size: int, *command: str | Path, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:
     launchers = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     clean = {name: value for name, value in os.environ.items() if name not in launchers}
-    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     return subprocess.run(
         [str(MPIRUN), "-n", str(size), sys.executable, *map(str, command)],
-        env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
         text=True,
