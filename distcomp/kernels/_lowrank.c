@@ -32,53 +32,94 @@ typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_al
 #define store(to, lanes) (*(Anywhere *)(to) = (lanes))
 
 typedef float Eight __attribute__((vector_size(32)));
-typedef float Four __attribute__((vector_size(16)));
+typedef float EightAnywhere __attribute__((vector_size(32), aligned(4), may_alias));
 
-/* The upper half of the lanes onto the lower one, until there is one: in registers. */
-BODY float sum_of(const float *summands) {
-    Eight eight, upper_eight;
-    Four four, upper_four;
-    float lanes[4];
-    memcpy(&eight, summands, sizeof eight);
-    memcpy(&upper_eight, summands + 8, sizeof eight);
-    eight += upper_eight;
-    memcpy(&four, &eight, sizeof four);
-    memcpy(&upper_four, (const char *)&eight + sizeof four, sizeof four);
-    four += upper_four;
-    memcpy(lanes, &four, sizeof lanes);
-    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+#define load_eight(from) ((Eight) * (const EightAnywhere *)(from))
+
+#define BLOCK 16 /* sums that are added up together */
+
+typedef struct { /* of LANES: a register each, where Lanes would lie in memory */
+    Eight low, high;
+} Halves;
+
+/* Lanes of two vectors, side by side: which of `left`, then which of `right`, from 8 on. */
+#define lanes_of(left, right, ...) __builtin_shuffle(left, right, (Index){__VA_ARGS__})
+typedef int Index __attribute__((vector_size(32)));
+
+/* Each of the sums' lanes added up, the upper half onto the lower one until there is one: all of a block at once,
+ * two vectors becoming one at each halving. */
+BODY void add_up(const Halves *sums, float *totals) {
+    Eight eight[BLOCK], four[BLOCK / 2], two[BLOCK / 4];
+    for (size_t s = 0; s < BLOCK; s++) eight[s] = sums[s].low + sums[s].high;
+    for (size_t s = 0; s < BLOCK / 2; s++) /* of 2s, then of 2s + 1 */
+        four[s] = lanes_of(eight[2 * s], eight[2 * s + 1], 0, 1, 2, 3, 8, 9, 10, 11) +
+                  lanes_of(eight[2 * s], eight[2 * s + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+    for (size_t s = 0; s < BLOCK / 4; s++) /* of 4s, 4s + 2, 4s + 1, 4s + 3 */
+        two[s] = lanes_of(four[2 * s], four[2 * s + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+                 lanes_of(four[2 * s], four[2 * s + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    for (size_t s = 0; s < BLOCK / 8; s++) {
+        Eight one = lanes_of(two[2 * s], two[2 * s + 1], 0, 2, 8, 10, 4, 6, 12, 14) +
+                    lanes_of(two[2 * s], two[2 * s + 1], 1, 3, 9, 11, 5, 7, 13, 15);
+        Eight ordered = lanes_of(one, one, 0, 4, 1, 5, 2, 6, 3, 7);
+        memcpy(totals + 8 * s, &ordered, sizeof ordered);
+    }
 }
 
-/* out[k][i] = sum_j q[k][j] m[i][j]: lane l adds the columns j = l mod LANES; the rest comes last. */
-BODY void dots(const Product *x, size_t i, size_t k, const size_t rows, const size_t factors) {
+/* sums[t * per_row + f][l] = sum of q[k + f][j] m[i + t][j] over the columns j = l mod LANES up to the last whole
+ * LANES: few enough of them that they stay in registers. */
+BODY void accumulate(const Product *x, size_t i, size_t k, const size_t rows, const size_t factors,
+                     const size_t per_row, Halves *sums) {
     const float *m = x->m + i * x->stride, *q = x->q + k * x->b;
-    const size_t b = x->b, stride = x->stride;
-    Lanes sums[2][FACTORS];
-    memset(sums, 0, sizeof sums);
-    size_t j = 0;
-    for (; j + LANES <= b; j += LANES)
+    Eight low[2][2] = {0}, high[2][2] = {0};
+    for (size_t j = 0; j + LANES <= x->b; j += LANES)
         for (size_t f = 0; f < factors; f++) {
-            Lanes factor = load(q + f * b + j);
-            for (size_t t = 0; t < rows; t++) sums[t][f] += factor * load(m + t * stride + j);
+            Eight factor_low = load_eight(q + f * x->b + j), factor_high = load_eight(q + f * x->b + j + 8);
+            for (size_t t = 0; t < rows; t++) {
+                low[t][f] += factor_low * load_eight(m + t * x->stride + j);
+                high[t][f] += factor_high * load_eight(m + t * x->stride + j + 8);
+            }
         }
     for (size_t t = 0; t < rows; t++)
+        for (size_t f = 0; f < factors; f++) sums[t * per_row + f] = (Halves){low[t][f], high[t][f]};
+}
+
+/* out[k + f][i + t] = sum_j q[k + f][j] m[i + t][j] for up to BLOCK / factors rows; the last columns, too few for
+ * LANES, are added last. */
+BODY void dots(const Product *x, size_t i, size_t k, size_t rows, const size_t factors) {
+    const float *m = x->m + i * x->stride, *q = x->q + k * x->b;
+    Halves sums[BLOCK];
+    float totals[BLOCK];
+    if (rows * factors < BLOCK) memset(sums, 0, sizeof sums);
+    for (size_t t = 0; t < rows; t += 2)
+        for (size_t f = 0; f < factors; f += 2) {
+            Halves *at = sums + t * factors + f;
+            if (factors == 1 && rows - t == 1) accumulate(x, i + t, k + f, 1, 1, factors, at);
+            else if (factors == 1) accumulate(x, i + t, k + f, 2, 1, factors, at);
+            else if (rows - t == 1) accumulate(x, i + t, k + f, 1, 2, factors, at);
+            else accumulate(x, i + t, k + f, 2, 2, factors, at);
+        }
+    add_up(sums, totals);
+    for (size_t t = 0; t < rows; t++)
         for (size_t f = 0; f < factors; f++) {
-            float sum = sum_of((const float *)&sums[t][f]);
-            for (size_t rest = j; rest < b; rest++) sum += q[f * b + rest] * m[t * stride + rest];
+            float sum = totals[t * factors + f];
+            for (size_t rest = x->b - x->b % LANES; rest < x->b; rest++)
+                sum += q[f * x->b + rest] * m[t * x->stride + rest];
             x->out[(k + f) * x->out_stride + i + t] = sum;
         }
 }
 
+/* All rows with `factors` of the factor's rows, from k on. */
+BODY void dots_of_all(const Product *x, size_t k, const size_t factors) {
+    size_t i = 0;
+    for (; i + BLOCK / factors <= x->a; i += BLOCK / factors) dots(x, i, k, BLOCK / factors, factors);
+    if (i < x->a) dots(x, i, k, x->a - i, factors);
+}
+
 BODY void times_rows_body(const Product *x) {
-    for (size_t i = 0; i < x->a; i += 2) {
-        size_t rows = x->a - i < 2 ? 1 : 2, k = 0;
-        for (; k + FACTORS <= x->rank; k += FACTORS)
-            if (rows == 2) dots(x, i, k, 2, FACTORS);
-            else dots(x, i, k, 1, FACTORS);
-        for (; k < x->rank; k++)
-            if (rows == 2) dots(x, i, k, 2, 1);
-            else dots(x, i, k, 1, 1);
-    }
+    size_t k = 0;
+    for (; k + FACTORS <= x->rank; k += FACTORS) dots_of_all(x, k, FACTORS);
+    for (; k + 2 <= x->rank; k += 2) dots_of_all(x, k, 2);
+    if (k < x->rank) dots_of_all(x, k, 1);
 }
 
 /* out[k][j] += sum over a few rows i of p[k][i] m[i][j], row after row, for the columns from j to end. */
