@@ -35,22 +35,25 @@ def step_s(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer, x: to
     return time.perf_counter() - began_s
 
 
-def exchanges(method: str, steps: int) -> list[float]:
-    """What each exchange took, by the slowest rank; the first is a warm-up."""
+def exchanges(method: str, steps: int) -> dict[str, Any]:
+    """What each exchange took, by the slowest rank, and what it sent; the first is a warm-up."""
     ddp = model()
     optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
-    mine = []
+    mine, sent_bytes = [], 0
     with distcomp.attach(ddp, optimizer, method) as handle:
         for step in range(steps + 1):
             step_s(ddp, optimizer, torch.randn(1, SIDE))
             if step:
-                mine.append(handle.stats()["last"]["exchange_s"])
+                last = handle.stats()["last"]
+                mine.append(last["exchange_s"])
+                sent_bytes = last["payload_bytes"]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    return [max(times) for times in zip(*everyone, strict=True)]
+    seconds = [max(times) for times in zip(*everyone, strict=True)]
+    return {"seconds": seconds, "payload_bytes": sent_bytes}
 
 
-def overheads(method: str, steps: int) -> list[float]:
+def overheads(method: str, steps: int) -> dict[str, Any]:
     """A step with the method over a bare step, pair by pair; the first three are warm-ups."""
     bare, attached = model(), model()
     optimizers = [torch.optim.SGD(ddp.parameters(), lr=1e-3) for ddp in (bare, attached)]
@@ -59,7 +62,7 @@ def overheads(method: str, steps: int) -> list[float]:
         times = [
             (step_s(bare, optimizers[0], x), step_s(attached, optimizers[1], x)) for _ in range(steps + 3)
         ]
-    return [with_method / alone for alone, with_method in times[3:]]
+    return {"seconds": [with_method / alone for alone, with_method in times[3:]]}
 
 
 def main() -> None:
@@ -69,9 +72,9 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     measure = {"exchange": exchanges, "overhead": overheads}[settings["what"]]
-    seconds = measure(settings["method"], settings["steps"])
+    measured = measure(settings["method"], settings["steps"])
     if dist.get_rank() == 0:
-        print(json.dumps({"seconds": seconds}))
+        print(json.dumps(measured))
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)  # Gloo's thread may free a tensor while the interpreter goes, which aborts it

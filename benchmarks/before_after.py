@@ -6,7 +6,8 @@ Exchanges: 17 MB of gradients among 4 ranks on an emulated network of 100 Mbit/s
 checkout, then some of the new, and so on; a time is the slowest rank's. Attaching: a training step of two
 ranks on an unshaped network, with ``identity`` attached, over the same step bare. Importing: a new process
 that asks for ``distcomp.attach``. Each row holds the median of each checkout and the median of the ratios,
-pair by pair. Every process imports distcomp from the checkout that it measures: ``src/`` where there is one,
+pair by pair; an exchange's also what a rank sent, for where a method's numbers were corrected meanwhile it
+sends more or less, and the ratio of the times per byte. Every process imports distcomp from the checkout that it measures: ``src/`` where there is one,
 else its root.
 """
 
@@ -29,7 +30,8 @@ from distcomp.network.launch import show_nothing
 
 RANK = ROOT / "benchmarks" / "_before_after_rank.py"
 METHODS = ("qsgd:bits=4", "qsgd:bits=1", "powersgd:rank=4", "topk:ratio=0.01")
-Measure = Callable[[Path], float]
+Measure = Callable[[Path], dict[str, float]]
+"""Of a checkout: ``seconds``, or a ratio of them, and with an exchange ``payload_bytes``."""
 
 
 def source_of(checkout: Path) -> Path:
@@ -40,8 +42,8 @@ def source_of(checkout: Path) -> Path:
     return folder
 
 
-def on_ranks(net: Any, what: str, method: str, steps: int, checkout: Path) -> float:
-    """The median of what the ranks measured with the distcomp of ``checkout``."""
+def on_ranks(net: Any, what: str, method: str, steps: int, checkout: Path) -> dict[str, float]:
+    """What the ranks measured with the distcomp of ``checkout``: of seconds the median."""
     source = str(source_of(checkout))
     settings = {"what": what, "method": method, "steps": steps, "source": source}
     result = net.launch(
@@ -54,10 +56,11 @@ def on_ranks(net: Any, what: str, method: str, steps: int, checkout: Path) -> fl
         failed = result.first_failure or 0
         raise SystemExit(f"{what} of {checkout} failed on rank {failed}: {result.outputs[failed][-3000:]}")
     lines = [line for line in result.outputs[0].splitlines() if line.startswith("{")]
-    return median(json.loads(lines[-1])["seconds"])
+    measured = json.loads(lines[-1])
+    return {**measured, "seconds": median(measured["seconds"])}
 
 
-def import_s(checkout: Path) -> float:
+def import_s(checkout: Path) -> dict[str, float]:
     """A process that imports distcomp and asks for its first public name."""
     environ = {**os.environ, "PYTHONPATH": str(source_of(checkout))}
     code = "import distcomp; distcomp.attach; print(distcomp.__file__)"
@@ -67,7 +70,7 @@ def import_s(checkout: Path) -> float:
     )
     took_s = time.perf_counter() - began_s
     check_source(done.stdout.strip(), checkout)
-    return took_s
+    return {"seconds": took_s}
 
 
 def check_source(file: str, checkout: Path) -> None:
@@ -79,16 +82,23 @@ def check_source(file: str, checkout: Path) -> None:
 def paired(measure: Measure, old: Path, new: Path, pairs: int) -> dict[str, Any]:
     """``measure`` of each checkout in turn; who begins changes from pair to pair."""
     times: dict[Path, list[float]] = {old: [], new: []}
+    sent_bytes: dict[Path, float] = {}
     for number in range(pairs):
         for checkout in (old, new) if number % 2 == 0 else (new, old):
-            times[checkout].append(measure(checkout))
-    ratios = [after / before for before, after in zip(times[old], times[new], strict=True)]
-    return {
+            measured = measure(checkout)
+            times[checkout].append(measured["seconds"])
+            sent_bytes[checkout] = measured.get("payload_bytes", 0)
+    both = list(zip(times[old], times[new], strict=True))
+    row = {
         "before": median(times[old]),
         "after": median(times[new]),
-        "ratio": median(ratios),
-        "pairs": [list(pair) for pair in zip(times[old], times[new], strict=True)],
+        "ratio": median([after / before for before, after in both]),
+        "pairs": [list(pair) for pair in both],
     }
+    if sent_bytes[old]:
+        row["payload_bytes"] = [sent_bytes[old], sent_bytes[new]]
+        row["ratio_per_byte"] = row["ratio"] * sent_bytes[old] / sent_bytes[new]
+    return row
 
 
 def main() -> None:
