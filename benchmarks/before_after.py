@@ -7,8 +7,8 @@ checkout, then some of the new, and so on; a time is the slowest rank's. Attachi
 ranks on an unshaped network, with ``identity`` attached, over the same step bare. Importing: a new process
 that asks for ``distcomp.attach``. Each row holds the median of each checkout and the median of the ratios,
 pair by pair; an exchange's also what a rank sent, for where a method's numbers were corrected meanwhile it
-sends more or less, and the ratio of the times per byte. Every process imports distcomp from the checkout that it measures: ``src/`` where there is one,
-else its root.
+sends more or less, and the ratio of the times per byte. Every process imports distcomp from the checkout
+that it measures: ``src/`` where there is one, else its root.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def paired(measure: Measure, old: Path, new: Path, pairs: int) -> dict[str, Any]
             times[checkout].append(measured["seconds"])
             sent_bytes[checkout] = measured.get("payload_bytes", 0)
     both = list(zip(times[old], times[new], strict=True))
-    row = {
+    row: dict[str, Any] = {
         "before": median(times[old]),
         "after": median(times[new]),
         "ratio": median([after / before for before, after in both]),
