@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -219,6 +220,17 @@ def _survivors(param: ParamSlice, bits: Tensor, count: int) -> ParamSlice:
     return ParamSlice(param.name, shape, 0, count, param.role)
 
 
+class Observable(Protocol):
+    """A live object of the training loop that a source of active parameters depends on."""
+
+    def snapshot(self) -> object:
+        """What it is in the step under way: an immutable value, equal on all ranks."""
+
+
+OBSERVABLES: WeakValueDictionary[str, Observable] = WeakValueDictionary()
+"""By name in this process: whom the training loop asks for what it hands to sources of that name."""
+
+
 class ActiveParameters(ABC):
     """A source of active parameters. Subclasses are frozen dataclasses; their ``repr`` is what ranks compare
     when they attach.
@@ -230,6 +242,9 @@ class ActiveParameters(ABC):
     keeps_dense_grad: bool = False
     """Whether inactive coordinates have gradients all the same, which are owed until they are sent.
     Otherwise what they hold is no gradient, and is forgotten."""
+
+    observes: str = ""
+    """The name in :data:`OBSERVABLES` under which the training loop observes something for this source."""
 
     @abstractmethod
     def active(self, layout: Layout, context: Context) -> ActiveSet:
