@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -50,4 +51,15 @@ class AwakeLayers(ActiveParameters):
         asleep = tuple(
             f"{layer}." for layer, last in seen.last_awake.items() if last <= seen.step - self.period
         )
-        return ActiveSet.of(layout, {name: False for name in layout.names if name.startswith(asleep)})
+        off = frozenset(name for name in layout.names if name.startswith(asleep))
+        known: OrderedDict[frozenset[str], ActiveSet] = layout.remember("awake layers", OrderedDict)
+        if off not in known:  # a bucket of one layer has two sets in all, and their plans are made once
+            known[off] = ActiveSet.of(layout, dict.fromkeys(off, False))
+        known.move_to_end(off)
+        while len(known) > REMEMBERED:
+            known.popitem(last=False)
+        return known[off]
+
+
+REMEMBERED = 64
+"""Active sets of a layout that are kept for the next time."""
