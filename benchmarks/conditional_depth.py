@@ -4,9 +4,9 @@
     python -m benchmarks.conditional_depth --accuracy   # five seeds, in one process
     python -m benchmarks.conditional_depth --replicas   # 1,000 steps on two ranks
 
-Eight residual blocks of two layers on pairs of digits. All parameters are in one bucket of
-DistributedDataParallel, and coordinates are cut out of it, or each block has a bucket, which is dropped whole.
-Controls: coins of each rank's own, and a constant net of six blocks, near the mean depth of 5.75.
+Eight residual blocks of two layers on pairs of digits. All parameters are in one bucket, and coordinates are
+cut out of it, or each block has a bucket of its own, which is dropped whole. Controls: coins of each rank's
+own, and a constant net of six blocks, near the mean depth of 5.75.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ WIRE = {  # blocks, coins, megabytes of a bucket
 ACCURACY = {"constant, 8 blocks": (8, 1.0), "constant, 6 blocks": (6, 1.0), "stochastic depth": (8, LAST)}
 PLAN = {
     "width": WIDTH, "blocks": BLOCKS, "last": LAST, "batch": BATCH, "lr": LR, "steps": STEPS,
-    "accuracy_steps": ACCURACY_STEPS, "accuracy_width": ACCURACY_WIDTH, "ranks": 2, "rate": "100mbit", "seeds": SEEDS,
+    "accuracy_steps": ACCURACY_STEPS, "accuracy_width": ACCURACY_WIDTH,
+    "ranks": 2, "rate": "100mbit", "seeds": SEEDS,
 }  # fmt: skip
 
 
