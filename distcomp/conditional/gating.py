@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from distcomp.conditional.noise import generator_of
 from distcomp.errors import DistcompError
-from distcomp.randomness import Key
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,7 @@ class NoisyTopKGate(nn.Module):
 
     def draw(self, x: Tensor, like: Tensor) -> Tensor:
         """Standard normal noise ``[T, E]``, a function of the tokens."""
-        bits = x.detach().float().contiguous().view(torch.int32).sum(dtype=torch.int64)
-        generator = Key.of("gate", int(bits)).generator()
-        noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+        noise = torch.randn(like.shape, generator=generator_of("gate", x), dtype=torch.float32)
         return noise.to(like.device, like.dtype)
 
 
