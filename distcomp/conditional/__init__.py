@@ -3,7 +3,7 @@
 from distcomp.conditional.awake import AwakeLayers
 from distcomp.conditional.controller import QController
 from distcomp.conditional.depth import alternate_layers, freeze_layers, sample_layers, stochastic_depth
-from distcomp.conditional.exits import Exits, average_products, exits
+from distcomp.conditional.early_exits import Exits, average_products, exits
 from distcomp.conditional.experts import (
     MixtureOfExperts,
     balance_loss,

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
 from distcomp.active import OBSERVABLES
@@ -34,7 +33,7 @@ from distcomp.conditional.awake import AwakeLayers, LayersSeen, layers_seen
 from distcomp.conditional.choices import LayerChoice
 from distcomp.errors import DistcompError, Mismatch
 from distcomp.methods import Method, parse
-from distcomp.private_torch import inside_compiled
+from distcomp.pruning.masks import unwrapped
 from distcomp.randomness import Key
 from distcomp.schedule import extremes
 from distcomp.training import Listener, Source, clock_of
@@ -257,12 +256,6 @@ def layers_named(model: nn.Module, patterns: str | Iterable[str]) -> tuple[str, 
             )
         chosen += matched
     return tuple(name for name in names if name in chosen)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module under torch.compile's and DistributedDataParallel's wrappers."""
-    inner = inside_compiled(model)
-    return inner.module if isinstance(inner, DistributedDataParallel) else inner
 
 
 class _NoGradient(torch.autograd.Function):

@@ -12,10 +12,10 @@ from torch.nn.functional import linear
 
 from distcomp.active import OBSERVABLES, ActiveParameters, ActiveSet, Context
 from distcomp.averaging.recipes.masked import active_only
-from distcomp.conditional.switch import unwrapped
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods import Method
+from distcomp.pruning.masks import unwrapped
 from distcomp.randomness import Key
 from distcomp.training import Listener, Source, clock_of
 

@@ -22,7 +22,7 @@ from distcomp.conditional import (
     taken_shares,
 )
 from distcomp.conditional.controller import run_on_rows
-from distcomp.conditional.exits import entropy
+from distcomp.conditional.early_exits import entropy
 from distcomp.conditional.policy import block_sparse_relu
 from tests.conditional.per_example_jobs import zeros_are_sent
 

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-from distcomp.conditional.switch import unwrapped
 from distcomp.errors import DistcompError
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+from distcomp.pruning.masks import unwrapped
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,9 @@ class Exits:
 
     # ---------------------------------------------------------------------------------------- training
 
-    def loss(self, scores: Tensor, labels: Tensor, criterion: Loss = cross_entropy) -> Tensor:
+    def loss(
+        self, scores: Tensor, labels: Tensor, criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    ) -> Tensor:
         """The joint weighted loss of the forward that gave ``scores``, heads included.
 
         Raises DistcompError where no training forward has just passed all heads.
