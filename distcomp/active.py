@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -88,13 +89,36 @@ class ActiveSet:
     """Of the tensor that they are taken from."""
     elements: Mapping[str, tuple[ParamSlice, Elements]] = field(repr=False)
     """By the name of an active parameter: its slice in :attr:`whole`, and which of its elements."""
-    indices: Tensor | None = field(repr=False)
-    """Into the whole tensor: int64 ``[layout.numel]``, rising; None where all of it is active."""
+
+    @cached_property
+    def indices(self) -> Tensor | None:
+        """Into the whole tensor: int64 ``[layout.numel]``, rising; None where all of it is active."""
+        if self.layout == self.whole:
+            return None
+        indices = []
+        for param, at in zip(self.whole.slices, self.whole.offsets, strict=True):
+            if param.name in self.elements:
+                _, chosen = self.elements[param.name]
+                indices.append(torch.arange(at, at + param.numel) if chosen is None else at + chosen)
+        return torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64)
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, int]] | None:
+        """The active stretches of the whole tensor, where whole parameters are active and no others: what is
+        cut out by them is copied ten times faster than element by element."""
+        if any(chosen is not None for _, chosen in self.elements.values()):
+            return None
+        runs: list[tuple[int, int]] = []
+        for param, at in zip(self.whole.slices, self.whole.offsets, strict=True):
+            if param.name in self.elements:
+                begin = runs.pop()[0] if runs and runs[-1][1] == at else at
+                runs.append((begin, at + param.numel))
+        return runs
 
     @staticmethod
     def all(layout: Layout) -> ActiveSet:
         """Everything."""
-        return ActiveSet(layout, layout, {param.name: (param, None) for param in layout.slices}, None)
+        return ActiveSet(layout, layout, {param.name: (param, None) for param in layout.slices})
 
     @staticmethod
     def of(layout: Layout, masks: Mapping[str, Tensor | bool]) -> ActiveSet:
@@ -125,31 +149,40 @@ class ActiveSet:
 
     def pick(self, buffer: Tensor) -> Tensor:
         """The active coordinates of a flat tensor ``[whole.numel]``, in order: ``[layout.numel]``."""
-        return buffer if self.indices is None else buffer[self.indices.to(buffer.device)]
+        if self.layout == self.whole:
+            return buffer
+        if self._runs is not None:
+            return torch.cat([buffer[begin:end] for begin, end in self._runs] or [buffer[:0]])
+        assert self.indices is not None
+        return buffer[self.indices.to(buffer.device)]
 
     def spread(self, active: Tensor) -> Tensor:
         """A whole flat tensor with zeros where nothing is active."""
-        if self.indices is None:
+        if self.layout == self.whole:
             return active
-        buffer = active.new_zeros(self.whole.numel)
-        buffer[self.indices.to(active.device)] = active
-        return buffer
+        return self._write(active.new_zeros(self.whole.numel), active)
 
     def put(self, buffer: Tensor, active: Tensor) -> Tensor:
         """A copy of ``buffer`` with its active coordinates replaced."""
-        if self.indices is None:
-            return active
-        replaced = buffer.clone()
-        replaced[self.indices.to(buffer.device)] = active
-        return replaced
+        return active if self.layout == self.whole else self._write(buffer.clone(), active)
 
     def complement(self, buffer: Tensor) -> Tensor:
         """The flat tensor with zeros where something is active: a copy."""
-        if self.indices is None:
+        if self.layout == self.whole:
             return torch.zeros_like(buffer)
-        rest = buffer.clone()
-        rest[self.indices.to(buffer.device)] = 0
-        return rest
+        return self._write(buffer.clone(), buffer.new_zeros(self.layout.numel))
+
+    def _write(self, buffer: Tensor, active: Tensor) -> Tensor:
+        """``buffer`` itself, with its active coordinates replaced."""
+        if self._runs is None:
+            assert self.indices is not None
+            buffer[self.indices.to(buffer.device)] = active
+            return buffer
+        at = 0
+        for begin, end in self._runs:
+            buffer[begin:end] = active[at : at + end - begin]
+            at += end - begin
+        return buffer
 
     @cached_property
     def digest(self) -> int:
@@ -186,23 +219,18 @@ def _both(first: Tensor | bool, other: Tensor | bool) -> Tensor | bool:
 
 def _collect(layout: Layout, active: Mapping[str, Tensor | bool]) -> ActiveSet:
     """The set, from the bits of each slice."""
-    slices, indices = [], []
+    slices = []
     elements: dict[str, tuple[ParamSlice, Elements]] = {}
-    for param, at in zip(layout.slices, layout.offsets, strict=True):
+    for param in layout.slices:
         bits = active[param.name]
         if bits is True or (isinstance(bits, Tensor) and bool(bits.all())):
             slices.append(param)
-            indices.append(torch.arange(at, at + param.numel))
             elements[param.name] = (param, None)
         elif isinstance(bits, Tensor) and bool(bits.any()):
             chosen = bits.nonzero().squeeze(1)
             slices.append(_survivors(param, bits, chosen.numel()))
-            indices.append(at + chosen)
             elements[param.name] = (param, chosen)
-    if tuple(slices) == layout.slices:
-        return ActiveSet(layout, layout, elements, None)
-    nothing = torch.empty(0, dtype=torch.int64)
-    return ActiveSet(Layout(tuple(slices)), layout, elements, torch.cat(indices) if indices else nothing)
+    return ActiveSet(layout if tuple(slices) == layout.slices else Layout(tuple(slices)), layout, elements)
 
 
 def _survivors(param: ParamSlice, bits: Tensor, count: int) -> ParamSlice:
@@ -219,6 +247,17 @@ def _survivors(param: ParamSlice, bits: Tensor, count: int) -> ParamSlice:
     return ParamSlice(param.name, shape, 0, count, param.role)
 
 
+class Observable(Protocol):
+    """A live object of the training loop that a source of active parameters depends on."""
+
+    def snapshot(self) -> object:
+        """What it is in the step under way: an immutable value, equal on all ranks."""
+
+
+OBSERVABLES: WeakValueDictionary[str, Observable] = WeakValueDictionary()
+"""By name in this process: whom the training loop asks for what it hands to sources of that name."""
+
+
 class ActiveParameters(ABC):
     """A source of active parameters. Subclasses are frozen dataclasses; their ``repr`` is what ranks compare
     when they attach.
@@ -230,6 +269,9 @@ class ActiveParameters(ABC):
     keeps_dense_grad: bool = False
     """Whether inactive coordinates have gradients all the same, which are owed until they are sent.
     Otherwise what they hold is no gradient, and is forgotten."""
+
+    observes: str = ""
+    """The name in :data:`OBSERVABLES` under which the training loop observes something for this source."""
 
     @abstractmethod
     def active(self, layout: Layout, context: Context) -> ActiveSet:

@@ -6,7 +6,7 @@ A test names each of these where a new version of PyTorch has moved it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -161,3 +161,10 @@ def steps_in_backward(parameter: Any) -> bool:
     """Whether an optimizer steps on this parameter within the backward: ``_apply_optimizer_in_backward`` is
     private itself, and so is its mark."""
     return hasattr(parameter, "_in_backward_optimizers")
+
+
+def ddp_ignores(model: nn.Module, names: Iterable[str]) -> None:
+    """Tell DistributedDataParallel, before it is made, which parameters it leaves alone: it reads this
+    attribute, and no public call sets it."""
+    known = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    model._ddp_params_and_buffers_to_ignore = list(dict.fromkeys([*known, *names]))  # type: ignore[assignment]

@@ -22,6 +22,7 @@ from benchmarks.docs_figures import (
     advice,
     averaging,
     comparisons,
+    conditional,
     faults,
     measured,
     precision,
@@ -38,6 +39,7 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "faults": [(DOCS / "faults.md", faults.BLOCKS)],
     "precision": [(DOCS / "precision.md", precision.BLOCKS)],
     "pruning": [(DOCS / "pruning.md", pruning.BLOCKS)],
+    "conditional": [(DOCS / "conditional.md", conditional.BLOCKS)],
     "rebuild": [(DOCS / "decisions" / "corrected-numbers.md", rebuild.BLOCKS)],
     "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS)],
 }

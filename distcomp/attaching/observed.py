@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from distcomp.active import FROZEN, NOTHING_OBSERVED, ActiveParameters, Observed
+from distcomp.active import FROZEN, NOTHING_OBSERVED, OBSERVABLES, ActiveParameters, Observable, Observed
+from distcomp.errors import DistcompError
 
 if TYPE_CHECKING:
     from distcomp.pruning.pruner import Pruner
@@ -36,6 +37,23 @@ def pruners_of(method: Any) -> list[Pruner]:
     return [pruner_named(one.pruner) for one in sources if isinstance(one, ActiveMasks)]
 
 
+def observables_of(method: Any) -> dict[str, Observable]:
+    """By name, the live objects that a method, or one within it, depends on.
+
+    Raises DistcompError where one is gone, or lives in another process.
+    """
+    names = {source.observes for source in sources_of(method) if source.observes}
+    known: dict[str, Observable] = {}
+    for name in sorted(names):
+        live = OBSERVABLES.get(name)
+        if live is None:
+            raise DistcompError(
+                f"a method sends what {name} says, which is not in this process; make both here"
+            )
+        known[name] = live
+    return known
+
+
 def observer(method: Any, parameters: Mapping[str, Tensor]) -> Callable[[], Observed]:
     """A function that tells what is to be seen in the step under way, for ``method`` and these parameters.
 
@@ -43,10 +61,11 @@ def observer(method: Any, parameters: Mapping[str, Tensor]) -> Callable[[], Obse
     """
     if not sources_of(method):
         return lambda: NOTHING_OBSERVED
-    pruners = pruners_of(method)
+    pruners, observables = pruners_of(method), observables_of(method)
 
     def observe() -> Observed:
         frozen = frozenset(name for name, parameter in parameters.items() if not parameter.requires_grad)
-        return {FROZEN: frozen, **{pruner.name: pruner.snapshot() for pruner in pruners}}
+        seen = {name: live.snapshot() for name, live in observables.items()}
+        return {FROZEN: frozen, **seen, **{pruner.name: pruner.snapshot() for pruner in pruners}}
 
     return observe

@@ -118,6 +118,16 @@ def ignored_by(ddp: DistributedDataParallel | None) -> frozenset[str]:
     return frozenset(name.removeprefix(".") for name in names)
 
 
+OF_RANK = "distcomp_of_rank"
+"""An attribute of parameters that are each rank's own, under whatever wrapper: experts that live on one
+rank."""
+
+
+def is_of_rank(parameter: object) -> bool:
+    """Whether a parameter is this rank's alone, and nobody exchanges its gradient for it."""
+    return bool(getattr(parameter, OF_RANK, False))
+
+
 def has_process_group() -> bool:
     """Whether this process is a rank of anything yet."""
     return dist.is_available() and dist.is_initialized()
@@ -146,7 +156,7 @@ def _sharded(called: nn.Module, inner: nn.Module, replicas: dist.ProcessGroup | 
     """An FSDP model, whose parameters all lie on one mesh of one dimension."""
     from torch.distributed.tensor import DTensor
 
-    parameters = list(inner.parameters())
+    parameters = [parameter for parameter in inner.parameters() if not is_of_rank(parameter)]
     meshes = {parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)}
     if not all(isinstance(parameter, DTensor) for parameter in parameters) or len(meshes) != 1:
         raise DistcompError(
