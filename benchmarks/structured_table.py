@@ -1,0 +1,255 @@
+"""What does each structure cost in accuracy, beside the plain narrower network of the same parameters?
+
+    python -m benchmarks.structured_table            # resumes; writes results/structured_table.json
+
+Pairs of digits (128-256-256-10) and shifted digits (two convolutions of 5 x 5 kernels), five seeds; every row of a seed
+begins with the same random numbers and sees the same batches. Then the papers' claims, one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import _structured_tasks as tasks
+from benchmarks._common import Cells, arguments_of
+from benchmarks._structured_tasks import HIDDEN, NETWORKS, RATE, STEPS, TUNING, Task, narrow, numbers, trained
+from distcomp import structured
+from distcomp.files.container import compress
+from distcomp.parametrize import chain
+from distcomp.pruning import plain_state
+from distcomp.structured.factors import Tucker2
+
+SEEDS = 5
+Change = Callable[[nn.Module, str], nn.Module]
+
+
+def circulant(block: int | None, signs: bool = False) -> Change:
+    return lambda net, task: structured.circulant(
+        net, block, signs=signs, layers=HIDDEN[task], start="variance", fft=False
+    )
+
+
+def hashed(compression: float, domain: str = "space", shape: tuple[float, float] = (1, 1)) -> Change:
+    return lambda net, task: structured.hashed(
+        net, compression, domain=domain, shape=shape, layers=HIDDEN[task], start="variance"
+    )
+
+
+def low_rank(rank: Any, kind: str = "svd") -> Change:
+    return lambda net, task: structured.low_rank(net, rank, layers=HIDDEN[task], kind=kind)
+
+
+STRUCTURES: dict[str, dict[str, Change]] = {
+    "pairs": {
+        **{f"block-circulant, b = {b}": circulant(b) for b in (4, 8, 16)},
+        **{f"hashed, 1/{c}": hashed(c) for c in (4, 8, 16)},
+        **{f"low rank, r = {r}": low_rank(r) for r in (27, 14, 7)},
+        "circulant projections": circulant(None, signs=True),
+        "circulant, no signs": circulant(None),
+    },
+    "shifted": {
+        **{f"block-circulant, b = {b}": circulant(b) for b in (4, 8, 16)},
+        **{f"hashed, 1/{c}": hashed(c) for c in (16, 64)},
+        **{f"FreshNets, equal shares, 1/{c}": hashed(c, "dct") for c in (16, 64)},
+        **{f"FreshNets, low frequencies, 1/{c}": hashed(c, "dct", (1, 2.5)) for c in (16, 64)},
+        "Tucker-2, ranks 8, 6": low_rank((8, 6), "tucker2"),
+        "Tucker-2, ranks 5, 4": low_rank((5, 4), "tucker2"),
+        "CP, 14 components": low_rank(14, "cp"),
+        "SVD, r = 3": low_rank(3, "svd"),
+    },
+}
+
+
+def fresh(task: str, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return NETWORKS[task]()
+
+
+def from_scratch(task: str, row: str, seed: int) -> dict[str, Any]:
+    """A structure, or a plain network, trained from a random start."""
+    data = Task(task, seed)
+    if row.startswith("narrow: "):
+        structure = STRUCTURES[task][row.removeprefix("narrow: ")](fresh(task, 0), task)
+        torch.manual_seed(seed)
+        net: nn.Module = narrow(task, numbers(structure))
+    else:
+        net = fresh(task, seed)
+        if row != "dense":
+            STRUCTURES[task][row](net, task)
+    trained(data, net, STEPS[task])
+    return {"parameters": numbers(net), "accuracy": data.accuracy(net)}
+
+
+# ------------------------------------------------------------------------------------------------ the claims
+
+
+def base(task: str, seed: int) -> tuple[Task, nn.Sequential, dict[str, Any]]:
+    """A trained dense network."""
+    data, net = Task(task, seed), fresh(task, seed)
+    trained(data, net, STEPS[task])
+    return data, net, {"dense": data.accuracy(net)}
+
+
+def learning_compression(seed: int) -> dict[str, Any]:
+    """Two values for each layer: LC, its quadratic penalty, compression after training, and that retrained."""
+    data, net, rows = base("pairs", seed)
+    start = data.draw.get_state()
+    two = structured.codebook(2)
+    rows["compressed directly"] = data.accuracy(structured.lc(copy.deepcopy(net), None, two).finish())
+    direct = structured.lc(copy.deepcopy(net), None, two).finish()
+    trained(data, direct, STEPS["pairs"], RATE / 2)
+    rows["compressed, its values trained"] = data.accuracy(direct)
+    for name, multipliers in (("LC", True), ("LC, quadratic penalty", False)):
+        data.draw.set_state(start)
+        pupil = copy.deepcopy(net)
+        driver = trained(
+            data, pupil, STEPS["pairs"], RATE / 2,
+            lambda optimizer, m=multipliers, p=pupil: structured.lc(
+                p, optimizer, two, mu=1e-3, factor=1.4, every=100, multipliers=m
+            ),
+        )  # fmt: skip
+        rows[f"{name}: gap"] = driver.gap
+        rows[name] = data.accuracy(driver.finish())
+    return rows
+
+
+def one_shot_tucker(seed: int) -> dict[str, Any]:
+    """Decompose at the ranks of EVBMF, then train on; the same shape from scratch; dense trained on."""
+    data, net, rows = base("shifted", seed)
+    start = data.draw.get_state()
+    small = copy.deepcopy(net)
+    structured.low_rank(small, "evbmf", layers="3")
+    (link,) = chain(small, "3.weight") or (None,)
+    rows |= {"after decomposition": data.accuracy(small), "parameters": numbers(small)}
+    trained(data, small, TUNING["shifted"], RATE / 2)
+    rows["fine-tuned"] = data.accuracy(small)
+    data.draw.set_state(start)
+    trained(data, net, TUNING["shifted"], RATE / 2)
+    rows["dense, trained on"] = data.accuracy(net)
+    if isinstance(link, Tucker2):
+        rows["ranks"] = list(link.ranks)
+        again, scratch = Task("shifted", seed), fresh("shifted", seed)
+        structured.low_rank(scratch, link.ranks, layers="3")
+        trained(again, scratch, STEPS["shifted"])
+        trained(again, scratch, TUNING["shifted"], RATE / 2)
+        rows["same shape from scratch"] = again.accuracy(scratch)
+    return rows
+
+
+def error_reconstruction(seed: int) -> dict[str, Any]:
+    """Rank 16 in all layers: SVD alone; global error reconstruction, without labels; trained on with labels."""
+    data, net, rows = base("pairs", seed)
+    start = data.draw.get_state()
+    small = structured.low_rank(copy.deepcopy(net), 16, layers=["0", "2"], kind="svd")
+    rows |= {"SVD": data.accuracy(small), "parameters": numbers(small)}
+    labelled = copy.deepcopy(small)
+    structured.reconstruct(small, net, (data.batch()[0] for _ in range(TUNING["pairs"])))
+    rows["reconstructed, no label"] = data.accuracy(small)
+    data.draw.set_state(start)
+    trained(data, labelled, TUNING["pairs"], RATE / 2)
+    rows["trained on, labels"] = data.accuracy(labelled)
+    return rows
+
+
+def forced(seed: int) -> dict[str, Any]:
+    """SGD with a force between filters: accuracy, components for 95 % of the energy, accuracy at rank 6."""
+    rows: dict[str, Any] = {}
+    for strength in (0.0, 0.003, 0.01, 0.03, 0.1):
+        data, net = Task("shifted", seed), fresh("shifted", seed)
+        trained(data, net, 2 * STEPS["shifted"], 0.02,
+                lambda _, s=strength, n=net: structured.force_regularization(n, s, names=["3.weight"]), sgd=True)  # fmt: skip
+        values = torch.linalg.svdvals(net[3].weight.detach().flatten(1))
+        row = {"accuracy": data.accuracy(net), "components": structured.chosen_rank(values, 32, 400, 0.95)}
+        row["rank 6"] = data.accuracy(structured.low_rank(net, 6, layers="3", kind="svd"))
+        rows[f"{strength:g}"] = row
+    return rows
+
+
+def soft_shared(seed: int) -> dict[str, Any]:
+    """Values and entropy after soft sharing; k-means and pruning at the same sparsity and values, no retraining."""
+    data, net, rows = base("pairs", seed)
+    state = plain_state(net)
+    dense_bytes = 4 * sum(value.numel() for value in state.values())
+    rough = copy.deepcopy(net)
+    driver = trained(data, net, STEPS["pairs"], RATE / 2,
+                     lambda _: structured.soft_sharing(net, components=16, zero=0.98, strength=2e-5))  # fmt: skip
+    rows["entropy_bits"] = driver.entropy_bits()
+    driver.finish()
+    rows["soft sharing"] = data.accuracy(net)
+    weights = torch.cat([net[layer].weight.detach().flatten() for layer in (0, 2, 4)])
+    rows |= {"values": len(weights.unique()), "nonzero": float((weights != 0).float().mean())}
+    rows["times_smaller"] = dense_bytes / len(compress(plain_state(net), 5))
+    share, values = rows["nonzero"], max(2, rows["values"] - 1)
+    control = structured.lc(rough, None, [structured.pruned(share), structured.codebook(values)]).finish()
+    rows["pruned and k-means, not retrained"] = data.accuracy(control)
+    rows["control_times_smaller"] = dense_bytes / len(compress(plain_state(control), 5))
+    return rows
+
+
+CLAIMS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "LC": learning_compression,
+    "one-shot Tucker-2": one_shot_tucker,
+    "global error reconstruction": error_reconstruction,
+    "force regularization": forced,
+    "soft weight-sharing": soft_shared,
+}
+
+
+def mean_and_spread(values: list[float]) -> dict[str, Any]:
+    return {
+        "mean": statistics.mean(values),
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "seeds": len(values),
+    }
+
+
+def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """By task and row: parameters, accuracy, and accuracy above the narrow network of the same parameters."""
+    table: dict[str, Any] = {}
+    for task, changes in STRUCTURES.items():
+        rows: dict[str, Any] = {}
+        for row in ["dense", *changes]:
+            found = {s: cells[f"{task} | {row} | {s}"] for s in range(SEEDS) if f"{task} | {row} | {s}" in cells}
+            if not found:
+                continue
+            line = {
+                "parameters": next(iter(found.values()))["parameters"],
+                "accuracy": mean_and_spread([cell["accuracy"] for cell in found.values()]),
+            }
+            plain = {s: cells.get(f"{task} | narrow: {row} | {s}") for s in found}
+            both = {s: cell for s, cell in plain.items() if cell is not None}
+            if both:
+                line["narrow_parameters"] = next(iter(both.values()))["parameters"]
+                line["narrow"] = mean_and_spread([cell["accuracy"] for cell in both.values()])
+                line["above_narrow"] = mean_and_spread(
+                    [found[s]["accuracy"] - cell["accuracy"] for s, cell in both.items()]
+                )
+            rows[row] = line
+        table[task] = rows
+    return table
+
+
+def main() -> None:
+    arguments_of(__doc__).parse_args()
+    torch.set_num_threads(1)
+    plan = {"batch": tasks.BATCH, "steps": STEPS, "tuning": TUNING, "rate": RATE, "optimizer": "Adam, cosine",
+            "reduced": "small networks: a seed takes minutes of one core"}  # fmt: skip
+    cells = Cells("structured_table", plan)
+    for seed in range(SEEDS):
+        for task, changes in STRUCTURES.items():
+            for row in ["dense", *changes, *(f"narrow: {row}" for row in changes)]:
+                cells.get(f"{task} | {row} | {seed}", lambda t=task, r=row, s=seed: from_scratch(t, r, s))
+        for claim, make in CLAIMS.items():
+            cells.get(f"{claim} | {seed}", lambda m=make, s=seed: m(s))
+        cells.document["table"] = tabulate(cells.document["cells"])
+        cells.write()
+
+
+if __name__ == "__main__":
+    main()
