@@ -9,8 +9,11 @@ begins with the same random numbers and sees the same batches. Then the papers' 
 from __future__ import annotations
 
 import copy
+import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from distcomp.pruning import plain_state
 from distcomp.structured.factors import Tucker2
 
 SEEDS = 5
+SHARING_STEPS = 300
 Change = Callable[[nn.Module, str], nn.Module]
 
 
@@ -111,7 +115,7 @@ def learning_compression(seed: int) -> dict[str, Any]:
         driver = trained(
             data, pupil, STEPS["pairs"], RATE / 2,
             lambda optimizer, m=multipliers, p=pupil: structured.lc(
-                p, optimizer, two, mu=1e-3, factor=1.4, every=100, multipliers=m
+                p, optimizer, two, mu=0.1, factor=1.4, every=100, multipliers=m
             ),
         )  # fmt: skip
         rows[f"{name}: gap"] = driver.gap
@@ -177,8 +181,9 @@ def soft_shared(seed: int) -> dict[str, Any]:
     state = plain_state(net)
     dense_bytes = 4 * sum(value.numel() for value in state.values())
     rough = copy.deepcopy(net)
-    driver = trained(data, net, STEPS["pairs"], RATE / 2,
-                     lambda _: structured.soft_sharing(net, components=16, zero=0.98, strength=2e-5))  # fmt: skip
+    driver = trained(data, net, SHARING_STEPS, RATE / 2, lambda _: structured.soft_sharing(
+        net, components=16, zero=0.95, strength=1e-4, rates=(1e-3, 1e-2)
+    ))  # fmt: skip
     rows["entropy_bits"] = driver.entropy_bits()
     driver.finish()
     rows["soft sharing"] = data.accuracy(net)
@@ -215,7 +220,9 @@ def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for task, changes in STRUCTURES.items():
         rows: dict[str, Any] = {}
         for row in ["dense", *changes]:
-            found = {s: cells[f"{task} | {row} | {s}"] for s in range(SEEDS) if f"{task} | {row} | {s}" in cells}
+            found = {
+                s: cells[f"{task} | {row} | {s}"] for s in range(SEEDS) if f"{task} | {row} | {s}" in cells
+            }
             if not found:
                 continue
             line = {
@@ -236,19 +243,32 @@ def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments_of(__doc__).parse_args()
+    parser = arguments_of(__doc__)
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stop after so many; a later call goes on"
+    )
+    until = time.monotonic() + parser.parse_args().seconds
     torch.set_num_threads(1)
     plan = {"batch": tasks.BATCH, "steps": STEPS, "tuning": TUNING, "rate": RATE, "optimizer": "Adam, cosine",
             "reduced": "small networks: a seed takes minutes of one core"}  # fmt: skip
     cells = Cells("structured_table", plan)
+    for key, make in planned():
+        if time.monotonic() > until:
+            break
+        cells.get(key, make)
+    cells.document["table"] = tabulate(cells.document["cells"])
+    cells.write()
+    print("done" if all(key in cells.document["cells"] for key, _ in planned()) else "to be continued")
+
+
+def planned() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """All cells, seed by seed."""
     for seed in range(SEEDS):
         for task, changes in STRUCTURES.items():
             for row in ["dense", *changes, *(f"narrow: {row}" for row in changes)]:
-                cells.get(f"{task} | {row} | {seed}", lambda t=task, r=row, s=seed: from_scratch(t, r, s))
+                yield f"{task} | {row} | {seed}", partial(from_scratch, task, row, seed)
         for claim, make in CLAIMS.items():
-            cells.get(f"{claim} | {seed}", lambda m=make, s=seed: m(s))
-        cells.document["table"] = tabulate(cells.document["cells"])
-        cells.write()
+            yield f"{claim} | {seed}", partial(make, seed)
 
 
 if __name__ == "__main__":

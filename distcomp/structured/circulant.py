@@ -86,9 +86,9 @@ class BlockCirculant(Seeded):
         return (theta[0] * members.sqrt().to(theta[0]),)
 
     def _members(self) -> Tensor:
-        return torch.bincount(self.index.flatten(), minlength=self.blocks[0] * self.blocks[1] * self.block).clamp(
-            min=1
-        )
+        return torch.bincount(
+            self.index.flatten(), minlength=self.blocks[0] * self.blocks[1] * self.block
+        ).clamp(min=1)
 
     def _flips(self, like: Tensor) -> Tensor:
         return self.signs.to(like.dtype).view(1, -1, *(1 for _ in self.shape[2:]))

@@ -60,7 +60,8 @@ class Costs:
         lines = [head]
         for layer in self.layers:
             lines.append(
-                f"{layer.name:<24}{layer.chain:<22}" + "".join(_arrow(getattr(layer, what)) for what in COLUMNS)
+                f"{layer.name:<24}{layer.chain:<22}"
+                + "".join(_arrow(getattr(layer, what)) for what in COLUMNS)
             )
         lines.append(f"{'all':<46}" + "".join(_arrow(self.total(what)) for what in COLUMNS))
         if self.activation_bytes:
@@ -153,7 +154,9 @@ def _multiplications(part: nn.Module, output: tuple[int, ...] | None) -> Numbers
 
 
 @torch.no_grad()
-def _output_shapes(module: nn.Module, parts: list[tuple[str, nn.Module]], example: Any) -> dict[str, tuple[int, ...]]:
+def _output_shapes(
+    module: nn.Module, parts: list[tuple[str, nn.Module]], example: Any
+) -> dict[str, tuple[int, ...]]:
     """The shape of what each module gives, of the last time that it runs."""
     shapes: dict[str, tuple[int, ...]] = {}
 

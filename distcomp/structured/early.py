@@ -24,7 +24,9 @@ SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 DRAWS = 32
 
 
-def restructure(model: nn.Module, optimizer: Optimizer, change: Callable[[nn.Module], Any], *, seed: int = 0) -> None:
+def restructure(
+    model: nn.Module, optimizer: Optimizer, change: Callable[[nn.Module], Any], *, seed: int = 0
+) -> None:
     """Change the parametrizations of a model in training, and let its optimizer go on with what it remembers.
 
     ``change(model)`` installs structures: ``lambda m: circulant(m, 8)``. The optimizer's groups then hold the new
@@ -108,7 +110,9 @@ def _projected(
     return projected
 
 
-def pulled_back(links: tuple[nn.Module, ...], theta: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
+def pulled_back(
+    links: tuple[nn.Module, ...], theta: tuple[Tensor, ...], gradient: Tensor
+) -> tuple[Tensor, ...]:
     """What backward makes of a gradient of the weight: ``J^T gradient``, for each tensor of theta."""
     with torch.enable_grad():
         leaves = tuple(tensor.detach().requires_grad_() for tensor in theta)

@@ -206,7 +206,9 @@ class CP(Factorized):
         ones = (1,) * dims
         y = convolved(x, inner.T.reshape(self.rank, -1, *ones))
         for dim, factor in enumerate(along):
-            kernel = factor.T.reshape(self.rank, 1, *(factor.shape[0] if d == dim else 1 for d in range(dims)))
+            kernel = factor.T.reshape(
+                self.rank, 1, *(factor.shape[0] if d == dim else 1 for d in range(dims))
+            )
             y = convolved(y, kernel, _Along(layer, dim, dims), groups=self.rank)
         return convolved(y, outer.view(*outer.shape, *ones), bias=bias)
 
@@ -242,7 +244,11 @@ def _balanced(factors: list[Tensor]) -> list[Tensor]:
 
 
 def low_rank(
-    model: nn.Module, rank: Rank | tuple[Rank, Rank] = "evbmf", *, layers: Patterns = None, kind: str = "tucker2"
+    model: nn.Module,
+    rank: Rank | tuple[Rank, Rank] = "evbmf",
+    *,
+    layers: Patterns = None,
+    kind: str = "tucker2",
 ) -> nn.Module:
     """Describe weights by factors, nearest to what they are: Tucker-2 for convolutions, SVD for dense layers.
 

@@ -39,7 +39,9 @@ class ForceRegularizer(Driver):
 
     def __init__(self, model: nn.Module, strength: float, law: str, names: Iterable[str] | None) -> None:
         if law not in LAWS or strength < 0:
-            raise DistcompError(f"a force has a law of {LAWS} and a strength of 0 or more, not {law!r}, {strength}")
+            raise DistcompError(
+                f"a force has a law of {LAWS} and a strength of 0 or more, not {law!r}, {strength}"
+            )
         super().__init__(model, names)
         self.strength, self.law = strength, law
 

@@ -46,11 +46,17 @@ class Hashed(Seeded):
     ) -> None:
         super().__init__(seed)
         if domain not in DOMAINS or min(shape) <= 0:
-            raise DistcompError(f"hashing has a domain of {DOMAINS} and a positive shape, not {domain}, {shape}")
+            raise DistcompError(
+                f"hashing has a domain of {DOMAINS} and a positive shape, not {domain}, {shape}"
+            )
         kernel = weight_shape[2:] if domain == "dct" else ()
         self.weight_shape = tuple(weight_shape)
         self.kernel = tuple(size for size in kernel if size > 1)
-        bands = _bands(tuple(kernel)).expand(weight_shape) if kernel else torch.zeros(weight_shape, dtype=torch.int64)
+        bands = (
+            _bands(tuple(kernel)).expand(weight_shape)
+            if kernel
+            else torch.zeros(weight_shape, dtype=torch.int64)
+        )
         counts = torch.bincount(bands.flatten())
         if not len(counts) <= budget <= bands.numel():
             raise DistcompError(

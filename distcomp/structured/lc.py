@@ -65,7 +65,9 @@ class LC(Driver):
     @torch.no_grad()
     def gap(self) -> float:
         """``max |w - Delta(theta)|`` over all weights: the constraint holds when it is zero."""
-        return max(float((weight - self.targets[name]).abs().max()) for name, weight in self.weights().items())
+        return max(
+            float((weight - self.targets[name]).abs().max()) for name, weight in self.weights().items()
+        )
 
     @torch.no_grad()
     def finish(self) -> nn.Module:

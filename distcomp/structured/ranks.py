@@ -27,7 +27,9 @@ def chosen_rank(singular_values: Tensor, rows: int, columns: int, rank: Rank) ->
     if isinstance(rank, int):
         return min(rank, len(singular_values))
     if rank >= 1:
-        raise DistcompError(f"a share of the energy lies below 1, not at {rank}; for components give a whole number")
+        raise DistcompError(
+            f"a share of the energy lies below 1, not at {rank}; for components give a whole number"
+        )
     energy = singular_values.double().square().cumsum(0)
     return min(len(singular_values), int((energy < rank * energy[-1]).sum()) + 1)
 

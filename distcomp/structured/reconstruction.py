@@ -32,7 +32,9 @@ def reconstruct(
 
     Raises DistcompError where outputs have different shapes, or there is no input.
     """
-    optimizer = (make_optimizer or _adam)(parameter for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = (make_optimizer or _adam)(
+        parameter for parameter in model.parameters() if parameter.requires_grad
+    )
     was_training = reference.training
     reference.eval()
     errors = []

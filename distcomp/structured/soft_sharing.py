@@ -68,7 +68,9 @@ class GaussianMixturePrior(nn.Module):
         order = sorted((j for j in range(len(means)) if members[j] or j == 0), key=lambda j: means[j])
         groups: list[list[int]] = []
         for j in order:
-            near = groups and means[j] - means[groups[-1][-1]] < merge * max(sigmas[j], sigmas[groups[-1][-1]])
+            near = groups and means[j] - means[groups[-1][-1]] < merge * max(
+                sigmas[j], sigmas[groups[-1][-1]]
+            )
             if near:
                 groups[-1].append(j)
             else:

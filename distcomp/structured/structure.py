@@ -89,7 +89,9 @@ def chosen_layers(model: nn.Module, patterns: Patterns) -> list[tuple[str, nn.Mo
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name, _ in every):
             known = ", ".join(repr(name) for name, _ in every) or "none"
-            raise DistcompError(f"layers={pattern!r} names no linear layer or convolution; there are: {known}")
+            raise DistcompError(
+                f"layers={pattern!r} names no linear layer or convolution; there are: {known}"
+            )
     return [(name, part) for name, part in every if any(fnmatchcase(name, pattern) for pattern in wanted)]
 
 
@@ -108,7 +110,9 @@ def install_structures(
 ) -> nn.Module:
     """Give every chosen layer its structure, in place. Nothing is changed if one cannot be made."""
     if start not in ("nearest", "variance"):
-        raise DistcompError(f"a structure starts 'nearest' to the weight or with its 'variance', not {start!r}")
+        raise DistcompError(
+            f"a structure starts 'nearest' to the weight or with its 'variance', not {start!r}"
+        )
     layers = chosen_layers(model, patterns)
     for name, layer in layers:
         if any(link.order == Order.STRUCTURE for link in _links(layer)):
@@ -161,7 +165,9 @@ def _forward(self: nn.Module, x: Tensor) -> Tensor:
 CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
 
-def convolved(x: Tensor, kernel: Tensor, layer: Any = None, groups: int = 1, bias: Tensor | None = None) -> Tensor:
+def convolved(
+    x: Tensor, kernel: Tensor, layer: Any = None, groups: int = 1, bias: Tensor | None = None
+) -> Tensor:
     """``x`` convolved with ``[out, in / groups, *taps]``: as ``layer`` strides and pads, or (None) plainly."""
     convolve: Any = CONVOLUTIONS[kernel.dim() - 2]
     geometry = (1, 0, 1) if layer is None else (layer.stride, layer.padding, layer.dilation)
