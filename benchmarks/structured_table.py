@@ -2,8 +2,8 @@
 
     python -m benchmarks.structured_table            # resumes; writes results/structured_table.json
 
-Pairs of digits (128-256-256-10) and shifted digits (two convolutions of 5 x 5 kernels), five seeds; every row of a seed
-begins with the same random numbers and sees the same batches. Then the papers' claims, one by one.
+Pairs of digits (128-256-256-10) and shifted digits (two convolutions of 5 x 5 kernels), five seeds; every row
+of a seed begins with the same random numbers and sees the same batches. Then the papers' claims, one by one.
 """
 
 from __future__ import annotations
@@ -101,21 +101,22 @@ def base(task: str, seed: int) -> tuple[Task, nn.Sequential, dict[str, Any]]:
 
 
 def learning_compression(seed: int) -> dict[str, Any]:
-    """Two values for each layer: LC, its quadratic penalty, compression after training, and that retrained."""
+    """Two values for each layer: LC, its quadratic penalty, compression after training, and that
+    retrained."""
     data, net, rows = base("pairs", seed)
     start = data.draw.get_state()
     two = structured.codebook(2)
     rows["compressed directly"] = data.accuracy(structured.lc(copy.deepcopy(net), None, two).finish())
     direct = structured.lc(copy.deepcopy(net), None, two).finish()
-    trained(data, direct, STEPS["pairs"], RATE / 2)
+    trained(data, direct, STEPS["pairs"], RATE)
     rows["compressed, its values trained"] = data.accuracy(direct)
     for name, multipliers in (("LC", True), ("LC, quadratic penalty", False)):
         data.draw.set_state(start)
         pupil = copy.deepcopy(net)
         driver = trained(
-            data, pupil, STEPS["pairs"], RATE / 2,
+            data, pupil, STEPS["pairs"], RATE,
             lambda optimizer, m=multipliers, p=pupil: structured.lc(
-                p, optimizer, two, mu=0.1, factor=1.4, every=100, multipliers=m
+                p, optimizer, two, mu=1e-3, factor=2.0, every=100, multipliers=m
             ),
         )  # fmt: skip
         rows[f"{name}: gap"] = driver.gap
@@ -147,7 +148,8 @@ def one_shot_tucker(seed: int) -> dict[str, Any]:
 
 
 def error_reconstruction(seed: int) -> dict[str, Any]:
-    """Rank 16 in all layers: SVD alone; global error reconstruction, without labels; trained on with labels."""
+    """Rank 16 in all layers: SVD alone; global error reconstruction, without labels; trained on with
+    labels."""
     data, net, rows = base("pairs", seed)
     start = data.draw.get_state()
     small = structured.low_rank(copy.deepcopy(net), 16, layers=["0", "2"], kind="svd")
@@ -176,7 +178,8 @@ def forced(seed: int) -> dict[str, Any]:
 
 
 def soft_shared(seed: int) -> dict[str, Any]:
-    """Values and entropy after soft sharing; k-means and pruning at the same sparsity and values, no retraining."""
+    """Values and entropy after soft sharing; k-means and pruning at the same sparsity and values, no
+    retraining."""
     data, net, rows = base("pairs", seed)
     state = plain_state(net)
     dense_bytes = 4 * sum(value.numel() for value in state.values())

@@ -2,8 +2,9 @@
 
 >>> distcomp.blocks.swap(model, "conv2", distcomp.blocks.shift(expansion=3))     # doctest: +SKIP
 
-Blocks have fewer parameters or multiplications; :mod:`distcomp.blocks.winograd` and :mod:`distcomp.blocks.mec` compute
-the same convolution otherwise. Swap before the optimizer and DistributedDataParallel are made.
+Blocks have fewer parameters or multiplications; :mod:`distcomp.blocks.winograd` and
+:mod:`distcomp.blocks.mec` compute the same convolution otherwise. Swap before the optimizer and
+DistributedDataParallel are made.
 """
 
 from distcomp.blocks.accnet import AccNet, CPLayer, bilateral, imitate

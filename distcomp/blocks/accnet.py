@@ -28,7 +28,8 @@ class CPLayer(nn.Module):
         self.mix_in = convolution(inputs, components, 1, bias=False)
         self.along = nn.Sequential(
             *(
-                convolution(components, components, size, padding=tuple(s // 2 for s in size), groups=components,
+                convolution(components, components, size, padding=tuple(s // 2 for s in size),
+                groups=components,
                             bias=False)  # type: ignore[arg-type]
                 for size in along
             )
@@ -50,10 +51,11 @@ class AccNet(nn.Module):
         slice    the grid at each pixel, interpolated; the filtered value is (first channel) / (second)
 
     ``x``: ``[n, 1, h, w]`` with values in [0, 1]; returns the same shape. The linear part alone
-    (``activation=False``) imitates what separable kernels on the grid can, such as Gaussian bilateral filters.
+    (``activation=False``) imitates what separable kernels on the grid can, such as Gaussian bilateral
+    filters.
 
-    Source: AccNet learns splat, blur and slice as CP layers with activations between, from examples of the target
-    filter. We differ: splat and slice are linear interpolation in the value, and are not learned.
+    Source: AccNet learns splat, blur and slice as CP layers with activations between, from examples of the
+    target filter. We differ: splat and slice are linear interpolation in the value, and are not learned.
     """
 
     def __init__(
@@ -113,7 +115,8 @@ def imitate(
     steps: int,
     rate: float = 1e-2,
 ) -> list[float]:
-    """Train a network to give what a filter gives, on inputs that ``draw`` makes: mean squared errors, by step."""
+    """Train a network to give what a filter gives, on inputs that ``draw`` makes: mean squared errors, by
+    step."""
     optimizer = torch.optim.Adam(net.parameters(), rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     errors = []

@@ -17,7 +17,8 @@ Maker = Callable[[nn.Conv2d], nn.Module]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of a block: channels in and out, the kernel's size, the stride. It pads so that stride 1 keeps the size."""
+    """Of a block: channels in and out, the kernel's size, the stride. It pads so that stride 1 keeps the
+    size."""
 
     inputs: int
     outputs: int

@@ -14,8 +14,8 @@ KINDS = ("regular", "dilated", "asymmetric")
 class Bottleneck(Block):
     """1 x 1 to fewer channels, k x k in groups, 1 x 1 back, around a shortcut: ``y = x + f(x)``.
 
-    ``reduction`` 4 and one group: ResNet's. ``reduction`` 2 and more groups: ResNeXt's ("cardinality"). The shortcut
-    is a 1 x 1 convolution where channels or the stride change it.
+    ``reduction`` 4 and one group: ResNet's. ``reduction`` 2 and more groups: ResNeXt's ("cardinality"). The
+    shortcut is a 1 x 1 convolution where channels or the stride change it.
 
     Source: He et al., CVPR 2016; Xie et al., Aggregated residual transformations, CVPR 2017.
     """
@@ -49,9 +49,9 @@ def shortcut(geometry: Geometry) -> nn.Module:
 class ENetBottleneck(Block):
     """ENet's bottleneck: 1 x 1 down by 4, a regular, dilated or asymmetric convolution, 1 x 1 up, a shortcut.
 
-    Asymmetric: 5 x 1, then 1 x 5: 10 taps for 25. Dilated: 3 x 3 of a dilation, which sees ``2 d + 1`` pixels.
-    With stride 2 the shortcut is max pooling, padded with zero channels. PReLU, as in the paper; spatial dropout
-    is left to the network.
+    Asymmetric: 5 x 1, then 1 x 5: 10 taps for 25. Dilated: 3 x 3 of a dilation, which sees ``2 d + 1``
+    pixels. With stride 2 the shortcut is max pooling, padded with zero channels. PReLU, as in the paper;
+    spatial dropout is left to the network.
 
     Source: Paszke et al., ENet, 2016.
     """
@@ -98,7 +98,8 @@ def _prelu(layer: nn.Conv2d) -> list[nn.Module]:
 
 
 class ENetInitial(nn.Module):
-    """ENet's first block: a 3 x 3 convolution of stride 2 beside 2 x 2 max pooling of the input, side by side."""
+    """ENet's first block: a 3 x 3 convolution of stride 2 beside 2 x 2 max pooling of the input, side by
+    side."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -11,8 +11,8 @@ from distcomp.blocks.base import Block, Geometry, Maker, identity_kernel, normed
 class Fire(Block):
     """1 x 1 to few channels and ReLU (squeeze); then 1 x 1 and k x k side by side (expand).
 
-    ``s C + (1 + k^2) s O / 2`` numbers for a squeeze to s. The stride is that of the expansion. Its bias is two:
-    that of a convolution is cut in the same place.
+    ``s C + (1 + k^2) s O / 2`` numbers for a squeeze to s. The stride is that of the expansion. Its bias is
+    two: that of a convolution is cut in the same place.
 
     Source: Iandola et al., SqueezeNet, 2016.
     """
@@ -45,8 +45,8 @@ class Fire(Block):
 class Inception(nn.Module):
     """Four paths side by side: 1 x 1; 1 x 1 and 3 x 3; 1 x 1 and 5 x 5; 3 x 3 max pooling and 1 x 1.
 
-    A quarter of the outputs, a half, an eighth and an eighth, as in GoogLeNet; paths reduce to half of what they give
-    first. Batch norm and ReLU between (the paper has ReLU alone), none behind.
+    A quarter of the outputs, a half, an eighth and an eighth, as in GoogLeNet; paths reduce to half of what
+    they give first. Batch norm and ReLU between (the paper has ReLU alone), none behind.
 
     Source: Szegedy et al., Going deeper with convolutions, CVPR 2015.
     """
@@ -86,8 +86,8 @@ def _reduced(g: Geometry, outputs: int, kernel: int) -> nn.Sequential:
 
 
 class MlpConv(Block):
-    """k x k, ReLU, 1 x 1, ReLU, 1 x 1: a perceptron slides over the image. It takes over the whole convolution,
-    and what follows begins as the identity.
+    """k x k, ReLU, 1 x 1, ReLU, 1 x 1: a perceptron slides over the image. It takes over the whole
+    convolution, and what follows begins as the identity.
 
     With :class:`GlobalAveragePool` behind the last one, a network has no dense layer.
 
@@ -119,7 +119,8 @@ class MlpConv(Block):
 
 
 class GlobalAveragePool(nn.Module):
-    """``[n, c, h, w] -> [n, c]``: the mean of each channel, a class's score where there are as many channels."""
+    """``[n, c, h, w] -> [n, c]``: the mean of each channel, a class's score where there are as many
+    channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3))

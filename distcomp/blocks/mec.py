@@ -25,7 +25,8 @@ def lowered_bytes(
 
 
 def lowered(x: Tensor, columns: int, width: int, stride: int) -> Tensor:
-    """``[n, columns, height, width, c]``: of each column of the output the strip of the input that it sees."""
+    """``[n, columns, height, width, c]``: of each column of the output the strip of the input that it
+    sees."""
     strips = x.unfold(3, width, stride)[:, :, :, :columns]  # [n, c, h, columns, width]
     return strips.permute(0, 3, 2, 4, 1).contiguous()
 
@@ -72,12 +73,14 @@ class _MEC(torch.autograd.Function):
 
 
 def mec_conv2d(x: Tensor, w: Tensor, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> Tensor:
-    """``[n, c, h, w]`` convolved with ``[o, c, kh, kw]``: lowered once along the width, with a backward of its own.
+    """``[n, c, h, w]`` convolved with ``[o, c, kh, kw]``: lowered once along the width, with a backward of
+    its own.
 
     ::
 
-        L[n, j, i, b, c] = x[n, c, i, s j + b]                     n ow H kw C numbers, im2col's: n oh ow kh kw C
-        y[n, :, r, j]    = L[n, j, s r : s r + kh].flatten() W     one product of matrices for each row, on a view
+        L[n, j, i, b, c] = x[n, c, i, s j + b]                     n ow H kw C numbers, im2col's: n oh ow kh
+        kw C y[n, :, r, j]    = L[n, j, s r : s r + kh].flatten() W     one product of matrices for each row,
+        on a view
 
     Source: Cho and Brand, MEC: memory-efficient convolution for deep neural network, ICML 2017.
     """
@@ -101,7 +104,8 @@ class MECConv2d(nn.Conv2d):
 
 
 def mec() -> Maker:
-    """:class:`MECConv2d` in a convolution's place. Raises DistcompError for dilation, groups, uneven strides."""
+    """:class:`MECConv2d` in a convolution's place. Raises DistcompError for dilation, groups, uneven
+    strides."""
 
     def make(conv: nn.Conv2d) -> nn.Module:
         plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"

@@ -15,7 +15,8 @@ class Separable(Block):
     Young).
 
     Source: Howard et al., MobileNets, 2017. Width and resolution multipliers are arguments of the network
-    (``examples/architectures.py``): parameters go with the square of the width, multiplications with both squares.
+    (``examples/architectures.py``): parameters go with the square of the width, multiplications with both
+    squares.
     """
 
     def __init__(self, geometry: Geometry) -> None:

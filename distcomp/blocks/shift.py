@@ -11,8 +11,8 @@ from distcomp.blocks.base import Block, Geometry, Maker, normed, pointwise
 def shifted_channels(x: Tensor, kernel: int = 3) -> Tensor:
     """``[n, c, h, w]``: of ``kernel^2`` groups of channels each moves by one offset; what comes in is zero.
 
-    ``y[n, c, i, j] = x[n, c, i + di(c), j + dj(c)]``. Channels that the number of offsets does not divide stay with
-    the middle one. No parameters, no multiplications.
+    ``y[n, c, i, j] = x[n, c, i + di(c), j + dj(c)]``. Channels that the number of offsets does not divide
+    stay with the middle one. No parameters, no multiplications.
     """
     reach, (height, width) = kernel // 2, x.shape[2:]
     size = max(1, x.shape[1] // kernel**2)

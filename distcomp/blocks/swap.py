@@ -27,11 +27,12 @@ def swap(model: nn.Module, match: str, make: Maker) -> list[Swapped]:
     """Replace the 2-D convolutions whose names match (``*`` as in a shell) by what ``make`` gives for each.
 
     The block is on the device and of the type of the convolution, in its mode, and has taken over what it can
-    (``copy_from``): the bias; the weight, or the nearest to it, where the block has a place for it. Everything else is
-    new: train on. Call it before the optimizer and DistributedDataParallel are made. Returns what was done.
+    (``copy_from``): the bias; the weight, or the nearest to it, where the block has a place for it.
+    Everything else is new: train on. Call it before the optimizer and DistributedDataParallel are made.
+    Returns what was done.
 
-    Raises DistcompError, and changes nothing, where no convolution matches, one is used twice or parametrized, or a
-    block has no such geometry.
+    Raises DistcompError, and changes nothing, where no convolution matches, one is used twice or
+    parametrized, or a block has no such geometry.
     """
     inner: Any = getattr(model, "_orig_mod", model)
     if inner is not model or any(name.startswith("module.") for name, _ in model.named_parameters()):

@@ -96,15 +96,16 @@ def _added(tiles: Tensor, x: Tensor, tile: int, padding: tuple[int, int]) -> Ten
 
 
 def winograd_conv2d(x: Tensor, w: Tensor, tile: int = 2, padding: tuple[int, int] = (1, 1)) -> Tensor:
-    """``[n, c, h, w]`` convolved with ``[o, c, 3, 3]``, stride 1: F(tile x tile, 3 x 3), with a backward of its own.
+    """``[n, c, h, w]`` convolved with ``[o, c, 3, 3]``, stride 1: F(tile x tile, 3 x 3), with a backward of
+    its own.
 
     ::
 
         U = G g G^T;    V = B^T d B;    M = U V, summed over channels;    Y = A^T M A
         dM = A dY A^T;  dg = G^T (dM V^T) G;    dd = B (U^T dM) B^T, overlapping tiles added
 
-    ``(t + 2)^2`` multiplications for ``9 t^2``: 2.25 times fewer for t = 2, 4 times for t = 4, whose matrices hold
-    larger numbers: errors in few bits grow.
+    ``(t + 2)^2`` multiplications for ``9 t^2``: 2.25 times fewer for t = 2, 4 times for t = 4, whose matrices
+    hold larger numbers: errors in few bits grow.
 
     Source: Lavin and Gray, Fast algorithms for convolutional neural networks, CVPR 2016.
     """

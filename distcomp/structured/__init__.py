@@ -4,8 +4,8 @@
 >>> distcomp.structured.low_rank(model, rank="evbmf")                       # doctest: +SKIP
 >>> print(distcomp.structured.summary(model))                               # doctest: +SKIP
 
-Structures are parametrizations (:mod:`distcomp.parametrize`): quantizers and masks stack on them, methods carry
-their gradients. Make them before the optimizer and DistributedDataParallel. Drivers (:func:`lc`,
+Structures are parametrizations (:mod:`distcomp.parametrize`): quantizers and masks stack on them, methods
+carry their gradients. Make them before the optimizer and DistributedDataParallel. Drivers (:func:`lc`,
 :func:`soft_sharing`, :func:`force_regularization`) train plain weights towards a description.
 """
 
@@ -21,21 +21,27 @@ from distcomp.structured.lc import LC, lc
 from distcomp.structured.ranks import chosen_rank, evbmf_rank
 from distcomp.structured.reconstruction import global_error_reconstruction, reconstruct
 from distcomp.structured.soft_sharing import GaussianMixturePrior, SoftSharing, soft_sharing
-from distcomp.structured.structure import Seeded, Structure
+from distcomp.structured.sparse_basis import SparseBasis, SparseConvolution, sparse_convolution
+from distcomp.structured.split import BlockDiagonal, LearnedSplit, splitnet
+from distcomp.structured.structure import Seeded, Structure, install_structures
 
 __all__ = [
     "CP",
     "LC",
     "SVD",
     "BlockCirculant",
+    "BlockDiagonal",
     "Costs",
     "Driver",
     "ForceRegularizer",
     "GaussianMixturePrior",
     "Hashed",
     "LayerCost",
+    "LearnedSplit",
     "Seeded",
     "SoftSharing",
+    "SparseBasis",
+    "SparseConvolution",
     "Structure",
     "Ternary",
     "Tucker2",
@@ -46,6 +52,7 @@ __all__ = [
     "force_regularization",
     "global_error_reconstruction",
     "hashed",
+    "install_structures",
     "lc",
     "low_rank",
     "of_rank",
@@ -53,5 +60,7 @@ __all__ = [
     "reconstruct",
     "restructure",
     "soft_sharing",
+    "sparse_convolution",
+    "splitnet",
     "summary",
 ]

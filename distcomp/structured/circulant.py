@@ -32,14 +32,14 @@ class BlockCirculant(Seeded):
 
         W[i, j, t] = s[j] c[i // b, j // b, (i - j) mod b, t]         c: [ceil(out/b), ceil(in/b), b, *taps]
 
-    Where b divides neither dimension, blocks at the edge are cut off. ``signs``: s is +-1, drawn from the seed,
-    otherwise 1. One block of size ``max(out, in)`` with signs is Cheng's circulant projection.
+    Where b divides neither dimension, blocks at the edge are cut off. ``signs``: s is +-1, drawn from the
+    seed, otherwise 1. One block of size ``max(out, in)`` with signs is Cheng's circulant projection.
 
-    :meth:`compute`: a block times a vector is a circular convolution, ``irfft(rfft(c) rfft(x))``, in float32 at
-    least. In a convolution the transform runs along the channels, and each frequency is a group of it.
+    :meth:`compute`: a block times a vector is a circular convolution, ``irfft(rfft(c) rfft(x))``, in float32
+    at least. In a convolution the transform runs along the channels, and each frequency is a group of it.
 
-    Source: Ding et al., CirCNN, MICRO 2017; Cheng et al., ICCV 2015. We differ: blocks at the edges are cut, so
-    any shape will do; where FFTs are slower, the weight is made by index and multiplied.
+    Source: Ding et al., CirCNN, MICRO 2017; Cheng et al., ICCV 2015. We differ: blocks at the edges are cut,
+    so any shape will do; where FFTs are slower, the weight is made by index and multiplied.
     """
 
     index: Tensor
@@ -160,12 +160,14 @@ def circulant(
 ) -> nn.Module:
     """Describe weights by circulant blocks: ``block`` times fewer numbers are trained, exchanged and saved.
 
-    ``block=None`` with ``signs=True``: one circulant for each layer after a fixed random sign flip (Cheng 2015),
-    ``max(out, in)`` numbers a layer. ``start="nearest"`` converts a trained model, ``"variance"`` a fresh one.
+    ``block=None`` with ``signs=True``: one circulant for each layer after a fixed random sign flip (Cheng
+    2015),
+    ``max(out, in)`` numbers a layer. ``start="nearest"`` converts a trained model, ``"variance"`` a fresh
+    one.
     ``fft``: whether to compute by FFT, or ``"auto"``. See :class:`BlockCirculant`.
 
-    Call it before the optimizer and DistributedDataParallel are made. Wire: what its method makes of ``1/block``
-    of the numbers. Returns the model.
+    Call it before the optimizer and DistributedDataParallel are made. Wire: what its method makes of
+    ``1/block`` of the numbers. Returns the model.
 
     Raises DistcompError for a block below 1, patterns that name no layer, layers that have a structure.
     """

@@ -41,10 +41,11 @@ def of_rank(rank: Rank) -> Callable[[Tensor], Parametrization]:
 
 
 class Ternary(Parametrization):
-    """``w = s t`` with ``t`` in {-1, 0, 1}: theta is ``s``, one number, the codes are a buffer of two bits each.
+    """``w = s t`` with ``t`` in {-1, 0, 1}: theta is ``s``, one number, the codes are a buffer of two bits
+    each.
 
-    :meth:`refit` finds the nearest: with the k largest magnitudes nonzero, ``s`` is their mean, and k is the one
-    of greatest ``(sum of those)^2 / k``.
+    :meth:`refit` finds the nearest: with the k largest magnitudes nonzero, ``s`` is their mean, and k is the
+    one of greatest ``(sum of those)^2 / k``.
     """
 
     owner = "structured"

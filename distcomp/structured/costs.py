@@ -47,7 +47,8 @@ class Costs:
 
     @property
     def exchanged_bytes(self) -> int:
-        """Of the gradient that a step exchanges uncompressed: 4 for each trained number, 2 in half precision."""
+        """Of the gradient that a step exchanges uncompressed: 4 for each trained number, 2 in half
+        precision."""
         return int(self.total("exchanged_bytes")[1])
 
     @property

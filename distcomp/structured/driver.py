@@ -1,4 +1,5 @@
-"""What all drivers are: they listen to the model's training clock, and act on gradients after the exchange."""
+"""What all drivers are: they listen to the model's training clock, and act on gradients after the
+exchange."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ from distcomp.training import Listener, clock_of
 
 
 class Driver(Listener):
-    """Adds to gradients what is a function of the weights alone, once an iteration, when they have been exchanged.
+    """Adds to gradients what is a function of the weights alone, once an iteration, when they have been
+    exchanged.
 
-    Weights are alike on all ranks, so this is, too, and nothing is sent for it. A subclass writes :meth:`add`.
-    A GradScaler has unscaled the gradients by then. Usable as a context manager; :meth:`detach` ends it.
+    Weights are alike on all ranks, so this is, too, and nothing is sent for it. A subclass writes
+    :meth:`add`. A GradScaler has unscaled the gradients by then. Usable as a context manager; :meth:`detach`
+    ends it.
     """
 
     source = "parameters"

@@ -43,8 +43,8 @@ class Factorized(Structure):
 class SVD(Factorized):
     """``W[o, ...] = sum_r left[o, r] right[r, ...]``: theta is ``left [out, r]``, ``right [r, in, *taps]``.
 
-    Two layers without anything between: r filters, then a mix of them. The nearest of its rank is the truncated
-    singular value decomposition (Eckart and Young), ``U sqrt(S)`` and ``sqrt(S) V^T``.
+    Two layers without anything between: r filters, then a mix of them. The nearest of its rank is the
+    truncated singular value decomposition (Eckart and Young), ``U sqrt(S)`` and ``sqrt(S) V^T``.
     """
 
     def __init__(self, shape: tuple[int, ...], rank: int) -> None:
@@ -79,9 +79,9 @@ class SVD(Factorized):
 class Tucker2(Factorized):
     """``W[o, i, t] = sum_pq outer[o, p] core[p, q, t] inner[i, q]``: a 1x1, a small, and a 1x1 convolution.
 
-    theta: ``outer [out, p]``, ``core [p, q, *taps]``, ``inner [in, q]``. ``right_inverse``: singular vectors of
-    the two unfoldings (HOSVD), then orthogonal iteration until the energy of the core no longer grows, at most 25
-    times: the nearest that this reaches, not less near than HOSVD.
+    theta: ``outer [out, p]``, ``core [p, q, *taps]``, ``inner [in, q]``. ``right_inverse``: singular vectors
+    of the two unfoldings (HOSVD), then orthogonal iteration until the energy of the core no longer grows, at
+    most 25 times: the nearest that this reaches, not less near than HOSVD.
 
     Source: Kim et al., Compression of deep convolutional neural networks for fast and low power mobile
     applications, ICLR 2016. We differ: the orthogonal iteration.
@@ -144,7 +144,8 @@ class CP(Factorized):
 
     A convolution becomes a 1x1, one convolution along each dimension of space, channel by channel, and a 1x1.
     ``right_inverse``: alternating least squares in float64 from the singular vectors of the unfoldings; the
-    nearest that this reaches (the nearest of all is hard to find, and may not exist). Of a matrix it is the SVD.
+    nearest that this reaches (the nearest of all is hard to find, and may not exist). Of a matrix it is the
+    SVD.
 
     Source: Hitchcock 1927; Lebedev et al., Speeding-up convolutional neural networks using fine-tuned
     CP-decomposition, ICLR 2015. AccNet stacks such layers (:mod:`distcomp.blocks.accnet`).
@@ -162,7 +163,8 @@ class CP(Factorized):
         return torch.einsum(f"{terms}->{LETTERS[: len(factors)]}", *factors)
 
     def right_inverse(self, weight: Tensor) -> Tensors:
-        """Alternating least squares, until the error falls by less than a millionth of the weight's energy."""
+        """Alternating least squares, until the error falls by less than a millionth of the weight's
+        energy."""
         w = weight.double()
         factors = [self._start(_unfolded(w, dim)) for dim in range(w.dim())]
         error, total = math.inf, float(w.square().sum())
@@ -253,13 +255,15 @@ def low_rank(
     """Describe weights by factors, nearest to what they are: Tucker-2 for convolutions, SVD for dense layers.
 
     ``rank``: a number of components, a share of the energy such as 0.9, or ``"evbmf"``; two of them for the
-    output and the input of Tucker-2. ``kind``: for convolutions ``"tucker2"``, ``"svd"`` or ``"cp"`` (a number
-    of components). The model's first convolution (few inputs) and 1x1 kernels get the SVD. With a share or
+    output and the input of Tucker-2. ``kind``: for convolutions ``"tucker2"``, ``"svd"`` or ``"cp"`` (a
+    number of components). The model's first convolution (few inputs) and 1x1 kernels get the SVD. With a
+    share or
     ``"evbmf"``, a layer whose factors would be no fewer numbers than its weight stays as it is.
 
     This is the one-shot scheme of Kim et al. 2016: decompose a trained model, then train on for an epoch or a
     few, at a quarter to a tenth of the learning rate. A layer computes with its factors while nothing else
-    stands on its weight. Call it before the optimizer and DistributedDataParallel are made. Returns the model.
+    stands on its weight. Call it before the optimizer and DistributedDataParallel are made. Returns the
+    model.
 
     Raises DistcompError for another kind, a rank that is none, or a number of components that saves nothing.
     """

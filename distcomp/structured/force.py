@@ -56,15 +56,17 @@ def force_regularization(
 ) -> ForceRegularizer:
     """While training, pull each layer's filters towards each other's directions; a low rank then suffices.
 
-    ``gradient_i -= strength / filters * |w_i| f_i`` with the tangential force of :func:`forces`. After training,
-    ``low_rank(model, 0.95)`` finds smaller ranks than without. Too strong a force collapses a layer to one direction:
-    try strengths around 1e-2, a decade to each side.
+    ``gradient_i -= strength / filters * |w_i| f_i`` with the tangential force of :func:`forces`. After
+    training,
+    ``low_rank(model, 0.95)`` finds smaller ranks than without. Too strong a force collapses a layer to one
+    direction: try strengths around 1e-2, a decade to each side.
 
     Wire: nothing; the force is a function of weights, and added after the exchange.
 
-    Source: Wen et al., Coordinating filters for faster deep neural networks, ICCV 2017. We differ: the strength is
-    divided by the number of filters, so that one number serves layers of all widths.
+    Source: Wen et al., Coordinating filters for faster deep neural networks, ICCV 2017. We differ: the
+    strength is divided by the number of filters, so that one number serves layers of all widths.
 
-    Raises DistcompError for another law, a negative strength, weights that are described by something already.
+    Raises DistcompError for another law, a negative strength, weights that are described by something
+    already.
     """
     return ForceRegularizer(model, strength, law, names)

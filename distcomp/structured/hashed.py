@@ -24,12 +24,13 @@ class Hashed(Seeded):
         W[o, i]    = D^T V[o, i] D                D: the orthonormal DCT-II along each dimension of the kernel
 
     ``w``: ``[budget]``. Bands get buckets in proportion to their coefficients times
-    ``u^(a-1) (1-u)^(b-1)``, u the frequency's place in (0, 1): ``shape=(1, 1)`` for equal shares, ``(1, 2.5)``
-    for more at low frequencies. Hash and sign come from the seed and are not stored. Where a weight has no
-    kernel (a dense layer), or with ``domain="space"``, all of it is one band and D is 1: HashedNets.
+    ``u^(a-1) (1-u)^(b-1)``, u the frequency's place in (0, 1): ``shape=(1, 1)`` for equal shares, ``(1,
+    2.5)`` for more at low frequencies. Hash and sign come from the seed and are not stored. Where a weight
+    has no kernel (a dense layer), or with ``domain="space"``, all of it is one band and D is 1: HashedNets.
 
-    Source: Chen et al., Compressing neural networks with the hashing trick, ICML 2015, and FreshNets, KDD 2016.
-    We differ: a seeded generator is the hash; u is the middle of a band, so that no band's share is zero.
+    Source: Chen et al., Compressing neural networks with the hashing trick, ICML 2015, and FreshNets, KDD
+    2016. We differ: a seeded generator is the hash; u is the middle of a band, so that no band's share is
+    zero.
     """
 
     bucket: Tensor
@@ -83,7 +84,8 @@ class Hashed(Seeded):
         return self._transformed(w[self.bucket] * self.sign.to(w.dtype), back=True)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The mean of each bucket's coefficients, signs undone: the nearest, as the transform is a rotation."""
+        """The mean of each bucket's coefficients, signs undone: the nearest, as the transform is a
+        rotation."""
         coefficients = self._transformed(weight.double(), back=False) * self.sign
         sums = torch.zeros(sum(self.sizes), dtype=torch.float64, device=weight.device)
         sums.index_add_(0, self.bucket.flatten(), coefficients.flatten())
@@ -114,7 +116,8 @@ def _bands(kernel: tuple[int, ...]) -> Tensor:
 
 
 def shares(counts: list[int], budget: int, a: float, b: float) -> list[int]:
-    """How many of ``budget`` buckets each band has: at least 1, at most its coefficients, and all are given."""
+    """How many of ``budget`` buckets each band has: at least 1, at most its coefficients, and all are
+    given."""
     if len(counts) == 1:
         return [budget]
     places = [(band + 0.5) / len(counts) for band in range(len(counts))]
@@ -141,12 +144,12 @@ def hashed(
     start: Start = "nearest",
     seed: int = 0,
 ) -> nn.Module:
-    """Let the numbers of a weight share ``1 / compression`` as many values by a hash: FreshNets for convolutions,
-    HashedNets for dense layers and with ``domain="space"``.
+    """Let the numbers of a weight share ``1 / compression`` as many values by a hash: FreshNets for
+    convolutions, HashedNets for dense layers and with ``domain="space"``.
 
     ``shape``: of the bands' budgets, see :class:`Hashed`. ``start``: as for
-    :func:`distcomp.structured.circulant`. Call it before the optimizer and DistributedDataParallel are made. Wire:
-    a short dense vector for each layer, which goes through any codec. Returns the model.
+    :func:`distcomp.structured.circulant`. Call it before the optimizer and DistributedDataParallel are made.
+    Wire: a short dense vector for each layer, which goes through any codec. Returns the model.
 
     Raises DistcompError for a compression below 1 and what :class:`Hashed` refuses.
     """

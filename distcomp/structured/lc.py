@@ -109,8 +109,8 @@ class LC(Driver):
 def nearest(compressions: Sequence[Compression], weight: Tensor) -> tuple[list[Parametrization], Tensor]:
     """``Delta(Pi(weight))`` and the links that hold it, innermost first.
 
-    Several stand on one another in the order of a chain: the outermost is fitted first, and what lies below it
-    to what it must be given.
+    Several stand on one another in the order of a chain: the outermost is fitted first, and what lies below
+    it to what it must be given.
     """
     made = [_fitted(compression, weight) for compression in compressions]
     ordered = sorted(range(len(made)), key=lambda position: made[position].order)
@@ -153,13 +153,14 @@ def lc(
     by parameter name. A C step comes every ``every`` iterations: long enough for weights to follow ``mu``, or
     the gap stays open (``.gap`` tells). ``multipliers=False`` is the quadratic penalty. Then ``.finish()``.
 
-    The C step is the same function of the same weights on every rank: nothing is sent for it. ``optimizer`` may be
-    None: the driver hears every optimizer of the model's parameters.
+    The C step is the same function of the same weights on every rank: nothing is sent for it. ``optimizer``
+    may be None: the driver hears every optimizer of the model's parameters.
 
-    Source: Carreira-Perpinan and Idelbayev, "Learning-compression" algorithms for neural net pruning, CVPR 2018,
-    and Carreira-Perpinan, Model compression as constrained optimization, 2017.
+    Source: Carreira-Perpinan and Idelbayev, "Learning-compression" algorithms for neural net pruning, CVPR
+    2018, and Carreira-Perpinan, Model compression as constrained optimization, 2017.
 
-    Raises DistcompError for parameters that are described by something already, mu <= 0, factor < 1, every < 1.
+    Raises DistcompError for parameters that are described by something already, mu <= 0, factor < 1, every <
+    1.
     """
     if isinstance(compression, Mapping):
         return LC(model, {name: _listed(one) for name, one in compression.items()}, mu=mu, factor=factor,

@@ -21,13 +21,15 @@ def reconstruct(
     inputs: Iterable[Tensor],
     make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
 ) -> list[float]:
-    """Train ``model`` to give what ``reference`` gives, on inputs without labels: mean squared error of outputs.
+    """Train ``model`` to give what ``reference`` gives, on inputs without labels: mean squared error of
+    outputs.
 
     ::
 
         min_theta  mean |z_model(x) - z_reference(x)|^2
 
-    One step for each batch of ``inputs``. ``model`` may be inside DistributedDataParallel, with any method attached;
+    One step for each batch of ``inputs``. ``model`` may be inside DistributedDataParallel, with any method
+    attached;
     ``reference`` is in ``eval()`` and learns nothing. Returns the error of each step.
 
     Raises DistcompError where outputs have different shapes, or there is no input.
@@ -69,11 +71,12 @@ def global_error_reconstruction(
 ) -> nn.Module:
     """Low rank for all layers at once, then :func:`reconstruct` against the model that it was.
 
-    Layer by layer the SVD is optimal, and errors add up on the way through the network; here all factors are trained
-    for the error at its end. No label is needed. Changes ``model`` in place, and returns it.
+    Layer by layer the SVD is optimal, and errors add up on the way through the network; here all factors are
+    trained for the error at its end. No label is needed. Changes ``model`` in place, and returns it.
 
-    Source: Gong et al., Compressing deep convolutional networks using vector quantization, and Yang et al.'s global
-    error reconstruction (deep convolutional neural network compression via global error reconstruction).
+    Source: Gong et al., Compressing deep convolutional networks using vector quantization, and Yang et al.'s
+    global error reconstruction (deep convolutional neural network compression via global error
+    reconstruction).
     """
     reference = copy.deepcopy(unwrapped(model))
     low_rank(model, rank, layers=layers, kind="svd")

@@ -1,4 +1,5 @@
-"""Soft weight-sharing: a mixture of Gaussians, learned together with the weights, gathers them at few values."""
+"""Soft weight-sharing: a mixture of Gaussians, learned together with the weights, gathers them at few
+values."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ AT_ONCE = 1 << 16
 class GaussianMixturePrior(nn.Module):
     """``-log p(w) = -sum_i log sum_j pi_j N(w_i; mu_j, sigma_j^2)``, with a component fixed at zero.
 
-    ``means [J]``, ``log_sigmas [J + 1]`` (the zero component's first), ``logits [J]``; the zero component has the
-    fixed share ``zero``. Sigmas do not fall below ``floor``, so that no component collapses on a weight.
+    ``means [J]``, ``log_sigmas [J + 1]`` (the zero component's first), ``logits [J]``; the zero component has
+    the fixed share ``zero``. Sigmas do not fall below ``floor``, so that no component collapses on a weight.
     """
 
     def __init__(self, weights: Tensor, components: int, zero: float, floor: float) -> None:
@@ -194,15 +195,15 @@ def soft_sharing(
 
         loss + strength (-sum_i log sum_j pi_j N(w_i; mu_j, sigma_j))
 
-    ``components`` are free (means equally spaced over the weights at first), one more stands at zero with the fixed
-    share ``zero``. ``rates``: of the means, and of the logarithms of sigmas and shares, by Adam. ``floor``: the least
-    sigma, in standard deviations of the weights at the start. Then ``.finish()``.
+    ``components`` are free (means equally spaced over the weights at first), one more stands at zero with the
+    fixed share ``zero``. ``rates``: of the means, and of the logarithms of sigmas and shares, by Adam.
+    ``floor``: the least sigma, in standard deviations of the weights at the start. Then ``.finish()``.
 
-    Wire: nothing. The prior is a function of the weights, which all ranks have alike; its gradient is added after the
-    exchange. FSDP shards weights, and is not supported.
+    Wire: nothing. The prior is a function of the weights, which all ranks have alike; its gradient is added
+    after the exchange. FSDP shards weights, and is not supported.
 
-    Source: Nowlan and Hinton 1992; Ullrich et al., Soft weight-sharing for neural network compression, ICLR 2017. We
-    differ: a floor of the sigmas in place of their Gamma hyper-priors.
+    Source: Nowlan and Hinton 1992; Ullrich et al., Soft weight-sharing for neural network compression, ICLR
+    2017. We differ: a floor of the sigmas in place of their Gamma hyper-priors.
 
     Raises DistcompError for numbers out of range and weights that are described by something already.
     """

@@ -1,4 +1,5 @@
-"""What all structures are: parametrizations whose theta is fewer numbers than the weight, and which may compute
+"""What all structures are: parametrizations whose theta is fewer numbers than the weight, and which may
+compute
 with theta itself."""
 
 from __future__ import annotations
@@ -140,8 +141,8 @@ def _links(layer: nn.Module) -> list[Parametrization]:
 def compute_with_theta(layer: nn.Module) -> None:
     """Let a layer whose weight is a structure, and nothing else, compute with theta where that pays.
 
-    Its class is its own (the parametrization gave it one); it gets a forward of its own, and loses it together
-    with its last parametrization.
+    Its class is its own (the parametrization gave it one); it gets a forward of its own, and loses it
+    together with its last parametrization.
     """
     type(layer).forward = _forward  # type: ignore[method-assign]
 
@@ -168,7 +169,8 @@ CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.function
 def convolved(
     x: Tensor, kernel: Tensor, layer: Any = None, groups: int = 1, bias: Tensor | None = None
 ) -> Tensor:
-    """``x`` convolved with ``[out, in / groups, *taps]``: as ``layer`` strides and pads, or (None) plainly."""
+    """``x`` convolved with ``[out, in / groups, *taps]``: as ``layer`` strides and pads, or (None)
+    plainly."""
     convolve: Any = CONVOLUTIONS[kernel.dim() - 2]
     geometry = (1, 0, 1) if layer is None else (layer.stride, layer.padding, layer.dilation)
     result: Tensor = convolve(x, kernel, bias, *geometry, groups)

@@ -1,4 +1,5 @@
-"""Blocks: their parameters are those of their formulas, what is copied is copied, and swap refuses in words."""
+"""Blocks: their parameters are those of their formulas, what is copied is copied, and swap refuses in
+words."""
 
 from __future__ import annotations
 
