@@ -2,8 +2,9 @@
 
     python -m benchmarks.blocks_table            # resumes; writes results/blocks_table.json
 
-The networks of ``examples/architectures.py``: two 3 x 3 convolutions (32 -> 32 -> 64 channels) are replaced by each
-block, and a few whole networks. A forward and backward of 64 images is timed on one thread, the median of 15.
+The networks of ``examples/architectures.py``: two 3 x 3 convolutions (32 -> 32 -> 64 channels) are replaced
+by each block, and a few whole networks. A forward and backward of 64 images is timed on one thread, the
+median of 15.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def step_s(net: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> float:
 
 def main() -> None:
     parser = arguments_of(__doc__)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many; a later call goes on")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stop after so many; a later call goes on"
+    )
     until = time.monotonic() + parser.parse_args().seconds
     torch.set_num_threads(1)
     names = list(example("architectures").NETWORKS)

@@ -1,4 +1,5 @@
-"""How fast are circulant layers, and what do Winograd's and MEC's convolutions cost in error, memory and time?
+"""How fast are circulant layers, and what do Winograd's and MEC's convolutions cost in error, memory and
+time?
 
     python -m benchmarks.structured_speed        # a minute; writes results/structured_speed.json
 
@@ -88,7 +89,10 @@ def winograd_8_bits(x: Tensor, w: Tensor, tile: int) -> Tensor:
 def winograd() -> dict[str, Any]:
     """Errors in float32, bf16 and at 8 bits, and times, of 64 channels on 32 x 32, batch 4."""
     torch.manual_seed(0)
-    x, w = torch.randn(4, 64, 32, 32, dtype=torch.float64), torch.randn(64, 64, 3, 3, dtype=torch.float64) / 24
+    x, w = (
+        torch.randn(4, 64, 32, 32, dtype=torch.float64),
+        torch.randn(64, 64, 3, 3, dtype=torch.float64) / 24,
+    )
     exact = nn.functional.conv2d(x, w, padding=1)
 
     def error(y: Tensor) -> float:

@@ -185,8 +185,8 @@ def forced(seed: int) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for strength in (0.0, 0.01, 0.03):
         data, net = Task("shifted", seed), fresh("shifted", seed)
-        trained(data, net, 2 * STEPS["shifted"], 0.02,
-                lambda _, s=strength, n=net: structured.force_regularization(n, s, names=["3.weight"]), sgd=True)  # fmt: skip
+        force = partial(structured.force_regularization, net, strength, names=["3.weight"])
+        trained(data, net, 2 * STEPS["shifted"], 0.02, lambda _, force=force: force(), sgd=True)
         values = torch.linalg.svdvals(net[3].weight.detach().flatten(1))
         row = {"accuracy": data.accuracy(net), "components": structured.chosen_rank(values, 32, 400, 0.95)}
         row["rank 6"] = data.accuracy(structured.low_rank(net, 6, layers="3", kind="svd"))

@@ -4,7 +4,8 @@ Start it in any of these ways::
 
     python examples/architectures.py --network shift                                   # one worker
     torchrun --nproc-per-node 2 examples/architectures.py --network mobilenet --method qsgd:bits=4
-    python examples/architectures.py --network plain --structure circulant=8           # a structure on all layers
+    python examples/architectures.py --network plain --structure circulant=8           # a structure on all
+    layers
 
 The images ship with scikit-learn; the canvas is 12 x 12 pixels, or ``--resolution`` times as wide.
 """
@@ -35,7 +36,9 @@ def options(arguments=None):
     parser.add_argument("--network", default="mobilenet", choices=NETWORKS, help="which whole network")
     parser.add_argument("--method", default=method, help="what carries the gradients")
     parser.add_argument("--structure", metavar="NAME=NUMBER", help="circulant=8, hashed=16 or low_rank=4")
-    parser.add_argument("--width", type=float, default=1.0, help="MobileNets' width multiplier, of all networks")
+    parser.add_argument(
+        "--width", type=float, default=1.0, help="MobileNets' width multiplier, of all networks"
+    )
     parser.add_argument("--resolution", type=float, default=1.0, help="MobileNets' resolution multiplier")
     parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--batch", type=int, default=64, help="images per worker and step")
@@ -51,7 +54,10 @@ def digits():
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, labels = images[order].float() / 16, labels[order]
     images = (images - images.mean()) / images.std()
-    return (images[HELD_OUT_IMAGES:], labels[HELD_OUT_IMAGES:]), (images[:HELD_OUT_IMAGES], labels[:HELD_OUT_IMAGES])
+    return (images[HELD_OUT_IMAGES:], labels[HELD_OUT_IMAGES:]), (
+        images[:HELD_OUT_IMAGES],
+        labels[:HELD_OUT_IMAGES],
+    )
 
 
 def shifted(images, labels, count, draw, resolution=1.0):
@@ -70,7 +76,8 @@ def shifted(images, labels, count, draw, resolution=1.0):
 
 
 def classifier(first, blocks_, channels):
-    """A first convolution, blocks with a norm and ReLU behind each, halving twice, and a mean of each channel."""
+    """A first convolution, blocks with a norm and ReLU behind each, halving twice, and a mean of each
+    channel."""
     layers = [first, nn.BatchNorm2d(first.out_channels), nn.ReLU()]
     for number, block in enumerate(blocks_):
         layers += [block, nn.BatchNorm2d(channels[number + 1]), nn.ReLU()]
@@ -97,7 +104,14 @@ def network_in_network(width):
     parts = [blocks.MlpConv(Geometry(*pair)) for pair in ((1, c), (c, c), (c, CLASSES))]
     first, second, last = parts
     return nn.Sequential(
-        first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.MaxPool2d(2), last, blocks.GlobalAveragePool()
+        first,
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        second,
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        last,
+        blocks.GlobalAveragePool(),
     )
 
 
@@ -106,8 +120,10 @@ def squeeze_net(width):
     c = round(32 * width)
     return nn.Sequential(
         nn.Conv2d(1, c, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        blocks.Fire(Geometry(c, c), 0.25), nn.ReLU(), blocks.Fire(Geometry(c, 2 * c), 0.25), nn.ReLU(), nn.MaxPool2d(2),
-        blocks.Fire(Geometry(2 * c, 2 * c), 0.25), nn.ReLU(), nn.Conv2d(2 * c, CLASSES, 1), blocks.GlobalAveragePool(),
+        blocks.Fire(Geometry(c, c), 0.25), nn.ReLU(),
+        blocks.Fire(Geometry(c, 2 * c), 0.25), nn.ReLU(), nn.MaxPool2d(2),
+        blocks.Fire(Geometry(2 * c, 2 * c), 0.25), nn.ReLU(),
+        nn.Conv2d(2 * c, CLASSES, 1), blocks.GlobalAveragePool(),
     )  # fmt: skip
 
 

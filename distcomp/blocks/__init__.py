@@ -20,7 +20,7 @@ from distcomp.blocks.bottlenecks import (
 from distcomp.blocks.branches import Fire, GlobalAveragePool, Inception, MlpConv, fire, inception, mlpconv
 from distcomp.blocks.mec import MECConv2d, lowered_bytes, mec, mec_conv2d
 from distcomp.blocks.separable import Grouped, Separable, grouped, separable
-from distcomp.blocks.shift import Shift, shift, shifted_channels
+from distcomp.blocks.shift import ShiftBlock, shift, shifted_channels
 from distcomp.blocks.swap import Swapped, swap
 from distcomp.blocks.winograd import WinogradConv2d, winograd, winograd_conv2d
 
@@ -39,7 +39,7 @@ __all__ = [
     "MECConv2d",
     "MlpConv",
     "Separable",
-    "Shift",
+    "ShiftBlock",
     "Swapped",
     "WinogradConv2d",
     "bilateral",

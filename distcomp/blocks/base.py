@@ -33,7 +33,8 @@ class Geometry:
         plain = height == width and height % 2 and conv.groups == 1 and conv.dilation == (1, 1)
         if not plain or conv.padding not in ("same", same) or conv.stride[0] != conv.stride[1]:
             raise DistcompError(
-                f"a block stands in for a square, odd kernel with padding {same}, one group and no dilation, not "
+                f"a block stands in for a square, odd kernel with padding {same}, one group and no "
+                f"dilation, not "
                 f"for {conv}; make it yourself and assign it"
             )
         return Geometry(conv.in_channels, conv.out_channels, height, conv.stride[0])
@@ -78,5 +79,5 @@ def divisor(wanted: int, *numbers: int) -> int:
 def identity_kernel(like: Tensor) -> Tensor:
     """Of a 1 x 1 convolution that gives its inputs, as far as there are outputs for them."""
     kernel = torch.zeros_like(like)
-    kernel[:, :, 0, 0] = torch.eye(*like.shape[:2])
+    kernel[:, :, 0, 0] = torch.eye(*like.shape[:2], dtype=like.dtype, device=like.device)
     return kernel

@@ -1,4 +1,5 @@
-"""A convolution in the frequency domain: the input's responses to the DCT bases once, then sparse mixes of them."""
+"""A convolution in the frequency domain: the input's responses to the DCT bases once, then sparse mixes of
+them."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ class DctConv2d(nn.Module):
         r[c, b] = x[c] * basis_b                  h w convolutions of each input channel, whatever the outputs
         y[o]    = sum_{c, b} F[o, c, b] r[c, b]   over the coefficients that are not zero
 
-    ``sparse``: whether the second product is one with a sparse matrix (CSR), which takes as many multiplications as
-    there are coefficients, or a dense one.
+    ``sparse``: whether the second product is one with a sparse matrix (CSR), which takes as many
+    multiplications as there are coefficients, or a dense one.
     """
 
     def __init__(self, conv: nn.Conv2d, coefficients: Tensor, *, sparse: bool = True) -> None:
@@ -47,7 +48,9 @@ class DctConv2d(nn.Module):
         """``[n, in, h, w] -> [n, out, h', w']``; for inference."""
         n, c = x.shape[:2]
         convolve: Any = nn.functional.conv2d
-        responses = convolve(x.flatten(0, 1)[:, None], self.kernels, None, self.stride, self.padding, self.dilation)
+        responses = convolve(
+            x.flatten(0, 1)[:, None], self.kernels, None, self.stride, self.padding, self.dilation
+        )
         space = responses.shape[2:]
         columns = responses.view(n, c * responses.shape[1], -1).transpose(0, 1).flatten(1)  # [c b, n places]
         y = (self.mix @ columns).view(-1, n, *space).transpose(0, 1)

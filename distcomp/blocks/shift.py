@@ -27,7 +27,7 @@ def shifted_channels(x: Tensor, kernel: int = 3) -> Tensor:
     return torch.cat([*parts, x[:, start:]], 1)  # what is left, the middle group among it, does not move
 
 
-class Shift(Block):
+class ShiftBlock(Block):
     """1 x 1 to ``expansion`` times the inputs, batch norm, ReLU, shift, 1 x 1: ``e C^2 + e C O`` numbers.
 
     A stride is that of the last convolution.
@@ -51,5 +51,5 @@ class Shift(Block):
 
 
 def shift(expansion: int = 3) -> Maker:
-    """:class:`Shift` in a convolution's place."""
-    return lambda conv: Shift(Geometry.of(conv), expansion)
+    """:class:`ShiftBlock` in a convolution's place."""
+    return lambda conv: ShiftBlock(Geometry.of(conv), expansion)

@@ -120,7 +120,7 @@ class WinogradConv2d(nn.Conv2d):
         self, inputs: int, outputs: int, *, padding: int = 1, bias: bool = True, tile: int = 2
     ) -> None:
         super().__init__(inputs, outputs, 3, padding=padding, bias=bias)
-        transforms(tile, torch.zeros(()))
+        transforms(tile, torch.zeros((), dtype=torch.float32))
         self.tile = tile
 
     def forward(self, x: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--dct",
         metavar="K,T,L",
-        help="pack convolution kernels by frequency (CNNpack): clusters, threshold in standard deviations, levels, "
+        help="pack convolution kernels by frequency (CNNpack): clusters, threshold in standard "
+        "deviations, levels, "
         "such as 16,0.5,32",
     )
     parser.set_defaults(run=run)
@@ -66,7 +67,9 @@ def pack_of(text: str | None) -> Any:
         clusters, threshold, levels = text.split(",")
         return DctPack(int(clusters), float(threshold), int(levels))
     except ValueError:
-        raise DistcompError(f"--dct takes clusters, threshold and levels, such as 16,0.5,32, not {text!r}") from None
+        raise DistcompError(
+            f"--dct takes clusters, threshold and levels, such as 16,0.5,32, not {text!r}"
+        ) from None
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -13,8 +13,9 @@ bodies      in the order of the table
 A raw body: coder u8 (0 as it is, 2 zlib), then the values. A shared body: bits of a gap u8, centroids u16,
 nonzero weights u32, gaps u32; the centroids (float32); coder u8, bytes u32 and the gaps; coder u8, bytes u32
 and the codes. Gap symbol g < 2^b - 1 stands for g zeros and a nonzero weight, 2^b - 1 for as many zeros and
-no weight. A DCT body (version 2 of the file): clusters u16; the common kernels (float32); coder u8, bytes u32 and
-the cluster of each kernel, where there are clusters; then a shared body, of the remainders of all coefficients.
+no weight. A DCT body (version 2 of the file): clusters u16; the common kernels (float32); coder u8, bytes u32
+and the cluster of each kernel, where there are clusters; then a shared body, of the remainders of all
+coefficients.
 
 Nothing in it is ever executed or unpickled. A reader needs memory for what the table declares, whatever the
 bodies hold, and refuses more than it was told to allow, before it allocates. No body is longer than its
@@ -77,8 +78,9 @@ def compress(state: Mapping[str, Tensor], bits: int = 5, dct: dct_pack.DctPack |
     ``2^bits`` centroids (see :func:`distcomp.pruning.share` for training them), and what
     :func:`decompress` gives back are the centroids.
 
-    With ``dct``, convolution kernels above 1 x 1 are packed in the frequency domain (CNNpack): common kernels,
-    and remainders that are made smaller, rounded, and coded as shared values are. Other tensors are as above.
+    With ``dct``, convolution kernels above 1 x 1 are packed in the frequency domain (CNNpack): common
+    kernels, and remainders that are made smaller, rounded, and coded as shared values are. Other tensors are
+    as above.
 
     Source: Han et al., Deep Compression, ICLR 2016. We differ: no filler zeros (a gap too long has a symbol
     of its own), gap widths by size, and zlib or packed bits where they beat Huffman's code.

@@ -1,4 +1,5 @@
-"""CNNpack: convolution kernels as a few common ones and sparse, rounded remainders, in the frequency domain."""
+"""CNNpack: convolution kernels as a few common ones and sparse, rounded remainders, in the frequency
+domain."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from numpy.typing import NDArray
 
 from distcomp.errors import DistcompError
 
-Floats = NDArray[np.float32]
-Numbers = NDArray[np.int64]
+_Floats = NDArray[np.float32]
+_Numbers = NDArray[np.int64]
 ROUNDS = 30
 """Of k-means over kernels."""
 
@@ -20,8 +21,8 @@ class DctPack:
     """How kernels are packed: see :func:`distcomp.files.container.compress`.
 
     ``clusters`` common kernels of each layer (0: none). What remains of a coefficient is made smaller by
-    ``threshold`` standard deviations of the layer's coefficients, zero if it was smaller (soft threshold), and
-    rounded to ``levels`` equally spaced values.
+    ``threshold`` standard deviations of the layer's coefficients, zero if it was smaller (soft threshold),
+    and rounded to ``levels`` equally spaced values.
 
     Source: Wang et al., CNNpack: packing convolutional neural networks in the frequency domain, NIPS 2016.
     """
@@ -33,7 +34,8 @@ class DctPack:
     def __post_init__(self) -> None:
         if not 0 <= self.clusters <= 4096 or self.threshold < 0 or not 2 <= self.levels <= 4096:
             raise DistcompError(
-                f"a pack has 0 to 4096 clusters, a threshold of 0 or more and 2 to 4096 levels, not {self.clusters}, "
+                f"a pack has 0 to 4096 clusters, a threshold of 0 or more and 2 to 4096 levels, not "
+                f"{self.clusters}, "
                 f"{self.threshold}, {self.levels}"
             )
 
@@ -51,21 +53,22 @@ def is_kernel(shape: tuple[int, ...]) -> bool:
     return len(shape) == 4 and shape[2] * shape[3] > 1
 
 
-def coefficients(weight: Floats) -> NDArray[np.float64]:
+def coefficients(weight: _Floats) -> NDArray[np.float64]:
     """``[kernels, taps]`` of a weight ``[out, in, h, w]``."""
     rows, columns = basis(weight.shape[2]), basis(weight.shape[3])
     turned: NDArray[np.float64] = rows @ weight.astype(np.float64) @ columns.T
     return turned.reshape(-1, weight.shape[2] * weight.shape[3])
 
 
-def weights(turned: NDArray[np.float64], shape: tuple[int, ...]) -> Floats:
+def weights(turned: NDArray[np.float64], shape: tuple[int, ...]) -> _Floats:
     """The weight of its coefficients."""
     rows, columns = basis(shape[2]), basis(shape[3])
     return (rows.T @ turned.reshape(shape) @ columns).astype(np.float32)
 
 
-def packed(weight: Floats, how: DctPack) -> tuple[Floats, Numbers, Floats]:
-    """Common kernels ``[clusters, taps]``, which of them each kernel has, and remainders ``[kernels, taps]``, sparse
+def packed(weight: _Floats, how: DctPack) -> tuple[_Floats, _Numbers, _Floats]:
+    """Common kernels ``[clusters, taps]``, which of them each kernel has, and remainders ``[kernels, taps]``,
+    sparse
     and of few values."""
     turned = coefficients(weight)
     clusters = min(how.clusters, len(turned) // 8)
@@ -76,13 +79,13 @@ def packed(weight: Floats, how: DctPack) -> tuple[Floats, Numbers, Floats]:
     return centres, members, rounded(shrunk, how.levels)
 
 
-def rounded(values: NDArray[np.float64], levels: int) -> Floats:
+def rounded(values: NDArray[np.float64], levels: int) -> _Floats:
     """To multiples of the largest magnitude over ``levels // 2``."""
     step = float(np.abs(values).max(initial=0.0)) / (levels // 2)
     return (np.round(values / step) * step if step else values).astype(np.float32)
 
 
-def common_kernels(turned: NDArray[np.float64], clusters: int) -> tuple[Floats, Numbers]:
+def common_kernels(turned: NDArray[np.float64], clusters: int) -> tuple[_Floats, _Numbers]:
     """k-means over kernels, from kernels equally spaced in the order of their length: the same everywhere."""
     if not clusters:
         return np.zeros((0, turned.shape[1]), np.float32), np.zeros(len(turned), np.int64)

@@ -56,7 +56,7 @@ class BlockCirculant(Seeded):
         self.blocks = (-(-shape[0] // block), -(-shape[1] // block))
         which = (rows // block) * self.blocks[1] + columns // block
         self.register_buffer("index", which * block + (rows - columns) % block, persistent=False)
-        self.register_buffer("signs", torch.ones(shape[1]), persistent=False)
+        self.register_buffer("signs", torch.ones(shape[1], dtype=torch.float32), persistent=False)
         self.draw()
 
     def draw(self) -> None:
@@ -93,7 +93,7 @@ class BlockCirculant(Seeded):
     def _flips(self, like: Tensor) -> Tensor:
         return self.signs.to(like.dtype).view(1, -1, *(1 for _ in self.shape[2:]))
 
-    # ------------------------------------------------------------------------------- computing without the weight
+    # ------------------------------------------------------------- computing without the weight
 
     def transforms(self, layer: nn.Module) -> bool:
         """Whether a layer multiplies by FFT."""

@@ -16,7 +16,7 @@ from distcomp.parametrize.base import Parametrization
 from distcomp.pruning.masks import unwrapped
 from distcomp.structured.structure import LAYERS, Structure
 
-Numbers = tuple[float, float]
+BeforeAfter = tuple[float, float]
 """Before (the dense weight) and after."""
 
 
@@ -26,10 +26,10 @@ class LayerCost:
 
     name: str
     chain: str
-    parameters: Numbers
-    exchanged_bytes: Numbers
-    stored_bytes: Numbers
-    multiplications: Numbers
+    parameters: BeforeAfter
+    exchanged_bytes: BeforeAfter
+    stored_bytes: BeforeAfter
+    multiplications: BeforeAfter
     activation_bytes: float
 
 
@@ -40,7 +40,7 @@ class Costs:
 
     layers: tuple[LayerCost, ...]
 
-    def total(self, what: str) -> Numbers:
+    def total(self, what: str) -> BeforeAfter:
         """Before and after, of all layers: ``total("parameters")``."""
         rows = [getattr(layer, what) for layer in self.layers]
         return sum(row[0] for row in rows), sum(row[1] for row in rows)
@@ -78,7 +78,7 @@ COLUMNS = {
 }
 
 
-def _arrow(numbers: Numbers) -> str:
+def _arrow(numbers: BeforeAfter) -> str:
     before, after = (f"{round(number):,}" for number in numbers)
     return f"{before if before == after else f'{before} -> {after}':>22}"
 
@@ -139,7 +139,7 @@ def _has_weight(part: nn.Module) -> bool:
     return "weight" in _own_tensors(part)
 
 
-def _multiplications(part: nn.Module, output: tuple[int, ...] | None) -> Numbers:
+def _multiplications(part: nn.Module, output: tuple[int, ...] | None) -> BeforeAfter:
     """Of one example."""
     if output is None or not isinstance(part, LAYERS):
         return 0.0, 0.0

@@ -90,7 +90,8 @@ def plain_weights(model: nn.Module, names: Iterable[str] | None) -> list[str]:
         links = chain(model, name)
         if links:
             raise DistcompError(
-                f"{name} is described by {type(links[0]).__name__} already, and a driver works on plain weights; "
+                f"{name} is described by {type(links[0]).__name__} already, and a driver works on "
+                f"plain weights; "
                 f"leave it out of names, or remove that first"
             )
     return chosen

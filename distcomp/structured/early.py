@@ -50,10 +50,11 @@ def restructure(
     """
     if unwrapped(model) is not model:
         raise DistcompError(
-            "DistributedDataParallel would not know the new parameters; hand over the plain model inside, then wrap "
+            "DistributedDataParallel would not know the new parameters; hand over the plain model "
+            "inside, then wrap "
             "and attach anew"
         )
-    before = {name: parameter for name, parameter in model.named_parameters()}
+    before = dict(model.named_parameters())
     plain = {_plain(name): parameter for name, parameter in before.items()}
     _check_state(optimizer, before)
     change(model)
@@ -80,7 +81,8 @@ def _check_state(optimizer: Optimizer, before: dict[str, Parameter]) -> None:
             shaped = isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
             if shaped and kept not in MOMENTS + SQUARES:
                 raise DistcompError(
-                    f"{type(optimizer).__name__} keeps {kept!r} of {name}, which has no projection here; convert "
+                    f"{type(optimizer).__name__} keeps {kept!r} of {name}, which has no projection "
+                    f"here; convert "
                     "before the first step, or train with SGD or Adam"
                 )
 

@@ -308,7 +308,8 @@ def _smaller(structure: Structure, weight: Tensor, rank: Rank | tuple[Rank, Rank
     asked = rank if isinstance(rank, tuple) else (rank,)
     if all(isinstance(one, int) for one in asked):
         raise DistcompError(
-            f"factors of rank {rank} are {numbers} numbers, the weight {list(weight.shape)} has {weight.numel()}; "
+            f"factors of rank {rank} are {numbers} numbers, the weight {list(weight.shape)} has "
+            f"{weight.numel()}; "
             "choose a smaller rank, or leave the layer out of layers="
         )
     return False

@@ -61,18 +61,19 @@ class Hashed(Seeded):
         counts = torch.bincount(bands.flatten())
         if not len(counts) <= budget <= bands.numel():
             raise DistcompError(
-                f"{budget} values cannot describe a weight of {bands.numel()} numbers in {len(counts)} bands; "
+                f"{budget} values cannot describe a weight of {bands.numel()} numbers in "
+                f"{len(counts)} bands; "
                 f"choose {len(counts)} to {bands.numel()}"
             )
         self.sizes = shares(counts.tolist(), budget, *shape)
         self.register_buffer("band", bands.contiguous(), persistent=False)
         self.register_buffer("bucket", torch.zeros(weight_shape, dtype=torch.int64), persistent=False)
-        self.register_buffer("sign", torch.zeros(weight_shape), persistent=False)
+        self.register_buffer("sign", torch.zeros(weight_shape, dtype=torch.float32), persistent=False)
         self.draw()
 
     def draw(self) -> None:
         band: Tensor = self.band  # type: ignore[assignment]
-        sizes = torch.tensor(self.sizes)
+        sizes = torch.tensor(self.sizes, dtype=torch.int64)
         first = sizes.cumsum(0) - sizes
         uniform = torch.rand(self.weight_shape, generator=self.key("bucket").generator(), dtype=torch.float64)
         own = band.cpu()

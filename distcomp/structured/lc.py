@@ -15,7 +15,7 @@ from distcomp.parametrize.links import applied, as_tuple
 from distcomp.pruning.masks import unwrapped
 from distcomp.structured.driver import Driver, add_gradient, plain_weights
 
-Compression = Parametrization | Callable[[Tensor], Parametrization]
+CStep = Parametrization | Callable[[Tensor], Parametrization]
 """A parametrization, which is fitted anew (``refit``) to every weight, or what makes one for a weight."""
 
 
@@ -25,7 +25,7 @@ class LC(Driver):
     def __init__(
         self,
         model: nn.Module,
-        compressions: Mapping[str, Sequence[Compression]],
+        compressions: Mapping[str, Sequence[CStep]],
         *,
         mu: float,
         factor: float,
@@ -59,7 +59,9 @@ class LC(Driver):
     @torch.no_grad()
     def _compress(self) -> None:
         for name, weight in self.weights().items():
-            _, self.targets[name] = nearest(self.compressions[name], weight - self.lambdas[name] / self.mu)
+            _, self.targets[name] = nearest_description(
+                self.compressions[name], weight - self.lambdas[name] / self.mu
+            )
 
     @property
     @torch.no_grad()
@@ -78,7 +80,7 @@ class LC(Driver):
         """
         self.detach()
         for name, weight in self.weights().items():
-            links, target = nearest(self.compressions[name], weight)
+            links, target = nearest_description(self.compressions[name], weight)
             weight.copy_(target)
             for link in links:
                 install(self.model, name, link)
@@ -97,7 +99,8 @@ class LC(Driver):
         """Go on where :meth:`state_dict` was taken. Raises DistcompError where it is of other weights."""
         if set(state["targets"]) != set(self.names):
             raise DistcompError(
-                f"the saved LC drives {sorted(state['targets'])}, this one {sorted(self.names)}; name the same weights"
+                f"the saved LC drives {sorted(state['targets'])}, this one {sorted(self.names)}; name "
+                f"the same weights"
             )
         self.iteration, self.mu = int(state["iteration"]), float(state["mu"])
         for mine, saved in ((self.lambdas, state["lambdas"]), (self.targets, state["targets"])):
@@ -106,7 +109,9 @@ class LC(Driver):
 
 
 @torch.no_grad()
-def nearest(compressions: Sequence[Compression], weight: Tensor) -> tuple[list[Parametrization], Tensor]:
+def nearest_description(
+    compressions: Sequence[CStep], weight: Tensor
+) -> tuple[list[Parametrization], Tensor]:
     """``Delta(Pi(weight))`` and the links that hold it, innermost first.
 
     Several stand on one another in the order of a chain: the outermost is fitted first, and what lies below
@@ -123,7 +128,7 @@ def nearest(compressions: Sequence[Compression], weight: Tensor) -> tuple[list[P
     return links, applied(links, target)[0]
 
 
-def _fitted(compression: Compression, weight: Tensor) -> Parametrization:
+def _fitted(compression: CStep, weight: Tensor) -> Parametrization:
     if isinstance(compression, Parametrization):
         return compression.refit(weight)
     return compression(weight)
@@ -132,7 +137,7 @@ def _fitted(compression: Compression, weight: Tensor) -> Parametrization:
 def lc(
     model: nn.Module,
     optimizer: Optimizer | None,
-    compression: Compression | Sequence[Compression] | Mapping[str, Compression | Sequence[Compression]],
+    compression: CStep | Sequence[CStep] | Mapping[str, CStep | Sequence[CStep]],
     *,
     mu: float = 1e-2,
     factor: float = 1.2,
@@ -170,5 +175,5 @@ def lc(
               multipliers=multipliers)  # fmt: skip
 
 
-def _listed(compression: Compression | Sequence[Compression]) -> list[Compression]:
+def _listed(compression: CStep | Sequence[CStep]) -> list[CStep]:
     return list(compression) if isinstance(compression, Sequence) else [compression]

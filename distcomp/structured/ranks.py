@@ -22,7 +22,7 @@ def chosen_rank(singular_values: Tensor, rows: int, columns: int, rank: Rank) ->
     """
     if rank == "evbmf":
         return max(1, evbmf_rank(singular_values, rows, columns))
-    if isinstance(rank, str) or isinstance(rank, bool) or rank <= 0:
+    if isinstance(rank, str | bool) or rank <= 0:
         raise DistcompError(f"a rank is a number of components, a share of energy or 'evbmf', not {rank!r}")
     if isinstance(rank, int):
         return min(rank, len(singular_values))
@@ -39,7 +39,8 @@ def evbmf_rank(singular_values: Tensor, rows: int, columns: int) -> int:
 
     ::
 
-        keep s_h > sqrt(M sigma^2 (1 + tau)(1 + alpha / tau)),    alpha = L / M (L <= M),    tau = 2.5129 sqrt(alpha)
+        keep s_h > sqrt(M sigma^2 (1 + tau)(1 + alpha / tau)),    alpha = L / M (L <= M),    tau = 2.5129
+        sqrt(alpha)
 
     where the noise's variance ``sigma^2`` minimizes the free energy, a function of one variable: on a grid of
     256 in its logarithm, then by golden sections.

@@ -47,7 +47,8 @@ def reconstruct(
             given = model(x)
             if given.shape != wanted.shape:
                 raise DistcompError(
-                    f"the model gives {list(given.shape)} and the reference {list(wanted.shape)}; give the model that "
+                    f"the model gives {list(given.shape)} and the reference {list(wanted.shape)}; "
+                    f"give the model that "
                     "it was made from"
                 )
             error = (given - wanted).square().mean()

@@ -32,9 +32,11 @@ class GaussianMixturePrior(nn.Module):
         low, high = float(weights.min()), float(weights.max())
         spread = float(weights.double().std().clamp(min=1e-6))
         self.zero, self.floor = zero, floor * spread
-        self.means = nn.Parameter(torch.linspace(low, high, components))
-        self.log_sigmas = nn.Parameter(torch.full((components + 1,), math.log(spread / 4)))
-        self.logits = nn.Parameter(torch.zeros(components))
+        self.means = nn.Parameter(torch.linspace(low, high, components, dtype=torch.float32))
+        self.log_sigmas = nn.Parameter(
+            torch.full((components + 1,), math.log(spread / 4), dtype=torch.float32)
+        )
+        self.logits = nn.Parameter(torch.zeros(components, dtype=torch.float32))
 
     def log_densities(self, weights: Tensor) -> Tensor:
         """``log pi_j N(w_i; mu_j, sigma_j)``: ``[n, J + 1]``, the zero component first."""
@@ -83,7 +85,8 @@ class GaussianMixturePrior(nn.Module):
             values.append(0.0 if 0 in group else mean)
             for j in group:
                 number[j] = position
-        return torch.tensor(values), torch.tensor(number)[component.cpu()].view(weights.shape)
+        codes = torch.tensor(number, dtype=torch.int64)[component.cpu()]
+        return torch.tensor(values, dtype=torch.float32), codes.view(weights.shape)
 
 
 class SoftSharing(Driver):
@@ -103,7 +106,8 @@ class SoftSharing(Driver):
         super().__init__(model, names)
         if components < 1 or not 0 < zero < 1 or strength < 0 or floor <= 0:
             raise DistcompError(
-                f"soft sharing needs components >= 1, 0 < zero < 1, strength >= 0 and floor > 0, not {components}, "
+                f"soft sharing needs components >= 1, 0 < zero < 1, strength >= 0 and floor > 0, not "
+                f"{components}, "
                 f"{zero}, {strength}, {floor}"
             )
         self.strength = strength

@@ -1,4 +1,5 @@
-"""Sparse convolutions (Liu 2015): a basis of channels, bases of space, and coefficients most of which are zero."""
+"""Sparse convolutions (Liu 2015): a basis of channels, bases of space, and coefficients most of which are
+zero."""
 
 from __future__ import annotations
 
@@ -10,16 +11,23 @@ from distcomp.errors import DistcompError
 from distcomp.parametrize import Storage, chain, parameters
 from distcomp.parametrize.base import Tensors
 from distcomp.pruning.masks import unwrapped
-from distcomp.structured.structure import Patterns, Structure, chosen_layers, install_structures, weight_name, wide
+from distcomp.structured.structure import (
+    Patterns,
+    Structure,
+    chosen_layers,
+    install_structures,
+    weight_name,
+    wide,
+)
 from distcomp.training import Listener, clock_of
 
 
 class SparseBasis(Structure):
     """``W[o, i, t] = sum_j P[i, j] sum_r S[o, j, r] Q[j, r, t]``, with S sparse.
 
-    theta: ``P [in, in]``, ``S [out, in, taps]``, ``Q [in, taps, taps]``. ``right_inverse`` is exact: P are singular
-    vectors of the channel unfolding, Q[j] those of the j-th channel of ``P^T W``. While ``support`` is set (by
-    :meth:`SparseConvolution.freeze`), coefficients outside it stay zero.
+    theta: ``P [in, in]``, ``S [out, in, taps]``, ``Q [in, taps, taps]``. ``right_inverse`` is exact: P are
+    singular vectors of the channel unfolding, Q[j] those of the j-th channel of ``P^T W``. While ``support``
+    is set (by :meth:`SparseConvolution.freeze`), coefficients outside it stay zero.
 
     Source: Liu et al., Sparse convolutional neural networks, CVPR 2015.
     """
@@ -86,7 +94,8 @@ class SparseConvolution(Listener):
 
     @torch.no_grad()
     def freeze(self) -> float:
-        """From now on zeros stay zero and the others train without a threshold. Returns the share of zeros."""
+        """From now on zeros stay zero and the others train without a threshold. Returns the share of
+        zeros."""
         zeros = total = 0
         for name in self.names:
             coefficients = self._theta(name)[1]
@@ -98,15 +107,18 @@ class SparseConvolution(Listener):
         return zeros / total
 
 
-def sparse_convolution(model: nn.Module, strength: float = 1e-2, *, layers: Patterns = None) -> SparseConvolution:
+def sparse_convolution(
+    model: nn.Module, strength: float = 1e-2, *, layers: Patterns = None
+) -> SparseConvolution:
     """Write convolutions in bases of channels and of space, and make the coefficients sparse while training.
 
-    A proximal step after each optimizer step: ``S = soft_threshold(S, rate * strength)``; the columns of P and the
-    rows of Q have length 1 again, S takes their lengths. ``.freeze()`` keeps the zeros; then fine-tune. More numbers
-    are trained and exchanged than the weight has: what becomes small is the stored model.
+    A proximal step after each optimizer step: ``S = soft_threshold(S, rate * strength)``; the columns of P
+    and the rows of Q have length 1 again, S takes their lengths. ``.freeze()`` keeps the zeros; then
+    fine-tune. More numbers are trained and exchanged than the weight has: what becomes small is the stored
+    model.
 
-    Call it before the optimizer and DistributedDataParallel are made, on the model that the loop calls. Returns the
-    driver. Raises DistcompError for a strength of 0 or less, and layers that have a structure.
+    Call it before the optimizer and DistributedDataParallel are made, on the model that the loop calls.
+    Returns the driver. Raises DistcompError for a strength of 0 or less, and layers that have a structure.
     """
     if strength <= 0:
         raise DistcompError(f"sparse coefficients need a strength above 0, not {strength}; 1e-2 is usual")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ class BlockDiagonal(Structure):
         for group in range(groups):
             if not (bool((self.outputs == group).any()) and bool((self.inputs == group).any())):
                 raise DistcompError(
-                    f"group {group} of {groups} has no output or no input; split with a stronger balance, or into "
+                    f"group {group} of {groups} has no output or no input; split with a stronger "
+                    f"balance, or into "
                     "fewer groups"
                 )
 
@@ -99,16 +101,20 @@ class LearnedSplit(Driver):
         super().__init__(model, [f"{layer}.weight" for layer in layers])
         if groups < 2 or groups > 256 or until < 1 or min(strengths) < 0:
             raise DistcompError(
-                f"a split has 2 to 256 groups, strengths of 0 or more and ends after 1 iteration or more, not "
+                f"a split has 2 to 256 groups, strengths of 0 or more and ends after 1 iteration or "
+                f"more, not "
                 f"{groups}, {strengths}, {until}"
             )
         self.groups, self.strengths, self.until = groups, strengths, until
         weights = list(self.weights().values())
-        self._repeats = [1, *(_repeats(*pair) for pair in zip(weights, weights[1:], strict=False))]
+        self._repeats = [1, *(_repeats(*pair) for pair in itertools.pairwise(weights))]
         sizes = [weights[0].shape[1], *(weight.shape[0] for weight in weights)]
         draw = torch.Generator().manual_seed(seed)
         self.logits = [
-            torch.randn(groups, size, generator=draw).mul_(0.1).to(weights[0].device).requires_grad_()
+            torch.randn(groups, size, generator=draw, dtype=torch.float32)
+            .mul_(0.1)
+            .to(weights[0].device)
+            .requires_grad_()
             for size in sizes
         ]
         """Of the inputs of the first layer, and of the outputs of each: ``[groups, features]``."""
@@ -199,8 +205,8 @@ def off_diagonal(weight: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
 
         sum_g  sum_columns |(1 - p_out_g) W p_in_g|_2  +  sum_rows |p_out_g W (1 - p_in_g)|_2
 
-    ``outputs [G, out]``, ``inputs [G, in]``: how much each belongs to each group. Of a convolution, a column is all
-    kernels of an input channel.
+    ``outputs [G, out]``, ``inputs [G, in]``: how much each belongs to each group. Of a convolution, a column
+    is all kernels of an input channel.
     """
     squares = weight.flatten(2).square().sum(2) if weight.dim() > 2 else weight.square()
     columns = inputs.square() * ((1 - outputs).square() @ squares)  # [G, in]
@@ -212,7 +218,8 @@ def _repeats(before: Tensor, after: Tensor) -> int:
     """How many inputs of a layer come of each output of the one before: places of a flattened channel."""
     if after.shape[1] % before.shape[0]:
         raise DistcompError(
-            f"a layer of {after.shape[1]} inputs does not follow one of {before.shape[0]} outputs; name the layers "
+            f"a layer of {after.shape[1]} inputs does not follow one of {before.shape[0]} outputs; "
+            f"name the layers "
             "in the order in which features pass through them"
         )
     return after.shape[1] // before.shape[0]
@@ -234,15 +241,16 @@ def splitnet(
 
         loss + s1 sum_layers off_diagonal(W, p_out, p_in) + s2 sum_{i<j} p_i . p_j + s3 sum_g mean(p_g)^2
 
-    with p the softmax of learned assignments, for the inputs of the first of ``layers`` and the outputs of each
-    (the last's are classes). ``layers`` follow each other. ``until``: over how many iterations the softmax is cooled
-    and disjointness ramped up. Start from a trained dense model. After the cut a layer has about ``1/groups`` of its
-    numbers, and what a group computes is no other's affair.
+    with p the softmax of learned assignments, for the inputs of the first of ``layers`` and the outputs of
+    each (the last's are classes). ``layers`` follow each other. ``until``: over how many iterations the
+    softmax is cooled and disjointness ramped up. Start from a trained dense model. After the cut a layer has
+    about ``1/groups`` of its numbers, and what a group computes is no other's affair.
 
     Wire: nothing for the assignments; they are a function of weights, which all ranks have alike.
 
     Source: Kim et al., SplitNet, ICML 2017 (PMLR 70).
 
-    Raises DistcompError for layers that do not follow each other, numbers out of range, weights described already.
+    Raises DistcompError for layers that do not follow each other, numbers out of range, weights described
+    already.
     """
     return LearnedSplit(model, layers, groups, strengths=strengths, until=until, rate=rate, seed=seed)

@@ -53,7 +53,7 @@ class Seeded(Structure):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.register_buffer("seed", torch.tensor(seed))
+        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
 
     @abstractmethod
     def draw(self) -> None:

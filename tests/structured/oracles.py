@@ -63,7 +63,8 @@ def nearest_linear(decode: Callable[[Array], Array], numbers: int, weight: Array
 
 
 def evbmf_rank(s: Array, rows: int, columns: int) -> int:
-    """Nakajima et al. 2013: the analytic threshold at the noise variance of least free energy, by brute force."""
+    """Nakajima et al. 2013: the analytic threshold at the noise variance of least free energy, by brute
+    force."""
     small, large = min(rows, columns), max(rows, columns)
     alpha = small / large
     tau = 2.5129 * math.sqrt(alpha)

@@ -45,7 +45,9 @@ def test_what_is_read_is_the_papers(how) -> None:
     from distcomp.files.dct_pack import packed
 
     weight = kernels()
-    data = compress({"conv.weight": weight, "fc.weight": torch.randn(30, 10), "steps": torch.tensor(3)}, 5, how)
+    data = compress(
+        {"conv.weight": weight, "fc.weight": torch.randn(30, 10), "steps": torch.tensor(3)}, 5, how
+    )
     read = decompress(data)
     centres, members, _ = packed(weight.numpy(), how)
     np.testing.assert_allclose(
@@ -58,7 +60,9 @@ def test_what_is_read_is_the_papers(how) -> None:
 
 def test_a_finer_pack_is_nearer_and_larger() -> None:
     weight = kernels()
-    packs = [compress({"w": weight}, 5, DctPack(8, t, levels)) for t, levels in ((0.0, 512), (0.2, 64), (0.8, 8))]
+    packs = [
+        compress({"w": weight}, 5, DctPack(8, t, levels)) for t, levels in ((0.0, 512), (0.2, 64), (0.8, 8))
+    ]
     errors = [float((decompress(data)["w"] - weight).norm() / weight.norm()) for data in packs]
     assert errors == sorted(errors)
     assert [len(data) for data in packs] == sorted((len(data) for data in packs), reverse=True)

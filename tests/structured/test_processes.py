@@ -1,4 +1,5 @@
-"""On real processes: replicas stay identical under every method, bytes are those of the summary, runs resume."""
+"""On real processes: replicas stay identical under every method, bytes are those of the summary, runs
+resume."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def test_four_ranks_agree_too(cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("circulant", "qsgd:bits=1"), ("low rank", "powersgd"), ("hashed", "pqasgd:period=2")]
+    ("name", "method"),
+    [("circulant", "qsgd:bits=1"), ("low rank", "powersgd"), ("hashed", "pqasgd:period=2")],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(cluster, name, method) -> None:
     whole = cluster(2).run(jobs.resumed, name, method, 0)

@@ -1,4 +1,5 @@
-"""Each structure against its paper in NumPy: the weight, the nearest description, gradients, odd sizes, bf16."""
+"""Each structure against its paper in NumPy: the weight, the nearest description, gradients, odd sizes,
+bf16."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ from torch.autograd import gradcheck
 from distcomp import DistcompError, precision, pruning, structured
 from distcomp.files.container import compress, sizes
 from distcomp.parametrize import bits, chain, install, materialize, parameters, remove
-from distcomp.structured import CP, SVD, BlockCirculant, BlockDiagonal, Hashed, SparseBasis, Structure, Tucker2
+from distcomp.structured import (
+    CP,
+    SVD,
+    BlockCirculant,
+    BlockDiagonal,
+    Hashed,
+    SparseBasis,
+    Structure,
+    Tucker2,
+)
 from tests.structured import oracles
 
 few = settings(max_examples=15)
@@ -44,7 +54,9 @@ def made(kind: str, shape: tuple[int, ...]) -> Structure:
 
 ALL = ["circulant", "projections", "hashed", "frequencies", "svd", "tucker2", "cp", "split", "basis"]
 LINEAR = ["circulant", "projections", "hashed", "frequencies"]
-FOR = {kind: [shape for shape in SHAPES if kind not in ("tucker2", "basis") or len(shape) > 2] for kind in ALL}
+FOR = {
+    kind: [shape for shape in SHAPES if kind not in ("tucker2", "basis") or len(shape) > 2] for kind in ALL
+}
 PAIRS = [(kind, shape) for kind in ALL for shape in FOR[kind]]
 
 
@@ -99,7 +111,8 @@ def test_cp_is_a_sum_of_products_and_finds_one_that_is_there(shape) -> None:
     exact = sum(
         np.multiply.outer(first, rest)
         for first, rest in (
-            (factors[0][:, r].numpy(), _outer([factor[:, r].numpy() for factor in factors[1:]])) for r in (0, 1)
+            (factors[0][:, r].numpy(), _outer([factor[:, r].numpy() for factor in factors[1:]]))
+            for r in (0, 1)
         )
     )
     link = CP(shape, 2)
@@ -258,7 +271,11 @@ def test_quantizers_and_masks_stand_on_it(kind) -> None:
 @pytest.mark.parametrize("kind", LINEAR)
 def test_a_fresh_structure_has_the_variance_of_the_weight(kind) -> None:
     weight = drawn(0, 96, 64, 3, 3)
-    link = made(kind, tuple(weight.shape)) if kind != "hashed" else Hashed(tuple(weight.shape), 3000, domain="space")
+    link = (
+        made(kind, tuple(weight.shape))
+        if kind != "hashed"
+        else Hashed(tuple(weight.shape), 3000, domain="space")
+    )
     if kind == "frequencies":
         link = Hashed(tuple(weight.shape), 3000, shape=(1, 1))
     theta = link.fresh(*theta_of(link, weight))
@@ -282,7 +299,12 @@ def test_what_is_drawn_comes_back_with_the_state_dict() -> None:
 
 
 @few
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=7), st.floats(0, 1), st.floats(0.3, 4), st.floats(0.3, 4))
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=7),
+    st.floats(0, 1),
+    st.floats(0.3, 4),
+    st.floats(0.3, 4),
+)
 def test_bands_share_the_budget(counts, place, a, b) -> None:
     budget = len(counts) + round(place * (sum(counts) - len(counts)))
     sizes_ = structured.hashed.__globals__["shares"](counts, budget, a, b)
@@ -321,7 +343,7 @@ def test_a_rank_is_a_number_a_share_or_a_name() -> None:
             structured.chosen_rank(values, 4, 4, wrong)
 
 
-# -------------------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------------------ what is said
 
 
 def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
@@ -329,7 +351,10 @@ def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
     for call, words in (
         (lambda: structured.circulant(net, 0), "1 row or more, not 0"),
         (lambda: structured.circulant(net, 4, fft="fast"), "True, False or 'auto'"),
-        (lambda: structured.circulant(net, 4, layers="fc*"), "names no linear layer or convolution; there are: '0', '1'"),
+        (
+            lambda: structured.circulant(net, 4, layers="fc*"),
+            "names no linear layer or convolution; there are: '0', '1'",
+        ),
         (lambda: structured.circulant(net, 4, start="zero"), "'nearest' to the weight"),
         (lambda: structured.hashed(net, 0.5), "1 or more times smaller"),
         (lambda: structured.hashed(net, 2, domain="fft"), "a domain of"),
