@@ -18,6 +18,7 @@ from distcomp.structured.factors import CP, SVD, Tucker2, low_rank
 from distcomp.structured.force import ForceRegularizer, force_regularization
 from distcomp.structured.hashed import Hashed, hashed
 from distcomp.structured.lc import LC, lc
+from distcomp.structured.projection import RandomProjection
 from distcomp.structured.ranks import chosen_rank, evbmf_rank
 from distcomp.structured.reconstruction import global_error_reconstruction, reconstruct
 from distcomp.structured.soft_sharing import GaussianMixturePrior, SoftSharing, soft_sharing
@@ -38,6 +39,7 @@ __all__ = [
     "Hashed",
     "LayerCost",
     "LearnedSplit",
+    "RandomProjection",
     "Seeded",
     "SoftSharing",
     "SparseBasis",

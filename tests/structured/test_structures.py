@@ -343,7 +343,7 @@ def test_a_rank_is_a_number_a_share_or_a_name() -> None:
             structured.chosen_rank(values, 4, 4, wrong)
 
 
-# ------------------------------------------------------------------------------------------------ what is said
+# ----------------------------------------------------------------------------------------------- what is said
 
 
 def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
