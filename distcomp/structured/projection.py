@@ -20,15 +20,15 @@ class RandomProjection(Compressor):
 
     ::
 
-        C(x)[i] = s(i) mean_{j: h(j) = h(i)} s(j) x[j]         h: to numel/ratio buckets, s: +-1, from the step's key
+        C(x)[i] = s(i) mean_{j: h(j) = h(i)} s(j) x[j]      h: to numel/ratio buckets, s: +-1, drawn
 
-    An orthogonal projection: what a hashed structure (:class:`distcomp.structured.Hashed`) does to a weight, done to a
-    gradient. In expectation ``1/ratio`` of the square of x arrives, in each step another part of it: use it within
-    error feedback.
+    An orthogonal projection: what a hashed structure (:class:`distcomp.structured.Hashed`) does to a weight,
+    done to a gradient. In expectation ``1/ratio`` of the square of x arrives, in each step another part of
+    it: use it within error feedback.
 
-    ``redraw=False``, the same projection in every step, is refused: what lies outside its range is never sent,
-    error feedback piles it up, and training diverges. A structure that is *trained* is another matter; its own few
-    numbers are exchanged whole.
+    ``redraw=False``, the same projection in every step, is refused: what lies outside its range is never
+    sent, error feedback piles it up, and training diverges. A structure that is *trained* is another matter;
+    its own few numbers are exchanged whole.
 
     Bytes: ``8 + 4 numel/ratio``. Raises DistcompError for a ratio below 2, and for ``redraw=False``.
     """
@@ -41,8 +41,9 @@ class RandomProjection(Compressor):
             raise DistcompError(f"a projection is to a half of the numbers or fewer, not to 1/{self.ratio}")
         if not self.redraw:
             raise DistcompError(
-                "a fixed linear projection on the wire diverges, with error feedback too: what it leaves out is "
-                "never sent; use redraw=True, or give the model the structure: distcomp.structured.hashed(model)"
+                "a fixed linear projection on the wire diverges, with error feedback too: what it leaves out "
+                "is never sent; use redraw=True, or give the model the structure: "
+                "distcomp.structured.hashed(model)"
             )
 
     def parts(self, layout: Layout) -> Parts:

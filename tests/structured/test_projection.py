@@ -22,7 +22,6 @@ def test_it_is_an_orthogonal_projection_onto_signed_bucket_means() -> None:
     codec, x = structured.RandomProjection(4), torch.randn(68, generator=torch.Generator().manual_seed(0))
     payload = codec.encode(x, LAYOUT, Key(3))
     once = codec.decode(payload, LAYOUT)
-    at = 0
     for param, start in zip(LAYOUT.slices, LAYOUT.offsets, strict=True):
         bucket, sign = (drawn.numpy() for drawn in codec._drawn(param, Key(3).seed))
         piece = x[start : start + param.numel].numpy()
@@ -30,9 +29,8 @@ def test_it_is_an_orthogonal_projection_onto_signed_bucket_means() -> None:
             inside = bucket == b
             if inside.any():
                 mean = (sign[inside] * piece[inside]).mean()
-                np.testing.assert_allclose(once[start : start + param.numel].numpy()[inside], sign[inside] * mean,
-                                           atol=1e-6)  # fmt: skip
-            at += 1
+                decoded = once[start : start + param.numel].numpy()[inside]
+                np.testing.assert_allclose(decoded, sign[inside] * mean, atol=1e-6)
     again = codec.decode(codec.encode(once, LAYOUT, Key(3)), LAYOUT)
     torch.testing.assert_close(again, once)
     assert float(once @ (x - once)) == pytest.approx(0, abs=1e-4)
