@@ -60,6 +60,7 @@ SAME_WORD = {
     "gradual": "a part of the weights at a time: quantized, or pruned",
     "materialize": "a parametrization into a plain weight: of all kinds, or of masks alone",
     "register": "under a name: a method, a backend of torch.distributed",
+    "summary": "what a model's numbers cost: how wide, or how few they are",
     "remove": "a parametrization from a weight: of all kinds, or quantizers alone",
 }
 """Public names of two rooms that say the same of two things, as English does."""

@@ -17,6 +17,7 @@ from distcomp.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from distcomp import averaging as averaging
+    from distcomp import blocks as blocks
     from distcomp import calls as calls
     from distcomp import compressors as compressors
     from distcomp import conditional as conditional
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from distcomp import network as network
     from distcomp import precision as precision
     from distcomp import pruning as pruning
+    from distcomp import structured as structured
     from distcomp.attaching.audit import audit as audit
     from distcomp.attaching.handle import Handle as Handle
     from distcomp.attaching.handle import attach as attach
@@ -75,6 +77,7 @@ __all__ = [
 
 ROOMS = {
     "averaging": "distcomp.averaging",
+    "blocks": "distcomp.blocks",
     "calls": "distcomp.calls",
     "compressors": "distcomp.compressors",
     "conditional": "distcomp.conditional",
@@ -82,6 +85,7 @@ ROOMS = {
     "network": "distcomp.network",
     "precision": "distcomp.precision",
     "pruning": "distcomp.pruning",
+    "structured": "distcomp.structured",
 }
 """The rooms that are attributes, and where each is."""
 

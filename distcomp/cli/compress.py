@@ -26,6 +26,13 @@ def add(commands: Any) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="state dict, as torch.save writes it")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="such as model.dcz")
     parser.add_argument("--bits", type=int, default=5, help="2^bits shared values per tensor (default: 5)")
+    parser.add_argument(
+        "--dct",
+        metavar="K,T,L",
+        help="pack convolution kernels by frequency (CNNpack): clusters, threshold in standard "
+        "deviations, levels, "
+        "such as 16,0.5,32",
+    )
     parser.set_defaults(run=run)
 
 
@@ -34,9 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
     from distcomp.pruning import compress, decompress, sizes
 
     state = read_state(arguments.model)
-    data = compress(state, arguments.bits)
+    dct = pack_of(arguments.dct)
+    data = compress(state, arguments.bits, dct)
     again = decompress(data, limit_bytes=1 << 62)
-    if compress(again, arguments.bits) != data:
+    # Frequencies are rounded anew whenever they are packed: there the tensors must be read back, as they are.
+    same = compress(again, arguments.bits) == data if dct is None else list(again) == list(state)
+    if not same:
         raise DistcompError("what was coded does not read back as it was; please report this model")
     write_output(arguments.output, data, b"dcz1", ".dcz file")
     rows = [[one.name, f"{one.dense_bytes}", f"{one.stored_bytes}", one.coding] for one in sizes(data)]
@@ -45,6 +55,21 @@ def run(arguments: argparse.Namespace) -> int:
     smaller = f"{dense / len(data):.1f} x smaller"
     print(f"\n{dense} bytes of tensors -> {len(data)} bytes, {smaller}:\n{arguments.output}")
     return 0
+
+
+def pack_of(text: str | None) -> Any:
+    """``16,0.5,32`` -> a :class:`distcomp.files.dct_pack.DctPack`; None where nothing is asked for."""
+    from distcomp.files.dct_pack import DctPack
+
+    if text is None:
+        return None
+    try:
+        clusters, threshold, levels = text.split(",")
+        return DctPack(int(clusters), float(threshold), int(levels))
+    except ValueError:
+        raise DistcompError(
+            f"--dct takes clusters, threshold and levels, such as 16,0.5,32, not {text!r}"
+        ) from None
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -6,14 +6,16 @@ bytes       what (little-endian)
 20          header: magic ``dcz1``, version u16, 0 u16, number of tensors u32, bytes of the table
             u32, CRC-32 of the table u32
 table       per tensor: name length u16, name (UTF-8), dtype u8, dimensions u8, each size u32,
-            coding u8 (0 raw, 1 shared), bytes of the body u32, CRC-32 of the body u32
+            coding u8 (0 raw, 1 shared, 2 DCT), bytes of the body u32, CRC-32 of the body u32
 bodies      in the order of the table
 ==========  =====================================================================================
 
 A raw body: coder u8 (0 as it is, 2 zlib), then the values. A shared body: bits of a gap u8, centroids u16,
 nonzero weights u32, gaps u32; the centroids (float32); coder u8, bytes u32 and the gaps; coder u8, bytes u32
 and the codes. Gap symbol g < 2^b - 1 stands for g zeros and a nonzero weight, 2^b - 1 for as many zeros and
-no weight.
+no weight. A DCT body (version 2 of the file): clusters u16; the common kernels (float32); coder u8, bytes u32
+and the cluster of each kernel, where there are clusters; then a shared body, of the remainders of all
+coefficients.
 
 Nothing in it is ever executed or unpickled. A reader needs memory for what the table declares, whatever the
 bodies hold, and refuses more than it was told to allow, before it allocates. No body is longer than its
@@ -35,18 +37,20 @@ import torch
 from torch import Tensor
 
 from distcomp.errors import DistcompError
+from distcomp.files import dct_pack
 from distcomp.files.coding import AT_ONCE, CODERS, PACKED, ZLIB, CorruptFile, Symbols, decode, encode
 from distcomp.files.k_means import shared_values
 
-MAGIC, VERSION = b"dcz1", 1
+MAGIC, VERSION, NEWEST = b"dcz1", 1, 2
 HEADER = struct.Struct("<4sHHIII")
 SHARED_HEAD = struct.Struct("<BHII")
 STREAM = struct.Struct("<BI")
+CLUSTERS = struct.Struct("<H")
 DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
     torch.int8, torch.uint8, torch.bool,
 )  # fmt: skip
-RAW, SHARED = 0, 1
+RAW, SHARED, DCT = 0, 1, 2
 GAP_BITS = range(1, 9)
 LIMIT_BYTES = 1 << 30
 TENSOR_BYTES = 1 << 10
@@ -66,13 +70,17 @@ class Size:
     coding: str
 
 
-def compress(state: Mapping[str, Tensor], bits: int = 5) -> bytes:
+def compress(state: Mapping[str, Tensor], bits: int = 5, dct: dct_pack.DctPack | None = None) -> bytes:
     """A model's tensors as the bytes of a ``.dcz`` file.
 
     float32 tensors whose nonzero values are at most ``2^bits`` different ones are stored exactly; so are
     those too small to share values in, and all other types. Otherwise nonzero values are shared: k-means with
     ``2^bits`` centroids (see :func:`distcomp.pruning.share` for training them), and what
     :func:`decompress` gives back are the centroids.
+
+    With ``dct``, convolution kernels above 1 x 1 are packed in the frequency domain (CNNpack): common
+    kernels, and remainders that are made smaller, rounded, and coded as shared values are. Other tensors are
+    as above.
 
     Source: Han et al., Deep Compression, ICLR 2016. We differ: no filler zeros (a gap too long has a symbol
     of its own), gap widths by size, and zlib or packed bits where they beat Huffman's code.
@@ -83,7 +91,7 @@ def compress(state: Mapping[str, Tensor], bits: int = 5) -> bytes:
         raise DistcompError(f"{bits} bits per shared weight are not possible; choose 1 to 12")
     table, bodies = [], []
     for name, tensor in state.items():
-        coding, body = _body(name, tensor.detach().cpu().contiguous(), bits)
+        coding, body = _body(name, tensor.detach().cpu().contiguous(), bits, dct)
         raw = name.encode()
         if len(raw) > 65535 or tensor.dim() > 255 or tensor.numel() >= 1 << 31:
             raise DistcompError(f"{name[:80]} is too large for this format; leave it out")
@@ -92,21 +100,38 @@ def compress(state: Mapping[str, Tensor], bits: int = 5) -> bytes:
         table.append(head + struct.pack("<BII", coding, len(body), zlib.crc32(body)))
         bodies.append(body)
     listed = b"".join(table)
-    header = HEADER.pack(MAGIC, VERSION, 0, len(table), len(listed), zlib.crc32(listed))
+    version = VERSION if dct is None else NEWEST  # files without DCT bodies are read by older readers
+    header = HEADER.pack(MAGIC, version, 0, len(table), len(listed), zlib.crc32(listed))
     return b"".join([header, listed, *bodies])
 
 
-def _body(name: str, tensor: Tensor, bits: int) -> tuple[int, bytes]:
+def _body(name: str, tensor: Tensor, bits: int, dct: dct_pack.DctPack | None) -> tuple[int, bytes]:
     if tensor.dtype not in DTYPES:
         raise DistcompError(f"{name} is of type {tensor.dtype}, which this format does not know")
     raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     zipped = zlib.compress(raw, 9)
     plain = bytes([ZLIB]) + zipped if len(zipped) < len(raw) else bytes([PACKED]) + raw
     if tensor.dtype == torch.float32 and tensor.numel() and bool(torch.isfinite(tensor).all()):
-        body = _shared(tensor.reshape(-1).numpy(), bits)
+        if dct is not None and dct_pack.is_kernel(tuple(tensor.shape)):
+            coding, body = DCT, _frequencies(tensor.numpy(), dct)
+        else:
+            coding, body = SHARED, _shared(tensor.reshape(-1).numpy(), bits)
         if body is not None and len(body) < len(plain):
-            return SHARED, body
+            return coding, body
     return RAW, plain
+
+
+def _frequencies(weight: np.ndarray, how: dct_pack.DctPack) -> bytes | None:
+    """The body of a weight that is packed by frequency; None where nothing is left of its remainders."""
+    centres, members, rest = dct_pack.packed(weight, how)
+    remainders = _shared(rest.reshape(-1), max(1, how.levels.bit_length()))
+    if remainders is None:
+        return None
+    head = CLUSTERS.pack(len(centres)) + centres.astype("<f4").tobytes()
+    if len(centres):
+        coder, data = encode(members, len(centres))
+        head += STREAM.pack(coder, len(data)) + data
+    return head + remainders
 
 
 def _shared(values: np.ndarray, bits: int) -> bytes | None:
@@ -160,6 +185,9 @@ class _Reader:
     def unpack(self, form: str) -> tuple[int, ...]:
         return struct.unpack(form, self.take(struct.calcsize(form)))
 
+    def rest(self) -> bytes:
+        return self._stream.read()
+
     @property
     def at_end(self) -> bool:
         return not self._stream.read(1)
@@ -211,11 +239,15 @@ def sizes(data: bytes) -> list[Size]:
         body = reader.take(entry.nbytes)
         line = 2 + len(entry.name.encode()) + 2 + 4 * len(entry.shape) + 9
         active, coding = entry.numel, "raw, zlib" if body[:1] == bytes([ZLIB]) else "raw"
-        if entry.coding == SHARED:
+        if entry.coding == DCT:
+            clusters, _, body = _clusters(entry, body)
+        if entry.coding in (SHARED, DCT):
             bits, centroids, active, _, (gaps, codes) = _streams(body)
             coding = (
                 f"{centroids.size} centroids, {bits}-bit gaps: {CODERS[gaps[0]]}, codes: {CODERS[codes[0]]}"
             )
+            if entry.coding == DCT:
+                coding = f"DCT, {len(clusters)} common kernels, {coding}"
         dense = entry.numel * entry.dtype.itemsize
         sizes.append(Size(entry.name, entry.numel, active, dense, line + entry.nbytes, coding))
     _check_end(reader)
@@ -226,8 +258,8 @@ def _table(reader: _Reader, limit_bytes: int) -> list[_Entry]:
     magic, version, zero, count, length, check = HEADER.unpack(reader.take(HEADER.size))
     if magic != MAGIC or zero:
         raise CorruptFile("this is no .dcz file; name one that distcomp compress wrote")
-    if version != VERSION:
-        raise CorruptFile(f"the file is of version {version}, this distcomp reads {VERSION}; use a newer one")
+    if not VERSION <= version <= NEWEST:
+        raise CorruptFile(f"the file is of version {version}, this distcomp reads {NEWEST}; use a newer one")
     _check_limit(count * TENSOR_BYTES, limit_bytes)
     if length > count * LONGEST_LINE:
         raise CorruptFile("the table of tensors is damaged: it is longer than it could be")
@@ -273,6 +305,11 @@ def _tensor(entry: _Entry, body: bytes) -> Tensor:
         raise CorruptFile(f"{entry.name} is damaged: its checksum is wrong")
     if entry.coding == SHARED and entry.dtype == torch.float32:
         return torch.from_numpy(_unshared(entry, body)).view(entry.shape)
+    if entry.coding == DCT and entry.dtype == torch.float32 and dct_pack.is_kernel(entry.shape):
+        centres, members, rest = _clusters(entry, body)
+        turned = _unshared(entry, rest).reshape(-1, math.prod(entry.shape[2:])).astype(np.float64)
+        turned += centres[members] if len(centres) else 0
+        return torch.from_numpy(dct_pack.weights(turned, entry.shape)).view(entry.shape)
     if entry.coding != RAW or body[:1] not in (bytes([PACKED]), bytes([ZLIB])):
         raise CorruptFile(f"{entry.name} is coded in an unknown way; the file is of a later version")
     nbytes = entry.numel * entry.dtype.itemsize
@@ -287,6 +324,21 @@ def _tensor(entry: _Entry, body: bytes) -> Tensor:
 
 def _empty(entry: _Entry) -> Tensor:
     return torch.empty(entry.shape, dtype=entry.dtype)
+
+
+def _clusters(entry: _Entry, body: bytes) -> tuple[np.ndarray, np.ndarray, bytes]:
+    """Common kernels, which of them each kernel has, and the bytes of the remainders."""
+    if not dct_pack.is_kernel(entry.shape):
+        raise CorruptFile(f"{entry.name} has no kernels and is coded as if: the file is damaged")
+    reader, taps = _Reader.of(body), math.prod(entry.shape[2:])
+    (count,) = CLUSTERS.unpack(reader.take(CLUSTERS.size))
+    centres = np.frombuffer(reader.take(4 * count * taps), "<f4").reshape(count, taps)
+    kernels = entry.numel // taps
+    if not count:
+        return centres, np.zeros(kernels, np.int64), reader.rest()
+    coder, nbytes = STREAM.unpack(reader.take(STREAM.size))
+    members = decode(coder, reader.take(nbytes), kernels, count)
+    return centres, members.astype(np.int64), reader.rest()
 
 
 Streams = tuple[tuple[int, bytes], tuple[int, bytes]]

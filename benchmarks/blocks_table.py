@@ -1,0 +1,98 @@
+"""Parameters, multiplications, time and accuracy of each block, on one digit somewhere on a noisy canvas.
+
+    python -m benchmarks.blocks_table            # resumes; writes results/blocks_table.json
+
+The networks of ``examples/architectures.py``: two 3 x 3 convolutions (32 -> 32 -> 64 channels) are replaced
+by each block, and a few whole networks. A forward and backward of 64 images is timed on one thread, the
+median of 15.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks._common import Cells, arguments_of, median
+from benchmarks._places import example
+from distcomp import structured
+
+SEEDS, STEPS, BATCH, RATE = 3, 300, 64, 3e-3
+
+
+def multiplications(net: nn.Module, x: torch.Tensor) -> int:
+    """Of one image; Winograd's are counted as those of the convolution that it is."""
+    return int(structured.summary(net, x[:1]).total("multiplications")[1])
+
+
+def cell(name: str, seed: int, timed: bool) -> dict[str, Any]:
+    """One network, trained."""
+    shapes = example("architectures")
+    torch.manual_seed(seed)
+    net = shapes.NETWORKS[name](1.0)
+    train, held_out = shapes.digits()
+    draw = torch.Generator().manual_seed(100 + seed)
+    test = shapes.shifted(*held_out, 2000, torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(net.parameters(), RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
+        inputs, labels = shapes.shifted(*train, BATCH, draw)
+        optimizer.zero_grad()
+        cross_entropy(net(inputs), labels).backward()
+        optimizer.step()
+        schedule.step()
+    found = {
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "multiplications": multiplications(net, test[0]),
+        "accuracy": shapes.accuracy(net, *test),
+    }
+    return {**found, "step_s": step_s(net, *test)} if timed else found
+
+
+def step_s(net: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> float:
+    """Forward and backward of a batch, the median of 15."""
+    times = []
+    for _ in range(15):
+        net.zero_grad()
+        began_s = time.perf_counter()
+        cross_entropy(net(inputs[:BATCH]), labels[:BATCH]).backward()
+        times.append(time.perf_counter() - began_s)
+    return median(times)
+
+
+def main() -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stop after so many; a later call goes on"
+    )
+    until = time.monotonic() + parser.parse_args().seconds
+    torch.set_num_threads(1)
+    names = list(example("architectures").NETWORKS)
+    plan = {"steps": STEPS, "batch": BATCH, "rate": RATE, "seeds": SEEDS, "reduced": "small networks"}
+    cells = Cells("blocks_table", plan)
+    planned = [(f"{name} | {seed}", name, seed) for seed in range(SEEDS) for name in names]
+    for key, name, seed in planned:
+        if time.monotonic() > until:
+            break
+        cells.get(key, lambda n=name, s=seed: cell(n, s, timed=s == 0))
+    done = cells.document["cells"]
+    table = {}
+    for name in names:
+        rows = [done[f"{name} | {seed}"] for seed in range(SEEDS) if f"{name} | {seed}" in done]
+        if rows:
+            accuracies = [row["accuracy"] for row in rows]
+            spread = statistics.stdev(accuracies) if len(rows) > 1 else None
+            accuracy = {"mean": statistics.mean(accuracies), "spread": spread, "seeds": len(rows)}
+            table[name] = {**rows[0], "accuracy": accuracy}
+    cells.document["table"] = table
+    cells.write()
+    print("done" if all(key in done for key, _, _ in planned) else "to be continued")
+
+
+if __name__ == "__main__":
+    main()
