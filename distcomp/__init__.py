@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distcomp import averaging as averaging
     from distcomp import calls as calls
     from distcomp import compressors as compressors
+    from distcomp import distill as distill
     from distcomp import methods as methods
     from distcomp import network as network
     from distcomp import precision as precision
@@ -76,6 +77,7 @@ ROOMS = {
     "averaging": "distcomp.averaging",
     "calls": "distcomp.calls",
     "compressors": "distcomp.compressors",
+    "distill": "distcomp.distill",
     "methods": "distcomp.methods",
     "network": "distcomp.network",
     "precision": "distcomp.precision",
