@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from distcomp.advice.predict import PREDICTED_HOOKS, ProfiledMethod, profile_method
+from distcomp.advice.predict import PREDICTED_HOOKS, ProfiledMethod, SharedCost, profile_method
 from distcomp.advice.profile import ProfiledExchange, ProfiledRound
 from distcomp.averaging.gossip import Gossip
 from distcomp.averaging.topology import resolve
@@ -25,10 +25,10 @@ class Rehearsals:
     owner n chunks), and requests by :meth:`distcomp.network.request_sizes.RequestSizes.among`.
     """
 
-    def __init__(self, method: str, layouts: Sequence[Layout]) -> None:
+    def __init__(self, method: str, layouts: Sequence[Layout], shared: SharedCost | None = None) -> None:
         self.method = method
         self._layouts = layouts
-        self._at = lru_cache(maxsize=None)(lambda ranks: profile_method(method, layouts, ranks))
+        self._at = lru_cache(maxsize=None)(lambda ranks: profile_method(method, layouts, ranks, shared))
 
     def among(self, ranks: int) -> ProfiledMethod:
         """As if it had been profiled among so many."""

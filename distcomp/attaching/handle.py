@@ -27,6 +27,7 @@ from distcomp.attaching.fsdp import FSDPSync, refuse_sharded, weight_gather_of
 from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
 from distcomp.attaching.parameters import ParameterSync
+from distcomp.attaching.predictions import PredictionSync, check_shared
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.requested import record_attached
 from distcomp.attaching.session import Meeting, Session
@@ -34,6 +35,7 @@ from distcomp.attaching.settings import details_of, settings_of
 from distcomp.attaching.target import Replicas, Target
 from distcomp.attaching.watch import Sink, Watch
 from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.averaging.codistill import Codistillation
 from distcomp.builtin_hooks import is_builtin
 from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError, PeerLost
@@ -56,6 +58,7 @@ def attach(
     timeout_s: float | None = None,
     replicas: Replicas | None = None,
     weights: WeightGather | Compressor | Method | str | None = None,
+    shared: Tensor | None = None,
 ) -> Handle:
     """Let ``method`` carry the gradients of a DDP or FSDP2 model, or average models. Call it on every rank.
 
@@ -78,6 +81,8 @@ def attach(
         weights: of an FSDP2 model: how its weights are gathered, such as ``"qsgd:bits=8"`` or
             ``"difference:compressor=(qsgd:bits=4)"`` (:mod:`distcomp.methods.weight_gather`); None: as they
             are. Changes the weights that are computed with, never those that are trained.
+        shared: unlabelled examples, the same on every rank, of which ``distcomp.averaging.codistill()``
+            exchanges predictions; other methods have no use for them.
 
     Returns:
         A handle: ``stats()``, ``log()``, ``state_dict()``, ``load_state_dict()``, ``detach()``; also a
@@ -95,13 +100,15 @@ def attach(
     with meeting.refusals_told():
         chosen = _method(method)
         edges = _check(target, chosen, optimizer)
+        examples = check_shared(target, chosen, shared)
         gathered = weight_gather_of(weights, target, replicas)
         dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
-    settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)}
-    session = Session.open(meeting, settings, details_of(target), edges)
+    settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)} | examples
+    session = Session.open(meeting, settings, details_of(target, chosen), edges)
     sync = _open(
-        chosen, target, session, dispatcher, optimizer=optimizer, scaler=scaler, seed=seed, gathered=gathered
-    )
+        chosen, target, session, dispatcher, optimizer=optimizer, scaler=scaler, seed=seed, gathered=gathered,
+        shared=shared,
+    )  # fmt: skip
     _ATTACHED.add(target.key)
     record_attached(session.recorder, session.rank, model, method, chosen, seed)
     return Handle(target, sync, dispatcher, session, seed)
@@ -131,6 +138,7 @@ def _open(
     scaler: Scaler | None,
     seed: int,
     gathered: WeightGather | None,
+    shared: Tensor | None,
 ) -> Sync:
     """What serves the choice: where gradients or models meet it."""
     clock = clock_of(target.called)
@@ -141,6 +149,8 @@ def _open(
         sync = BuiltinHookSync(chosen, target.as_ddp(), session, clock)
     elif isinstance(chosen, Method):
         sync = GradientSync(target.as_ddp(), chosen, session, clock, seed, scaler)
+    elif isinstance(chosen, Codistillation) and shared is not None:
+        sync = PredictionSync(target, chosen, session, clock, optimizer, seed, shared, scaler)
     else:
         sync = ParameterSync(target, chosen, session, clock, optimizer, seed)
     if dispatcher is not None:
@@ -163,7 +173,7 @@ class Handle:
             sync.clock.listen(listener)
         self._pruners = masks.join(target.module, sync)
         self._exchanges = TensorExchanges(sync, next(target.module.parameters()).device, seed)
-        self._fingerprint = Fingerprint(described(sync.method), target.shapes_digest)
+        self._fingerprint = Fingerprint(described(sync.method), sync.fingerprint(target))
         everyone, store = target.place, target.everyone.get_group_store()
         self._place = everyone if sync.replicated else target.shard_place
         self._loads = Loads(store, everyone.rank, everyone.ranks, session.name, session.timeout_s)

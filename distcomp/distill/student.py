@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from distcomp.distill.objectives import Lesson, Objective
 from distcomp.distill.taps import HEADS, Taps, install_heads, is_sharded_student, remove_heads
@@ -174,6 +173,8 @@ def summary_of(teach: Distill, batch: Batch | None) -> DistillSummary:
 
 @torch.no_grad()
 def _flops(network: nn.Module, batch: Batch) -> int:
+    from torch.utils.flop_counter import FlopCounterMode  # takes a second to import
+
     with FlopCounterMode(display=False) as counter:
         network.forward(*batch) if isinstance(batch, tuple) else network.forward(batch)
     return int(counter.get_total_flops())
