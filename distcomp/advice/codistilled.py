@@ -15,7 +15,7 @@ from distcomp.errors import DistcompError
 from distcomp.runtime.driver import in_lock_step
 from distcomp.runtime.lockstep import Lockstep
 
-Parameters = Mapping[str, Tensor]
+StackedParameters = Mapping[str, Tensor]
 """``[workers, *shape]`` of each parameter, or ``[*shape]`` of one worker's."""
 
 
@@ -37,7 +37,10 @@ class Codistilled:
         self.codistillation = codistillation
         self.net = Lockstep(size)
         self._task, self._shared, self._seed, self._size = training_task, training_task.shared, seed, size
-        rows = codistillation.check_rows(len(self._shared))
+        self.rows = rows = codistillation.check_rows(len(self._shared))
+        """Of an exchange."""
+        self.term_rows = min(codistillation.batch, rows)
+        """Of the term in a step."""
         with torch.no_grad():
             layout = predictions_layout(rows, training_task.model(self._shared[:1]))
         self.fragments: list[FragmentState] = []
@@ -46,7 +49,7 @@ class Codistilled:
         for fragment in self.fragments:
             fragment.start(torch.zeros(layout.numel))
 
-    def gradients(self, parameters: Parameters, step: int) -> dict[str, Tensor] | None:
+    def gradients(self, parameters: StackedParameters, step: int) -> dict[str, Tensor] | None:
         """Of the weighted term at every worker's model in step ``step``; None while nobody was heard."""
         weight = self.codistillation.weight_at(step)
         if not weight or not any(fragment.exchanges for fragment in self.fragments):
@@ -60,10 +63,10 @@ class Codistilled:
             for name, tensor in found.items()
         }
 
-    def exchange(self, parameters: Parameters, step: int, absent: Callable[[int], frozenset[int]]) -> None:
-        """Exchange predictions where that is due after ``step`` iterations."""
-        if not self.fragments[0].due(step):
-            return
+    def exchange(
+        self, parameters: StackedParameters, step: int, absent: Callable[[int], frozenset[int]]
+    ) -> None:
+        """Exchange predictions after ``step`` iterations."""
         rows = self.codistillation.exchanged_rows(len(self._shared), step, self._seed)
         examples = self._shared[rows]
         with torch.no_grad():
@@ -77,6 +80,10 @@ class Codistilled:
         for fragment, result in zip(self.fragments, in_lock_step(self.net, aggregations), strict=True):
             fragment.state = result.state
 
+    def due(self, step: int) -> bool:
+        """Whether predictions are exchanged after ``step`` iterations."""
+        return self.fragments[0].due(step)
+
     def _heard(self, fragment: FragmentState) -> float:
         return float(any(bool(count) for count in fragment.state["heard"].values()))
 
@@ -88,9 +95,9 @@ class Codistilled:
         targets: Tensor = fragment.state["targets"].data
         return self._shared[rows[drawn]], targets.view(len(rows), -1)[drawn]
 
-    def _outputs(self, parameters: Parameters, inputs: Tensor) -> Tensor:
+    def _outputs(self, parameters: StackedParameters, inputs: Tensor) -> Tensor:
         outputs: Tensor = functional_call(self._task.model, dict(parameters), (inputs,))
         return outputs
 
-    def _term(self, parameters: Parameters, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _term(self, parameters: StackedParameters, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.codistillation.disagreement(self._outputs(parameters, inputs), targets)

@@ -97,6 +97,7 @@ class Simulation:
         self._schedule = (
             training_task.schedule(self._optimizer) if training_task.schedule is not None else None
         )
+        self._batch_rows = 1
         self.batched = True
         """Whether gradients of many workers are computed by one call."""
 
@@ -118,15 +119,23 @@ class Simulation:
             self._workers.absent = self._absent()
             self._workers.step()
         if self._codistilled is not None:
-            lost = self._absent()
-            self._codistilled.exchange(
-                self._views(self.models), self.steps, lambda rank: lost.get(rank, frozenset())
-            )
+            self._exchange_predictions(self._codistilled)
+
+    def _exchange_predictions(self, codistilled: Codistilled) -> None:
+        if not codistilled.due(self.steps):
+            return
+        # A forward without its backward: a third of what a step computes for as many rows.
+        self.clock.compute(self.steps - 1, codistilled.rows / self._batch_rows / 3)
+        lost = self._absent()
+        codistilled.exchange(self._views(self.models), self.steps, lambda rank: lost.get(rank, frozenset()))
 
     def _with_agreement(self, codistilled: Codistilled, grads: Tensor) -> Tensor:
         """The gradients, with those of the term that agrees with what was heard."""
         added = codistilled.gradients(self._views(self.models), self.steps)
-        return grads if added is None else grads + self._joined(added)
+        if added is None:
+            return grads
+        self.clock.compute(self.steps, codistilled.term_rows / self._batch_rows)
+        return grads + self._joined(added)
 
     def evaluate(self) -> dict[str, float]:
         """The averaged model's metrics, the workers' spread, virtual seconds and bytes sent per worker.
@@ -170,6 +179,7 @@ class Simulation:
         """Each worker's gradient at its own model, on its own batch: ``[size, numel]``."""
         batches = [self.training_task.batch(worker, self.size, self.steps) for worker in range(self.size)]
         inputs, targets = (torch.stack(parts) for parts in zip(*batches, strict=True))
+        self._batch_rows = inputs.shape[1]
         models = {name: piece.detach() for name, piece in self._parameters.items()}
         if self.batched:
             try:

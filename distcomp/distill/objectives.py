@@ -27,7 +27,7 @@ from distcomp.distill.losses import (
     noisy_logits,
     softened_kl,
 )
-from distcomp.distill.teachers import Predicted
+from distcomp.distill.teachers import NetworkOutput
 from distcomp.errors import DistcompError
 from distcomp.randomness import Key
 from distcomp.schedule import Schedule, Varying, at, extremes, varying
@@ -40,8 +40,8 @@ MEANS = ("arithmetic", "geometric")
 class Lesson:
     """One batch: what the student and the teacher gave, the labels (-1: none), and when."""
 
-    student: Predicted
-    teacher: Predicted
+    student: NetworkOutput
+    teacher: NetworkOutput
     labels: Tensor | None
     step: int
     key: Key

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distcomp.distill.objectives import Lesson, Objective
 from distcomp.distill.taps import HEADS, Taps, install_heads, is_sharded_student, remove_heads
-from distcomp.distill.teachers import Batch, Predicted, Teacher, called, logits_of, teacher_of
+from distcomp.distill.teachers import Batch, NetworkOutput, Teacher, called, logits_of, teacher_of
 from distcomp.errors import DistcompError
 from distcomp.private_torch import at_backward_end
 from distcomp.process_environment import read_environment
@@ -83,7 +83,7 @@ class Distill(Listener):
         taught = self.teacher.predict(batch, keys)
         logits = logits_of(called(self.student, batch))
         key = Key.of(self._seed, self.iterations).fold("distill", read_environment().rank)
-        lesson = Lesson(Predicted(logits, self._taps.taken()), taught, labels, self.iterations, key)
+        lesson = Lesson(NetworkOutput(logits, self._taps.taken()), taught, labels, self.iterations, key)
         terms = self.loss.terms(lesson)
         total = torch.stack([term.float() for term in terms.values()]).sum()
         if is_sharded_student(self.student) and not {"labels", "teacher"} & terms.keys():

@@ -24,7 +24,7 @@ Batch = Tensor | tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class Predicted:
+class NetworkOutput:
     """What a forward gave. ``members``: the logits of each of several teachers, with their ``shares``."""
 
     logits: Tensor
@@ -46,7 +46,7 @@ class Teacher(ABC):
         """Keep what these modules give from now on. Raises DistcompError where there are none."""
 
     @abstractmethod
-    def predict(self, batch: Batch, keys: Sequence[int] | None) -> Predicted:
+    def predict(self, batch: Batch, keys: Sequence[int] | None) -> NetworkOutput:
         """What it predicts, without a gradient. ``keys`` name the examples, where logits are kept."""
 
     def modules(self) -> tuple[nn.Module, ...]:
@@ -69,10 +69,10 @@ class NetworkTeacher(Teacher):
         self._taps = Taps(self.network, names)
 
     @torch.no_grad()
-    def predict(self, batch: Batch, keys: Sequence[int] | None = None) -> Predicted:
+    def predict(self, batch: Batch, keys: Sequence[int] | None = None) -> NetworkOutput:
         self.network.eval()  # somebody may have put it into training together with other modules
         logits = logits_of(called(self.network, batch))
-        return Predicted(logits, self._taps.taken())
+        return NetworkOutput(logits, self._taps.taken())
 
     def modules(self) -> tuple[nn.Module, ...]:
         return (self.network,)
@@ -103,11 +103,11 @@ class SeveralTeachers(Teacher):
     def tap(self, names: Iterable[str]) -> None:
         self._teachers[0].tap(names)
 
-    def predict(self, batch: Batch, keys: Sequence[int] | None = None) -> Predicted:
+    def predict(self, batch: Batch, keys: Sequence[int] | None = None) -> NetworkOutput:
         said = [teacher.predict(batch) for teacher in self._teachers]
         members = tuple(one.logits for one in said)
         logits = torch.stack([w * z for w, z in zip(self._shares, members, strict=True)]).sum(0)
-        return Predicted(logits, said[0].features, members, self._shares)
+        return NetworkOutput(logits, said[0].features, members, self._shares)
 
     def modules(self) -> tuple[nn.Module, ...]:
         return tuple(teacher.network for teacher in self._teachers)
@@ -143,7 +143,7 @@ class CachedTeacher(Teacher):
                 "the network itself"
             )
 
-    def predict(self, batch: Batch, keys: Sequence[int] | None = None) -> Predicted:
+    def predict(self, batch: Batch, keys: Sequence[int] | None = None) -> NetworkOutput:
         rows, device = _rows(batch)
         if keys is None or len(keys) != rows:
             raise DistcompError(
@@ -162,10 +162,37 @@ class CachedTeacher(Teacher):
             # The whole batch, not the missing rows alone: a row's bits may depend on how many come with it.
             computed = self._inner.predict(batch).logits
             self.cache.put([numbers[at] for at in missing], computed[missing])
-        return Predicted(self.cache.get(numbers).to(device))
+        return NetworkOutput(self.cache.get(numbers).to(device))
 
     def modules(self) -> tuple[nn.Module, ...]:
         return self._inner.modules() if self._inner is not None else ()
+
+
+class KnownLogits(Teacher):
+    """Logits of some examples, ``[examples, ..., classes]``, which somebody has computed; ``keys`` are places
+    in them: ``teach(batch, keys=rows)``. So one network is distilled from what codistilled workers predict
+    together, ``handle.exchange(model(shared).detach())``.
+
+    Raises DistcompError for taps, and for keys that are missing or no places.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits.detach()
+
+    def tap(self, names: Iterable[str]) -> None:
+        name = next(iter(names), None)
+        if name is not None:
+            raise DistcompError(f"known logits have no features, and the loss asks for the module {name!r}")
+
+    def predict(self, batch: Batch, keys: Sequence[int] | None = None) -> NetworkOutput:
+        rows, device = _rows(batch)
+        places = torch.as_tensor(keys if keys is not None else [])
+        if len(places) != rows or not bool(((places >= 0) & (places < len(self.logits))).all()):
+            raise DistcompError(
+                f"{rows} rows came with {len(places)} keys, and known logits take one place below "
+                f"{len(self.logits)} for each; call teach(batch, keys=places)"
+            )
+        return NetworkOutput(self.logits[places.long().to(self.logits.device)].to(device))
 
 
 def called(model: nn.Module, batch: Batch) -> Any:

@@ -70,3 +70,52 @@ def factor(fs, ft):
         return f.ravel() / np.sqrt((f**2).sum())
 
     return np.mean([np.abs(n(t) - n(s)) for s, t in zip(fs, ft, strict=True)])
+
+
+def kl(p, q):
+    """The mean over rows of KL(p | q)."""
+    return np.mean(
+        [sum(a * np.log(a / b) for a, b in zip(pr, qr, strict=True)) for pr, qr in zip(p, q, strict=True)]
+    )
+
+
+def mutual(logits, y, weight):
+    """Zhang et al., 2018, equation 8."""
+    total = 0.0
+    for i, z in enumerate(logits):
+        others = [kl(softmax(p), softmax(z)) for j, p in enumerate(logits) if j != i]
+        total += cross_entropy(z, y) + weight * sum(others) / (len(logits) - 1)
+    return total
+
+
+def one(each, gate, y, T, weight):
+    """Lan et al., 2018, equations 3 to 7."""
+    ensemble = sum(gate[:, b : b + 1] * z for b, z in enumerate(each))
+    total = cross_entropy(ensemble, y)
+    for z in each:
+        total += cross_entropy(z, y) + weight * T * T * kl(softmax(ensemble, T), softmax(z, T))
+    return total, ensemble
+
+
+def kdgan(zc, zt, sc, st, d, y, alpha, beta, gamma):
+    """Wang et al., 2018, with the classifier's labels; ``d(x's labels)`` gives D's logits; -log sigmoid."""
+
+    def true(score):
+        return np.log1p(np.exp(-score))
+
+    def false(score):
+        return np.log1p(np.exp(score))
+
+    onehot = np.eye(zc.shape[1])[np.maximum(y, 0)]
+    known = y != -1
+    D = (true(d(onehot)) * known).sum() / max(known.sum(), 1)
+    D += alpha * false(d(sc)).mean() + (1 - alpha) * false(d(st)).mean()
+    C = cross_entropy(zc, y) + alpha * true(d(sc)).mean() + beta * kl(softmax(zt), softmax(zc))
+    T = cross_entropy(zt, y) + (1 - alpha) * true(d(st)).mean() + gamma * kl(softmax(zc), softmax(zt))
+    return C, T, D
+
+
+def apprentice(zt, za, y, alpha, beta, gamma):
+    """Mishra and Marr, 2018, equation 1."""
+    H = -np.mean((softmax(zt) * np.log(softmax(za))).sum(1))
+    return alpha * cross_entropy(zt, y) + beta * cross_entropy(za, y) + gamma * H

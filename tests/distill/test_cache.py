@@ -92,3 +92,15 @@ def test_keys_and_features_are_asked_for_by_name(tmp_path):
     teacher.predict(rows(3)[0], [0, 1, 2])
     with pytest.raises(DistcompError, match="4 classes"):
         teacher.cache.put([9], torch.zeros(1, 3))
+
+
+def test_known_logits_are_taken_by_their_places():
+    x, _ = rows(6)
+    logits = mlp(seed=1)(x)
+    teach = distill.Distill(mlp(8), distill.KnownLogits(logits), distill.hinton(2, 1.0))
+    places = torch.tensor([4, 0, 4])
+    direct = distill.Distill(mlp(8), mlp(seed=1), distill.hinton(2, 1.0))
+    assert torch.allclose(teach(x[places], keys=places), direct(x[places]), atol=1e-6)
+    for keys in (None, [0, 1], [0, 1, 6], [-1, 0, 1]):
+        with pytest.raises(DistcompError, match="one place below 6"):
+            teach(x[:3], keys=keys)

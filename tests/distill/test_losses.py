@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distcomp import distill
-from distcomp.distill import Lesson, Predicted, losses
+from distcomp.distill import Lesson, NetworkOutput, losses
 from distcomp.errors import DistcompError
 from distcomp.randomness import Key
 from tests.distill import oracles
@@ -21,8 +21,8 @@ def drawn(*shape, seed=0):
 
 def value(objective, student, teacher, labels=None, step=0, key=None):
     """The loss of what student and teacher gave."""
-    ours = student if isinstance(student, Predicted) else Predicted(student)
-    theirs = teacher if isinstance(teacher, Predicted) else Predicted(teacher)
+    ours = student if isinstance(student, NetworkOutput) else NetworkOutput(student)
+    theirs = teacher if isinstance(teacher, NetworkOutput) else NetworkOutput(teacher)
     return sum(objective.terms(Lesson(ours, theirs, labels, step, key or Key.of(0))).values())
 
 
@@ -37,7 +37,7 @@ def value(objective, student, teacher, labels=None, step=0, key=None):
 def test_hintons_loss_is_the_papers(T, a, mean, labelled, seed):
     zs, z1, z2 = (3 * drawn(6, 5, seed=3 * seed + i) for i in range(3))
     y = torch.where(torch.tensor(labelled), torch.arange(6) % 5, -1)
-    taught = Predicted(0.75 * z1 + 0.25 * z2, {}, (z1, z2), (0.75, 0.25))
+    taught = NetworkOutput(0.75 * z1 + 0.25 * z2, {}, (z1, z2), (0.75, 0.25))
     found = value(distill.hinton(T, a, mean), zs, taught, y)
     wanted = oracles.hinton(zs.numpy(), [z1.numpy(), z2.numpy()], [0.75, 0.25], y.numpy(), T, a, mean)
     assert found.item() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
@@ -111,7 +111,7 @@ def test_a_noisy_teacher_is_mimicked_with_its_noise():
 def test_a_hint_is_the_papers():
     guided, hint = drawn(3, 4, 2, 2), drawn(3, 4, 2, 2, seed=1)
     objective = distill.fitnet_hint("s", "t", torch.nn.Identity(), weight=2.0)
-    found = value(objective, Predicted(guided, {"s": guided}), Predicted(hint, {"t": hint}))
+    found = value(objective, NetworkOutput(guided, {"s": guided}), NetworkOutput(hint, {"t": hint}))
     assert found.item() == pytest.approx(2 * oracles.hint(guided.numpy(), hint.numpy()))
 
 
@@ -123,7 +123,7 @@ def test_attention_is_the_papers():
         drawn(3, 9, 3, 3, seed=2),
     )
     objective = distill.attention({"a": "b", "c": "d"}, beta=30)
-    found = value(objective, Predicted(fs, {"a": fs, "c": gs}), Predicted(ft, {"b": ft, "d": gt}))
+    found = value(objective, NetworkOutput(fs, {"a": fs, "c": gs}), NetworkOutput(ft, {"b": ft, "d": gt}))
     wanted = 30 * (oracles.attention(fs.numpy(), ft.numpy()) + oracles.attention(gs.numpy(), gt.numpy()))
     assert found.item() == pytest.approx(wanted)
 
@@ -133,7 +133,7 @@ def test_factors_are_the_papers():
     paraphraser = distill.Paraphraser(4, 2).double()
     ours, theirs = drawn(3, 2, 5, 5), drawn(3, 4, 5, 5, seed=1)
     objective = distill.factor_transfer("s", "t", paraphraser, distill.Translator(3, 2), beta=50)
-    found = value(objective, Predicted(ours, {"s": ours}), Predicted(theirs, {"t": theirs}))
+    found = value(objective, NetworkOutput(ours, {"s": ours}), NetworkOutput(theirs, {"t": theirs}))
     wanted = 50 * oracles.factor(ours.numpy(), paraphraser.factor(theirs).numpy())
     assert found.item() == pytest.approx(wanted)
 
