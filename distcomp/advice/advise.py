@@ -183,10 +183,10 @@ def _row(rehearsed: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: 
     efficiency = {}
     for ranks in SCALES:
         try:
-            there = fabric.of(ranks)
-        except DistcompError:  # ranks that are not alike: there is no saying what more of them would be
+            there, profiled = fabric.of(ranks), rehearsed.among(ranks)
+        except DistcompError:  # ranks that are not alike, or all exchange with all: nothing is said of more
             break
-        efficiency[ranks] = machine.timing.step_s / predict(rehearsed.among(ranks), machine, there).step_s
+        efficiency[ranks] = machine.timing.step_s / predict(profiled, machine, there).step_s
     even = math.inf if rehearsed is baseline else break_even_bps(rehearsed, baseline, machine, fabric)
     return AdviceRow(rehearsed.method, prediction, plain.step_s / prediction.step_s, even, efficiency)
 

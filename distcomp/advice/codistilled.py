@@ -47,7 +47,7 @@ class Codistilled:
         for rank in range(size):
             self.fragments += fragment_states(codistillation, layout, rank, size)
         for fragment in self.fragments:
-            fragment.start(torch.zeros(layout.numel))
+            fragment.start(torch.zeros(layout.numel, dtype=torch.float32))
 
     def gradients(self, parameters: StackedParameters, step: int) -> dict[str, Tensor] | None:
         """Of the weighted term at every worker's model in step ``step``; None while nobody was heard."""
@@ -57,7 +57,7 @@ class Codistilled:
         inputs, targets = zip(*(self._batch(rank, step) for rank in range(self._size)), strict=True)
         each = vmap(grad(self._term), randomness="different")
         found: dict[str, Tensor] = each(dict(parameters), torch.stack(inputs), torch.stack(targets))
-        heard = torch.tensor([self._heard(fragment) for fragment in self.fragments])
+        heard = torch.tensor([self._heard(fragment) for fragment in self.fragments], dtype=torch.float32)
         return {
             name: weight * tensor * heard.view(-1, *[1] * (tensor.dim() - 1))
             for name, tensor in found.items()

@@ -73,16 +73,14 @@ def attach(
             ``DISTCOMP_METHOD``.
         scaler: the run's GradScaler, if it has one: residuals are then kept in unscaled units.
         seed: of all random rounding; must be the same on every rank.
-        timeout_s: how long to wait for a peer before naming it and giving up; None takes the timeout of the
-            model's process group (30 minutes over Gloo, where ``init_process_group`` was not told otherwise).
-            A rank may compute or evaluate alone for so long.
+        timeout_s: how long to wait for a peer before naming it and giving up, and so how long a rank may
+            compute alone; None: the timeout of the model's process group (over Gloo usually 30 minutes).
         replicas: of an FSDP model sharded over one dimension of a mesh: those that hold the same shard (a
             process group, or the mesh's other dimension), across whom gradients or models are averaged.
         weights: of an FSDP2 model: how its weights are gathered, such as ``"qsgd:bits=8"`` or
             ``"difference:compressor=(qsgd:bits=4)"`` (:mod:`distcomp.methods.weight_gather`); None: as they
             are. Changes the weights that are computed with, never those that are trained.
-        shared: unlabelled examples, the same on every rank, of which ``distcomp.averaging.codistill()``
-            exchanges predictions; other methods have no use for them.
+        shared: unlabelled examples, the same on every rank, for ``distcomp.averaging.codistill()`` alone.
 
     Returns:
         A handle: ``stats()``, ``log()``, ``state_dict()``, ``load_state_dict()``, ``detach()``; also a
@@ -105,10 +103,7 @@ def attach(
         dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
     settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)} | examples
     session = Session.open(meeting, settings, details_of(target, chosen), edges)
-    sync = _open(
-        chosen, target, session, dispatcher, optimizer=optimizer, scaler=scaler, seed=seed, gathered=gathered,
-        shared=shared,
-    )  # fmt: skip
+    sync = _open(chosen, target, session, dispatcher, optimizer, scaler, seed, gathered, shared)
     _ATTACHED.add(target.key)
     record_attached(session.recorder, session.rank, model, method, chosen, seed)
     return Handle(target, sync, dispatcher, session, seed)
@@ -133,7 +128,6 @@ def _open(
     target: Target,
     session: Session,
     dispatcher: HookDispatcher | None,
-    *,
     optimizer: Optimizer | None,
     scaler: Scaler | None,
     seed: int,

@@ -97,7 +97,7 @@ class Codistillation(Gossip):
 
     def init(self, x: Tensor, context: AveragingContext) -> State:
         """``x``: predictions or the model, whose values count for nothing yet."""
-        heard = PerParameter({context.layout.names[0]: torch.zeros(1)})
+        heard = PerParameter({context.layout.names[0]: torch.zeros(1, dtype=torch.float32)})
         if not self.replicas:
             return {"targets": FlatBuffer(torch.zeros_like(x), context.layout), "heard": heard}
         zero = torch.zeros_like(x)
@@ -116,7 +116,9 @@ class Codistillation(Gossip):
             return agreed(state["targets"].data, state)
         said = [self.compressor.decode(payload, context.layout) for _, payload in sorted(messages.items())]
         targets = self.targets(said, context.layout)
-        heard = PerParameter({context.layout.names[0]: torch.full((1,), float(len(said)))})
+        heard = PerParameter(
+            {context.layout.names[0]: torch.full((1,), float(len(said)), dtype=torch.float32)}
+        )
         return agreed(targets, {"targets": FlatBuffer(targets, context.layout), "heard": heard})
 
     def _checkpoints(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
@@ -126,7 +128,9 @@ class Codistillation(Gossip):
         public = self.advance(public, sent, context.layout)
         for j, payload in messages.items():
             replicas[j] = self.advance(replicas[j], payload, context.layout)
-        heard = PerParameter({context.layout.names[0]: torch.full((1,), float(len(messages)))})
+        heard = PerParameter(
+            {context.layout.names[0]: torch.full((1,), float(len(messages)), dtype=torch.float32)}
+        )
         changed = {
             "public": FlatBuffer(public, context.layout),
             "replicas": buffers(replicas, context.layout),

@@ -186,13 +186,13 @@ class KnownLogits(Teacher):
 
     def predict(self, batch: Batch, keys: Sequence[int] | None = None) -> NetworkOutput:
         rows, device = _rows(batch)
-        places = torch.as_tensor(keys if keys is not None else [])
+        places = torch.as_tensor(keys if keys is not None else [], dtype=torch.int64)
         if len(places) != rows or not bool(((places >= 0) & (places < len(self.logits))).all()):
             raise DistcompError(
                 f"{rows} rows came with {len(places)} keys, and known logits take one place below "
                 f"{len(self.logits)} for each; call teach(batch, keys=places)"
             )
-        return NetworkOutput(self.logits[places.long().to(self.logits.device)].to(device))
+        return NetworkOutput(self.logits[places.to(self.logits.device)].to(device))
 
 
 def called(model: nn.Module, batch: Batch) -> Any:
