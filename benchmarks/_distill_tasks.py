@@ -43,7 +43,7 @@ def digits(seed: int) -> Data:
     return Data(train, test)
 
 
-def pairs(seed: int, count: int = 4000) -> Data:
+def pairs(seed: int, count: int = 3000) -> Data:
     """Two images side by side; the last digit of the sum."""
     draw = torch.Generator().manual_seed(seed)
 

@@ -28,7 +28,7 @@ from benchmarks._common import Cells, arguments_of
 from distcomp.advice import Scenario, Setting, Simulation, TrainingTask
 from distcomp.network import Fabric
 
-SEEDS, STEPS, BATCH, EVERY = 5, 400, 64, 50
+SEEDS, STEPS, BATCH, EVERY = 5, 300, 64, 50
 WORKERS = (2, 4, 8)
 SHARED, SHARED_IMAGES, TEST = 2000, 300, 2000
 ALONE = "codistill:period=1000000,weight=0"
