@@ -122,8 +122,8 @@ def world_of(text: str, size: int) -> GradientWorld | AveragingWorld:
 
 
 def registered() -> list[str]:
-    """The names of all methods."""
-    return sorted(METHODS)
+    """The names of all methods that exchange gradients or models: predictions are of examples."""
+    return sorted(name for name, entry in METHODS.items() if entry.kind != "predictions")
 
 
 # --- The rows: a name that stays, and how it is spelt today. ---

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from distcomp import calls as calls
     from distcomp import compressors as compressors
     from distcomp import conditional as conditional
+    from distcomp import distill as distill
     from distcomp import methods as methods
     from distcomp import network as network
     from distcomp import precision as precision
@@ -81,6 +82,7 @@ ROOMS = {
     "calls": "distcomp.calls",
     "compressors": "distcomp.compressors",
     "conditional": "distcomp.conditional",
+    "distill": "distcomp.distill",
     "methods": "distcomp.methods",
     "network": "distcomp.network",
     "precision": "distcomp.precision",

@@ -28,7 +28,8 @@ class Entry:
     deviations: str
     """Where it differs from the paper."""
     kind: str = "gradient"
-    """``gradient`` (every step), ``periodic`` (models, every H steps) or ``gossip`` (models, neighbours)."""
+    """``gradient`` (every step), ``periodic`` (models, every H steps), ``gossip`` (models, neighbours) or
+    ``predictions`` (of shared examples, every H steps)."""
     control: bool = False
     """A control, not a method to train with: it is known not to keep the law of contributions."""
     limitations: str = ""

@@ -23,6 +23,7 @@ KINDS = {
     "gradient": "gradients, every step",
     "periodic": "models, every few steps",
     "gossip": "models, with neighbours only",
+    "predictions": "predictions of shared examples, every few steps",
 }
 
 

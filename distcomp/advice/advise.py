@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from distcomp.advice.predict import Machine, Prediction, predict
+import torch
+
+from distcomp.advice.predict import Machine, Prediction, SharedCost, predict
+from distcomp.advice.profile import clock
 from distcomp.advice.scale import Rehearsals
 from distcomp.advice.task import TrainingTask
 from distcomp.attaching.observe import ObservedSteps, observe_alone
@@ -106,9 +111,11 @@ def advise(
     ``trained`` is a training task, or what was observed of a script's own loop. ``ranks_here`` ranks share a
     machine of ``cores`` cores like this one (1: each has its own). ``tell`` is called with the progress.
     """
+    shared = None
     methods = tuple(dict.fromkeys((BASELINE, *methods) if BASELINE not in methods else methods))
     if isinstance(trained, TrainingTask):
         tell("timing steps of the model")
+        shared = _shared_cost(trained)
         trained = _observed(trained, fabric), _observed(trained, fabric)
     observed, again = sorted(trained, key=lambda steps: steps.step_s)
     host = Host(ranks_here, cores) if ranks_here > 1 else ALONE
@@ -117,8 +124,9 @@ def advise(
     rehearsals, repeated, rows = [], [], []
     for at, method in enumerate(methods, start=1):
         tell(f"[{at}/{len(methods)}] timing {method}")
-        rehearsals.append(Rehearsals(method, observed.layouts))
-        repeated.append(predict(Rehearsals(method, again.layouts).among(fabric.ranks), second, fabric).step_s)
+        rehearsals.append(Rehearsals(method, observed.layouts, shared))
+        repeatedly = Rehearsals(method, again.layouts, shared).among(fabric.ranks)
+        repeated.append(predict(repeatedly, second, fabric).step_s)
     baseline = rehearsals[methods.index(BASELINE)]
     for at, rehearsed in enumerate(rehearsals, start=1):
         tell(f"[{at}/{len(methods)}] predicting {rehearsed.method}")
@@ -145,6 +153,24 @@ def _observed(training_task: TrainingTask, fabric: Fabric) -> ObservedSteps:
     return observe_alone(training_task.model, batch, training_task.loss, training_task.optimizer)
 
 
+def _shared_cost(training_task: TrainingTask, repeats: int = 5) -> SharedCost | None:
+    """What the shared examples of a task cost, if it has any: the medians of some forwards and backwards."""
+    if training_task.shared is None:
+        return None
+    model, examples = deepcopy(training_task.model), training_task.shared[:64]
+    forwards_s, steps_s = [], []
+    for _ in range(repeats + 2):
+        begin_s = clock()
+        with torch.no_grad():
+            outputs = model(examples)
+        middle_s = clock()
+        model(examples).float().square().mean().backward()
+        forwards_s.append((middle_s - begin_s) / len(examples))
+        steps_s.append((clock() - middle_s) / len(examples))
+    forward_s, step_s = (statistics.median(times_s[2:]) for times_s in (forwards_s, steps_s))
+    return SharedCost(outputs[:1], len(training_task.shared), forward_s, step_s)
+
+
 def milliseconds(time_s: float) -> str:
     """Three digits, never in powers of ten."""
     value = 1e3 * time_s
@@ -157,10 +183,10 @@ def _row(rehearsed: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: 
     efficiency = {}
     for ranks in SCALES:
         try:
-            there = fabric.of(ranks)
-        except DistcompError:  # ranks that are not alike: there is no saying what more of them would be
+            there, profiled = fabric.of(ranks), rehearsed.among(ranks)
+        except DistcompError:  # ranks that are not alike, or all exchange with all: nothing is said of more
             break
-        efficiency[ranks] = machine.timing.step_s / predict(rehearsed.among(ranks), machine, there).step_s
+        efficiency[ranks] = machine.timing.step_s / predict(profiled, machine, there).step_s
     even = math.inf if rehearsed is baseline else break_even_bps(rehearsed, baseline, machine, fabric)
     return AdviceRow(rehearsed.method, prediction, plain.step_s / prediction.step_s, even, efficiency)
 

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from distcomp.advice.overlap import StepTime, Timing, averaging_step, gradient_step
 from distcomp.advice.profile import ProfiledExchange, ProfiledRound, clock, exchanges_of, profiles_of
 from distcomp.attaching.observe import ObservedSteps
 from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.averaging.codistill import Codistillation, predictions_layout
 from distcomp.builtin_hooks import BUILTIN_HOOKS
+from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods import Method, parse
 from distcomp.network.fabric import Fabric
@@ -41,6 +44,17 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class SharedCost:
+    """Of ``count`` shared examples, as they were measured: the ``outputs`` of one, ``[1, ..., classes]``, and
+    the seconds of a row in a forward, and in a forward with its backward."""
+
+    outputs: Tensor
+    count: int
+    forward_s: float
+    step_s: float
+
+
+@dataclass(frozen=True)
 class ProfiledMethod:
     """A method as it was profiled among ``ranks``, on this machine alone."""
 
@@ -57,11 +71,20 @@ class Prediction(StepTime):
     sent_bytes: float = field(default=0.0)
 
 
-def profile_method(method: str, layouts: Sequence[Layout], ranks: int) -> ProfiledMethod:
-    """Run the method's exchanges of these buckets on this machine, timed."""
+def profile_method(
+    method: str, layouts: Sequence[Layout], ranks: int, shared: SharedCost | None = None
+) -> ProfiledMethod:
+    """Run the method's exchanges of these buckets on this machine, timed.
+
+    ``shared``: what shared examples cost, for codistillation, whose exchange is about them.
+
+    Raises DistcompError for codistillation without it.
+    """
     if method in PREDICTED_HOOKS:
         return ProfiledMethod(method, ranks, tuple(_hook_exchange(method, layout) for layout in layouts))
     parsed = parse(method)
+    if isinstance(parsed, Codistillation):
+        return ProfiledMethod(method, ranks, _codistillation(parsed, ranks, shared), averages=True)
     if isinstance(parsed, Averaging | MultiLevel):
         model = Layout(tuple(param for layout in reversed(layouts) for param in layout.slices))
         return ProfiledMethod(method, ranks, exchanges_of(parsed, model, ranks), averages=True)
@@ -84,6 +107,24 @@ def predict(profiled: ProfiledMethod, machine: Machine, fabric: Fabric) -> Predi
         for round_ in profile.rounds
     )
     return Prediction(**vars(time_), sent_bytes=sent)
+
+
+def _codistillation(
+    parsed: Codistillation, ranks: int, shared: SharedCost | None
+) -> tuple[ProfiledExchange, ...]:
+    """The exchange of predictions, with the forward that makes them; and in every step the agreement term's
+    forward and backward."""
+    if shared is None or not parsed.own_models:
+        raise DistcompError(
+            "what codistill sends and computes depends on the shared examples; let the script define "
+            "training_task(arguments) that returns a TrainingTask with shared=examples "
+            "(exchanged=checkpoints is not predicted)"
+        )
+    rows = parsed.check_rows(shared.count)
+    (exchange,) = exchanges_of(parsed, predictions_layout(rows, shared.outputs), ranks)
+    exchange = replace(exchange, last_s=exchange.last_s + rows * shared.forward_s)
+    batch = min(parsed.batch, rows)
+    return exchange, ProfiledExchange((), batch * shared.step_s)
 
 
 def around_a_ring(profiles: Sequence[ProfiledExchange]) -> tuple[ProfiledExchange, ...]:

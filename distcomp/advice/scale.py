@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from distcomp.advice.predict import PREDICTED_HOOKS, ProfiledMethod, profile_method
+from distcomp.advice.predict import PREDICTED_HOOKS, ProfiledMethod, SharedCost, profile_method
 from distcomp.advice.profile import ProfiledExchange, ProfiledRound
 from distcomp.averaging.gossip import Gossip
 from distcomp.averaging.topology import resolve
+from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods import parse
 from distcomp.network.model import Edge
 
+MOST_IN_A_CLIQUE = 64
+"""Ranks that all exchange with one another: their number of edges grows with its square."""
 PROFILED, FEW, MANY, GROWN = 8, 16, 32, 1.25
 """Up to so many ranks a method is profiled among just as many; beyond, it is extended from two sizes."""
 
@@ -25,10 +28,10 @@ class Rehearsals:
     owner n chunks), and requests by :meth:`distcomp.network.request_sizes.RequestSizes.among`.
     """
 
-    def __init__(self, method: str, layouts: Sequence[Layout]) -> None:
+    def __init__(self, method: str, layouts: Sequence[Layout], shared: SharedCost | None = None) -> None:
         self.method = method
         self._layouts = layouts
-        self._at = lru_cache(maxsize=None)(lambda ranks: profile_method(method, layouts, ranks))
+        self._at = lru_cache(maxsize=None)(lambda ranks: profile_method(method, layouts, ranks, shared))
 
     def among(self, ranks: int) -> ProfiledMethod:
         """As if it had been profiled among so many."""
@@ -64,4 +67,9 @@ def _edges(method: str, ranks: int) -> frozenset[Edge]:
         return frozenset()
     if parsed.topology == "ring":  # a matrix of thousands of ranks is no way to find their neighbours
         return frozenset((i, (i + 1) % ranks) for i in range(ranks))
+    if parsed.topology == "complete" and ranks > MOST_IN_A_CLIQUE:
+        raise DistcompError(
+            f"{method} lets each of {ranks} ranks talk to every other, which is not predicted beyond "
+            f"{MOST_IN_A_CLIQUE}; use a topology of few neighbours, such as exponential"
+        )
     return resolve(parsed.topology, ranks).edges

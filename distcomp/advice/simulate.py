@@ -5,7 +5,8 @@ What all workers would compute alike is computed once; what each computes for it
 once, where ``torch.func`` can. A step: every worker's gradient, then one of
 
 * a gradient method: all agree on the mean of the whole gradient (one bucket), then step;
-* an averaging: each steps alone, then models are exchanged where they are due.
+* an averaging: each steps alone, then models are exchanged where they are due;
+* codistillation: each steps alone, agreeing with what it heard, then predictions are exchanged.
 
 Nothing overlaps: the clock adds up computing and exchanges.
 """
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
 
+from distcomp.advice.codistilled import Codistilled
 from distcomp.advice.scenario import Scenario
 from distcomp.advice.task import TrainingTask
 from distcomp.advice.virtual_clock import VirtualClock
 from distcomp.attaching.slices import slices_of
 from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.averaging.codistill import Codistillation
 from distcomp.averaging.gossip import Gossip
 from distcomp.averaging.workers import Workers
 from distcomp.errors import DistcompError
@@ -76,10 +79,14 @@ class Simulation:
         named = dict(training_task.model.named_parameters())
         x = torch.cat([named[name].detach().reshape(-1) for name in self.layout.names]).float()
         self._workers: Workers | None = None
+        self._codistilled: Codistilled | None = None
         self._states: list[Any] = []
         if isinstance(method, Method):
             self.net, self.models = Lockstep(size), x.repeat(size, 1)
             self._states = [method.init(self.layout)] * size
+        elif isinstance(method, Codistillation):
+            self._codistilled = Codistilled(method, training_task, size, setting.seed)
+            self.net, self.models = self._codistilled.net, x.repeat(size, 1)
         else:
             self._workers = Workers(method, x, size, self.layout, setting.seed)
             self.net, self.models = self._workers.net, self._workers.stacked
@@ -90,6 +97,7 @@ class Simulation:
         self._schedule = (
             training_task.schedule(self._optimizer) if training_task.schedule is not None else None
         )
+        self._batch_rows = 1
         self.batched = True
         """Whether gradients of many workers are computed by one call."""
 
@@ -99,6 +107,8 @@ class Simulation:
         grads = self._gradients()
         if isinstance(self.method, Method):
             grads = self._agreed(self.method, grads)
+        if self._codistilled is not None:
+            grads = self._with_agreement(self._codistilled, grads)
         for name, piece in self._views(grads).items():
             self._parameters[name].grad = piece
         self._optimizer.step()
@@ -108,20 +118,50 @@ class Simulation:
         if self._workers is not None:
             self._workers.absent = self._absent()
             self._workers.step()
+        if self._codistilled is not None:
+            self._exchange_predictions(self._codistilled)
+
+    def _exchange_predictions(self, codistilled: Codistilled) -> None:
+        if not codistilled.due(self.steps):
+            return
+        # A forward without its backward: a third of what a step computes for as many rows.
+        self.clock.compute(self.steps - 1, codistilled.rows / self._batch_rows / 3)
+        lost = self._absent()
+        codistilled.exchange(self._views(self.models), self.steps, lambda rank: lost.get(rank, frozenset()))
+
+    def _with_agreement(self, codistilled: Codistilled, grads: Tensor) -> Tensor:
+        """The gradients, with those of the term that agrees with what was heard."""
+        added = codistilled.gradients(self._views(self.models), self.steps)
+        if added is None:
+            return grads
+        self.clock.compute(self.steps, codistilled.term_rows / self._batch_rows)
+        return grads + self._joined(added)
 
     def evaluate(self) -> dict[str, float]:
-        """The averaged model's metrics, the workers' spread, virtual seconds and bytes sent per worker."""
-        model = deepcopy(self.training_task.model)
+        """The averaged model's metrics, the workers' spread, virtual seconds and bytes sent per worker.
+
+        Of codistilled networks, which have no average, the mean of their metrics.
+        """
         mean = self.models.mean(0)
-        with torch.no_grad():
-            for (_, piece), name in zip(self.layout.pieces(mean), self.layout.names, strict=True):
-                parameter = model.get_parameter(name)
-                parameter.copy_(piece.view_as(parameter))
-        evaluated = (
-            dict(self.training_task.evaluate(model)) if self.training_task.evaluate is not None else {}
-        )
+        evaluated = self._evaluated(mean) if self._codistilled is None else self._mean_evaluated()
         spread = float((self.models - mean).square().mean()) ** 0.5
         return {**evaluated, "spread": spread, "seconds": self.seconds, "sent_bytes": self.sent_bytes}
+
+    def _evaluated(self, flat: Tensor) -> dict[str, float]:
+        """The metrics of one model."""
+        if self.training_task.evaluate is None:
+            return {}
+        model = deepcopy(self.training_task.model)
+        with torch.no_grad():
+            for (_, piece), name in zip(self.layout.pieces(flat), self.layout.names, strict=True):
+                parameter = model.get_parameter(name)
+                parameter.copy_(piece.view_as(parameter))
+        return dict(self.training_task.evaluate(model))
+
+    def _mean_evaluated(self) -> dict[str, float]:
+        """The mean of every worker's metrics."""
+        each = [self._evaluated(flat) for flat in self.models]
+        return {name: float(np.mean([metrics[name] for metrics in each])) for name in each[0]}
 
     @property
     def seconds(self) -> float:
@@ -139,6 +179,7 @@ class Simulation:
         """Each worker's gradient at its own model, on its own batch: ``[size, numel]``."""
         batches = [self.training_task.batch(worker, self.size, self.steps) for worker in range(self.size)]
         inputs, targets = (torch.stack(parts) for parts in zip(*batches, strict=True))
+        self._batch_rows = inputs.shape[1]
         models = {name: piece.detach() for name, piece in self._parameters.items()}
         if self.batched:
             try:

@@ -29,6 +29,7 @@ class TrainingTask:
     """``model``: as every worker begins. ``batch(worker, workers, step)``: inputs and targets, of the same
     shapes for all. ``loss(outputs, targets)``: a number. ``optimizer(parameters)`` and, where the learning
     rate changes, ``schedule(optimizer)``. ``evaluate(model)``: metrics by name, ``test_loss`` among them.
+    ``shared``: unlabelled examples that all workers hold, of which codistillation exchanges predictions.
 
     To train many workers at once, the optimizer must treat every element alone, as SGD and Adam do.
     """
@@ -39,6 +40,7 @@ class TrainingTask:
     optimizer: Callable[[Iterable[Tensor]], Optimizer]
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
     schedule: Callable[[Optimizer], LRScheduler] | None = None
+    shared: Tensor | None = None
 
 
 def task_of(script: Path, arguments: Sequence[str]) -> TrainingTask:

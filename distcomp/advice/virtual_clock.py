@@ -29,9 +29,9 @@ class VirtualClock:
         self._fabric, self._scenario, self._host = fabric, scenario, host
         self._seconds = lru_cache(maxsize=4096)(self._priced)
 
-    def compute(self, step: int) -> None:
-        """Every worker computes."""
-        self.now_s += self._scenario.computing_s(step, len(self.now_s))
+    def compute(self, step: int, share: float = 1.0) -> None:
+        """Every worker computes: a step, or a ``share`` of one."""
+        self.now_s += share * self._scenario.computing_s(step, len(self.now_s))
 
     def unheard(self) -> frozenset[int]:
         """Workers whose link is down now."""

@@ -27,6 +27,7 @@ from distcomp.attaching.fsdp import FSDPSync, refuse_sharded, weight_gather_of
 from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
 from distcomp.attaching.parameters import ParameterSync
+from distcomp.attaching.predictions import PredictionSync, check_shared
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.requested import record_attached
 from distcomp.attaching.session import Meeting, Session
@@ -34,6 +35,7 @@ from distcomp.attaching.settings import details_of, settings_of
 from distcomp.attaching.target import Replicas, Target
 from distcomp.attaching.watch import Sink, Watch
 from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.averaging.codistill import Codistillation
 from distcomp.builtin_hooks import is_builtin
 from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError, PeerLost
@@ -56,6 +58,7 @@ def attach(
     timeout_s: float | None = None,
     replicas: Replicas | None = None,
     weights: WeightGather | Compressor | Method | str | None = None,
+    shared: Tensor | None = None,
 ) -> Handle:
     """Let ``method`` carry the gradients of a DDP or FSDP2 model, or average models. Call it on every rank.
 
@@ -70,14 +73,14 @@ def attach(
             ``DISTCOMP_METHOD``.
         scaler: the run's GradScaler, if it has one: residuals are then kept in unscaled units.
         seed: of all random rounding; must be the same on every rank.
-        timeout_s: how long to wait for a peer before naming it and giving up; None takes the timeout of the
-            model's process group (30 minutes over Gloo, where ``init_process_group`` was not told otherwise).
-            A rank may compute or evaluate alone for so long.
+        timeout_s: how long to wait for a peer before naming it and giving up, and so how long a rank may
+            compute alone; None: the timeout of the model's process group (over Gloo usually 30 minutes).
         replicas: of an FSDP model sharded over one dimension of a mesh: those that hold the same shard (a
             process group, or the mesh's other dimension), across whom gradients or models are averaged.
         weights: of an FSDP2 model: how its weights are gathered, such as ``"qsgd:bits=8"`` or
             ``"difference:compressor=(qsgd:bits=4)"`` (:mod:`distcomp.methods.weight_gather`); None: as they
             are. Changes the weights that are computed with, never those that are trained.
+        shared: unlabelled examples, the same on every rank, for ``distcomp.averaging.codistill()`` alone.
 
     Returns:
         A handle: ``stats()``, ``log()``, ``state_dict()``, ``load_state_dict()``, ``detach()``; also a
@@ -95,13 +98,12 @@ def attach(
     with meeting.refusals_told():
         chosen = _method(method)
         edges = _check(target, chosen, optimizer)
+        examples = check_shared(target, chosen, shared)
         gathered = weight_gather_of(weights, target, replicas)
         dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
-    settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)}
-    session = Session.open(meeting, settings, details_of(target), edges)
-    sync = _open(
-        chosen, target, session, dispatcher, optimizer=optimizer, scaler=scaler, seed=seed, gathered=gathered
-    )
+    settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)} | examples
+    session = Session.open(meeting, settings, details_of(target, chosen), edges)
+    sync = _open(chosen, target, session, dispatcher, optimizer, scaler, seed, gathered, shared)
     _ATTACHED.add(target.key)
     record_attached(session.recorder, session.rank, model, method, chosen, seed)
     return Handle(target, sync, dispatcher, session, seed)
@@ -126,11 +128,11 @@ def _open(
     target: Target,
     session: Session,
     dispatcher: HookDispatcher | None,
-    *,
     optimizer: Optimizer | None,
     scaler: Scaler | None,
     seed: int,
     gathered: WeightGather | None,
+    shared: Tensor | None,
 ) -> Sync:
     """What serves the choice: where gradients or models meet it."""
     clock = clock_of(target.called)
@@ -141,6 +143,8 @@ def _open(
         sync = BuiltinHookSync(chosen, target.as_ddp(), session, clock)
     elif isinstance(chosen, Method):
         sync = GradientSync(target.as_ddp(), chosen, session, clock, seed, scaler)
+    elif isinstance(chosen, Codistillation) and shared is not None:
+        sync = PredictionSync(target, chosen, session, clock, optimizer, seed, shared, scaler)
     else:
         sync = ParameterSync(target, chosen, session, clock, optimizer, seed)
     if dispatcher is not None:
@@ -163,7 +167,7 @@ class Handle:
             sync.clock.listen(listener)
         self._pruners = masks.join(target.module, sync)
         self._exchanges = TensorExchanges(sync, next(target.module.parameters()).device, seed)
-        self._fingerprint = Fingerprint(described(sync.method), target.shapes_digest)
+        self._fingerprint = Fingerprint(described(sync.method), sync.fingerprint(target))
         everyone, store = target.place, target.everyone.get_group_store()
         self._place = everyone if sync.replicated else target.shard_place
         self._loads = Loads(store, everyone.rank, everyone.ranks, session.name, session.timeout_s)

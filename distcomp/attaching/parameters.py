@@ -74,7 +74,7 @@ class ParameterSync(Sync):
             self.source = "outputs"  # FSDP puts gradients where no hook of a parameter sees them
         self._ddp = target.ddp
         rank, size = session.rank, session.size
-        self._fragments = fragment_states(averaging, self._weights.layout, rank, size)
+        self._fragments = fragment_states(averaging, self._exchanged_layout(), rank, size)
         observe = observer(averaging, self._weights.parameters)
         for fragment in self._fragments:
             fragment.observe = observe
@@ -89,6 +89,10 @@ class ParameterSync(Sync):
         if target.ddp is not None:
             target.ddp.broadcast_buffers = False  # a global call in every forward
         self._begin_alike()
+
+    def _exchanged_layout(self) -> Layout:
+        """Of what is exchanged: the weights."""
+        return self._weights.layout
 
     # ----------------------------------------------------------------------------------------- the clock
 
@@ -174,7 +178,7 @@ class ParameterSync(Sync):
         if self.iterations <= fragment.averaging.gradients_until:
             fragment.last = self.iterations
             if self.iterations == fragment.averaging.gradients_until:
-                fragment.start(self._weights.read(fragment.layout))  # equal on all ranks, as gradients were
+                self._start(fragment)  # equal on all ranks, as gradients were
             return
         if not fragment.due(self.iterations):
             return
@@ -239,7 +243,10 @@ class ParameterSync(Sync):
 
     def _start_fragments(self) -> None:
         for fragment in self._fragments:
-            fragment.start(self._weights.read(fragment.layout))
+            self._start(fragment)
+
+    def _start(self, fragment: FragmentState) -> None:
+        fragment.start(self._weights.read(fragment.layout))
 
     # ----------------------------------------------------------------------------- what all agree on now
 
@@ -386,7 +393,7 @@ class ParameterSync(Sync):
                 )
                 fragment.in_flight = InFlight(fragment.in_flight.at, _known(result))
             if resized and fragment.averaging.starts_anew:
-                fragment.start(self._weights.read(fragment.layout))
+                self._start(fragment)
                 fragment.exchanges = 0
 
     def _tree(self) -> State:

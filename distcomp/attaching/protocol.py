@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
+from distcomp.attaching.target import Target
 from distcomp.methods.base import ByParameter, State, StepContext
 from distcomp.runtime import driver
 from distcomp.runtime.aggregation import Aggregator
@@ -94,6 +95,10 @@ class Sync(Listener, ABC):
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What this rank remembers between iterations: tensors, numbers and text."""
+
+    def fingerprint(self, target: Target) -> str:
+        """What a checkpoint's parameters must be: equal on all ranks."""
+        return target.shapes_digest
 
     def expected_state(self, saved: Mapping[str, Any]) -> ByParameter | None:
         """What the state of a saved part must be like (tensors without values); None where nobody can say.

@@ -6,6 +6,7 @@ from torch.optim.optimizer import Optimizer
 
 from distcomp.attaching.target import Target
 from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.averaging.codistill import Codistillation
 from distcomp.methods import Method
 from distcomp.version import __version__
 
@@ -28,9 +29,14 @@ def settings_of(
     }
 
 
-def details_of(target: Target) -> dict[str, list[str]]:
+def details_of(
+    target: Target, method: Method | Averaging | MultiLevel | str | None = None
+) -> dict[str, list[str]]:
     """Long lists, of which ranks compare digests, and say only what differs. Parameters that
-    DistributedDataParallel was told to ignore are each rank's own."""
+    DistributedDataParallel was told to ignore are each rank's own, and all are where predictions are
+    exchanged."""
+    if isinstance(method, Codistillation) and method.own_models and target.ddp is None:
+        return {}
     parameters = target.module.named_parameters()
     return {
         "parameters": [

@@ -26,7 +26,7 @@ def test_an_entry_says_what_the_tables_need(entry: Entry) -> None:
     assert entry.paper.strip()
     assert entry.wire.strip()
     assert entry.deviations.strip()
-    assert entry.kind in ("gradient", "periodic", "gossip")
+    assert entry.kind in ("gradient", "periodic", "gossip", "predictions")
     assert re.fullmatch(r"[A-Z][^\n]*[.:]", entry.summary), (
         f"the first paragraph is not one sentence: {entry.summary!r}"
     )

@@ -5,6 +5,7 @@ goes through ``compressor``: any gradient method, as an object or a string (``"t
 compressor. Within an averaging a method's steps are exchanges.
 """
 
+from distcomp.averaging.recipes.codistill import codistill
 from distcomp.averaging.recipes.gossip import choco, dcd, deepsqueeze, dpsgd, ecd
 from distcomp.averaging.recipes.masked import active_only, masked
 from distcomp.averaging.recipes.periodic import (
@@ -22,6 +23,7 @@ from distcomp.averaging.recipes.periodic import (
 __all__ = [
     "active_only",
     "choco",
+    "codistill",
     "dcd",
     "deepsqueeze",
     "diloco",

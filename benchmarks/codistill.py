@@ -1,0 +1,152 @@
+"""What does exchanging predictions save, and what does it lose? Pairs of digits, several workers, five seeds.
+
+    python -m benchmarks.codistill                 # writes results/codistill.json; goes on where it stopped
+    python -m benchmarks.codistill --seconds 60    # some cells of it
+    python -m benchmarks.codistill --show
+
+Each worker draws pairs from labelled images of its own; 2,000 pairs of other images, without labels, are
+shared. Workers run in lock-step in one process (``distcomp simulate``): real numerics and bytes; seconds are
+those of the network model at 1 Mbit/s and 50 ms, with 20 ms for the computing of a batch, the agreement
+term's included. Codistilled networks are tested one by one and averaged; all others are one model. "alone"
+does not communicate; "one worker" has all workers' images and as many samples as one of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import distcomp
+from benchmarks._common import Cells, arguments_of
+from distcomp.advice import Scenario, Setting, Simulation, TrainingTask
+from distcomp.network import Fabric
+
+SEEDS, STEPS, BATCH, EVERY = 5, 300, 64, 50
+WORKERS = (2, 4, 8)
+SHARED, SHARED_IMAGES, TEST = 2000, 300, 2000
+ALONE = "codistill:period=1000000,weight=0"
+METHODS = {
+    "DDP (identity)": "identity",
+    "qsgd, 4 bits": "qsgd:bits=4",
+    "pqasgd": "pqasgd",
+    "DiLoCo, every 50": "diloco:period=50",
+    "codistill, 8 bits": "codistill:period=50,values=(qsgd:bits=8)",
+    "codistill, 4 bits": "codistill:period=50,values=(qsgd:bits=4)",
+    "alone": ALONE,
+    "one worker, all images": "one worker",
+}
+PLAN = {
+    "seeds": SEEDS, "steps": STEPS, "batch": BATCH, "workers": WORKERS, "methods": METHODS, "shared": SHARED,
+    "shared_images": SHARED_IMAGES, "test_pairs": TEST, "hidden": 96, "rate": "1mbit", "delay": "50ms",
+}  # fmt: skip
+
+
+def images() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    pixels = (pixels[order].float() - pixels.float().mean(0)) / pixels.float().std()
+    return pixels, labels[order]
+
+
+def pairs(pixels: Tensor, labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    left, right = torch.randint(len(pixels), (2, count), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([pixels[left], pixels[right]], dim=1), (labels[left] + labels[right]) % 10
+
+
+def network(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10))
+
+
+def task(seed: int) -> TrainingTask:
+    """397 images for the test, 300 for what is shared, the others labelled and dealt out to the workers."""
+    pixels, labels = images()
+    test = pairs(pixels[:397], labels[:397], TEST, 0)
+    unlabelled, _ = pairs(pixels[397:][:SHARED_IMAGES], labels[397:][:SHARED_IMAGES], SHARED, 1)
+    own = pixels[397 + SHARED_IMAGES :], labels[397 + SHARED_IMAGES :]
+
+    def batch(worker: int, workers: int, step: int) -> tuple[Tensor, Tensor]:
+        mine = own[0][worker::workers], own[1][worker::workers]
+        return pairs(*mine, BATCH, (seed * 64 + worker) * 1_000_003 + step + 2)
+
+    def evaluate(model: nn.Module) -> Mapping[str, float]:
+        scores = model(test[0])
+        accuracy = (scores.argmax(1) == test[1]).float().mean().item()
+        return {"test_loss": cross_entropy(scores, test[1]).item(), "test_accuracy": accuracy}
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, 0.1, momentum=0.9)
+
+    return TrainingTask(network(seed), batch, cross_entropy, optimizer, evaluate, shared=unlabelled)
+
+
+def cell(method: str, workers: int, seed: int) -> dict[str, Any]:
+    """The last metrics, bytes per worker and a curve of (step, seconds, loss, accuracy)."""
+    if method == "one worker":
+        method, workers = ALONE, 1
+    setting = Setting(Fabric.uniform(workers, "1mbit", "50ms"), Scenario(0.020), seed=seed)
+    simulation = Simulation(task(seed), distcomp.parse(method), setting)
+    curve = []
+    for step in range(1, STEPS + 1):
+        simulation.step()
+        if step % EVERY == 0:
+            found = simulation.evaluate()
+            curve.append([step, found["seconds"], found["test_loss"], found["test_accuracy"]])
+    return {**found, "curve": curve}
+
+
+def complete_seeds(cells: Mapping[str, Any]) -> list[int]:
+    """The seeds of which every cell is there."""
+    rows = [(n, w) for n, method in METHODS.items() for w in WORKERS if method != "one worker" or w == 2]
+    return [s for s in range(SEEDS) if all(f"{n} | {w} | {s}" in cells for n, w in rows)]
+
+
+def table(cells: Mapping[str, Any], workers: int) -> str:
+    """Markdown: what was reached, by the bytes of one worker."""
+    lines = [
+        f"| {workers} workers | test accuracy | test loss | Mbit sent by a worker | simulated seconds |",
+        "|---|---|---|---|---|",
+    ]
+    seeds = complete_seeds(cells)
+    for name, method in METHODS.items():
+        counted = WORKERS[0] if method == "one worker" else workers
+        found = [cells[f"{name} | {counted} | {seed}"] for seed in seeds]
+        accuracy, loss, sent_bytes, seconds = (
+            torch.tensor([row[field] for row in found], dtype=torch.float64)
+            for field in ("test_accuracy", "test_loss", "sent_bytes", "seconds")
+        )
+        lines.append(
+            f"| {name} | {100 * accuracy.mean():.1f} ± {100 * accuracy.std():.1f} % | {loss.mean():.2f} | "
+            f"{8 * sent_bytes.mean() / 1e6:,.2f} | {seconds.mean():,.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--show", action="store_true", help="print the tables and train nothing")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no cell later than this")
+    wanted = parser.parse_args()
+    torch.set_num_threads(1)
+    study, begin_s = Cells("codistill", PLAN), time.perf_counter()
+    for seed, workers, (name, method) in itertools.product(range(SEEDS), WORKERS, METHODS.items()):
+        if wanted.show or time.perf_counter() - begin_s > wanted.seconds:
+            break
+        if method == "one worker" and workers != WORKERS[0]:
+            continue  # it is the same one
+        study.get(f"{name} | {workers} | {seed}", lambda: cell(method, workers, seed))  # noqa: B023
+    for workers in WORKERS:
+        print(table(study.document["cells"], workers), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

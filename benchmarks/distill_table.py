@@ -1,0 +1,451 @@
+"""Does a teacher help? The papers' claims in miniature, each beside its controls, five seeds.
+
+    python -m benchmarks.distill_table                 # results/distill_table.json; goes on where it stopped
+    python -m benchmarks.distill_table --seconds 60    # some cells of it
+    python -m benchmarks.distill_table --show
+
+Digits of scikit-learn: plain (64 pixels), pairs (two beside each other, the last digit of their sum), shifted
+(one on a noisy canvas of 12 x 12). A cell is the test accuracy of the network that is kept, in per cent; of
+"a digit never seen" the share of the 3s that it recognises.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._common import Cells, arguments_of
+from benchmarks._distill_tasks import Data, Rows, accuracy, cnn, digits, mlp, pairs, shifted, train
+from distcomp import distill, precision
+
+SEEDS = 5
+Cell = Callable[[int], float]
+
+
+# --- digits: 100 labels, 797 rows without ---
+
+
+def few_labels(seed: int) -> tuple[Rows, Rows, Data]:
+    """The 100 labelled rows, all rows with labels on those alone, and everything."""
+    data = digits(seed)
+    labels = torch.cat([data.train[1][:100], torch.full((797,), -1)])
+    return (data.train[0][:100], data.train[1][:100]), (data.train[0], labels), data
+
+
+@cache
+def digit_teacher(seed: int, width: int = 128) -> nn.Module:
+    teacher = mlp((64, width, width, 10), 100 + seed)
+    train(teacher, digits(seed).train, 24, seed=seed)
+    return teacher
+
+
+def digits_by(
+    loss: distill.Objective, teacher: Any = None, epochs: int = 24, unlabelled: bool = False
+) -> Cell:
+    """A student of 32 hidden units; ``teacher``: None, or a function of the seed."""
+
+    def cell(seed: int) -> float:
+        labelled, everything, data = few_labels(seed)
+        student = mlp((64, 32, 10), seed)
+        # as many steps: there are nine times as many rows with the unlabelled ones
+        rows, rounds = (everything, epochs) if unlabelled else (labelled, epochs * 7)
+        train(student, rows, rounds, loss, teacher and teacher(seed), seed=seed)
+        return accuracy(student, data.test)
+
+    return cell
+
+
+def three_teachers(seed: int) -> list[nn.Module]:
+    return [digit_teacher(seed, width) for width in (64, 96, 128)]
+
+
+DIGITS = {
+    "the teacher, all 897 labels": lambda seed: accuracy(digit_teacher(seed), digits(seed).test),
+    "hard labels": digits_by(distill.hard_labels()),
+    "hard labels, three times as long": digits_by(distill.hard_labels(), epochs=72),
+    "label smoothing 0.1": digits_by(distill.hard_labels(smoothing=0.1)),
+    "Hinton, the 100 rows alone": digits_by(distill.hinton(4, 0.5), digit_teacher),
+    "Hinton, an untrained teacher, unlabelled rows": digits_by(
+        distill.hinton(4, 0.5), lambda seed: mlp((64, 128, 128, 10), 100 + seed), unlabelled=True
+    ),
+    "teacher's hard labels, unlabelled rows": digits_by(
+        distill.pseudo_labels(), digit_teacher, unlabelled=True
+    ),
+    "Hinton, unlabelled rows": digits_by(distill.hinton(4, 0.5), digit_teacher, unlabelled=True),
+    "Hinton, three teachers, unlabelled rows": digits_by(
+        distill.hinton(4, 0.5), three_teachers, unlabelled=True
+    ),
+    "mimicking, unlabelled rows": digits_by(distill.mimic(), digit_teacher, unlabelled=True),
+    "mimicking a noisy teacher (0.5), unlabelled rows": digits_by(
+        distill.mimic(noise=0.5), digit_teacher, unlabelled=True
+    ),
+}
+
+
+# --- a digit that the student never saw ---
+
+
+def never_saw_a_3(loss: distill.Objective) -> Cell:
+    def cell(seed: int) -> float:
+        images, labels = digits(seed).train
+        student = mlp((64, 32, 10), seed)
+        train(student, (images[labels != 3], labels[labels != 3]), 30, loss, digit_teacher(seed), seed=seed)
+        tests, wanted = digits(seed).test
+        return accuracy(student, (tests[wanted == 3], wanted[wanted == 3]))
+
+    return cell
+
+
+NEVER_SAW = {
+    "hard labels": never_saw_a_3(distill.hard_labels()),
+    "teacher's hard labels": never_saw_a_3(distill.pseudo_labels()),
+    "Hinton, T = 8": never_saw_a_3(distill.hinton(8, 1.0)),
+    "mimicking": never_saw_a_3(distill.mimic()),
+}
+
+
+# --- pairs: the teacher's own training set ---
+
+
+@cache
+def pair_teacher(seed: int) -> nn.Module:
+    teacher = mlp((128, 192, 192, 10), 100 + seed)
+    train(teacher, pairs(seed).train, 10, seed=seed)
+    return teacher
+
+
+def untrained(seed: int) -> nn.Module:
+    return mlp((128, 192, 192, 10), 100 + seed)
+
+
+def pairs_by(loss: distill.Objective, teacher: Any = None, epochs: int = 10) -> Cell:
+    def cell(seed: int) -> float:
+        student = mlp((128, 64, 64, 10), seed)
+        train(student, pairs(seed).train, epochs, loss, teacher and teacher(seed), seed=seed)
+        return accuracy(student, pairs(seed).test)
+
+    return cell
+
+
+PAIRS = {
+    "the teacher": lambda seed: accuracy(pair_teacher(seed), pairs(seed).test),
+    "hard labels": pairs_by(distill.hard_labels()),
+    "hard labels, twice as long": pairs_by(distill.hard_labels(), epochs=20),
+    "label smoothing 0.1": pairs_by(distill.hard_labels(smoothing=0.1)),
+    "Hinton, an untrained teacher": pairs_by(distill.hinton(4, 0.5), untrained),
+    "teacher's hard labels": pairs_by(distill.pseudo_labels(), pair_teacher),
+    "Hinton, T = 4": pairs_by(distill.hinton(4, 0.5), pair_teacher),
+    "mimicking": pairs_by(distill.mimic(), pair_teacher),
+}
+
+
+# --- hints for a thin deep student ---
+
+THIN = (128, 48, 48, 48, 48, 10)
+
+
+def hinted(second: distill.Objective | None, taught: bool = True) -> Cell:
+    """Five epochs of stage one on what lies below the second layer, then ten of another loss."""
+
+    def cell(seed: int) -> float:
+        data, student = pairs(seed), mlp(THIN, seed)
+        teacher = pair_teacher(seed) if taught else untrained(seed)
+        first = data.train[0][:8]
+        loss = distill.fitnet_hint("3", "1", distill.regressor(student, "3", teacher, "1", first))
+        thaw = distill.freeze_above(student, "3", first)
+        train(student, data.train, 5, loss, teacher, seed=seed).remove()
+        thaw()
+        train(student, data.train, 10, second, pair_teacher(seed), seed=seed)
+        return accuracy(student, data.test)
+
+    return cell
+
+
+def thin(epochs: int, loss: distill.Objective | None = None) -> Cell:
+    def cell(seed: int) -> float:
+        student = mlp(THIN, seed)
+        train(student, pairs(seed).train, epochs, loss, pair_teacher(seed), seed=seed)
+        return accuracy(student, pairs(seed).test)
+
+    return cell
+
+
+HINTS = {
+    "hard labels, 10 epochs": thin(10),
+    "hard labels, 15 epochs": thin(15),
+    "Hinton, 15 epochs": thin(15, distill.hinton(4, 0.5)),
+    "hint of an untrained teacher 5, hard labels 10": hinted(None, taught=False),
+    "hint 5, hard labels 10": hinted(None),
+    "hint 5, Hinton 10": hinted(distill.hinton(4, 0.5)),
+}
+
+
+# --- attention and factors on shifted digits ---
+
+
+@cache
+def shifted_teacher(seed: int) -> nn.Module:
+    teacher = cnn(16, 100 + seed)
+    train(teacher, shifted(seed).train, 20, seed=seed, rate=2e-3)
+    return teacher
+
+
+def cheap(loss: distill.Objective | None, taught: bool = True, epochs: int = 20) -> Cell:
+    """A student of the teacher's shape, its second convolution grouped and pointwise."""
+
+    def cell(seed: int) -> float:
+        data, student = shifted(seed), cnn(16, seed, groups=8)
+        teacher = shifted_teacher(seed) if taught else cnn(16, 100 + seed)
+        train(student, data.train, epochs, loss, teacher, seed=seed, rate=2e-3)
+        return accuracy(student, data.test)
+
+    return cell
+
+
+def looking(beta: float) -> distill.Objective:
+    return distill.hard_labels() + distill.attention(["1", "4"], beta=beta)
+
+
+def factors(beta: float, taught: bool = True) -> Cell:
+    def cell(seed: int) -> float:
+        data, teacher = shifted(seed), shifted_teacher(seed)
+        torch.manual_seed(seed)
+        paraphraser = distill.Paraphraser(16, 8)
+        if taught:
+            batches = [batch for _ in range(5) for batch in data.train[0].split(64)]
+            distill.train_paraphraser(teacher, "4", batches, paraphraser)
+        loss = distill.factor_transfer("4", "4", paraphraser, distill.Translator(16, 8), beta)
+        return cheap(distill.hard_labels() + loss)(seed)
+
+    return cell
+
+
+SHIFTED = {
+    "the teacher": lambda seed: accuracy(shifted_teacher(seed), shifted(seed).test),
+    "hard labels": cheap(None),
+    "hard labels, twice as long": cheap(None, epochs=40),
+    "Hinton, T = 4": cheap(distill.hinton(4, 0.5)),
+    "attention of an untrained teacher, beta 30": cheap(looking(30), taught=False),
+    **{f"attention, beta {beta}": cheap(looking(beta)) for beta in (5, 30, 100)},
+    "factors, beta 50": factors(50),
+    "factors of an untrained paraphraser, beta 50": factors(50, taught=False),
+}
+
+
+# --- networks that teach each other ---
+
+
+def steps_of(rows: Rows, epochs: int, seed: int) -> Any:
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        yield from torch.randperm(len(rows[0]), generator=order).split(64)
+
+
+def stepped(
+    module: nn.Module, rows: Rows, epochs: int, seed: int, loss: Callable[[Tensor, Tensor, int], Tensor]
+) -> None:
+    optimizer = torch.optim.Adam(module.parameters(), 2e-3)
+    for step, batch in enumerate(steps_of(rows, epochs, seed)):
+        optimizer.zero_grad()
+        loss(rows[0][batch], rows[1][batch], step).backward()
+        optimizer.step()
+
+
+def native(weight: str, whole: bool = False) -> Cell:
+    """ONE with three branches; the first is kept, or all with the gate."""
+
+    def cell(seed: int) -> float:
+        data, network = shifted(seed), cnn(10, seed)
+        one = distill.OnTheFlyEnsemble(network[:3], network[3:], 10, 3)
+        stepped(
+            one, data.train, 20, seed,
+            lambda x, y, step: distill.ensemble_loss(one(x), y, 3.0, weight, step),
+        )  # fmt: skip
+        one.eval()
+        if not whole:
+            return accuracy(one.export(), data.test)
+        with torch.no_grad():
+            return (one(data.test[0]).ensemble.argmax(1) == data.test[1]).float().mean().item()
+
+    return cell
+
+
+def mutual(weight: float, together: bool = False) -> Cell:
+    """Three networks; the first is kept, or their mean."""
+
+    def cell(seed: int) -> float:
+        data = shifted(seed)
+        learners = distill.MutualLearners([cnn(10, seed + 10 * k) for k in range(3)])
+        stepped(
+            learners, data.train, 20, seed,
+            lambda x, y, step: distill.mutual_loss(learners(x), y, weight),
+        )  # fmt: skip
+        if not together:
+            return accuracy(learners.networks[0], data.test)
+        with torch.no_grad():
+            said = torch.stack(learners(data.test[0])).mean(0)
+        return (said.argmax(1) == data.test[1]).float().mean().item()
+
+    return cell
+
+
+def single(epochs: int, channels: int = 10) -> Cell:
+    def cell(seed: int) -> float:
+        network = cnn(channels, seed)
+        train(network, shifted(seed).train, epochs, seed=seed, rate=2e-3)
+        return accuracy(network, shifted(seed).test)
+
+    return cell
+
+
+ONLINE = {
+    "one network": single(20),
+    "one network, twice as long": single(40),
+    "branches on a stem, no distilling": native("0"),
+    "ONE, one branch kept": native("0 ~> 1 @ 90"),
+    "ONE, the whole ensemble": native("0 ~> 1 @ 90", whole=True),
+    "mutual learning, one of three kept": mutual(1.0),
+    "three networks apart, their mean": mutual(0.0, together=True),
+}
+
+
+# --- KDGAN with 100 labels ---
+
+
+def game(alpha: float, beta: float, gamma: float) -> Cell:
+    """All three see the 100 labelled rows alone, as many steps as hard labels take."""
+
+    def cell(seed: int) -> float:
+        labelled, _, data = few_labels(seed)
+        torch.manual_seed(seed)
+        kdgan = distill.KDGAN(
+            mlp((64, 32, 10), seed), mlp((64, 128, 128, 10), 100 + seed), distill.LabelDiscriminator(64, 10),
+            alpha, beta, gamma, "1 ~> 0.3 @ 400",
+        )  # fmt: skip
+        stepped(kdgan, labelled, 200, seed, lambda x, y, step: kdgan(x, y, step))
+        return accuracy(kdgan.classifier, data.test)
+
+    return cell
+
+
+def same_labels(loss: distill.Objective) -> Cell:
+    """A teacher that saw the same 100 labels."""
+
+    def cell(seed: int) -> float:
+        labelled, _, data = few_labels(seed)
+        teacher, student = mlp((64, 128, 128, 10), 100 + seed), mlp((64, 32, 10), seed)
+        train(teacher, labelled, 100, seed=seed)
+        train(student, labelled, 200, loss, teacher, seed=seed, rate=2e-3)
+        return accuracy(student, data.test)
+
+    return cell
+
+
+GAME = {
+    "hard labels": same_labels(distill.hard_labels()),
+    "label smoothing 0.1": same_labels(distill.hard_labels(smoothing=0.1)),
+    "Hinton from a teacher of the same labels": same_labels(distill.hinton(4, 0.5)),
+    "KDGAN without distilling": game(0.5, 0.0, 0.0),
+    "KDGAN without the game": game(0.0, 0.5, 0.1),
+    "KDGAN": game(0.5, 0.5, 0.1),
+}
+
+
+# --- Apprentice on pairs, ternary inner layers ---
+
+LOW = (128, 64, 64, 64, 10)
+
+
+def ternary(network: nn.Module) -> nn.Module:
+    return precision.ttq(network)
+
+
+def low_bits(loss: distill.Objective, epochs: int, warm: int = 0, bits: bool = True) -> Cell:
+    """``warm`` epochs in full precision first (scheme C, at a quarter of the rate afterwards)."""
+
+    def cell(seed: int) -> float:
+        data, student = pairs(seed), mlp(LOW, seed)
+        if warm:
+            train(student, data.train, warm, seed=seed).remove()
+        student = ternary(student) if bits else student
+        rate = 1e-3 / 4 if warm else 1e-3
+        train(student, data.train, epochs, loss, pair_teacher(seed), seed=seed, rate=rate)
+        return accuracy(student, data.test)
+
+    return cell
+
+
+def scheme_a(detached: bool) -> Cell:
+    def cell(seed: int) -> float:
+        data = pairs(seed)
+        both = distill.TeacherAndApprentice(untrained(seed), mlp(LOW, seed), ternary)
+        optimizer = torch.optim.Adam(both.parameters(), 1e-3)
+        for batch in steps_of(data.train, 10, seed):
+            optimizer.zero_grad()
+            said = both(data.train[0][batch])
+            distill.joint_loss(*said, data.train[1][batch], detached=detached).backward()
+            optimizer.step()
+        return accuracy(both.apprentice, data.test)
+
+    return cell
+
+
+APPRENTICE = {
+    "full precision, 10 epochs": low_bits(distill.hard_labels(), 10, bits=False),
+    "ternary, hard labels, 10": low_bits(distill.hard_labels(), 10),
+    "A: teacher beside it, 10": scheme_a(True),
+    "A, H pulls the teacher, too, 10": scheme_a(False),
+    "B: a trained teacher, 10": low_bits(distill.apprentice(), 10),
+    "C: from full precision 10, teacher 6": low_bits(distill.apprentice(), 6, warm=10),
+    "C without a teacher, 10 and 6": low_bits(distill.hard_labels(), 6, warm=10),
+    "ternary, hard labels, 16": low_bits(distill.hard_labels(), 16),
+}
+
+TABLES: dict[str, dict[str, Cell]] = {
+    "digits": DIGITS, "a digit never seen": NEVER_SAW, "pairs": PAIRS, "hints": HINTS, "shifted": SHIFTED,
+    "online": ONLINE, "kdgan": GAME, "apprentice": APPRENTICE,
+}  # fmt: skip
+PLAN = {"seeds": SEEDS, "tables": {name: list(rows) for name, rows in TABLES.items()}}
+
+
+def complete_seeds(cells: Mapping[str, Any]) -> list[int]:
+    """The seeds of which every cell is there."""
+    rows = [f"{name} | {row}" for name, cells_ in TABLES.items() for row in cells_]
+    return [seed for seed in range(SEEDS) if all(f"{row} | {seed}" in cells for row in rows)]
+
+
+def table(cells: Mapping[str, Any], name: str) -> str:
+    """Markdown: mean and standard deviation over the seeds, in per cent."""
+    lines = [f"| {name} | test accuracy |", "|---|---|"]
+    for row in TABLES[name]:
+        values = [cells[f"{name} | {row} | {seed}"]["accuracy"] for seed in complete_seeds(cells)]
+        found = 100 * torch.tensor(values)
+        lines.append(f"| {row} | {found.mean():.1f} ± {found.std(correction=min(1, len(found) - 1)):.1f} % |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--show", action="store_true", help="print the tables and train nothing")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no cell later than this")
+    wanted = parser.parse_args()
+    torch.set_num_threads(1)
+    study, begin_s = Cells("distill_table", PLAN), time.perf_counter()
+    rows = [(name, row, cell) for name, cells in TABLES.items() for row, cell in cells.items()]
+    for seed, (name, row, cell) in itertools.product(range(SEEDS), rows):
+        if wanted.show or time.perf_counter() - begin_s > wanted.seconds:
+            break
+        study.get(f"{name} | {row} | {seed}", lambda: {"accuracy": cell(seed)})  # noqa: B023
+    for name in TABLES:
+        print(table(study.document["cells"], name), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
