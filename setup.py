@@ -6,12 +6,16 @@ setup(
     ext_modules=[
         Extension(
             "distcomp.kernels._cpu",
-            sources=[f"distcomp/kernels/{name}.c" for name in ("_cpu", "_binary", "_lowrank", "_rows")],
+            sources=[
+                f"distcomp/kernels/{name}.c"
+                for name in ("_cpu", "_binary", "_lowrank", "_minifloat", "_rows")
+            ],
             depends=[
                 "distcomp/kernels/_cpu.h",
                 "distcomp/kernels/_select.h",
                 "distcomp/kernels/_binary.h",
                 "distcomp/kernels/_lowrank.h",
+                "distcomp/kernels/_minifloat.h",
                 "distcomp/kernels/_rows.h",
                 "distcomp/kernels/_inside.h",
             ],

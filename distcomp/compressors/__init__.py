@@ -5,6 +5,7 @@ from distcomp.compressors.cast import Cast
 from distcomp.compressors.dct import DctTopK
 from distcomp.compressors.fixed import FixedPoint
 from distcomp.compressors.identity import Identity
+from distcomp.compressors.minifloat import MXFP4, MXFP8, NVFP4, Float8
 from distcomp.compressors.natural import Natural, NonUniform
 from distcomp.compressors.quantize import Quantize
 from distcomp.compressors.sign import OneBit, ScaledSign
@@ -12,11 +13,15 @@ from distcomp.compressors.sparse import IndexCode
 from distcomp.compressors.topk import Chain, RandomK, Sparsifier, TopK
 
 __all__ = [
+    "MXFP4",
+    "MXFP8",
+    "NVFP4",
     "Cast",
     "Chain",
     "Compressor",
     "DctTopK",
     "FixedPoint",
+    "Float8",
     "Identity",
     "IndexCode",
     "Natural",

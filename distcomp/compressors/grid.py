@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,35 @@ def uniform_noise(layout: Layout, key: Key, device: torch.device) -> Tensor:
         for param in layout.slices
     ]
     return torch.cat(pieces) if pieces else torch.empty(0, device=device, dtype=torch.float32)
+
+
+def signs_of_parameters(layout: Layout, seed: Tensor, side: int) -> Tensor:
+    """+1 or -1 for each element that lies in a whole row of ``side``, as :func:`uniform_noise` draws: one
+    parameter after the other. ``seed`` is an int64 on the device, which nothing waits for."""
+    names = layout.remember((signs_of_parameters, "names"), lambda: Key.of("signs").fold_each(layout.names))
+    noise = [
+        reference.uniform(param.numel // side * side, seed ^ _signed(name), param.start, seed.device)
+        for param, name in zip(layout.slices, names, strict=True)
+    ]
+    return torch.where(torch.cat(noise) < 0.5, -1.0, 1.0)
+
+
+def _signed(bits: int) -> int:
+    """The int64 with these 64 bits."""
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+def hadamard(rows: Tensor) -> Tensor:
+    """The orthonormal Walsh-Hadamard transform of each row: its own inverse, and the same bits everywhere."""
+    count, side = rows.shape
+    half = 1
+    # Butterflies, side log2(side) additions a row: a product with the matrix would add in an order that
+    # depends on the machine's library.
+    while half < side:
+        pairs = rows.view(count, side // (2 * half), 2, half)
+        rows = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], dim=2)
+        half *= 2
+    return rows.reshape(count, side) * (1 / math.sqrt(side))
 
 
 def sign_bytes(numel: int) -> int:

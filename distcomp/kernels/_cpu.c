@@ -11,6 +11,7 @@
 #include "_cpu.h"
 #include "_inside.h"
 #include "_lowrank.h"
+#include "_minifloat.h"
 #include "_rows.h"
 #include "_select.h"
 
@@ -343,6 +344,13 @@ static PyMethodDef methods[] = {
     {"permuted", py_permuted, METH_VARARGS, "places, count, numel, bits, keys"},
     {"exponents", py_exponents, METH_VARARGS, "x, codes, sizes of the two, key, first"},
     {"scale_by_exponents", py_scale_by_exponents, METH_VARARGS, "codes, out, sizes of the two"},
+    {"block_maxima", py_block_maxima, METH_VARARGS, "x, maxima, sizes of the two, table, spans, block"},
+    {"minifloat_encode", py_minifloat_encode, METH_VARARGS,
+     "x, codes, inverses, sizes of the three, table, spans, block, (width, mantissa, bias, largest, infinity, nan, finite), "
+     "keys, how many, stochastic"},
+    {"minifloat_decode", py_minifloat_decode, METH_VARARGS,
+     "out, codes, units, sizes of the three, table, spans, block, "
+     "(width, mantissa, bias, largest, infinity, nan, finite), sign"},
     {"pack_signs", py_pack_signs, METH_VARARGS, "x, words, sizes of the two, samples, channels, places, plain"},
     {"binary_conv", py_binary_conv, METH_VARARGS,
      "x, weight, scale, bias, out, sizes of the five, samples, (channels, height, width), "

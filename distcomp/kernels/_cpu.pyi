@@ -78,6 +78,35 @@ def permuted(
 ) -> None: ...
 def exponents(x: int, codes: int, sizes: tuple[int, int], key: int, first: int, /) -> None: ...
 def scale_by_exponents(codes: int, out: int, sizes: tuple[int, int], /) -> None: ...
+def block_maxima(
+    x: int, maxima: int, sizes: tuple[int, int], table: int, spans: int, block: int, /
+) -> None: ...
+def minifloat_encode(
+    x: int,
+    codes: int,
+    inverses: int,
+    sizes: Coded,
+    table: int,
+    spans: int,
+    block: int,
+    format: tuple[int, int, int, float, int, int, int],
+    keys: int,
+    keys_size: int,
+    stochastic: bool,
+    /,
+) -> None: ...
+def minifloat_decode(
+    out: int,
+    codes: int,
+    units: int,
+    sizes: Coded,
+    table: int,
+    spans: int,
+    block: int,
+    format: tuple[int, int, int, float, int, int, int],
+    sign: int,
+    /,
+) -> None: ...
 def pack_signs(
     x: int, words: int, sizes: tuple[int, int], samples: int, channels: int, places: int, plain: bool, /
 ) -> None: ...

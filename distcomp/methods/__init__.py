@@ -11,6 +11,7 @@ from distcomp.methods.demo import DecoupledMomentum, demo
 from distcomp.methods.ef21 import EF21, ef21
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.fixed_point import FixedPointAllReduce, fixed_point
+from distcomp.methods.formats import fp8, mxfp4, mxfp8, nvfp4
 from distcomp.methods.from_compressor import AllGatherMean, AllReduceMean, ReduceScatterMean, from_compressor
 from distcomp.methods.gradiveq import GradiVeQ, gradiveq
 from distcomp.methods.integers import HomomorphicQuantizer, RandomHadamard, TernGrad, shared_range, terngrad
@@ -79,6 +80,7 @@ __all__ = [
     "ef_signsgd",
     "except_small",
     "fixed_point",
+    "fp8",
     "fp16",
     "from_compressor",
     "gradiveq",
@@ -86,10 +88,13 @@ __all__ = [
     "majority_vote",
     "method_of",
     "momentum_correction",
+    "mxfp4",
+    "mxfp8",
     "natural",
     "nodes_of",
     "none",
     "nuqsgd",
+    "nvfp4",
     "onebit",
     "onebit_adam",
     "parse",

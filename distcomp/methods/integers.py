@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distcomp.collectives import AllGather, AllReduce, Rounds
-from distcomp.compressors.grid import from_rows, per_parameter_max, spread, to_rows, uniform_noise
+from distcomp.compressors.grid import (
+    from_rows,
+    hadamard,
+    per_parameter_max,
+    spread,
+    to_rows,
+    uniform_noise,
+)
 from distcomp.errors import DistcompError
 from distcomp.kernels.reference import round_at_random
 from distcomp.layout import Layout, ParamSlice
@@ -296,19 +302,6 @@ class RandomHadamard(Method):
 
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         return self.inner.payload_bytes(self.padded(layout), size, step)
-
-
-def hadamard(rows: Tensor) -> Tensor:
-    """The orthonormal Walsh-Hadamard transform of each row: its own inverse, and the same bits everywhere."""
-    count, side = rows.shape
-    half = 1
-    # Butterflies, side log2(side) additions a row: a product with the matrix would add in an order that
-    # depends on the machine's library.
-    while half < side:
-        pairs = rows.view(count, side // (2 * half), 2, half)
-        rows = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], dim=2)
-        half *= 2
-    return rows.reshape(count, side) * (1 / math.sqrt(side))
 
 
 @register(
