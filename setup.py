@@ -6,7 +6,7 @@ setup(
     ext_modules=[
         Extension(
             "distcomp.kernels._cpu",
-            sources=[f"distcomp/kernels/{name}.c" for name in ("_cpu", "_binary", "_lowrank", "_rows")],
+            sources=[f"distcomp/kernels/{name}.c" for name in ("_cpu", "_binary", "_lowrank", "_rows", "_words")],
             depends=[
                 "distcomp/kernels/_cpu.h",
                 "distcomp/kernels/_select.h",
@@ -14,6 +14,7 @@ setup(
                 "distcomp/kernels/_lowrank.h",
                 "distcomp/kernels/_rows.h",
                 "distcomp/kernels/_inside.h",
+                "distcomp/kernels/_words.h",
             ],
             # A contracted multiply-add gives other bits: replicas on unlike machines would drift apart.
             extra_compile_args=["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distcomp import network as network
     from distcomp import precision as precision
     from distcomp import pruning as pruning
+    from distcomp import updates as updates
     from distcomp.attaching.audit import audit as audit
     from distcomp.attaching.handle import Handle as Handle
     from distcomp.attaching.handle import attach as attach
@@ -80,6 +81,7 @@ ROOMS = {
     "network": "distcomp.network",
     "precision": "distcomp.precision",
     "pruning": "distcomp.pruning",
+    "updates": "distcomp.updates",
 }
 """The rooms that are attributes, and where each is."""
 
