@@ -8,7 +8,7 @@ setup(
             "distcomp.kernels._cpu",
             sources=[
                 f"distcomp/kernels/{name}.c"
-                for name in ("_cpu", "_binary", "_lowrank", "_minifloat", "_rows")
+                for name in ("_cpu", "_binary", "_lowrank", "_minifloat", "_rows", "_words")
             ],
             depends=[
                 "distcomp/kernels/_cpu.h",
@@ -18,6 +18,7 @@ setup(
                 "distcomp/kernels/_minifloat.h",
                 "distcomp/kernels/_rows.h",
                 "distcomp/kernels/_inside.h",
+                "distcomp/kernels/_words.h",
             ],
             # A contracted multiply-add gives other bits: replicas on unlike machines would drift apart.
             extra_compile_args=["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],

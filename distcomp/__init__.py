@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from distcomp import precision as precision
     from distcomp import pruning as pruning
     from distcomp import structured as structured
+    from distcomp import updates as updates
     from distcomp.attaching.audit import audit as audit
     from distcomp.attaching.handle import Handle as Handle
     from distcomp.attaching.handle import attach as attach
@@ -88,6 +89,7 @@ ROOMS = {
     "precision": "distcomp.precision",
     "pruning": "distcomp.pruning",
     "structured": "distcomp.structured",
+    "updates": "distcomp.updates",
 }
 """The rooms that are attributes, and where each is."""
 

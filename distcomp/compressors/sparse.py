@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ def _code_bytes(universe: int, count: int, width: int | None) -> int:
     return block_bytes(count, width) + block_bytes(_unary_bits(universe, count, width), 1)
 
 
-@cache
+@lru_cache(maxsize=1 << 12)
 def _best_width(universe: int, count: int) -> int | None:
     widths: list[int | None] = [None, *range(MAX_WIDTH + 1)]
     return min(widths, key=lambda width: _code_bytes(universe, count, width))

@@ -14,6 +14,7 @@
 #include "_minifloat.h"
 #include "_rows.h"
 #include "_select.h"
+#include "_words.h"
 
 /* The bodies once more for each instruction set. */
 typedef struct {
@@ -335,6 +336,9 @@ static PyMethodDef methods[] = {
     {"top_rows", py_top_rows, METH_VARARGS, "x, places, sizes of the two, table, rows"},
     {"write_rows", py_write_rows, METH_VARARGS, "places, codes, sizes of the two, table, rows"},
     {"read_rows", py_read_rows, METH_VARARGS, "places, codes, sizes of the two, table, rows"},
+    {"changed_words", py_changed_words, METH_VARARGS,
+     "before, after, places, numel, itemsize, most -> how many"},
+    {"fingerprint", py_fingerprint, METH_VARARGS, "words, numel, itemsize, first, seed -> sum"},
     {"move", py_move, METH_VARARGS, "from, to, sizes of the two, table, pieces"},
     {"lowrank_pieces", py_lowrank_pieces, METH_VARARGS,
      "kind, p, q, m, out, table, pieces, subtract, sizes of the four"},

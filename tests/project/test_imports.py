@@ -42,6 +42,7 @@ MAY_KNOW_TORCH_DISTRIBUTED = (
     "integrations",
     "network",
     "report",
+    "updates",
 )
 
 MAY_KNOW_ITS_WRAPPER = (*MAY_KNOW_TORCH_DISTRIBUTED, "parametrize", "pruning", "advice", "training")

@@ -1,0 +1,250 @@
+"""From an update and the state before it to the state after it: all of it, or nothing and a sentence.
+
+An update is read twice. The first time nothing is written: what it would change is worked out, and with it
+the fingerprint of the state that would come of it. Only where that is the one which the update promises is
+it written, the second time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distcomp.errors import DistcompError
+from distcomp.files.coding import CorruptFile
+from distcomp.kernels.words import M64, fingerprint_at
+from distcomp.updates.blocks import BLOCK, Bytes, Cursor, decode_block
+from distcomp.updates.encode import State
+from distcomp.updates.fingerprints import piece_fingerprint, total
+from distcomp.updates.pieces import Box, LocalPiece, local_pieces, tensors_of
+from distcomp.updates.update import Update
+from distcomp.updates.words import moved, words_of
+
+LIMIT_BYTES = 1 << 36
+"""What :func:`decode` may take unless told otherwise: 64 GiB."""
+TENSOR_BYTES = 1 << 10
+"""What a tensor takes beside its elements, at most: its name, the object."""
+
+
+class WrongBase(DistcompError):
+    """An update was given to another state than the one that it changes."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor as far as it lies here, what the update says of it, and whether it is written: of names that
+    share memory one is."""
+
+    piece: LocalPiece
+    sources: tuple[tuple[Box, Bytes], ...]
+    key: bool
+    written: bool = True
+
+    def changes(self, words: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Places among this piece's ``words``, and the words that come there; block by block.
+
+        Raises CorruptFile for what no encoder makes.
+        """
+        for box, blocks in self.sources:
+            cursor = Cursor(blocks)
+            for start in range(0, box.words, BLOCK):
+                count = min(BLOCK, box.words - start)
+                change = decode_block(cursor, count, box.kind)
+                if change is None or (self.key and change.words is None):
+                    if self.key:
+                        raise CorruptFile(f"the key frame lacks words of {box.name[:80]}: it was altered")
+                    continue
+                places = torch.arange(count) if change.places is None else change.places
+                inside, here = self._here(box, places + start)
+                here = here.to(words.device)
+                if change.distance is None:
+                    assert change.words is not None
+                    yield here, change.words[inside].to(words.device)
+                else:
+                    yield here, moved(words[here], change.distance[inside].to(words.device), box.kind)
+            if cursor.left:
+                raise CorruptFile(f"{box.name[:80]} has more blocks than words in the update: it was altered")
+
+    def _here(self, box: Box, places: Tensor) -> tuple[Tensor, Tensor]:
+        if box == self.piece.box:
+            return torch.ones_like(places, dtype=torch.bool), places
+        return self.piece.box.from_whole(box.in_whole(places))
+
+    def difference(self) -> int:
+        """What the update adds to the fingerprint of this piece (of a key frame: all of it)."""
+        box, words, sum_ = self.piece.box, words_of(self.piece.local.contiguous()), 0
+        for here, come in self.changes(words):
+            places = box.in_whole(here)
+            sum_ += fingerprint_at(come, places, seed=box.seed)
+            if not self.key:
+                sum_ -= fingerprint_at(words[here], places, seed=box.seed)
+        return sum_ & M64
+
+    def write(self) -> None:
+        """Write what the update says into memory."""
+        local = self.piece.local
+        contiguous = local.contiguous()
+        words = words_of(contiguous)
+        for here, come in self.changes(words):
+            words[here] = come
+        if not local.is_contiguous():
+            local.copy_(contiguous)
+
+
+@torch.no_grad()
+def apply(model_or_state: State, update: Update, *, before: int | None = None) -> int:
+    """Turn the state into the update's version, in place, bit for bit; the fingerprint of what it is now.
+
+    A module, or tensors by name, plain or DTensors of any layout: it need not be the trainer's. Where tensors
+    are sharded, all ranks of their mesh call it alike (an all-reduce of 24 bytes).
+
+    ``before``: the state's fingerprint where the caller has kept it, which saves reading all of it.
+
+    Memory: beside the state and the update, some blocks of 2^20 words.
+
+    Raises WrongBase where the state is not the one that the update changes, CorruptFile where the update
+    holds what no encoder makes, DistcompError where names, dtypes or shapes differ. Nothing was changed then,
+    on any rank.
+    """
+    pieces = local_pieces(tensors_of(model_or_state))
+    plan: list[Target] = []
+    terms: list[tuple[LocalPiece, tuple[int, int]]] = []
+    problem: DistcompError | None = None
+    try:
+        plan = planned(pieces, update)
+        reads = before is None and not update.key
+        terms = [(t.piece, (piece_fingerprint(t.piece) if reads else 0, t.difference())) for t in plan]
+    except DistcompError as error:
+        problem = error
+    (found, difference), failed = total(terms, pieces, problem is not None)
+    if problem is not None:
+        raise problem
+    if failed:
+        raise DistcompError(f"another rank refused update {update.number}, and says why; nothing was changed")
+    found = found if before is None else before
+    if found != update.before and not update.key:
+        raise WrongBase(
+            f"update {update.number} changes the state of fingerprint {update.before:016x}, and this one is "
+            f"{found:016x}; apply the updates between them first, or a key frame"
+        )
+    after = (difference if update.key else found + difference) & M64
+    if after != update.after:
+        raise CorruptFile(
+            f"update {update.number} promises the state of fingerprint {update.after:016x} and would lead to "
+            f"{after:016x}: it was altered; nothing was changed, get it again"
+        )
+    for target in plan:
+        if target.written:
+            target.write()
+    return after
+
+
+def decode(update: Update, limit_bytes: int = LIMIT_BYTES) -> dict[str, Tensor]:
+    """The state dict in a key frame: plain tensors by name, on the CPU.
+
+    Raises DistcompError for a difference, and where the tensors would take more than ``limit_bytes``;
+    CorruptFile as :func:`apply`.
+    """
+    if not update.key:
+        raise DistcompError(f"update {update.number} is a difference; apply it to the version before it")
+    whole = {piece.box.name: piece.box for piece in update.pieces}
+    needed = sum(math.prod(box.shape) * box.dtype.itemsize + TENSOR_BYTES for box in whole.values())
+    if needed > limit_bytes:
+        raise DistcompError(
+            f"the tensors of update {update.number} take {needed} bytes, more than the {limit_bytes} "
+            "allowed; raise the limit if you trust who wrote it"
+        )
+    try:
+        state = {name: torch.empty(box.shape, dtype=box.dtype) for name, box in whole.items()}
+    except RuntimeError as error:
+        raise DistcompError(
+            f"{needed} bytes for update {update.number} are not to be had ({error}); free some"
+        ) from None
+    apply(state, update)
+    return state
+
+
+def planned(pieces: list[LocalPiece], update: Update) -> list[Target]:
+    """What the update says of each piece. Raises DistcompError where the two are not of one state dict."""
+    if update.parts > 1:
+        raise DistcompError(
+            f"this is part {update.part} of {update.parts} of version {update.number}; merge all of them "
+            "first"
+        )
+    sources: dict[str, list[tuple[Box, Bytes]]] = {}
+    for said in update.pieces:
+        blocks = said.blocks if said.alias is None else update.pieces[said.alias].blocks
+        sources.setdefault(said.box.name, []).append((said.box, blocks))
+    missing = set(sources) ^ {piece.box.name for piece in pieces}
+    if missing:
+        raise DistcompError(
+            f"{min(missing)[:80]} is in the update and not in the state dict, or the other way round; give "
+            "apply the same names as encode"
+        )
+    for piece in pieces:
+        _check_sources(piece.box, [box for box, _ in sources[piece.box.name]])
+    plan = [Target(piece, tuple(sources[piece.box.name]), update.key) for piece in pieces]
+    return _each_memory_once(plan)
+
+
+def _check_sources(box: Box, sources: list[Box]) -> None:
+    for source in sources:
+        if (source.dtype, source.shape) != (box.dtype, box.shape):
+            raise DistcompError(
+                f"{box.name[:80]} is {source.shape} of {source.dtype} in the update and {box.shape} of "
+                f"{box.dtype} here; give apply a state dict like the trainer's"
+            )
+    whole = math.prod(box.shape) * box.halves
+    if sum(source.words for source in sources) != whole:
+        raise CorruptFile(f"the update does not hold all of {box.name[:80]}: a part is missing")
+    parts = [source for source in sources if source.words]
+    if any(one.overlaps(other) for i, one in enumerate(parts) for other in parts[:i]):
+        raise CorruptFile(f"parts of {box.name[:80]} overlap in the update: it was altered")
+
+
+def _each_memory_once(plan: list[Target]) -> list[Target]:
+    """Mark all but one of those that share memory as not to be written.
+
+    Raises DistcompError where they would become different, or share memory in part.
+    """
+    first: dict[tuple[object, ...], Target] = {}
+    once: list[Target] = []
+    for target in plan:
+        local = target.piece.local
+        if any(size > 1 and stride == 0 for size, stride in zip(local.shape, local.stride(), strict=True)):
+            raise DistcompError(f"{target.piece.box.name} is expanded in memory; make it contiguous first")
+        known = first.setdefault(target.piece.memory, target) if local.numel() else target
+        if known is not target and not _say_the_same(known, target):
+            raise DistcompError(
+                f"{known.piece.box.name} and {target.piece.box.name} share memory here and become different "
+                "in the update; give each a memory of its own"
+            )
+        once.append(target if known is target else replace(target, written=False))
+    _check_overlaps([target.piece for target in once if target.written])
+    return once
+
+
+def _say_the_same(one: Target, other: Target) -> bool:
+    def said(target: Target) -> list[tuple[object, ...]]:
+        return [(box.offsets, box.sizes, bytes(blocks)) for box, blocks in target.sources]
+
+    return said(one) == said(other)
+
+
+def _check_overlaps(pieces: list[LocalPiece]) -> None:
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for piece in pieces:
+        if piece.local.numel() and piece.local.is_contiguous():
+            begin = piece.local.data_ptr()
+            span = begin, begin + piece.local.numel() * piece.local.element_size(), piece.box.name
+            spans.setdefault(piece.local.untyped_storage().data_ptr(), []).append(span)
+    for there in spans.values():
+        there.sort()
+        for (_, end, name), (begin, _, other) in itertools.pairwise(there):
+            if begin < end:
+                raise DistcompError(f"{name} and {other} share a part of their memory; give each its own")
