@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from distcomp.attaching.handle import Handle as Handle
     from distcomp.attaching.handle import attach as attach
     from distcomp.averaging.recipes import choco as choco
+    from distcomp.averaging.recipes import codistill as codistill
     from distcomp.averaging.recipes import dcd as dcd
     from distcomp.averaging.recipes import diloco as diloco
     from distcomp.averaging.recipes import dpsgd as dpsgd
@@ -68,13 +69,11 @@ if TYPE_CHECKING:
     from distcomp.transports.rendezvous import init_process_group as init_process_group
 
 __all__ = [
-    "CorruptPayload", "DistcompError", "Handle", "Mismatch", "PeerLost", "SettingsMismatch",
-    "allocate", "attach", "audit", "averaging", "bf16", "calls", "choco", "compressors", "dcd", "demo",
-    "dgc",
-    "diloco", "dpsgd", "ef21", "ef_signsgd", "fixed_point", "fp16", "gradiveq", "identity",
-    "init_process_group", "local_sgd", "masked", "methods", "natural", "network", "onebit_adam",
-    "parse", "post_local_sgd", "powersgd", "precision", "pruning", "qsgd", "random_k", "register",
-    "sparse_loco", "streaming_diloco", "topk", "two_level", "warmup",
+    "CorruptPayload", "DistcompError", "Handle", "Mismatch", "PeerLost", "SettingsMismatch", "allocate",
+    "attach", "audit", "bf16", "choco", "codistill", "dcd", "demo", "dgc", "diloco", "dpsgd", "ef21",
+    "ef_signsgd", "fixed_point", "fp16", "gradiveq", "identity", "init_process_group", "local_sgd",
+    "masked", "natural", "onebit_adam", "parse", "post_local_sgd", "powersgd", "qsgd", "random_k",
+    "register", "sparse_loco", "streaming_diloco", "topk", "two_level", "warmup",
 ]  # fmt: skip
 
 ROOMS = {
@@ -126,4 +125,4 @@ if not TYPE_CHECKING:  # a type checker would take every name for one that exist
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *ROOMS})
