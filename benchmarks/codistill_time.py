@@ -2,8 +2,8 @@
 
     python -m benchmarks.codistill_time            # writes results/codistill_time.json; about five minutes
 
-The task of ``benchmarks/codistill.py``, two real processes on an emulated network, each method for half a minute
-of training. The loss is rank 0's network on the test pairs; testing does not count. One seed: the
+The task of ``benchmarks/codistill.py``, two real processes on an emulated network, each method for half a
+minute of training. The loss is rank 0's network on the test pairs; testing does not count. One seed: the
 differences are of tens of times.
 """
 
