@@ -27,7 +27,8 @@ def pixels() -> Rows:
 
     images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images[order].float() / 16, labels[order]
+    pixels = images.float()
+    return ((pixels - pixels.mean(0)) / pixels.std())[order], labels[order]
 
 
 def split(seed: int) -> tuple[Rows, Rows]:
@@ -60,7 +61,7 @@ def shifted(seed: int) -> Data:
     draw = torch.Generator().manual_seed(seed)
 
     def placed(rows: Rows) -> Rows:
-        canvas = 0.3 * torch.rand(len(rows[0]), 1, 12, 12, generator=draw)
+        canvas = 0.5 * torch.randn(len(rows[0]), 1, 12, 12, generator=draw)
         places = torch.randint(5, (len(rows[0]), 2), generator=draw).tolist()
         for blank, image, (row, column) in zip(canvas, rows[0], places, strict=True):
             blank[0, row : row + 8, column : column + 8] += image.view(8, 8)
@@ -103,7 +104,7 @@ def train(
     teacher: object = None,
     *,
     seed: int = 0,
-    rate: float = 1e-3,
+    rate: float = 3e-3,
 ) -> distill.Distill:
     """Adam, batches of 64 in an order of the seed. The Distill is returned with its taps on."""
     loss = loss or distill.hard_labels()

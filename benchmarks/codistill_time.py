@@ -2,8 +2,8 @@
 
     python -m benchmarks.codistill_time            # writes results/codistill_time.json; about five minutes
 
-The task of ``benchmarks/codistill.py``, two real processes on an emulated network, each method for a minute
-of training. The loss is rank 0's network on the test pairs; testing does not count. One seed: the
+The task of ``benchmarks/codistill.py``, two real processes on an emulated network, each method for half a
+minute of training. The loss is rank 0's network on the test pairs; testing does not count. One seed: the
 differences are of tens of times.
 """
 
@@ -23,7 +23,7 @@ import distcomp
 from benchmarks._common import arguments_of, on_network, start, write
 from benchmarks.codistill import network, task
 
-RATE, DELAY, LIMIT_S, EVERY, SEED = "1mbit", "50ms", 60.0, 10, 0
+RATE, DELAY, LIMIT_S, EVERY, SEED = "1mbit", "50ms", 30.0, 5, 0
 LOSSES = (1.5, 1.0, 0.8)
 MOST_STEPS = 3000
 METHODS = {

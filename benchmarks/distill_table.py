@@ -193,7 +193,7 @@ HINTS = {
 @cache
 def shifted_teacher(seed: int) -> nn.Module:
     teacher = cnn(16, 100 + seed)
-    train(teacher, shifted(seed).train, 20, seed=seed, rate=2e-3)
+    train(teacher, shifted(seed).train, 20, seed=seed)
     return teacher
 
 
@@ -203,7 +203,7 @@ def cheap(loss: distill.Objective | None, taught: bool = True, epochs: int = 20)
     def cell(seed: int) -> float:
         data, student = shifted(seed), cnn(16, seed, groups=8)
         teacher = shifted_teacher(seed) if taught else cnn(16, 100 + seed)
-        train(student, data.train, epochs, loss, teacher, seed=seed, rate=2e-3)
+        train(student, data.train, epochs, loss, teacher, seed=seed)
         return accuracy(student, data.test)
 
     return cell
@@ -251,7 +251,7 @@ def steps_of(rows: Rows, epochs: int, seed: int) -> Any:
 def stepped(
     module: nn.Module, rows: Rows, epochs: int, seed: int, loss: Callable[[Tensor, Tensor, int], Tensor]
 ) -> None:
-    optimizer = torch.optim.Adam(module.parameters(), 2e-3)
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
     for step, batch in enumerate(steps_of(rows, epochs, seed)):
         optimizer.zero_grad()
         loss(rows[0][batch], rows[1][batch], step).backward()
@@ -299,7 +299,7 @@ def mutual(weight: float, together: bool = False) -> Cell:
 def single(epochs: int, channels: int = 10) -> Cell:
     def cell(seed: int) -> float:
         network = cnn(channels, seed)
-        train(network, shifted(seed).train, epochs, seed=seed, rate=2e-3)
+        train(network, shifted(seed).train, epochs, seed=seed)
         return accuracy(network, shifted(seed).test)
 
     return cell
@@ -342,7 +342,7 @@ def same_labels(loss: distill.Objective) -> Cell:
         labelled, _, data = few_labels(seed)
         teacher, student = mlp((64, 128, 128, 10), 100 + seed), mlp((64, 32, 10), seed)
         train(teacher, labelled, 100, seed=seed)
-        train(student, labelled, 200, loss, teacher, seed=seed, rate=2e-3)
+        train(student, labelled, 200, loss, teacher, seed=seed)
         return accuracy(student, data.test)
 
     return cell
@@ -375,7 +375,7 @@ def low_bits(loss: distill.Objective, epochs: int, warm: int = 0, bits: bool = T
         if warm:
             train(student, data.train, warm, seed=seed).remove()
         student = ternary(student) if bits else student
-        rate = 1e-3 / 4 if warm else 1e-3
+        rate = 3e-3 / 4 if warm else 3e-3
         train(student, data.train, epochs, loss, pair_teacher(seed), seed=seed, rate=rate)
         return accuracy(student, data.test)
 
@@ -386,7 +386,7 @@ def scheme_a(detached: bool) -> Cell:
     def cell(seed: int) -> float:
         data = pairs(seed)
         both = distill.TeacherAndApprentice(untrained(seed), mlp(LOW, seed), ternary)
-        optimizer = torch.optim.Adam(both.parameters(), 1e-3)
+        optimizer = torch.optim.Adam(both.parameters(), 3e-3)
         for batch in steps_of(data.train, 10, seed):
             optimizer.zero_grad()
             said = both(data.train[0][batch])

@@ -117,7 +117,7 @@ def dies(rank: int, size: int, victim: int) -> dict[str, Any]:
     model = mlp(8 + rank, seed=rank)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     text = "codistill:period=2,on_failure=continue"
-    handle = distcomp.attach(model, optimizer, text, shared=SHARED, timeout_s=30.0)
+    handle = distcomp.attach(model, optimizer, text, shared=SHARED, timeout_s=10.0)
     for step in range(10):
         if rank == victim and step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
