@@ -56,11 +56,11 @@ def shifted() -> Batches:
     return Batches(CANVAS * CANVAS, 10, test, lambda size, draw: put(*train, size, draw))
 
 
-CLUSTERS, WIDTH, CLASSES = 8, 32, 10
+CLUSTERS, WIDTH, CLASSES = 8, 16, 4
 
 
 def clustered() -> Batches:
-    """Eight clusters in 32 dimensions, each with a linear classifier of its own: what experts are for."""
+    """Eight clusters in 16 dimensions, each with a linear classifier of its own: what experts are for."""
     fixed = torch.Generator().manual_seed(0)
     centers = 2 * torch.randn(CLUSTERS, WIDTH, generator=fixed)
     classifiers = torch.randn(CLUSTERS, WIDTH, CLASSES, generator=fixed)

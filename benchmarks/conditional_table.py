@@ -35,7 +35,7 @@ from distcomp.conditional import (
 )
 
 SEEDS, BATCH, LR, CHUNK = 5, 128, 2e-3, 1000
-STEPS = {"pairs": 600, "clusters": 400, "shifted": 250}
+STEPS = {"pairs": 400, "clusters": 300, "shifted": 150}
 TASKS: dict[str, Callable[[], Batches]] = {"pairs": pairs, "clusters": clustered, "shifted": shifted}
 WIDTH, UNITS, BLOCKS, RATE = 128, 128, 16, 0.25
 SHARES = (0.2, 0.4, 0.6)

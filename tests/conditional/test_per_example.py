@@ -108,6 +108,17 @@ def test_all_may_leave_at_once():
     assert not hasattr(model, "exits")
 
 
+def test_a_sequential_model_has_exits():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    x = drawn(5, 6)
+    wanted = model(x)
+    sides = exits(model, {"1": nn.Linear(8, 4)})
+    scores = model(x)
+    assert torch.equal(scores, wanted)
+    assert torch.isfinite(sides.loss(scores, torch.arange(5) % 4))
+    assert "exits.0.weight" in model.state_dict()
+
+
 def test_average_products():
     assert average_products((10, 30, 100), torch.tensor([0, 0, 1, 2])) == (10 + 10 + 30 + 100) / 4
 
