@@ -278,8 +278,9 @@ def splitnet(
 
     Wire: nothing for the assignments; they are a function of weights, which all ranks have alike.
 
-    Source: Kim et al., SplitNet, ICML 2017 (PMLR 70). We differ: assignments start at spectral clusters of the
-    trained weights, not at random, from where hidden features that serve all classes alike find no direction.
+    Source: Kim et al., SplitNet, ICML 2017 (PMLR 70). We differ: assignments start at spectral clusters of
+    the trained weights, not at random, from where hidden features that serve all classes alike find no
+    direction.
 
     Raises DistcompError for layers that do not follow each other, numbers out of range, weights described
     already.
