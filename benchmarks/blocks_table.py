@@ -22,7 +22,7 @@ from benchmarks._common import Cells, arguments_of, median
 from benchmarks._places import example
 from distcomp import structured
 
-SEEDS, STEPS, BATCH, RATE = 3, 300, 64, 3e-3
+SEEDS, STEPS, BATCH, RATE = 1, 200, 64, 3e-3
 
 
 def multiplications(net: nn.Module, x: torch.Tensor) -> int:

@@ -29,6 +29,7 @@ from benchmarks.docs_figures import (
     precision,
     pruning,
     rebuild,
+    structured,
 )
 
 DOCS = ROOT / "docs"
@@ -42,6 +43,7 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "precision": [(DOCS / "precision.md", precision.BLOCKS)],
     "pruning": [(DOCS / "pruning.md", pruning.BLOCKS)],
     "conditional": [(DOCS / "conditional.md", conditional.BLOCKS)],
+    "structured": [(DOCS / "structured.md", structured.BLOCKS), (DOCS / "blocks.md", structured.OF_BLOCKS)],
     "rebuild": [(DOCS / "decisions" / "corrected-numbers.md", rebuild.BLOCKS)],
     "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS)],
 }

@@ -308,7 +308,8 @@ def _tensor(entry: _Entry, body: bytes) -> Tensor:
     if entry.coding == DCT and entry.dtype == torch.float32 and dct_pack.is_kernel(entry.shape):
         centres, members, rest = _clusters(entry, body)
         turned = _unshared(entry, rest).reshape(-1, math.prod(entry.shape[2:])).astype(np.float64)
-        turned += centres[members] if len(centres) else 0
+        with np.errstate(all="ignore"):  # a damaged file may hold infinities
+            turned += centres[members] if len(centres) else 0
         return torch.from_numpy(dct_pack.weights(turned, entry.shape)).view(entry.shape)
     if entry.coding != RAW or body[:1] not in (bytes([PACKED]), bytes([ZLIB])):
         raise CorruptFile(f"{entry.name} is coded in an unknown way; the file is of a later version")

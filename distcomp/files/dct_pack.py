@@ -43,7 +43,7 @@ class DctPack:
 def basis(size: int) -> NDArray[np.float64]:
     """The orthonormal DCT-II, ``[size, size]``."""
     k, i = np.arange(size)[:, None], np.arange(size)[None]
-    rows = np.cos(np.pi * (2 * i + 1) * k / (2 * size)) * np.sqrt(2 / size)
+    rows: NDArray[np.float64] = np.cos(np.pi * (2 * i + 1) * k / (2 * size)) * np.sqrt(2 / size)
     rows[0] /= np.sqrt(2)
     return rows
 

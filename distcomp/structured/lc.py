@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from distcomp.errors import DistcompError
-from distcomp.parametrize import Parametrization, install
+from distcomp.parametrize import Order, Parametrization, install
 from distcomp.parametrize.links import applied, as_tuple
 from distcomp.pruning.masks import unwrapped
 from distcomp.structured.driver import Driver, add_gradient, plain_weights
@@ -59,9 +59,9 @@ class LC(Driver):
     @torch.no_grad()
     def _compress(self) -> None:
         for name, weight in self.weights().items():
-            _, self.targets[name] = nearest_description(
-                self.compressions[name], weight - self.lambdas[name] / self.mu
-            )
+            wanted = weight - self.lambdas[name] / self.mu
+            links, theta = nearest_description(self.compressions[name], wanted)
+            self.targets[name] = applied(links, theta)[0]
 
     @property
     @torch.no_grad()
@@ -80,8 +80,10 @@ class LC(Driver):
         """
         self.detach()
         for name, weight in self.weights().items():
-            links, target = nearest_description(self.compressions[name], weight)
-            weight.copy_(target)
+            links, theta = nearest_description(self.compressions[name], weight)
+            # A quantizer or mask keeps what it is given; a structure or code describes what it decodes to.
+            latent = links[0].order > Order.STRUCTURE
+            weight.copy_(theta[0] if latent else applied(links[:1], theta)[0])
             for link in links:
                 install(self.model, name, link)
         return self.model
@@ -111,21 +113,24 @@ class LC(Driver):
 @torch.no_grad()
 def nearest_description(
     compressions: Sequence[CStep], weight: Tensor
-) -> tuple[list[Parametrization], Tensor]:
-    """``Delta(Pi(weight))`` and the links that hold it, innermost first.
+) -> tuple[list[Parametrization], tuple[Tensor, ...]]:
+    """``Pi(weight)``: the links, innermost first, and theta, which the innermost decodes.
 
-    Several stand on one another in the order of a chain: the outermost is fitted first, and what lies below
-    it to what it must be given.
+    Several stand on one another in the order of a chain. The outermost is fitted first, and what lies below
+    it to what it must be given: under a mask, to a weight without what is pruned.
     """
     made = [_fitted(compression, weight) for compression in compressions]
-    ordered = sorted(range(len(made)), key=lambda position: made[position].order)
+    outermost_first = sorted(range(len(made)), key=lambda position: -made[position].order)
     links: list[Parametrization] = []
     target: tuple[Tensor, ...] = (weight,)
-    for position in reversed(ordered):
-        link = made[position] if target[0] is weight else _fitted(compressions[position], target[0])
-        target = as_tuple(link.right_inverse(target[0] if len(target) == 1 else target))
+    for position in outermost_first:
+        whole = target[0] if len(target) == 1 else target
+        link = made[position] if whole is weight else _fitted(compressions[position], target[0])
+        target = as_tuple(link.right_inverse(whole))
+        if link.order == Order.PRUNE:
+            target = applied([link], target)
         links.insert(0, link)
-    return links, applied(links, target)[0]
+    return links, target
 
 
 def _fitted(compression: CStep, weight: Tensor) -> Parametrization:

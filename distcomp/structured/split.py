@@ -101,22 +101,18 @@ class LearnedSplit(Driver):
         super().__init__(model, [f"{layer}.weight" for layer in layers])
         if groups < 2 or groups > 256 or until < 1 or min(strengths) < 0:
             raise DistcompError(
-                f"a split has 2 to 256 groups, strengths of 0 or more and ends after 1 iteration or "
-                f"more, not "
-                f"{groups}, {strengths}, {until}"
+                "a split has 2 to 256 groups, strengths of 0 or more and ends after 1 iteration or more, "
+                f"not {groups}, {strengths}, {until}"
             )
         self.groups, self.strengths, self.until = groups, strengths, until
         weights = list(self.weights().values())
         self._repeats = [1, *(_repeats(*pair) for pair in itertools.pairwise(weights))]
-        sizes = [weights[0].shape[1], *(weight.shape[0] for weight in weights)]
         draw = torch.Generator().manual_seed(seed)
-        self.logits = [
-            torch.randn(groups, size, generator=draw, dtype=torch.float32)
-            .mul_(0.1)
-            .to(weights[0].device)
-            .requires_grad_()
-            for size in sizes
+        starts = spectral_start(weights, self._repeats, groups)
+        drawn = [
+            start + 0.01 * torch.randn(start.shape, generator=draw, dtype=torch.float32) for start in starts
         ]
+        self.logits = [logits.to(weights[0].device).requires_grad_() for logits in drawn]
         """Of the inputs of the first layer, and of the outputs of each: ``[groups, features]``."""
         self._optimizer = torch.optim.Adam(self.logits, rate)
 
@@ -214,6 +210,40 @@ def off_diagonal(weight: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
     return (columns + 1e-12).sqrt().sum() + (rows + 1e-12).sqrt().sum()
 
 
+@torch.no_grad()
+def spectral_start(weights: Sequence[Tensor], repeats: Sequence[int], groups: int) -> list[Tensor]:
+    """Logits of the assignments before anything is learned: by how much features speak to classes.
+
+    Classes are clustered by the leading singular vectors of the normed product of all ``|W|`` (Dhillon 2001);
+    a feature's logits are the logarithms of its shares in the groups of classes.
+    """
+    magnitudes = [weight.float().abs().flatten(2).sum(2) if weight.dim() > 2 else weight.float().abs()
+                  for weight in weights]  # fmt: skip
+    reached = [torch.eye(magnitudes[-1].shape[0], dtype=torch.float32)]  # [classes, features], outputs first
+    for magnitude, repeat in zip(reversed(magnitudes), reversed(repeats), strict=True):
+        inputs = reached[0] @ magnitude.cpu()
+        reached.insert(0, inputs.view(len(inputs), -1, repeat).sum(2))
+    affinity = reached[0] / reached[0].sum(1, keepdim=True).sqrt() / reached[0].sum(0).sqrt()
+    places = torch.linalg.svd(affinity, full_matrices=False)[0][:, 1 : max(2, groups)]
+    group = _clusters(places, groups)
+    member = nn.functional.one_hot(group, groups).T.float()  # [groups, classes]
+    shares = [member @ (features / features.sum(0).clamp(min=1e-12)) for features in reached]
+    return [(share / share.mean(1, keepdim=True).clamp(min=1e-12)).clamp(min=0.05).log() for share in shares]
+
+
+def _clusters(places: Tensor, count: int) -> Tensor:
+    """k-means from points far apart, the same everywhere: the cluster of each row."""
+    centres = places[places[:, 0].argmax()][None]
+    while len(centres) < count:
+        far = torch.cdist(places, centres).amin(1).argmax()
+        centres = torch.cat([centres, places[far : far + 1]])
+    for _ in range(20):
+        cluster = torch.cdist(places, centres).argmin(1)
+        members = nn.functional.one_hot(cluster, count).T.float()
+        centres = members @ places / members.sum(1, keepdim=True).clamp(min=1)
+    return torch.cdist(places, centres).argmin(1)
+
+
 def _repeats(before: Tensor, after: Tensor) -> int:
     """How many inputs of a layer come of each output of the one before: places of a flattened channel."""
     if after.shape[1] % before.shape[0]:
@@ -248,7 +278,9 @@ def splitnet(
 
     Wire: nothing for the assignments; they are a function of weights, which all ranks have alike.
 
-    Source: Kim et al., SplitNet, ICML 2017 (PMLR 70).
+    Source: Kim et al., SplitNet, ICML 2017 (PMLR 70). We differ: assignments start at spectral clusters of
+    the trained weights, not at random, from where hidden features that serve all classes alike find no
+    direction.
 
     Raises DistcompError for layers that do not follow each other, numbers out of range, weights described
     already.

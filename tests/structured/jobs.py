@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
 from distcomp import structured
+from distcomp.layout import Layout
+from distcomp.methods import parse
 from distcomp.parametrize import materialize
 from distcomp.structured import BlockDiagonal, SparseBasis
 
@@ -59,8 +61,12 @@ def flat(model: nn.Module) -> list[float]:
     return [number for part in model.parameters() for number in part.detach().flatten().tolist()]
 
 
-def replicas(rank: int, size: int, method: str) -> dict[str, tuple[list[float], list[float], int, int]]:
-    """By structure: what is stored, what is computed with, bytes of the last step, bytes of a gradient."""
+Replica = tuple[list[float], list[float], int, int, int]
+
+
+def replicas(rank: int, size: int, method: str) -> dict[str, Replica]:
+    """By structure: what is stored, what is computed with; bytes of the last step, of a gradient, and those
+    that the method declares for as many numbers."""
     results = {}
     for name, change in STRUCTURES.items():
         inner = change(network())
@@ -71,7 +77,9 @@ def replicas(rank: int, size: int, method: str) -> dict[str, tuple[list[float], 
         sent = handle.stats()["last"]["payload_bytes"]
         declared = structured.summary(inner).exchanged_bytes
         handle.detach()
-        results[name] = (flat(inner), flat(materialize(inner)), sent, declared)
+        layout = Layout.of([(key, tuple(p.shape)) for key, p in inner.named_parameters()])
+        by_method = parse(method).payload_bytes(layout, size, STEPS - 1)
+        results[name] = (flat(inner), flat(materialize(inner)), sent, declared, by_method)
     return results
 
 
