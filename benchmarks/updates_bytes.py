@@ -146,7 +146,8 @@ def _name(rate: float, seed: int) -> str:
 def main() -> None:
     show_only = shows_only(__doc__)
     torch.set_num_threads(1)
-    plan = {"task": "bytes of Python's standard library, transformer of 863,232 parameters", "trained": TRAINED,
+    plan = {"task": "bytes of Python's standard library, transformer of 863,232 parameters",
+            "trained": TRAINED,
             "steps": STEPS, "seeds": SEEDS, "rates": list(RATES)}  # fmt: skip
     cells = Cells("updates_bytes", plan)
     for seed in range(0 if show_only else SEEDS):

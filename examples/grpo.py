@@ -1,4 +1,4 @@
-"""Reinforcement learning in miniature: one trainer, two samplers, and nothing but weight updates between them.
+"""Reinforcement learning in miniature: one trainer, two samplers, and weight updates between them.
 
 The policy reads four digits and writes four: it is rewarded for each that is one more than the one it read
 (9 becomes 0). Samplers generate in bfloat16 with the weights that they last received; the trainer learns by

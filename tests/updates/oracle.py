@@ -98,7 +98,8 @@ def indices(source: Numbers, universe: int, count: int) -> list[int]:
 def expanded(source: Numbers, due: int) -> Numbers:
     coder = source.leb()
     raw = source.take(due) if coder == 0 else zlib.decompress(source.take(source.leb()))
-    assert coder in (0, 1) and len(raw) == due
+    assert coder in (0, 1)
+    assert len(raw) == due
     return Numbers(raw)
 
 
@@ -148,7 +149,8 @@ def apply(
     magic, key, _, part, parts, _, _, before, after, table, raw_table, blocks, check = struct.unpack(
         "<4sBBHHHQQQIIQ16s", data[:68]
     )
-    assert (magic, part, parts) == (b"dcu1", 0, 1) and len(data) == 68 + table + blocks
+    assert (magic, part, parts) == (b"dcu1", 0, 1)
+    assert len(data) == 68 + table + blocks
     assert hashlib.blake2b(data[:52] + data[68:], digest_size=16).digest() == check
     lines, body = Numbers(zlib.decompress(data[68 : 68 + table])), Numbers(data[68 + table :])
     assert len(lines.data) == raw_table
@@ -171,5 +173,6 @@ def apply(
         names.append(name)
         seed = seed_of(name, f"torch.{dtypes[dtype]}", shape)
         sums = [sums[0] + fingerprint(words, seed), sums[1] + fingerprint(new[name], seed)]
-    assert after == sums[1] & M64 and before == (0 if key else sums[0] & M64)
+    assert after == sums[1] & M64
+    assert before == (0 if key else sums[0] & M64)
     return new

@@ -167,7 +167,7 @@ def test_parts_belong_together():
 
 
 @pytest.mark.parametrize(
-    "offsets,sizes", [((1, 0, 2), (2, 4, 3)), ((0, 0, 0), (3, 4, 6)), ((2, 1, 0), (1, 2, 6))]
+    ("offsets", "sizes"), [((1, 0, 2), (2, 4, 3)), ((0, 0, 0), (3, 4, 6)), ((2, 1, 0), (1, 2, 6))]
 )
 def test_coordinates_of_a_box(offsets, sizes):
     box = Box("w", torch.float32, (3, 4, 6), offsets, sizes)

@@ -72,7 +72,7 @@ def test_what_is_refused_was_not_published():
     assert same(state, version(1))
 
 
-# ------------------------------------------------------------------------------------------------- a directory
+# --- a directory ---
 
 
 def damage(directory: Path, number: int) -> str | None:
@@ -137,7 +137,8 @@ def test_lost_cut_altered_and_swapped_updates_are_named_and_healed(cluster, tmp_
     assert "its checksum is wrong" in told[12]
     assert "holds update 11: they were swapped" in told[14]
     assert "holds update 15: they were swapped" in told[16]
-    assert second[0][1] is not None and third[0][1] == 17  # late ones are there at once
+    assert second[0][1] is not None
+    assert third[0][1] == 17  # late ones are there at once
 
 
 def test_old_objects_are_removed_and_a_late_receiver_begins_with_a_key_frame(tmp_path):
@@ -169,7 +170,7 @@ def test_the_way_of_the_fewest_bytes_is_taken(tmp_path):
     assert read == [(3, True), (4, False)]
 
 
-# ----------------------------------------------------------------------------------------------------- a group
+# --- a group ---
 
 
 def over_a_group(rank, size, last):

@@ -121,8 +121,8 @@ def test_names_tied_here_that_become_different_are_refused():
     shared = torch.zeros(9)
     with pytest.raises(DistcompError, match="a and b share memory"):
         updates.apply({"a": shared, "b": shared}, update)
+    memory = torch.zeros(12)
     with pytest.raises(DistcompError, match="share a part of their memory"):
-        memory = torch.zeros(12)
         updates.apply({"a": memory[:9], "b": memory[3:]}, update)
     assert not shared.any()
 
@@ -133,7 +133,8 @@ def test_names_tied_since_are_sent_each():
     update = updates.encode(old, {"a": shared, "b": shared})
     state = copied(old)
     updates.apply(state, update)
-    assert state["a"].equal(shared) and state["b"].equal(shared)
+    assert state["a"].equal(shared)
+    assert state["b"].equal(shared)
 
 
 def test_strided_tensors_are_read_and_written():
@@ -156,7 +157,7 @@ def test_a_module_and_its_state_dict_are_the_same_thing():
     assert same(dict(sampler.state_dict()), dict(trainer.state_dict()))
 
 
-# ----------------------------------------------------------------------------------------------- what is refused
+# --- what is refused ---
 
 
 def refused(state, update, match, error=DistcompError):
@@ -237,7 +238,7 @@ def test_zstd_names_its_extra_where_it_is_missing(monkeypatch):
         updates.encode(None, {"w": torch.zeros(3)}, entropy="zstd")
 
 
-# ------------------------------------------------------------------------------------------------------ safetensors
+# --- safetensors ---
 
 
 def test_safetensors_are_those_of_the_library(tmp_path):
