@@ -40,7 +40,7 @@ def good() -> list[updates.Update]:
 
 def cases(count: int, seed: int) -> Iterator[tuple[bytes]]:
     """Good updates with bytes replaced, cut, doubled or moved; two in three with their checksum mended, so
-    that what is inside is read; noise behind a good header; tables of other shapes; blocks of other tensors."""
+    that what is inside is read; noise behind a good header; tables of other shapes; blocks of others."""
     draw, updates_ = random.Random(seed), good()
     raws = [update.to_bytes() for update in updates_]
     for number in range(count):
