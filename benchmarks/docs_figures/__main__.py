@@ -30,6 +30,7 @@ from benchmarks.docs_figures import (
     pruning,
     rebuild,
     structured,
+    updates,
 )
 
 DOCS = ROOT / "docs"
@@ -44,6 +45,7 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "pruning": [(DOCS / "pruning.md", pruning.BLOCKS)],
     "conditional": [(DOCS / "conditional.md", conditional.BLOCKS)],
     "structured": [(DOCS / "structured.md", structured.BLOCKS), (DOCS / "blocks.md", structured.OF_BLOCKS)],
+    "updates": [(DOCS / "updates.md", updates.BLOCKS)],
     "rebuild": [(DOCS / "decisions" / "corrected-numbers.md", rebuild.BLOCKS)],
     "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS)],
 }

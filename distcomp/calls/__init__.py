@@ -9,9 +9,12 @@ from distcomp.calls.collectives import (
 )
 from distcomp.calls.differentiable import gather_rows, route_rows
 from distcomp.calls.line import connect, disconnect, sent_bytes
+from distcomp.calls.stages import PackedStage, StageEdge
 from distcomp.calls.work import Work
 
 __all__ = [
+    "PackedStage",
+    "StageEdge",
     "Work",
     "all_gather",
     "all_reduce",
