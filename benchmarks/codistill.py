@@ -104,20 +104,22 @@ def cell(method: str, workers: int, seed: int) -> dict[str, Any]:
     return {**found, "curve": curve}
 
 
-def complete_seeds(cells: Mapping[str, Any]) -> list[int]:
-    """The seeds of which every cell is there."""
-    rows = [(n, w) for n, method in METHODS.items() for w in WORKERS if method != "one worker" or w == 2]
-    return [s for s in range(SEEDS) if all(f"{n} | {w} | {s}" in cells for n, w in rows)]
+def complete_seeds(cells: Mapping[str, Any], workers: int) -> list[int]:
+    """The seeds of which every cell of a table is there."""
+    keys = [
+        f"{name} | {WORKERS[0] if method == 'one worker' else workers}" for name, method in METHODS.items()
+    ]
+    return [seed for seed in range(SEEDS) if all(f"{key} | {seed}" in cells for key in keys)]
 
 
 def table(cells: Mapping[str, Any], workers: int) -> str:
     """Markdown: what was reached, by the bytes of one worker."""
     lines = [
-        f"| {workers} workers | test accuracy | test loss | Mbit sent by a worker | simulated seconds |",
+        f"| {workers} workers, {len(complete_seeds(cells, workers))} seeds | test accuracy | test loss | Mbit sent by a worker | simulated seconds |",
         "|---|---|---|---|---|",
     ]
-    seeds = complete_seeds(cells)
-    for name, method in METHODS.items():
+    seeds = complete_seeds(cells, workers)
+    for name, method in METHODS.items() if seeds else ():
         counted = WORKERS[0] if method == "one worker" else workers
         found = [cells[f"{name} | {counted} | {seed}"] for seed in seeds]
         accuracy, loss, sent_bytes, seconds = (
@@ -125,7 +127,7 @@ def table(cells: Mapping[str, Any], workers: int) -> str:
             for field in ("test_accuracy", "test_loss", "sent_bytes", "seconds")
         )
         lines.append(
-            f"| {name} | {100 * accuracy.mean():.1f} ± {100 * accuracy.std():.1f} % | {loss.mean():.2f} | "
+            f"| {name} | {100 * accuracy.mean():.1f} ± {100 * accuracy.std(correction=min(1, len(seeds) - 1)):.1f} % | {loss.mean():.2f} | "
             f"{8 * sent_bytes.mean() / 1e6:,.2f} | {seconds.mean():,.1f} |"
         )
     return "\n".join(lines)
