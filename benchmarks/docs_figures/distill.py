@@ -101,8 +101,8 @@ def helps() -> str:
         lines.append([have, row, f"{scores.mean():.1f} %", f"{control}: {plain.mean():.1f} %", told, word])
     head = ["you have", "best of what is taught", "test accuracy", "best control", "difference", "helps?"]
     note = (
-        "The best of several is a little lucky on either side; ± is the standard error over the seeds, and what "
-        "is within twice of it counts as not seen."
+        "The best of several is a little lucky on either side; ± is the standard error over the seeds, and "
+        "what is within twice of it counts as not seen."
     )
     return f"{markdown(head, lines)}\n\n{note}"
 
@@ -122,22 +122,8 @@ def predictions() -> str:
     return "\n\n".join([*tables, f"{source(found, 'codistill.py')} {NOTE}"])
 
 
-def seconds() -> str:
-    found = result("codistill_time")
-    losses = list(next(iter(found["methods"].values()))["to_loss_s"])
-    lines = []
-    for name, row in found["methods"].items():
-        last = row["curve"][-1]
-        reached = [f"{at:.1f} s" if (at := row["to_loss_s"][loss]) is not None else "not" for loss in losses]
-        sent = f"{8 * row['sent_bytes'] / 1e6:.2f}"
-        lines.append([name, *reached, f"{last[2]:.2f}, {100 * last[3]:.1f} %", f"{row['steps']:,}", sent])
-    head = ["", *(f"to loss {loss}" for loss in losses), "at the end", "steps", "Mbit sent"]
-    return f"{markdown(head, lines)}\n\n{source(found, 'codistill_time.py')}"
-
-
 BLOCKS = {
     "helps": Block(helps, "distill_table"),
     "teachers": Block(teachers, "distill_table"),
     "codistillation": Block(predictions, "codistill"),
-    "codistillation time": Block(seconds, "codistill_time"),
 }
