@@ -61,7 +61,7 @@ def shifted(seed: int) -> Data:
     draw = torch.Generator().manual_seed(seed)
 
     def placed(rows: Rows) -> Rows:
-        canvas = 0.5 * torch.randn(len(rows[0]), 1, 12, 12, generator=draw)
+        canvas = 0.25 * torch.randn(len(rows[0]), 1, 12, 12, generator=draw)
         places = torch.randint(5, (len(rows[0]), 2), generator=draw).tolist()
         for blank, image, (row, column) in zip(canvas, rows[0], places, strict=True):
             blank[0, row : row + 8, column : column + 8] += image.view(8, 8)

@@ -142,9 +142,13 @@ class Codistillation(Gossip):
         """What to agree with, from what each neighbour predicts: probabilities, or numbers; flat."""
         if self.term == "mse":
             return torch.stack(list(said)).mean(0)
-        classes = layout.slices[0].shape[-1]
-        softened = [(z.view(-1, classes) / self.temperature).softmax(-1) for z in said]
-        return torch.stack(softened).mean(0).view(-1)
+        return torch.stack([self._softened(z, layout) for z in said]).mean(0)
+
+    def _softened(self, z: Tensor, layout: Layout) -> Tensor:
+        """The softmax over the last side of each tensor in a flat buffer of logits."""
+        scaled = z / self.temperature
+        rows = (piece.view(-1, slice_.shape[-1]) for slice_, piece in layout.pieces(scaled))
+        return torch.cat([each.softmax(-1).view(-1) for each in rows])
 
     def prepared(self, outputs: Tensor) -> Tensor:
         """Outputs as they are sent."""
