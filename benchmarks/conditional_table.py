@@ -35,14 +35,14 @@ from distcomp.conditional import (
 )
 
 SEEDS, BATCH, LR, CHUNK = 5, 128, 2e-3, 1000
-STEPS = {"pairs": 400, "clusters": 300, "shifted": 150}
+STEPS = {"pairs": 400, "clusters": 300, "shifted": 300}
 TASKS: dict[str, Callable[[], Batches]] = {"pairs": pairs, "clusters": clustered, "shifted": shifted}
 WIDTH, UNITS, BLOCKS, RATE = 128, 128, 16, 0.25
 SHARES = (0.2, 0.4, 0.6)
-CHANNELS, STAGE, TAU = 12, 6, 0.02
+CHANNELS, STAGE, TAU, SHIFTED_BATCH = 8, 6, 0.02, 64
 PLAN = {
     "seeds": SEEDS, "batch": BATCH, "lr": LR, "steps": STEPS, "width": WIDTH, "units": UNITS, "blocks":
-    BLOCKS, "rate": RATE, "channels": CHANNELS, "stage": STAGE, "tau": TAU,
+    BLOCKS, "rate": RATE, "channels": CHANNELS, "stage": STAGE, "tau": TAU, "shifted_batch": SHIFTED_BATCH,
 }  # fmt: skip
 
 Row = dict[str, Any]
@@ -59,13 +59,13 @@ def train(
 ) -> None:  # fmt: skip
     """``each`` is told the part of the run that is over, before each step."""
     model.train()
-    steps = STEPS[task_name]
+    steps, batch = STEPS[task_name], BATCH if task_name != "shifted" else SHIFTED_BATCH
     optimizer = torch.optim.Adam(model.parameters(), LR)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     draw = torch.Generator().manual_seed(seed)
     for step in range(steps):
         each(step / steps)
-        x, y = task(BATCH, draw)
+        x, y = task(batch, draw)
         optimizer.zero_grad()
         loss(model, x, y).backward()
         optimizer.step()
@@ -311,8 +311,9 @@ def narrow(task_name: str, task: Batches, seed: int, layers: int, products: floa
     return plain(task_name, task, seed, width, layers) | {"width": width}
 
 
-def seed_of_table(cells: Cells, seed: int) -> None:
-    for system, (tasks, run) in SYSTEMS.items():
+def seed_of_table(cells: Cells, seed: int, systems: tuple[str, ...]) -> None:
+    for system in systems:
+        tasks, run = SYSTEMS[system]
         for name in tasks:
             task = TASKS[name]()
             key = f"{name}|{system}|{seed}"
@@ -329,7 +330,7 @@ def seed_of_table(cells: Cells, seed: int) -> None:
                         f"narrow beside {beside}": narrow(name, task, seed, layers, products)
                     },
                 )
-    for name in ("pairs", "clusters"):
+    for name in ("pairs", "clusters") if "exits" in systems else ():
         cells.get(
             f"{name}|plain|{seed}",
             lambda name=name: {"plain, 4 layers": plain(name, TASKS[name](), seed, WIDTH)},
@@ -379,8 +380,9 @@ def main() -> None:
         draw_maps()
         return
     cells = Cells("conditional_table", PLAN)
-    for seed in range(SEEDS):
-        seed_of_table(cells, seed)
+    for systems in (("exits", "controller", "policy", "stages"), ("halting",)):
+        for seed in range(SEEDS):
+            seed_of_table(cells, seed, systems)
 
 
 if __name__ == "__main__":

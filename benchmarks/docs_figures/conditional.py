@@ -50,12 +50,11 @@ def depth() -> str:
             [
                 name,
                 over_seeds(rows_of, "test_accuracy", 100),
-                over_seeds(rows_of, "train_s"),
                 f"{statistics.fmean(row['run_share'] for row in rows_of):.0%}",
                 str(len(rows_of)),
             ]
         )
-    head = ["pairs of digits, one process", "accuracy, %", "training, s", "blocks run", "seeds"]
+    head = ["pairs of digits, one process", "accuracy, %", "blocks run", "seeds"]
     parts.append(markdown(head, lines))
     if "replicas" in cells:
         alike = "the same bits" if cells["replicas"]["replicas_identical"] else "different"
@@ -92,9 +91,8 @@ def experts() -> str:
 
 def rows() -> str:
     found = result("conditional_experts")
-    cells = {key: cell for key, cell in found["cells"].items() if key.startswith("study|")}
-    names = dict.fromkeys(key.split("|")[1] for key in cells)
-    of = {name: [cell for key, cell in cells.items() if key.split("|")[1] == name] for name in names}
+    seeds = [cell["rows"] for key, cell in found["cells"].items() if key.startswith("study|")]
+    of = {name: [rows_of[name] for rows_of in seeds] for name in seeds[0]}
     whole = statistics.fmean(row["row_bytes"] for row in of["bf16"])
     lines = []
     for name, own in of.items():

@@ -18,6 +18,7 @@ from distcomp.conditional.expert_traffic import MixtureShape, traffic_summary
 from distcomp.conditional.gating import Gates, NoisyTopKGate, capacity_of, squared_variation
 from distcomp.errors import DistcompError
 from distcomp.private_torch import ddp_ignores
+from distcomp.process_environment import read_environment
 from distcomp.randomness import Key
 from distcomp.transports.types import ProcessGroup
 
@@ -98,6 +99,12 @@ class MixtureOfExperts(nn.Module):
         if experts % self.ranks:
             raise DistcompError(
                 f"{experts} experts do not divide among {self.ranks} ranks; choose a multiple of {self.ranks}"
+            )
+        world = read_environment().size
+        if session is not None and self.ranks < world and self.options.holders is None:
+            raise DistcompError(
+                f"experts that are spread over {self.ranks} of {world} ranks are held by several, whose "
+                "weights would part; name them: holders=, a group of the ranks that hold the same experts"
             )
         for codec in (wire, self.options.backward_wire or wire):
             codec_for(codec, torch.float32)

@@ -192,6 +192,18 @@ def composed(rank: int, size: int, wrapper: str, method: str, held: int = 1) -> 
     return worst
 
 
+def without_holders(rank: int, size: int) -> str:
+    """Experts on half of the ranks, and nobody told of the others who hold them."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    try:
+        mixture("mixed", parallel=groups[rank // 2])
+    except distcomp.DistcompError as error:
+        return str(error)
+    finally:
+        calls.disconnect(groups[rank // 2])
+    return "nothing"
+
+
 def train(model: nn.Module, inner: nn.Module, optimizer: Any, rank: int, size: int, steps: range) -> None:
     for step in steps:
         # Four portions of tokens in each step, however many ranks there are.

@@ -198,6 +198,8 @@ def test_the_rest_goes_by_any_wrapper(cluster, wrapper):
 
 def test_experts_on_several_ranks_are_reduced_over_those(cluster):
     assert max(cluster(4).run(jobs.composed, "ddp", "identity", 2)) < 1e-5
+    for words in cluster(4).run(jobs.without_holders):
+        assert "spread over 2 of 4 ranks are held by several" in words
 
 
 def test_four_ranks_become_two_by_a_checkpoint(cluster):
