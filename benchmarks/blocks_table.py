@@ -1,6 +1,7 @@
 """Parameters, multiplications, time and accuracy of each block, on one digit somewhere on a noisy canvas.
 
     python -m benchmarks.blocks_table            # resumes; writes results/blocks_table.json
+    python -m benchmarks.blocks_table --times    # and then measures the times, on a quiet machine
 
 The networks of ``examples/architectures.py``: two 3 x 3 convolutions (32 -> 32 -> 64 channels) are replaced
 by each block, and a few whole networks. A forward and backward of 64 images is timed on one thread, the
@@ -30,7 +31,7 @@ def multiplications(net: nn.Module, x: torch.Tensor) -> int:
     return int(structured.summary(net, x[:1]).total("multiplications")[1])
 
 
-def cell(name: str, seed: int, timed: bool) -> dict[str, Any]:
+def cell(name: str, seed: int) -> dict[str, Any]:
     """One network, trained."""
     shapes = example("architectures")
     torch.manual_seed(seed)
@@ -46,21 +47,22 @@ def cell(name: str, seed: int, timed: bool) -> dict[str, Any]:
         cross_entropy(net(inputs), labels).backward()
         optimizer.step()
         schedule.step()
-    found = {
+    return {
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "multiplications": multiplications(net, test[0]),
         "accuracy": shapes.accuracy(net, *test),
     }
-    return {**found, "step_s": step_s(net, *test)} if timed else found
 
 
-def step_s(net: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> float:
+def step_s(name: str) -> float:
     """Forward and backward of a batch, the median of 15."""
-    times = []
+    shapes = example("architectures")
+    net, times = shapes.NETWORKS[name](1.0), []
+    inputs, labels = shapes.shifted(*shapes.digits()[0], BATCH, torch.Generator().manual_seed(0))
     for _ in range(15):
         net.zero_grad()
         began_s = time.perf_counter()
-        cross_entropy(net(inputs[:BATCH]), labels[:BATCH]).backward()
+        cross_entropy(net(inputs), labels).backward()
         times.append(time.perf_counter() - began_s)
     return median(times)
 
@@ -70,16 +72,22 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="stop after so many; a later call goes on"
     )
-    until = time.monotonic() + parser.parse_args().seconds
+    parser.add_argument("--times", action="store_true", help="measure times, and nothing else")
+    wanted = parser.parse_args()
+    until = time.monotonic() + wanted.seconds
     torch.set_num_threads(1)
     names = list(example("architectures").NETWORKS)
     plan = {"steps": STEPS, "batch": BATCH, "rate": RATE, "seeds": SEEDS, "reduced": "small networks"}
     cells = Cells("blocks_table", plan)
+    if wanted.times:
+        cells.document["step_s"] = {name: step_s(name) for name in names}
+        cells.write()
+        return
     planned = [(f"{name} | {seed}", name, seed) for seed in range(SEEDS) for name in names]
     for key, name, seed in planned:
         if time.monotonic() > until:
             break
-        cells.get(key, lambda n=name, s=seed: cell(n, s, timed=s == 0))
+        cells.get(key, lambda n=name, s=seed: cell(n, s))
     done = cells.document["cells"]
     table = {}
     for name in names:

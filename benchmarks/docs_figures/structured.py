@@ -54,7 +54,7 @@ def claims() -> str:
         cells = [cell for key, cell in found["cells"].items() if key.startswith(f"{claim} | ")]
         if cells:
             lines = [[row, text] for row, text in _means(cells)]
-            parts.append(markdown([f"{claim}, {len(cells)} seeds", ""], lines))
+            parts.append(markdown([f"{claim} (seeds: {len(cells)})", ""], lines))
     return "\n\n".join([*parts, source(found, "structured_table.py")])
 
 
@@ -157,7 +157,7 @@ def block_rows() -> str:
             name,
             f"{row['parameters']:,}",
             f"{row['multiplications'] / 1000:,.0f}",
-            f"{1e3 * row['step_s']:.1f}",
+            f"{1e3 * found['step_s'][name]:.1f}" if name in found.get("step_s", {}) else "",
             percent(row["accuracy"]),
             str(row["accuracy"]["seeds"]),
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +24,18 @@ class CPLayer(nn.Module):
             raise DistcompError(
                 f"a CP layer has 1 to 3 dimensions and an odd kernel, not {dims} and {kernel}"
             )
-        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        convolution: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
         along = [tuple(kernel if d == dim else 1 for d in range(dims)) for dim in range(dims)]
-        self.mix_in = convolution(inputs, components, 1, bias=False)
-        self.along = nn.Sequential(
-            *(
-                convolution(components, components, size, padding=tuple(s // 2 for s in size),
-                groups=components,
-                            bias=False)  # type: ignore[arg-type]
-                for size in along
+
+        def one_way(size: tuple[int, ...]) -> nn.Module:
+            padding = tuple(side // 2 for side in size)
+            made: nn.Module = convolution(
+                components, components, size, padding=padding, groups=components, bias=False
             )
-        )  # fmt: skip
+            return made
+
+        self.mix_in = convolution(inputs, components, 1, bias=False)
+        self.along = nn.Sequential(*(one_way(size) for size in along))
         self.mix_out = convolution(components, outputs, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

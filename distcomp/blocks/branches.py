@@ -72,7 +72,7 @@ class Inception(nn.Module):
         start = 0
         for layer in (self.one, self.three[-1], self.five[-1], self.pool[-1]):
             count: int = layer.out_channels  # type: ignore[assignment]
-            layer.bias.copy_(conv.bias[start : start + count])  # type: ignore[operator, union-attr]
+            layer.bias.copy_(conv.bias[start : start + count])  # type: ignore[operator]
             start += count
         return ["bias"]
 

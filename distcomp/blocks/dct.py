@@ -53,5 +53,5 @@ class DctConv2d(nn.Module):
         )
         space = responses.shape[2:]
         columns = responses.view(n, c * responses.shape[1], -1).transpose(0, 1).flatten(1)  # [c b, n places]
-        y = (self.mix @ columns).view(-1, n, *space).transpose(0, 1)
-        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+        y: Tensor = (self.mix @ columns).view(-1, n, *space).transpose(0, 1)
+        return y if self.bias is None else torch.add(y, self.bias.view(-1, 1, 1))

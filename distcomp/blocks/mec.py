@@ -114,12 +114,13 @@ def mec() -> Maker:
                 f"MEC takes one group, one stride, a padding in numbers and no dilation, not {conv}"
             )
         kernel: Any = conv.kernel_size
+        padding: Any = conv.padding
         return MECConv2d(
             conv.in_channels,
             conv.out_channels,
             kernel,
             conv.stride[0],
-            conv.padding,
+            padding,
             bias=conv.bias is not None,
         )
 

@@ -42,7 +42,7 @@ class Separable(Block):
             conv.weight.float().transpose(0, 1).flatten(2), full_matrices=False
         )  # [C, O, k^2]
         root = s[:, :1].sqrt()
-        self.layers[0].weight.copy_((root * v[:, 0]).view_as(self.layers[0].weight))  # type: ignore[arg-type, operator, union-attr]
+        self.layers[0].weight.copy_((root * v[:, 0]).view_as(self.layers[0].weight))  # type: ignore[operator]
         self.last().weight.copy_((root * u[:, :, 0]).T.view_as(self.last().weight))
         return ["weight (its nearest separable one)", *super().copy_from(conv)]
 
@@ -79,7 +79,7 @@ class Grouped(Block):
         within = [
             conv.weight[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(self.groups)
         ]
-        self.layers[0].weight.copy_(torch.cat(within))  # type: ignore[arg-type, operator, union-attr]
+        self.layers[0].weight.copy_(torch.cat(within))  # type: ignore[operator]
         self.last().weight.copy_(identity_kernel(self.last().weight))
         return ["weight (within the groups)", *super().copy_from(conv)]
 

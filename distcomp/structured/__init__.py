@@ -25,6 +25,7 @@ from distcomp.structured.soft_sharing import GaussianMixturePrior, SoftSharing, 
 from distcomp.structured.sparse_basis import SparseBasis, SparseConvolution, sparse_convolution
 from distcomp.structured.split import BlockDiagonal, LearnedSplit, splitnet
 from distcomp.structured.structure import Seeded, Structure, install_structures
+from distcomp.structured.turns import GroupsInTurn, groups_in_turn
 
 __all__ = [
     "CP",
@@ -36,6 +37,7 @@ __all__ = [
     "Driver",
     "ForceRegularizer",
     "GaussianMixturePrior",
+    "GroupsInTurn",
     "Hashed",
     "LayerCost",
     "LearnedSplit",
@@ -53,6 +55,7 @@ __all__ = [
     "evbmf_rank",
     "force_regularization",
     "global_error_reconstruction",
+    "groups_in_turn",
     "hashed",
     "install_structures",
     "lc",

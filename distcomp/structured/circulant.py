@@ -116,8 +116,8 @@ class BlockCirculant(Seeded):
         # One product of matrices for each frequency: [f, n, q] [f, q, p].
         products = inputs.permute(2, 0, 1) @ torch.fft.rfft(wide(c)).permute(2, 1, 0)
         outputs = torch.fft.irfft(products.permute(1, 2, 0), n=self.block)
-        y = outputs.reshape(*x.shape[:-1], -1)[..., : self.shape[0]].to(x.dtype)
-        return y if layer.bias is None else y + layer.bias
+        y: Tensor = outputs.reshape(*x.shape[:-1], -1)[..., : self.shape[0]].to(x.dtype)
+        return y if layer.bias is None else torch.add(y, layer.bias)
 
     def _convolution(self, layer: Any, x: Tensor, c: Tensor) -> Tensor:
         """``[n, in, *space] -> [n, out, *space]``: real and imaginary parts of a frequency are one group."""
@@ -135,8 +135,11 @@ class BlockCirculant(Seeded):
         convolved_parts = convolved(parts, rows.flatten(0, 1), layer, groups=frequencies)
         y = convolved_parts.view(-1, frequencies, 2, p, *convolved_parts.shape[2:])
         spectrum = torch.complex(y[:, :, 0].contiguous(), y[:, :, 1].contiguous()).transpose(1, 2)
-        outputs = torch.fft.irfft(spectrum, n=b, dim=2).flatten(1, 2)[:, : self.shape[0]].to(x.dtype)
-        return outputs if layer.bias is None else outputs + layer.bias.view(-1, *(1 for _ in space))
+        channels = torch.fft.irfft(spectrum, n=b, dim=2).flatten(1, 2)
+        outputs: Tensor = channels[:, : self.shape[0]].to(x.dtype)
+        if layer.bias is None:
+            return outputs
+        return torch.add(outputs, layer.bias.view(-1, *(1 for _ in space)))
 
     def multiplications(self, layer: nn.Module, positions: int) -> int | None:
         """Four for each complex one, and ``2 b log2 b`` for a transform of b numbers."""

@@ -143,7 +143,7 @@ def _multiplications(part: nn.Module, output: tuple[int, ...] | None) -> BeforeA
     """Of one example."""
     if output is None or not isinstance(part, LAYERS):
         return 0.0, 0.0
-    weight: Tensor = part.weight  # type: ignore[assignment]
+    weight: Tensor = part.weight
     dims = weight.dim() - 2
     positions = math.prod(output[len(output) - dims :]) if dims else math.prod(output[1:-1])
     dense = weight.numel() * positions

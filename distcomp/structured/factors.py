@@ -136,7 +136,8 @@ class Tucker2(Factorized):
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
     """The first left singular vectors ``[rows, rank]``."""
-    return torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
+    vectors: Tensor = torch.linalg.svd(matrix, full_matrices=False)[0]
+    return vectors[:, :rank]
 
 
 class CP(Factorized):
@@ -286,7 +287,9 @@ def svd_of(weight: Tensor, rank: Rank | tuple[Rank, Rank]) -> SVD:
     matrix = wide(weight).flatten(1)
     values = torch.linalg.svdvals(matrix)
     each = rank if isinstance(rank, tuple) else (rank,)
-    return SVD(tuple(weight.shape), min(chosen_rank(values, *matrix.shape, one) for one in each))
+    return SVD(
+        tuple(weight.shape), min(chosen_rank(values, len(matrix), matrix.shape[1], one) for one in each)
+    )
 
 
 def _convolution(weight: Tensor, rank: Rank | tuple[Rank, Rank], kind: str) -> Structure:
@@ -296,7 +299,10 @@ def _convolution(weight: Tensor, rank: Rank | tuple[Rank, Rank], kind: str) -> S
     outer, inner = rank if isinstance(rank, tuple) else (rank, rank)
     w = wide(weight)
     unfoldings = [(_unfolded(w, 0), outer), (_unfolded(w, 1), inner)]
-    chosen = [chosen_rank(torch.linalg.svdvals(matrix), *matrix.shape, one) for matrix, one in unfoldings]
+    chosen = [
+        chosen_rank(torch.linalg.svdvals(matrix), len(matrix), matrix.shape[1], one)
+        for matrix, one in unfoldings
+    ]
     return Tucker2(tuple(weight.shape), (chosen[0], chosen[1]))
 
 

@@ -31,7 +31,8 @@ def forces(weight: Tensor, law: str = "l2") -> Tensor:
         closeness = torch.where(distances > 1e-6, 1 / distances.clamp(min=1e-6), 0.0)
         pull = closeness @ units - closeness.sum(1, keepdim=True) * units
     tangential = pull - (pull * units).sum(1, keepdim=True) * units
-    return (norms * tangential).view_as(weight)
+    force: Tensor = norms * tangential
+    return force.view_as(weight)
 
 
 class ForceRegularizer(Driver):

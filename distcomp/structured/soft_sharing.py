@@ -53,7 +53,7 @@ class GaussianMixturePrior(nn.Module):
 
     def forward(self, weights: Tensor) -> Tensor:
         """The negative log-likelihood."""
-        pieces = weights.flatten().split(AT_ONCE)
+        pieces = torch.split(weights.flatten(), AT_ONCE)
         return -torch.stack([self.log_densities(piece).logsumexp(1).sum() for piece in pieces]).sum()
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class GaussianMixturePrior(nn.Module):
         A weight takes the mean of the component most responsible for it. Neighbouring components nearer than
         ``merge`` times the larger of their sigmas become one, at their shares' mean; near zero, zero.
         """
-        pieces = weights.flatten().split(AT_ONCE)
+        pieces = torch.split(weights.flatten(), AT_ONCE)
         component = torch.cat([self.log_densities(piece).argmax(1) for piece in pieces])
         means = torch.cat([self.means.new_zeros(1), self.means]).tolist()
         sigmas = self.log_sigmas.exp().clamp(min=self.floor).tolist()
@@ -129,7 +129,7 @@ class SoftSharing(Driver):
             flat = self._flat().requires_grad_()
             loss = self.strength * self.prior(flat)
             gradients = torch.autograd.grad(loss, [flat, *self.prior.parameters()])
-        pieces = gradients[0].split([weight.numel() for weight in weights])
+        pieces = torch.split(gradients[0], [weight.numel() for weight in weights])
         for weight, piece in zip(weights, pieces, strict=True):
             add_gradient(weight, piece.view_as(weight).to(weight.dtype))
         for parameter, gradient in zip(self.prior.parameters(), gradients[1:], strict=True):

@@ -74,12 +74,12 @@ class BlockDiagonal(Structure):
         bias: Any = layer.bias
         if bias is None:
             return y
-        return y + (bias if isinstance(layer, nn.Linear) else bias.view(-1, *(1 for _ in theta[0].shape[2:])))
+        return torch.add(y, bias.view(-1, *(1 for _ in theta[0].shape[2:])))
 
     def multiplications(self, layer: nn.Module, positions: int) -> int | None:
         if not plain_geometry(layer):
             return None
-        taps = int(layer.weight[0, 0].numel())  # type: ignore[index, union-attr]
+        taps = int(layer.weight[0, 0].numel())  # type: ignore[index]
         sizes = [self._members(group) for group in range(self.groups)]
         return sum(len(rows) * len(columns) for rows, columns in sizes) * taps * positions
 
@@ -214,15 +214,16 @@ def off_diagonal(weight: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
 def spectral_start(weights: Sequence[Tensor], repeats: Sequence[int], groups: int) -> list[Tensor]:
     """Logits of the assignments before anything is learned: by how much features speak to classes.
 
-    Classes are clustered by the leading singular vectors of the normed product of all ``|W|`` (Dhillon 2001);
-    a feature's logits are the logarithms of its shares in the groups of classes.
+    Classes are clustered by the leading singular vectors of ``|W_k ... W_1|``, the network without its
+    activations, rows and columns normed (Dhillon 2001); a feature's logits are the logarithms of its shares
+    in the groups of classes.
     """
-    magnitudes = [weight.float().abs().flatten(2).sum(2) if weight.dim() > 2 else weight.float().abs()
-                  for weight in weights]  # fmt: skip
-    reached = [torch.eye(magnitudes[-1].shape[0], dtype=torch.float32)]  # [classes, features], outputs first
-    for magnitude, repeat in zip(reversed(magnitudes), reversed(repeats), strict=True):
-        inputs = reached[0] @ magnitude.cpu()
-        reached.insert(0, inputs.view(len(inputs), -1, repeat).sum(2))
+    matrices = [(w.flatten(2).sum(2) if w.dim() > 2 else w).float().cpu() for w in weights]
+    signed = [torch.eye(len(matrices[-1]), dtype=torch.float32)]  # [classes, features], outputs first
+    for matrix, repeat in zip(reversed(matrices), reversed(repeats), strict=True):
+        inputs = signed[0] @ matrix
+        signed.insert(0, inputs.view(len(inputs), -1, repeat).sum(2))
+    reached = [features.abs() for features in signed]
     affinity = reached[0] / reached[0].sum(1, keepdim=True).sqrt() / reached[0].sum(0).sqrt()
     places = torch.linalg.svd(affinity, full_matrices=False)[0][:, 1 : max(2, groups)]
     group = _clusters(places, groups)

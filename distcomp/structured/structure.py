@@ -69,7 +69,7 @@ class Seeded(Structure):
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         before = int(self.seed)
-        super()._load_from_state_dict(*arguments, **options)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*arguments, **options)
         if int(self.seed) != before:
             self.draw()
 
@@ -121,7 +121,7 @@ def install_structures(
                 f"{weight_name(name)} has a structure already; remove it first: "
                 f"distcomp.parametrize.remove(model, {weight_name(name)!r}, 'structured', densify=True)"
             )
-    made = [(name, layer, make(layer, layer.weight.detach())) for name, layer in layers]  # type: ignore[operator, union-attr]
+    made = [(name, layer, make(layer, layer.weight.detach())) for name, layer in layers]  # type: ignore[operator]
     for name, layer, structure in made:
         if structure is None:
             continue
@@ -144,7 +144,7 @@ def compute_with_theta(layer: nn.Module) -> None:
     Its class is its own (the parametrization gave it one); it gets a forward of its own, and loses it
     together with its last parametrization.
     """
-    type(layer).forward = _forward  # type: ignore[method-assign]
+    type(layer).forward = _forward
 
 
 def _forward(self: nn.Module, x: Tensor) -> Tensor:

@@ -152,6 +152,21 @@ def converted_early(rank: int, size: int) -> tuple[list[float], int, int]:
     return flat(inner), before, after
 
 
+def in_turn(rank: int, size: int) -> tuple[list[float], list[int], int]:
+    """Of a cut model whose groups are sent in turn: numbers, bytes of each step, bytes of a whole
+    gradient."""
+    inner = split(network())
+    model = DistributedDataParallel(inner)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    method = distcomp.averaging.active_only("identity", structured.groups_in_turn(model))
+    handle, sent = distcomp.attach(model, optimizer, method), []
+    for step in range(6):
+        stepped(model, optimizer, rank, range(step, step + 1))
+        sent.append(handle.stats()["last"]["payload_bytes"])
+    handle.detach()
+    return flat(inner), sent, structured.summary(inner).exchanged_bytes
+
+
 def reconstructed(rank: int, size: int) -> list[float]:
     """Factors trained for the original's outputs, on inputs of each rank's own."""
     reference = network()

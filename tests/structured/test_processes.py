@@ -57,6 +57,13 @@ def test_a_model_is_converted_early_and_sends_less_from_then_on(cluster) -> None
     assert after < 0.4 * before
 
 
+def test_groups_of_a_cut_model_are_sent_in_turn(cluster) -> None:
+    (stored, sent, whole), (other, _, _) = cluster(2).run(jobs.in_turn)
+    assert stored == other
+    group_bytes = 4 * 24 * 192 // 9  # of three groups, each 8 of 24 outputs by 64 of 192 inputs
+    assert all(abs(one - (whole - 2 * group_bytes)) <= HEADERS for one in sent)
+
+
 def test_reconstruction_rides_any_method(cluster) -> None:
     first, second = cluster(2).run(jobs.reconstructed)
     assert first == second
