@@ -120,13 +120,12 @@ def train(wanted):
         loss, accuracy = evaluate(model, *test)
         plain = 4 * shape[0] * CONTEXT * WIDTH
         sent = 4 * before.wire_elements if before else plain
-        result = {
+        return {
             "test_loss": loss,
             "test_accuracy": accuracy,
             "bytes_per_microbatch": sent,
             "float32_bytes": plain,
         }
-        return result
     return None
 
 
