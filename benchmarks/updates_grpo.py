@@ -2,36 +2,33 @@
 
     python -m benchmarks.updates_grpo              # minutes; resumes; writes results/updates_grpo.json
 
-examples/grpo.py: one trainer and two samplers as processes, 200 steps, three seeds, at three learning rates.
+examples/grpo.py: one trainer and two samplers as processes, 200 steps, three seeds, at two learning rates.
 Updates are lossless, so the rewards must be the same to the last digit; the bytes depend on the rate.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 from typing import Any
 
 from benchmarks._common import Cells, shows_only
-from benchmarks._places import EXAMPLES
+from benchmarks._places import example
+from tests.cluster import Cluster
 
-SEEDS, STEPS, RATES = 3, 200, ("1e-3", "1e-4", "1e-5")
+SEEDS, STEPS, RATES = 3, 200, ("1e-3", "1e-4")
 WEIGHTS = ("updates", "whole")
 
 
-def trained(weights: str, rate: str, seed: int) -> dict[str, Any]:
-    script = [str(EXAMPLES / "grpo.py"), "--weights", weights, "--lr", rate, "--seed", str(seed)]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    done = subprocess.run(
-        [*start, *script, "--steps", str(STEPS)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def job(rank: int, size: int, arguments: list[str]) -> dict[str, Any] | None:
+    """What one of the processes does, its process group up."""
+    grpo = example("grpo")
+    result: dict[str, Any] | None = grpo.train(grpo.options(arguments))
+    return result
+
+
+def trained(cluster: Cluster, weights: str, rate: str, seed: int) -> dict[str, Any]:
+    arguments = ["--weights", weights, "--lr", rate, "--seed", str(seed), "--steps", str(STEPS)]
+    result: dict[str, Any] = cluster.run(job, arguments)[0]
     return result
 
 
@@ -62,10 +59,15 @@ def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     show_only = shows_only(__doc__)
     cells = Cells("updates_grpo", {"steps": STEPS, "seeds": SEEDS, "rates": list(RATES)})
-    for seed in range(0 if show_only else SEEDS):
+    cluster = None if show_only else Cluster(3)
+    for seed in range(SEEDS if cluster else 0):
         for rate in RATES:
             for weights in WEIGHTS:
-                cells.get(_name(weights, rate, seed), lambda w=weights, r=rate, s=seed: trained(w, r, s))
+                cells.get(
+                    _name(weights, rate, seed), lambda w=weights, r=rate, s=seed: trained(cluster, w, r, s)
+                )
+    if cluster is not None:
+        cluster.close()
     cells.document["table"] = tabulate(cells.document["cells"])
     cells.write()
     for rate, row in cells.document["table"].items():

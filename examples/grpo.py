@@ -26,7 +26,7 @@ WIDTH = 256
 TRAINER = 0
 
 
-def options():
+def options(arguments=None):
     shown = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=shown)
     parser.add_argument("--weights", default="updates", choices=["updates", "whole"], help="what is sent")
@@ -36,7 +36,7 @@ def options():
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
     parser.add_argument("--key-every", type=int, default=64, help="versions from one key frame to the next")
     parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and answers")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 class Policy(nn.Module):
@@ -138,9 +138,8 @@ class WeightUpdates:
         updates.receive_from_group(self.receiver)
 
 
-def main():
-    wanted = options()
-    distcomp.init_process_group()
+def train(wanted):
+    """Train or sample; what came of it, on the trainer."""
     rank = dist.get_rank()
     trains = rank == TRAINER
     torch.manual_seed(
@@ -174,11 +173,21 @@ def main():
     held = updates.state_fingerprint(updates.floating_as(policy, torch.bfloat16))
     everyone = torch.empty(dist.get_world_size(), dtype=torch.int64)
     calls.all_gather(everyone, torch.tensor([held >> 1]))
-    if trains:
-        result = {"reward": earned, "sent_bytes": channel.sent_bytes, "versions": wanted.steps + 1}
-        result["identical"] = bool((everyone == everyone[0]).all())
-        print(json.dumps(result))
     calls.disconnect()
+    same = bool((everyone == everyone[0]).all())
+    if not trains:
+        return None
+    return {
+        "reward": earned, "sent_bytes": channel.sent_bytes, "versions": wanted.steps + 1, "identical": same,
+    }  # fmt: skip
+
+
+def main():
+    wanted = options()
+    distcomp.init_process_group()
+    result = train(wanted)
+    if result is not None:
+        print(json.dumps(result))
     dist.destroy_process_group()
 
 

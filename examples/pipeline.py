@@ -13,6 +13,7 @@ import json
 import torch
 import torch.distributed as dist
 from bytes_lm import (
+    BYTES,
     CONTEXT,
     TEST_TEXTS,
     WIDTH,
@@ -33,7 +34,7 @@ from distcomp.calls import PackedStage, StageEdge
 MICROBATCHES = 4
 
 
-def options():
+def options(arguments=None):
     shown = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=shown)
     parser.add_argument("--codec", default="qsgd:bits=8", help="of activations; none for float32")
@@ -42,7 +43,7 @@ def options():
     parser.add_argument("--batch", type=int, default=8, help="texts per step")
     parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 class Beginning(nn.Module):
@@ -66,9 +67,8 @@ def cut(model, count):
     return [nn.Sequential(*stage) for stage in stages]
 
 
-def main():
-    wanted = options()
-    distcomp.init_process_group()
+def train(wanted):
+    """Train, and test on the last rank; what came of it, there."""
     rank, count = dist.get_rank(), dist.get_world_size()
     library = modules()
     held_out = torch.cat(library[::10])
@@ -91,7 +91,12 @@ def main():
 
     before, after = edge(rank), edge(rank + 1)
     submodule = PackedStage(stages[rank], receives=before, sends=after)
-    stage = PipelineStage(submodule, rank, count, torch.device("cpu"))
+    text = torch.zeros(shape[0], CONTEXT, dtype=torch.int64)
+    plain = torch.zeros(shape, requires_grad=True)
+    scores = torch.zeros(*shape[:2], BYTES, requires_grad=True)
+    taken = text if rank == 0 else before.example() if packs else plain
+    given = scores if rank == count - 1 else after.example() if packs else plain
+    stage = PipelineStage(submodule, rank, count, torch.device("cpu"), input_args=taken, output_args=given)
     schedule = ScheduleGPipe(stage, MICROBATCHES, loss_fn=loss_of)
     optimizer = torch.optim.AdamW(stages[rank].parameters(), wanted.lr, betas=(0.9, 0.95))
     rate = LambdaLR(optimizer, lambda step: warm_up_then_cosine(step, wanted.steps))
@@ -115,12 +120,20 @@ def main():
         loss, accuracy = evaluate(model, *test)
         plain = 4 * shape[0] * CONTEXT * WIDTH
         sent = 4 * before.wire_elements if before else plain
-        result = {
+        return {
             "test_loss": loss,
             "test_accuracy": accuracy,
             "bytes_per_microbatch": sent,
             "float32_bytes": plain,
         }
+    return None
+
+
+def main():
+    wanted = options()
+    distcomp.init_process_group()
+    result = train(wanted)
+    if result is not None:
         print(json.dumps(result))
     dist.destroy_process_group()
 

@@ -52,6 +52,13 @@ class StageEdge:
         """Of float32: what is sent in either direction."""
         return max(wire_bytes(codec.parts(self.shape)) for codec in self._codecs) // WIRE_DTYPE.itemsize
 
+    def example(self) -> Tensor:
+        """What crosses, in shape and dtype: for a ``PipelineStage``'s ``input_args`` and ``output_args``.
+
+        Without these a pipeline tries the stages on memory that nobody has written, which no payload is.
+        """
+        return torch.zeros(self.wire_elements, dtype=WIRE_DTYPE, requires_grad=True)
+
     def packed(self, x: Tensor, backward: bool) -> Tensor:
         """``x`` as float32 ``[wire_elements]``. Raises DistcompError for another shape than the edge's."""
         if tuple(x.shape) != self.shape or x.dtype != self.dtype:

@@ -98,7 +98,11 @@ def pipeline(rank, size, codec, schedule_name):
     x, y = torch.randn(8, 8), torch.randn(8, 3)
     edge = StageEdge((2, 16), codec)
     ends = {"sends": edge} if rank == 0 else {"receives": edge}
-    stage = pipelining.PipelineStage(PackedStage(parts[rank], **ends), rank, size, torch.device("cpu"))
+    last = torch.zeros(2, 3, requires_grad=True)
+    taken, given = (torch.zeros(2, 8), edge.example()) if rank == 0 else (edge.example(), last)
+    stage = pipelining.PipelineStage(
+        PackedStage(parts[rank], **ends), rank, size, torch.device("cpu"), input_args=taken, output_args=given
+    )
     schedule = getattr(pipelining, schedule_name)(stage, 4, loss_fn=nn.functional.mse_loss)
     if rank == 0:
         schedule.step(x)
