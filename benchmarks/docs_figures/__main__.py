@@ -23,6 +23,7 @@ from benchmarks.docs_figures import (
     averaging,
     comparisons,
     faults,
+    formats,
     measured,
     precision,
     pruning,
@@ -39,7 +40,7 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "precision": [(DOCS / "precision.md", precision.BLOCKS)],
     "pruning": [(DOCS / "pruning.md", pruning.BLOCKS)],
     "rebuild": [(DOCS / "decisions" / "corrected-numbers.md", rebuild.BLOCKS)],
-    "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS)],
+    "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS | formats.BLOCKS)],
 }
 
 mpl.use("svg")
