@@ -25,6 +25,7 @@ from benchmarks.docs_figures import (
     conditional,
     distill,
     faults,
+    formats,
     measured,
     precision,
     pruning,
@@ -47,7 +48,7 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "structured": [(DOCS / "structured.md", structured.BLOCKS), (DOCS / "blocks.md", structured.OF_BLOCKS)],
     "updates": [(DOCS / "updates.md", updates.BLOCKS)],
     "rebuild": [(DOCS / "decisions" / "corrected-numbers.md", rebuild.BLOCKS)],
-    "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS)],
+    "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS | formats.BLOCKS)],
 }
 
 mpl.use("svg")

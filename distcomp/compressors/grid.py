@@ -80,7 +80,8 @@ def signs_of_parameters(layout: Layout, seed: Tensor, side: int) -> Tensor:
         reference.uniform(param.numel // side * side, seed ^ _signed(name), param.start, seed.device)
         for param, name in zip(layout.slices, names, strict=True)
     ]
-    return torch.where(torch.cat(noise) < 0.5, -1.0, 1.0)
+    drawn = torch.cat(noise)
+    return torch.where(drawn < 0.5, -torch.ones_like(drawn), 1.0)
 
 
 def _signed(bits: int) -> int:

@@ -48,6 +48,10 @@ class Sparsifier(Compressor):
     def positions(self, payload: Payload, layout: Layout) -> Tensor:
         """Where in the flat buffer the values of a payload belong; all different."""
 
+    def values(self, payload: Payload, layout: Layout) -> Tensor:
+        """The values of a payload (float32), in the order of :meth:`kept`."""
+        return payload["values"]
+
     def parts(self, layout: Layout) -> Parts:
         return (Part("values", torch.float32, self.kept(layout).numel), self.index_part(layout))
 
@@ -248,12 +252,16 @@ class Chain(Compressor):
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        self.sparsifier.put(out if add else out.zero_(), self._values(payload, layout), payload, layout, 1)
+        self.sparsifier.put(out if add else out.zero_(), self.values(payload, layout), payload, layout, 1)
 
     def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
-        self.sparsifier.put(out, self._values(payload, layout), payload, layout, -1)
+        self.sparsifier.put(out, self.values(payload, layout), payload, layout, -1)
 
-    def _values(self, payload: Payload, layout: Layout) -> Tensor:
+    def positions(self, payload: Payload, layout: Layout) -> Tensor:
+        """Where the values of a payload belong."""
+        return self.sparsifier.positions(payload, layout)
+
+    def values(self, payload: Payload, layout: Layout) -> Tensor:
         """The values that were sent, decoded."""
         kept = self.sparsifier.kept(layout)
         encoded = Payload(payload.wire, self.quantizer.parts(kept))  # they come first, the indices last

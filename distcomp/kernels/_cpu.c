@@ -9,6 +9,7 @@
 
 #include "_binary.h"
 #include "_cpu.h"
+#include "_entropy.h"
 #include "_inside.h"
 #include "_lowrank.h"
 #include "_minifloat.h"
@@ -348,6 +349,9 @@ static PyMethodDef methods[] = {
     {"permuted", py_permuted, METH_VARARGS, "places, count, numel, bits, keys"},
     {"exponents", py_exponents, METH_VARARGS, "x, codes, sizes of the two, key, first"},
     {"scale_by_exponents", py_scale_by_exponents, METH_VARARGS, "codes, out, sizes of the two"},
+    {"entropy_encode", py_entropy_encode, METH_VARARGS,
+     "data, out, lengths, sizes of the three, first block, blocks"},
+    {"entropy_decode", py_entropy_decode, METH_VARARGS, "coded, out, sizes of the two, first block, blocks -> bool"},
     {"block_maxima", py_block_maxima, METH_VARARGS, "x, maxima, sizes of the two, table, spans, block"},
     {"minifloat_encode", py_minifloat_encode, METH_VARARGS,
      "x, codes, inverses, sizes of the three, table, spans, block, (width, mantissa, bias, largest, infinity, nan, finite), "

@@ -271,8 +271,8 @@ def reference_decode(
     exponent = field.clamp(min=1) + (127 - kind.bias - kind.mantissa)
     value = steps.to(torch.float32) * (exponent << 23).view(torch.float32)
     has_infinity = kind.infinity < kind.nan
-    special = torch.where((magnitude == kind.infinity) & has_infinity, math.inf, math.nan)
-    value = torch.where(magnitude >= kind.finite, special, value)
+    value = torch.where(magnitude >= kind.finite, math.nan, value)
+    value = torch.where((magnitude == kind.infinity) & has_infinity, math.inf, value)
     value = torch.where(negative > 0, -value, value) * units.repeat_interleave(block)[: out.numel()]
     out.copy_(out + value if sign > 0 else out - value if sign < 0 else value)
 

@@ -15,6 +15,7 @@ from distcomp.methods.formats import fp8, mxfp4, mxfp8, nvfp4
 from distcomp.methods.from_compressor import AllGatherMean, AllReduceMean, ReduceScatterMean, from_compressor
 from distcomp.methods.gradiveq import GradiVeQ, gradiveq
 from distcomp.methods.integers import HomomorphicQuantizer, RandomHadamard, TernGrad, shared_range, terngrad
+from distcomp.methods.lossless import Lossless, lossless
 from distcomp.methods.majority_vote import MajorityVote, majority_vote
 from distcomp.methods.onebit_adam import OneBitAdam, onebit_adam
 from distcomp.methods.partition import Partition, Rule
@@ -51,6 +52,7 @@ __all__ = [
     "FixedPointAllReduce",
     "GradiVeQ",
     "HomomorphicQuantizer",
+    "Lossless",
     "MajorityVote",
     "Method",
     "MomentumCorrection",
@@ -85,6 +87,7 @@ __all__ = [
     "from_compressor",
     "gradiveq",
     "identity",
+    "lossless",
     "majority_vote",
     "method_of",
     "momentum_correction",

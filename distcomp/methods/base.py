@@ -111,6 +111,9 @@ class Method(Written, ABC):
     :data:`SHAPES`). A caller whose buffers lack it finds it out (FSDP2), or refuses the method by these
     words."""
 
+    bytes_are_bound: bool = False
+    """Whether :meth:`payload_bytes` is the most that is sent, where what is sent depends on the data."""
+
     def init(self, layout: Layout) -> State:
         """The state before the first step, for the parameters of ``layout``."""
         return {}

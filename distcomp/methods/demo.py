@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from distcomp.collectives import AllGather, Rounds
+from distcomp.compressors import Chain, Compressor
 from distcomp.compressors.dct import DctTopK
+from distcomp.compressors.topk import with_values
 from distcomp.errors import DistcompError
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
@@ -46,18 +48,32 @@ class DecoupledMomentum(Method):
     reference's scatter is not deterministic on a GPU). The transform is a matrix product: replicas on
     different kinds of CPU may differ in the last bit.
 
-    Raises DistcompError for a decay outside [0, 1).
+    **Values in few bits.** ``select`` may be a :class:`distcomp.compressors.Chain`: ``q_i`` is then what its
+    values decode to, and what rounding missed stays in d as well. One bit is the sign times the mean
+    magnitude of 512 values (``int1``), or the mean of those of either sign (``onebit``).
+
+    Raises DistcompError for a decay outside [0, 1), and for coefficients that are chosen by another
+    transform.
     """
 
-    select: DctTopK
+    select: DctTopK | Chain
     decay: float = 0.999
     sign: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.select, Chain) and not isinstance(self.select.sparsifier, DctTopK):
+            raise DistcompError("the momentum's coefficients are chosen by a DctTopK; chain values to that")
         if not 0 <= self.decay < 1:
             raise DistcompError(
                 f"the momentum's decay lies in [0, 1), not {self.decay}; the paper takes 0.999"
             )
+
+    @property
+    def transform(self) -> DctTopK:
+        """What chooses the coefficients, whatever their values travel as."""
+        chosen = self.select.sparsifier if isinstance(self.select, Chain) else self.select
+        assert isinstance(chosen, DctTopK)
+        return chosen
 
     def check(self, optimizer: Optimizer | None) -> None:
         if optimizer is not None and any(group.get("momentum") for group in optimizer.param_groups):
@@ -79,10 +95,10 @@ class DecoupledMomentum(Method):
         total, senders = torch.zeros_like(x), torch.zeros_like(x)
         for payload in payloads:
             where = self.select.positions(payload, layout)
-            total[where] += payload["values"]
+            total[where] += self.select.values(payload, layout)
             senders[where] += 1
         Q = total / senders.clamp(min=1)
-        agreed = self.select.inverse(Q, layout)
+        agreed = self.transform.inverse(Q, layout)
         estimate = agreed.sign() if self.sign else agreed
 
         def contribution() -> Tensor:
@@ -90,8 +106,8 @@ class DecoupledMomentum(Method):
                 return agreed.sign()
             own = torch.zeros_like(x)
             where = self.select.positions(q, layout)
-            own[where] = context.size * q["values"] / senders[where]
-            return self.select.inverse(own, layout)
+            own[where] = context.size * self.select.values(q, layout) / senders[where]
+            return self.transform.inverse(own, layout)
 
         # What is taken out is what was sent, not what was agreed: the rest of q's mean is the others' own.
         kept = FlatBuffer(d - self.select.decode(q, layout), layout)
@@ -103,7 +119,7 @@ class DecoupledMomentum(Method):
 
 @register(
     paper="Peng et al., DeMo: decoupled momentum optimization, 2024",
-    wire="(n-1) d/4096 k (4 + 9/8)",
+    wire="(n-1) d/4096 k (4 + 9/8); values in 8 bits 1, in one 1/8 for the 4",
     summable=False,
     biased=True,
     direction=True,
@@ -111,10 +127,19 @@ class DecoupledMomentum(Method):
     limitations="with momentum in the optimizer, which then counts twice; steps of one size need a small "
     "learning rate at the end",
 )
-def demo(k: int = 32, side: int = 64, decay: float = 0.999, sign: bool = True) -> Method:
+def demo(
+    k: int = 32,
+    side: int = 64,
+    decay: float = 0.999,
+    sign: bool = True,
+    values: str | Compressor = "fp32",
+) -> Method:
     """Send the largest cosine coefficients of a local momentum; step by the sign of what was agreed.
 
-    ``k`` per chunk of ``side`` by ``side``, ``decay`` of the momentum, ``sign`` or not. Set the optimizer's
-    momentum to 0. See :class:`DecoupledMomentum`.
+    ``k`` per chunk of ``side`` by ``side``, ``decay`` of the momentum, ``sign`` or not; ``values``: ``fp32``,
+    ``int8``, ``int1``, ``onebit`` or another compressor of the coefficients. Set the optimizer's momentum to
+    0. See :class:`DecoupledMomentum`.
     """
-    return except_small(DecoupledMomentum(DctTopK(k, side), decay, sign))
+    select = with_values(DctTopK(k, side), values)
+    assert isinstance(select, DctTopK | Chain)
+    return except_small(DecoupledMomentum(select, decay, sign))

@@ -1,0 +1,150 @@
+"""The range coder: what it was given comes back, in about its entropy, and no stream leads outside a
+buffer."""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from distcomp.errors import DistcompError
+from distcomp.kernels import cpu, entropy
+
+pytest.importorskip("distcomp.kernels._cpu", reason="the C extension was not built (no C compiler?)")
+BLOCK = entropy.BLOCK
+
+
+def kinds(numel: int, seed: int) -> dict[str, Tensor]:
+    """Bytes of several kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = (torch.randn(numel, generator=generator) * 3).round().clamp(-100, 100) + 100
+    rare = (torch.rand(numel, generator=generator) < 1e-3).float()
+    return {
+        "any": torch.randint(0, 256, (numel,), generator=generator).to(torch.uint8),
+        "one": torch.full((numel,), 7, dtype=torch.uint8),
+        "normal": normal.to(torch.uint8),
+        "rare": rare.to(torch.uint8),
+        "all alike": (torch.arange(numel) % 256).to(torch.uint8),
+    }
+
+
+def read_stream(stream: np.ndarray, numel: int) -> np.ndarray:
+    """The decoder once more in plain Python, from the description at the head of _entropy.c."""
+    blocks = -(-numel // BLOCK)
+    lengths = stream[: 4 * blocks].view("<u4")
+    at, out = 4 * blocks, []
+    for block, length in enumerate(lengths.tolist()):
+        n, data = min(BLOCK, numel - block * BLOCK), stream[at : at + (length >> 1)]
+        at += length >> 1
+        out.append(read_block(data, n) if length & 1 else data)
+    assert at == len(stream)
+    return np.concatenate([np.zeros(0, np.uint8), *out])
+
+
+def read_block(data: np.ndarray, n: int) -> np.ndarray:
+    bits = np.unpackbits(data, bitorder="little")
+    widths = [int(data[s // 2]) >> 4 * (s % 2) & 15 for s in range(256)]
+    frequencies, bit = [], 8 * 128
+    for width in widths:
+        low = sum(int(bits[bit + b]) << b for b in range(width - 1)) if width else 0
+        frequencies.append((1 << (width - 1)) + low if width else 0)
+        bit += max(0, width - 1)
+    assert sum(frequencies) == 4096
+    starts = np.concatenate([[0], np.cumsum(frequencies)])
+    at = -(-bit // 8)
+    states = [int(x) for x in data[at : at + 32].view("<u4")]
+    words = iter(data[at + 32 :].copy().view("<u2").tolist())
+    out = np.zeros(n, np.uint8)
+    for i in range(n):
+        x = states[i % 8]
+        symbol = int(np.searchsorted(starts, x % 4096, side="right")) - 1
+        out[i] = symbol
+        x = frequencies[symbol] * (x >> 12) + x % 4096 - int(starts[symbol])
+        states[i % 8] = x << 16 | next(words) if x < 1 << 16 else x
+    assert states == [1 << 16] * 8
+    assert next(words, None) is None
+    return out
+
+
+@pytest.mark.parametrize("numel", [0, 1, 7, 8, 9, 300, 5000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
+@pytest.mark.parametrize("coder", entropy.CODERS)
+def test_what_was_coded_comes_back(numel: int, coder: str) -> None:
+    if coder == "zstd":
+        pytest.importorskip("zstandard", reason="zstandard is not installed (pip install 'distcomp[zstd]')")
+    for data in kinds(numel, 1).values():
+        stream = entropy.encode(data, coder)
+        assert stream.numel() <= entropy.most_bytes(numel)
+        assert torch.equal(entropy.decode(stream, numel, coder), data)
+
+
+@settings(max_examples=20)
+@given(numel=st.integers(0, 3000), seed=st.integers(0, 99), kind=st.sampled_from(list(kinds(1, 0))))
+def test_streams_are_read_by_a_decoder_that_was_written_from_their_description(
+    numel: int, seed: int, kind: str
+) -> None:
+    data = kinds(numel, seed)[kind]
+    assert np.array_equal(read_stream(entropy.encode(data).numpy(), numel), data.numpy())
+
+
+def test_a_stream_is_as_long_as_the_entropy_says() -> None:
+    data = kinds(BLOCK, 2)["normal"]
+    share = torch.bincount(data.int()).double() / BLOCK
+    bound = BLOCK / 8 * float(-(share * share.clamp(min=1e-12).log2()).sum())
+    assert bound < entropy.encode(data).numel() < 1.01 * bound + 300
+    assert entropy.encode(kinds(BLOCK, 2)["one"]).numel() < 200
+    assert entropy.encode(kinds(BLOCK, 2)["any"]).numel() == BLOCK + 4
+
+
+def test_threads_change_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = kinds(20 * BLOCK + 17, 3)["normal"]
+    alone = entropy.encode(data)
+    monkeypatch.setattr(cpu, "ALONE_BYTES", 0)
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(entropy.encode(data), alone)
+        assert torch.equal(entropy.decode(alone, data.numel()), data)
+    finally:
+        torch.set_num_threads(usual)
+
+
+@settings(max_examples=200)
+@given(data=st.data(), numel=st.sampled_from([1, 100, 3000, BLOCK + 100]))
+def test_hostile_streams_are_refused_or_decode_to_something(data: st.DataObject, numel: int) -> None:
+    """Never more than is due, never outside: bytes changed, cut off, added."""
+    stream = entropy.encode(kinds(numel, 4)["normal"]).clone()
+    for _ in range(data.draw(st.integers(0, 4))):
+        stream[data.draw(st.integers(0, min(400, stream.numel() - 1)))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, 8))
+    stream = (
+        stream[: max(0, stream.numel() - cut)]
+        if data.draw(st.booleans())
+        else torch.cat([stream, stream[:cut]])
+    )
+    with suppress(DistcompError):
+        assert entropy.decode(stream.contiguous(), numel).numel() == numel
+
+
+@settings(max_examples=50)
+@given(stream=st.binary(max_size=200), numel=st.integers(0, 500))
+@pytest.mark.parametrize("coder", entropy.CODERS)
+def test_random_bytes_are_refused_or_decode_to_something(coder: str, stream: bytes, numel: int) -> None:
+    if coder == "zstd":
+        pytest.importorskip("zstandard", reason="zstandard is not installed (pip install 'distcomp[zstd]')")
+    with suppress(DistcompError):
+        decoded = entropy.decode(torch.tensor(list(stream), dtype=torch.uint8), numel, coder)
+        assert decoded.numel() == numel
+
+
+def test_a_coder_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(DistcompError, match=r"distcomp\[zstd\]"):
+        entropy.encode(torch.zeros(10, dtype=torch.uint8), "zstd")
+    assert math.isfinite(entropy.most_bytes(0))

@@ -1,0 +1,91 @@
+"""The lossless stage: another method's numbers to the bit, in fewer bytes, in lock-step and between
+processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distcomp.collectives import AllGather, AllToAll
+from distcomp.errors import DistcompError
+from distcomp.layout import Layout
+from distcomp.methods import Lossless, parse
+from distcomp.methods.lossless import is_coded
+from distcomp.payload import Part, Payload
+from tests.buffers import draw, same_bits
+from tests.lockstep import once
+
+LARGE = Layout.of([("w", (300, 200)), ("b", (200,)), ("v", (64, 64))])
+INNERS = (
+    "qsgd:bits=2",
+    "qsgd:bits=4",
+    "mxfp4",
+    "onebit",
+    "natural",
+    "topk:ratio=0.05",
+    "powersgd",
+    "terngrad",
+    "bf16",
+)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("coder", ["rans", "zstd"])
+def test_the_numbers_are_inners_to_the_bit_and_its_bytes_no_more_than_declared(
+    inner: str, coder: str, size: int
+) -> None:
+    if coder == "zstd":
+        pytest.importorskip("zstandard", reason="zstandard is not installed (pip install 'distcomp[zstd]')")
+    xs = draw(size, LARGE)
+    method = parse(f"lossless:inner=({inner}),entropy={coder}")
+    plain, coded = once(parse(inner), xs, LARGE), once(method, xs, LARGE)
+    assert same_bits(plain.estimate, coded.estimate)
+    for ours, theirs in zip(coded.contributions(), plain.contributions(), strict=True):
+        assert same_bits(ours, theirs)
+    assert sum(coded.sent_bytes) / size <= method.payload_bytes(LARGE, size, 0) + 8 * len(coded.asked)
+
+
+@pytest.mark.parametrize(("inner", "most"), [("qsgd:bits=2", 0.65), ("qsgd:bits=4", 0.95)])
+def test_fewer_bytes_are_sent_and_the_ledger_counts_those(inner: str, most: float) -> None:
+    xs = draw(2, LARGE)
+    plain, coded = once(parse(inner), xs, LARGE), once(parse(f"lossless:inner=({inner})"), xs, LARGE)
+    assert sum(coded.sent_bytes) < most * sum(plain.sent_bytes)
+
+
+def test_short_payloads_and_sums_go_as_they_are() -> None:
+    small = Layout.of([("w", (20, 20))])
+    xs = draw(2, small)
+    plain, coded = (
+        once(parse("qsgd:bits=4"), xs, small),
+        once(parse("lossless:inner=(qsgd:bits=4)"), xs, small),
+    )
+    assert sum(coded.sent_bytes) == sum(plain.sent_bytes)
+    xs = draw(2, LARGE)
+    plain, coded = once(parse("bf16"), xs, LARGE), once(parse("lossless:inner=bf16"), xs, LARGE)
+    assert sum(coded.sent_bytes) == sum(plain.sent_bytes)
+
+
+def test_all_ranks_decide_alike_whether_a_request_is_coded() -> None:
+    long, short = (Payload.empty((Part("codes", torch.uint8, numel),)) for numel in (5000, 10))
+    for rank in range(2):
+        assert is_coded(AllGather((long, short)[rank], parts=(long.parts, short.parts)), rank, 2)
+        assert is_coded(AllToAll((long, short)), rank, 2)
+        assert not is_coded(AllGather(short), rank, 2)
+
+
+def test_a_payload_that_was_cut_or_is_of_another_coder_is_refused() -> None:
+    payload = Payload.empty((Part("scales", torch.float32, 100), Part("codes", torch.uint8, 40_000)))
+    payload.body.copy_(torch.arange(len(payload.body)) % 7)
+    method = parse("lossless")
+    assert isinstance(method, Lossless)
+    coded = method._coded(payload)
+    assert torch.equal(method._decoded(coded, payload.parts).body, payload.body)
+    short = Payload.empty((Part("coded", torch.uint8, coded.body.numel() - 9),))
+    short.body.copy_(coded.body[:-9])
+    empty = Payload.empty((Part("coded", torch.uint8, 3),))
+    for bad in (short, empty):
+        with pytest.raises(DistcompError, match="one coder"):
+            method._decoded(bad, payload.parts)
+    with pytest.raises(DistcompError, match="rans or zstd"):
+        parse("lossless:entropy=gzip")
