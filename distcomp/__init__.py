@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from distcomp.attaching.handle import Handle as Handle
     from distcomp.attaching.handle import attach as attach
     from distcomp.averaging.recipes import choco as choco
-    from distcomp.averaging.recipes import codistill as codistill
     from distcomp.averaging.recipes import dcd as dcd
     from distcomp.averaging.recipes import diloco as diloco
     from distcomp.averaging.recipes import dpsgd as dpsgd
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from distcomp.averaging.recipes import post_local_sgd as post_local_sgd
     from distcomp.averaging.recipes import sparse_loco as sparse_loco
     from distcomp.averaging.recipes import streaming_diloco as streaming_diloco
+    from distcomp.averaging.recipes.codistill import codistill as codistill
     from distcomp.averaging.recipes.masked import masked as masked
     from distcomp.errors import CorruptPayload as CorruptPayload
     from distcomp.errors import DistcompError as DistcompError
