@@ -121,7 +121,12 @@ def seconds_to(curve: list[list[float]], loss: float) -> float:
 def table(cells: Mapping[str, Any], workers: int) -> str:
     """Markdown: what was reached, by the bytes of one worker."""
     seeds = complete_seeds(cells, workers)
-    head = [f"{workers} workers, {len(seeds)} seeds", "test accuracy", "test loss", "Mbit sent by a worker"]
+    head = [
+        f"{workers} workers, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}",
+        "test accuracy",
+        "test loss",
+        "Mbit sent by a worker",
+    ]
     head += [f"seconds to loss {loss}" for loss in LOSSES]
     lines = [head, ["---"] * len(head)]
     for name, method in METHODS.items() if seeds else ():

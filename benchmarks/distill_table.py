@@ -423,7 +423,10 @@ def complete_seeds(cells: Mapping[str, Any], name: str) -> list[int]:
 def table(cells: Mapping[str, Any], name: str) -> str:
     """Markdown: mean and standard deviation over the seeds, in per cent."""
     seeds = complete_seeds(cells, name)
-    lines = [f"| {name}, {len(seeds)} seeds | test accuracy |", "|---|---|"]
+    lines = [
+        f"| {name}, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} | test accuracy |",
+        "|---|---|",
+    ]
     for row in TABLES[name] if seeds else []:
         found = 100 * torch.tensor([cells[f"{name} | {row} | {seed}"]["accuracy"] for seed in seeds])
         spread = f" ± {found.std():.1f}" if len(seeds) > 1 else ""
