@@ -375,12 +375,15 @@ def draw_maps() -> None:
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--maps", action="store_true", help="draw the maps and train one network")
+    parser.add_argument("--only", choices=SYSTEMS, help="this system alone")
     torch.set_num_threads(1)
-    if parser.parse_args().maps:
+    wanted = parser.parse_args()
+    if wanted.maps:
         draw_maps()
         return
     cells = Cells("conditional_table", PLAN)
-    for systems in (("exits", "controller", "policy", "stages"), ("halting",)):
+    usual = (("exits", "controller", "policy", "stages"), ("halting",))
+    for systems in usual if wanted.only is None else ((wanted.only,),):
         for seed in range(SEEDS):
             seed_of_table(cells, seed, systems)
 

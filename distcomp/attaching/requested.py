@@ -11,6 +11,7 @@ from torch import nn
 
 from distcomp.errors import DistcompError
 from distcomp.methods import parse
+from distcomp.methods.active_only import ActiveOnly
 from distcomp.recording import METHOD, Recorder
 
 
@@ -27,12 +28,12 @@ def _note(given: Any, chosen: Any, rank: int) -> dict[str, Any]:
     """What the record says of the method ``chosen``, which ``attach`` was ``given`` as an object, as text, or
     not at all: ``method``, in the words of ``DISTCOMP_METHOD`` where that names the same method, and
     ``method_from``, ``"script"`` or ``"environment"``. The very text of the environment is taken for handed
-    on, as examples/digits.py does.
+    on, as examples/digits.py does, and so is a method that carries what it asks for, of active parameters.
 
     Warns on rank 0 where the environment asks for another method than the script names.
     """
     asked = os.environ.get(METHOD)
-    if given is None or given == asked:
+    if given is None or given == asked or _is_around(given, asked):
         return {"method": asked, "method_from": "environment"}
     same = asked is not None and _is(asked, chosen)
     if asked is not None and not same and rank == 0:
@@ -43,6 +44,11 @@ def _note(given: Any, chosen: Any, rank: int) -> dict[str, Any]:
         )
     own = given if isinstance(given, str) else str(chosen)
     return {"method": asked if same else own, "method_from": "script"}
+
+
+def _is_around(given: Any, asked: str | None) -> bool:
+    """Whether a method of active parameters alone carries what was asked for."""
+    return asked is not None and isinstance(given, ActiveOnly) and _is(asked, given.inner)
 
 
 def _is(text: str, chosen: Any) -> bool:

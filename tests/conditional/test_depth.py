@@ -268,6 +268,19 @@ def test_sampled_layers_train_alone(cluster):
         assert max(sent) < 4 * (OTHERS + 2 * PER_BLOCK) + 700
 
 
+def test_a_record_says_what_the_environment_asked_for(monkeypatch):
+    from distcomp.attaching.requested import _note
+    from distcomp.recording import METHOD
+
+    depth = stochastic_depth(jobs.Net())
+    monkeypatch.setenv(METHOD, "qsgd:bits=4")
+    handed_on = depth.active_only("qsgd:bits=4")
+    assert _note(handed_on, handed_on, 0) == {"method": "qsgd:bits=4", "method_from": "environment"}
+    own = depth.active_only("qsgd:bits=2")
+    with pytest.warns(UserWarning, match="asks for another method"):
+        assert _note(own, own, 0)["method_from"] == "script"
+
+
 # ------------------------------------------------------------------------------------------------ shared rows
 
 
