@@ -1,11 +1,11 @@
 """Parameters, multiplications, time and accuracy of each block, on one digit somewhere on a noisy canvas.
 
     python -m benchmarks.blocks_table            # resumes; writes results/blocks_table.json
-    python -m benchmarks.blocks_table --times    # and then measures the times, on a quiet machine
+    python -m benchmarks.blocks_table --times    # and then measures CPU times of one thread
 
 The networks of ``examples/architectures.py``: two 3 x 3 convolutions (32 -> 32 -> 64 channels) are replaced
-by each block, and a few whole networks. A forward and backward of 64 images is timed on one thread, the
-median of 15.
+by each block, and a few whole networks. A forward and backward of 64 images is timed in CPU seconds of one
+thread, the median of 15.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def step_s(name: str) -> float:
     inputs, labels = shapes.shifted(*shapes.digits()[0], BATCH, torch.Generator().manual_seed(0))
     for _ in range(15):
         net.zero_grad()
-        began_s = time.perf_counter()
+        began_s = time.process_time()
         cross_entropy(net(inputs), labels).backward()
-        times.append(time.perf_counter() - began_s)
+        times.append(time.process_time() - began_s)
     return median(times)
 
 

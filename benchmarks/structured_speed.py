@@ -3,7 +3,8 @@ time?
 
     python -m benchmarks.structured_speed        # a minute; writes results/structured_speed.json
 
-One thread, batch 64 for dense layers; medians. Errors are against float64, relative to the largest output.
+CPU seconds of one thread, which other processes on the machine hardly change; batch 64 for dense layers;
+medians. Errors are against float64, relative to the largest output.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from distcomp import blocks, structured
 
 
 def seconds(run: Callable[[], Any], repeats: int = 7) -> float:
+    """CPU seconds, the median."""
     run()
     times = []
     for _ in range(repeats):
-        began_s = time.perf_counter()
+        began_s = time.process_time()
         run()
-        times.append(time.perf_counter() - began_s)
+        times.append(time.process_time() - began_s)
     return median(times)
 
 
@@ -69,7 +71,7 @@ def channel_blocks() -> dict[str, Any]:
 
 
 def rounded(x: Tensor, bits: int = 8) -> Tensor:
-    """To ``bits`` bits, symmetric, one scale for each of the first two dimensions' transformed places."""
+    """To ``bits`` bits, symmetric, one scale for all of a tensor."""
     top = 2 ** (bits - 1) - 1
     scale = x.abs().amax() / top
     return torch.round(x / scale) * scale

@@ -19,7 +19,7 @@ from distcomp.structured.structure import (
     wide,
 )
 
-SMALLEST_FFT_BLOCK = {"linear": 128, "convolution": 16}
+SMALLEST_FFT_BLOCK = {"linear": 256, "convolution": 8}
 """From which block on ``fft="auto"`` takes the FFT: measured by ``benchmarks/structured_speed.py``."""
 
 FFT = bool | Literal["auto"]

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distcomp
 from distcomp import structured
 from distcomp.layout import Layout
-from distcomp.methods import parse
+from distcomp.methods import Method, parse
 from distcomp.parametrize import materialize
 from distcomp.structured import BlockDiagonal, SparseBasis
 
@@ -78,7 +78,8 @@ def replicas(rank: int, size: int, method: str) -> dict[str, Replica]:
         declared = structured.summary(inner).exchanged_bytes
         handle.detach()
         layout = Layout.of([(key, tuple(p.shape)) for key, p in inner.named_parameters()])
-        by_method = parse(method).payload_bytes(layout, size, STEPS - 1)
+        chosen = parse(method)
+        by_method = chosen.payload_bytes(layout, size, STEPS - 1) if isinstance(chosen, Method) else 0
         results[name] = (flat(inner), flat(materialize(inner)), sent, declared, by_method)
     return results
 
