@@ -61,7 +61,7 @@ def measure(task: str, share: float | None, path: Path) -> dict[str, Any]:
     if task == "encode":
         old, new = (None if share is None else made(None)), made(share)
         began_s = time.perf_counter()
-        update = updates.encode(old, new, entropy="none" if share is None else "zlib")
+        update = updates.encode(old, new, entropy="zlib")
         seconds = time.perf_counter() - began_s
         (updates.UpdateDirectory(path)).write([update])
         size = update.nbytes

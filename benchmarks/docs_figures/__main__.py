@@ -39,6 +39,7 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "faults": [(DOCS / "faults.md", faults.BLOCKS)],
     "precision": [(DOCS / "precision.md", precision.BLOCKS)],
     "pruning": [(DOCS / "pruning.md", pruning.BLOCKS)],
+    "collectives": [(DOCS / "collectives.md", updates.COLLECTIVES)],
     "updates": [(DOCS / "updates.md", updates.BLOCKS)],
     "rebuild": [(DOCS / "decisions" / "corrected-numbers.md", rebuild.BLOCKS)],
     "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS)],

@@ -1,4 +1,4 @@
-"""docs/updates.md: sizes of updates, memory, the example, hostile updates."""
+"""docs/updates.md and the pipeline of docs/collectives.md: sizes of updates, memory, the example, hostile updates."""
 
 from __future__ import annotations
 
@@ -60,6 +60,26 @@ def fuzz() -> str:
         f"{source(found, 'fuzz_updates.py')}"
     )
 
+
+def pipeline() -> str:
+    found = result("pipeline_loss")
+    rows = [
+        [
+            "float32" if codec == "none" else f"`{codec}`",
+            f"{row['mean']:.3f}",
+            f"{row['above']['mean']:+.4f} ({row['above']['range'][0]:+.4f} to {row['above']['range'][1]:+.4f})",
+            f"{row['bytes_per_microbatch']:,}",
+            f"{row['smaller']:.1f} ×",
+        ]
+        for codec, row in found["table"].items()
+    ]
+    head = ["codec, both ways", "test loss", "above float32", "bytes of a microbatch, each way", "fewer"]
+    seeds = len(next(iter(found["table"].values()))["test_losses"])
+    about = f"{found['plan']['steps']} steps, {seeds} seeds."
+    return f"{markdown(head, rows)}\n\n{about} {source(found, 'pipeline_loss.py')}"
+
+
+COLLECTIVES = {"pipeline": Block(pipeline, "pipeline_loss")}
 
 BLOCKS = {
     "updates sizes": Block(sizes, "updates_bytes"),

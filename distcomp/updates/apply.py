@@ -105,7 +105,7 @@ def apply(model_or_state: State, update: Update, *, before: int | None = None) -
 
     ``before``: the state's fingerprint where the caller has kept it, which saves reading all of it.
 
-    Memory: beside the state and the update, some blocks of 2^20 words.
+    Memory: beside the state and the update, some blocks of 2^18 words.
 
     Raises WrongBase where the state is not the one that the update changes, CorruptFile where the update
     holds what no encoder makes, DistcompError where names, dtypes or shapes differ. Nothing was changed then,

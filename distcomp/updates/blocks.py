@@ -30,7 +30,7 @@ from distcomp.errors import DistcompError, require
 from distcomp.files.coding import CorruptFile
 from distcomp.updates.words import WordType, distances
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 """Words of a block, at most."""
 RAW, ZLIB, ZSTD = 0, 1, 2
 ENTROPY = {"none": RAW, "zlib": ZLIB, "zstd": ZSTD}

@@ -35,7 +35,7 @@ def encode(
     Size: for each changed word about ``2 + log2(words / changed)`` bits of index and 1 of direction, more if
     it moved by more than one unit in the last place; the table of names, deflated; 68 bytes.
 
-    Memory: beside ``old`` and ``new`` what the update takes, and some blocks of 2^20 words.
+    Memory: beside ``old`` and ``new`` what the update takes, and some blocks of 2^18 words.
 
     Raises DistcompError where the two are not alike in names, dtypes and shapes, or hold no dense tensors.
     """
