@@ -1,4 +1,4 @@
-"""docs/updates.md and the pipeline of docs/collectives.md: sizes of updates, memory, the example, hostile updates."""
+"""docs/updates.md: sizes of updates, memory, the example, hostile updates; docs/collectives.md's pipeline."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def pipeline() -> str:
         [
             "float32" if codec == "none" else f"`{codec}`",
             f"{row['mean']:.3f}",
-            f"{row['above']['mean']:+.4f} ({row['above']['range'][0]:+.4f} to {row['above']['range'][1]:+.4f})",
+            f"{row['above']['mean']:+.4f} ({' to '.join(f'{end:+.4f}' for end in row['above']['range'])})",
             f"{row['bytes_per_microbatch']:,}",
             f"{row['smaller']:.1f} ×",
         ]
@@ -75,8 +75,8 @@ def pipeline() -> str:
     ]
     head = ["codec, both ways", "test loss", "above float32", "bytes of a microbatch, each way", "fewer"]
     seeds = len(next(iter(found["table"].values()))["test_losses"])
-    about = f"{found['plan']['steps']} steps, {seeds} seeds."
-    return f"{markdown(head, rows)}\n\n{about} {source(found, 'pipeline_loss.py')}"
+    about = f"{found['plan']['steps']} steps, {seeds} seeds. {source(found, 'pipeline_loss.py')}"
+    return f"{markdown(head, rows)}\n\n{about}"
 
 
 COLLECTIVES = {"pipeline": Block(pipeline, "pipeline_loss")}

@@ -37,7 +37,7 @@ ENTROPY = {"none": RAW, "zlib": ZLIB, "zstd": ZSTD}
 """The entropy stages by name. Where one saves nothing, bytes are stored as they are."""
 LEVELS = {ZLIB: 6, ZSTD: 3}
 
-Bytes = bytes | bytearray | memoryview
+ByteLike = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class BlockChange:
 class Cursor:
     """Takes bytes and numbers from the front; never more than there are."""
 
-    def __init__(self, data: Bytes) -> None:
+    def __init__(self, data: ByteLike) -> None:
         self._data = memoryview(data)
         self._at = 0
 
@@ -79,7 +79,7 @@ class Cursor:
 
     @property
     def left(self) -> int:
-        """Bytes that are left."""
+        """ByteLike that are left."""
         return len(self._data) - self._at
 
 

@@ -16,18 +16,23 @@ from distcomp.updates.pieces import Box, LocalPiece, local_pieces, tensors_of
 from distcomp.updates.update import Update, UpdatePiece
 from distcomp.updates.words import words_of
 
-State = nn.Module | Mapping[str, Any]
+ModelOrState = nn.Module | Mapping[str, Any]
 """A model, or a state dict: tensors by name."""
 
 
 def encode(
-    old: State | None, new: State, number: int = 1, *, entropy: str = "zlib", before: int | None = None
+    old: ModelOrState | None,
+    new: ModelOrState,
+    number: int = 1,
+    *,
+    entropy: str = "zlib",
+    before: int | None = None,
 ) -> Update:
     """The update that turns ``old`` into ``new``, bit for bit: ``apply(old, encode(old, new))`` is ``new``.
 
     ``old``, ``new``: models or state dicts of the same names, dtypes and shapes; without ``old``, a key
     frame, which gives all of ``new`` whatever is there. Any dtype. Names that share memory are sent once.
-    Where tensors are DTensors, each rank encodes its own shard into a part (:func:`merge`).
+    Where tensors are DTensors, each rank encodes its own shard into a part (:func:`merge_parts`).
 
     ``number``: of the version. ``entropy``: "none", "zlib" or "zstd" (``pip install 'distcomp[zstd]'``; the
     receivers, too). ``before``: the fingerprint of ``old``, where it is known: what lies on this rank of it.
