@@ -2,7 +2,7 @@
 
     python -m benchmarks.updates_grpo              # minutes; resumes; writes results/updates_grpo.json
 
-examples/grpo.py: one trainer and two samplers as processes, 100 steps, three seeds, at two learning rates.
+examples/grpo.py: one trainer and two samplers as processes, 40 steps, three seeds, at two learning rates.
 Updates are lossless, so the rewards must be the same to the last digit; the bytes depend on the rate.
 """
 
@@ -15,7 +15,7 @@ from benchmarks._common import Cells, shows_only
 from benchmarks._places import example
 from tests.cluster import Cluster
 
-SEEDS, STEPS, RATES = 3, 100, ("1e-3", "1e-4")
+SEEDS, STEPS, RATES = 3, 40, ("1e-3", "1e-4")
 WEIGHTS = ("updates", "whole")
 
 

@@ -48,7 +48,7 @@ def grpo() -> str:
         ]
         for rate, row in found["table"].items()
     ]
-    head = ["", "reward after 100 steps, seed by seed", "the same with whole weights", "bytes"]
+    head = ["", "reward after 40 steps, seed by seed", "the same with whole weights", "bytes"]
     return f"{markdown(head, rows)}\n\n{source(found, 'updates_grpo.py')}"
 
 
