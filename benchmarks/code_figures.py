@@ -55,7 +55,10 @@ SAME_MEANING = {
 """Rooms whose modules answer alike: a name that several of them define is one interface, one meaning."""
 
 SAME_WORD = {
+    "apply": "what was worked out before, to a model: removals, or an update of its weights",
     "attach": "compression to a model: of one's own loop, or of a trainer's",
+    "encode": "as bytes: symbols, or what turns one version of a model into the next",
+    "decode": "bytes back into what was encoded: symbols, or the numbers of a format",
     "fixed_point": "the format Q(I).(F): of a layer's numbers, of a message's",
     "gradual": "a part of the weights at a time: quantized, or pruned",
     "materialize": "a parametrization into a plain weight: of all kinds, or of masks alone",

@@ -2,7 +2,7 @@
 
     python -m benchmarks.pipeline_loss             # minutes; resumes; writes results/pipeline_loss.json
 
-examples/pipeline.py: the byte-level language model in two stages, two processes, 100 steps of 8 texts in four
+examples/pipeline.py: the byte-level language model in two stages, two processes, 30 steps of 8 texts in four
 microbatches; three seeds. Two bits are the control: they should lose.
 """
 
@@ -15,7 +15,7 @@ from benchmarks._common import Cells, shows_only
 from benchmarks._places import example
 from tests.cluster import Cluster
 
-SEEDS, STEPS = 3, 100
+SEEDS, STEPS = 3, 30
 CODECS = ("none", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=2")
 
 
@@ -56,7 +56,7 @@ def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     show_only = shows_only(__doc__)
     cells = Cells("pipeline_loss", {"steps": STEPS, "seeds": SEEDS, "codecs": list(CODECS)})
-    cluster = None if show_only else Cluster(2)
+    cluster = None if show_only else Cluster(2, patience_s=900)
     for seed in range(SEEDS if cluster else 0):
         for codec in CODECS:
             cells.get(f"{codec} | seed {seed}", lambda c=codec, s=seed: trained(cluster, c, s))

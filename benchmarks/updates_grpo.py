@@ -2,7 +2,7 @@
 
     python -m benchmarks.updates_grpo              # minutes; resumes; writes results/updates_grpo.json
 
-examples/grpo.py: one trainer and two samplers as processes, 200 steps, three seeds, at two learning rates.
+examples/grpo.py: one trainer and two samplers as processes, 40 steps, three seeds, at two learning rates.
 Updates are lossless, so the rewards must be the same to the last digit; the bytes depend on the rate.
 """
 
@@ -15,7 +15,7 @@ from benchmarks._common import Cells, shows_only
 from benchmarks._places import example
 from tests.cluster import Cluster
 
-SEEDS, STEPS, RATES = 3, 200, ("1e-3", "1e-4")
+SEEDS, STEPS, RATES = 3, 40, ("1e-3", "1e-4")
 WEIGHTS = ("updates", "whole")
 
 
@@ -59,7 +59,7 @@ def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     show_only = shows_only(__doc__)
     cells = Cells("updates_grpo", {"steps": STEPS, "seeds": SEEDS, "rates": list(RATES)})
-    cluster = None if show_only else Cluster(3)
+    cluster = None if show_only else Cluster(3, patience_s=900)
     for seed in range(SEEDS if cluster else 0):
         for rate in RATES:
             for weights in WEIGHTS:

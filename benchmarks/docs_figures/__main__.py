@@ -46,6 +46,7 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "pruning": [(DOCS / "pruning.md", pruning.BLOCKS)],
     "conditional": [(DOCS / "conditional.md", conditional.BLOCKS)],
     "structured": [(DOCS / "structured.md", structured.BLOCKS), (DOCS / "blocks.md", structured.OF_BLOCKS)],
+    "collectives": [(DOCS / "collectives.md", updates.COLLECTIVES)],
     "updates": [(DOCS / "updates.md", updates.BLOCKS)],
     "rebuild": [(DOCS / "decisions" / "corrected-numbers.md", rebuild.BLOCKS)],
     "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS | formats.BLOCKS)],

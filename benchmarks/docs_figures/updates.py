@@ -1,4 +1,4 @@
-"""docs/updates.md: sizes of updates, memory, the example, hostile updates."""
+"""docs/updates.md: sizes of updates, memory, the example, hostile updates; docs/collectives.md's pipeline."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def grpo() -> str:
         ]
         for rate, row in found["table"].items()
     ]
-    head = ["", "reward after 200 steps, seed by seed", "the same with whole weights", "bytes"]
+    head = ["", "reward after 40 steps, seed by seed", "the same with whole weights", "bytes"]
     return f"{markdown(head, rows)}\n\n{source(found, 'updates_grpo.py')}"
 
 
@@ -60,6 +60,26 @@ def fuzz() -> str:
         f"{source(found, 'fuzz_updates.py')}"
     )
 
+
+def pipeline() -> str:
+    found = result("pipeline_loss")
+    rows = [
+        [
+            "float32" if codec == "none" else f"`{codec}`",
+            f"{row['mean']:.3f}",
+            f"{row['above']['mean']:+.4f} ({' to '.join(f'{end:+.4f}' for end in row['above']['range'])})",
+            f"{row['bytes_per_microbatch']:,}",
+            f"{row['smaller']:.1f} ×",
+        ]
+        for codec, row in found["table"].items()
+    ]
+    head = ["codec, both ways", "test loss", "above float32", "bytes of a microbatch, each way", "fewer"]
+    seeds = len(next(iter(found["table"].values()))["test_losses"])
+    about = f"{found['plan']['steps']} steps, {seeds} seeds. {source(found, 'pipeline_loss.py')}"
+    return f"{markdown(head, rows)}\n\n{about}"
+
+
+COLLECTIVES = {"pipeline": Block(pipeline, "pipeline_loss")}
 
 BLOCKS = {
     "updates sizes": Block(sizes, "updates_bytes"),

@@ -51,7 +51,7 @@ class QController(nn.Module):
         """How often a choice is made at random in training; lower it over the run."""
         self.chosen = torch.empty(0, dtype=torch.int64)
         """What each example of the last forward was given."""
-        self._expected = torch.empty(0)
+        self._expected = torch.empty(0, dtype=torch.float32)
 
     def forward(self, h: Tensor) -> Tensor:
         """``h``: ``[N, width]``; the scores of what was chosen for each row."""

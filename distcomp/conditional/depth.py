@@ -13,13 +13,10 @@ from distcomp.process_environment import read_environment
 from distcomp.schedule import Schedule, varying
 from distcomp.transports.types import ProcessGroup
 
-Patterns = str | Iterable[str]
-"""Names of modules as ``named_modules()`` has them; ``*`` stands for any name at one level."""
-
 
 def stochastic_depth(
     model: nn.Module,
-    blocks: Patterns = "blocks.*",
+    blocks: str | Iterable[str] = "blocks.*",
     last: float | str | Schedule = 0.5,
     *,
     seed: int = 0,
@@ -59,7 +56,7 @@ def stochastic_depth(
 
 
 def sample_layers(
-    model: nn.Module, layers: Patterns, k: int = 2, period: int = 1, *, seed: int = 0
+    model: nn.Module, layers: str | Iterable[str], k: int = 2, period: int = 1, *, seed: int = 0
 ) -> LayerSwitch:
     """Train ``k`` of the layers at a time, others anew every ``period`` iterations (LISA).
 
@@ -69,7 +66,7 @@ def sample_layers(
     return LayerSwitch(model, Sampled(layers_named(model, layers), k, period, seed), "freeze")
 
 
-def alternate_layers(model: nn.Module, groups: Sequence[Patterns], period: int = 1) -> LayerSwitch:
+def alternate_layers(model: nn.Module, groups: Sequence[str | Iterable[str]], period: int = 1) -> LayerSwitch:
     """Train groups of layers in turn, ``period`` iterations each: halves of a model, LoRA's two factors.
 
     Raises DistcompError as :class:`LayerSwitch`, and where a layer is in two groups.
@@ -78,7 +75,7 @@ def alternate_layers(model: nn.Module, groups: Sequence[Patterns], period: int =
     return LayerSwitch(model, Alternating(named, period), "freeze")
 
 
-def freeze_layers(model: nn.Module, layers: Patterns, steps: Sequence[int]) -> LayerSwitch:
+def freeze_layers(model: nn.Module, layers: str | Iterable[str], steps: Sequence[int]) -> LayerSwitch:
     """Freeze each layer from an iteration of its own on: the first of ``steps`` is that of the first layer.
 
     Source: Brock et al., "FreezeOut", 2017. Raises DistcompError as :class:`LayerSwitch`.

@@ -91,7 +91,7 @@ class SpatialHalting(nn.Module):
         self.epsilon = epsilon
         self.gathered = True
         """Whether evaluation gathers active positions; otherwise it masks, as training does."""
-        self.ponder = Ponder(torch.empty(0), torch.empty(0))
+        self.ponder = Ponder(torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``[N, channels, H, W]``, and so is the answer."""

@@ -63,9 +63,9 @@ class BlockPolicy(nn.Module):
         self.baseline: Tensor
         self.random = False
         """The control: the same share of blocks, drawn without looking at the input."""
-        self.probability = torch.empty(0, blocks)
+        self.probability = torch.empty(0, blocks, dtype=torch.float32)
         """Of the last forward: ``[N, blocks]``, with its graph."""
-        self.taken = torch.empty(0, blocks)
+        self.taken = torch.empty(0, blocks, dtype=torch.float32)
         """Which blocks each example took: bool ``[N, blocks]``."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class GatedStage(nn.Module):
         self.branch = branch
         self.gate = nn.Linear(width, 1)
         nn.init.constant_(self.gate.bias, bias)
-        self.taken = torch.empty(0)
+        self.taken = torch.empty(0, dtype=torch.float32)
         """Which examples went through in the last forward: 0 or 1, ``[N]``, with the gate's graph."""
 
     def forward(self, x: Tensor) -> Tensor:

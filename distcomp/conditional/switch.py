@@ -157,7 +157,7 @@ class LayerSwitch(Listener):
             self._compare_awake(self._compare)
 
     def _compare_awake(self, group: ProcessGroup) -> None:
-        own = torch.tensor([Key.of(self.step, *sorted(self.awake())).seed])
+        own = torch.tensor([Key.of(self.step, *sorted(self.awake())).seed], dtype=torch.int64)
         numbers = torch.empty(line_of(group).session.size, dtype=torch.int64)
         all_gather(numbers, own, group=group)
         odd = [rank for rank, number in enumerate(numbers.tolist()) if number != int(numbers[0])]

@@ -86,7 +86,8 @@ class Lossless(Method):
         assert isinstance(request, AllGather | AllToAll)
         coded = [self._coded(payload) for payload in request.sends()]
         said = [
-            _payload(SIZE, torch.tensor([payload.body.numel()]), payload.wire.device) for payload in coded
+            _payload(SIZE, torch.tensor([payload.body.numel()], dtype=torch.int64), payload.wire.device)
+            for payload in coded
         ]
         sizes: list[Payload] = yield _with(request, said, None)
         lengths = [int(payload["sizes"]) for payload in sizes]

@@ -18,15 +18,15 @@ from torch import Tensor
 from distcomp.errors import DistcompError
 from distcomp.files.coding import CorruptFile
 from distcomp.kernels.words import M64, fingerprint_at
-from distcomp.updates.blocks import BLOCK, Bytes, Cursor, decode_block
-from distcomp.updates.encode import State
+from distcomp.updates.blocks import BLOCK, ByteLike, Cursor, decode_block
+from distcomp.updates.encode import ModelOrState
 from distcomp.updates.fingerprints import piece_fingerprint, total
 from distcomp.updates.pieces import Box, LocalPiece, local_pieces, tensors_of
 from distcomp.updates.update import Update
 from distcomp.updates.words import moved, words_of
 
 LIMIT_BYTES = 1 << 36
-"""What :func:`decode` may take unless told otherwise: 64 GiB."""
+"""What :func:`read_key_frame` may take unless told otherwise: 64 GiB."""
 TENSOR_BYTES = 1 << 10
 """What a tensor takes beside its elements, at most: its name, the object."""
 
@@ -36,12 +36,12 @@ class WrongBase(DistcompError):
 
 
 @dataclass(frozen=True)
-class Target:
+class UpdateTarget:
     """A tensor as far as it lies here, what the update says of it, and whether it is written: of names that
     share memory one is."""
 
     piece: LocalPiece
-    sources: tuple[tuple[Box, Bytes], ...]
+    sources: tuple[tuple[Box, ByteLike], ...]
     key: bool
     written: bool = True
 
@@ -97,7 +97,7 @@ class Target:
 
 
 @torch.no_grad()
-def apply(model_or_state: State, update: Update, *, before: int | None = None) -> int:
+def apply(model_or_state: ModelOrState, update: Update, *, before: int | None = None) -> int:
     """Turn the state into the update's version, in place, bit for bit; the fingerprint of what it is now.
 
     A module, or tensors by name, plain or DTensors of any layout: it need not be the trainer's. Where tensors
@@ -105,14 +105,14 @@ def apply(model_or_state: State, update: Update, *, before: int | None = None) -
 
     ``before``: the state's fingerprint where the caller has kept it, which saves reading all of it.
 
-    Memory: beside the state and the update, some blocks of 2^20 words.
+    Memory: beside the state and the update, some blocks of 2^18 words.
 
     Raises WrongBase where the state is not the one that the update changes, CorruptFile where the update
     holds what no encoder makes, DistcompError where names, dtypes or shapes differ. Nothing was changed then,
     on any rank.
     """
     pieces = local_pieces(tensors_of(model_or_state))
-    plan: list[Target] = []
+    plan: list[UpdateTarget] = []
     terms: list[tuple[LocalPiece, tuple[int, int]]] = []
     problem: DistcompError | None = None
     try:
@@ -144,7 +144,7 @@ def apply(model_or_state: State, update: Update, *, before: int | None = None) -
     return after
 
 
-def decode(update: Update, limit_bytes: int = LIMIT_BYTES) -> dict[str, Tensor]:
+def read_key_frame(update: Update, limit_bytes: int = LIMIT_BYTES) -> dict[str, Tensor]:
     """The state dict in a key frame: plain tensors by name, on the CPU.
 
     Raises DistcompError for a difference, and where the tensors would take more than ``limit_bytes``;
@@ -169,14 +169,14 @@ def decode(update: Update, limit_bytes: int = LIMIT_BYTES) -> dict[str, Tensor]:
     return state
 
 
-def planned(pieces: list[LocalPiece], update: Update) -> list[Target]:
+def planned(pieces: list[LocalPiece], update: Update) -> list[UpdateTarget]:
     """What the update says of each piece. Raises DistcompError where the two are not of one state dict."""
     if update.parts > 1:
         raise DistcompError(
             f"this is part {update.part} of {update.parts} of version {update.number}; merge all of them "
             "first"
         )
-    sources: dict[str, list[tuple[Box, Bytes]]] = {}
+    sources: dict[str, list[tuple[Box, ByteLike]]] = {}
     for said in update.pieces:
         blocks = said.blocks if said.alias is None else update.pieces[said.alias].blocks
         sources.setdefault(said.box.name, []).append((said.box, blocks))
@@ -188,7 +188,7 @@ def planned(pieces: list[LocalPiece], update: Update) -> list[Target]:
         )
     for piece in pieces:
         _check_sources(piece.box, [box for box, _ in sources[piece.box.name]])
-    plan = [Target(piece, tuple(sources[piece.box.name]), update.key) for piece in pieces]
+    plan = [UpdateTarget(piece, tuple(sources[piece.box.name]), update.key) for piece in pieces]
     return _each_memory_once(plan)
 
 
@@ -207,13 +207,13 @@ def _check_sources(box: Box, sources: list[Box]) -> None:
         raise CorruptFile(f"parts of {box.name[:80]} overlap in the update: it was altered")
 
 
-def _each_memory_once(plan: list[Target]) -> list[Target]:
+def _each_memory_once(plan: list[UpdateTarget]) -> list[UpdateTarget]:
     """Mark all but one of those that share memory as not to be written.
 
     Raises DistcompError where they would become different, or share memory in part.
     """
-    first: dict[tuple[object, ...], Target] = {}
-    once: list[Target] = []
+    first: dict[tuple[object, ...], UpdateTarget] = {}
+    once: list[UpdateTarget] = []
     for target in plan:
         local = target.piece.local
         if any(size > 1 and stride == 0 for size, stride in zip(local.shape, local.stride(), strict=True)):
@@ -229,8 +229,8 @@ def _each_memory_once(plan: list[Target]) -> list[Target]:
     return once
 
 
-def _say_the_same(one: Target, other: Target) -> bool:
-    def said(target: Target) -> list[tuple[object, ...]]:
+def _say_the_same(one: UpdateTarget, other: UpdateTarget) -> bool:
+    def said(target: UpdateTarget) -> list[tuple[object, ...]]:
         return [(box.offsets, box.sizes, bytes(blocks)) for box, blocks in target.sources]
 
     return said(one) == said(other)

@@ -30,14 +30,14 @@ from distcomp.errors import DistcompError, require
 from distcomp.files.coding import CorruptFile
 from distcomp.updates.words import WordType, distances
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 """Words of a block, at most."""
 RAW, ZLIB, ZSTD = 0, 1, 2
 ENTROPY = {"none": RAW, "zlib": ZLIB, "zstd": ZSTD}
 """The entropy stages by name. Where one saves nothing, bytes are stored as they are."""
 LEVELS = {ZLIB: 6, ZSTD: 3}
 
-Bytes = bytes | bytearray | memoryview
+ByteLike = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class BlockChange:
 class Cursor:
     """Takes bytes and numbers from the front; never more than there are."""
 
-    def __init__(self, data: Bytes) -> None:
+    def __init__(self, data: ByteLike) -> None:
         self._data = memoryview(data)
         self._at = 0
 
@@ -79,7 +79,7 @@ class Cursor:
 
     @property
     def left(self) -> int:
-        """Bytes that are left."""
+        """ByteLike that are left."""
         return len(self._data) - self._at
 
 

@@ -18,7 +18,7 @@ from distcomp.atomic_write import write_chunks
 from distcomp.errors import DistcompError
 from distcomp.files.coding import CorruptFile
 from distcomp.updates.stream import Receiver
-from distcomp.updates.update import Update, merge, read_update
+from distcomp.updates.update import Update, merge_parts, read_update
 
 OBJECT = re.compile(r"(\d{12})\.(key|difference)\.(\d{1,5})-of-(\d{1,5})\.dcu")
 WANTED = "wanted.key"
@@ -70,7 +70,7 @@ class UpdateDirectory:
     def read(self, version: StoredVersion) -> Update:
         """A version, its parts merged. Raises CorruptFile, also where another was written under its name."""
         try:
-            update = merge([read_update(path) for path in version.parts])
+            update = merge_parts([read_update(path) for path in version.parts])
         except OSError as error:
             raise CorruptFile(f"update {version.number} cannot be read ({error}); get it again") from error
         if (update.number, update.key) != (version.number, version.key):

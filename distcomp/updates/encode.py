@@ -16,18 +16,23 @@ from distcomp.updates.pieces import Box, LocalPiece, local_pieces, tensors_of
 from distcomp.updates.update import Update, UpdatePiece
 from distcomp.updates.words import words_of
 
-State = nn.Module | Mapping[str, Any]
+ModelOrState = nn.Module | Mapping[str, Any]
 """A model, or a state dict: tensors by name."""
 
 
 def encode(
-    old: State | None, new: State, number: int = 1, *, entropy: str = "zlib", before: int | None = None
+    old: ModelOrState | None,
+    new: ModelOrState,
+    number: int = 1,
+    *,
+    entropy: str = "zlib",
+    before: int | None = None,
 ) -> Update:
     """The update that turns ``old`` into ``new``, bit for bit: ``apply(old, encode(old, new))`` is ``new``.
 
     ``old``, ``new``: models or state dicts of the same names, dtypes and shapes; without ``old``, a key
     frame, which gives all of ``new`` whatever is there. Any dtype. Names that share memory are sent once.
-    Where tensors are DTensors, each rank encodes its own shard into a part (:func:`merge`).
+    Where tensors are DTensors, each rank encodes its own shard into a part (:func:`merge_parts`).
 
     ``number``: of the version. ``entropy``: "none", "zlib" or "zstd" (``pip install 'distcomp[zstd]'``; the
     receivers, too). ``before``: the fingerprint of ``old``, where it is known: what lies on this rank of it.
@@ -35,7 +40,7 @@ def encode(
     Size: for each changed word about ``2 + log2(words / changed)`` bits of index and 1 of direction, more if
     it moved by more than one unit in the last place; the table of names, deflated; 68 bytes.
 
-    Memory: beside ``old`` and ``new`` what the update takes, and some blocks of 2^20 words.
+    Memory: beside ``old`` and ``new`` what the update takes, and some blocks of 2^18 words.
 
     Raises DistcompError where the two are not alike in names, dtypes and shapes, or hold no dense tensors.
     """

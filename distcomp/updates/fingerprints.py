@@ -56,7 +56,7 @@ def total(
     meshes = {id(piece.mesh): piece.mesh for piece in pieces if piece.mesh is not None}
     for key, mesh in meshes.items():
         own = _added([term for piece, term in terms if piece.speaks and id(piece.mesh) == key])
-        of_mesh = _over(mesh, torch.tensor([*map(signed64, own), int(failed)]))
+        of_mesh = _over(mesh, torch.tensor([*map(signed64, own), int(failed)], dtype=torch.int64))
         sums = _added([sums, (int(of_mesh[0]), int(of_mesh[1]))])
         any_failed |= bool(of_mesh[2])
     return sums, any_failed

@@ -16,16 +16,16 @@ import torch.distributed as dist
 from distcomp import calls
 from distcomp.errors import DistcompError
 from distcomp.kernels.words import signed64
-from distcomp.updates.encode import State
+from distcomp.updates.encode import ModelOrState
 from distcomp.updates.stream import Publisher, Receiver, total_fingerprint
-from distcomp.updates.update import Update, merge, read_update
+from distcomp.updates.update import Update, merge_parts, read_update
 
 RECEIVES, PUBLISHES = 0, 1
 NO_VERSION = -1
 
 
 def publish_to_group(
-    publisher: Publisher, state: State, *, key: bool = False, group: dist.ProcessGroup | None = None
+    publisher: Publisher, state: ModelOrState, *, key: bool = False, group: dist.ProcessGroup | None = None
 ) -> Update:
     """Publish the next version to all ranks of the group that call :func:`receive_from_group`; what this rank
     sent: a difference, or a key frame where one is due, asked for or needed by a receiver.
@@ -61,7 +61,7 @@ def receive_from_group(receiver: Receiver, *, group: dist.ProcessGroup | None = 
     parts = _exchange(None, group)
     if not parts or not any(rank[0] == PUBLISHES for rank in ranks):
         raise DistcompError("no rank of the group publishes; call publish_to_group on the trainer's")
-    update = merge(parts)
+    update = merge_parts(parts)
     receiver.receive(update)
     return update.number
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # takes seconds to import, and who has a DTensor has imported
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-Sizes = tuple[int, ...]
+Dimensions = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Box:
 
     name: str
     dtype: torch.dtype
-    shape: Sizes
-    offsets: Sizes
-    sizes: Sizes
+    shape: Dimensions
+    offsets: Dimensions
+    sizes: Dimensions
 
     @property
     def kind(self) -> WordType:
@@ -182,7 +182,7 @@ def _coordinates(mesh: DeviceMesh) -> list[int]:
     return list(here)
 
 
-def _flat(coordinates: Sizes, shape: Sizes) -> int:
+def _flat(coordinates: Dimensions, shape: Dimensions) -> int:
     index = 0
     for at, length in zip(coordinates, shape, strict=True):
         index = index * length + at

@@ -10,7 +10,7 @@ import torch
 
 from distcomp.atomic_write import write_chunks
 from distcomp.errors import DistcompError
-from distcomp.updates.encode import State
+from distcomp.updates.encode import ModelOrState
 from distcomp.updates.pieces import tensors_of
 
 SAFETENSORS_DTYPES = {
@@ -22,7 +22,7 @@ SAFETENSORS_DTYPES = {
 ALIGNED_BYTES = 8
 
 
-def save_safetensors(state: State, path: str | Path) -> None:
+def save_safetensors(state: ModelOrState, path: str | Path) -> None:
     """Write a model's tensors, whole or not at all: 8 bytes of length, a header of JSON, the tensors in order
     of name.
 

@@ -12,7 +12,7 @@ from distcomp.errors import DistcompError
 from distcomp.kernels.words import M64
 from distcomp.updates.apply import apply
 from distcomp.updates.blocks import entropy_number
-from distcomp.updates.encode import State, encode, local_fingerprint
+from distcomp.updates.encode import ModelOrState, encode, local_fingerprint
 from distcomp.updates.fingerprints import state_fingerprint
 from distcomp.updates.pieces import local_pieces, tensors_of
 from distcomp.updates.update import Update
@@ -41,7 +41,9 @@ class Publisher:
     ``entropy``: as in :func:`encode`.
     """
 
-    def __init__(self, state: State, *, number: int = 0, key_every: int = 64, entropy: str = "zlib") -> None:
+    def __init__(
+        self, state: ModelOrState, *, number: int = 0, key_every: int = 64, entropy: str = "zlib"
+    ) -> None:
         entropy_number(entropy)
         self.number = number
         self.key_every = key_every
@@ -50,7 +52,7 @@ class Publisher:
         self.fingerprint = local_fingerprint(local_pieces(self._published))
         """Of the version published last: what this rank contributes to it."""
 
-    def publish(self, state: State, *, key: bool = False, difference: bool = True) -> Publication:
+    def publish(self, state: ModelOrState, *, key: bool = False, difference: bool = True) -> Publication:
         """The next version. ``key``: with a key frame even if none is due; ``difference=False``: without one.
 
         Memory: beside the state, the copy kept of the version before and what is sent.
@@ -82,7 +84,7 @@ class Receiver:
     weights; None where it is nothing yet, and a key frame is waited for.
     """
 
-    def __init__(self, state: State, *, number: int | None = 0) -> None:
+    def __init__(self, state: ModelOrState, *, number: int | None = 0) -> None:
         self._state = state
         self.number = number
         self.fingerprint = 0 if number is None else state_fingerprint(state)
@@ -128,7 +130,7 @@ def total_fingerprint(parts: list[int]) -> int:
     return sum(parts) & M64
 
 
-def floating_as(state: State, dtype: torch.dtype) -> dict[str, Tensor]:
+def floating_as(state: ModelOrState, dtype: torch.dtype) -> dict[str, Tensor]:
     """A state dict whose floating-point tensors are rounded to ``dtype``: what inference runs of a model that
     is trained in float32. Names that share memory still do."""
     made: dict[tuple[object, ...], Tensor] = {}

@@ -18,8 +18,8 @@ offset    bytes  what
 52        16     BLAKE2b of the 52 bytes before, the table and the blocks
 ========  =====  ==============================================================
 
-The fingerprints of a part count what is in it alone; :func:`merge` adds them up. The checksum is against
-accidents: whoever may write updates may write any weights.
+The fingerprints of a part count what is in it alone; :func:`merge_parts` adds them up. The checksum is
+against accidents: whoever may write updates may write any weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import torch
 from distcomp.errors import DistcompError
 from distcomp.files.coding import CorruptFile
 from distcomp.kernels.words import M64
-from distcomp.updates.blocks import Bytes, Cursor, leb128
+from distcomp.updates.blocks import ByteLike, Cursor, leb128
 from distcomp.updates.pieces import Box
 from distcomp.updates.words import word_type
 
@@ -66,7 +66,7 @@ class UpdatePiece:
     """A box, and the bytes of its blocks; ``alias`` is the piece whose blocks are also these."""
 
     box: Box
-    blocks: Bytes
+    blocks: ByteLike
     alias: int | None = None
 
 
@@ -93,7 +93,7 @@ class Update:
         """Its size in a file or on the wire."""
         return sum(map(len, self.chunks()))
 
-    def chunks(self) -> Iterator[Bytes]:
+    def chunks(self) -> Iterator[ByteLike]:
         """The bytes of the update, piece after piece; nothing is copied."""
         if not self._head:
             self._head.append(self._headed())
@@ -114,7 +114,7 @@ class Update:
         return bare + check + table
 
 
-def _checksum(chunks: Sequence[Bytes]) -> bytes:
+def _checksum(chunks: Sequence[ByteLike]) -> bytes:
     state = hashlib.blake2b(digest_size=CHECKSUM_BYTES)
     for chunk in chunks:
         state.update(chunk)
@@ -137,7 +137,7 @@ def _dtype_number(dtype: torch.dtype) -> int:
     return DTYPE_NAMES.index(name)
 
 
-def read_update(source: Bytes | Path | BinaryIO) -> Update:
+def read_update(source: ByteLike | Path | BinaryIO) -> Update:
     """The update in some bytes, or in a file, which is read once.
 
     Takes what the file takes, and no more beside than its table. Raises CorruptFile for bytes that are
@@ -146,7 +146,7 @@ def read_update(source: Bytes | Path | BinaryIO) -> Update:
     if isinstance(source, Path):
         with source.open("rb") as file:
             return read_update(file)
-    data = memoryview(source) if isinstance(source, Bytes) else memoryview(source.read())
+    data = memoryview(source) if isinstance(source, ByteLike) else memoryview(source.read())
     if len(data) < UPDATE_HEADER.size:
         raise CorruptFile("the update ends within its header: it was cut short, or is none")
     fields = UPDATE_HEADER.unpack(data[: UPDATE_HEADER.size])
@@ -237,7 +237,7 @@ def _alike(one: Box, other: Box) -> bool:
     return replace(one, name=other.name) == other
 
 
-def merge(updates: Sequence[Update]) -> Update:
+def merge_parts(updates: Sequence[Update]) -> Update:
     """The parts of one version, which the ranks of a sharded trainer made, as one update.
 
     Raises DistcompError unless all parts of one version are there, each once.

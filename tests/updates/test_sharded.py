@@ -38,7 +38,7 @@ def exchanged(own):
     """Every rank's part, merged."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own.to_bytes())
-    return updates.merge([updates.read_update(part) for part in parts])
+    return updates.merge_parts([updates.read_update(part) for part in parts])
 
 
 def full(state):
@@ -85,7 +85,7 @@ def layouts(rank, size):
         updates.apply(state, both)
         found[name] = same(plain, changed) and same(full(other), changed) and same(full(state), changed)
     key = exchanged(updates.encode(None, sharded(changed, square, [Shard(0), Shard(1)])))
-    found["key frame"] = same(updates.decode(key), changed)
+    found["key frame"] = same(updates.read_key_frame(key), changed)
     return found
 
 
@@ -155,13 +155,13 @@ def test_a_stream_from_shards_to_shards(cluster):
 def test_parts_belong_together():
     old, new = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
     update = updates.encode(old, new)
-    assert updates.merge([update]) == update
+    assert updates.merge_parts([update]) == update
     half = updates.Update(1, False, 0, 0, (), 0, 2)
     for wrong in ([], [half], [half, half]):
         with pytest.raises(DistcompError, match="are not those of one version"):
-            updates.merge(wrong)
+            updates.merge_parts(wrong)
     with pytest.raises(DistcompError, match="version 1 and of version 2"):
-        updates.merge([half, updates.Update(2, False, 0, 0, (), 1, 2)])
+        updates.merge_parts([half, updates.Update(2, False, 0, 0, (), 1, 2)])
     with pytest.raises(DistcompError, match="merge all of them first"):
         updates.apply(old, half)
 

@@ -36,7 +36,7 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(entropy):
     assert updates.apply(state, update) == updates.state_fingerprint(new) == update.after
     assert same(state, new)
     whole = updates.read_update(updates.encode(None, new, entropy=entropy).to_bytes())
-    assert same(updates.decode(whole), new)
+    assert same(updates.read_key_frame(whole), new)
     assert updates.apply(state, whole) == update.after
     assert same(state, new)
 
@@ -84,7 +84,7 @@ def test_blocks_follow_one_another(monkeypatch):
     state = copied(old)
     updates.apply(state, updates.read_update(updates.encode(old, new).to_bytes()))
     assert same(state, new)
-    assert same(updates.decode(updates.encode(None, new)), new)
+    assert same(updates.read_key_frame(updates.encode(None, new)), new)
 
 
 def test_nothing_changed_costs_the_table():
@@ -111,7 +111,7 @@ def test_tied_weights_are_sent_once_and_written_once():
     assert update.nbytes < alone.nbytes + 60
     for state in (sampler, old):  # tied there, and not
         updates.apply(state, updates.read_update(update.to_bytes()))
-        assert same(updates.decode(updates.encode(None, state)), dict(trainer.state_dict()))
+        assert same(updates.read_key_frame(updates.encode(None, state)), dict(trainer.state_dict()))
     assert sampler.out.weight is sampler.embedding.weight
 
 
@@ -221,9 +221,9 @@ def test_blocks_that_no_encoder_makes_change_nothing():
 def test_a_key_frame_may_take_no_more_than_is_allowed():
     whole = updates.encode(None, {"w": torch.zeros(1000)})
     with pytest.raises(DistcompError, match="raise the limit if you trust"):
-        updates.decode(whole, limit_bytes=2000)
+        updates.read_key_frame(whole, limit_bytes=2000)
     with pytest.raises(DistcompError, match="update 1 is a difference"):
-        updates.decode(updates.encode({"w": torch.zeros(3)}, {"w": torch.ones(3)}))
+        updates.read_key_frame(updates.encode({"w": torch.zeros(3)}, {"w": torch.ones(3)}))
 
 
 def test_a_small_stream_that_expands_without_end_is_not_expanded():

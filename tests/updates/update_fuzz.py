@@ -139,11 +139,11 @@ def try_to_apply(data: bytes) -> str:
         assert after == update.after == updates.state_fingerprint(state)
         outcome = "applied"
         if update.key:
-            assert same(updates.decode(update, LIMIT_BYTES), state)
+            assert same(updates.read_key_frame(update, LIMIT_BYTES), state)
     try:
         update = updates.read_update(data)
         if update.key:
-            updates.decode(update, LIMIT_BYTES)
+            updates.read_key_frame(update, LIMIT_BYTES)
     except DistcompError:
         pass
     return outcome
