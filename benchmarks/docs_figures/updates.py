@@ -79,11 +79,11 @@ def pipeline() -> str:
     return f"{markdown(head, rows)}\n\n{about}"
 
 
-COLLECTIVES = {"pipeline": Block(pipeline, "pipeline_loss")}
+COLLECTIVES = {"pipeline": Block(pipeline, "pipeline_loss", key="table")}
 
 BLOCKS = {
     "updates sizes": Block(sizes, "updates_bytes"),
     "updates memory": Block(memory, "updates_memory"),
-    "updates grpo": Block(grpo, "updates_grpo"),
+    "updates grpo": Block(grpo, "updates_grpo", key="table"),
     "updates fuzz": Block(fuzz, "fuzz_updates"),
 }
