@@ -23,6 +23,7 @@ from distcomp.network.units import format_rate
 
 METHODS = (
     "ddp", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1", "powersgd:rank=4", "topk:ratio=0.01",
+    "lossless:inner=(qsgd:bits=4)",
 )  # fmt: skip
 BASELINE = "ddp"
 WORTH = 1.05

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distcomp.collectives import AllGather, AllToAll, Request, Rounds
+from distcomp.collectives import AllGather, AllToAll, Request, Rounds, zeros
+from distcomp.collectives.base import SealFor
 from distcomp.errors import DistcompError
 from distcomp.kernels import entropy as coding
 from distcomp.kernels.entropy import CODERS, most_bytes
@@ -84,18 +85,22 @@ class Lossless(Method):
         if not is_coded(request, context.rank, context.size):
             return (yield request)
         assert isinstance(request, AllGather | AllToAll)
-        coded = [self._coded(payload) for payload in request.sends()]
-        said = [
-            _payload(SIZE, torch.tensor([payload.body.numel()], dtype=torch.int64), payload.wire.device)
-            for payload in coded
-        ]
-        sizes: list[Payload] = yield _with(request, said, None)
-        lengths = [int(payload["sizes"]) for payload in sizes]
-        received: list[Payload] = yield _with(request, coded, lengths)
-        expected = request.expected(context.rank, context.size)
+        expected = tuple(request.expected(context.rank, context.size))
+        coded = tuple(self._coded(payload) for payload in request.sends())
+        said = tuple(_size_of(payload) for payload in coded)
+        sizes: list[Payload] = yield _with(request, said, None, expected, self._said_size)
+        parts = tuple(coded_parts(int(payload["sizes"])) for payload in sizes)
+        received: list[Payload] = yield _with(request, coded, parts, expected, self._said)
         return request.read(
             [self._decoded(payload, parts) for payload, parts in zip(received, expected, strict=True)]
         )
+
+    def _said(self, parts: Parts) -> Payload:
+        """What a rank sends whose payload is of zeros."""
+        return self._coded(zeros(parts))
+
+    def _said_size(self, parts: Parts) -> Payload:
+        return _size_of(self._said(parts))
 
     def _coded(self, payload: Payload) -> Payload:
         # Part by part: scales, which hardly become shorter, would blur the frequencies of codes.
@@ -127,8 +132,8 @@ class Lossless(Method):
     def _most_bytes(self, layout: Layout, size: int, step: int) -> int:
         """Of an exchange of zeros with ranks that say the same: what is asked depends on the layout alone."""
         context = StepContext(0, size, layout, step, Key.of("lossless"))
-        zeros, state = torch.zeros(layout.numel, dtype=torch.float32), self.assumed_state(layout, step)
-        rounds, longer = self.inner.aggregate(zeros, state, context), 0.0
+        nothing, state = torch.zeros(layout.numel, dtype=torch.float32), self.assumed_state(layout, step)
+        rounds, longer = self.inner.aggregate(nothing, state, context), 0.0
         try:
             request = next(rounds)
             while True:
@@ -169,14 +174,65 @@ def _payload(parts: Parts, values: Tensor, device: torch.device) -> Payload:
     return payload
 
 
+def _size_of(coded: Payload) -> Payload:
+    """What is said before it is sent."""
+    return _payload(SIZE, torch.tensor([coded.body.numel()]), coded.wire.device)
+
+
+Said = Callable[[Parts], Payload]
+"""What a rank would send whose payload had these parts."""
+
+
+@dataclass(frozen=True, eq=False)
+class CodedAllGather(AllGather):
+    """An all-gather of coded payloads, which were of the parts ``plain``, or of their sizes. Only where
+    nobody else is asked does it differ: what others would send must then be readable, too."""
+
+    plain: tuple[Parts, ...] = ()
+    said: Said | None = None
+
+    def echo(self, rank: int, size: int, write_header: SealFor) -> list[Tensor]:
+        return _echo(self, rank, size, write_header)
+
+
+@dataclass(frozen=True, eq=False)
+class CodedAllToAll(AllToAll):
+    """As :class:`CodedAllGather`, from each to each."""
+
+    plain: tuple[Parts, ...] = ()
+    said: Said | None = None
+
+    def echo(self, rank: int, size: int, write_header: SealFor) -> list[Tensor]:
+        return _echo(self, rank, size, write_header)
+
+
+def _echo(
+    request: CodedAllGather | CodedAllToAll, rank: int, size: int, write_header: SealFor
+) -> list[Tensor]:
+    """What every rank sends if it sends what this one does; coded zeros where its payload is of other
+    parts."""
+    assert request.said is not None
+    position, wires = request.position(rank), []
+    own = request.payload_to(position)
+    for sender, parts in zip(request.senders(size), request.plain, strict=True):
+        alike = parts == request.plain[position]
+        said = Payload(own.wire.clone(), own.parts) if alike else request.said(parts)
+        write_header(sender, said)
+        wires.append(said.wire)
+    return wires
+
+
 def _with(
-    request: AllGather | AllToAll, payloads: list[Payload], lengths: Iterable[int] | None
-) -> AllGather | AllToAll:
-    """The same request of other payloads, of which coded ones arrive with these lengths."""
-    parts = None if lengths is None else tuple(coded_parts(length) for length in lengths)
+    request: AllGather | AllToAll,
+    payloads: tuple[Payload, ...],
+    parts: tuple[Parts, ...] | None,
+    plain: tuple[Parts, ...],
+    said: Said,
+) -> CodedAllGather | CodedAllToAll:
+    """The same request of other payloads, which arrive as ``parts``."""
     if isinstance(request, AllGather):
-        return replace(request, payload=payloads[0], parts=parts)
-    return replace(request, payloads=tuple(payloads), parts=parts)
+        return CodedAllGather(payloads[0], parts, request.group, plain, said)
+    return CodedAllToAll(payloads, parts, request.group, plain, said)
 
 
 def _longer_by(request: Request, size: int) -> float:

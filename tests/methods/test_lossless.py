@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from distcomp.advice.predict import profile_method
 from distcomp.collectives import AllGather, AllToAll
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
@@ -89,3 +90,12 @@ def test_a_payload_that_was_cut_or_is_of_another_coder_is_refused() -> None:
             method._decoded(bad, payload.parts)
     with pytest.raises(DistcompError, match="rans or zstd"):
         parse("lossless:entropy=gzip")
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_it_is_profiled_where_ranks_are_not_alike(ranks: int) -> None:
+    """Chunks of five ranks differ by a block: what others would send is made up, and must be readable."""
+    for method in ("lossless:inner=(qsgd:bits=4)", "lossless:inner=(qsgd:bits=4,pattern=reduce_scatter)"):
+        profiled = profile_method(method, (LARGE,), ranks)
+        sent = sum(part.ask.sent_bytes(ranks) for part in profiled.profiles[0].rounds)
+        assert 0 < sent <= parse(method).payload_bytes(LARGE, ranks, 0) * 1.05 + 500
