@@ -176,7 +176,7 @@ def _payload(parts: Parts, values: Tensor, device: torch.device) -> Payload:
 
 def _size_of(coded: Payload) -> Payload:
     """What is said before it is sent."""
-    return _payload(SIZE, torch.tensor([coded.body.numel()]), coded.wire.device)
+    return _payload(SIZE, torch.tensor([coded.body.numel()], dtype=torch.int64), coded.wire.device)
 
 
 Said = Callable[[Parts], Payload]
