@@ -101,7 +101,7 @@ def helps() -> str:
     head = ["you have", "best of what is taught", "test accuracy", "best control", "difference", "helps?"]
     note = (
         "The best of several is a little lucky on either side; ± is the standard error over the seeds, and "
-        "what is within twice of it counts as not seen."
+        "what is within twice of it counts as not seen. Few seeds make ± itself uncertain."
     )
     return f"{markdown(head, lines)}\n\n{note}"
 
