@@ -27,12 +27,10 @@ def memory() -> str:
             f"{row['smaller']:.1f} ×",
             f"{row['encode_copies']:.2f}",
             f"{row['apply_copies']:.2f}",
-            f"{row['encode_s_per_gb']:.1f} s",
-            f"{row['apply_s_per_gb']:.1f} s",
         ]
         for name, row in found["rows"].items()
     ]
-    head = ["", "smaller", "copies of the model, encode", "apply", "encode, per GB", "apply, per GB"]
+    head = ["", "smaller", "copies of the model, encode", "apply"]
     about = "Copies count the versions themselves: two for encode, one for apply."
     return f"{markdown(head, rows)}\n\n{about} {source(found, 'updates_memory.py')}"
 
