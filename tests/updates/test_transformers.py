@@ -35,10 +35,8 @@ def test_a_transformers_model_is_updated_in_place_or_by_load_state_dict(tmp_path
     assert same(dict(in_place.state_dict()), wanted)
     assert same(dict(loaded.state_dict()), wanted)
     assert in_place.lm_head.weight is in_place.transformer.wte.weight
-    names = [piece.box.name for piece in publisher.key_frame().pieces if piece.alias is not None]
+    names = [piece.box.name for piece in updates.encode(None, trainer).pieces if piece.alias is not None]
     assert names == ["transformer.wte.weight"]  # the embedding is the head: sent once
-    text = torch.arange(8)[None]
-    assert in_place(text).logits.equal(trainer(text).logits)
 
 
 def test_save_pretrained_reads_what_was_written(tmp_path):
