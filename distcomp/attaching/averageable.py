@@ -21,9 +21,8 @@ def refuse_averaging(target: Target, averaging: Averaging | MultiLevel, optimize
     """What cannot be served, named with its reason; warns where a condition of the paper does not hold."""
     if target.ddp is not None and target.ddp.find_unused_parameters:
         raise DistcompError(
-            "find_unused_parameters=True makes DDP ask all ranks in every backward, which averaging is "
-            "to avoid; "
-            "wrap the model with find_unused_parameters=False, or attach to the plain module"
+            "find_unused_parameters=True makes DDP ask all ranks in every backward, which averaging is to "
+            "avoid; wrap the model with find_unused_parameters=False, or attach to the plain module"
         )
     if target.ddp is None and any(level.gradients_until for level in averaging.levels()):
         raise DistcompError(

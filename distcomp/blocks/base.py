@@ -33,9 +33,8 @@ class Geometry:
         plain = height == width and height % 2 and conv.groups == 1 and conv.dilation == (1, 1)
         if not plain or conv.padding not in ("same", same) or conv.stride[0] != conv.stride[1]:
             raise DistcompError(
-                f"a block stands in for a square, odd kernel with padding {same}, one group and no "
-                f"dilation, not "
-                f"for {conv}; make it yourself and assign it"
+                f"a block stands in for a square, odd kernel with padding {same}, one group and no dilation, "
+                f"not for {conv}; make it yourself and assign it"
             )
         return Geometry(conv.in_channels, conv.out_channels, height, conv.stride[0])
 

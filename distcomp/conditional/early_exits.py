@@ -126,9 +126,8 @@ class Exits:
         """
         if len(shares) != len(self._places) or min(shares) < 0 or sum(shares) > 1:
             raise DistcompError(
-                f"shares of {list(shares)} cannot leave at {len(self._places)} heads; give one each, in "
-                "all at "
-                "most 1"
+                f"shares of {list(shares)} cannot leave at {len(self._places)} heads; give one each, in all "
+                "at most 1"
             )
         thresholds: list[float] = []
 

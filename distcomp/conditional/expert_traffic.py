@@ -104,9 +104,8 @@ def traffic_summary(shape: MixtureShape, codec: CodecLike, gradient_codec: Codec
             f"rows: {shape.row_values:,.0f} values a step and rank by {compressor_of(codec)} "
             f"({row_bits:.2f} bits each); experts' gradients: {shape.gradient_values:,.0f} "
             f"({gradient_bits:.2f} bits each)",
-            f"expert parallelism sends less while T < E H / k = {plain:,.0f} tokens of a rank and step; "
-            "with these "
-            f"codecs while T < {packed:,.0f}",
+            f"expert parallelism sends less while T < E H / k = {plain:,.0f} tokens of a rank and step; with "
+            f"these codecs while T < {packed:,.0f}",
             f"here T = {shape.tokens:,}: send {better}",
         ]
     )

@@ -322,8 +322,7 @@ def _own_experts(module: nn.Module, state: dict[str, Any], prefix: str, *rest: o
         if missing and f"{prefix}{name}" not in state:
             raise DistcompError(
                 f"the checkpoint lacks expert {missing[0]} of {prefix.rstrip('.') or 'the mixture'}; merge "
-                "the "
-                "state dicts of all ranks that saved it"
+                "the state dicts of all ranks that saved it"
             )
         for expert in range(module.experts):
             state.pop(expert_key(prefix, expert, name), None)

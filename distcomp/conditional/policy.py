@@ -52,9 +52,8 @@ class BlockPolicy(nn.Module):
         super().__init__()
         if blocks < 1 or units % blocks or not 0 < rate < 1:
             raise DistcompError(
-                f"{blocks} blocks and a rate of {rate} do not fit {units} units; choose a divisor and a "
-                "rate in "
-                "(0, 1)"
+                f"{blocks} blocks and a rate of {rate} do not fit {units} units; choose a divisor and a rate "
+                "in (0, 1)"
             )
         self.blocks, self.rate = blocks, rate
         self.layer = nn.Linear(inputs, units)

@@ -164,10 +164,8 @@ class LayerSwitch(Listener):
         if odd:
             raise Mismatch(
                 f"rank {', '.join(map(str, odd))} has other layers awake than rank 0 in iteration "
-                f"{self.step} "
-                f"({len(self.awake())} of {len(self._layers)} are awake here); use the same seed and "
-                "settings "
-                "on every rank, and resume all ranks from one checkpoint"
+                f"{self.step} ({len(self.awake())} of {len(self._layers)} are awake here); use the same seed "
+                "and settings on every rank, and resume all ranks from one checkpoint"
             )
 
     # -------------------------------------------------------------------------------------------- the layers
@@ -197,9 +195,8 @@ class LayerSwitch(Listener):
             return out
         if not isinstance(out, Tensor) or out.shape != x.shape:
             raise DistcompError(
-                f"{name} does not return a tensor shaped as its input, so it is no residual block and "
-                "cannot be "
-                "left out; name the blocks x + f(x), or with branch=True their branches f"
+                f"{name} does not return a tensor shaped as its input, so it is no residual block and cannot "
+                "be left out; name the blocks x + f(x), or with branch=True their branches f"
             )
         return out * survival if self.branch else torch.lerp(x, out, survival)
 
@@ -214,9 +211,8 @@ class LayerSwitch(Listener):
         own = self.state_dict()
         if (saved.get("choice"), saved.get("off")) != (own["choice"], own["off"]):
             raise DistcompError(
-                f"the checkpoint is of {saved.get('choice')!r} and this is {own['choice']}; make the "
-                "switch with "
-                "the same settings"
+                f"the checkpoint is of {saved.get('choice')!r} and this is {own['choice']}; make the switch "
+                "with the same settings"
             )
         step = saved.get("step")
         if not isinstance(step, int) or step < 0:
@@ -338,8 +334,7 @@ def _refuse_shared(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         if owners.setdefault(id(parameter), owner) != owner:
             raise DistcompError(
                 f"{name} is shared between {owner or 'a module that always runs'} and another one; a layer "
-                "that "
-                "is switched off must not share weights"
+                "that is switched off must not share weights"
             )
 
 

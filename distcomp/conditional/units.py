@@ -79,9 +79,8 @@ class UnitDropout(Listener):
             raise DistcompError(f"{layer} is no nn.Linear of the model; name one as named_modules() does")
         if blocks < 1 or linear_layer.out_features % blocks or not 0 <= rate < 1:
             raise DistcompError(
-                f"{blocks} blocks and a rate of {rate} do not fit {linear_layer.out_features} units; "
-                "choose a "
-                "divisor and a rate in [0, 1)"
+                f"{blocks} blocks and a rate of {rate} do not fit {linear_layer.out_features} units; choose "
+                "a divisor and a rate in [0, 1)"
             )
         self.name = f"unit dropout {next(_NUMBERS)}"
         self.rows = KeptRows(layer, linear_layer.out_features, blocks, rate, seed, self.name)

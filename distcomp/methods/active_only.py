@@ -184,9 +184,9 @@ def compared(active: ActiveSet, context: StepContext) -> Rounds[None]:
     if odd:
         raise Mismatch(
             f"the active parameters of rank {', '.join(map(str, odd))} differ from those of rank 0 in step "
-            f"{context.step} ({active.layout.numel} of {active.whole.numel} elements are active here); "
-            "a source of active parameters may depend on the step, the shared key and what all ranks "
-            "observe alike"
+            f"{context.step} ({active.layout.numel} of {active.whole.numel} elements are active here); a "
+            "source of active parameters may depend on the step, the shared key and what all ranks observe "
+            "alike"
         )
 
 

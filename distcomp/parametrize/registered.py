@@ -159,6 +159,6 @@ def _same_chain(
     there = f"holds {', '.join(sorted(given))} of it" if given else "has no parametrization of it"
     raise DistcompError(
         f"{path}{tensor} is described by {', '.join(label(link) for link in links_of(made))} here, and the "
-        f"state dict {there}; install the same parametrizations on the model that is loaded, or remove "
-        "them here"
+        f"state dict {there}; install the same parametrizations on the model that is loaded, or remove them "
+        "here"
     )

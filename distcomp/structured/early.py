@@ -81,9 +81,8 @@ def _check_state(optimizer: Optimizer, before: dict[str, Parameter]) -> None:
             shaped = isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
             if shaped and kept not in MOMENTS + SQUARES:
                 raise DistcompError(
-                    f"{type(optimizer).__name__} keeps {kept!r} of {name}, which has no projection "
-                    f"here; convert "
-                    "before the first step, or train with SGD or Adam"
+                    f"{type(optimizer).__name__} keeps {kept!r} of {name}, which has no projection here; "
+                    "convert before the first step, or train with SGD or Adam"
                 )
 
 

@@ -106,9 +106,8 @@ class SoftSharing(Driver):
         super().__init__(model, names)
         if components < 1 or not 0 < zero < 1 or strength < 0 or floor <= 0:
             raise DistcompError(
-                f"soft sharing needs components >= 1, 0 < zero < 1, strength >= 0 and floor > 0, not "
-                f"{components}, "
-                f"{zero}, {strength}, {floor}"
+                "soft sharing needs components >= 1, 0 < zero < 1, strength >= 0 and floor > 0, not "
+                f"{components}, {zero}, {strength}, {floor}"
             )
         self.strength = strength
         self.prior = GaussianMixturePrior(self._flat(), components, zero, floor)

@@ -35,9 +35,8 @@ class BlockDiagonal(Structure):
         for group in range(groups):
             if not (bool((self.outputs == group).any()) and bool((self.inputs == group).any())):
                 raise DistcompError(
-                    f"group {group} of {groups} has no output or no input; split with a stronger "
-                    f"balance, or into "
-                    "fewer groups"
+                    f"group {group} of {groups} has no output or no input; split with a stronger balance, or "
+                    "into fewer groups"
                 )
 
     def _members(self, group: int) -> tuple[Tensor, Tensor]:
