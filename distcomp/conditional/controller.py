@@ -30,8 +30,7 @@ class QController(nn.Module):
         trade: lambda, what accuracy is worth against cost.
 
     Source: Liu and Deng, "Dynamic Deep Neural Networks", AAAI 2018 (Q-learning with epsilon-greedy choices).
-    We
-    differ: one decision, so there is no later state to bootstrap from.
+    We differ: one decision, so there is no later state to bootstrap from.
 
     Raises DistcompError for costs that are not one for each choice, or a trade outside [0, 1].
     """

@@ -61,16 +61,14 @@ class MixtureOfExperts(nn.Module):
         experts, k: how many there are, and how many each token is given to.
         parallel: the ranks that the experts are spread over; None: all experts are here.
         wire: the codec of rows, any that :mod:`distcomp.calls` knows: ``"qsgd:bits=8"``. Rows have no
-        identity
-            from step to step, so nothing that is lost is owed: use an unbiased codec.
+            identity from step to step, so nothing that is lost is owed: use an unbiased codec.
         backward_wire: that of their gradients; as ``wire`` by default.
         holders: the ranks that hold the same experts, if there are several.
         method: by which they all-reduce the experts' gradients.
         balance: the ranks over which tokens are counted, where experts are not spread; ``parallel`` by
         default.
         capacity: a rank gives an expert at most ``ceil(capacity T k / E)`` of its tokens; those that come
-        last
-            get nothing from it. None: no limit.
+            last get nothing from it. None: no limit.
 
     Source: Shazeer et al., "Outrageously Large Neural Networks", ICLR 2017; capacity: Lepikhin et al.,
     "GShard", ICLR 2021. We differ: one level of gates.

@@ -68,8 +68,7 @@ def weights(turned: NDArray[np.float64], shape: tuple[int, ...]) -> _Floats:
 
 def packed(weight: _Floats, how: DctPack) -> tuple[_Floats, _Numbers, _Floats]:
     """Common kernels ``[clusters, taps]``, which of them each kernel has, and remainders ``[kernels, taps]``,
-    sparse
-    and of few values."""
+    sparse and of few values."""
     turned = coefficients(weight)
     clusters = min(how.clusters, len(turned) // 8)
     centres, members = common_kernels(turned, clusters)

@@ -31,10 +31,9 @@ def restructure(
 
     ``change(model)`` installs structures: ``lambda m: circulant(m, 8)``. The optimizer's groups then hold the
     new parameters in the old ones' places. Its state is projected: means of gradients by the transposed
-    Jacobian of
-    ``decode`` (what backward does to gradients), means of squares by the transposed Jacobian's squares,
-    estimated from 32 seeded draws of signs, alike on all ranks; other tensors of a weight's shape are
-    refused.
+    Jacobian of ``decode`` (what backward does to gradients), means of squares by the transposed Jacobian's
+    squares, estimated from 32 seeded draws of signs, alike on all ranks; other tensors of a weight's shape
+    are refused.
 
     A DistributedDataParallel knows the old parameters: hand over the plain model (``ddp.module``) after
     ``handle.detach()``, then wrap and attach anew::

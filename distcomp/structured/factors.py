@@ -258,8 +258,7 @@ def low_rank(
     ``rank``: a number of components, a share of the energy such as 0.9, or ``"evbmf"``; two of them for the
     output and the input of Tucker-2. ``kind``: for convolutions ``"tucker2"``, ``"svd"`` or ``"cp"`` (a
     number of components). The model's first convolution (few inputs) and 1x1 kernels get the SVD. With a
-    share or
-    ``"evbmf"``, a layer whose factors would be no fewer numbers than its weight stays as it is.
+    share or ``"evbmf"``, a layer whose factors would be no fewer numbers than its weight stays as it is.
 
     This is the one-shot scheme of Kim et al. 2016: decompose a trained model, then train on for an epoch or a
     few, at a quarter to a tenth of the learning rate. A layer computes with its factors while nothing else

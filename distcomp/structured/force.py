@@ -58,9 +58,8 @@ def force_regularization(
     """While training, pull each layer's filters towards each other's directions; a low rank then suffices.
 
     ``gradient_i -= strength / filters * |w_i| f_i`` with the tangential force of :func:`forces`. After
-    training,
-    ``low_rank(model, 0.95)`` finds smaller ranks than without. Too strong a force collapses a layer to one
-    direction: try strengths around 1e-2, a decade to each side.
+    training, ``low_rank(model, 0.95)`` finds smaller ranks than without. Too strong a force collapses a layer
+    to one direction: try strengths around 1e-2, a decade to each side.
 
     Wire: nothing; the force is a function of weights, and added after the exchange.
 

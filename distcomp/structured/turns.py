@@ -35,8 +35,7 @@ class GroupsInTurn(ActiveParameters):
 
 def groups_in_turn(model: nn.Module) -> GroupsInTurn:
     """The source of a model that was cut. Raises DistcompError where nothing of it is cut into groups, or
-    into
-    different numbers of them."""
+    into different numbers of them."""
     module = unwrapped(model)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     cut = [described for _, _, described in chains(module) if isinstance(described.links[0], BlockDiagonal)]
