@@ -1,6 +1,5 @@
 """What all structures are: parametrizations whose theta is fewer numbers than the weight, and which may
-compute
-with theta itself."""
+compute with theta itself."""
 
 from __future__ import annotations
 
