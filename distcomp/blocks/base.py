@@ -31,10 +31,11 @@ class Geometry:
         height, width = conv.kernel_size
         same = (height // 2, width // 2)
         plain = height == width and height % 2 and conv.groups == 1 and conv.dilation == (1, 1)
+        plain = plain and conv.padding_mode == "zeros"
         if not plain or conv.padding not in ("same", same) or conv.stride[0] != conv.stride[1]:
             raise DistcompError(
-                f"a block stands in for a square, odd kernel with padding {same}, one group and no dilation, "
-                f"not for {conv}; make it yourself and assign it"
+                f"a block stands in for a square, odd kernel with zeros as padding {same}, one group and no "
+                f"dilation, not for {conv}; make it yourself and assign it"
             )
         return Geometry(conv.in_channels, conv.out_channels, height, conv.stride[0])
 

@@ -78,9 +78,11 @@ def mec_conv2d(x: Tensor, w: Tensor, stride: int = 1, padding: tuple[int, int] =
 
     ::
 
-        L[n, j, i, b, c] = x[n, c, i, s j + b]                     n ow H kw C numbers, im2col's: n oh ow kh
-        kw C y[n, :, r, j]    = L[n, j, s r : s r + kh].flatten() W     one product of matrices for each row,
-        on a view
+        L[n, j, i, b, c] = x[n, c, i, s j + b]
+        y[n, :, r, j]    = L[n, j, s r : s r + kh].flatten() W
+
+    L has ``n ow H kw C`` numbers, where im2col's matrix has ``n oh ow kh kw C``; each row r of the output is
+    one product of matrices, on a view of L.
 
     Source: Cho and Brand, MEC: memory-efficient convolution for deep neural network, ICML 2017.
     """
@@ -90,7 +92,14 @@ def mec_conv2d(x: Tensor, w: Tensor, stride: int = 1, padding: tuple[int, int] =
 
 
 class MECConv2d(nn.Conv2d):
-    """A convolution by :func:`mec_conv2d`; parameters as of ``nn.Conv2d``."""
+    """A convolution by :func:`mec_conv2d`; parameters as of ``nn.Conv2d``.
+
+    Raises DistcompError for dilation, groups, uneven strides, and padding other than by numbers of zeros.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        _check_plain(self)
 
     def forward(self, x: Tensor) -> Tensor:
         padding: Any = self.padding
@@ -103,16 +112,19 @@ class MECConv2d(nn.Conv2d):
         return copied_whole(self, conv)
 
 
+def _check_plain(conv: nn.Conv2d) -> None:
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    if not plain or isinstance(conv.padding, str) or conv.stride[0] != conv.stride[1]:
+        raise DistcompError(
+            f"MEC takes one group, one stride, a padding in numbers of zeros and no dilation, not {conv}"
+        )
+
+
 def mec() -> Maker:
-    """:class:`MECConv2d` in a convolution's place. Raises DistcompError for dilation, groups, uneven
-    strides."""
+    """:class:`MECConv2d` in a convolution's place. Raises DistcompError as that does."""
 
     def make(conv: nn.Conv2d) -> nn.Module:
-        plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-        if not plain or isinstance(conv.padding, str) or conv.stride[0] != conv.stride[1]:
-            raise DistcompError(
-                f"MEC takes one group, one stride, a padding in numbers and no dilation, not {conv}"
-            )
+        _check_plain(conv)
         kernel: Any = conv.kernel_size
         padding: Any = conv.padding
         return MECConv2d(

@@ -41,9 +41,10 @@ class Float8(BlockFloat):
     ``round`` takes one of the two neighbours, at random so that the mean is right (``rounding="stochastic"``;
     variance at most ``v^2 / 288`` for e4m3, ``v^2 / 80`` for e5m2, above the smallest exponent), or the
     nearest (ties to even), which is biased: bit for bit what ``torch.float8_e4m3fn`` and
-    ``torch.float8_e5m2`` make of ``v_k / s``. With ``block=0``, to the nearest only, nothing is scaled: the
-    cast, in which every finite value beyond L is clamped to it (torch makes it an infinity in e5m2, and
-    before 2.12 a NaN in e4m3) and an infinity is one, or a NaN in e4m3 (where torch 2.13 makes it 448).
+    ``torch.float8_e5m2`` make of ``v_k`` times ``1 / s``, rounded to float32. With ``block=0``, to the
+    nearest only, nothing is scaled: the cast, in which every finite value beyond L is clamped to it (torch
+    makes it an infinity in e5m2, and before 2.12 a NaN in e4m3) and an infinity is one, or a NaN in e4m3
+    (where torch 2.13 makes it 448).
 
     ``hadamard`` rotates every 128 values of a parameter at random first and back after decoding
     (:func:`~distcomp.compressors.block_float.rotated`).

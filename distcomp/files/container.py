@@ -240,7 +240,7 @@ def sizes(data: bytes) -> list[Size]:
         line = 2 + len(entry.name.encode()) + 2 + 4 * len(entry.shape) + 9
         active, coding = entry.numel, "raw, zlib" if body[:1] == bytes([ZLIB]) else "raw"
         if entry.coding == DCT:
-            clusters, _, body = _clusters(entry, body)
+            clusters, _, body = _cluster_parts(entry, body)
         if entry.coding in (SHARED, DCT):
             bits, centroids, active, _, (gaps, codes) = _streams(body)
             coding = (
@@ -307,10 +307,9 @@ def _tensor(entry: _Entry, body: bytes) -> Tensor:
         return torch.from_numpy(_unshared(entry, body)).view(entry.shape)
     if entry.coding == DCT and entry.dtype == torch.float32 and dct_pack.is_kernel(entry.shape):
         centres, members, rest = _clusters(entry, body)
-        turned = _unshared(entry, rest).reshape(-1, math.prod(entry.shape[2:])).astype(np.float64)
-        with np.errstate(all="ignore"):  # a damaged file may hold infinities
-            turned += centres[members] if len(centres) else 0
-        return torch.from_numpy(dct_pack.weights(turned, entry.shape)).view(entry.shape)
+        values = _unshared(entry, rest).reshape(-1, math.prod(entry.shape[2:]))
+        _from_frequencies(values, centres, members, entry.shape[2:])
+        return torch.from_numpy(values).view(entry.shape)
     if entry.coding != RAW or body[:1] not in (bytes([PACKED]), bytes([ZLIB])):
         raise CorruptFile(f"{entry.name} is coded in an unknown way; the file is of a later version")
     nbytes = entry.numel * entry.dtype.itemsize
@@ -323,23 +322,43 @@ def _tensor(entry: _Entry, body: bytes) -> Tensor:
     return torch.from_numpy(raw).view(entry.dtype).view(entry.shape) if nbytes else _empty(entry)
 
 
+def _from_frequencies(
+    values: np.ndarray, centres: np.ndarray, members: np.ndarray, plane: tuple[int, ...]
+) -> None:
+    """The kernels ``[kernels, taps]`` of their remainders, in place; some at a time, for they are float64
+    meanwhile."""
+    rows = max(1, AT_ONCE // values.shape[1])
+    with np.errstate(all="ignore"):  # a damaged file may hold infinities
+        for at in range(0, len(values), rows):
+            part = values[at : at + rows].astype(np.float64)
+            part += centres[members[at : at + rows]] if len(centres) else 0
+            values[at : at + rows] = dct_pack.weights(part, (len(part), 1, *plane)).reshape(part.shape)
+
+
 def _empty(entry: _Entry) -> Tensor:
     return torch.empty(entry.shape, dtype=entry.dtype)
 
 
 def _clusters(entry: _Entry, body: bytes) -> tuple[np.ndarray, np.ndarray, bytes]:
     """Common kernels, which of them each kernel has, and the bytes of the remainders."""
+    centres, stream, rest = _cluster_parts(entry, body)
+    kernels = entry.numel // math.prod(entry.shape[2:])
+    if stream is None:
+        return centres, np.zeros(kernels, np.int64), rest
+    return centres, decode(*stream, kernels, len(centres)), rest
+
+
+def _cluster_parts(entry: _Entry, body: bytes) -> tuple[np.ndarray, tuple[int, bytes] | None, bytes]:
+    """Common kernels, the coded numbers of those that each kernel has, and the bytes of the remainders."""
     if not dct_pack.is_kernel(entry.shape):
         raise CorruptFile(f"{entry.name} has no kernels and is coded as if: the file is damaged")
     reader, taps = _Reader.of(body), math.prod(entry.shape[2:])
     (count,) = CLUSTERS.unpack(reader.take(CLUSTERS.size))
     centres = np.frombuffer(reader.take(4 * count * taps), "<f4").reshape(count, taps)
-    kernels = entry.numel // taps
     if not count:
-        return centres, np.zeros(kernels, np.int64), reader.rest()
+        return centres, None, reader.rest()
     coder, nbytes = STREAM.unpack(reader.take(STREAM.size))
-    members = decode(coder, reader.take(nbytes), kernels, count)
-    return centres, members.astype(np.int64), reader.rest()
+    return centres, (coder, reader.take(nbytes)), reader.rest()
 
 
 Streams = tuple[tuple[int, bytes], tuple[int, bytes]]

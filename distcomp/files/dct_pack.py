@@ -14,6 +14,8 @@ _Floats = NDArray[np.float32]
 _Numbers = NDArray[np.int64]
 ROUNDS = 30
 """Of k-means over kernels."""
+LONGEST_SIDE = 256
+"""Of a kernel: its transform is a matrix of the square of it, which no limit of a file's tensors bounds."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,7 @@ class DctPack:
         if not 0 <= self.clusters <= 4096 or self.threshold < 0 or not 2 <= self.levels <= 4096:
             raise DistcompError(
                 f"a pack has 0 to 4096 clusters, a threshold of 0 or more and 2 to 4096 levels, not "
-                f"{self.clusters}, "
-                f"{self.threshold}, {self.levels}"
+                f"{self.clusters}, {self.threshold}, {self.levels}"
             )
 
 
@@ -49,8 +50,8 @@ def basis(size: int) -> NDArray[np.float64]:
 
 
 def is_kernel(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor has planes of more than one tap."""
-    return len(shape) == 4 and shape[2] * shape[3] > 1
+    """Whether a tensor has planes of more than one tap, and of a side whose transform is small."""
+    return len(shape) == 4 and shape[2] * shape[3] > 1 and max(shape[2:]) <= LONGEST_SIDE
 
 
 def coefficients(weight: _Floats) -> NDArray[np.float64]:

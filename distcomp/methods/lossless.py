@@ -89,7 +89,8 @@ class Lossless(Method):
         coded = tuple(self._coded(payload) for payload in request.sends())
         said = tuple(_size_of(payload) for payload in coded)
         sizes: list[Payload] = yield _with(request, said, None, expected, self._said_size)
-        parts = tuple(coded_parts(int(payload["sizes"])) for payload in sizes)
+        lengths = [int(payload["sizes"]) for payload in sizes]
+        parts = tuple(coded_parts(checked_size(n, plain)) for n, plain in zip(lengths, expected, strict=True))
         received: list[Payload] = yield _with(request, coded, parts, expected, self._said)
         return request.read(
             [self._decoded(payload, parts) for payload, parts in zip(received, expected, strict=True)]
@@ -177,6 +178,17 @@ def _payload(parts: Parts, values: Tensor, device: torch.device) -> Payload:
 def _size_of(coded: Payload) -> Payload:
     """What is said before it is sent."""
     return _payload(SIZE, torch.tensor([coded.body.numel()], dtype=torch.int64), coded.wire.device)
+
+
+def checked_size(nbytes: int, plain: Parts) -> int:
+    """A size that was said, if a payload of these parts can have it once it is coded."""
+    most = sum(4 + most_bytes(part.nbytes) for part in plain)
+    if not 0 <= nbytes <= most:
+        raise DistcompError(
+            f"a rank says that its coded payload has {nbytes} bytes, where {most} are the most; attach all "
+            "ranks with one version and one coder"
+        )
+    return nbytes
 
 
 Said = Callable[[Parts], Payload]

@@ -103,7 +103,7 @@ class BlockCirculant(Seeded):
 
     def compute(self, layer: nn.Module, x: Tensor, *theta: Tensor) -> Tensor | None:
         """By FFT, where it pays."""
-        if not self.transforms(layer):
+        if not self.transforms(layer) or not x.numel():  # there is no FFT of nothing
             return None
         by_fft = self._linear if isinstance(layer, nn.Linear) else self._convolution
         return by_fft(layer, x, theta[0])

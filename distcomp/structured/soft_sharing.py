@@ -110,7 +110,8 @@ class SoftSharing(Driver):
                 f"{components}, {zero}, {strength}, {floor}"
             )
         self.strength = strength
-        self.prior = GaussianMixturePrior(self._flat(), components, zero, floor)
+        flat = self._flat()
+        self.prior = GaussianMixturePrior(flat, components, zero, floor).to(flat.device)
         self._optimizer = torch.optim.Adam(
             [
                 {"params": [self.prior.means], "lr": rates[0]},

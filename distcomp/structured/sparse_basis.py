@@ -118,9 +118,13 @@ def sparse_convolution(
     model.
 
     Call it before the optimizer and DistributedDataParallel are made, on the model that the loop calls.
-    Returns the driver. Raises DistcompError for a strength of 0 or less, and layers that have a structure.
+    Dense layers stay as they are. Returns the driver. Raises DistcompError for a strength of 0 or less,
+    without a convolution, and for layers that have a structure.
     """
     if strength <= 0:
         raise DistcompError(f"sparse coefficients need a strength above 0, not {strength}; 1e-2 is usual")
-    install_structures(model, layers, lambda layer, weight: SparseBasis(tuple(weight.shape)))
-    return SparseConvolution(model, strength, layers)
+    names = [name for name, layer in chosen_layers(model, layers) if not isinstance(layer, nn.Linear)]
+    if not names:
+        raise DistcompError("none of the layers named is a convolution; sparse bases are of convolutions")
+    install_structures(model, names, lambda layer, weight: SparseBasis(tuple(weight.shape)))
+    return SparseConvolution(model, strength, names)

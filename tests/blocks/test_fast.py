@@ -108,6 +108,11 @@ def test_geometries_that_they_cannot_do_are_refused() -> None:
         blocks.WinogradConv2d(3, 3, tile=3)
     with pytest.raises(DistcompError, match="MEC takes one group"):
         blocks.mec()(nn.Conv2d(4, 4, 3, groups=2))
+    for other in ({"dilation": 2}, {"padding_mode": "circular"}, {"stride": (1, 2)}, {"padding": "same"}):
+        with pytest.raises(DistcompError, match="MEC takes one group"):
+            blocks.MECConv2d(4, 4, 3, **other)
+    with pytest.raises(DistcompError, match="zeros as padding"):
+        blocks.mlpconv()(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"))
 
 
 def test_accnet_splats_and_slices_the_signal_itself() -> None:

@@ -11,7 +11,7 @@ from distcomp.collectives import AllGather, AllToAll
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods import Lossless, parse
-from distcomp.methods.lossless import is_coded
+from distcomp.methods.lossless import checked_size, is_coded
 from distcomp.payload import Part, Payload
 from tests.buffers import draw, same_bits
 from tests.lockstep import once
@@ -99,3 +99,11 @@ def test_it_is_profiled_where_ranks_are_not_alike(ranks: int) -> None:
         profiled = profile_method(method, (LARGE,), ranks)
         sent = sum(part.ask.sent_bytes(ranks) for part in profiled.profiles[0].rounds)
         assert 0 < sent <= parse(method).payload_bytes(LARGE, ranks, 0) * 1.05 + 500
+
+
+@pytest.mark.parametrize("said", [-1, 10_000_000])
+def test_a_size_that_cannot_be_is_refused(said: int) -> None:
+    plain = (Part("codes", torch.uint8, 4096),)
+    assert checked_size(4096, plain) == 4096
+    with pytest.raises(DistcompError, match=r"where .* are the most; attach all ranks with one version"):
+        checked_size(said, plain)

@@ -15,9 +15,10 @@ from torch import nn
 from distcomp import DistcompError
 from distcomp.blocks.dct import DctConv2d, dct_coefficients
 from distcomp.cli import main
+from distcomp.files import container
 from distcomp.files.coding import CorruptFile
 from distcomp.files.container import compress, decompress, sizes
-from distcomp.files.dct_pack import DctPack
+from distcomp.files.dct_pack import LONGEST_SIDE, DctPack, is_kernel
 from tests.structured.oracles import dct
 
 FEW = settings(max_examples=20)
@@ -102,6 +103,20 @@ def test_damaged_bytes_are_refused_or_read_and_never_crash(data) -> None:
     except CorruptFile:
         return
     assert read["w"].shape == (8, 4, 3, 3)
+
+
+def test_a_file_of_long_kernels_takes_no_memory_for_their_transform() -> None:
+    """Of the square of their side: a file of bytes could ask for gigabytes."""
+    (size,) = container.sizes(compress({"w": kernels(0, 2, 1, 1, 300)}, 5, DctPack()))
+    assert not size.coding.startswith("DCT")
+    assert not is_kernel((1, 1, 1, LONGEST_SIDE + 1))
+
+
+def test_kernels_come_back_alike_however_many_are_read_at_once(monkeypatch) -> None:
+    data = compress({"w": kernels()}, 5, DctPack(4, 0.2, 16))
+    whole = decompress(data)["w"]
+    monkeypatch.setattr(container, "AT_ONCE", 100)
+    torch.testing.assert_close(decompress(data)["w"], whole, rtol=0, atol=1e-6)
 
 
 def test_a_pack_that_cannot_be_is_refused() -> None:

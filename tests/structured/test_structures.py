@@ -405,3 +405,18 @@ def test_a_summary_counts_what_is_stored_exchanged_and_multiplied() -> None:
     fft = structured.circulant(nn.Linear(256, 256), 256, fft=True)
     (row,) = structured.summary(fft, torch.randn(1, 256)).layers
     assert row.multiplications == (65536, 4 * 129 + 2 * 256 * 8 * 2)
+
+
+def test_an_empty_batch_goes_through_a_layer_that_multiplies_by_fft() -> None:
+    dense, convolution = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Conv2d(8, 8, 3))
+    for model, x in ((dense, torch.zeros(0, 8)), (convolution, torch.zeros(0, 8, 5, 5))):
+        structured.circulant(model, 4, fft=True)
+        assert len(model(x)) == 0
+
+
+def test_sparse_bases_leave_dense_layers_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    assert structured.sparse_convolution(model).names == ["0.weight"]
+    assert type(model[2].weight) is nn.Parameter
+    with pytest.raises(DistcompError, match="none of the layers named is a convolution"):
+        structured.sparse_convolution(nn.Sequential(nn.Linear(4, 2)))
