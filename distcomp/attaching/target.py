@@ -71,7 +71,8 @@ class Target:
     @property
     def ignored(self) -> frozenset[str]:
         """The names that DistributedDataParallel was told to leave alone: each rank's own."""
-        return ignored_by(self.ddp)
+        own = {name for name, parameter in self.module.named_parameters() if is_of_rank(parameter)}
+        return ignored_by(self.ddp) | own
 
     @property
     def everyone(self) -> dist.ProcessGroup:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distcomp.averaging.base import AveragingContext, agreed
 from distcomp.averaging.gossip import Gossip, buffers, copies, tensors
-from distcomp.averaging.topology import Topology
+from distcomp.averaging.topology import Topology, resolve
 from distcomp.collectives import Rounds
 from distcomp.distill.losses import centred, mimic_error, softened_kl
 from distcomp.errors import DistcompError
@@ -192,6 +192,11 @@ class Codistillation(Gossip):
         if self.topology == "complete" or size == 1:  # no matrix of eigenvalues for what is no mixing
             degree = size - 1
         else:
+            if self.replicas and resolve(self.topology, size).changes:
+                raise DistcompError(
+                    "codistill that exchanges checkpoints keeps copies of its neighbours' models, and those "
+                    f"of {self.topology} change; use a fixed topology, or exchanged='predictions'"
+                )
             degree = len(self.row(AveragingContext(0, size, layout, 0, Key.of(0))).neighbours)
         return {"degree": degree}
 

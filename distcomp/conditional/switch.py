@@ -84,6 +84,8 @@ class LayerSwitch(Listener):
         self.run_layers = 0
         """How many layers were run and trained, so far."""
         self._over = False
+        self._trained: frozenset[str] = frozenset()  # awake in a backward since the last step
+        self._stepped = False
         self._compared = -1
         self._last_awake = dict.fromkeys(choice.layers, -1)
         self._compare = compare
@@ -136,13 +138,18 @@ class LayerSwitch(Listener):
     # -------------------------------------------------------------------------------------------- the clock
 
     def backward_ended(self) -> None:
+        if self._stepped:
+            self._trained, self._stepped = frozenset(), False
+        self._trained |= self.awake()
         self._over = True
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        self._stepped = True
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Parameters of layers that are off have no gradient: nothing decays, no momentum moves."""
-        awake = self.awake()
         for name, layer in self._layers.items():
-            if self.choice.shared and name not in awake:
+            if self.choice.shared and name not in self._trained:
                 for parameter in layer.parameters():
                     parameter.grad = None
 
@@ -176,11 +183,14 @@ class LayerSwitch(Listener):
         """What a layer returns."""
         if not layer.training:
             return self._evaluated(name, run, x, *rest, **options)
-        if torch.is_grad_enabled():
+        if self._clock.building:
             self._begin_iteration()
         if name in self.awake():
             self.run_layers += 1
-            return run(x, *rest, **options)
+            out = run(x, *rest, **options)
+            if self.off == "skip" and (not isinstance(out, Tensor) or out.shape != x.shape):
+                raise _no_block(name)
+            return out
         if self.off == "freeze":
             with detached_parameters(layer):
                 out = run(x, *rest, **options)
@@ -194,10 +204,7 @@ class LayerSwitch(Listener):
         if survival == 1.0:
             return out
         if not isinstance(out, Tensor) or out.shape != x.shape:
-            raise DistcompError(
-                f"{name} does not return a tensor shaped as its input, so it is no residual block and cannot "
-                "be left out; name the blocks x + f(x), or with branch=True their branches f"
-            )
+            raise _no_block(name)
         return out * survival if self.branch else torch.lerp(x, out, survival)
 
     # ------------------------------------------------------------------------------------------ checkpoints
@@ -227,6 +234,13 @@ class LayerSwitch(Listener):
             layer.__dict__.pop("_distcomp_switch", None)
             if type(layer) is _switched(type(layer).__mro__[1]):  # else FSDP has subclassed it since
                 layer.__class__ = type(layer).__mro__[1]
+
+
+def _no_block(name: str) -> DistcompError:
+    return DistcompError(
+        f"{name} does not return a tensor shaped as its input, so it is no residual block and cannot "
+        "be left out; name the blocks x + f(x), or with branch=True their branches f"
+    )
 
 
 LONGEST_PERIOD = 1000
@@ -305,9 +319,11 @@ def _switched(kind: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *arguments: Any, **options: Any) -> Any:
         run = partial(kind.__call__, self)
         known = self.__dict__.get("_distcomp_switch")
-        if known is None or not arguments:
+        if known is None:
             return run(*arguments, **options)
         switch, name = known
+        if not arguments:
+            raise DistcompError(f"{name} was called without a positional input; call it as layer(x, ...)")
         return switch.call(name, self, run, *arguments, **options)
 
     if kind not in _SWITCHED:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from copy import copy, deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from distcomp.active import OBSERVABLES, ActiveParameters, ActiveSet, Context
+from distcomp.averaging.periodic import Periodic
 from distcomp.averaging.recipes.masked import active_only
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
-from distcomp.methods import Method
+from distcomp.methods import Method, parse
 from distcomp.pruning.masks import unwrapped
 from distcomp.randomness import Key
+from distcomp.schedule import extremes
 from distcomp.training import Listener, Source, clock_of
 
 _NUMBERS = itertools.count()
@@ -33,6 +36,7 @@ class KeptRows(ActiveParameters):
     rate: float
     seed: int
     observes: str = field(default="", repr=False)
+    period: int = 1
 
     def kept(self, step: int) -> Tensor:
         """Which units are kept: bool ``[units]``, the same on every rank; at least one block is."""
@@ -45,7 +49,7 @@ class KeptRows(ActiveParameters):
     def active(self, layout: Layout, context: Context) -> ActiveSet:
         step = context.observed.get(self.observes, context.step) if self.observes else context.step
         assert isinstance(step, int)
-        kept = self.kept(step)
+        kept = torch.stack([self.kept(at) for at in range(max(0, step - self.period + 1), step + 1)]).any(0)
         masks: dict[str, Tensor | bool] = {}
         for param in layout.slices:
             if param.name in (f"{self.layer}.weight", f"{self.layer}.bias"):
@@ -92,13 +96,20 @@ class UnitDropout(Listener):
         self._clock = clock_of(model)
         self._clock.listen(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> UnitDropout:
+        other = copy(self)  # a copy of the model has the same clock, which leads to process groups
+        other._layer = deepcopy(self._layer, memo)
+        return other
+
     def snapshot(self) -> int:
         """The iteration under way."""
         return self.step
 
     def active_only(self, method: Method | str, residuals: str = "keep") -> Any:
         """``method`` for the rows that are kept (:func:`distcomp.averaging.active_only`)."""
-        return active_only(method, self.rows, residuals)
+        chosen = parse(method) if isinstance(method, str) else method
+        period = int(extremes(chosen.period)[1]) if isinstance(chosen, Periodic) else 1
+        return active_only(chosen, replace(self.rows, period=period), residuals)
 
     def backward_ended(self) -> None:
         self._over = True
@@ -107,7 +118,7 @@ class UnitDropout(Listener):
         layer = self._layer
         if not layer.training:
             return linear(x, layer.weight, layer.bias)
-        if self._over and torch.is_grad_enabled():
+        if self._over and self._clock.building:
             self.step, self._over = self.step + 1, False
         kept = self.rows.kept(self.step).to(x.device)
         rows = kept.nonzero().squeeze(1)

@@ -39,7 +39,9 @@ class LogitCache:
     Raises DistcompError for a directory that another teacher filled, and for damaged records.
     """
 
-    def __init__(self, directory: str | Path, teacher: str, rank: int | None = None) -> None:
+    def __init__(
+        self, directory: str | Path, teacher: str, rank: int | None = None, alone: bool = True
+    ) -> None:
         self.directory = Path(directory)
         self.teacher = teacher
         self.classes: int | None = None
@@ -49,9 +51,16 @@ class LogitCache:
             self.directory.mkdir(parents=True, exist_ok=True)
             # A rank that has a file goes on with that one alone: another rank's row may differ in its last
             # bits, and a resumed run is to see what the uninterrupted one would have seen.
-            files = [self._own] if self._own.exists() else sorted(self.directory.glob("*.logits"))
-            for path in files:
+            resumed = self._own.exists()
+            files = sorted(self.directory.glob("*.logits"), key=lambda path: (path == self._own, path))
+            for path in [self._own] if resumed and alone else files:
                 self._read(path)
+            if self._rows and alone and not resumed:  # what is used from now on is there again after a crash
+                begun = self._own.with_suffix(".begun")
+                begun.write_bytes(
+                    self._header() + b"".join(_record(key, row) for key, row in self._rows.items())
+                )
+                begun.replace(self._own)
         except OSError as error:
             raise DistcompError(
                 f"{self.directory} cannot hold cached logits ({error}); name another directory"
@@ -90,7 +99,12 @@ class LogitCache:
 
     def _header(self) -> bytes:
         said = {"format": FORMAT, "classes": self.classes, "teacher": self.teacher}
-        return json.dumps(said).encode().ljust(HEADER_BYTES - 1) + b"\n"
+        line = json.dumps(said).encode()
+        if len(line) >= HEADER_BYTES:
+            raise DistcompError(
+                f"the teacher's name takes {len(line)} bytes; give a shorter one, such as its digest_of"
+            )
+        return line.ljust(HEADER_BYTES - 1) + b"\n"
 
     def _read(self, path: Path) -> None:
         data = path.read_bytes()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from distcomp.distill.taps import Taps
+from distcomp.distill.taps import HEADS, Taps
 from distcomp.distill.teachers import Batch, called, logits_of
 from distcomp.errors import DistcompError
 from distcomp.parametrize import evaluating
@@ -37,11 +37,13 @@ def regressor(student: nn.Module, guided: str, teacher: nn.Module, hint: str, ba
     """
     ours, theirs = features_of(student, guided, batch), features_of(teacher, hint, batch)
     if ours.dim() == theirs.dim() == 2:
-        return nn.Linear(ours.shape[1], theirs.shape[1])
+        return nn.Linear(ours.shape[1], theirs.shape[1], device=ours.device, dtype=ours.dtype)
     if ours.dim() == theirs.dim() == 4:
         height, width = (a - b + 1 for a, b in zip(ours.shape[2:], theirs.shape[2:], strict=True))
         if min(height, width) >= 1:
-            return nn.Conv2d(ours.shape[1], theirs.shape[1], (height, width))
+            return nn.Conv2d(
+                ours.shape[1], theirs.shape[1], (height, width), device=ours.device, dtype=ours.dtype
+            )
     raise DistcompError(
         f"no regressor brings {tuple(ours.shape)} of {guided!r} to {tuple(theirs.shape)} of {hint!r}; name "
         "layers of the same kind, the student's map at least as large as the teacher's"
@@ -56,7 +58,11 @@ def freeze_above(student: nn.Module, guided: str, batch: Batch) -> Callable[[], 
     """
     taps = Taps(student, (guided,))
     inner = unwrapped(student)
-    trained = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter
+        for name, parameter in inner.named_parameters()
+        if parameter.requires_grad and not name.startswith(f"{HEADS}.")  # a regressor sits on ``guided``
+    }
     try:
         with evaluating(student), torch.enable_grad():
             inner.forward(*batch) if isinstance(batch, tuple) else inner.forward(batch)

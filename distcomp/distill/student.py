@@ -13,6 +13,7 @@ from distcomp.distill.objectives import Lesson, Objective
 from distcomp.distill.taps import HEADS, Taps, install_heads, is_sharded_student, remove_heads
 from distcomp.distill.teachers import Batch, NetworkOutput, Teacher, called, logits_of, teacher_of
 from distcomp.errors import DistcompError
+from distcomp.parametrize import evaluating
 from distcomp.private_torch import at_backward_end
 from distcomp.process_environment import read_environment
 from distcomp.pruning.masks import unwrapped
@@ -175,7 +176,7 @@ def summary_of(teach: Distill, batch: Batch | None) -> DistillSummary:
 def _flops(network: nn.Module, batch: Batch) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # takes a second to import
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, evaluating(network):
         network.forward(*batch) if isinstance(batch, tuple) else network.forward(batch)
     return int(counter.get_total_flops())
 

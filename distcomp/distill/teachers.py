@@ -133,7 +133,8 @@ class CachedTeacher(Teacher):
                 "CachedTeacher(None, directory, teacher=distcomp.distill.digest_of(network))"
             )
         self._inner = NetworkTeacher(network) if network is not None else None
-        self.cache = LogitCache(directory, teacher if network is None else digest_of(network))  # type: ignore[arg-type]
+        named = teacher if network is None else digest_of(network)
+        self.cache = LogitCache(directory, named, alone=network is not None)  # type: ignore[arg-type]
 
     def tap(self, names: Iterable[str]) -> None:
         name = next(iter(names), None)

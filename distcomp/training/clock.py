@@ -131,6 +131,12 @@ class TrainingClock:
         self._open, self._accumulates = True, False
         self.gradient_arrived()
 
+    @property
+    def building(self) -> bool:
+        """Whether a forward of the model that builds a graph is under way, also where a part of it builds none
+        (a reentrant checkpoint)."""
+        return self.in_forward and self._open
+
     def _forward_begins(self, module: nn.Module, arguments: object) -> None:
         if module is not self._model():
             return
