@@ -187,8 +187,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_sentence_with_a_remedy_and_status_2(
-    mistake: str, runs: Path, tmp_path: Path, capsys: Captured
+    mistake: str, runs: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend("")  # so that it puts the path back: --import adds to it
     script = tmp_path / "script.py"
     script.write_text("raise SystemExit('must not run')")
     argv, expected = MISTAKES[mistake]
