@@ -136,9 +136,11 @@ def floating_as(state: ModelOrState, dtype: torch.dtype) -> dict[str, Tensor]:
     made: dict[tuple[object, ...], Tensor] = {}
     rounded: dict[str, Tensor] = {}
     for name, tensor in tensors_of(state).items():
-        where = (
-            (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
-        )
+        # A DTensor's own data_ptr is 0: what lies here is looked at.
+        held: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        laid_out = getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
+        there = held.data_ptr(), held.device, tensor.shape, tensor.stride(), tensor.dtype, *laid_out
+        where = there if held.numel() else (name,)
         if where not in made:
             made[where] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
         rounded[name] = made[where]
