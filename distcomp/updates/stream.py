@@ -36,7 +36,9 @@ class Publication:
 class Publisher:
     """The trainer's side. It keeps a copy of the version that it published last.
 
-    ``state``: version ``number``, which receivers that begin with the same weights need not be sent.
+    ``state``: version ``number``, which receivers that begin with the same weights need not be sent. A
+    trainer that resumes gives the number that it published last: receivers pass over what is older than
+    theirs.
     ``key_every``: so many versions apart are key frames (0: none but those that are asked for).
     ``entropy``: as in :func:`encode`.
     """
@@ -88,6 +90,12 @@ class Receiver:
         self._state = state
         self.number = number
         self.fingerprint = 0 if number is None else state_fingerprint(state)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the state lies on several ranks, which then apply updates together."""
+        meshes = [getattr(tensor, "device_mesh", None) for tensor in tensors_of(self._state).values()]
+        return any(mesh is not None and mesh.size() > 1 for mesh in meshes)
 
     def receive(self, update: Update) -> bool:
         """Apply an update; whether anything was to be done: a repeated or older one changes nothing.

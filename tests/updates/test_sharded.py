@@ -175,6 +175,26 @@ def test_an_error_of_any_kind_is_told_to_the_other_ranks(cluster):
     assert other == "MemoryError: no more"
 
 
+def caught_up(rank, size, directory):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    old = {"w": torch.arange(12.0).view(4, 3)}
+    state = sharded(old, init_device_mesh("cpu", (2,)), [Shard(0)])
+    try:
+        updates.UpdateDirectory(directory).catch_up(updates.Receiver(state))
+    except DistcompError as error:
+        return str(error), same(full(state), old)
+
+
+def test_a_sharded_receiver_of_a_directory_is_told_of_the_group(cluster, tmp_path):
+    old = {"w": torch.arange(12.0).view(4, 3)}
+    updates.UpdateDirectory(tmp_path).write([updates.encode(old, {"w": old["w"] + 1})])
+    for told, kept in cluster(2).run(caught_up, str(tmp_path)):
+        assert "use receive_from_group" in told
+        assert kept
+
+
 def rounded_shards(rank, size):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
