@@ -113,7 +113,7 @@ def apply(model_or_state: ModelOrState, update: Update, *, before: int | None = 
     ``before``: the state's fingerprint where the caller has kept it, which saves reading all of it.
 
     Memory: beside the state and the update, some blocks of 2^18 words, and a copy of the largest tensor that
-    is not contiguous.
+    is not contiguous; as many bytes as a memory has in which such tensors lie between each other.
 
     Raises WrongBase where the state is not the one that the update changes, CorruptFile where the update
     holds what no encoder makes, DistcompError where names, dtypes or shapes differ. Nothing was changed then,
@@ -134,7 +134,8 @@ def apply(model_or_state: ModelOrState, update: Update, *, before: int | None = 
     found = found if before is None else before
     after = (difference if update.key else found + difference) & M64
     # Each rank counts plain tensors for itself, and they may differ: all ranks write, or none.
-    _agreed(_refusal(update, found, after), pieces, update.number)
+    refusal = _refusal(update, found, after)
+    _raise_alike(refusal, total([], pieces, refusal is not None)[1], update.number)
     for target in plan:
         if target.written:
             target.write()
@@ -156,12 +157,8 @@ def _refusal(update: Update, found: int, after: int) -> DistcompError | None:
     return None
 
 
-def _agreed(problem: Exception | None, pieces: list[LocalPiece], number: int) -> None:
-    """Raise this rank's problem, or say that another rank has one. A collective over the pieces' meshes."""
-    _raise_alike(problem, total([], pieces, problem is not None)[1], number)
-
-
 def _raise_alike(problem: Exception | None, failed: bool, number: int) -> None:
+    """This rank's problem, or a sentence where any rank ``failed``."""
     if problem is not None:
         raise problem
     if failed:

@@ -170,16 +170,14 @@ def test_the_way_of_the_fewest_bytes_is_taken(tmp_path):
     assert read == [(3, True), (4, False)]
 
 
-def test_what_nobody_with_nothing_can_begin_with_is_named(tmp_path):
-    store, publisher = (
-        updates.UpdateDirectory(tmp_path),
-        updates.Publisher(version(0), number=-1, key_every=0),
-    )
-    store.write(publisher.publish(version(1)))
-    receiver = updates.Receiver(version(0), number=None)
-    told, asked = store.catch_up(receiver)
-    assert "update 0 is a difference, and there is no version yet" in told
-    assert "there is no way to version 0 yet" in asked
+def test_what_a_receiver_of_version_0_lacks_is_named(tmp_path):
+    store, publisher = updates.UpdateDirectory(tmp_path), updates.Publisher(version(0), key_every=0)
+    store.write([publisher.key_frame()])
+    publisher.publish(version(1))  # and lost
+    store.write(publisher.publish(version(2)))
+    told, asked = store.catch_up(updates.Receiver(version(0)))
+    assert "update 1 is missing between version 0, which is here, and update 2" in told
+    assert "there is no way to version 2 yet" in asked
 
 
 def test_a_trainer_that_resumes_goes_on_counting(tmp_path):
