@@ -47,7 +47,9 @@ def grpo() -> str:
         for rate, row in found["table"].items()
     ]
     head = ["", "reward after 40 steps, seed by seed", "the same with whole weights", "bytes"]
-    return f"{markdown(head, rows)}\n\n{source(found, 'updates_grpo.py')}"
+    seeds, planned = min(row["seeds"] for row in found["table"].values()), found["plan"]["seeds"]
+    of = f"{seeds} of the {planned} seeds planned" if seeds < planned else f"{seeds} seeds"
+    return f"{markdown(head, rows)}\n\nWith {of}. {source(found, 'updates_grpo.py')}"
 
 
 def fuzz() -> str:

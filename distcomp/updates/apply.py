@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,8 @@ LIMIT_BYTES = 1 << 36
 """What :func:`read_key_frame` may take unless told otherwise: 64 GiB."""
 TENSOR_BYTES = 1 << 10
 """What a tensor takes beside its elements, at most: its name, the object."""
+MOST_SCATTERED_PARTS = 1 << 13
+"""Parts of one tensor that are no runs of it (shards of columns), at most: each is compared with all."""
 
 
 class WrongBase(DistcompError):
@@ -64,9 +67,12 @@ class UpdateTarget:
                 here = here.to(words.device)
                 if change.distance is None:
                     assert change.words is not None
-                    yield here, change.words[inside].to(words.device)
+                    come = change.words[inside].to(words.device)
                 else:
-                    yield here, moved(words[here], change.distance[inside].to(words.device), box.kind)
+                    come = moved(words[here], change.distance[inside].to(words.device), box.kind)
+                if box.dtype == torch.bool and bool((come > 1).any()):
+                    raise CorruptFile(f"{box.name[:80]} gets bools that are neither 0 nor 1: it was altered")
+                yield here, come
             if cursor.left:
                 raise CorruptFile(f"{box.name[:80]} has more blocks than words in the update: it was altered")
 
@@ -101,11 +107,13 @@ def apply(model_or_state: ModelOrState, update: Update, *, before: int | None = 
     """Turn the state into the update's version, in place, bit for bit; the fingerprint of what it is now.
 
     A module, or tensors by name, plain or DTensors of any layout: it need not be the trainer's. Where tensors
-    are sharded, all ranks of their mesh call it alike (an all-reduce of 24 bytes).
+    are sharded, all ranks of their mesh call it alike (two all-reduces of 24 bytes: the second says that none
+    refuses).
 
     ``before``: the state's fingerprint where the caller has kept it, which saves reading all of it.
 
-    Memory: beside the state and the update, some blocks of 2^18 words.
+    Memory: beside the state and the update, some blocks of 2^18 words, and a copy of the largest tensor that
+    is not contiguous; as many bytes as a memory has in which such tensors lie between each other.
 
     Raises WrongBase where the state is not the one that the update changes, CorruptFile where the update
     holds what no encoder makes, DistcompError where names, dtypes or shapes differ. Nothing was changed then,
@@ -114,34 +122,47 @@ def apply(model_or_state: ModelOrState, update: Update, *, before: int | None = 
     pieces = local_pieces(tensors_of(model_or_state))
     plan: list[UpdateTarget] = []
     terms: list[tuple[LocalPiece, tuple[int, int]]] = []
-    problem: DistcompError | None = None
+    problem: Exception | None = None
     try:
         plan = planned(pieces, update)
         reads = before is None and not update.key
         terms = [(t.piece, (piece_fingerprint(t.piece) if reads else 0, t.difference())) for t in plan]
-    except DistcompError as error:
+    except Exception as error:  # of any kind: the other ranks wait for this one
         problem = error
     (found, difference), failed = total(terms, pieces, problem is not None)
-    if problem is not None:
-        raise problem
-    if failed:
-        raise DistcompError(f"another rank refused update {update.number}, and says why; nothing was changed")
+    _raise_alike(problem, failed, update.number)
     found = found if before is None else before
-    if found != update.before and not update.key:
-        raise WrongBase(
-            f"update {update.number} changes the state of fingerprint {update.before:016x}, and this one is "
-            f"{found:016x}; apply the updates between them first, or a key frame"
-        )
     after = (difference if update.key else found + difference) & M64
-    if after != update.after:
-        raise CorruptFile(
-            f"update {update.number} promises the state of fingerprint {update.after:016x} and would lead to "
-            f"{after:016x}: it was altered; nothing was changed, get it again"
-        )
+    # Each rank counts plain tensors for itself, and they may differ: all ranks write, or none.
+    refusal = _refusal(update, found, after)
+    _raise_alike(refusal, total([], pieces, refusal is not None)[1], update.number)
     for target in plan:
         if target.written:
             target.write()
     return after
+
+
+def _refusal(update: Update, found: int, after: int) -> DistcompError | None:
+    """Why the update is not to be written where it finds one fingerprint and leads to the other."""
+    if found != update.before and not update.key:
+        return WrongBase(
+            f"update {update.number} changes the state of fingerprint {update.before:016x}, and this one is "
+            f"{found:016x}; apply the updates between them first, or a key frame"
+        )
+    if after != update.after:
+        return CorruptFile(
+            f"update {update.number} promises the state of fingerprint {update.after:016x} and would lead to "
+            f"{after:016x}: it was altered; nothing was changed, get it again"
+        )
+    return None
+
+
+def _raise_alike(problem: Exception | None, failed: bool, number: int) -> None:
+    """This rank's problem, or a sentence where any rank ``failed``."""
+    if problem is not None:
+        raise problem
+    if failed:
+        raise DistcompError(f"another rank refused update {number}, and says why; nothing was changed")
 
 
 def read_key_frame(update: Update, limit_bytes: int = LIMIT_BYTES) -> dict[str, Tensor]:
@@ -203,8 +224,25 @@ def _check_sources(box: Box, sources: list[Box]) -> None:
     if sum(source.words for source in sources) != whole:
         raise CorruptFile(f"the update does not hold all of {box.name[:80]}: a part is missing")
     parts = [source for source in sources if source.words]
-    if any(one.overlaps(other) for i, one in enumerate(parts) for other in parts[:i]):
+    if _any_overlap(parts):
         raise CorruptFile(f"parts of {box.name[:80]} overlap in the update: it was altered")
+
+
+def _any_overlap(parts: list[Box]) -> bool:
+    """Whether an element lies in two of the parts. Raises DistcompError where that takes too long to say."""
+    runs = sorted((part.first, part.words) for part in parts if part.first is not None)
+    if len(runs) == len(parts):
+        return any(first + words > second for (first, words), (second, _) in itertools.pairwise(runs))
+    if len(parts) > MOST_SCATTERED_PARTS:
+        raise DistcompError(
+            f"{parts[0].name[:80]} lies in {len(parts)} parts that are no runs of it in the update, more "
+            f"than {MOST_SCATTERED_PARTS}; shard it along its first dimension"
+        )
+    begins = np.array([part.offsets for part in parts])
+    ends = begins + np.array([part.sizes for part in parts])
+    return any(
+        bool(((begins[i] < ends[:i]) & (begins[:i] < ends[i])).all(axis=1).any()) for i in range(len(parts))
+    )
 
 
 def _each_memory_once(plan: list[UpdateTarget]) -> list[UpdateTarget]:
@@ -231,20 +269,42 @@ def _each_memory_once(plan: list[UpdateTarget]) -> list[UpdateTarget]:
 
 def _say_the_same(one: UpdateTarget, other: UpdateTarget) -> bool:
     def said(target: UpdateTarget) -> list[tuple[object, ...]]:
-        return [(box.offsets, box.sizes, bytes(blocks)) for box, blocks in target.sources]
+        return [(box.offsets, box.sizes, memoryview(blocks)) for box, blocks in target.sources]
 
     return said(one) == said(other)
 
 
 def _check_overlaps(pieces: list[LocalPiece]) -> None:
-    spans: dict[int, list[tuple[int, int, str]]] = {}
+    """Raises DistcompError naming two tensors that share a part of their memory."""
+    storages: dict[int, list[LocalPiece]] = {}
     for piece in pieces:
-        if piece.local.numel() and piece.local.is_contiguous():
-            begin = piece.local.data_ptr()
-            span = begin, begin + piece.local.numel() * piece.local.element_size(), piece.box.name
-            spans.setdefault(piece.local.untyped_storage().data_ptr(), []).append(span)
-    for there in spans.values():
-        there.sort()
-        for (_, end, name), (begin, _, other) in itertools.pairwise(there):
-            if begin < end:
-                raise DistcompError(f"{name} and {other} share a part of their memory; give each its own")
+        if piece.local.numel():
+            storages.setdefault(piece.local.untyped_storage().data_ptr(), []).append(piece)
+    for there in storages.values():
+        there.sort(key=_span)
+        if any(_span(one)[1] > _span(other)[0] for one, other in itertools.pairwise(there)):
+            _check_elements(there)
+
+
+def _span(piece: LocalPiece) -> tuple[int, int]:
+    """From its first byte in memory to behind its last, whatever lies between."""
+    local = piece.local
+    last = sum((size - 1) * step for size, step in zip(local.shape, local.stride(), strict=True))
+    return local.data_ptr(), local.data_ptr() + (last + 1) * local.element_size()
+
+
+def _check_elements(pieces: list[LocalPiece]) -> None:
+    """Of tensors whose spans overlap: columns of a matrix lie between each other and share nothing, a matrix
+    and its transpose share all. Takes a byte for each byte from the first to the last of them."""
+    origin = _span(pieces[0])[0]
+    taken = torch.zeros(max(_span(piece)[1] for piece in pieces) - origin, dtype=torch.bool)
+    for number, piece in enumerate(pieces):
+        local, size = piece.local, piece.local.element_size()
+        steps = (*(step * size for step in local.stride()), 1)
+        here = taken.as_strided((*local.shape, size), steps, _span(piece)[0] - origin)
+        if bool(here.any()):
+            earlier = [other for other in pieces[:number] if _span(other)[1] > _span(piece)[0]]
+            raise DistcompError(
+                f"{earlier[-1].box.name} and {piece.box.name} share a part of their memory; give each its own"
+            )
+        here.fill_(True)

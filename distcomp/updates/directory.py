@@ -35,7 +35,12 @@ class StoredVersion:
 
 
 class UpdateDirectory:
-    """A directory that one trainer writes, every rank of it, and any number of receivers read."""
+    """A directory that one trainer writes, every rank of it, and any number of receivers read.
+
+    A trainer that is started anew over the same directory goes on counting:
+    ``Publisher(state, number=store.newest)``. Where it began at 0 again, receivers would hold its versions
+    for old ones until it has passed theirs.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -67,6 +72,11 @@ class UpdateDirectory:
                 whole.append(StoredVersion(number, key, tuple(paths[part] for part in range(parts)), nbytes))
         return whole
 
+    @property
+    def newest(self) -> int:
+        """The number of the newest version that is there whole; 0 where there is none."""
+        return max((version.number for version in self.versions()), default=0)
+
     def read(self, version: StoredVersion) -> Update:
         """A version, its parts merged. Raises CorruptFile, also where another was written under its name."""
         try:
@@ -95,7 +105,11 @@ class UpdateDirectory:
         (self.path / WANTED).touch()
 
     def key_is_wanted(self) -> bool:
-        """Whether somebody asked; asked once, it is answered."""
+        """Whether somebody asked; asked once, it is answered.
+
+        Of a sharded trainer one rank calls it and tells the others (``broadcast_object_list``): whoever calls
+        first takes the question away, and all ranks must publish alike.
+        """
         wanted = self.path / WANTED
         asked = wanted.exists()
         wanted.unlink(missing_ok=True)
@@ -107,7 +121,15 @@ class UpdateDirectory:
         Differences one after the other where they are all there, or a key frame and those after it. What is
         missing or damaged on the way is named in what is returned, and healed by a key frame; where there is
         none the trainer is asked for it, and the receiver stays at an exact earlier version.
+
+        Raises DistcompError for a receiver whose tensors are sharded over several ranks: each would find
+        other objects, and wait for the others while they apply none.
         """
+        if receiver.is_sharded:
+            raise DistcompError(
+                "the receiver's tensors are sharded over several ranks, and each may find other updates in "
+                "the directory; use receive_from_group, or catch up with whole tensors and shard those"
+            )
         troubles: list[str] = []
         damaged: set[tuple[Path, ...]] = set()
         while True:
@@ -124,8 +146,9 @@ class UpdateDirectory:
             damage = self._go(way, receiver, damaged)
             troubles += [damage] if damage else []
         newest = max((version.number for version in versions), default=-1)
-        if newest > (-1 if receiver.number is None else receiver.number):
-            differences = [version for version in whole if version.number > (receiver.number or -1)]
+        have = -1 if receiver.number is None else receiver.number
+        if newest > have:
+            differences = [version for version in whole if version.number > have]
             troubles += [receiver.missing(min(v.number for v in differences))] if differences else []
             troubles.append(f"there is no way to version {newest} yet; a key frame was asked for")
             self.ask_for_key()

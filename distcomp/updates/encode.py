@@ -40,7 +40,8 @@ def encode(
     Size: for each changed word about ``2 + log2(words / changed)`` bits of index and 1 of direction, more if
     it moved by more than one unit in the last place; the table of names, deflated; 68 bytes.
 
-    Memory: beside ``old`` and ``new`` what the update takes, and some blocks of 2^18 words.
+    Memory: beside ``old`` and ``new`` what the update takes, some blocks of 2^18 words, and a copy of
+    the largest tensor that is not contiguous, of each version.
 
     Raises DistcompError where the two are not alike in names, dtypes and shapes, or hold no dense tensors.
     """

@@ -8,8 +8,6 @@ sent, and all are sent a key frame.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.distributed as dist
 
@@ -32,12 +30,14 @@ def publish_to_group(
 
     Several ranks may publish: those over which the state is sharded, each its part.
 
-    Raises PeerLost naming a rank that does not call, DistcompError as :func:`encode`.
+    Raises PeerLost naming a rank that does not call, DistcompError as :func:`encode`, on all ranks where one
+    that publishes refuses: nobody waits for it.
     """
     ranks = _numbers([PUBLISHES, publisher.number, signed64(publisher.fingerprint)], group)
     publishers = [rank for rank in ranks if rank[0] == PUBLISHES]
     last = total_fingerprint([rank[2] for rank in publishers])
     if len({rank[1] for rank in publishers}) > 1:
+        _exchange(None, group, keep=False)  # all that publish find the same, and those that receive wait
         raise DistcompError(
             f"ranks publish after versions {sorted({rank[1] for rank in publishers})}; publish alike"
         )
@@ -45,42 +45,64 @@ def publish_to_group(
     next_is_key = publisher.key_every > 0 and (publisher.number + 1) % publisher.key_every == 0
     whole = key or behind or next_is_key
     # A key frame goes to everybody here: the difference beside it would be sent for nothing.
-    (update,) = publisher.publish(state, key=whole, difference=not whole)
-    _exchange(update, group)
+    try:
+        (update,) = publisher.publish(state, key=whole, difference=not whole)
+    except Exception:
+        _exchange(None, group, keep=False)
+        raise
+    sizes, _ = _exchange(update, group, keep=False)
+    if any(rank[0] == PUBLISHES and not size for rank, size in zip(ranks, sizes, strict=True)):
+        raise DistcompError(
+            f"another rank refused to publish its part of version {update.number}, and says why; once it is "
+            "mended give all ranks that publish new Publishers of one number="
+        )
     return update
 
 
 def receive_from_group(receiver: Receiver, *, group: dist.ProcessGroup | None = None) -> int:
     """Receive the next version, and apply it; its number.
 
-    Raises PeerLost naming a rank that does not call, DistcompError where nobody publishes, CorruptFile as
-    :func:`apply`. The state is then what it was; the next call is sent a key frame.
+    A trainer that was started anew may count from a lower number than the receiver has: the key frame that it
+    then sends is applied, too.
+
+    Raises PeerLost naming a rank that does not call, DistcompError where nobody publishes or who should
+    refuses, CorruptFile as :func:`apply`. The state is then what it was; the next call is sent a key frame.
     """
     number = NO_VERSION if receiver.number is None else receiver.number
     ranks = _numbers([RECEIVES, number, signed64(receiver.fingerprint)], group)
-    parts = _exchange(None, group)
-    if not parts or not any(rank[0] == PUBLISHES for rank in ranks):
+    _, parts = _exchange(None, group, keep=True)
+    publishers = sum(rank[0] == PUBLISHES for rank in ranks)
+    if not publishers:
         raise DistcompError("no rank of the group publishes; call publish_to_group on the trainer's")
-    update = merge_parts(parts)
+    if len(parts) < publishers:
+        raise DistcompError(
+            "a rank that publishes refused to, and says why; nothing was changed, receive again once it is "
+            "mended"
+        )
+    update = merge_parts([read_update(part) for part in parts])
+    if update.key and receiver.number is not None and update.number <= receiver.number:
+        receiver.forget()  # it was found to be behind: its number is of an earlier run
     receiver.receive(update)
     return update.number
 
 
-def _exchange(own: Update | None, group: dist.ProcessGroup | None) -> list[Update]:
-    """Every publisher's part, on every rank that receives."""
+def _exchange(
+    own: Update | None, group: dist.ProcessGroup | None, *, keep: bool
+) -> tuple[list[int], list[memoryview]]:
+    """How many bytes each rank publishes (none where it refuses, or receives), and every part's bytes where
+    they are to be kept: read once all are here, for who finds them damaged must not leave the others."""
     sizes = [size for (size,) in _numbers([own.nbytes if own is not None else 0], group)]
-    received = []
+    received: list[memoryview] = []
     for source, size in enumerate(sizes):
         if not size:
             continue
         data = torch.empty(size, dtype=torch.uint8)
-        mine = own is not None and dist.get_rank(group) == source
-        if mine:
-            _fill(data, cast(Update, own))
+        if own is not None and dist.get_rank(group) == source:
+            _fill(data, own)
         calls.broadcast(data, _global(source, group), group=group)
-        if own is None:
-            received.append(read_update(data.numpy().data))
-    return received
+        if keep:
+            received.append(data.numpy().data)
+    return sizes, received
 
 
 def _fill(data: torch.Tensor, update: Update) -> None:

@@ -100,11 +100,6 @@ class Box:
             stride *= max(size, 1)
         return inside, (here * self.halves + places % self.halves)[inside]
 
-    def overlaps(self, other: Box) -> bool:
-        """Whether an element lies in both."""
-        pairs = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
-        return all(max(a, b) < min(a + m, b + n) for a, m, b, n in pairs) and bool(self.words and other.words)
-
 
 @dataclass(frozen=True)
 class LocalPiece:
@@ -156,12 +151,14 @@ def _local_piece(name: str, tensor: Tensor) -> LocalPiece:
     word_type(tensor.dtype)
     shape = tuple(tensor.shape)
     if not hasattr(tensor, "to_local"):
+        _check_memory(name, tensor)
         whole = Box(name, tensor.dtype, shape, (0,) * len(shape), shape)
         return LocalPiece(whole, tensor.detach(), None, True)
     sharded = cast("DTensor", tensor.detach())
     if any(placement.is_partial() for placement in sharded.placements):
         raise DistcompError(f"{name} is a partial sum on each rank; redistribute it before it is sent")
     local = sharded.to_local()
+    _check_memory(name, local)
     # What torch.distributed.checkpoint asks of a DTensor: where its chunk lies in the whole.
     chunks = sharded.__create_chunk_list__() if local.numel() else []  # type: ignore[no-untyped-call]
     if len(chunks) > 1:
@@ -173,6 +170,14 @@ def _local_piece(name: str, tensor: Tensor) -> LocalPiece:
     coordinates = zip(_coordinates(mesh), sharded.placements, strict=True)
     speaks = all(at == 0 for at, placement in coordinates if placement.is_replicate())
     return LocalPiece(Box(name, local.dtype, shape, offsets, tuple(local.shape)), local, mesh, speaks)
+
+
+def _check_memory(name: str, local: Tensor) -> None:
+    if local.is_conj() or local.is_neg():
+        raise DistcompError(
+            f"{name} is conjugated or negated lazily, and its memory holds other numbers; give "
+            "tensor.resolve_conj().resolve_neg()"
+        )
 
 
 def _coordinates(mesh: DeviceMesh) -> list[int]:

@@ -36,7 +36,9 @@ class Publication:
 class Publisher:
     """The trainer's side. It keeps a copy of the version that it published last.
 
-    ``state``: version ``number``, which receivers that begin with the same weights need not be sent.
+    ``state``: version ``number``, which receivers that begin with the same weights need not be sent. A
+    trainer that resumes gives the number that it published last: receivers pass over what is older than
+    theirs.
     ``key_every``: so many versions apart are key frames (0: none but those that are asked for).
     ``entropy``: as in :func:`encode`.
     """
@@ -89,6 +91,12 @@ class Receiver:
         self.number = number
         self.fingerprint = 0 if number is None else state_fingerprint(state)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the state lies on several ranks, which then apply updates together."""
+        meshes = [getattr(tensor, "device_mesh", None) for tensor in tensors_of(self._state).values()]
+        return any(mesh is not None and mesh.size() > 1 for mesh in meshes)
+
     def receive(self, update: Update) -> bool:
         """Apply an update; whether anything was to be done: a repeated or older one changes nothing.
 
@@ -136,9 +144,11 @@ def floating_as(state: ModelOrState, dtype: torch.dtype) -> dict[str, Tensor]:
     made: dict[tuple[object, ...], Tensor] = {}
     rounded: dict[str, Tensor] = {}
     for name, tensor in tensors_of(state).items():
-        where = (
-            (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
-        )
+        # A DTensor's own data_ptr is 0: what lies here is looked at.
+        held: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        laid_out = getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
+        there = held.data_ptr(), held.device, tensor.shape, tensor.stride(), tensor.dtype, *laid_out
+        where = there if held.numel() else (name,)
         if where not in made:
             made[where] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
         rounded[name] = made[where]

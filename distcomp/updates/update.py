@@ -57,6 +57,9 @@ MOST_PARTS = 1 << 16
 TABLE_GROWTH = 1100
 """zlib makes nothing more than about 1,030 times smaller; a table that says so is not inflated."""
 MOST_TABLE_BYTES = 1 << 28
+MOST_EMPTY_PIECES = 1 << 16
+"""Pieces without blocks (of no elements, or that share another's), beside one for each byte of blocks: a
+table deflates to a thousandth, and each of its lines makes an object."""
 WHOLE_FLAG, PART_FLAG, ALIAS_FLAG = 0, 1, 2
 READ_BYTES = 1 << 24
 
@@ -184,6 +187,8 @@ def _pieces(coded: memoryview, raw_bytes: int, blocks: memoryview) -> tuple[Upda
     table, body = Cursor(raw), Cursor(blocks)
     pieces: list[UpdatePiece] = []
     while table.left:
+        if len(pieces) >= len(blocks) + MOST_EMPTY_PIECES:
+            raise CorruptFile("the update's table names more tensors than it has blocks for: it was altered")
         pieces.append(_read_line(table, body, pieces))
     if body.left:
         raise CorruptFile("the update holds more blocks than its table names: it was altered")
@@ -228,7 +233,9 @@ def _check_box(box: Box) -> None:
     fits = all(
         at + size <= length for at, size, length in zip(box.offsets, box.sizes, box.shape, strict=True)
     )
-    if not fits or math.prod(box.shape) * box.dtype.itemsize >= 1 << 62:
+    # Also of an empty tensor: each of its dimensions is a number of 64 bits to torch.
+    elements = math.prod(max(1, length) for length in box.shape)
+    if not fits or elements * box.dtype.itemsize >= 1 << 62:
         raise CorruptFile(f"{box.name[:80]} has an impossible shape: the update was altered")
     word_type(box.dtype)
 

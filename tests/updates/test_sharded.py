@@ -118,6 +118,107 @@ def test_where_one_rank_refuses_no_rank_writes(cluster):
     assert also_kept
 
 
+def plain_ones_differ(rank, size):
+    """A plain tensor beside the shards, which somebody has changed on rank 1 alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    old = {"w": torch.arange(12.0).view(4, 3), "running": torch.zeros(3)}
+    new = {name: tensor + 1 for name, tensor in old.items()}
+    state = sharded(old, mesh, [Shard(0)])
+    state["running"] += 5 * rank
+    try:
+        updates.apply(state, updates.encode(old, new))
+    except DistcompError as error:
+        return (
+            type(error).__name__,
+            str(error),
+            same(full(state), old | {"running": torch.zeros(3) + 5 * rank}),
+        )
+
+
+def test_where_plain_tensors_differ_on_one_rank_no_rank_writes(cluster):
+    (_, one, kept), (kind, other, also_kept) = cluster(2).run(plain_ones_differ)
+    assert "another rank refused update 1" in one
+    assert kind == "WrongBase"
+    assert "apply the updates between them first" in other
+    assert kept
+    assert also_kept
+
+
+def one_runs_out_of_memory(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    from distcomp.updates.apply import UpdateTarget
+
+    mesh = init_device_mesh("cpu", (2,))
+    old = {"w": torch.arange(12.0).view(4, 3)}
+    state = sharded(old, mesh, [Shard(0)])
+
+    def fails(target):
+        raise MemoryError("no more")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(UpdateTarget, "difference", fails)
+        try:
+            updates.apply(state, updates.encode(old, {"w": old["w"] + 1}))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def test_an_error_of_any_kind_is_told_to_the_other_ranks(cluster):
+    one, other = cluster(2).run(one_runs_out_of_memory)
+    assert "another rank refused update 1" in one
+    assert other == "MemoryError: no more"
+
+
+def caught_up(rank, size, directory):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    old = {"w": torch.arange(12.0).view(4, 3)}
+    state = sharded(old, init_device_mesh("cpu", (2,)), [Shard(0)])
+    try:
+        updates.UpdateDirectory(directory).catch_up(updates.Receiver(state))
+    except DistcompError as error:
+        return str(error), same(full(state), old)
+
+
+def test_a_sharded_receiver_of_a_directory_is_told_of_the_group(cluster, tmp_path):
+    old = {"w": torch.arange(12.0).view(4, 3)}
+    updates.UpdateDirectory(tmp_path).write([updates.encode(old, {"w": old["w"] + 1})])
+    for told, kept in cluster(2).run(caught_up, str(tmp_path)):
+        assert "use receive_from_group" in told
+        assert kept
+
+
+def rounded_shards(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    one, other = (
+        distribute_tensor(value, mesh, [Shard(0)]) for value in (torch.ones(4, 4), torch.zeros(4, 4))
+    )
+    rounded = updates.floating_as({"a": one, "b": other, "tied": one}, torch.bfloat16)
+    kept = same(
+        full(rounded),
+        {
+            "a": torch.ones(4, 4).bfloat16(),
+            "b": torch.zeros(4, 4).bfloat16(),
+            "tied": torch.ones(4, 4).bfloat16(),
+        },
+    )
+    return kept, rounded["tied"] is rounded["a"], rounded["b"] is rounded["a"]
+
+
+def test_shards_are_rounded_each_and_tied_ones_once(cluster):
+    assert cluster(2).run(rounded_shards) == [(True, True, False)] * 2
+
+
 def streamed(rank, size, last):
     """A publisher over two shards, a receiver over the two others."""
     from torch.distributed.device_mesh import DeviceMesh

@@ -170,6 +170,30 @@ def test_the_way_of_the_fewest_bytes_is_taken(tmp_path):
     assert read == [(3, True), (4, False)]
 
 
+def test_what_a_receiver_of_version_0_lacks_is_named(tmp_path):
+    store, publisher = updates.UpdateDirectory(tmp_path), updates.Publisher(version(0), key_every=0)
+    store.write([publisher.key_frame()])
+    publisher.publish(version(1))  # and lost
+    store.write(publisher.publish(version(2)))
+    told, asked = store.catch_up(updates.Receiver(version(0)))
+    assert "update 1 is missing between version 0, which is here, and update 2" in told
+    assert "there is no way to version 2 yet" in asked
+
+
+def test_a_trainer_that_resumes_goes_on_counting(tmp_path):
+    store, publisher = updates.UpdateDirectory(tmp_path), updates.Publisher(version(0))
+    assert store.newest == 0
+    for number in (1, 2):
+        store.write(publisher.publish(version(number)))
+    state = version(0)
+    receiver = updates.Receiver(state)
+    store.catch_up(receiver)
+    resumed = updates.Publisher(version(2), number=store.newest)
+    store.write(resumed.publish(version(3)))
+    assert store.catch_up(receiver) == []
+    assert (receiver.number, same(state, version(3))) == (3, True)
+
+
 # --- a group ---
 
 
@@ -209,3 +233,78 @@ def nobody_publishes(rank, size):
 
 def test_a_group_of_receivers_alone_is_told(cluster):
     assert all("no rank of the group publishes" in told for told in cluster(2).run(nobody_publishes))
+
+
+def trainer_begins_at_0_again(rank, size):
+    """Rank 1 has version 7 of an earlier run. What was sent whole, or what it has then."""
+    if rank == 0:
+        publisher = updates.Publisher(version(0), key_every=0)
+        sent = [updates.publish_to_group(publisher, version(number)).key for number in (1, 2)]
+        calls.disconnect()
+        return sent
+    state = version(5)
+    receiver, have = updates.Receiver(state, number=7), []
+    for number in (1, 2):
+        have.append((updates.receive_from_group(receiver), receiver.number, same(state, version(number))))
+    calls.disconnect()
+    return have
+
+
+def test_a_trainer_that_begins_at_0_again_is_followed(cluster):
+    sent, have = cluster(2).run(trainer_begins_at_0_again)
+    assert have == [(1, 1, True), (2, 2, True)]
+    assert sent == [True, False]
+
+
+def one_refuses_to_publish(rank, size, sharded_trainer):
+    """The last rank receives; rank 0 publishes other names at first, a rank between them the right ones."""
+    state, told = version(0), []
+    publisher = updates.Publisher(version(0)) if rank < size - 1 else None
+    receiver = updates.Receiver(state)
+    for attempt in range(1 if sharded_trainer else 2):
+        bad = {"w": version(1)["w"]} if rank == 0 and not attempt else version(1)
+        try:
+            if publisher is None:
+                told.append(updates.receive_from_group(receiver))
+            else:
+                told.append(updates.publish_to_group(publisher, bad).number)
+        except DistcompError as error:
+            told.append(str(error))
+    exact = same(state, version(receiver.number))
+    calls.disconnect()
+    return told, exact
+
+
+def test_nobody_waits_for_a_trainer_that_refuses(cluster):
+    ((refused, sent), _), ((told, number), exact) = cluster(2).run(one_refuses_to_publish, False)
+    assert "b is in one version and not in the other" in refused
+    assert "a rank that publishes refused to" in told
+    assert (sent, number, exact) == (1, 1, True)
+
+
+def test_nobody_waits_where_one_of_several_refuses(cluster):
+    ((refused,), _), ((other,), _), ((told,), exact) = cluster(3).run(one_refuses_to_publish, True)
+    assert "b is in one version and not in the other" in refused
+    assert "another rank refused to publish its part of version 1" in other
+    assert "a rank that publishes refused to" in told
+    assert exact
+
+
+def publish_after_other_versions(rank, size):
+    state = version(0)
+    try:
+        if rank < 2:
+            updates.publish_to_group(updates.Publisher(version(0), number=rank), version(1))
+        else:
+            updates.receive_from_group(updates.Receiver(state))
+    except DistcompError as error:
+        return str(error), same(state, version(0))
+    finally:
+        calls.disconnect()
+
+
+def test_nobody_waits_for_trainers_that_publish_differently(cluster):
+    *publishers, (told, exact) = cluster(3).run(publish_after_other_versions)
+    assert all("ranks publish after versions [0, 1]; publish alike" in words for words, _ in publishers)
+    assert "a rank that publishes refused to" in told
+    assert exact
