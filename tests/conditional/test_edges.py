@@ -1,0 +1,125 @@
+"""Conditional layers beside other features: recomputation, accumulation, averaging, copies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import distcomp
+from distcomp.conditional import UnitDropout, stochastic_depth
+from tests.conditional import depth_jobs as jobs
+from tests.conditional import edge_jobs
+
+
+class Recomputed(nn.Module):
+    """Six blocks and a wide layer, each behind a checkpoint of its own."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.blocks = nn.ModuleList(jobs.Block() for _ in range(6))
+        self.wide = nn.Linear(16, 16)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        for part in (*self.blocks, self.wide):
+            x = part(x) if self.reentrant is None else checkpoint(part, x, use_reentrant=self.reentrant)
+        return x
+
+
+def gradients_of(reentrant, layers, units):
+    """Those of the input and the parameters, in each of four iterations."""
+    net = Recomputed(reentrant)
+    if layers:
+        stochastic_depth(net, "blocks.*", last=0.3, seed=2)
+    if units:
+        UnitDropout(net, "wide", blocks=8, rate=0.5, seed=4)
+    found = []
+    for step in range(4):
+        net.zero_grad()
+        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(step)).requires_grad_()
+        net(x).sin().sum().backward()
+        found.append([x.grad, *(p.grad for p in net.parameters() if p.grad is not None and p.grad.any())])
+    return found
+
+
+@pytest.mark.parametrize("part", ["layers", "units"])
+def test_both_forms_of_recomputation_have_the_coins_of_the_forward(part):
+    plain, other, reentrant = (
+        gradients_of(how, part == "layers", part == "units") for how in (None, False, True)
+    )
+    assert len({len(step) for step in plain}) > 1 or part == "units"
+    for step in range(4):
+        for each in (other, reentrant):
+            assert len(plain[step]) == len(each[step])
+            assert all(torch.allclose(a, b) for a, b in zip(plain[step], each[step], strict=True))
+
+
+def test_what_accumulated_without_no_sync_is_stepped():
+    net = jobs.Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    depth = stochastic_depth(net, "blocks.*", last=0.3, seed=5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        awake = []
+        before = [block.fc.weight.detach().clone() for block in net.blocks]
+        for micro in range(4):
+            x, y = jobs.batch(0, micro)
+            nn.functional.cross_entropy(net(x), y).backward()
+            awake.append(depth.awake())
+        optimizer.step()
+        assert len(set(awake)) > 1
+        for number, (block, old) in enumerate(zip(net.blocks, before, strict=True)):
+            trained = any(f"blocks.{number}" in each for each in awake)
+            assert torch.equal(block.fc.weight, old) != trained
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = jobs.Block()
+
+    def forward(self, x):
+        return self.block(x=x)
+
+
+class Pair(jobs.Block):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+def test_blocks_that_cannot_be_dropped_are_named():
+    net = ByKeyword()
+    stochastic_depth(net, "block", last=0.5)
+    with pytest.raises(distcomp.DistcompError, match="block was called without a positional input"):
+        net(torch.randn(2, 16))
+    pair = nn.Sequential(Pair())
+    stochastic_depth(pair, "0", last=1.0)  # awake in every step
+    with pytest.raises(distcomp.DistcompError, match="0 does not return a tensor shaped as its input"):
+        pair(torch.randn(2, 16))
+
+
+@pytest.fixture(scope="module")
+def told(cluster):
+    return cluster(2).run(edge_jobs.edges)
+
+
+def test_rows_trained_earlier_in_a_period_are_averaged(told):
+    assert [each["rows_of_a_period"] for each in told] == [(True, True)] * 2
+
+
+def test_an_attached_model_with_unit_dropout_is_copied(told):
+    assert [each["copied"] for each in told] == [(True, True)] * 2
+
+
+def test_codistillation_trains_the_layers_of_its_forward(told):
+    for each in told:
+        steps = each["layers_with_codistillation"]
+        assert len({tuple(ran) for ran, _ in steps}) > 1
+        assert all(ran == moved for ran, moved in steps)
+
+
+def test_marked_experts_are_not_averaged(told):
+    assert [each["own_experts"] for each in told] == [(True, True)] * 2
