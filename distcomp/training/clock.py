@@ -133,8 +133,8 @@ class TrainingClock:
 
     @property
     def building(self) -> bool:
-        """Whether a forward of the model that builds a graph is under way, also where a part of it builds none
-        (a reentrant checkpoint)."""
+        """Whether a forward of the model that builds a graph is under way, also where a part of it builds
+        none (a reentrant checkpoint)."""
         return self.in_forward and self._open
 
     def _forward_begins(self, module: nn.Module, arguments: object) -> None:

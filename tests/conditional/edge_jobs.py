@@ -9,10 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
 from distcomp import calls
-from distcomp.conditional import MixtureOfExperts, UnitDropout, keep_experts_local, stochastic_depth
+from distcomp.conditional import (
+    MixtureOfExperts,
+    UnitDropout,
+    clip_experts_grad_norm_,
+    keep_experts_local,
+    stochastic_depth,
+)
+from distcomp.conditional.experts import TENSORS
 from tests.conditional.depth_jobs import Net
 
 
@@ -120,3 +128,54 @@ def own_experts(rank: int) -> tuple[bool, bool]:
         dist.all_gather(shared, model[0].weight.detach())
     calls.disconnect(dist.group.WORLD)
     return not torch.equal(*parts), torch.equal(*shared)
+
+
+def clipped(rank: int, size: int) -> tuple[float, float, bool]:
+    """The largest distance of clipped gradients from those of one process with all tokens; the norm's from
+    that process's; and whether ``clip_grad_norm_`` leaves shared gradients unlike (the control)."""
+    x = [torch.randn(8, 8, generator=torch.Generator().manual_seed(number)) for number in range(size)]
+
+    def begun(**options: Any) -> tuple[nn.Sequential, MixtureOfExperts]:
+        torch.manual_seed(3)
+        first = nn.Linear(8, 8)
+        moe = MixtureOfExperts(8, 16, 4, noisy=False, **options)
+        with torch.no_grad():
+            moe.gate.clean.copy_(torch.randn(8, 4, generator=torch.Generator().manual_seed(1)))
+        return nn.Sequential(first, moe), moe
+
+    whole, all_experts = begun()
+    whole(torch.cat(x)).square().mean().backward()
+    wanted = nn.utils.clip_grad_norm_(whole.parameters(), 0.01)
+    model, moe = begun(parallel=dist.group.WORLD)
+    keep_experts_local(model)
+    model = DistributedDataParallel(model)
+    model(x[rank]).square().mean().backward()
+    kept = [parameter.grad.clone() for parameter in model.parameters()]
+    norm = clip_experts_grad_norm_(model, 0.01, dist.group.WORLD)
+    here = slice(moe.own.start, moe.own.stop)
+    pairs = [
+        (model.module[0].weight.grad, whole[0].weight.grad),
+        (moe.gate.clean.grad, all_experts.gate.clean.grad),
+    ]
+    pairs += [(getattr(moe, name).grad, getattr(all_experts, name).grad[here]) for name in TENSORS]
+    far = max(float((one - other).abs().max()) for one, other in pairs)
+    for parameter, gradient in zip(model.parameters(), kept, strict=True):
+        parameter.grad = gradient
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    parts = [torch.empty_like(kept[0]) for _ in range(size)]
+    dist.all_gather(parts, model.module[0].weight.grad)
+    calls.disconnect(dist.group.WORLD)
+    return far, abs(float(norm - wanted)), not torch.equal(*parts)
+
+
+def forgotten(rank: int, size: int) -> str:
+    """DistributedDataParallel around experts that nobody told it to leave alone."""
+    moe = MixtureOfExperts(8, 16, 4, parallel=dist.group.WORLD)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), moe))
+    try:
+        distcomp.attach(model, None, "identity").detach()
+    except distcomp.DistcompError as error:
+        return str(error)
+    finally:
+        calls.disconnect(dist.group.WORLD)
+    return "nothing"

@@ -8,7 +8,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import distcomp
-from distcomp.conditional import UnitDropout, stochastic_depth
+from distcomp.conditional import (
+    BlockPolicy,
+    GatedStage,
+    NoisyTopKGate,
+    QController,
+    UnitDropout,
+    exits,
+    stochastic_depth,
+)
 from tests.conditional import depth_jobs as jobs
 from tests.conditional import edge_jobs
 
@@ -123,3 +131,95 @@ def test_codistillation_trains_the_layers_of_its_forward(told):
 
 def test_marked_experts_are_not_averaged(told):
     assert [each["own_experts"] for each in told] == [(True, True)] * 2
+
+
+def test_gradients_of_spread_experts_are_clipped_as_in_one_process(cluster):
+    for far, off, parted in cluster(2).run(edge_jobs.clipped):
+        assert far < 1e-6
+        assert off < 1e-6
+        assert parted
+
+
+def test_experts_that_ddp_would_reduce_are_named(cluster):
+    for words in cluster(2).run(edge_jobs.forgotten):
+        assert words.startswith("1.up is this rank's own and DistributedDataParallel reduces it")
+
+
+# -------------------------------------------------------------------------- what examples decide
+
+
+def test_a_gate_hears_from_rows_that_stay_out():
+    torch.manual_seed(0)
+    stage = GatedStage(nn.Linear(4, 4), 4, bias=0.0)
+    x = torch.randn(12, 4)
+    out = stage(x)
+    stage.taken.retain_grad()
+    out.sum().backward()
+    assert 0 < stage.taken.detach().sum() < 12
+    assert torch.allclose(stage.taken.grad, stage.branch(x).sum(1))
+    assert torch.allclose(out, x + stage.taken.detach()[:, None] * stage.branch(x))
+
+
+def test_a_stage_with_batch_normalisation_trains_whoever_goes_through():
+    branch = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    stage = GatedStage(branch, 4, bias=-99.0)
+    stage(torch.randn(6, 4)).sum().backward()
+    assert int(branch[1].num_batches_tracked) == 1
+    assert torch.isfinite(stage.gate.weight.grad).all()
+
+
+def test_exits_forget_a_training_forward_whose_loss_nobody_took():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    sides = exits(net, {"0": nn.Linear(4, 3)})
+    x, y = torch.randn(5, 4), torch.arange(5) % 3
+    net(torch.randn(5, 4))
+    loss = sides.loss(net(x), y)
+    first = nn.functional.linear(x, net[0].weight, net[0].bias)
+    wanted = nn.functional.cross_entropy(sides.heads[0](first), y) + nn.functional.cross_entropy(
+        net[1](first), y
+    )
+    assert torch.allclose(loss, wanted)
+
+
+def test_exits_see_a_recomputed_forward_once():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    sides = exits(net, {"0": nn.Linear(4, 3)})
+    x, y = torch.randn(5, 4), torch.arange(5) % 3
+    for _ in range(2):
+        sides.loss(checkpoint(net, x, use_reentrant=False), y).backward()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_rest_is_run_for_no_rows_where_others_gather_from_it(sharded, monkeypatch):
+    """FSDP2 gathers a layer's weights from all ranks: one that skipped it would leave the others waiting."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    sides = exits(net, {"0": nn.Linear(4, 3), "1": nn.Linear(4, 3)})
+    ran = []
+    net[2].register_forward_hook(lambda *_: ran.append(1))
+    monkeypatch.setattr("distcomp.conditional.early_exits.is_sharded", lambda module: sharded)
+    net.eval()
+    x = torch.randn(6, 4)
+    answers = sides.answer(x, lambda number, entropies: entropies > 0)
+    assert answers.exits.tolist() == [0] * 6
+    assert bool(ran) == sharded
+    assert sides.calibrate(x, (1.0, 0.0))[1] == 0.0
+
+
+def test_an_input_that_comes_again_meets_other_coins_after_a_step():
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    policy, stage = BlockPolicy(4, 8, 4), GatedStage(nn.Linear(4, 4), 4)
+    gate, controller = NoisyTopKGate(4, 8), QController(4, [nn.Linear(4, 2), nn.Linear(4, 2)], (0, 1))
+
+    def drawn():
+        controller(x)
+        stage(x)
+        return policy._coins(x), gate.draw(x, x @ gate.clean), stage.taken.detach(), controller.chosen
+
+    first, again = drawn(), drawn()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    with torch.no_grad():
+        for parameter in (policy.policy.weight, gate.clean, stage.gate.weight, controller.value[0].weight):
+            parameter += 1e-6 * torch.rand(parameter.shape)
+    changed = drawn()
+    assert not any(torch.equal(a, b) for a, b in zip(first, changed, strict=True))

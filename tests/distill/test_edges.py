@@ -8,8 +8,10 @@ from torch import nn
 
 from distcomp import distill
 from distcomp.averaging.codistill import Codistillation
+from distcomp.distill.hints import features_of
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
+from tests.distill import edge_jobs
 from tests.distill.networks import mlp, rows
 
 LAYOUT = Layout.of([("predictions", (6, 5))])
@@ -76,3 +78,52 @@ def test_a_teachers_name_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(DistcompError, match="give a shorter one"):
         cache.put([0], rows(1)[0])
     assert not list(tmp_path.glob("*.logits")) or all(not p.stat().st_size for p in tmp_path.glob("*.logits"))
+
+
+def test_an_output_that_is_changed_in_place_is_no_tap():
+    student = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 4))
+    teacher = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(48, 4)
+    )
+    x, y = torch.randn(2, 1, 4, 4), torch.arange(2)
+    loss = distill.hard_labels() + distill.attention({"0": "0"})
+    teach = distill.Distill(student, teacher, loss)
+    with pytest.raises(DistcompError, match="what the module '0' gave was changed in place"):
+        teach(x, y)
+    teach.remove()
+    with pytest.raises(DistcompError, match="changed in place"):
+        features_of(teacher, "0", x)
+    assert torch.equal(features_of(teacher, "1", x), torch.relu(teacher[0](x)))
+    with torch.inference_mode():  # whose tensors do not count their changes
+        assert torch.equal(features_of(student, "0", x), student[0](x))
+
+
+def test_kdgan_asks_for_the_iteration_and_draws_by_rank(monkeypatch):
+    torch.manual_seed(0)
+    game = distill.KDGAN(nn.Linear(6, 4), nn.Linear(6, 4), distill.LabelDiscriminator(6, 4))
+    x, y = rows(4)
+    with pytest.raises(TypeError, match="step"):
+        game(x, y)
+    assert not torch.equal(game(x, y, 0), game(x, y, 1))
+    assert torch.equal(game(x, y, 1), game(x, y, 1, rank=0))
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert torch.equal(game(x, y, 1), game(x, y, 1, rank=3))
+    assert not torch.equal(game(x, y, 1), game(x, y, 1, rank=0))
+
+
+def test_shared_rows_are_not_in_the_running_statistics(cluster):
+    for mean, batches in cluster(2).run(edge_jobs.normalised):
+        assert mean < 1
+        assert batches == 3
+
+
+def test_checkpoints_of_running_statistics_are_refused(cluster):
+    for words in cluster(2).run(edge_jobs.checkpoints_refuse):
+        assert "and 1 evaluates by running statistics" in words
+
+
+def test_checkpoints_of_a_bfloat16_model_are_distilled_from(cluster):
+    for trained, said in cluster(2).run(edge_jobs.in_bfloat16):
+        assert trained
+        assert 0 < said < 10
