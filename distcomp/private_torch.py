@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 NO_BACKWARD = -1
@@ -36,6 +36,13 @@ def at_backward_end(callback: Callable[[], None]) -> None:
     DistributedDataParallel and FSDP learn of it in this way; public hooks see gradients, never the end.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How many operations have changed the tensor in place, which autograd compares and no public call tells;
+    0 for tensors of the inference mode, which do not count."""
+    version: int = 0 if tensor.is_inference() else tensor._version
+    return version
 
 
 def profiler_runs() -> bool:

@@ -135,7 +135,9 @@ class PredictionSync(ParameterSync):
         rows = self.codistillation.exchanged_rows(len(self._shared), fragment.last, self._seed)
         drawn = self.codistillation.batch_rows(len(rows), step, self._seed, self._session.rank)
         batch = self._shared[rows[drawn].to(self._shared.device)]
-        outputs = logits_of(self._module.forward(batch)).float()
+        # Statistics of the shared rows are not those of the data that this worker trains on.
+        kept = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
+        outputs = logits_of(functional_call(_Forward(self._module), _inside(kept), batch)).float()
         return self.codistillation.disagreement(outputs, self._targets(fragment, len(rows), drawn, batch))
 
     def _targets(self, fragment: FragmentState, rows: int, drawn: Tensor, batch: Tensor) -> Tensor:
@@ -146,7 +148,10 @@ class PredictionSync(ParameterSync):
         said = []
         with torch.no_grad(), evaluating(self._module):
             for model in tensors(fragment.state["replicas"]).values():
-                weights = {p.name: piece.view(p.shape) for p, piece in fragment.layout.pieces(model)}
+                weights = {
+                    p.name: piece.view(p.shape).to(self._weights.parameters[p.name].dtype)
+                    for p, piece in fragment.layout.pieces(model)
+                }
                 said.append(logits_of(functional_call(_Forward(self._module), _inside(weights), batch)))
         layout = Layout.of([("predictions", (said[0].numel() // said[0].shape[-1], said[0].shape[-1]))])
         return self.codistillation.targets([one.float().reshape(-1) for one in said], layout)
@@ -237,6 +242,17 @@ def check_shared(target: Target, method: Any, shared: Tensor | None) -> dict[str
         raise DistcompError(
             "codistill lets each rank train a network of its own, and an FSDP model is one network of all "
             "ranks; use a plain module or DistributedDataParallel"
+        )
+    normalised = [
+        name
+        for name, part in target.module.named_modules()
+        if getattr(part, "running_mean", None) is not None
+    ]
+    if normalised and not method.own_models:
+        raise DistcompError(
+            f"codistill that exchanges checkpoints sends parameters alone, and {normalised[0]} evaluates by "
+            "running statistics, which the copies here would lack; use exchanged='predictions', or a "
+            "normalisation without them, such as GroupNorm"
         )
     rows = method.check_rows(len(shared))
     layout = predictions_layout(rows, predicted(target.module, shared, torch.arange(1)))

@@ -1,6 +1,7 @@
 """Which parts of the network run?"""
 
 from distcomp.conditional.awake import AwakeLayers
+from distcomp.conditional.clipping import clip_experts_grad_norm_
 from distcomp.conditional.controller import QController
 from distcomp.conditional.depth import alternate_layers, freeze_layers, sample_layers, stochastic_depth
 from distcomp.conditional.early_exits import Exits, average_products, exits
@@ -33,6 +34,7 @@ __all__ = [
     "alternate_layers",
     "average_products",
     "balance_loss",
+    "clip_experts_grad_norm_",
     "exits",
     "expert_optimizer_state",
     "freeze_layers",

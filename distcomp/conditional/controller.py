@@ -57,7 +57,7 @@ class QController(nn.Module):
         values = self.value(h.detach())
         self.chosen = values.detach().argmax(1)
         if self.training and self.epsilon > 0:
-            generator = generator_of("controller", h)
+            generator = generator_of("controller", h, *self.value[0].parameters())
             explores = torch.rand(len(h), generator=generator, dtype=torch.float32) < self.epsilon
             anything = torch.randint(len(self.choices), (len(h),), generator=generator)
             self.chosen = torch.where(explores.to(h.device), anything.to(h.device), self.chosen)

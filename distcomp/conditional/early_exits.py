@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
+from distcomp.attaching.target import is_sharded
 from distcomp.errors import DistcompError
 from distcomp.pruning.masks import unwrapped
 
@@ -73,11 +74,12 @@ class Exits:
         module.add_module("exits", _Heads(heads.values()))
         self._module = module
         self._places = [known[name] for name in heads]
-        self._seen: list[Tensor] = []
+        self._seen: dict[int, Tensor] = {}
         self._leave: Callable[[int, Tensor], Tensor] | None = None
         self._hooks = [
             place.register_forward_hook(self._hook(number)) for number, place in enumerate(self._places)
         ]
+        self._hooks.append(module.register_forward_pre_hook(self._forget))
 
     @property
     def heads(self) -> list[nn.Module]:
@@ -90,11 +92,16 @@ class Exits:
         def at_exit(module: nn.Module, arguments: object, out: Tensor) -> Tensor | None:
             if self._leave is not None:
                 return self._leave(number, out)
-            if module.training:
-                self._seen.append(self.heads[number](out))
+            if module.training and number not in self._seen:  # not again where it is recomputed
+                self._seen[number] = self.heads[number](out)
             return None
 
         return at_exit
+
+    def _forget(self, module: nn.Module, arguments: object) -> None:
+        """A forward begins: what another one left, whose loss nobody took, is no part of it."""
+        if module.training:
+            self._seen = {}
 
     # ---------------------------------------------------------------------------------------- training
 
@@ -105,13 +112,13 @@ class Exits:
 
         Raises DistcompError where no training forward has just passed all heads.
         """
-        seen, self._seen = self._seen, []
+        seen, self._seen = self._seen, {}
         if len(seen) != len(self._places):
             raise DistcompError(
                 f"{len(seen)} of {len(self._places)} heads saw the last forward; call loss() once after each "
                 "training forward"
             )
-        losses = [criterion(head, labels) for head in (*seen, scores)]
+        losses = [criterion(head, labels) for head in (*(seen[number] for number in sorted(seen)), scores)]
         weighted = [weight * loss for weight, loss in zip(self.weights, losses, strict=True)]
         return torch.stack(weighted).sum()
 
@@ -133,6 +140,9 @@ class Exits:
 
         def choose(number: int, entropies: Tensor) -> Tensor:
             ordered = entropies.sort().values
+            if not len(ordered):  # all have left, and the rest is run for the ranks that gather from here
+                thresholds.append(0.0)
+                return entropies < 0
             count = min(round(shares[number] * len(inputs)), len(ordered))
             below = ordered[count - 1] if count else ordered[0] - 1
             above = ordered[count] if count < len(ordered) else ordered[-1] + 1
@@ -156,6 +166,8 @@ class Exits:
         decide = leaves or (lambda number, entropies: entropies < self.thresholds[number])
         waiting = torch.arange(len(inputs), device=inputs.device)
         left: list[tuple[int, Tensor, Tensor]] = []
+        # Weights that other ranks gather from here are gathered to the end, also for no rows.
+        sharded = any(is_sharded(part) for part in self._module.modules())
 
         def at_exit(number: int, out: Tensor) -> Tensor:
             nonlocal waiting
@@ -163,7 +175,7 @@ class Exits:
             gone = decide(number, entropy(scores))
             left.append((number, waiting[gone], scores[gone]))
             waiting = waiting[~gone]
-            if not len(waiting):
+            if not len(waiting) and not sharded:
                 raise _AllGone
             return out[~gone]
 

@@ -109,6 +109,8 @@ class MixtureOfExperts(nn.Module):
         self.gate = NoisyTopKGate(width, experts, k, self.options.noisy)
         for name, tensor in _begun(width, hidden, self.own, self.options.seed).items():
             setattr(self, name, nn.Parameter(tensor))
+            if parallel is not None:  # so that attach() can tell where keep_experts_local was forgotten
+                setattr(getattr(self, name), OF_RANK, True)
         self.balance_loss = torch.zeros((), dtype=torch.float32)
         self.routing = Routing(0, (0,) * experts, 0)
         self.register_state_dict_post_hook(_by_expert)  # type: ignore[no-untyped-call]
@@ -135,7 +137,7 @@ class MixtureOfExperts(nn.Module):
         weights = gates.weights.reshape(-1)[pairs, None]
         # Each pair has a place of its own, so the sum over a token's k experts is always in the same order.
         answers = torch.zeros(gates.chosen.numel(), self.width, dtype=answered.dtype, device=x.device)
-        answers = answers.index_copy(0, pairs, answered * weights)
+        answers = answers.index_copy(0, pairs, (answered * weights).to(answers.dtype))
         return answers.view(-1, self.k, self.width).sum(1).view(x.shape).to(x.dtype)
 
     def _sorted(self, gates: Gates) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,8 @@ class NoisyTopKGate(nn.Module):
         load_i = sum_x Phi(((x W_g)_i - kth_excluding(H(x), k, i)) / softplus((x W_n)_i))
 
     ``W_g`` and ``W_n`` begin at zero, so that all experts begin alike. The noise is drawn from a key that is
-    made of the tokens themselves: recomputed activations and a resumed run draw the same, ranks with other
-    tokens draw others.
+    made of the tokens themselves and ``W_g``: recomputed activations and a resumed run draw the same, ranks
+    with other tokens draw others.
 
     Source: Shazeer et al., "Outrageously Large Neural Networks", ICLR 2017, equations 3 to 5 and appendix A.
     We differ: 0.01 is added to the softplus, so that no deviation is zero.
@@ -63,8 +63,8 @@ class NoisyTopKGate(nn.Module):
         return _top_k(clean, clean + self.draw(x, clean) * deviation, deviation, self.k)
 
     def draw(self, x: Tensor, like: Tensor) -> Tensor:
-        """Standard normal noise ``[T, E]``, a function of the tokens."""
-        noise = torch.randn(like.shape, generator=generator_of("gate", x), dtype=torch.float32)
+        """Standard normal noise ``[T, E]``, a function of the tokens and the gate's weights."""
+        noise = torch.randn(like.shape, generator=generator_of("gate", x, self.clean), dtype=torch.float32)
         return noise.to(like.device, like.dtype)
 
 

@@ -122,7 +122,7 @@ class SpatialHalting(nn.Module):
             return active * unit.branch(x)
         positions = active.reshape(-1).nonzero().squeeze(1)
         branch = torch.zeros_like(x).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-        branch = branch.index_copy(0, positions, unit.branch_at(x, positions))
+        branch = branch.index_copy(0, positions, unit.branch_at(x, positions).to(branch.dtype))
         return branch.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
 
     def products(self, channels: int) -> float:

@@ -36,7 +36,7 @@ class BlockPolicy(nn.Module):
         L_variance = -sum_b Var_i p_ib
 
     Rows of each block are gathered, so a block is multiplied with the examples that take it and no others.
-    Coins are drawn from a key made of the input.
+    Coins are drawn from a key made of the input and the policy's weights.
 
     Args:
         inputs, units: of the layer; units divide among ``blocks``.
@@ -75,7 +75,7 @@ class BlockPolicy(nn.Module):
         return block_sparse_relu(x, self.layer.weight, self.layer.bias, self.taken)
 
     def _coins(self, x: Tensor) -> Tensor:
-        generator = generator_of("policy", x)
+        generator = generator_of("policy", x, self.policy.weight)
         return torch.rand(len(x), self.blocks, generator=generator, dtype=torch.float32).to(x.device)
 
     def losses(self, task_losses: Tensor, weights: PolicyLosses | None = None) -> Tensor:
@@ -120,5 +120,5 @@ def block_sparse_relu(x: Tensor, weight: Tensor, bias: Tensor, taken: Tensor) ->
         pieces.append(torch.relu(torch.addmm(bias[units], x[own], weight[units].t())))
     at = torch.cat([own * blocks + block for block, own in enumerate(rows)])
     # One place for each pair of row and block: the pieces are copied, and nothing is added up.
-    out = x.new_zeros(len(x) * blocks, size).index_copy(0, at, torch.cat(pieces))
+    out = x.new_zeros(len(x) * blocks, size).index_copy(0, at, torch.cat(pieces).to(x.dtype))
     return out.view(len(x), len(weight))

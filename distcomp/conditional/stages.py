@@ -20,8 +20,8 @@ class GatedStage(nn.Module):
         backward: the gradient of sigmoid(s + L) in the place of g's (straight through)
         L_rate = sum over stages (mean_i g_i - rate)^2
 
-    ``f`` runs on the rows that go through, in training too. Per example, so nothing about the wire: f takes
-    part in the graph also where no example of a rank goes through.
+    In evaluation ``f`` runs on the rows that go through; in training on all, since a row that stays out tells
+    its gate, too, what f would have added. Per example, so nothing about the wire.
 
     Args:
         branch: f, from x to its shape.
@@ -47,11 +47,14 @@ class GatedStage(nn.Module):
         pooled = x.flatten(2).mean(2) if x.ndim > 2 else x
         scores = self.gate(pooled).squeeze(1)
         if self.training:
-            uniform = torch.rand(len(x), generator=generator_of("stage", x), dtype=torch.float32)
+            uniform = torch.rand(
+                len(x), generator=generator_of("stage", x, self.gate.weight), dtype=torch.float32
+            )
             scores = scores + torch.logit(uniform, eps=1e-6).to(x.device, x.dtype)
         soft = torch.sigmoid(scores)
         self.taken = (scores > 0).to(x.dtype) + soft - soft.detach()
-        rows = (scores > 0).nonzero().squeeze(1)
+        # In training f(x) of every row is the gate's gradient, also of one that stays out.
+        rows = torch.arange(len(x), device=x.device) if self.training else (scores > 0).nonzero().squeeze(1)
         out = self.branch(x[rows])
         if out.shape[1:] != x.shape[1:]:
             raise DistcompError(

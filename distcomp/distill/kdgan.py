@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from distcomp.distill.losses import UNLABELLED, labelled_cross_entropy, softened_kl
 from distcomp.errors import DistcompError
+from distcomp.process_environment import read_environment
 from distcomp.randomness import Key
 from distcomp.schedule import Schedule, Varying, at, extremes, varying
 
@@ -88,15 +89,27 @@ class KDGAN(nn.Module):
         self.alpha, self.beta, self.gamma, self.seed = alpha, beta, gamma, seed
 
     def forward(
-        self, batch: Tensor, labels: Tensor, step: int = 0, rank: int = 0, privileged: Tensor | None = None
+        self,
+        batch: Tensor,
+        labels: Tensor,
+        step: int,
+        rank: int | None = None,
+        privileged: Tensor | None = None,
     ) -> Tensor:
         """The sum of the three losses: so DistributedDataParallel sees one forward."""
         return self.terms(batch, labels, step, rank, privileged).total
 
     def terms(
-        self, batch: Tensor, labels: Tensor, step: int = 0, rank: int = 0, privileged: Tensor | None = None
+        self,
+        batch: Tensor,
+        labels: Tensor,
+        step: int,
+        rank: int | None = None,
+        privileged: Tensor | None = None,
     ) -> GameTerms:
-        """Each player's loss. Noise comes from ``seed``, ``step`` and ``rank`` alone."""
+        """Each player's loss. Noise comes from ``seed``, ``step`` (the iteration) and ``rank`` alone; this
+        process's rank by default."""
+        rank = read_environment().rank if rank is None else rank
         key, tau = Key.of(self.seed, step).fold("kdgan", rank), at(self._tau, step)
         zc, zt = self.classifier(batch), self.teacher(batch if privileged is None else privileged)
         samples = [relaxed(z, tau, key.fold(name)) for z, name in ((zc, "classifier"), (zt, "teacher"))]

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distcomp.errors import DistcompError
+from distcomp.private_torch import version_of
 from distcomp.pruning.masks import unwrapped
 from distcomp.training import uncompiled
 
@@ -33,7 +34,7 @@ class Taps:
         self._model = unwrapped(model)
         self._names = tuple(dict.fromkeys(names))
         self._heads = dict(heads or {})
-        self._outputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, tuple[Tensor, int]] = {}
         modules = {name: named_module(self._model, name) for name in self._names}
         self._hooks = [
             module.register_forward_hook(_OwnTap(name, uncompiled(self.keep)))
@@ -48,13 +49,14 @@ class Taps:
                 "module inside it that gives one"
             )
         head = self._heads.get(name)
-        self._outputs[name] = output if head is None else head(output)
+        kept = output if head is None else head(output)
+        self._outputs[name] = (kept, version_of(kept))
 
     def taken(self) -> dict[str, Tensor]:
         """The outputs of the last forward; they are then forgotten, so that none is taken twice.
 
-        Raises DistcompError naming a module that did not run, or whose hook was left out by a compiled
-        forward.
+        Raises DistcompError naming a module that did not run, whose hook was left out by a compiled forward,
+        or whose output was changed in place afterwards (``nn.ReLU(inplace=True)``).
         """
         missing = [name for name in self._names if name not in self._outputs]
         outputs, self._outputs = self._outputs, {}
@@ -64,7 +66,13 @@ class Taps:
                 "torch.compile compiled that forward before the tap was there; make the Distill before the "
                 "first forward, or name a module that runs"
             )
-        return outputs
+        for name, (output, version) in outputs.items():
+            if version_of(output) != version:
+                raise DistcompError(
+                    f"what the module {name!r} gave was changed in place by what follows it; tap that "
+                    "module, or make it inplace=False"
+                )
+        return {name: output for name, (output, _) in outputs.items()}
 
     def remove(self) -> None:
         """Take the hooks off."""

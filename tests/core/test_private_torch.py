@@ -38,6 +38,16 @@ def test_the_end_of_a_backward_is_told_before_it_returns() -> None:
     assert answers == [True]
 
 
+def test_changes_in_place_are_counted() -> None:
+    """Tensor._version"""
+    x = torch.zeros(2)
+    before = private.version_of(x)
+    x.add_(1)
+    assert private.version_of(x) == before + 1
+    with torch.inference_mode():
+        assert private.version_of(torch.zeros(2)) == 0
+
+
 def test_a_profiler_is_seen() -> None:
     """torch.autograd.profiler._is_profiler_enabled"""
     assert not private.profiler_runs()

@@ -108,7 +108,7 @@ def test_no_player_reaches_anothers_weights():
     players = {"classifier": game.classifier, "teacher": game.teacher, "discriminator": game.discriminator}
     for name in players:
         game.zero_grad()
-        getattr(game.terms(x, y), name).backward()
+        getattr(game.terms(x, y, 0), name).backward()
         reached = {
             other
             for other, net in players.items()
