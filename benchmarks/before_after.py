@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._common import SETTINGS, arguments_of, median, write
-from benchmarks._places import ROOT
+from benchmarks._places import RESULTS, ROOT
 from distcomp.network import Fabric, emulate
 from distcomp.network.launch import show_nothing
+from distcomp.recording import surroundings
 
 RANK = ROOT / "benchmarks" / "_before_after_rank.py"
 METHODS = ("qsgd:bits=4", "qsgd:bits=1", "powersgd:rank=4", "topk:ratio=0.01")
@@ -90,6 +91,7 @@ def paired(measure: Measure, old: Path, new: Path, pairs: int) -> dict[str, Any]
             sent_bytes[checkout] = measured.get("payload_bytes", 0)
     both = list(zip(times[old], times[new], strict=True))
     row: dict[str, Any] = {
+        "commit": surroundings(ROOT)["commit"],
         "before": median(times[old]),
         "after": median(times[new]),
         "ratio": median([after / before for before, after in both]),
@@ -107,13 +109,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--steps", type=int, default=6, help="steps of a process")
     parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--only", help="the rows whose names hold this; the file keeps its others")
     parser.add_argument("--dry", action="store_true", help="print the rows and write nothing")
     asked = parser.parse_args()
     old = asked.old.resolve()
     result: dict[str, Any] = {"what": (__doc__ or "").splitlines()[0], "rows": {}}
+    if asked.only:
+        begun = json.loads((RESULTS / "rebuild_speed.json").read_text())
+        result |= {name: begun[name] for name in ("rows", "network")}
 
     def add(name: str, measure: Measure) -> None:
         """Measure one row and write what there is: a run that is stopped loses one row, not all."""
+        if asked.only and asked.only not in name:
+            return
         row = result["rows"][name] = paired(measure, old, ROOT, asked.pairs)
         print(f"{name:<36}{row['before']:9.4f}{row['after']:9.4f}  ratio {row['ratio']:.3f}", flush=True)
         if not asked.dry:
