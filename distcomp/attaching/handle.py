@@ -32,7 +32,7 @@ from distcomp.attaching.protocol import Sync
 from distcomp.attaching.requested import record_attached
 from distcomp.attaching.session import Meeting, Session
 from distcomp.attaching.settings import details_of, settings_of
-from distcomp.attaching.target import Replicas, Target, ignored_by, is_of_rank
+from distcomp.attaching.target import Replicas, Target, refuse_reduced
 from distcomp.attaching.watch import Sink, Watch
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.averaging.codistill import Codistillation
@@ -116,7 +116,7 @@ def _check(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> froze
     """Raise DistcompError for what cannot be served. The edges that need connections of their own."""
     if target.key in _ATTACHED:
         raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
-    _refuse_reduced(target)
+    refuse_reduced(target)
     _refuse(target, chosen, optimizer)
     check_optimizer(target.module, optimizer)
     warn_of_rounding(target, chosen)
@@ -397,19 +397,6 @@ def _method(method: Chosen | None) -> Chosen:
             f"{', '.join(f'distcomp.{name}(...)' for name in sorted(METHODS))}"
         )
     return method
-
-
-def _refuse_reduced(target: Target) -> None:
-    """Parameters that are each rank's own, which DistributedDataParallel was not told to leave alone."""
-    if target.ddp is None:
-        return
-    told = ignored_by(target.ddp)
-    for name, parameter in target.module.named_parameters():
-        if is_of_rank(parameter) and name not in told:
-            raise DistcompError(
-                f"{name} is this rank's own and DistributedDataParallel reduces it; call "
-                "distcomp.conditional.keep_experts_local(model) before it"
-            )
 
 
 def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None:

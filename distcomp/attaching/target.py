@@ -129,6 +129,19 @@ def is_of_rank(parameter: object) -> bool:
     return bool(getattr(parameter, OF_RANK, False))
 
 
+def refuse_reduced(target: Target) -> None:
+    """Raise DistcompError for a parameter of this rank's own that DistributedDataParallel reduces."""
+    if target.ddp is None:
+        return
+    told = ignored_by(target.ddp)
+    for name, parameter in target.module.named_parameters():
+        if is_of_rank(parameter) and name not in told:
+            raise DistcompError(
+                f"{name} is this rank's own and DistributedDataParallel reduces it; call "
+                "distcomp.conditional.keep_experts_local(model) before it"
+            )
+
+
 def has_process_group() -> bool:
     """Whether this process is a rank of anything yet."""
     return dist.is_available() and dist.is_initialized()
