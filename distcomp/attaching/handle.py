@@ -27,7 +27,6 @@ from distcomp.attaching.fsdp import FSDPSync, refuse_sharded, weight_gather_of
 from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
 from distcomp.attaching.parameters import ParameterSync
-from distcomp.attaching.predictions import PredictionSync, check_shared
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.requested import record_attached
 from distcomp.attaching.session import Meeting, Session
@@ -98,7 +97,7 @@ def attach(
     with meeting.refusals_told():
         chosen = _method(method)
         edges = _check(target, chosen, optimizer)
-        examples = check_shared(target, chosen, shared)
+        examples = _examples(target, chosen, shared)
         gathered = weight_gather_of(weights, target, replicas)
         dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
     settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)} | examples
@@ -124,6 +123,17 @@ def _check(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> froze
     return edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
 
 
+def _examples(
+    target: Target, method: Method | Averaging | MultiLevel | str, shared: Tensor | None
+) -> dict[str, str]:
+    """What ranks compare of the shared examples. Distillation is imported where there may be some."""
+    if shared is None and not isinstance(method, Codistillation):
+        return {}
+    from distcomp.attaching.predictions import check_shared
+
+    return check_shared(target, method, shared)
+
+
 def _open(
     chosen: Chosen,
     target: Target,
@@ -145,6 +155,8 @@ def _open(
     elif isinstance(chosen, Method):
         sync = GradientSync(target.as_ddp(), chosen, session, clock, seed, scaler)
     elif isinstance(chosen, Codistillation) and shared is not None:
+        from distcomp.attaching.predictions import PredictionSync
+
         sync = PredictionSync(target, chosen, session, clock, optimizer, seed, shared, scaler)
     else:
         sync = ParameterSync(target, chosen, session, clock, optimizer, seed)

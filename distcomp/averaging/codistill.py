@@ -20,7 +20,6 @@ from distcomp.averaging.base import AveragingContext, agreed
 from distcomp.averaging.gossip import Gossip, buffers, copies, tensors
 from distcomp.averaging.topology import Topology, resolve
 from distcomp.collectives import Rounds
-from distcomp.distill.losses import centred, mimic_error, softened_kl
 from distcomp.errors import DistcompError
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import AggregateResult, PerParameter, State
@@ -152,11 +151,15 @@ class Codistillation(Gossip):
 
     def prepared(self, outputs: Tensor) -> Tensor:
         """Outputs as they are sent."""
+        from distcomp.distill.losses import centred  # the room of distillation is for those who use it
+
         return (centred(outputs) if self.term == "kl" else outputs).reshape(-1)
 
     def disagreement(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The term without its weight, for outputs ``[rows, ..., classes]`` and targets of as many values."""
         targets = targets.view(outputs.shape)
+        from distcomp.distill.losses import mimic_error, softened_kl
+
         if self.term == "mse":
             return mimic_error(outputs, targets)
         return softened_kl(outputs, targets, self.temperature)
