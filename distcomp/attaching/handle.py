@@ -30,7 +30,7 @@ from distcomp.attaching.parameters import ParameterSync
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.requested import record_attached
 from distcomp.attaching.session import Meeting, Session
-from distcomp.attaching.settings import details_of, settings_of
+from distcomp.attaching.settings import details_of, examples_of, settings_of
 from distcomp.attaching.target import Replicas, Target, refuse_reduced
 from distcomp.attaching.watch import Sink, Watch
 from distcomp.averaging.base import Averaging, MultiLevel
@@ -97,7 +97,7 @@ def attach(
     with meeting.refusals_told():
         chosen = _method(method)
         edges = _check(target, chosen, optimizer)
-        examples = _examples(target, chosen, shared)
+        examples = examples_of(target, chosen, shared)
         gathered = weight_gather_of(weights, target, replicas)
         dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
     settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)} | examples
@@ -121,17 +121,6 @@ def _check(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> froze
     warn_of_rounding(target, chosen)
     masks.check_masks(chosen, target)
     return edges_of(chosen, target) if isinstance(chosen, Averaging) else frozenset()
-
-
-def _examples(
-    target: Target, method: Method | Averaging | MultiLevel | str, shared: Tensor | None
-) -> dict[str, str]:
-    """What ranks compare of the shared examples. Distillation is imported where there may be some."""
-    if shared is None and not isinstance(method, Codistillation):
-        return {}
-    from distcomp.attaching.predictions import check_shared
-
-    return check_shared(target, method, shared)
 
 
 def _open(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from distcomp.attaching.target import Target
@@ -45,3 +46,14 @@ def details_of(
             if name not in target.ignored
         ]
     }
+
+
+def examples_of(
+    target: Target, method: Method | Averaging | MultiLevel | str, shared: Tensor | None
+) -> dict[str, str]:
+    """What ranks compare of the shared examples. Distillation is imported where there may be some."""
+    if shared is None and not isinstance(method, Codistillation):
+        return {}
+    from distcomp.attaching.predictions import check_shared
+
+    return check_shared(target, method, shared)
