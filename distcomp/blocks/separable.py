@@ -8,7 +8,27 @@ from torch import Tensor, nn
 from distcomp.blocks.base import Block, Geometry, Maker, divisor, identity_kernel, normed, pointwise
 
 
-class Separable(Block):
+class _SpaceThenChannels(Block):
+    """A k x k convolution in groups, which mixes space, batch norm, ReLU, and 1 x 1, which mixes channels."""
+
+    def __init__(self, geometry: Geometry, groups: int) -> None:
+        super().__init__()
+        self.geometry = g = geometry
+        self.groups = groups
+        spatial = nn.Conv2d(g.inputs, g.inputs, g.kernel, g.stride, g.kernel // 2, groups=groups, bias=False)
+        self.layers = nn.Sequential(*normed(spatial), pointwise(g.inputs, g.outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return y
+
+    def last(self) -> nn.Conv2d:
+        last = self.layers[-1]
+        assert isinstance(last, nn.Conv2d)
+        return last
+
+
+class Separable(_SpaceThenChannels):
     """A k x k convolution of each channel, batch norm, ReLU, 1 x 1: ``k^2 C + C O`` numbers for ``k^2 C O``.
 
     From a convolution it takes the nearest: of each input channel, the rank-1 term of ``W[:, c]`` (Eckart and
@@ -20,21 +40,7 @@ class Separable(Block):
     """
 
     def __init__(self, geometry: Geometry) -> None:
-        super().__init__()
-        self.geometry = g = geometry
-        depthwise = nn.Conv2d(
-            g.inputs, g.inputs, g.kernel, g.stride, g.kernel // 2, groups=g.inputs, bias=False
-        )
-        self.layers = nn.Sequential(*normed(depthwise), pointwise(g.inputs, g.outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layers(x)
-        return y
-
-    def last(self) -> nn.Conv2d:
-        last = self.layers[-1]
-        assert isinstance(last, nn.Conv2d)
-        return last
+        super().__init__(geometry, geometry.inputs)
 
     @torch.no_grad()
     def copy_from(self, conv: nn.Conv2d) -> list[str]:
@@ -47,29 +53,14 @@ class Separable(Block):
         return ["weight (its nearest separable one)", *super().copy_from(conv)]
 
 
-class Grouped(Block):
+class Grouped(_SpaceThenChannels):
     """A k x k convolution in groups, batch norm, ReLU, 1 x 1: ``k^2 C^2 / g + C O`` numbers.
 
     From a convolution it takes the weights within the groups, where outputs are as many as inputs.
     """
 
     def __init__(self, geometry: Geometry, groups: int) -> None:
-        super().__init__()
-        self.geometry = g = geometry
-        self.groups = divisor(groups, g.inputs)
-        grouped = nn.Conv2d(
-            g.inputs, g.inputs, g.kernel, g.stride, g.kernel // 2, groups=self.groups, bias=False
-        )
-        self.layers = nn.Sequential(*normed(grouped), pointwise(g.inputs, g.outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layers(x)
-        return y
-
-    def last(self) -> nn.Conv2d:
-        last = self.layers[-1]
-        assert isinstance(last, nn.Conv2d)
-        return last
+        super().__init__(geometry, divisor(groups, geometry.inputs))
 
     @torch.no_grad()
     def copy_from(self, conv: nn.Conv2d) -> list[str]:
