@@ -5,10 +5,11 @@
 Exchanges: 17 MB of gradients among 4 ranks on an emulated network of 100 Mbit/s; some steps of the old
 checkout, then some of the new, and so on; a time is the slowest rank's. Attaching: a training step of two
 ranks on an unshaped network, with ``identity`` attached, over the same step bare. Importing: a new process
-that asks for ``distcomp.attach``, with bytecode cached as every import but a machine's first finds it. Each row holds the median of each checkout and the median of the ratios,
-pair by pair; an exchange's also what a rank sent, for where a method's numbers were corrected meanwhile it
-sends more or less, and the ratio of the times per byte. Every process imports distcomp from the checkout
-that it measures: ``src/`` where there is one, else its root.
+that asks for ``distcomp.attach``, with bytecode cached, as every import but a machine's first finds it.
+Each row holds the median of each checkout and the median of the ratios, pair by pair; an exchange's also
+what a rank sent, for where a method's numbers were corrected meanwhile it sends more or less, and the ratio
+of the times per byte. Every process imports distcomp from the checkout that it measures: ``src/`` where there
+is one, else its root.
 """
 
 from __future__ import annotations
