@@ -160,8 +160,7 @@ def _row(seeds: list[dict[str, dict[str, float]]], name: str) -> dict[str, float
         "mean_as_computed": statistics.mean(rows[name]["test_loss_as_computed"] for rows in seeds),
         "paired_difference_mean": statistics.mean(differences),
         "paired_difference_spread": statistics.stdev(differences),
-        "relative_to_plain": statistics.mean(losses)
-        / statistics.mean(rows[PLAIN]["test_loss"] for rows in seeds),
+        "relative_to_plain": statistics.mean(losses) / plain,
     }
 
 
