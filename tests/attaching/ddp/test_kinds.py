@@ -160,3 +160,24 @@ def test_that_float64_is_rounded_is_said_once(cluster, spec):
 
 def test_where_nothing_is_rounded_nothing_is_said(cluster):
     assert cluster(2).run(served, "ddp", "double") == ["", ""]
+
+
+def beyond_float32(rank: int, size: int, spec: str) -> list[bool]:
+    """One step whose gradient is 1e60 on rank 0, and finite on the others; then an ordinary one."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(64, 4, bias=False).double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    seen = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that float64 is rounded
+        with distcomp.attach(model, optimizer, spec):
+            for times in (1e60 if rank == 0 else 1.0, 1.0):
+                optimizer.zero_grad()
+                (times * model(torch.ones(2, 64, dtype=torch.float64)).sum()).backward()
+                seen.append(bool(model.module.weight.grad.isfinite().any()))
+    return seen
+
+
+@pytest.mark.parametrize("spec", ["qsgd:bits=4", "topk:ratio=0.5", "identity", "powersgd"])
+def test_a_gradient_beyond_float32_is_infinite_or_nan_on_every_rank_and_leaves_no_trace(cluster, spec):
+    assert cluster(2).run(beyond_float32, spec) == [[False, True]] * 2
