@@ -292,15 +292,19 @@ class IterationRun:
         self._drive = Drive(sync.channel)
 
     def enter(self, bucket: Bucket) -> None:
-        """Begin the bucket's exchange, in unscaled float32."""
-        sync = self._sync
+        """Begin the exchanges of the bucket's pieces, in unscaled float32."""
         self._buckets.append(bucket)
-        x = bucket.buffer.float()
+        for layout, view in bucket.pieces():
+            self._begin(bucket, layout, view)
+
+    def _begin(self, bucket: Bucket, layout: Layout, view: Tensor) -> None:
+        sync = self._sync
+        x = view.float()
         if bucket.scale is not None:
             x = x / bucket.scale
-        context = context_of(sync.channel, bucket.layout, sync.iterations, sync.seed, bucket.observed)
-        aggregation = Aggregation(sync.exchanged, x, sync.states.of(bucket.layout, x.device), context)
-        self._drive.add(aggregation, lambda: bucket.answer_with(aggregation.finished().estimate))
+        context = context_of(sync.channel, layout, sync.iterations, sync.seed, bucket.observed)
+        aggregation = Aggregation(sync.exchanged, x, sync.states.of(layout, x.device), context)
+        self._drive.add(aggregation, lambda: bucket.take(view, aggregation.finished().estimate))
 
     def end(self, ready_s: float) -> None:
         """The last bucket was there at ``ready_s``: carry all to their ends and keep what they came to."""
