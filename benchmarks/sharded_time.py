@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 
 import distcomp
 from benchmarks._common import Cells, arguments_of, gathered, median, on_network, start
-from distcomp.methods import compact_residuals
+from distcomp.methods import ErrorFeedback, Method, compact_residuals
 from distcomp.network.qdisc import read_qdisc_bytes
 
 RANKS, WARM, STEPS, BATCH = 4, 2, 5, 4
@@ -32,17 +33,22 @@ SIZES = {"4.2 million": (1024, 4), "29 million": (2048, 7)}
 """Width and depth of an MLP without biases."""
 PLAIN = "plain FSDP2"
 MOVED = "difference:compressor=(qsgd:bits=4)"
+KEPT = "gather:compressor=(qsgd:bits=8),reuse=true"
+MOVING = "moving average in int8"
 SETTINGS: dict[str, tuple[str, str | None, str] | None] = {
     PLAIN: None,
     "identity": ("identity", None, "float32"),
     "4-bit gradients": ("qsgd:bits=4", None, "float32"),
     "8-bit weights, 4-bit gradients": ("qsgd:bits=4", "qsgd:bits=8", "float32"),
+    "8-bit weights gathered once, 4-bit gradients": ("qsgd:bits=4", KEPT, "float32"),
     "4-bit weights, 4-bit gradients": ("qsgd:bits=4", "qsgd:bits=4", "float32"),
     "4-bit differences, 4-bit gradients": ("qsgd:bits=4", MOVED, "float32"),
     "8-bit weights, 1-bit gradients": ("qsgd:bits=1", "qsgd:bits=8", "float32"),
     "8-bit weights, 1-bit gradients, residual in bf16": ("qsgd:bits=1", "qsgd:bits=8", "bf16"),
     "8-bit weights, 1-bit gradients, residual in int8": ("qsgd:bits=1", "qsgd:bits=8", "int8"),
+    "8-bit weights, 1-bit gradients, moving average in int8 (LoCo)": ("qsgd:bits=1", "qsgd:bits=8", MOVING),
 }
+"""Method, gathers of weights, and what the residual of error feedback is kept in."""
 
 
 def sharded(width: int, depth: int) -> nn.Module:
@@ -52,6 +58,17 @@ def sharded(width: int, depth: int) -> nn.Module:
     for part in model:
         fully_shard(part, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def method_of(text: str, form: str) -> Method:
+    """A method with its residual in ``form``: ``float32``, ``bf16``, ``int8``, or LoCo's moving average."""
+    if form == "float32":
+        return distcomp.parse(text)
+    if form != MOVING:
+        return compact_residuals(text, form)
+    owing = compact_residuals(text, "int8")
+    assert isinstance(owing, ErrorFeedback)
+    return replace(owing, beta=0.5)
 
 
 def resident_bytes(name: str) -> int:
@@ -70,8 +87,7 @@ def rank_main(settings: Any) -> dict[str, Any]:
     optimizer, handle = torch.optim.AdamW(model.parameters(), lr=1e-4), None
     if settings["setting"] is not None:
         text, weights, form = settings["setting"]
-        method = distcomp.parse(text) if form == "float32" else compact_residuals(text, form)
-        handle = distcomp.attach(model, optimizer, method, weights=weights)
+        handle = distcomp.attach(model, optimizer, method_of(text, form), weights=weights)
     x = torch.randn(BATCH, settings["size"][0], generator=torch.Generator().manual_seed(dist.get_rank()))
     seconds, sent = [], []
     for _ in range(settings["warm"] + settings["steps"]):
