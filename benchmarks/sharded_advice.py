@@ -11,6 +11,7 @@ the ranks; the median counts. What was advised is in a cell of its own, made bef
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -82,7 +83,7 @@ def rank_main(settings: Any) -> dict[str, Any]:
     for _ in range(1 + STEPS):
         starts_s.append(time.perf_counter())
         step()
-    mine = [later - sooner for sooner, later in zip(starts_s, starts_s[1:], strict=False)]
+    mine = [later - sooner for sooner, later in itertools.pairwise(starts_s)]
     together = list(zip(*gathered(mine), strict=True))
     if handle is not None:
         handle.detach()
