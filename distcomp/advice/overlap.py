@@ -19,6 +19,7 @@ from distcomp.advice.profile import ProfiledExchange
 from distcomp.attaching.observe_shards import ObservedShardedSteps
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Cost, Host
+from distcomp.network.request_sizes import RequestSizes
 from distcomp.runtime.pipeline import request_order
 
 
@@ -116,11 +117,18 @@ def sharded_step(
     for its weights alone; the optimizer waits for all reductions.
     """
     costs = [[one.ask.exchange(fabric).cost(fabric, host) for one in profile.rounds] for profile in profiles]
+
+    def carried_s(ask: RequestSizes, cost: Cost) -> float:
+        seconds = max(cost.seconds, host.oversubscription * cost.core_s)
+        return seconds + (
+            0.0 if observed.overlaps else ask.announced_s(cost.transfer_s, fabric, host.ranks > 1)
+        )
+
     taken_s = [
         profile.share
         * (
             slowness * profile.work_s
-            + sum(max(cost.seconds, host.oversubscription * cost.core_s) for cost in of_profile)
+            + sum(carried_s(one.ask, cost) for one, cost in zip(profile.rounds, of_profile, strict=True))
         )
         for profile, of_profile in zip(profiles, costs, strict=True)
     ]

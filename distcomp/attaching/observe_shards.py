@@ -6,7 +6,6 @@ from the whole parameters.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from distcomp.attaching.fsdp_rows import padded_shard
 from distcomp.attaching.observe import WARM_UP
 from distcomp.attaching.slices import slice_in
 from distcomp.errors import DistcompError
-from distcomp.layout import Layout, ParamSlice
+from distcomp.layout import Layout
 from distcomp.methods.reduce_scatter import owned_layout
 from distcomp.private_torch import NO_BACKWARD, FSDPExchange, backward_number, fsdp_exchanges
 
@@ -46,16 +46,11 @@ class ShardedCall:
     def shard(self, shards: int) -> Layout:
         """What one of ``shards`` ranks has of the buffer: each parameter's rows, padded to the most that a
         rank has."""
-        return Layout(tuple(_padded(param, shards) for param in self.layout.slices))
+        return padded_shard(self.layout, shards)
 
     def owned(self, shards: int) -> Layout:
         """The whole buffer, padded: a nameless piece for each rank."""
         return owned_layout(self.name, shards * self.shard(shards).numel, shards)
-
-
-def _padded(param: ParamSlice, shards: int) -> ParamSlice:
-    shape = (math.ceil(param.shape[0] / shards), *param.shape[1:])
-    return ParamSlice(param.name, shape, 0, math.prod(shape), param.role)
 
 
 @dataclass(frozen=True)

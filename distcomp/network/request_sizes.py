@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distcomp.collectives import Group, Request, is_summed_directly
 from distcomp.errors import DistcompError
 from distcomp.network.fabric import Fabric
+from distcomp.network.framing import window_bytes
 from distcomp.network.model import (
     Edge,
     ExchangeLoad,
@@ -86,7 +88,7 @@ class RequestSizes:
 
     def sent_bytes(self, ranks: int) -> float:
         """Bytes that a rank sends, on average."""
-        members = len(self.groups[0]) if self.groups else ranks
+        members = self._members(ranks)
         if self.messages:
             return sum(nbytes for _, _, nbytes in self.messages) / ranks
         if self.kind == "neighbor_exchange":
@@ -97,6 +99,24 @@ class RequestSizes:
         if self.kind in ("broadcast", "ring_all_gather", "ring_reduce_scatter"):
             return (members - 1) / members * self.sizes[0]
         return (members - 1) / members * sum(self.sizes)
+
+    def announced_s(self, transfer_s: float, fabric: Fabric, emulated: bool) -> float:
+        """What Gloo adds to an exchange that has the network to itself and takes ``transfer_s``.
+
+        A message is sent when its receiver's word has come that there is room for it. Where the receiver has
+        begun to send itself, that word stands behind what TCP has under way on its link, on an emulated
+        network at most a window. Between two ranks it comes over the very connection that the shards cross,
+        behind the first half of the receiver's own.
+        """
+        if self.kind in ("ring_all_gather", "all_gather") and self._members(fabric.ranks) == 2:
+            return transfer_s / 2
+        slowest_bps = min(fabric.rates_bps)
+        if not emulated or math.isinf(slowest_bps):
+            return 0.0
+        return min(transfer_s, 8 * window_bytes(slowest_bps, fabric.delay_s) / slowest_bps)
+
+    def _members(self, ranks: int) -> int:
+        return len(self.groups[0]) if self.groups else ranks
 
     def placed(self, groups: Groups) -> RequestSizes:
         """The same round, asked among as many as a group has, in each of ``groups`` side by side."""
