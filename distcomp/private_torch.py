@@ -6,11 +6,14 @@ A test names each of these where a new version of PyTorch has moved it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +137,66 @@ def fsdp_caller() -> FSDPCaller | None:
 
 
 _FSDP_FILE = "_fsdp_param_group.py"
+
+
+@dataclass(frozen=True)
+class FSDPParameter:
+    """A parameter as FSDP2 holds it: its name in the model, where it lives, and its shape as a whole."""
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FSDPExchange:
+    """FSDP2 gathers (``gather``) or reduces (``reduce``) some parameters, in ``dtype``."""
+
+    kind: str
+    parameters: tuple[FSDPParameter, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@contextmanager
+def fsdp_exchanges(listen: Callable[[FSDPExchange], None]) -> Iterator[None]:
+    """Until it ends, ``listen`` is told of whatever FSDP2 gathers or reduces, also on the only rank.
+
+    On one rank FSDP calls no collective, replaced or not, and its hooks around a module do not say whether it
+    gathers there.
+    """
+    fsdp = import_module("torch.distributed.fsdp._fully_shard._fsdp_param_group")  # takes seconds
+    unshard, reduce = fsdp.FSDPParamGroup.unshard, fsdp.foreach_reduce
+
+    def unsharding(group: Any, *arguments: Any, **options: Any) -> None:
+        before = group._all_gather_result
+        unshard(group, *arguments, **options)
+        if before is None and group._all_gather_result is not None:
+            listen(_fsdp_exchange("gather", group.fsdp_params, group.device))
+
+    def reducing(fsdp_params: Any, *arguments: Any, **options: Any) -> Any:
+        listen(_fsdp_exchange("reduce", fsdp_params, fsdp_params[0].sharded_param.device))
+        return reduce(fsdp_params, *arguments, **options)
+
+    with (
+        mock.patch.object(fsdp.FSDPParamGroup, "unshard", unsharding),
+        mock.patch.object(fsdp, "foreach_reduce", reducing),
+    ):
+        yield
+
+
+def _fsdp_exchange(kind: str, params: Any, device: torch.device) -> FSDPExchange:
+    first, own = params[0], [param._module_info for param in params]
+    computed = first.param_dtype or first.orig_dtype
+    return FSDPExchange(
+        kind,
+        tuple(
+            FSDPParameter(param._param_fqn or info.param_name, info.module, tuple(param._orig_size))
+            for param, info in zip(params, own, strict=True)
+        ),
+        computed if kind == "gather" else first.reduce_dtype or computed,
+        device,
+    )
 
 
 def process_group(name: str) -> Any:

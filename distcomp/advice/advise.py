@@ -13,9 +13,12 @@ import torch
 
 from distcomp.advice.predict import Machine, Prediction, SharedCost, predict
 from distcomp.advice.profile import clock
-from distcomp.advice.scale import Rehearsals
+from distcomp.advice.scale import Rehearsals, ShardedRehearsals
+from distcomp.advice.script import Observed
+from distcomp.advice.sharded import ACROSS, PLAIN, SETTINGS, Placement
 from distcomp.advice.task import TrainingTask
 from distcomp.attaching.observe import ObservedSteps, observe_alone
+from distcomp.attaching.observe_shards import ObservedShardedSteps, observe_shards_alone
 from distcomp.errors import DistcompError
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Host
@@ -25,9 +28,9 @@ METHODS = (
     "ddp", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1", "powersgd:rank=4", "topk:ratio=0.01",
     "lossless:inner=(qsgd:bits=4)",
 )  # fmt: skip
-BASELINE = "ddp"
+BASELINES = {"ddp": "plain DDP", PLAIN: "plain FSDP2"}
 WORTH = 1.05
-"""A method that is not by so much faster than plain DDP is not worth what it does to gradients."""
+"""A method that is not by so much faster than plain DDP, or FSDP2, is not worth what it does to gradients."""
 
 SLOWEST_BPS, FASTEST_BPS, PER_DECADE = 1e6, 1e12, 10
 SCALES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -58,32 +61,34 @@ class Advice:
     """Method -> (rate of every link, seconds of a step)."""
     noise: float = 0.0
     """By what share two measurements on this machine disagree about how much faster a method is: the most."""
+    baseline: str = "ddp"
 
     @property
     def best(self) -> AdviceRow:
-        """The fastest, or plain DDP where nothing is faster by 5 % and by more than the noise."""
-        baseline = next(row for row in self.rows if row.method == BASELINE)
+        """The fastest, or the baseline where nothing is faster by 5 % and by more than the noise."""
+        baseline = next(row for row in self.rows if row.method == self.baseline)
         return self.rows[0] if self.rows[0].speed_up >= max(WORTH, 1 + self.noise) else baseline
 
     @property
     def sentence(self) -> str:
         """The recommendation."""
         step, fastest = milliseconds(self.best.prediction.step_s), self.rows[0]
-        if self.best.method == BASELINE and fastest.speed_up >= WORTH:
+        plain = BASELINES[self.baseline]
+        if self.best.method == self.baseline and fastest.speed_up >= WORTH:
             return (
                 f"Nothing is recommended: {fastest.method} is predicted {fastest.speed_up:.2f} times as fast "
-                f"as plain DDP, and two measurements on this machine differ by {self.noise:.0%}. Try again "
+                f"as {plain}, and two measurements on this machine differ by {self.noise:.0%}. Try again "
                 "when nothing else runs on it."
             )
-        if self.best.method == BASELINE:
+        if self.best.method == self.baseline:
             return (
-                f"Do not compress: plain DDP takes {step} a step, and nothing here is faster by "
+                f"Do not compress: {plain} takes {step} a step, and nothing here is faster by "
                 f"{WORTH - 1:.0%}."
             )
         even = self.best.break_even_bps
         until = f"below {_rate(even)} per link" if even < math.inf else "at any rate"
         return (
-            f"Use {self.best.method}: {step} a step, {self.best.speed_up:.3g} times plain DDP's speed, give "
+            f"Use {self.best.method}: {step} a step, {self.best.speed_up:.3g} times {plain}'s speed, give "
             f"or take {self.noise:.0%}; it wins {until}. Compare test losses before you trust it: distcomp "
             "emulate."
         )
@@ -99,40 +104,44 @@ class Advice:
 
 
 def advise(
-    trained: TrainingTask | tuple[ObservedSteps, ObservedSteps],
+    trained: TrainingTask | Observed,
     fabric: Fabric,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = (),
     ranks_here: int = 1,
     cores: int = 1,
     tell: Callable[[str], object] = lambda _: None,
+    shards: int | None = None,
 ) -> Advice:
     """Some real steps of the model, and every method's exchange, timed here twice; then the model of the
     network. The figures are those of the faster time, and what the two differ by is the noise.
 
     ``trained`` is a training task, or what was observed of a script's own loop. ``ranks_here`` ranks share a
-    machine of ``cores`` cores like this one (1: each has its own). ``tell`` is called with the progress.
+    machine of ``cores`` cores like this one (1: each has its own). ``tell`` is called with the progress. Of
+    FSDP2, ``methods`` are settings (:mod:`distcomp.advice.sharded`), and ``shards`` how many ranks hold a
+    model together, all of them where it is not said; a training task is sharded only where it is.
+
+    Raises DistcompError for shards of a model that is not sharded, or that do not divide the ranks.
     """
-    shared = None
-    methods = tuple(dict.fromkeys((BASELINE, *methods) if BASELINE not in methods else methods))
-    if isinstance(trained, TrainingTask):
-        tell("timing steps of the model")
-        shared = _shared_cost(trained)
-        trained = _observed(trained, fabric), _observed(trained, fabric)
-    observed, again = sorted(trained, key=lambda steps: steps.step_s)
+    first, again, shared = _twice(trained, fabric, shards, tell)
+    if shards is not None:
+        Placement.of(fabric.ranks, shards)
+    shards = None if shards == fabric.ranks else shards
+    compared = _compared(methods, first, shards)
     host = Host(ranks_here, cores) if ranks_here > 1 else ALONE
-    machine = Machine(observed, host, host.oversubscription)
+    machine = Machine(first, host, host.oversubscription)
     second = Machine(again, host, host.oversubscription)
     rehearsals, repeated, rows = [], [], []
-    for at, method in enumerate(methods, start=1):
-        tell(f"[{at}/{len(methods)}] timing {method}")
-        rehearsals.append(Rehearsals(method, observed.layouts, shared))
-        repeatedly = Rehearsals(method, again.layouts, shared).among(fabric.ranks)
+    for at, method in enumerate(compared, start=1):
+        tell(f"[{at}/{len(compared)}] timing {method}")
+        rehearsals.append(_rehearsals(method, first, shared, shards))
+        repeatedly = _rehearsals(method, again, shared, shards).among(fabric.ranks)
         repeated.append(predict(repeatedly, second, fabric).step_s)
-    baseline = rehearsals[methods.index(BASELINE)]
+    baseline = rehearsals[0]
+    scales = SCALES if shards is None else ()
     for at, rehearsed in enumerate(rehearsals, start=1):
-        tell(f"[{at}/{len(methods)}] predicting {rehearsed.method}")
-        rows.append(_row(rehearsed, baseline, machine, fabric))
-    plain_s = repeated[methods.index(BASELINE)]
+        tell(f"[{at}/{len(compared)}] predicting {rehearsed.method}")
+        rows.append(_row(rehearsed, baseline, machine, fabric, scales))
+    plain_s = repeated[0]
     noise = max(abs(plain_s / step_s / row.speed_up - 1) for row, step_s in zip(rows, repeated, strict=True))
     rates = [SLOWEST_BPS * 10 ** (i / PER_DECADE) for i in range(6 * PER_DECADE + 1)]
     curves = {
@@ -143,10 +152,60 @@ def advise(
         tuple(sorted(rows, key=lambda row: row.prediction.step_s)),
         fabric,
         machine.timing.step_s,
-        sum(layout.numel for layout in observed.layouts),
+        sum(layout.numel for layout in first.layouts),
         curves,
         noise,
+        baseline.method,
     )
+
+
+Steps = ObservedSteps | ObservedShardedSteps
+
+
+def _twice(
+    trained: TrainingTask | Observed, fabric: Fabric, shards: int | None, tell: Callable[[str], object]
+) -> tuple[Steps, Steps, SharedCost | None]:
+    """Two measurements, the faster first, and what shared examples cost."""
+    shared = None
+    both: Observed
+    if isinstance(trained, TrainingTask):
+        tell("timing steps of the model")
+        if shards is not None:
+            both = _observed_shards(trained, fabric), _observed_shards(trained, fabric)
+        else:
+            shared = _shared_cost(trained)
+            both = _observed(trained, fabric), _observed(trained, fabric)
+    else:
+        both = trained
+    faster, slower = both if both[0].step_s <= both[1].step_s else both[::-1]
+    if shards is not None and isinstance(faster, ObservedSteps):
+        raise DistcompError(
+            "shards are an FSDP2 model's, and the script's is a DistributedDataParallel; leave --shards out"
+        )
+    return faster, slower, shared
+
+
+def _compared(methods: Sequence[str], observed: Steps, shards: int | None) -> list[str]:
+    """What is compared, the baseline first."""
+    if isinstance(observed, ObservedShardedSteps):
+        return list(dict.fromkeys((PLAIN, *(methods or (SETTINGS if shards is None else ACROSS)))))
+    for method in methods:
+        if method == PLAIN or " weights=" in method:
+            raise DistcompError(
+                f"{method} is of an FSDP2 model, and this one is not sharded; leave it out, or give --shards"
+            )
+    return list(dict.fromkeys(("ddp", *(methods or METHODS))))
+
+
+def _rehearsals(method: str, observed: Steps, shared: SharedCost | None, shards: int | None) -> Rehearsals:
+    if isinstance(observed, ObservedShardedSteps):
+        return ShardedRehearsals(method, observed, shards)
+    return Rehearsals(method, observed.layouts, shared)
+
+
+def _observed_shards(training_task: TrainingTask, fabric: Fabric) -> ObservedShardedSteps:
+    batch = training_task.batch(0, fabric.ranks, 0)
+    return observe_shards_alone(training_task.model, batch, training_task.loss, training_task.optimizer)
 
 
 def _observed(training_task: TrainingTask, fabric: Fabric) -> ObservedSteps:
@@ -178,11 +237,17 @@ def milliseconds(time_s: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
-def _row(rehearsed: Rehearsals, baseline: Rehearsals, machine: Machine, fabric: Fabric) -> AdviceRow:
+def _row(
+    rehearsed: Rehearsals,
+    baseline: Rehearsals,
+    machine: Machine,
+    fabric: Fabric,
+    scales: Sequence[int] = SCALES,
+) -> AdviceRow:
     prediction = predict(rehearsed.among(fabric.ranks), machine, fabric)
     plain = predict(baseline.among(fabric.ranks), machine, fabric)
     efficiency = {}
-    for ranks in SCALES:
+    for ranks in scales:
         try:
             there, profiled = fabric.of(ranks), rehearsed.among(ranks)
         except DistcompError:  # ranks that are not alike, or all exchange with all: nothing is said of more

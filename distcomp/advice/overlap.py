@@ -1,4 +1,5 @@
 """One step on the clock: backward on one thread, the exchange's arithmetic on another, the wire beside both.
+A sharded step (:func:`sharded_step`) has a clock of its own.
 
 Buckets are ready one after the other while backward goes on. The exchange's thread takes them in the order in
 which it really does (:func:`distcomp.runtime.pipeline.request_order`): it waits for the answer it needs next,
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from distcomp.advice.profile import ProfiledExchange
+from distcomp.attaching.observe_shards import ObservedShardedSteps
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Cost, Host
+from distcomp.network.request_sizes import RequestSizes
 from distcomp.runtime.pipeline import request_order
 
 
@@ -97,6 +100,66 @@ def averaging_step(
     wire_s = sum(share * max(cost.seconds, host.oversubscription * cost.core_s) for share, cost in costs)
     work_s = slowness * sum(profile.share * profile.work_s for profile in profiles)
     return StepTime(timing.step_s + wire_s + work_s, wire_s + work_s, wire_s, work_s)
+
+
+def sharded_step(
+    observed: ObservedShardedSteps,
+    profiles: Sequence[ProfiledExchange],
+    fabric: Fabric,
+    host: Host = ALONE,
+    slowness: float = 1.0,
+) -> StepTime:
+    """A step of an FSDP2 model: ``profiles[i]`` is what ``observed.calls[i]`` exchanges, and what comes after
+    is exchanged after the step, in its share of steps.
+
+    On the CPU FSDP waits for each. On a GPU a line of its own carries them, one after the other: a gather is
+    asked for when the weights of the one before are there (FSDP's prefetching), and whoever computes waits
+    for its weights alone; the optimizer waits for all reductions.
+    """
+    costs = [[one.ask.exchange(fabric).cost(fabric, host) for one in profile.rounds] for profile in profiles]
+
+    def carried_s(ask: RequestSizes, cost: Cost) -> float:
+        seconds = max(cost.seconds, host.oversubscription * cost.core_s)
+        return seconds + (
+            0.0 if observed.overlaps else ask.announced_s(cost.transfer_s, fabric, host.ranks > 1)
+        )
+
+    taken_s = [
+        profile.share
+        * (
+            slowness * profile.work_s
+            + sum(carried_s(one.ask, cost) for one, cost in zip(profile.rounds, of_profile, strict=True))
+        )
+        for profile, of_profile in zip(profiles, costs, strict=True)
+    ]
+    now_s = _passed_s(observed, taken_s, slowness)
+    now_s += slowness * (observed.step_s - observed.begin_s[-1]) + sum(taken_s[len(observed.calls) :])
+    wire_s = sum(p.share * sum(c.transfer_s for c in of) for p, of in zip(profiles, costs, strict=True))
+    work_s = slowness * sum(profile.share * profile.work_s for profile in profiles)
+    return StepTime(now_s, now_s - slowness * observed.step_s, wire_s, work_s)
+
+
+def _passed_s(observed: ObservedShardedSteps, taken_s: Sequence[float], slowness: float) -> float:
+    """When the last call of a step is over, and all that was asked for."""
+    now_s = line_s = computed_s = 0.0
+    gathers = [at for at, call in enumerate(observed.calls) if call.kind == "gather"]
+    over_s: dict[int, float] = {}
+
+    def ask(at: int) -> None:
+        nonlocal line_s
+        if at not in over_s:
+            line_s = over_s[at] = max(line_s, now_s) + taken_s[at]
+
+    for at, (call, begin_s) in enumerate(zip(observed.calls, observed.begin_s, strict=True)):
+        now_s += slowness * (begin_s - computed_s)
+        computed_s = begin_s
+        ask(at)
+        if call.kind == "gather" or not observed.overlaps:
+            now_s = max(now_s, over_s[at])
+        if call.kind == "gather" and observed.overlaps:
+            for later in gathers[gathers.index(at) + 1 :][:1]:
+                ask(later)
+    return max(now_s, line_s)
 
 
 NOTHING_S = 1e-12

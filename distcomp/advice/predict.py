@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from distcomp.advice.overlap import StepTime, Timing, averaging_step, gradient_step
+from distcomp.advice.overlap import StepTime, Timing, averaging_step, gradient_step, sharded_step
 from distcomp.advice.profile import ProfiledExchange, ProfiledRound, clock, exchanges_of, profiles_of
 from distcomp.attaching.observe import ObservedSteps
+from distcomp.attaching.observe_shards import ObservedShardedSteps
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.averaging.codistill import Codistillation, predictions_layout
 from distcomp.builtin_hooks import BUILTIN_HOOKS
@@ -33,7 +34,7 @@ class Machine:
     """What was measured of a model on a machine, and what its ranks share. ``slowness``: of computing,
     against when it was measured."""
 
-    observed: ObservedSteps
+    observed: ObservedSteps | ObservedShardedSteps
     host: Host = ALONE
     slowness: float = 1.0
 
@@ -62,6 +63,8 @@ class ProfiledMethod:
     ranks: int
     profiles: tuple[ProfiledExchange, ...]
     averages: bool = False
+    shards: int = 1
+    """Of how many ranks each holds a part of the model."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,10 @@ def profile_method(
 
 def predict(profiled: ProfiledMethod, machine: Machine, fabric: Fabric) -> Prediction:
     """The step time of a method that was profiled among as many ranks as the fabric has."""
-    profiles = profiled.profiles
-    if profiled.averages:
+    profiles, observed = profiled.profiles, machine.observed
+    if isinstance(observed, ObservedShardedSteps):
+        time_ = sharded_step(observed.on(profiled.shards), profiles, fabric, machine.host, machine.slowness)
+    elif profiled.averages:
         time_ = averaging_step(machine.timing, profiles, fabric, machine.host, machine.slowness)
     else:
         if profiled.method in PREDICTED_HOOKS:

@@ -17,12 +17,12 @@ from distcomp.averaging.topology import resolve
 from distcomp.collectives import Request
 from distcomp.layout import Layout
 from distcomp.methods import Method
-from distcomp.methods.base import AggregateResult, StepContext
+from distcomp.methods.base import AggregateResult, State, StepContext
 from distcomp.network.model import Edge
 from distcomp.network.request_sizes import RequestSizes, request_groups, sizes_of, uneven
 from distcomp.payload import Payload, PayloadHeader, write_header
 from distcomp.randomness import Key
-from distcomp.runtime.aggregation import Aggregation
+from distcomp.runtime.aggregation import Aggregation, Aggregator
 from distcomp.runtime.channel import TRUE, Channel
 from distcomp.runtime.ledger import Ledger
 from distcomp.schedule import at
@@ -60,28 +60,46 @@ class ProfiledExchange:
 
 
 def profiles_of(method: Method, layouts: Sequence[Layout], ranks: int) -> tuple[ProfiledExchange, ...]:
-    """What rank 0 of ``ranks`` exchanges of each bucket in a step, timed here on one thread.
+    """What rank 0 of ``ranks`` exchanges of each bucket in a step, timed here on one thread."""
+    parts = [ToProfile(method, layout, method.init(layout)) for layout in layouts]
+    return tuple(exchange for exchange, _ in profiled(parts, ranks))
 
-    The buckets alternate, so that each finds the caches as it will find them.
+
+@dataclass(frozen=True)
+class ToProfile:
+    """Whatever exchanges flat buffers of a layout, and the state it begins with."""
+
+    aggregator: Aggregator
+    layout: Layout
+    state: State
+
+
+def profiled(parts: Sequence[ToProfile], ranks: int) -> list[tuple[ProfiledExchange, State]]:
+    """The exchange of each part in a step, timed here on one thread, and its last state.
+
+    The buffers alternate, so that each finds the caches as it will find them.
     """
-    held: list[list[Held]] = [[] for _ in layouts]
-    states: list[Any] = [method.init(layout) for layout in layouts]
-    buffers = [_gradient(layout) for layout in layouts]
+    held: list[list[Held]] = [[] for _ in parts]
+    states: list[Any] = [part.state for part in parts]
+    buffers = [_gradient(part.layout) for part in parts]
 
-    def begin(bucket: int, rank: int, step: int) -> Aggregation:
-        context = StepContext(rank, ranks, layouts[bucket], step, Key.of("rehearsal", step))
-        return Aggregation(method, buffers[bucket].clone(), states[bucket], context)
+    def begin(index: int, rank: int, step: int) -> Aggregation:
+        layout = parts[index].layout
+        context = StepContext(rank, ranks, layout, step, Key.of("rehearsal", step))
+        moved = buffers[index] * (1 + 1e-3 * step)  # another one in each step, for what sends differences
+        return Aggregation(parts[index].aggregator, moved, states[index], context)
 
     for step in range(WARM_UP + REPEATS):
-        for bucket in range(len(layouts)):
-            profile = begin(bucket, 0, step)
-            held[bucket].append(_hold(profile, 0, ranks))
-            states[bucket] = profile.finished().state
+        for index in range(len(parts)):
+            profile = begin(index, 0, step)
+            held[index].append(_hold(profile, 0, ranks))
+            states[index] = profile.finished().state
     last = WARM_UP + REPEATS
-    return tuple(
-        _summary(turns, lambda rank, bucket=bucket: begin(bucket, rank, last), ranks, frozenset())  # type: ignore[misc]
-        for bucket, turns in enumerate(held)
+    exchanges = (
+        _summary(turns, lambda rank, index=index: begin(index, rank, last), ranks, frozenset())  # type: ignore[misc]
+        for index, turns in enumerate(held)
     )
+    return list(zip(exchanges, states, strict=True))
 
 
 def exchanges_of(

@@ -8,6 +8,8 @@ from functools import lru_cache
 
 from distcomp.advice.predict import PREDICTED_HOOKS, ProfiledMethod, SharedCost, profile_method
 from distcomp.advice.profile import ProfiledExchange, ProfiledRound
+from distcomp.advice.sharded import profile_sharded
+from distcomp.attaching.observe_shards import ObservedShardedSteps
 from distcomp.averaging.gossip import Gossip
 from distcomp.averaging.topology import resolve
 from distcomp.errors import DistcompError
@@ -33,14 +35,40 @@ class Rehearsals:
         self._layouts = layouts
         self._at = lru_cache(maxsize=None)(lambda ranks: profile_method(method, layouts, ranks, shared))
 
+    def edges(self, ranks: int) -> frozenset[Edge]:
+        """Who talks to whom, where only neighbours do."""
+        return _edges(self.method, ranks)
+
     def among(self, ranks: int) -> ProfiledMethod:
         """As if it had been profiled among so many."""
         if ranks <= PROFILED:
             return self._at(ranks)
         few, many = self._at(FEW), self._at(MANY)
-        edges = _edges(self.method, ranks)
+        edges = self.edges(ranks)
         profiles = (_extended(a, b, ranks, edges) for a, b in zip(few.profiles, many.profiles, strict=True))
         return replace(many, ranks=ranks, profiles=tuple(profiles))
+
+
+class ShardedRehearsals(Rehearsals):
+    """A setting's exchanges of a sharded model, over all ranks or, with ``shards``, over so many of them.
+
+    Shards get smaller with more ranks, and what a rank decodes stays a whole model.
+    """
+
+    def __init__(self, setting: str, observed: ObservedShardedSteps, shards: int | None = None) -> None:
+        self.method = setting
+        self._shards = shards
+        self._at = lru_cache(maxsize=None)(
+            lambda ranks: profile_sharded(setting, observed, ranks, shards or ranks)
+        )
+
+    def edges(self, ranks: int) -> frozenset[Edge]:
+        return frozenset()
+
+    def among(self, ranks: int) -> ProfiledMethod:
+        if self._shards is not None:
+            return self._at(ranks)
+        return replace(super().among(ranks), shards=ranks)
 
 
 def _extended(

@@ -1,5 +1,5 @@
-"""How long does a step of a training script take, and when is each bucket ready? The script runs as it is, as
-the only rank, and is stopped after some steps."""
+"""How long does a step of a training script take, when is each bucket ready, and what does FSDP2 gather? The
+script runs as it is, as the only rank, and is stopped after some steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import runpy
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -17,11 +16,23 @@ from unittest import mock
 
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
+from distcomp.advice.profile import clock
 from distcomp.attaching.hook_dispatcher import dispatcher_of
 from distcomp.attaching.observe import WARM_UP, ObservedSteps, Watcher
+from distcomp.attaching.observe_shards import (
+    ObservedShardedSteps,
+    ShardWatcher,
+    WatchedStep,
+    observed_shards,
+)
 from distcomp.errors import DistcompError
+from distcomp.private_torch import fsdp_exchanges
 
 REPEATS = 10
 ALONE = {
@@ -50,9 +61,13 @@ def _names(node: ast.stmt) -> list[str]:
     return []
 
 
-def observe_script(script: Path, arguments: Sequence[str]) -> tuple[ObservedSteps, ObservedSteps]:
+Observed = tuple[ObservedSteps, ObservedSteps] | tuple[ObservedShardedSteps, ObservedShardedSteps]
+"""The same twice, measured apart."""
+
+
+def observe_script(script: Path, arguments: Sequence[str]) -> Observed:
     """The first and the second half of some steps of the loop that ``script`` runs with its
-    DistributedDataParallel model. What it prints goes to standard error; nothing is sent.
+    DistributedDataParallel or FSDP2 model. What it prints goes to standard error; nothing is sent.
 
     Raises DistcompError where it takes no such step, or fails before it has taken enough.
     """
@@ -66,18 +81,21 @@ def observe_script(script: Path, arguments: Sequence[str]) -> tuple[ObservedStep
         pass
     except Exception as error:
         raise DistcompError(
-            f"{script} failed after {len(observer.steps)} steps as the only rank ({type(error).__name__}: "
+            f"{script} failed after {observer.taken} steps as the only rank ({type(error).__name__}: "
             f"{str(error)[:200]}); let it run under torchrun --nproc-per-node 1 first"
         ) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if len(observer.steps) < WARM_UP + REPEATS:
+    if observer.taken < WARM_UP + REPEATS:
         raise DistcompError(
-            f"{script} took {len(observer.steps)} steps with a DistributedDataParallel model, and "
+            f"{script} took {observer.taken} steps with a DistributedDataParallel or FSDP2 model, and "
             f"{WARM_UP + REPEATS} are needed; let it train longer, or define training_task(arguments) as "
             "examples/digits.py does"
         )
+    if observer.sharded:
+        steps = observer.sharded[WARM_UP:]
+        return observed_shards(steps[: REPEATS // 2]), observed_shards(steps[REPEATS // 2 :])
     timed = observer.steps[WARM_UP:]
     return _observed(timed[: REPEATS // 2]), _observed(timed[REPEATS // 2 :])
 
@@ -87,13 +105,21 @@ class _Enough(BaseException):
 
 
 class _Observer:
-    """Sits in the first DistributedDataParallel model that is made, and in the optimizer that steps on it."""
+    """Sits in the first DistributedDataParallel model that is made, or listens to FSDP2, and in the optimizer
+    that steps on it."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[float, list[tuple[Any, float]]]] = []
-        self._began_s = 0.0
+        self.sharded: list[WatchedStep] = []
+        self._began_s = self._stepping_s = 0.0
         self._watcher: Watcher | None = None
+        self._shards = ShardWatcher(clock)
         self._parameters: set[int] = set()
+
+    @property
+    def taken(self) -> int:
+        """Steps of either kind."""
+        return len(self.steps) + len(self.sharded)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -103,37 +129,54 @@ class _Observer:
         def made(ddp: DistributedDataParallel, *arguments: Any, **options: Any) -> None:
             make(ddp, *arguments, **options)
             if self._watcher is None:
-                self._watcher = Watcher(ddp, time.perf_counter)
+                self._watcher = Watcher(ddp, clock)
                 dispatcher_of(ddp).attached = self._watcher
                 self._parameters = {id(parameter) for parameter in ddp.parameters()}
-                self._began_s = time.perf_counter()
+                self._began_s = clock()
 
         import distcomp
         from distcomp.attaching import handle
 
-        hook = register_optimizer_step_post_hook(self._stepped)
+        hooks = (
+            register_optimizer_step_pre_hook(self._steps),
+            register_optimizer_step_post_hook(self._stepped),
+        )
         try:
             with (
                 mock.patch.object(DistributedDataParallel, "__init__", made),
+                fsdp_exchanges(self._shards),
                 # distcomp's first: it is looked up in handle when asked for, and then kept.
                 mock.patch.object(distcomp, "attach", _unattached),
                 mock.patch.object(handle, "attach", _unattached),
             ):
                 yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
+
+    def _steps(self, optimizer: Optimizer, arguments: Any, options: Any) -> None:
+        self._stepping_s = clock()
 
     def _stepped(self, optimizer: Optimizer, arguments: Any, options: Any) -> None:
-        own = (id(p) in self._parameters for group in optimizer.param_groups for p in group["params"])
-        if self._watcher is None or not any(own):
+        if not self._steps_on_it(optimizer):
             return
-        end_s = time.perf_counter()
-        seen = [(layout, moment_s - self._began_s) for layout, moment_s in self._watcher.seen]
-        self.steps.append((end_s - self._began_s, seen))
-        self._watcher.seen.clear()
-        if len(self.steps) == WARM_UP + REPEATS:
+        end_s = clock()
+        watched = self._shards.seen if self._watcher is None else self._watcher.seen
+        seen: list[tuple[Any, float]] = [(what, moment_s - self._began_s) for what, moment_s in watched]
+        if self._watcher is None:
+            self.sharded.append(WatchedStep(tuple(seen), end_s - self._began_s, end_s - self._stepping_s))
+        else:
+            self.steps.append((end_s - self._began_s, seen))
+        watched.clear()
+        if self.taken == WARM_UP + REPEATS:
             raise _Enough
-        self._began_s = time.perf_counter()
+        self._began_s = clock()
+
+    def _steps_on_it(self, optimizer: Optimizer) -> bool:
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        if self._watcher is not None:
+            return any(id(one) in self._parameters for one in parameters)
+        return bool(self._shards.seen) and any(hasattr(one, "to_local") for one in parameters)
 
 
 class _Unattached:

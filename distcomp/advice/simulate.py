@@ -6,7 +6,9 @@ once, where ``torch.func`` can. A step: every worker's gradient, then one of
 
 * a gradient method: all agree on the mean of the whole gradient (one bucket), then step;
 * an averaging: each steps alone, then models are exchanged where they are due;
-* codistillation: each steps alone, agreeing with what it heard, then predictions are exchanged.
+* codistillation: each steps alone, agreeing with what it heard, then predictions are exchanged;
+* sharded workers (``Setting.sharded``): weights are gathered, gradients reduced to the owners of their rows,
+  who step; all workers' models are the one that they hold together.
 
 Nothing overlaps: the clock adds up computing and exchanges.
 """
@@ -27,6 +29,7 @@ from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
 
 from distcomp.advice.codistilled import Codistilled
 from distcomp.advice.scenario import Scenario
+from distcomp.advice.sharded_workers import ShardedWorkers
 from distcomp.advice.task import TrainingTask
 from distcomp.advice.virtual_clock import VirtualClock
 from distcomp.attaching.slices import slices_of
@@ -38,6 +41,7 @@ from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods import Method
 from distcomp.methods.base import StepContext
+from distcomp.methods.weight_gather import WeightGather
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Host
 from distcomp.randomness import Key
@@ -58,6 +62,10 @@ class Setting:
     scenario: Scenario = field(default_factory=Scenario)
     host: Host = ALONE
     seed: int = 0
+    sharded: bool = False
+    """Whether all workers hold one model together, as with FSDP2."""
+    weights: WeightGather | None = None
+    """How they gather its weights; None: as they are."""
 
 
 class Simulation:
@@ -80,8 +88,12 @@ class Simulation:
         x = torch.cat([named[name].detach().reshape(-1) for name in self.layout.names]).float()
         self._workers: Workers | None = None
         self._codistilled: Codistilled | None = None
+        self._sharded: ShardedWorkers | None = None
         self._states: list[Any] = []
-        if isinstance(method, Method):
+        if setting.sharded:
+            self._sharded = ShardedWorkers(method, setting.weights, self.layout, size, setting.seed)
+            self.net, self.models = self._sharded.net, x.repeat(size, 1)
+        elif isinstance(method, Method):
             self.net, self.models = Lockstep(size), x.repeat(size, 1)
             self._states = [method.init(self.layout)] * size
         elif isinstance(method, Codistillation):
@@ -104,9 +116,14 @@ class Simulation:
     def step(self) -> None:
         """One iteration of every worker."""
         self.clock.compute(self.steps)
-        grads = self._gradients()
-        if isinstance(self.method, Method):
-            grads = self._agreed(self.method, grads)
+        if self._sharded is not None:
+            computed = self._sharded.gather(self.models[0], self.steps).repeat(self.size, 1)
+            reduced = self._sharded.reduce(self._gradients(computed), self.steps)
+            grads = reduced.repeat(self.size, 1)
+        elif isinstance(self.method, Method):
+            grads = self._agreed(self.method, self._gradients(self.models))
+        else:
+            grads = self._gradients(self.models)
         if self._codistilled is not None:
             grads = self._with_agreement(self._codistilled, grads)
         for name, piece in self._views(grads).items():
@@ -175,19 +192,19 @@ class Simulation:
 
     # ------------------------------------------------------------------------------------------- gradients
 
-    def _gradients(self) -> Tensor:
-        """Each worker's gradient at its own model, on its own batch: ``[size, numel]``."""
+    def _gradients(self, models: Tensor) -> Tensor:
+        """Each worker's gradient at its own of ``models``, on its own batch: ``[size, numel]``."""
         batches = [self.training_task.batch(worker, self.size, self.steps) for worker in range(self.size)]
         inputs, targets = (torch.stack(parts) for parts in zip(*batches, strict=True))
         self._batch_rows = inputs.shape[1]
-        models = {name: piece.detach() for name, piece in self._parameters.items()}
+        at = {name: piece.detach() for name, piece in self._views(models).items()}
         if self.batched:
             try:
-                return self._joined(self._together(models, inputs, targets))
+                return self._joined(self._together(at, inputs, targets))
             except RuntimeError:  # what the model does has no batching rule
                 self.batched = False
         each = [
-            self._one({name: piece[i] for name, piece in models.items()}, inputs[i], targets[i])
+            self._one({name: piece[i] for name, piece in at.items()}, inputs[i], targets[i])
             for i in range(self.size)
         ]
         return self._joined(

@@ -8,6 +8,7 @@ sends over groups of its own is taken from its ledgers.
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -139,7 +140,8 @@ def audit() -> Iterator[Audit]:
     the formulas of :func:`distcomp.attaching.audit_report.sent_in_call_bytes`. Steps are those of the
     optimizer that stepped most. Complete when the context ends.
 
-    What a graph of torch.compile calls by itself is not seen; compile less, or audit the model uncompiled.
+    Meanwhile what ``torch.compile`` has compiled runs as it is written (its stance is ``force_eager``): a
+    graph would call its collectives past every mode. They are the same ones.
     """
     mode, steps = _Dispatched(), Counter[int]()
 
@@ -150,7 +152,7 @@ def audit() -> Iterator[Audit]:
     hook = register_optimizer_step_post_hook(stepped)
     ledgers, counted = {one: Counter(one.sent_bytes) for one in LEDGERS}, _counted()
     try:
-        with mode:
+        with _uncompiled(), mode:
             yield seen
     finally:
         hook.remove()
@@ -162,6 +164,16 @@ def audit() -> Iterator[Audit]:
         if counted is not None and after is not None:
             seen.interface_bytes = after.sent_bytes - counted.sent_bytes
             seen.interface_packets = after.sent_packets - counted.sent_packets
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Compiled code runs as it is written. Who has not imported the compiler, for seconds, has none."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _counted() -> QueueCount | None:

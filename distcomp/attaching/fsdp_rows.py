@@ -36,6 +36,11 @@ class ParameterBuffer:
     own: tuple[Moves, ...]
     """By owner: from whole parameters to its piece of the buffer."""
 
+    @property
+    def shard(self) -> Layout:
+        """An owner's piece of the buffer: the rows of each parameter, padded to the most that one has."""
+        return padded_shard(self.layout, self.owners)
+
     def parameters(self, buffer: Tensor) -> Tensor:
         """The parameters that lie in a buffer, whole and end to end."""
         x = buffer.new_empty(self.layout.numel)
@@ -54,7 +59,7 @@ def parameter_buffers(
 ) -> dict[str, ParameterBuffer]:
     """That of each flat buffer, by its name. Raises DistcompError where a parameter is not cut by rows."""
     named = slices_of(model)
-    return {name: _buffer(_trained(group, named), owners) for group, (name, _) in groups.items()}
+    return {name: parameter_buffer(_trained(group, named), owners) for group, (name, _) in groups.items()}
 
 
 def _trained(group: FSDPGroup, named: Mapping[int, ParamSlice]) -> list[ParamSlice]:
@@ -77,7 +82,8 @@ def _trained(group: FSDPGroup, named: Mapping[int, ParamSlice]) -> list[ParamSli
     return [named[id(parameter)] for parameter in parameters if parameter.requires_grad]
 
 
-def _buffer(parameters: list[ParamSlice], owners: int) -> ParameterBuffer:
+def parameter_buffer(parameters: list[ParamSlice], owners: int) -> ParameterBuffer:
+    """That of parameters that ``owners`` share by rows."""
     layout = Layout(tuple(parameters))
     padded = [math.ceil(p.shape[0] / owners) * math.prod(p.shape[1:]) for p in parameters]
     piece = sum(padded)
@@ -102,9 +108,15 @@ def padded_shards(
     named = slices_of(model)
     layouts = {}
     for group, (name, _) in groups.items():
-        slices = []
-        for param in _trained(group, named):
-            shape = (math.ceil(param.shape[0] / shards), *param.shape[1:])
-            slices.append(ParamSlice(param.name, shape, 0, math.prod(shape), param.role))
-        layouts[name] = Layout(tuple(slices))
+        layouts[name] = padded_shard(Layout(tuple(_trained(group, named))), shards)
     return layouts
+
+
+def padded_shard(layout: Layout, shards: int) -> Layout:
+    """What one of ``shards`` ranks has of whole parameters: rows of each, padded to the most that one has."""
+    return Layout(tuple(_padded(param, shards) for param in layout.slices))
+
+
+def _padded(param: ParamSlice, shards: int) -> ParamSlice:
+    shape = (math.ceil(param.shape[0] / shards), *param.shape[1:])
+    return ParamSlice(param.name, shape, 0, math.prod(shape), param.role)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from distcomp.layout import ParamSlice
@@ -34,12 +36,28 @@ def slices_of(module: nn.Module) -> dict[int, ParamSlice]:
     roles: dict[int, str] = {}
     for part in module.modules():
         for parameter in part.parameters(recurse=False):
-            if isinstance(part, NORMS):
-                roles[id(parameter)] = "norm"
-            elif isinstance(part, nn.Embedding | nn.EmbeddingBag):
-                roles[id(parameter)] = "embedding"
+            role = _special_role(part)
+            if role is not None:
+                roles[id(parameter)] = role
     slices = {}
     for name, parameter in module.named_parameters():
-        role = roles.get(id(parameter)) or ("matrix" if parameter.dim() >= 2 else "bias")
+        role = roles.get(id(parameter)) or _plain_role(parameter.dim())
         slices[id(parameter)] = ParamSlice(name, tuple(parameter.shape), 0, parameter.numel(), role)
     return slices
+
+
+def slice_in(part: nn.Module, name: str, shape: tuple[int, ...]) -> ParamSlice:
+    """The segment of a parameter of ``part`` itself, of which no more is known than its name and shape."""
+    role = _special_role(part) or _plain_role(len(shape))
+    return ParamSlice(name, shape or (1,), 0, math.prod(shape), role)
+
+
+def _special_role(part: nn.Module) -> str | None:
+    """What all parameters of a module are, where the module says it."""
+    if isinstance(part, NORMS):
+        return "norm"
+    return "embedding" if isinstance(part, nn.Embedding | nn.EmbeddingBag) else None
+
+
+def _plain_role(dim: int) -> str:
+    return "matrix" if dim >= 2 else "bias"

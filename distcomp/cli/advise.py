@@ -24,8 +24,11 @@ DESCRIPTION = """\
 Time a few real steps of SCRIPT on this machine, and what each method does with
 its gradients; predict step times on the network that the options describe;
 recommend a method, or plain DDP. SCRIPT is any training loop with a
-DistributedDataParallel model, which is run as the only rank and stopped after
-some steps, or defines training_task() as examples/digits.py does.
+DistributedDataParallel or FSDP2 model, which is run as the only rank and
+stopped after some steps, or defines training_task() as examples/digits.py does.
+
+A sharded model is compared with plain FSDP2 (fsdp2), and methods may say how
+weights are gathered: --methods "qsgd:bits=4 weights=qsgd:bits=8; identity".
 """
 SHOWN_SCALES = (2, 16, 128, 1024, 4096)
 
@@ -41,6 +44,10 @@ def add(commands: Any) -> None:
         "--ranks-here", type=int, default=1, metavar="N",
         help="ranks that share a machine like this one (default 1), as under distcomp emulate",
     )  # fmt: skip
+    parser.add_argument(
+        "--shards", type=int, metavar="N",
+        help="ranks that hold a sharded model together (default all); the others hold replicas of it",
+    )  # fmt: skip
     parser.add_argument("--methods", metavar="LIST", help="what to compare, separated by semicolons")
     add_import(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -52,20 +59,14 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, predict, recommend."""
-    from distcomp.advice.advise import METHODS, advise
-    from distcomp.advice.predict import PREDICTED_HOOKS
+    from distcomp.advice.advise import advise
     from distcomp.advice.script import defines, observe_script
     from distcomp.advice.task import NAME, task_of
 
     import_plugins(arguments, arguments.model)
-    listed = arguments.methods.split(";") if arguments.methods else METHODS
-    methods = [one.strip() for one in listed if one.strip()]
+    methods = [one.strip() for one in (arguments.methods or "").split(";") if one.strip()]
     for method in methods:
-        catalogue.check(method)
-        if method.startswith("torch:") and method not in PREDICTED_HOOKS:
-            raise DistcompError(
-                f"{method} is not predicted; of PyTorch's own, {', '.join(PREDICTED_HOOKS)} are"
-            )
+        _check(method)
     if arguments.ranks_here < 1:
         raise DistcompError("--ranks-here is 1 or more")
     fabric = fabric_of(arguments, "ranks")
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     _tell(f"reading {script}" if has_task else f"running some steps of {script}")
     trained = task_of(script, given) if has_task else observe_script(script, given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    advice = advise(trained, fabric, methods, arguments.ranks_here, cores, _tell)
+    advice = advise(trained, fabric, methods, arguments.ranks_here, cores, _tell, arguments.shards)
     _done()
     if arguments.plot is not None:
         plot(advice, arguments.plot)
@@ -83,6 +84,19 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     show(advice)
     return 0
+
+
+def _check(method: str) -> None:
+    """Raises DistcompError for what there is none of, or what is not predicted."""
+    from distcomp.advice.predict import PREDICTED_HOOKS
+    from distcomp.advice.sharded import PLAIN, ShardedSetting
+
+    if method == PLAIN or " weights=" in method:
+        ShardedSetting.of(method)
+        return
+    catalogue.check(method)
+    if method.startswith("torch:") and method not in PREDICTED_HOOKS:
+        raise DistcompError(f"{method} is not predicted; of PyTorch's own, {', '.join(PREDICTED_HOOKS)} are")
 
 
 def show(advice: Advice) -> None:
@@ -95,7 +109,7 @@ def show(advice: Advice) -> None:
     print(f"two measurements on this machine differ by {advice.noise:.0%}\n")
     shown = [n for n in SHOWN_SCALES if n in advice.rows[0].efficiency]
     head = ["method", "step", "sent", "speed-up", "faster below", *(f"{n} ranks" for n in shown)]
-    print(fitted(head, [_cells(row, shown) for row in advice.rows]))
+    print(fitted(head, [_cells(row, shown, row.method == advice.baseline) for row in advice.rows]))
     print(f"\n{sentence(advice.sentence)}")
 
 
@@ -112,11 +126,11 @@ def _done() -> None:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _cells(row: AdviceRow, shown: list[int]) -> list[str]:
+def _cells(row: AdviceRow, shown: list[int], is_baseline: bool) -> list[str]:
     from distcomp.advice.advise import WORTH, milliseconds
 
-    even = "-" if row.method == "ddp" else _rate(row.break_even_bps)
-    if row.method != "ddp" and math.isinf(row.break_even_bps) and row.speed_up < WORTH:
+    even = "-" if is_baseline else _rate(row.break_even_bps)
+    if not is_baseline and math.isinf(row.break_even_bps) and row.speed_up < WORTH:
         even = f"not by {WORTH - 1:.0%}"
     sent = f"{row.prediction.sent_bytes / 1e3:,.0f} kB"
     step = milliseconds(row.prediction.step_s)
@@ -144,7 +158,7 @@ def plot(advice: Advice, path: Path) -> None:
     pyplot = require("matplotlib.pyplot", extra="report")
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for method, points in advice.curves.items():
-        axes.loglog(*zip(*points, strict=True), label=method, linewidth=2 if method == "ddp" else 1)
+        axes.loglog(*zip(*points, strict=True), label=method, linewidth=2 if method == advice.baseline else 1)
     finite = [rate for rate in advice.fabric.rates_bps if math.isfinite(rate)]
     if finite:
         axes.axvline(max(finite), color="grey", linewidth=0.5)

@@ -18,6 +18,8 @@ DESCRIPTION = """\
 Train what SCRIPT's training_task() describes with many workers in one
 process, in lock-step: real numerics, virtual time. Seconds are those that the
 network model predicts for the fabric; computing takes what the scenario says.
+With --sharded all workers hold one model together, as with FSDP2: --weights
+says how they gather it, for instance qsgd:bits=8.
 """
 
 
@@ -30,6 +32,8 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     add_fabric(parser, "--workers")
     parser.add_argument("--method", required=True, help="what carries gradients or models")
+    parser.add_argument("--sharded", action="store_true", help="one model, of which each holds a shard")
+    parser.add_argument("--weights", metavar="GATHER", help="how shards are gathered (default as they are)")
     add_import(parser)
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="of training (default 200)")
     parser.add_argument("--eval-every", type=int, default=20, metavar="N", help="steps (default 20)")
@@ -45,6 +49,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, print, record."""
     from distcomp.advice import Scenario, Setting, Simulation, task_of
+    from distcomp.methods.weight_gather import parse_weight_gather
     from distcomp.network import parse_time
 
     if arguments.steps < 1 or arguments.eval_every < 1:
@@ -58,7 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
         else Scenario.from_toml(arguments.scenario)
     )
     training_task = task_of(existing(arguments.script), arguments.arguments)
-    simulation = Simulation(training_task, method, Setting(fabric, scenario, seed=arguments.seed))
+    if arguments.weights and not arguments.sharded:
+        raise DistcompError("--weights says how shards are gathered; give --sharded as well")
+    weights = parse_weight_gather(arguments.weights) if arguments.weights else None
+    setting = Setting(fabric, scenario, seed=arguments.seed, sharded=arguments.sharded, weights=weights)
+    simulation = Simulation(training_task, method, setting)
     recorder = _recorder(arguments, fabric.ranks)
     print(f"{fabric.ranks} workers of {simulation.layout.numel:,} parameters, {arguments.method}: simulated")
     begin_s = time.perf_counter()

@@ -25,3 +25,11 @@ def acknowledged_bytes(payload_bytes: float) -> float:
 def exchanged_bytes(payload_bytes: float) -> float:
     """What a rank's queue is charged when it sends and receives this much, as in every symmetric exchange."""
     return framed_bytes(payload_bytes) + acknowledged_bytes(payload_bytes)
+
+
+WINDOW_S, LEAST_WINDOW_BYTES = 20e-3, 64 << 10
+
+
+def window_bytes(rate_bps: float, delay_s: float = 0.0) -> float:
+    """How much of a connection an emulated network lets be under way at once."""
+    return max(rate_bps / 8 * (WINDOW_S + 2 * delay_s), LEAST_WINDOW_BYTES)

@@ -15,6 +15,7 @@ exchange                   bytes sent per rank, payload P         hops          
 =========================  =====================================  ============  ========  ================
 :func:`ring_all_reduce`    2 (n-1)/n P                            2 (n-1)       2 (n-1)   a large sum
 :func:`direct_all_reduce`  (n-1) P                                1             n-1       a small sum
+:func:`ring_all_gather`    (n-1) P                                n-1           n-1       shards to all
 :func:`all_gather`         (n-1) P                                1             n-1       payloads to all
 :func:`all_to_all`         (n-1)/n P                              1             n-1       chunks to owners
 :func:`neighbor_exchange`  degree P                               1             degree    neighbours
@@ -296,6 +297,17 @@ def direct_all_reduce(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLo
 def all_gather_load(payload_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:
     """Member i sends ``payload_bytes[i]`` to every other."""
     return _at_once(among(payload_bytes, np.ones(len(group)), group, fabric), group, fabric)
+
+
+def ring_all_gather(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
+    """Every member's ``nbytes`` to all, handed on around a ring: Gloo's and NCCL's own. A reduce-scatter of
+    n times as much is the same the other way around."""
+    n = len(group)
+    if n == 1:
+        return ExchangeLoad()
+    edges = [(group[i], group[(i + 1) % n]) for i in range(n)]
+    load = along(dict.fromkeys(edges, (n - 1) * nbytes), fabric)
+    return ExchangeLoad((load,), n - 1, delay_s(edges, fabric), n - 1, around=True)
 
 
 def all_to_all_load(chunk_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distcomp.collectives import Group, Request, is_summed_directly
 from distcomp.errors import DistcompError
 from distcomp.network.fabric import Fabric
+from distcomp.network.framing import window_bytes
 from distcomp.network.model import (
     Edge,
     ExchangeLoad,
@@ -16,6 +18,7 @@ from distcomp.network.model import (
     broadcast_load,
     direct_all_reduce,
     neighbor_exchange,
+    ring_all_gather,
     ring_all_reduce,
     together,
     uneven_all_to_all,
@@ -26,7 +29,8 @@ Groups = tuple[Group, ...]
 """Groups that ask side by side."""
 
 REQUEST_KINDS = (
-    "all_reduce", "ring_all_reduce", "all_gather", "all_to_all", "neighbor_exchange", "broadcast",
+    "all_reduce", "ring_all_reduce", "ring_all_gather", "ring_reduce_scatter", "all_gather", "all_to_all",
+    "neighbor_exchange", "broadcast",
 )  # fmt: skip
 """What :mod:`distcomp.network.model` has a price for."""
 
@@ -35,7 +39,8 @@ REQUEST_KINDS = (
 class RequestSizes:
     """One round.
 
-    ``kind``: all_reduce, ring_all_reduce (one that goes around whatever its size), all_gather, all_to_all,
+    ``kind``: all_reduce, ring_all_reduce (one that goes around whatever its size), ring_all_gather and
+    ring_reduce_scatter (of the whole, as those of PyTorch's backends), all_gather, all_to_all,
     neighbor_exchange or broadcast. ``sizes``: bytes that each member sends (all_gather), that go to each
     member (all_to_all), or one number. ``groups`` ask side by side; None is one group of all. ``chunked``:
     the sizes are cuts of something that all members cover together. ``messages``: (from, to, bytes), where
@@ -75,13 +80,15 @@ class RequestSizes:
             )
         if self.kind == "ring_all_reduce":
             return ring_all_reduce(size, group, fabric)
+        if self.kind in ("ring_all_gather", "ring_reduce_scatter"):
+            return ring_all_gather(size / len(group), group, fabric)
         if self.kind == "broadcast":
             return broadcast_load(size, group, fabric)
         return (all_gather_load if self.kind == "all_gather" else all_to_all_load)(self.sizes, group, fabric)
 
     def sent_bytes(self, ranks: int) -> float:
         """Bytes that a rank sends, on average."""
-        members = len(self.groups[0]) if self.groups else ranks
+        members = self._members(ranks)
         if self.messages:
             return sum(nbytes for _, _, nbytes in self.messages) / ranks
         if self.kind == "neighbor_exchange":
@@ -89,9 +96,40 @@ class RequestSizes:
         if self.kind in ("all_reduce", "ring_all_reduce"):
             direct_ = self.kind == "all_reduce" and is_summed_directly(self.sizes[0], members)
             return (members - 1 if direct_ else 2 * (members - 1) / members) * self.sizes[0]
-        if self.kind == "broadcast":
+        if self.kind in ("broadcast", "ring_all_gather", "ring_reduce_scatter"):
             return (members - 1) / members * self.sizes[0]
         return (members - 1) / members * sum(self.sizes)
+
+    def announced_s(self, transfer_s: float, fabric: Fabric, emulated: bool) -> float:
+        """What Gloo adds to an exchange that has the network to itself and takes ``transfer_s``.
+
+        A message is sent when its receiver's word has come that there is room for it. Where the receiver has
+        begun to send itself, that word stands behind what TCP has under way on its link, on an emulated
+        network at most a window. Between two ranks it comes over the very connection that the shards cross,
+        behind the first half of the receiver's own.
+        """
+        if self.kind in ("ring_all_gather", "all_gather") and self._members(fabric.ranks) == 2:
+            return transfer_s / 2
+        slowest_bps = min(fabric.rates_bps)
+        if not emulated or math.isinf(slowest_bps):
+            return 0.0
+        return min(transfer_s, 8 * window_bytes(slowest_bps, fabric.delay_s) / slowest_bps)
+
+    def _members(self, ranks: int) -> int:
+        return len(self.groups[0]) if self.groups else ranks
+
+    def placed(self, groups: Groups) -> RequestSizes:
+        """The same round, asked among as many as a group has, in each of ``groups`` side by side."""
+        inner = self.groups or (tuple(range(len(groups[0]))),)
+        return replace(
+            self,
+            groups=tuple(tuple(group[member] for member in members) for group in groups for members in inner),
+            messages=tuple(
+                (group[source], group[target], nbytes)
+                for group in groups
+                for source, target, nbytes in self.messages
+            ),
+        )
 
     def among(self, ranks: int, edges: frozenset[Edge] = frozenset()) -> RequestSizes:
         """The same round among another number of ranks, all in one group.

@@ -25,6 +25,7 @@ from typing import Any
 from distcomp.errors import DistcompError, require
 from distcomp.network import netns
 from distcomp.network.fabric import Fabric
+from distcomp.network.framing import window_bytes
 from distcomp.network.units import UNSHAPED, format_rate
 
 DEVICE = "eth0"
@@ -37,7 +38,6 @@ FRAME_PAYLOAD_BYTES = 1448
 """How much of it is a TCP stream's own: 20 bytes of IP, 20 of TCP and 12 of timestamps are not."""
 
 _BURST_S = 1e-3
-_WINDOW_S, _LEAST_WINDOW_BYTES = 20e-3, 64 << 10
 _QUEUE_BYTES = 256 << 20  # never full, for the ranks' windows are bounded: the switch loses nothing
 _LARGEST_BUNDLE_BYTES = 64 << 10
 _MOST_RANKS = 1000  # a Linux bridge has 1024 ports
@@ -228,10 +228,9 @@ def _steady_tcp(rate_bps: float, delay_s: float) -> None:
     with _needs("a TCP setting", "mount /proc/sys writable (in a container: --privileged)"):
         (settings / "tcp_congestion_control").write_text("reno")  # the only one allowed by every kernel
         if rate_bps != UNSHAPED:
-            window_bytes = max(rate_bps / 8 * (_WINDOW_S + 2 * delay_s), _LEAST_WINDOW_BYTES)
             for name in ("tcp_rmem", "tcp_wmem"):
                 smallest, initial, _ = map(int, (settings / name).read_text().split())
-                largest = int(2 * window_bytes)  # the kernel's bookkeeping takes half
+                largest = int(2 * window_bytes(rate_bps, delay_s))  # the kernel's bookkeeping takes half
                 (settings / name).write_text(f"{smallest} {min(initial, largest)} {largest}")
 
 

@@ -387,7 +387,7 @@ def test_advise_reads_a_training_loop_as_it_is(
     assert not torch.distributed.is_initialized()
     script.write_text(LOOP.replace("ATTACH", attach).replace("STEPS", "3"))
     assert cli.main([*asked, "--", "--width", "48"]) == 2
-    assert "took 3 steps with a DistributedDataParallel model" in capsys.readouterr().err
+    assert "took 3 steps with a DistributedDataParallel or FSDP2 model" in capsys.readouterr().err
     script.write_text("raise RuntimeError('boom')")
     assert cli.main(asked) == 2
     assert "failed after 0 steps" in capsys.readouterr().err

@@ -18,9 +18,16 @@ from distcomp.attaching.audit_report import Audit
 WIDTH = 32
 
 
+class Layer(nn.Linear):
+    """PyTorch's own forward is none that torch.compile takes alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False))
+    return nn.Sequential(Layer(WIDTH, WIDTH, bias=False), Layer(WIDTH, WIDTH, bias=False))
 
 
 def model_of(kind: str, size: int, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
@@ -76,6 +83,44 @@ def audited(rank: int, size: int, kind: str, attached: tuple[str, str] | None = 
     if handle is not None:
         handle.detach()
     return told(seen)
+
+
+def compiled(rank: int, size: int, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rows of three steps with every layer compiled by itself, and as it is."""
+    found = []
+    for asked in (True, False):
+        model = model_of(kind, size)
+        for part in model.modules():
+            if asked and isinstance(part, Layer):
+                part.compile(backend="eager", fullgraph=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(model, optimizer, 2)
+        with distcomp.audit() as seen:
+            train(model, optimizer, 3)
+        found.append(told(seen))
+    return found[0], found[1]
+
+
+def in_a_graph(rank: int, size: int) -> tuple[dict[str, Any], bool]:
+    """A collective inside of one graph, audited; and whether the function is compiled again afterwards."""
+    import torch.distributed._functional_collectives as functional
+
+    graphs: list[Any] = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def doubled(x: Tensor) -> Tensor:
+        return functional.all_reduce(2 * x, "sum", dist.group.WORLD) + 1
+
+    run = torch.compile(doubled, backend=backend, fullgraph=True)
+    run(torch.ones(8))
+    with distcomp.audit() as seen:
+        run(torch.ones(8))
+    made = len(graphs)
+    run(torch.ones(8, 2))
+    return told(seen), made == 1 and len(graphs) == 2
 
 
 def gathered_wide(rank: int, size: int, wide: bool) -> dict[str, Any]:

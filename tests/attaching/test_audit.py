@@ -58,6 +58,20 @@ def test_hsdp_sums_over_replicas_too(cluster):
         assert all(row["ranks"] == 2 for row in found["rows"])
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_compiled_layers_are_audited_as_they_are_written(cluster, kind):
+    for asked, plain in cluster(2).run(jobs.compiled, kind):
+        assert asked["rows"] == plain["rows"]
+        assert asked["steps"] == 3
+
+
+def test_a_collective_within_a_graph_is_seen(cluster):
+    for found, compiled_again in cluster(2).run(jobs.in_a_graph):
+        (row,) = found["rows"]
+        assert (row["kind"], row["bytes"]) == ("all_reduce", 32)
+        assert compiled_again
+
+
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("weights", ["qsgd:bits=8", "difference:compressor=(qsgd:bits=4)"])
 def test_what_a_setting_would_save_is_what_it_saves(cluster, size, weights):
