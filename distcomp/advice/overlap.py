@@ -70,7 +70,7 @@ def gradient_step(
             continue
         profile = profiles[bucket]
         if number == 0:
-            line.wait_for_gradients(bucket)
+            line.wait_for_gradients(bucket if profile.bucket is None else profile.bucket)
         else:
             line.wait_for_answer(bucket)
         if number < len(profile.rounds):
