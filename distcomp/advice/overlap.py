@@ -103,8 +103,8 @@ def averaging_step(
 
 
 EXCHANGE_CORE_S = 1.3e-3
-"""Of a core, to begin and to end an exchange, however small and whatever the network: the median over all cells
-of ``benchmarks/results/model_error.json``. Beside a backward it is hidden; a sharded step waits for it."""
+"""Of a core, to begin and to end an exchange, however small and whatever the network: the median over all
+cells of ``benchmarks/results/model_error.json``. Beside a backward it is hidden, and a sharded step waits."""
 
 
 def sharded_step(
