@@ -5,8 +5,8 @@
 
 Four ranks that share this machine; an MLP of 4.2 million parameters on FSDP2 (some rows: 1 million). The
 advice is that of one process, which has no network and one rank, and runs the loop of
-``benchmarks/_sharded_loop.py`` alone. A step lasts from its start to the start of the next, in the mean over
-the ranks; the median counts. What was advised is in a cell of its own, made before what it is of.
+``benchmarks/_sharded_loop.py`` alone: it knows nothing of what is measured. A step lasts from its start to
+the start of the next, in the mean over the ranks; the median counts.
 """
 
 from __future__ import annotations

@@ -170,6 +170,14 @@ def _sharded(called: nn.Module, inner: nn.Module, replicas: dist.ProcessGroup | 
     """An FSDP model, whose parameters all lie on one mesh of one dimension."""
     from torch.distributed.tensor import DTensor
 
+    for name, parameter in inner.named_parameters():
+        if isinstance(parameter, DTensor) and sum(not one.is_replicate() for one in parameter.placements) > 1:
+            dims = parameter.device_mesh.mesh_dim_names or ("unnamed",)
+            raise DistcompError(
+                f"{name} is cut along several dimensions of a mesh ({', '.join(dims)}): tensor or expert "
+                "parallelism beside FSDP, whose shards are no rows of whole parameters; shard it by "
+                "fully_shard alone, or leave compression out"
+            )
     parameters = [parameter for parameter in inner.parameters() if not is_of_rank(parameter)]
     meshes = {parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)}
     if not all(isinstance(parameter, DTensor) for parameter in parameters) or len(meshes) != 1:

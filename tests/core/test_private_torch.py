@@ -135,7 +135,41 @@ def test_a_collective_of_fsdp_leads_to_its_module() -> None:
     assert private.fsdp_caller() is None
 
 
+def test_what_fsdp_gathers_and_reduces_is_told_on_the_only_rank() -> None:
+    """FSDPParamGroup.unshard, ._all_gather_result, foreach_reduce; FSDPParam._orig_size, ._param_fqn"""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    told: list[private.FSDPExchange] = []
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(model[0], mesh=mesh, mp_policy=policy)
+        fully_shard(model[1], mesh=mesh, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh)
+        with private.fsdp_exchanges(told.append):
+            model(torch.ones(1, 2)).sum().backward()
+        model(torch.ones(1, 2)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    found = [(one.kind, one.parameters[0].name, one.dtype) for one in told]
+    assert found == [
+        ("gather", "0.weight", torch.bfloat16),
+        ("gather", "1.weight", torch.float32),
+        ("gather", "0.weight", torch.bfloat16),
+        ("reduce", "1.weight", torch.float32),
+        ("reduce", "0.weight", torch.float32),
+    ]
+    assert [one.shape for one in told[0].parameters] == [(3, 2), (3,)]
+    assert told[0].parameters[0].module is model[0]
+
+
 PRIVATE = (
+    "foreach_reduce",
+    "_all_gather_result",
+    "_param_fqn",
     "_execution_engine",
     "_is_profiler_enabled",
     "_NormBase",

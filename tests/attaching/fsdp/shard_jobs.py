@@ -53,6 +53,16 @@ def by_columns(mesh: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh, shard_placement_fn=lambda _: Shard(1))
 
 
+def tensor_parallel(size: int) -> nn.Module:
+    """The first layer is cut by columns among those that FSDP then shards for."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "tp"))
+    model = network()
+    parallelize_module(model[0], mesh["tp"], ColwiseParallel())
+    return fully_shard(model, mesh=mesh["dp"])
+
+
 def sgd(model: nn.Module, spec: Any = "identity") -> torch.optim.SGD:
     """With momentum, unless the method brings its own and says so."""
     usual = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
@@ -280,6 +290,8 @@ def sentence(rank: int, size: int, kind: str, spec: str = "identity") -> str:
             distcomp.attach(sharded(mesh), None, spec)
         elif kind == "replicas without shards":
             distcomp.attach(network(), None, spec, replicas=mesh.get_group("shard"))
+        elif kind == "tensor parallel":
+            distcomp.attach(tensor_parallel(size), None, spec)
         elif kind == "columns":
             distcomp.attach(by_columns(mesh["shard"]), None, spec)
         elif kind == "replicated":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,9 +76,13 @@ def test_resume_is_bit_equal(cluster, spec):
     assert all(cluster(2).run(shard_jobs.second_half, spec, saved))
 
 
-@pytest.mark.parametrize(("form", "per_value"), [("bf16", 2.0), ("int8", 1.0 + 4 / 512)])
-def test_residuals_of_fewer_bits_are_resumed_bit_by_bit(cluster, form, per_value):
-    spec = compact_residuals(parse("qsgd:bits=1"), form)
+@pytest.mark.parametrize(
+    ("form", "beta", "per_value"),
+    [("bf16", 1.0, 2.0), ("int8", 1.0, 1.0 + 4 / 512), ("int8", 0.5, 1.0 + 4 / 512)],
+)
+def test_residuals_of_fewer_bits_are_resumed_bit_by_bit(cluster, form, beta, per_value):
+    """With a beta they are LoCo's moving average. What is kept is the formula of docs/fsdp.md."""
+    spec = replace(compact_residuals(parse("qsgd:bits=1"), form), beta=beta)
     saved = cluster(2).run(shard_jobs.first_half, spec)
     assert all(cluster(2).run(shard_jobs.second_half, spec, saved))
     for _, stats in cluster(2).run(shard_jobs.trained, spec, 2):
@@ -131,6 +136,7 @@ SENTENCES = {
     ("hybrid", "identity"): "mesh of 2 dimensions",
     ("replicas without shards", "identity"): "Sequential is none",
     ("replicated", "identity"): "wrapped by replicate()",
+    ("tensor parallel", "identity"): "0.weight is cut along several dimensions of a mesh (dp, tp)",
     ("unused", "identity"): "set_reduce_scatter_unused_params",
 }
 

@@ -16,6 +16,7 @@ SETUPS: dict[str, dict] = {
     "activation checkpoints": {"checkpointed": True},
     "accumulated": {"micro": 3},
     "kept after forward": {"reshard": False},
+    "kept while gradients accumulate": {"micro": 3, "kept": True},
     "prefetched": {"prefetch": True},
     "a parameter without a gradient": {"unused": True},
     "compiled blocks": {"compiled": True},

@@ -80,7 +80,10 @@ def test_differences_converge_to_the_exact_weights(cluster):
 
 
 @pytest.mark.parametrize("weights", ["identity", "difference:compressor=identity"])
-@pytest.mark.parametrize("setup", [{}, {"tied": True}, {"param_dtype": torch.bfloat16}])
+@pytest.mark.parametrize(
+    "setup",
+    [{}, {"tied": True}, {"param_dtype": torch.bfloat16}, {"micro": 2, "kept": True}, {"compiled": True}],
+)
 def test_identity_has_the_bits_of_plain_fsdp2(cluster, weights, setup):
     plain = cluster(2).run(titan_jobs.titan, None, setup, 3, {})
     found = cluster(2).run(titan_jobs.titan, "identity", setup, 3, {"weights": weights})

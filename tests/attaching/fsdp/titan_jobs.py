@@ -117,15 +117,26 @@ def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    model: Llama, optimizer: torch.optim.Optimizer, rank: int, size: int, steps: range, micro: int = 1
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    size: int,
+    steps: range,
+    micro: int = 1,
+    kept: bool = False,
 ) -> list[float]:
-    """torchtitan's ``train_step``: the loss is a sum over this rank's tokens, divided by all ranks'."""
+    """torchtitan's ``train_step``: the loss is a sum over this rank's tokens, divided by all ranks'.
+
+    ``kept``: gathered weights stay from one of the ``micro`` backwards to the next.
+    """
     losses = []
     for step in steps:
         optimizer.zero_grad()
         losses.append(0.0)
         for part in range(micro):
             model.set_requires_gradient_sync(part == micro - 1)
+            if kept:
+                model.set_reshard_after_backward(part == micro - 1)
             inputs, labels = batch(rank, micro * step + part)
             summed = nn.functional.cross_entropy(
                 model(inputs).flatten(0, 1).float(), labels.flatten(), reduction="sum"
@@ -148,7 +159,8 @@ def titan(
         handle = distcomp.attach(model, optimizer, spec, **attached) if spec is not None else None
         if handle is not None:
             stack.enter_context(handle)
-        losses = train(model, optimizer, rank, size, range(steps), options.get("micro", 1))
+        micro, kept = options.get("micro", 1), options.get("kept", False)
+        losses = train(model, optimizer, rank, size, range(steps), micro, kept)
         stats = handle.stats() if handle is not None else {}
         spared = model.layers["1"].spare.weight.grad if options.get("unused") else None
         stats["unused gradient"] = spared is not None
