@@ -41,7 +41,6 @@
 
 typedef struct {
     double inverse; /* of the frequency: a division is what would take longest */
-    uint64_t limit; /* a state from here on gives a word away first */
     uint32_t frequency, start;
 } Symbol;
 
@@ -169,8 +168,10 @@ static uint16_t columns_of(const uint16_t *prices, size_t n, Periods periods, do
         if (periods.each[p] < 2 || periods.each[p] > LONGEST_PERIOD || periods.each[p] > (int64_t)n / 4) continue;
         size_t period = (size_t)periods.each[p];
         uint32_t sums[LONGEST_PERIOD] = {0};
-        for (size_t at = 0; at < n; at += period)
-            for (size_t c = 0; c < smaller(period, n - at); c++) sums[c] += prices[at + c];
+        for (size_t at = 0; at < n; at += period) {
+            size_t width = smaller(period, n - at);
+            for (size_t c = 0; c < width; c++) sums[c] += prices[at + c];
+        }
         double between = -(double)total * mean - (double)(period - 1) * noise;
         for (size_t c = 0; c < period; c++)
             between += (double)sums[c] * sums[c] / (double)((n - c + period - 1) / period);
@@ -248,6 +249,19 @@ static const uint8_t *read_columns(Columns *columns, size_t n, int bits, const u
     return in;
 }
 
+static void count_divided(const uint8_t *data, const uint8_t *table_of, size_t n, uint32_t (*counts)[SYMBOLS]) {
+    uint32_t odd[TABLES][SYMBOLS]; /* two, so that neighbours do not wait for each other */
+    memset(counts, 0, sizeof odd);
+    memset(odd, 0, sizeof odd);
+    for (size_t i = 0; i + 2 <= n; i += 2) {
+        counts[table_of[i]][data[i]]++;
+        odd[table_of[i + 1]][data[i + 1]]++;
+    }
+    if (n % 2) counts[table_of[n - 1]][data[n - 1]]++;
+    for (int t = 0; t < TABLES; t++)
+        for (int s = 0; s < SYMBOLS; s++) counts[t][s] += odd[t][s];
+}
+
 /* The fewest bytes: of `counts` for each of the 8 tables, or of neighbours added. Returns how often they were added,
  * and leaves the frequencies. */
 static int fewest_tables(uint32_t (*counts)[SYMBOLS], const Columns *columns, size_t n, int bits,
@@ -281,7 +295,7 @@ static int fewest_tables(uint32_t (*counts)[SYMBOLS], const Columns *columns, si
     do { \
         const Symbol *symbol = &symbols[(size_t)table_of[i + (k)] * SYMBOLS + data[i + (k)]]; \
         uint32_t state = x[k]; \
-        uint32_t full = state >= symbol->limit; \
+        uint32_t full = state >= (uint64_t)symbol->frequency << (32 - SCALE); /* it gives a word away first */ \
         words[-1] = (uint16_t)state; /* stays if it is full: a branch would be guessed wrong half of the time */ \
         words -= full; \
         state >>= full << 4; \
@@ -315,21 +329,21 @@ static uint16_t *push_all(const uint8_t *data, const uint8_t *table_of, size_t n
 static void symbols_of(const uint32_t *frequencies, Symbol *symbols) {
     for (uint32_t s = 0, start = 0; s < SYMBOLS; start += frequencies[s], s++) {
         uint32_t f = frequencies[s];
-        symbols[s] = (Symbol){f ? 1.0 / f : 0.0, (uint64_t)f << (32 - SCALE), f, start};
+        symbols[s] = (Symbol){f ? 1.0 / f : 0.0, f, start};
     }
 }
 
 /* The coded block into `out`, which has room for n bytes. Returns its length; 0 where it is not shorter. */
 static size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, Encoder *e) {
     uint32_t counts[TABLES][SYMBOLS], frequencies[TABLES][SYMBOLS], states[STATES];
-    int bits = n < STRETCH ? 0 : TABLES_LOG; /* for less, dividing costs more than it saves */
     size_t bytes = 0;
-    memset(counts, 0, sizeof counts);
     count_bytes(data, n, counts[0]);
+    frequencies_of(counts[0], frequencies[0]);
+    /* Of short blocks, and of those whose bytes are almost equally frequent, dividing costs more than it saves. */
+    int bits = n < STRETCH || estimated_bytes(counts[0], frequencies[0]) > n - n / 128 ? 0 : TABLES_LOG;
     if (bits) {
         divide(data, n, counts[0], periods, e);
-        memset(counts, 0, sizeof counts);
-        for (size_t i = 0; i < n; i++) counts[e->columns.table_of[i]][data[i]]++;
+        count_divided(data, e->columns.table_of, n, counts);
     } else {
         memset(e->columns.table_of, 0, n);
     }
@@ -338,7 +352,7 @@ static size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods p
     bits = TABLES_LOG - merged;
     for (size_t at = 0, stretch = 0; bits && at < n; at += STRETCH, stretch++)
         for (size_t c = 0; c < e->columns.periods[stretch]; c++) e->columns.tables[stretch][c] >>= merged;
-    for (size_t i = 0; i < n; i++) e->columns.table_of[i] >>= merged;
+    for (size_t i = 0; bits < TABLES_LOG && i < n; i++) e->columns.table_of[i] >>= merged;
     e->head[0] = (uint8_t)bits;
     uint8_t *head = write_columns(&e->columns, n, bits, e->head + 1);
     for (int t = 0; t < 1 << bits; t++) {
