@@ -31,6 +31,7 @@ from distcomp.compressors import parse_compressor
 from distcomp.kernels import entropy
 from distcomp.layout import Layout
 from distcomp.methods import Lossless, method_of
+from distcomp.methods.lossless import row_periods
 from distcomp.network import Fabric
 from distcomp.payload import Part, Payload
 from distcomp.randomness import Key
@@ -75,17 +76,19 @@ def matrices(model: torch.nn.Module) -> tuple[Tensor, Layout]:
     return torch.cat([one.grad.reshape(-1) for _, one in named]), layout
 
 
-def coded(payload: Payload, coder: str) -> dict[str, float]:
+def coded(payload: Payload, coder: str, layout: Layout) -> dict[str, float]:
     """How many of the bytes stay, and how fast the codes, its last and longest part, are coded."""
     method = Lossless(method_of("identity"), coder)
-    whole = method._coded(payload)
+    periods = functools.partial(row_periods, layout, 1)
+    whole = method._coded(payload, periods)
     assert torch.equal(method._decoded(whole, payload.parts).body, payload.body)
     body = payload[payload.parts[-1].kind].clone()
-    stream = entropy.encode(body, coder)
+    rows = periods(body.numel())
+    stream = entropy.encode(body, coder, rows)
     times: dict[str, list[float]] = {"encode": [], "decode": []}
     for _ in range(REPEATS):
         begin_s = time.perf_counter()
-        entropy.encode(body, coder)
+        entropy.encode(body, coder, rows)
         middle_s = time.perf_counter()
         entropy.decode(stream, body.numel(), coder)
         times["encode"].append(middle_s - begin_s)
@@ -101,7 +104,7 @@ def bytes_row(compressor: str) -> dict[str, Any]:
     for steps in AT_STEPS:
         x, layout = matrices(trained(steps)[0])
         payload = c.encode(x, layout, key)
-        rows.append({coder: coded(payload, coder) for coder in entropy.CODERS})
+        rows.append({coder: coded(payload, coder, layout) for coder in entropy.CODERS})
         plain_bits = 8 * payload.body.numel() / layout.numel
     row: dict[str, Any] = {"compressor": compressor, "bits_per_value": plain_bits}
     for coder in entropy.CODERS:
@@ -113,8 +116,12 @@ def bytes_row(compressor: str) -> dict[str, Any]:
 def control_row() -> dict[str, Any]:
     """Random bytes: nothing can be saved."""
     payload = Payload.empty((Part("codes", torch.uint8, 1 << 20),))
+    nothing = Layout(())
     payload["codes"].random_(0, 256, generator=torch.Generator().manual_seed(SEED))
-    return {"compressor": "random bytes", **{coder: coded(payload, coder) for coder in entropy.CODERS}}
+    return {
+        "compressor": "random bytes",
+        **{coder: coded(payload, coder, nothing) for coder in entropy.CODERS},
+    }
 
 
 def on_rank(settings: dict[str, Any]) -> dict[str, Any]:

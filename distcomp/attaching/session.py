@@ -19,13 +19,13 @@ from distcomp.recording import Recorder
 from distcomp.runtime.channel import Channel
 from distcomp.runtime.ledger import Ledger
 from distcomp.transports.agreement import Agreement
-from distcomp.transports.backends import carrier_of
+from distcomp.transports.backends import carrier_of, pair_of
 from distcomp.transports.bounded import Result, ask_store, bounded
 from distcomp.transports.gloo_p2p import GlooP2P
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.mpi.transport import MPITransport
 from distcomp.transports.resilient_p2p import ResilientP2P
-from distcomp.transports.throttle import throttled
+from distcomp.transports.throttle import SlowLink, throttled
 from distcomp.transports.torchdist import TorchDist
 from distcomp.transports.types import Store
 
@@ -70,6 +70,7 @@ class Session:
     """How long a peer is waited for."""
     _heartbeat: Heartbeat
     _transport: Carrier
+    _link: SlowLink | None
     _give_back: Callable[[], None]
     group: dist.ProcessGroup
     """The process group of the method's own, whose timeout is ``timeout_s``."""
@@ -106,8 +107,8 @@ class Session:
             heartbeat.close()
             raise
         digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).digest()
-        ledger = Ledger()
-        channel = Channel(throttled(transport), int.from_bytes(digest[:4], "little"), ledger)
+        ledger, link = Ledger(), SlowLink.from_env()
+        channel = Channel(throttled(transport, link), int.from_bytes(digest[:4], "little"), ledger)
         heartbeat.progress = lambda: channel.exchange
         atexit.register(heartbeat.close)
         recorder = Recorder.from_env(rank)
@@ -116,8 +117,18 @@ class Session:
             pool.free[number] = group
 
         return Session(
-            rank, size, channel, ledger, recorder, timeout_s, heartbeat, transport, give_back, group
+            rank, size, channel, ledger, recorder, timeout_s, heartbeat, transport, link, give_back, group
         )
+
+    def messages(self, sender: int, receiver: int) -> Channel:
+        """A channel for what one rank sends another (global ranks, this one either): a world of two, beside
+        :attr:`channel`.
+
+        The sender is rank 0 there. Raises DistcompError over a backend without such.
+        """
+        places = [dist.get_group_rank(self.group, rank) for rank in (sender, receiver)]
+        pair = pair_of(self.group, self._heartbeat, self.timeout_s, *places)
+        return Channel(throttled(pair, self._link), self.channel.fingerprint, self.ledger)
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ from distcomp.calls.collectives import (
 )
 from distcomp.calls.differentiable import gather_rows, route_rows
 from distcomp.calls.line import connect, disconnect, sent_bytes
+from distcomp.calls.messages import recv, send
 from distcomp.calls.stages import PackedStage, StageEdge
 from distcomp.calls.work import Work
 
@@ -23,7 +24,9 @@ __all__ = [
     "connect",
     "disconnect",
     "gather_rows",
+    "recv",
     "reduce_scatter",
     "route_rows",
+    "send",
     "sent_bytes",
 ]

@@ -9,14 +9,15 @@ rank makes the whole answer NaN on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distcomp.calls.codec import Codec, CodecLike, as_float32, check_lossy, codec_for, layout_of, restored
-from distcomp.calls.line import CallLine, group_of, line_of
+from distcomp.calls.codec import Codec, CodecLike, check_lossy, codec_for, layout_of
+from distcomp.calls.line import Call, group_of, line_of
+from distcomp.calls.tensors import begin, check_tensors, described, looked_at
 from distcomp.calls.work import Work
 from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, ReduceScatter, Rounds
 from distcomp.collectives.all_reduce import in_rank_order
@@ -31,8 +32,6 @@ from distcomp.payload import Payload
 from distcomp.plugins import lookup
 from distcomp.runtime.unanimous import numbers_of_all
 from distcomp.transports.types import ProcessGroup
-
-OPS = ("sum", "mean")
 
 
 def all_reduce(
@@ -51,7 +50,7 @@ def all_reduce(
 
     Raises DistcompError for what cannot be summed, Mismatch where ranks call differently, PeerLost.
     """
-    _check([tensor], op)
+    check_tensors([tensor], op)
     line = line_of(group)
     chosen = _method(method, tensor.dtype)
     size = line.session.size
@@ -68,9 +67,9 @@ def all_reduce(
         return result.estimate if op == "mean" else result.estimate * size
 
     exact = chosen is None
-    words = f"all_reduce of {_about(tensor)} by {method!s}, op={op}"
-    x = _looked_at([tensor], exact)
-    return _begin(line, words, exactly if exact else by_method, x, exact, _into([tensor]), async_op)
+    words = f"all_reduce of {described(tensor)} by {method!s}, op={op}"
+    x = looked_at([tensor], exact)
+    return begin(line, Call(words, exactly if exact else by_method, exact), x, [tensor], async_op)
 
 
 def reduce_scatter(
@@ -91,7 +90,7 @@ def reduce_scatter(
     """
     line = line_of(group)
     pieces = _pieces(inputs, line.session.size, output)
-    _check([output, *pieces], op)
+    check_tensors([output, *pieces], op)
     codec_ = codec_for(codec, output.dtype)
 
     def asked(context: StepContext) -> Rounds[Tensor]:
@@ -103,9 +102,9 @@ def reduce_scatter(
             total = in_rank_order([codec_.decode(one, tuple(output.shape)) for one in received])
         return total / context.size if op == "mean" else total
 
-    words = f"reduce_scatter into {_about(output)} by {codec!s}, op={op}"
-    x = _looked_at(pieces, codec_.exact)
-    return _begin(line, words, asked, x, codec_.exact, _into([output]), async_op)
+    words = f"reduce_scatter into {described(output)} by {codec!s}, op={op}"
+    x = looked_at(pieces, codec_.exact)
+    return begin(line, Call(words, asked, codec_.exact), x, [output], async_op)
 
 
 def all_gather(
@@ -125,7 +124,7 @@ def all_gather(
     """
     line = line_of(group)
     pieces = _pieces(outputs, line.session.size, tensor)
-    _check([tensor, *pieces])
+    check_tensors([tensor, *pieces])
     codec_ = codec_for(codec, tensor.dtype)
 
     def asked(context: StepContext) -> Rounds[Tensor]:
@@ -133,9 +132,9 @@ def all_gather(
         received: list[Payload] = yield AllGather(payload)
         return torch.cat([codec_.decode(one, tuple(tensor.shape)) for one in received])
 
-    words = f"all_gather of {_about(tensor)} by {codec!s}"
-    x = _looked_at([tensor], codec_.exact)
-    return _begin(line, words, asked, x, codec_.exact, _into(pieces), async_op)
+    words = f"all_gather of {described(tensor)} by {codec!s}"
+    x = looked_at([tensor], codec_.exact)
+    return begin(line, Call(words, asked, codec_.exact), x, pieces, async_op)
 
 
 def all_to_all(
@@ -161,7 +160,7 @@ def all_to_all(
                 f"all_to_all among {size} ranks was given {len(tensors)} {name}; give one for each rank, an "
                 "empty one where there is nothing"
             )
-    _check([*outputs, *inputs])
+    check_tensors([*outputs, *inputs])
     codec_ = codec_for(codec, inputs[0].dtype)
     sizes = [one.numel() for one in (*inputs, *outputs)]
 
@@ -173,8 +172,8 @@ def all_to_all(
         return torch.cat([codec_.decode(one, tuple(output.shape)) for one, output in pairs])
 
     words = f"all_to_all of {inputs[0].dtype} by {codec!s}"
-    x = _looked_at(inputs, codec_.exact)
-    return _begin(line, words, asked, x, codec_.exact, _into(list(outputs)), async_op)
+    x = looked_at(inputs, codec_.exact)
+    return begin(line, Call(words, asked, codec_.exact), x, outputs, async_op)
 
 
 def broadcast(
@@ -192,7 +191,7 @@ def broadcast(
     Raises DistcompError where ``src`` is none of the group's, Mismatch where ranks call differently,
     PeerLost.
     """
-    _check([tensor])
+    check_tensors([tensor])
     known = group_of(group)
     if src not in dist.get_process_group_ranks(known):
         raise DistcompError(f"rank {src} is none of the group's; broadcast from one that is")
@@ -210,29 +209,13 @@ def broadcast(
         received: Payload = yield Broadcast(payload, source)
         return codec_.decode(received, shape)
 
-    words = f"broadcast of {_about(tensor)} from rank {src} by {codec!s}"
+    words = f"broadcast of {described(tensor)} from rank {src} by {codec!s}"
     here = tensor if dist.get_rank(known) == source else torch.zeros_like(tensor)
-    x = _looked_at([here], codec_.exact)
-    return _begin(line_of(known), words, asked, x, codec_.exact, _into([tensor]), async_op)
+    x = looked_at([here], codec_.exact)
+    return begin(line_of(known), Call(words, asked, codec_.exact), x, [tensor], async_op)
 
 
 # ------------------------------------------------------------------------------------------ what they share
-
-
-def _begin(
-    line: CallLine,
-    words: str,
-    asked: Callable[[StepContext], Rounds[Tensor]],
-    x: Tensor,
-    exact: bool,
-    finish: Callable[[Tensor], None],
-    async_op: bool,
-) -> Work | None:
-    work = line.call(words, asked, x, exact, finish)
-    if async_op:
-        return work
-    work.wait()
-    return None
 
 
 def _encoded(codec: Codec, tensors: Sequence[Tensor], context: StepContext) -> tuple[Payload, ...]:
@@ -241,26 +224,6 @@ def _encoded(codec: Codec, tensors: Sequence[Tensor], context: StepContext) -> t
         codec.encode(tensor.detach(), context.private.fold("to", place))
         for place, tensor in enumerate(tensors)
     )
-
-
-def _looked_at(tensors: Sequence[Tensor], exact: bool) -> Tensor:
-    """What must be finite, flat; nothing where everything arrives as it is."""
-    if exact:
-        return torch.zeros(1, dtype=torch.float32, device=tensors[0].device)
-    return torch.cat([as_float32(tensor.detach()) for tensor in tensors])
-
-
-def _into(outputs: Sequence[Tensor]) -> Callable[[Tensor], None]:
-    """Writes a flat answer into the outputs, end to end."""
-
-    def finish(answer: Tensor) -> None:
-        at = 0
-        for output in outputs:
-            count = output.numel() * (2 if output.is_complex() and not answer.is_complex() else 1)
-            output.detach().copy_(restored(answer[at : at + count], output))
-            at += count
-
-    return finish
 
 
 def _check_sizes(rows: list[list[int]]) -> None:
@@ -274,24 +237,6 @@ def _check_sizes(rows: list[list[int]]) -> None:
                     f"all_to_all: rank {source} sends rank {target} {sent} elements, and rank {target} "
                     f"expects {expected}; make the output as large as what is sent"
                 )
-
-
-def _check(tensors: Sequence[Tensor], op: str = "sum") -> None:
-    first = tensors[0]
-    for tensor in tensors:
-        if tensor.layout != torch.strided or hasattr(tensor, "to_local"):
-            raise DistcompError(
-                f"calls take dense tensors, and this one is {tensor.layout}; convert it first"
-            )
-        if tensor.dtype != first.dtype or tensor.device != first.device:
-            raise DistcompError(
-                f"tensors of one call have one dtype and lie on one device, and here are {first.dtype} on "
-                f"{first.device} and {tensor.dtype} on {tensor.device}; convert them first"
-            )
-    if op not in OPS:
-        raise DistcompError(f"op is {op!r}; use {' or '.join(OPS)}")
-    if op == "mean" and not (first.is_floating_point() or first.is_complex()):
-        raise DistcompError(f"the mean of whole numbers ({first.dtype}) is none; use op='sum'")
 
 
 def _pieces(given: Tensor | Sequence[Tensor], count: int, like: Tensor) -> list[Tensor]:
@@ -322,7 +267,3 @@ def _method(chosen: CodecLike, dtype: torch.dtype) -> Method | None:
         return None
     check_lossy(method, dtype)
     return method
-
-
-def _about(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} of {tensor.dtype}"

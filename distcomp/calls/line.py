@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,71 +33,90 @@ Asked = Callable[[StepContext], Rounds[Tensor]]
 """What a call asks of the other ranks, and what it makes of the answers: one flat tensor."""
 
 
+@dataclass(frozen=True)
 class Call:
-    """One call as an exchange: first all ranks compare what they ask."""
+    """One call as an exchange: first the ranks compare what they ask.
 
-    def __init__(self, words: str, asked: Asked, exact: bool) -> None:
-        self.words = words
-        self.asked = asked
-        self.propagates_nonfinite = exact
+    ``exact``: what is not finite arrives by itself. ``ranks``: of a message, who sends it and to whom (global
+    ranks); None for all.
+    """
+
+    words: str
+    asked: Asked
+    exact: bool
+    ranks: tuple[int, int] | None = None
+
+    @property
+    def propagates_nonfinite(self) -> bool:
+        return self.exact
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        yield from unanimous(self.words, REMEDY, x.device)
+        yield from unanimous(self.words, REMEDY, x.device, self.ranks)
         answer = yield from self.asked(context)
         return AggregateResult(answer, lambda: answer, state)
 
 
+@dataclass
+class Lane:
+    """Calls that wait for one another: where they go, on what they are carried, how many there were."""
+
+    channel: Channel
+    executor: Executor
+    device: torch.device
+    calls: int = 0
+
+
 class CallLine:
-    """The calls of one group, in order, on a thread of their own (a stream, on a GPU)."""
+    """The calls of one group, in order, on a thread of their own (a stream, on a GPU), and messages between
+    two of its ranks, those of each direction on another."""
 
     def __init__(self, group: ProcessGroup, timeout_s: float | None) -> None:
         patience = patience_s(group) if timeout_s is None else timeout_s
         self.session = Session.open(Meeting(group, patience), {"line": "calls"}, {})
-        self._executor: Executor | None = None
-        self._device: torch.device | None = None
-        self._calls = 0
+        self._lanes: dict[tuple[int, int] | None, Lane] = {}
+        """By sender and receiver; None for the calls of all ranks."""
         self._error: PeerLost | None = None
         self.end: Callable[[], object] = self.close
         """:meth:`close`, once: by whoever disconnects, or when the group goes."""
 
-    def call(
-        self, words: str, asked: Asked, x: Tensor, exact: bool, finish: Callable[[Tensor], None]
-    ) -> Work:
+    def begin(self, call: Call, x: Tensor, finish: Callable[[Tensor], None]) -> Work:
         """Begin a call on ``x``; ``finish`` is given the answer when it is waited for."""
         if self._error is not None:
             raise self._error
-        channel = self.session.channel
-        context = StepContext(
-            self.session.rank, self.session.size, NOTHING, self._calls, Key.of("calls", self._calls)
-        )
-        self._calls += 1
+        lane = self._lane(call.ranks, x.device)
+        transport, number = lane.channel.transport, lane.calls
+        key = Key.of("calls", number) if call.ranks is None else Key.of("messages", *call.ranks, number)
+        context = StepContext(transport.rank, transport.size, NOTHING, number, key)
+        lane.calls += 1
         with torch.no_grad():
-            exchange = driver.exchange(Call(words, asked, exact), x, {}, context, self._on(x.device, channel))
+            exchange = driver.exchange(call, x, {}, context, lane.executor)
 
         def over() -> None:
             try:
                 answer = exchange.result().estimate
             except PeerLost as error:
-                self._error = error
-                raise
+                self._error = error if call.ranks is None else PeerLost(f"{call.words}: {error}")
+                raise self._error from error
             finish(answer)
 
         return Work(over)
 
-    def _on(self, device: torch.device, channel: Channel) -> Executor:
-        if self._executor is None:
-            self._executor, self._device = Executor(channel, device, beside=True), device
-        if device != self._device:
+    def _lane(self, ranks: tuple[int, int] | None, device: torch.device) -> Lane:
+        if ranks not in self._lanes:
+            channel = self.session.channel if ranks is None else self.session.messages(*ranks)
+            self._lanes[ranks] = Lane(channel, Executor(channel, device, beside=True), device)
+        lane = self._lanes[ranks]
+        if device != lane.device:
             raise DistcompError(
-                f"the tensor lies on {device}, and calls of this group are of tensors on {self._device}; "
+                f"the tensor lies on {device}, and calls of this group are of tensors on {lane.device}; "
                 "move it there, or use another group"
             )
-        return self._executor
+        return lane
 
     def close(self) -> None:
-        """End the thread, after what it carries, and say goodbye."""
-        if self._executor is not None:
-            self._executor.close()
+        """End the threads, after what they carry, and say goodbye."""
+        for lane in self._lanes.values():
+            lane.executor.close()
         self.session.close(whole=self._error is None)
 
 
@@ -140,6 +160,17 @@ def line_of(group: ProcessGroup | None, timeout_s: float | None = None) -> CallL
             "before the first call, or disconnect first"
         )
     return line
+
+
+def open_line(group: ProcessGroup | None) -> CallLine:
+    """As :func:`line_of`, for calls that not all ranks of the group make, which cannot open its line."""
+    known = group_of(group)
+    if known not in _LINES and dist.get_world_size(known) > 2:
+        raise DistcompError(
+            "two ranks alone cannot open the line of a group of more; call distcomp.calls.connect(group) on "
+            "every rank of it before the first send or recv"
+        )
+    return line_of(known)
 
 
 def group_of(group: ProcessGroup | None) -> ProcessGroup:

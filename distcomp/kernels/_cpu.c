@@ -351,7 +351,7 @@ static PyMethodDef methods[] = {
     {"exponents", py_exponents, METH_VARARGS, "x, codes, sizes of the two, key, first"},
     {"scale_by_exponents", py_scale_by_exponents, METH_VARARGS, "codes, out, sizes of the two"},
     {"entropy_encode", py_entropy_encode, METH_VARARGS,
-     "data, out, lengths, sizes of the three, first block, blocks"},
+     "data, out, lengths, periods, sizes of the four, first block, blocks"},
     {"entropy_decode", py_entropy_decode, METH_VARARGS, "coded, out, sizes of the two, first block, blocks -> bool"},
     {"block_maxima", py_block_maxima, METH_VARARGS, "x, maxima, sizes of the two, table, spans, block"},
     {"minifloat_encode", py_minifloat_encode, METH_VARARGS,

@@ -81,7 +81,14 @@ def permuted(
 def exponents(x: int, codes: int, sizes: tuple[int, int], key: int, first: int, /) -> None: ...
 def scale_by_exponents(codes: int, out: int, sizes: tuple[int, int], /) -> None: ...
 def entropy_encode(
-    data: int, out: int, lengths: int, sizes: tuple[int, int, int], first: int, count: int, /
+    data: int,
+    out: int,
+    lengths: int,
+    periods: int,
+    sizes: tuple[int, int, int, int],
+    first: int,
+    count: int,
+    /,
 ) -> None: ...
 def entropy_decode(coded: int, out: int, sizes: tuple[int, int], first: int, count: int, /) -> bool: ...
 def block_maxima(

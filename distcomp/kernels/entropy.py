@@ -1,13 +1,14 @@
 """A lossless stage for the bytes of a payload: fewer where some bytes are more frequent than others.
 
-``rans`` is the range coder in ``_entropy.c`` (rANS: Duda, "Asymmetric numeral systems", 2013): order 0, eight
-interleaved states, a table of frequencies for each 32 KiB. It knows no repetitions, for packed codes have
-none. ``zstd`` is Zstandard at its fastest level, an extra. Either way a stream is at most :func:`most_bytes`
-long.
+``rans`` is the range coder in ``_entropy.c`` (rANS: Duda, "Asymmetric numeral systems", 2013): eight
+interleaved states, and up to eight tables of frequencies for each 512 KiB, between which the columns of a
+matrix are divided by the size of their gradients. It knows no repetitions, for packed codes have none.
+``zstd`` is Zstandard at its fastest level, an extra. Either way a stream is at most :func:`most_bytes` long.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -17,8 +18,11 @@ from torch import Tensor
 from distcomp.errors import DistcompError
 from distcomp.kernels.tables import check_tensor
 
-BLOCK = 1 << 15
-"""Bytes that share a table of frequencies."""
+BLOCK = 1 << 19
+"""Bytes that share tables of frequencies."""
+STRETCH = 1 << 14
+"""Bytes whose columns are of one period, and go each to one of the tables."""
+LONGEST_PERIOD = 1024
 CODERS = ("rans", "zstd")
 LEVEL = 1
 """Of zstd: what higher levels search for, repetitions, packed codes do not have."""
@@ -29,8 +33,11 @@ def most_bytes(numel: int) -> int:
     return numel + 4 * -(-numel // BLOCK) + 1
 
 
-def encode(data: Tensor, coder: str = "rans") -> Tensor:
+def encode(data: Tensor, coder: str = "rans", periods: Sequence[int] = ()) -> Tensor:
     """The stream (uint8, on the CPU) of ``data`` (uint8, 1-D, contiguous, on the CPU).
+
+    ``periods``: after how many bytes the rows of what was packed may repeat; ``rans`` finds out which of them
+    pays, stretch by stretch, and leaves out those above :data:`LONGEST_PERIOD`.
 
     Raises DistcompError for a coder that is not installed.
     """
@@ -41,8 +48,9 @@ def encode(data: Tensor, coder: str = "rans") -> Tensor:
     blocks = -(-data.numel() // BLOCK)
     out = torch.empty(data.numel(), dtype=torch.uint8)
     lengths = torch.empty(blocks, dtype=torch.int32)
-    at = data.data_ptr(), out.data_ptr(), lengths.data_ptr()
-    sizes = data.numel(), out.numel(), blocks
+    rows = torch.tensor(list(periods), dtype=torch.int64)
+    at = data.data_ptr(), out.data_ptr(), lengths.data_ptr(), rows.data_ptr()
+    sizes = data.numel(), out.numel(), blocks, rows.numel()
     _shared(lambda first, count: extension.entropy_encode(*at, sizes, first, count), blocks)
     stretches = [
         out[block * BLOCK : block * BLOCK + (length >> 1)] for block, length in enumerate(lengths.tolist())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from distcomp.collectives import AllGather, AllToAll, Request, Rounds, zeros
 from distcomp.collectives.base import SealFor
 from distcomp.errors import DistcompError
 from distcomp.kernels import entropy as coding
-from distcomp.kernels.entropy import CODERS, most_bytes
+from distcomp.kernels.entropy import CODERS, LONGEST_PERIOD, most_bytes
 from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
 from distcomp.methods.basic import qsgd
@@ -23,6 +25,9 @@ from distcomp.randomness import Key
 
 SIZE = (Part("sizes", torch.int64, 1),)
 """What is said before: how many bytes will follow."""
+
+MOST_PERIODS = 8
+"""Of rows, between which a coder chooses; trying one takes as long as coding."""
 
 SMALL_BYTES = 1024
 """Of payloads all of which are shorter, saying the sizes first costs more than coding them can save."""
@@ -35,12 +40,13 @@ class Lossless(Method):
         s_i = |encode(payload_i)|, exchanged first;    then encode(payload_i), of s_i bytes;    decode(...)
 
     Estimate, contribution and state are ``inner``'s, bit for bit. ``entropy``: ``rans``, a range coder in C
-    with a table of frequencies for each 32 KiB of a payload (:mod:`distcomp.kernels.entropy`), or ``zstd``
-    (Zstandard, level 1, an extra). Only what is gathered, or sent from each to each, in payloads of 1 KiB and
-    more is coded; sums on the wire and short payloads go as they are. ``x``: float32 ``[layout.numel]``.
+    with up to eight tables of frequencies for each 512 KiB of a payload, between which the columns of weight
+    matrices are divided (:mod:`distcomp.kernels.entropy`), or ``zstd`` (Zstandard, level 1, an extra). Only
+    what is gathered, or sent from each to each, in payloads of 1 KiB and more is coded; sums on the wire and
+    short payloads go as they are. ``x``: float32 ``[layout.numel]``.
 
     On the wire: of each coded exchange the coded payloads, each with a header and a checksum as any other,
-    and 40 bytes to each rank for the sizes; a payload that does not become shorter is 4 bytes in 32 KiB
+    and 40 bytes to each rank for the sizes; a payload that does not become shorter is 4 bytes in 512 KiB
     longer. :meth:`payload_bytes` is the most that can be, not what is sent, which depends on the data. Each
     coded exchange waits for one more latency.
 
@@ -86,26 +92,30 @@ class Lossless(Method):
             return (yield request)
         assert isinstance(request, AllGather | AllToAll)
         expected = tuple(request.expected(context.rank, context.size))
-        coded = tuple(self._coded(payload) for payload in request.sends())
+        periods = partial(row_periods, context.layout, context.size)
+
+        def said_of(parts: Parts) -> Payload:
+            """What a rank sends whose payload is of zeros."""
+            return self._coded(zeros(parts), periods)
+
+        coded = tuple(self._coded(payload, periods) for payload in request.sends())
         said = tuple(_size_of(payload) for payload in coded)
-        sizes: list[Payload] = yield _with(request, said, None, expected, self._said_size)
+        sizes: list[Payload] = yield _with(
+            request, said, None, expected, lambda parts: _size_of(said_of(parts))
+        )
         lengths = [int(payload["sizes"]) for payload in sizes]
         parts = tuple(coded_parts(checked_size(n, plain)) for n, plain in zip(lengths, expected, strict=True))
-        received: list[Payload] = yield _with(request, coded, parts, expected, self._said)
+        received: list[Payload] = yield _with(request, coded, parts, expected, said_of)
         return request.read(
             [self._decoded(payload, parts) for payload, parts in zip(received, expected, strict=True)]
         )
 
-    def _said(self, parts: Parts) -> Payload:
-        """What a rank sends whose payload is of zeros."""
-        return self._coded(zeros(parts))
-
-    def _said_size(self, parts: Parts) -> Payload:
-        return _size_of(self._said(parts))
-
-    def _coded(self, payload: Payload) -> Payload:
+    def _coded(self, payload: Payload, periods: Callable[[int], tuple[int, ...]]) -> Payload:
         # Part by part: scales, which hardly become shorter, would blur the frequencies of codes.
-        streams = [coding.encode(piece, self.entropy) for piece in _pieces(payload.body.cpu(), payload.parts)]
+        streams = [
+            coding.encode(piece, self.entropy, periods(piece.numel()))
+            for piece in _pieces(payload.body.cpu(), payload.parts)
+        ]
         lengths = torch.tensor([stream.numel() for stream in streams], dtype=torch.int32)
         stream = torch.cat([lengths.view(torch.uint8), *streams])
         return _payload(coded_parts(stream.numel()), stream, payload.wire.device)
@@ -143,6 +153,27 @@ class Lossless(Method):
         except StopIteration:
             pass
         return self.inner.payload_bytes(layout, size, step) + round(longer)
+
+
+def row_periods(layout: Layout, shares: int, nbytes: int) -> tuple[int, ...]:
+    """After how many bytes the rows of the layout's matrices may repeat among ``nbytes`` of codes, which are
+    of all of its values or of one of so many shares of it; the rows that most values are in first."""
+    return layout.remember((row_periods, shares, nbytes), lambda: _row_periods(layout, shares, nbytes))
+
+
+def _row_periods(layout: Layout, shares: int, nbytes: int) -> tuple[int, ...]:
+    values: Counter[int] = Counter()
+    for one in layout.slices:
+        if len(one.shape) >= 2 and one.numel:
+            values[one.numel // one.shape[0]] += one.numel
+    found: dict[int, None] = {}
+    for width, _ in values.most_common():
+        for share in {1, shares}:
+            bits = 8 * nbytes * share / layout.numel
+            whole = round(bits)
+            if 1 <= whole <= 8 and abs(bits - whole) < 0.05 * whole and width * whole % 8 == 0:
+                found[width * whole // 8] = None
+    return tuple(period for period in found if 1 < period <= LONGEST_PERIOD)[:MOST_PERIODS]
 
 
 def is_coded(request: Request, rank: int, size: int) -> bool:
@@ -271,7 +302,7 @@ INNER = qsgd()
     wire="inner's, times what its codes can be coded to, and 40 (n-1) for the sizes of each exchange",
     summable=False,
     biased=False,
-    deviations="frequencies of bytes that hold several codes, measured in each 32 KiB, not Elias codes",
+    deviations="frequencies of bytes that hold several codes, measured in each 512 KiB, not Elias codes",
     limitations="on a fast network, where coding takes longer than it saves; behind methods that sum on the "
     "wire, for which it does nothing",
 )

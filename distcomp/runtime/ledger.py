@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from weakref import WeakSet
 
@@ -18,6 +19,7 @@ class Ledger:
     def __init__(self) -> None:
         self.sent_bytes: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
+        self._lock = threading.Lock()
         LEDGERS.add(self)
 
     @property
@@ -27,5 +29,7 @@ class Ledger:
 
     def count(self, request: Request, rank: int, size: int) -> None:
         """Count a request, which ``rank`` of ``size`` begins."""
-        self.requests[type(request).__name__] += 1
-        self.sent_bytes.update(request.sent_bytes(rank, size))
+        sent = request.sent_bytes(rank, size)
+        with self._lock:  # several channels may count here
+            self.requests[type(request).__name__] += 1
+            self.sent_bytes.update(sent)

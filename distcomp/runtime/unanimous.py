@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +50,13 @@ def numbers_of_all(own: list[int], device: torch.device) -> Rounds[Tensor]:
     return torch.stack([payload["digest"] for payload in payloads])
 
 
-def unanimous(words: str, remedy: str, device: torch.device) -> Rounds[None]:
+def unanimous(
+    words: str, remedy: str, device: torch.device, names: Sequence[int] | None = None
+) -> Rounds[None]:
     """Raise Mismatch on every rank, in the same words, unless all were given these ``words``.
 
-    On the wire: a digest of 8 bytes and its header to every other rank; the words where they differ.
+    ``names``: what ranks are called in the message, where they are not numbered from 0. On the wire: a digest
+    of 8 bytes and its header to every other rank; the words where they differ.
     """
     digest = int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")
     digests = (yield from numbers_of_all([digest], device))[:, 0].tolist()
@@ -64,6 +68,8 @@ def unanimous(words: str, remedy: str, device: torch.device) -> Rounds[None]:
     payload["words"].copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
     payloads: list[Payload] = yield AllGather(payload)
     texts = [bytes(one["words"].tolist()).decode(errors="replace").strip() for one in payloads]
+    called = range(len(texts)) if names is None else names
     raise Mismatch(
-        f"ranks ask to exchange different things: rank 0 {texts[0]}, rank {odd[0]} {texts[odd[0]]}; {remedy}"
+        f"ranks ask to exchange different things: rank {called[0]} {texts[0]}, rank {called[odd[0]]} "
+        f"{texts[odd[0]]}; {remedy}"
     )

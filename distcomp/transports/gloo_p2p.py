@@ -19,9 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distcomp.collectives import Group, Pending, Request, in_rank_order, is_summed_directly
+from distcomp.collectives import Group, Pending, Primitives, Request, in_rank_order, is_summed_directly
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.torchdist import Subgroups, check_group
+
+LENGTHS = 2**29
+"""Tags of one lane; Gloo has 2^31."""
 
 
 class GlooP2P:
@@ -29,21 +32,26 @@ class GlooP2P:
     does not answer.
 
     Nothing waits before it must: requests are started in the order in which every rank starts them, and Gloo
-    matches messages of one length between two ranks in that order.
+    matches messages of one length between two ranks in that order. Transports of one group that are used by
+    several threads at a time have another ``lane`` each (0 to 3): their messages never meet.
     """
 
-    def __init__(self, group: dist.ProcessGroup, heartbeat: Heartbeat, timeout_s: float) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, heartbeat: Heartbeat, timeout_s: float, lane: int = 0
+    ) -> None:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._groups = Subgroups(group)
         self._heartbeat = heartbeat
+        self._lane = lane
         self._patience = timedelta(seconds=max(1.0, timeout_s - heartbeat.diagnosis_s))
 
-    def start(self, request: Request) -> Pending:
-        """Raises PeerLost where a connection is gone already."""
+    def start(self, request: Request, through: Primitives | None = None) -> Pending:
+        """``through``: primitives made of this transport's. Raises PeerLost where a connection is gone
+        already."""
         check_group()
         try:
-            return request.drive(self)
+            return request.drive(through or self)
         except RuntimeError as error:
             raise self._heartbeat.diagnose(error) from error
 
@@ -75,9 +83,11 @@ class GlooP2P:
         for shift in range(1, count):
             left, right = (here - shift) % count, (here + shift) % count
             received[left] = torch.empty(sizes[left], dtype=torch.uint8)
-            receives.append(dist.irecv(received[left], group=among, group_src=left, tag=_tag(received[left])))
+            receives.append(
+                dist.irecv(received[left], group=among, group_src=left, tag=self._tag(received[left]))
+            )
             sends.append(
-                partial(dist.isend, wires[right], group=among, group_dst=right, tag=_tag(wires[right]))
+                partial(dist.isend, wires[right], group=among, group_dst=right, tag=self._tag(wires[right]))
             )
         return self._pending_messages(sends, receives, lambda: received)
 
@@ -88,11 +98,11 @@ class GlooP2P:
         places = [members.index(neighbor) for neighbor in neighbors]
         received = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         receives = [
-            dist.irecv(buffer, group=among, group_src=position, tag=_tag(buffer))
+            dist.irecv(buffer, group=among, group_src=position, tag=self._tag(buffer))
             for position, buffer in zip(places, received, strict=True)
         ]
         sends = [
-            partial(dist.isend, wire, group=among, group_dst=position, tag=_tag(wire))
+            partial(dist.isend, wire, group=among, group_dst=position, tag=self._tag(wire))
             for position, wire in zip(places, wires, strict=True)
         ]
         return self._pending_messages(sends, receives, lambda: received)
@@ -105,18 +115,17 @@ class GlooP2P:
     def _members(self, group: Group | None) -> Group:
         return group or tuple(range(self.size))
 
+    def _tag(self, wire: Tensor) -> int:
+        """The lane, and the length in bytes: who expects another one does not receive the message, and its
+        wait ends in time. Gloo would abort the process."""
+        return self._lane * LENGTHS + wire.numel() * wire.element_size() % LENGTHS
+
     def _pending_messages(
         self, sends: Sequence[Callable[[], Any]], receives: list[Any], result: Callable[[], Any]
     ) -> GlooMessages:
         begin_s = time.perf_counter()
         works = [*receives, *(send() for send in sends)]
         return GlooMessages(works, result, self._heartbeat, self._patience, begin_s)
-
-
-def _tag(wire: Tensor) -> int:
-    """The length in bytes: who expects another one does not receive the message, and its wait ends in time.
-    Gloo would abort the process."""
-    return wire.numel() * wire.element_size() % 2**31
 
 
 def _sum_in_order(buffers: list[Tensor], like: Tensor) -> Callable[[], Tensor]:

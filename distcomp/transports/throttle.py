@@ -66,21 +66,20 @@ def hold_until(moment_s: float) -> None:
         time.sleep(left_s)
 
 
-def throttled(transport: Transport) -> Transport:
-    """``transport``, held back as the environment says; itself where the environment says nothing."""
-    session = SlowLink.from_env()
-    return transport if session is None else _Throttled(transport, session)
+def throttled(transport: Transport, link: SlowLink | None) -> Transport:
+    """``transport``, held back by a link, which others may share; itself where there is none."""
+    return transport if link is None else _Throttled(transport, link)
 
 
 class _Throttled:
-    def __init__(self, transport: Transport, session: SlowLink) -> None:
+    def __init__(self, transport: Transport, link: SlowLink) -> None:
         self.rank, self.size = transport.rank, transport.size
         self._transport = transport
-        self._session = session
+        self._link = link
 
     def start(self, request: Request) -> Pending:
         sent_bytes = request.sent_bytes(self.rank, self.size).total()
-        until_s = self._session.arrival_s(sent_bytes, request.hops(self.size))
+        until_s = self._link.arrival_s(sent_bytes, request.hops(self.size))
         return _Held(self._transport.start(request), until_s)
 
 

@@ -25,38 +25,38 @@ def own(rank, shape, dtype, seed=0):
     return (whole / 8 - 1).to(dtype) if dtype.is_floating_point else whole.to(dtype)
 
 
-def exact(rank, size):
+def exact(rank, size, group=None, dtypes=DTYPES):
     """Of each call, shape and dtype: does ``identity`` give what torch.distributed gives, bit for bit?"""
     found = []
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for shape in SHAPES:
             everyone = [own(other, shape, dtype) for other in range(size)]
-            found += [(name, dtype, shape) for name in wrong(rank, size, everyone)]
-    calls.disconnect()
+            found += [(name, dtype, shape) for name in wrong(rank, size, everyone, group)]
+    calls.disconnect(group)
     return found
 
 
-def wrong(rank, size, everyone):
+def wrong(rank, size, everyone, group=None):
     """The names of the calls whose answer is another than it should be."""
     mine, answers, shape = everyone[rank], {}, everyone[rank].shape
     if mine.dtype != torch.bool:
         total = mine.clone()
-        calls.all_reduce(total)
+        calls.all_reduce(total, group=group)
         answers["all_reduce"] = (total, torch.stack(everyone).sum(0, dtype=mine.dtype))
         piece = torch.empty_like(mine)
-        calls.reduce_scatter(piece, [mine] * size)
+        calls.reduce_scatter(piece, [mine] * size, group=group)
         answers["reduce_scatter"] = (piece, torch.stack(everyone).sum(0, dtype=mine.dtype))
     gathered = [torch.empty_like(mine) for _ in range(size)]
-    calls.all_gather(gathered, mine)
+    calls.all_gather(gathered, mine, group=group)
     answers["all_gather"] = (torch.stack(gathered), torch.stack(everyone))
     together = mine.new_empty((size * shape[0], *shape[1:])) if shape else mine.new_empty(size)
-    calls.all_gather(together, mine)
+    calls.all_gather(together, mine, group=group)
     answers["all_gather, one tensor"] = (together.view(size, *shape), torch.stack(everyone))
     routed = [torch.empty_like(mine) for _ in range(size)]
-    calls.all_to_all(routed, [mine] * size)
+    calls.all_to_all(routed, [mine] * size, group=group)
     answers["all_to_all"] = (torch.stack(routed), torch.stack(everyone))
     told = mine.clone()
-    calls.broadcast(told, size - 1)
+    calls.broadcast(told, size - 1, group=group)
     answers["broadcast"] = (told, everyone[-1])
     return [name for name, (got, wanted) in answers.items() if not torch.equal(got, wanted)]
 

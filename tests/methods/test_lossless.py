@@ -11,7 +11,7 @@ from distcomp.collectives import AllGather, AllToAll
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.methods import Lossless, parse
-from distcomp.methods.lossless import checked_size, is_coded
+from distcomp.methods.lossless import checked_size, is_coded, row_periods
 from distcomp.payload import Part, Payload
 from tests.buffers import draw, same_bits
 from tests.lockstep import once
@@ -54,6 +54,25 @@ def test_fewer_bytes_are_sent_and_the_ledger_counts_those(inner: str, most: floa
     assert sum(coded.sent_bytes) < most * sum(plain.sent_bytes)
 
 
+def test_rows_repeat_after_the_bytes_of_a_row_whoever_sends_them() -> None:
+    layout = Layout.of([("w", (64, 128)), ("conv", (32, 8, 3, 3)), ("b", (128,)), ("v", (600, 512))])
+    values = layout.numel
+    assert row_periods(layout, 4, values // 2) == (256, 64, 36)  # 4 bits, of all
+    # 4 bits of one rank's share, or 1 of all; of one bit 72 values fill bytes, too
+    assert set(row_periods(layout, 4, values // 8)) == {256, 64, 36, 16, 9}
+    assert row_periods(layout, 4, 4 * values) == ()  # float32
+    assert row_periods(Layout.of([("b", (128,))]), 2, 64) == ()
+
+
+def test_columns_of_different_sizes_make_fewer_bytes() -> None:
+    layout = Layout.of([("w", (1200, 128))])
+    columns = torch.linspace(-2, 2, 128).exp().repeat(1200)
+    xs = [x * columns for x in draw(2, layout)]
+    as_one_row = Layout.of([("w", (1, layout.numel))], {"w": "matrix"})
+    by_column, plain = (once(parse("lossless:inner=(qsgd:bits=4)"), xs, one) for one in (layout, as_one_row))
+    assert sum(by_column.sent_bytes) < 0.9 * sum(plain.sent_bytes)
+
+
 def test_short_payloads_and_sums_go_as_they_are() -> None:
     small = Layout.of([("w", (20, 20))])
     xs = draw(2, small)
@@ -80,7 +99,7 @@ def test_a_payload_that_was_cut_or_is_of_another_coder_is_refused() -> None:
     payload.body.copy_(torch.arange(len(payload.body)) % 7)
     method = parse("lossless")
     assert isinstance(method, Lossless)
-    coded = method._coded(payload)
+    coded = method._coded(payload, lambda nbytes: ())
     assert torch.equal(method._decoded(coded, payload.parts).body, payload.body)
     short = Payload.empty((Part("coded", torch.uint8, coded.body.numel() - 9),))
     short.body.copy_(coded.body[:-9])

@@ -46,7 +46,7 @@ def test_what_is_sent_waits_for_what_was_sent_before(clock):
 
 def test_two_requests_under_way_take_as_long_as_their_bytes_together(clock, monkeypatch):
     monkeypatch.setenv("DISTCOMP_THROTTLE_BPS", "8000")
-    transport = throttled(Instant(clock))
+    transport = throttled(Instant(clock), SlowLink.from_env())
     payload = Payload.empty((Part("codes", torch.uint8, 1000),), torch.device("cpu"))
     sent_bytes = 3 * payload.wire.numel()
     first, second = (transport.start(AllGather(payload)) for _ in range(2))
@@ -58,7 +58,7 @@ def test_two_requests_under_way_take_as_long_as_their_bytes_together(clock, monk
 
 def test_a_ring_pays_the_delay_of_each_of_its_steps_and_a_small_sum_one(clock, monkeypatch):
     monkeypatch.setenv("DISTCOMP_DELAY_S", "1")
-    transport = throttled(Instant(clock))
+    transport = throttled(Instant(clock), SlowLink.from_env())
     transport.start(AllReduce(torch.zeros(100_000))).wait()
     assert clock.s == 106.0
     transport.start(AllReduce(torch.zeros(4))).wait()
@@ -67,4 +67,4 @@ def test_a_ring_pays_the_delay_of_each_of_its_steps_and_a_small_sum_one(clock, m
 
 def test_without_a_word_in_the_environment_nothing_is_held_back(clock):
     transport = Instant(clock)
-    assert throttled(transport) is transport
+    assert throttled(transport, SlowLink.from_env()) is transport

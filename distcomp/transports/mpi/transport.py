@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distcomp.collectives import Group, Pending, Request, in_rank_order, is_summed_directly
+from distcomp.collectives import Group, Pending, Primitives, Request, in_rank_order, is_summed_directly
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.mpi.library import addends, library, raw, reduction
 from distcomp.transports.mpi.progress import Flight, take_off
@@ -26,20 +26,24 @@ class MPITransport:
     ``neighbor_exchange`` ``MPI_Isend`` and ``MPI_Irecv``, every receive posted before the first send
     ``broadcast``         ``MPI_Ibcast``
     ===================== ======================================================================
+
+    Transports of one communicator between whose neighbours messages are under way at the same time have
+    another ``lane`` each.
     """
 
-    def __init__(self, comm: Any, heartbeat: Heartbeat, timeout_s: float) -> None:
+    def __init__(self, comm: Any, heartbeat: Heartbeat, timeout_s: float, lane: int = 0) -> None:
         self.rank: int = comm.rank
         self.size: int = comm.size
         self._comm = comm
         self._heartbeat = heartbeat
+        self._lane = lane
         self._patience_s = max(1.0, timeout_s - heartbeat.diagnosis_s)
         self._groups: dict[Group, Any] = {}
 
-    def start(self, request: Request) -> Pending:
-        """Raises PeerLost where MPI refuses."""
+    def start(self, request: Request, through: Primitives | None = None) -> Pending:
+        """``through``: primitives made of this transport's. Raises PeerLost where MPI refuses."""
         try:
-            return request.drive(self)
+            return request.drive(through or self)
         except library().Exception as error:
             raise self._heartbeat.diagnose(RuntimeError(f"MPI: {error}")) from error
 
@@ -79,8 +83,10 @@ class MPITransport:
         comm, members = self._communicator(group), group or tuple(range(self.size))
         peers = [members.index(neighbor) for neighbor in neighbors]
         received = [torch.empty(size, dtype=torch.uint8) for size in sizes]
-        receives = [comm.Irecv(raw(buffer), peer) for peer, buffer in zip(peers, received, strict=True)]
-        sends = [comm.Isend(raw(wire), peer) for peer, wire in zip(peers, wires, strict=True)]
+        receives = [
+            comm.Irecv(raw(buffer), peer, self._lane) for peer, buffer in zip(peers, received, strict=True)
+        ]
+        sends = [comm.Isend(raw(wire), peer, self._lane) for peer, wire in zip(peers, wires, strict=True)]
         return self._pending_messages(receives + sends, (wires, received), lambda: received)
 
     def broadcast(self, wire: Tensor, source: int, group: Group | None) -> MpiMessages:

@@ -131,6 +131,15 @@ assert gathered.view(size, -1).eq(torch.arange(size)[:, None]).all()
 piece = torch.empty(3)
 calls.reduce_scatter(piece, torch.ones(size * 3), "qsgd:bits=4")
 assert (piece == size).all()
+sending = calls.send(torch.full((300, 4), rank + 1.0), 1 - rank, "qsgd:bits=8", async_op=True)
+calls.recv(message := torch.empty(300, 4), 1 - rank, "qsgd:bits=8")
+sending.wait()
+assert (message - 2 + rank).abs().max() < 0.1
+try:
+    calls.send(torch.ones(3), 1) if rank == 0 else calls.recv(torch.ones(4), 0)
+    raise SystemExit("not noticed")
+except distcomp.Mismatch as error:
+    assert "rank 0 a message of (3,)" in str(error), error
 calls.disconnect()
 dist.destroy_process_group()
 print("called")
