@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from distcomp.advice.memory import Refused, state_bytes, written
 from distcomp.advice.predict import Machine, Prediction, SharedCost, predict
 from distcomp.advice.profile import clock
 from distcomp.advice.scale import Rehearsals
@@ -20,6 +21,7 @@ from distcomp.errors import DistcompError
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Host
 from distcomp.network.units import format_rate
+from distcomp.process_memory import peak_bytes
 
 METHODS = (
     "ddp", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1", "powersgd:rank=4", "topk:ratio=0.01",
@@ -58,6 +60,8 @@ class Advice:
     """Method -> (rate of every link, seconds of a step)."""
     noise: float = 0.0
     """By what share two measurements on this machine disagree about how much faster a method is: the most."""
+    refused: tuple[Refused, ...] = ()
+    """What does not fit in the memory that was given."""
 
     @property
     def best(self) -> AdviceRow:
@@ -95,6 +99,7 @@ class Advice:
             "recommended": self.best.method, "sentence": self.sentence, "fabric": self.fabric.to_toml(),
             "compute_s": self.compute_s, "parameters": self.parameters, "methods": rows,
             "curves": self.curves, "noise": self.noise,
+            "refused": [{**asdict(one), "sentence": one.sentence} for one in self.refused],
         }  # fmt: skip
 
 
@@ -105,12 +110,17 @@ def advise(
     ranks_here: int = 1,
     cores: int = 1,
     tell: Callable[[str], object] = lambda _: None,
+    memory_bytes: int | None = None,
 ) -> Advice:
     """Some real steps of the model, and every method's exchange, timed here twice; then the model of the
     network. The figures are those of the faster time, and what the two differ by is the noise.
 
     ``trained`` is a training task, or what was observed of a script's own loop. ``ranks_here`` ranks share a
     machine of ``cores`` cores like this one (1: each has its own). ``tell`` is called with the progress.
+
+    ``memory_bytes``: of each rank. A method is refused where what a step took here at its peak (the process,
+    or a GPU's memory) and the state that the method keeps are more. Raises DistcompError where plain DDP
+    does not fit.
     """
     shared = None
     methods = tuple(dict.fromkeys((BASELINE, *methods) if BASELINE not in methods else methods))
@@ -119,6 +129,7 @@ def advise(
         shared = _shared_cost(trained)
         trained = _observed(trained, fabric), _observed(trained, fabric)
     observed, again = sorted(trained, key=lambda steps: steps.step_s)
+    methods, refused = _fitting(methods, observed, fabric.ranks, memory_bytes)
     host = Host(ranks_here, cores) if ranks_here > 1 else ALONE
     machine = Machine(observed, host, host.oversubscription)
     second = Machine(again, host, host.oversubscription)
@@ -146,7 +157,33 @@ def advise(
         sum(layout.numel for layout in observed.layouts),
         curves,
         noise,
+        refused,
     )
+
+
+def _fitting(
+    methods: Sequence[str], observed: ObservedSteps, ranks: int, memory_bytes: int | None
+) -> tuple[tuple[str, ...], tuple[Refused, ...]]:
+    """The methods that fit, and those that do not. A step was measured with gradients in place, so that what
+    a method adds is its state."""
+    if memory_bytes is None:
+        return tuple(methods), ()
+    step_bytes = peak_bytes()
+    needs = {
+        method: sum(state_bytes(method, layout, ranks) for layout in observed.layouts) for method in methods
+    }
+    refused = tuple(
+        Refused(method, step_bytes, kept, memory_bytes)
+        for method, kept in needs.items()
+        if step_bytes + kept > memory_bytes
+    )
+    if any(one.method == BASELINE for one in refused):
+        raise DistcompError(
+            f"not even plain DDP fits: a step takes {written(step_bytes)} here, and there are "
+            f"{written(memory_bytes)}; make the batch smaller, or shard the model (fully_shard)"
+        )
+    gone = {one.method for one in refused}
+    return tuple(method for method in methods if method not in gone), refused
 
 
 def _observed(training_task: TrainingTask, fabric: Fabric) -> ObservedSteps:
