@@ -3,8 +3,8 @@
     npm install --prefix DIR axe-core puppeteer-core      # once; and a Chromium of the system's
     python -m benchmarks.report_page DIR/node_modules
 
-20 runs (5 methods, 4 seeds) of 10,000 steps with 1,000 evaluations and 200 closer looks each: bytes of the
-page, seconds until headless Chromium has painted it, requests that leave the machine (none), axe-core's
+20 runs (5 methods, 4 seeds) of 10,000 steps of rank 0, with 1,000 evaluations and 200 closer looks: bytes of
+the page, seconds until headless Chromium has painted it, requests that leave the machine (none), axe-core's
 findings at 1,400 and 390 pixels, light and dark, with all that can be opened open; stops of the Tab key, and
 what each figure's buttons save. ``--shots FOLDER`` keeps the pictures. Writes results/report_axe.json; fails
 where a bound is missed.
@@ -29,7 +29,7 @@ from distcomp.report.charts import Prices
 from tests.report import synthetic
 
 METHODS = ("ddp", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1")
-SEEDS, STEPS, LOOKS, RANKS, LAYERS = 4, 10_000, 50, 2, 12
+SEEDS, STEPS, LOOKS, RANKS, LAYERS = 4, 10_000, 50, 1, 12
 MOST_BYTES, MOST_S = 5_000_000, 2.0
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distcomp.advice.memory import Refused, state_bytes, written
+from distcomp.advice.memory import NotFitting, format_size, state_bytes
 from distcomp.advice.predict import Machine, Prediction, SharedCost, predict
 from distcomp.advice.profile import clock
 from distcomp.advice.scale import Rehearsals
@@ -60,7 +60,7 @@ class Advice:
     """Method -> (rate of every link, seconds of a step)."""
     noise: float = 0.0
     """By what share two measurements on this machine disagree about how much faster a method is: the most."""
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[NotFitting, ...] = ()
     """What does not fit in the memory that was given."""
 
     @property
@@ -163,7 +163,7 @@ def advise(
 
 def _fitting(
     methods: Sequence[str], observed: ObservedSteps, ranks: int, memory_bytes: int | None
-) -> tuple[tuple[str, ...], tuple[Refused, ...]]:
+) -> tuple[tuple[str, ...], tuple[NotFitting, ...]]:
     """The methods that fit, and those that do not. A step was measured with gradients in place, so that what
     a method adds is its state."""
     if memory_bytes is None:
@@ -173,14 +173,14 @@ def _fitting(
         method: sum(state_bytes(method, layout, ranks) for layout in observed.layouts) for method in methods
     }
     refused = tuple(
-        Refused(method, step_bytes, kept, memory_bytes)
+        NotFitting(method, step_bytes, kept, memory_bytes)
         for method, kept in needs.items()
         if step_bytes + kept > memory_bytes
     )
     if any(one.method == BASELINE for one in refused):
         raise DistcompError(
-            f"not even plain DDP fits: a step takes {written(step_bytes)} here, and there are "
-            f"{written(memory_bytes)}; make the batch smaller, or shard the model (fully_shard)"
+            f"not even plain DDP fits: a step takes {format_size(step_bytes)} here, and there are "
+            f"{format_size(memory_bytes)}; make the batch smaller, or shard the model (fully_shard)"
         )
     gone = {one.method for one in refused}
     return tuple(method for method in methods if method not in gone), refused

@@ -60,7 +60,7 @@ def _hook_bytes(text: str, layout: Layout) -> int:
 
 
 @dataclass(frozen=True)
-class Refused:
+class NotFitting:
     """A method that does not fit: what a step takes without it, and what it keeps besides."""
 
     method: str
@@ -71,11 +71,11 @@ class Refused:
     @property
     def sentence(self) -> str:
         """Name and numbers."""
-        needed = written(self.step_bytes + self.state_bytes)
+        needed = format_size(self.step_bytes + self.state_bytes)
         return (
-            f"{self.method} does not fit: {written(self.step_bytes)} for a step as it is and "
-            f"{written(self.state_bytes)} for what the method keeps are {needed}, and there are "
-            f"{written(self.memory_bytes)}"
+            f"{self.method} does not fit: {format_size(self.step_bytes)} for a step as it is and "
+            f"{format_size(self.state_bytes)} for what the method keeps are {needed}, and there are "
+            f"{format_size(self.memory_bytes)}"
         )
 
 
@@ -88,7 +88,7 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * factors[found[2].lower()])
 
 
-def written(nbytes: float) -> str:
+def format_size(nbytes: float) -> str:
     """In decimal units, three digits."""
     unit = next((unit for unit in reversed(UNITS) if nbytes >= UNITS[unit]), "B")
     return f"{nbytes / UNITS[unit]:.3g} {unit}"

@@ -23,7 +23,7 @@ from distcomp.methods.base import ByParameter, State, StepContext
 from distcomp.private_torch import NO_BACKWARD, at_backward_end, backward_number
 from distcomp.runtime.aggregation import Aggregator
 from distcomp.runtime.driver import Exchange
-from distcomp.runtime.pipeline import Span, Timeline
+from distcomp.runtime.pipeline import PhaseSpan, Timeline
 from distcomp.training import TrainingClock
 from distcomp.transports.throttle import SlowLink, hold_until
 from distcomp.transports.types import GradBucket
@@ -69,7 +69,7 @@ class BuiltinHookSync(Sync):
         def finished(future: torch.futures.Future[Tensor]) -> Tensor:
             hold_until(arrival_s)
             for phase in ("wire", "wait"):
-                timeline.spans.append(Span(phase, begin_s, time.perf_counter(), index))
+                timeline.spans.append(PhaseSpan(phase, begin_s, time.perf_counter(), index))
             try:
                 return future.value()
             except RuntimeError as error:  # DDP would raise it without a name

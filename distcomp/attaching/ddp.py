@@ -305,7 +305,7 @@ class IterationRun:
 
         def done() -> None:
             if sync.looks_closer:  # before DDP writes the estimate over what was sent
-                sync.detail |= looked_at(aggregation, x, sync.method, sync.channel.size)
+                sync.detail |= looked_at(aggregation, x, sync.method, sync.session.size)
             bucket.answer_with(aggregation.finished().estimate)
 
         self._drive.add(aggregation, done)

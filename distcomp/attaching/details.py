@@ -65,13 +65,14 @@ def owed(state: State) -> list[Tensor]:
 
 def spans_of(timeline: Timeline, ready_s: float) -> Mapping[str, Any]:
     """When what was done, in seconds from the first moment: ``[phase, bucket, round, begin, end]``."""
-    if not timeline.spans:
+    spans = [one for one in timeline.spans if one.begin_s > 0]  # what never began has no moment
+    if not spans:
         return {"spans": [], "ready_s": None}
-    first_s = min(span.begin_s for span in timeline.spans)
+    first_s = min(one.begin_s for one in spans)
     return {
         "spans": [
             [one.phase, one.bucket, one.round, round(one.begin_s - first_s, 7), round(one.end_s - first_s, 7)]
-            for one in timeline.spans
+            for one in spans
         ],
         "ready_s": max(0.0, ready_s - first_s),
     }

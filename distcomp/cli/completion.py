@@ -38,7 +38,7 @@ class Completed:
 
 
 @dataclass(frozen=True)
-class Command:
+class Subcommand:
     """A command with all that it takes."""
 
     name: str
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the script."""
     from distcomp.cli import parser
 
-    print(WRITERS[arguments.shell](described(parser(), method_names())), end="")
+    print(WRITERS[arguments.shell](subcommands_of(parser(), method_names())), end="")
     return 0
 
 
@@ -87,12 +87,12 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted([*METHODS, *HOOK_SUMMARIES]))
 
 
-def described(parser: argparse.ArgumentParser, methods: Sequence[str]) -> tuple[Command, ...]:
+def subcommands_of(parser: argparse.ArgumentParser, methods: Sequence[str]) -> tuple[Subcommand, ...]:
     """The commands of a parser."""
     (commands,) = (one for one in parser._actions if isinstance(one, argparse._SubParsersAction))
     helps = {choice.dest: choice.help or "" for choice in commands._choices_actions}
     return tuple(
-        Command(name, helps[name], tuple(_completed(one, methods) for one in below._actions))
+        Subcommand(name, helps[name], tuple(_completed(one, methods) for one in below._actions))
         for name, below in commands.choices.items()
     )
 
@@ -105,7 +105,7 @@ def _completed(action: argparse.Action, methods: Sequence[str]) -> Completed:
     return Completed(tuple(action.option_strings), described_as, action.nargs != 0, words, file)
 
 
-def bash(commands: Sequence[Command]) -> str:
+def bash(commands: Sequence[Subcommand]) -> str:
     """The script for bash."""
     names = " ".join(command.name for command in commands)
     return BASH.format(
@@ -145,7 +145,7 @@ complete -o filenames -F _distcomp distcomp
 _FILES = 'mapfile -t COMPREPLY < <(compgen -f -- "$word")'
 
 
-def _bash_values(commands: Sequence[Command]) -> Iterator[str]:
+def _bash_values(commands: Sequence[Subcommand]) -> Iterator[str]:
     """What may stand behind an option, one case for each."""
     for command in commands:
         for one in command.options:
@@ -154,7 +154,7 @@ def _bash_values(commands: Sequence[Command]) -> Iterator[str]:
                 yield f"        {pattern}) {_bash_offer(one)} return ;;\n"
 
 
-def _bash_free(commands: Sequence[Command]) -> Iterator[str]:
+def _bash_free(commands: Sequence[Subcommand]) -> Iterator[str]:
     for command in commands:
         words = tuple(word for one in command.positional for word in one.words)
         file = any(one.file for one in command.positional)
@@ -170,11 +170,11 @@ def _bash_offer(one: Completed) -> str:
     return f"{_FILES};" if one.file else ""
 
 
-def _flags(command: Command) -> str:
+def _flags(command: Subcommand) -> str:
     return " ".join(flag for one in command.options for flag in one.flags)
 
 
-def zsh(commands: Sequence[Command]) -> str:
+def zsh(commands: Sequence[Subcommand]) -> str:
     """The script for zsh."""
     told = "\n".join(f"    {_quoted(f'{one.name}:{_plain(one.help)}')}" for one in commands)
     cases = "\n".join(
@@ -213,7 +213,7 @@ fi
 """
 
 
-def _zsh_arguments(command: Command) -> Iterator[str]:
+def _zsh_arguments(command: Subcommand) -> Iterator[str]:
     for one in command.options:
         for flag in one.flags:
             value = f":value:{_zsh_offer(one)}" if one.takes_value else ""
@@ -229,7 +229,7 @@ def _zsh_offer(one: Completed) -> str:
     return "_files" if one.file else " "
 
 
-def fish(commands: Sequence[Command]) -> str:
+def fish(commands: Sequence[Subcommand]) -> str:
     """The script for fish."""
     lines = ["# completes distcomp in fish; written by: distcomp completion fish", "complete -c distcomp -f"]
     for flag, said in (("help", "say what there is"), ("version", "print the version and exit")):
@@ -269,4 +269,4 @@ def _plain(text: str) -> str:
     return re.sub(r"[\[\]:`\\]", " ", text)
 
 
-WRITERS: dict[str, Callable[[Sequence[Command]], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
+WRITERS: dict[str, Callable[[Sequence[Subcommand]], str]] = {"bash": bash, "zsh": zsh, "fish": fish}

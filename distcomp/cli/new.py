@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the files, and say what to do with them."""
     kind, name, folder = arguments.kind, arguments.called, arguments.output
-    check_name(kind, name)
+    check_new_name(kind, name)
     texts = skeletons(kind, name)
     write(folder, texts)
     file = folder / f"{name}.py"
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def check_name(kind: str, name: str) -> None:
+def check_new_name(kind: str, name: str) -> None:
     """Raise DistcompError for a name that is none, or that something has already."""
     from distcomp.plugins import load_plugins
     from distcomp.registry import COMPRESSORS, METHODS, load_all

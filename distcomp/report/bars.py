@@ -25,7 +25,7 @@ def stacked(
     body = []
     for at, (name, parts) in enumerate(rows):
         top, x = at * ROW + 20, 0.0
-        body.append(_text(0, top - 6, "start", fitting(name, width), "bar-title"))
+        body.append(_text(0, top - 6, "start", shortened(name, width), "bar-title"))
         for part, value in parts.items():
             wide = room * value / longest
             if value > 0:
@@ -40,7 +40,7 @@ def stacked(
 
 
 @dataclass(frozen=True)
-class Span:
+class Stretch:
     """What was done with a bucket in a round, in seconds from the first moment."""
 
     phase: str
@@ -50,7 +50,7 @@ class Span:
     end_s: float
 
 
-def timeline(spans: Sequence[Span], ready_s: float | None, title: str, width: int) -> str:
+def timeline(spans: Sequence[Stretch], ready_s: float | None, title: str, width: int) -> str:
     """A row per bucket: what the processor did above, what was on the wire below."""
     left = 62
     buckets = sorted({one.bucket for one in spans})
@@ -84,7 +84,7 @@ def timeline(spans: Sequence[Span], ready_s: float | None, title: str, width: in
     return _svg(width, height, title, body)
 
 
-def fitting(name: str, width: int) -> str:
+def shortened(name: str, width: int) -> str:
     """A name that may be too long for the drawing, cut at its end."""
     most = int(width / CHARACTER) - 1
     return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -11,7 +11,7 @@ from html import escape
 
 from distcomp.recording import Record, Run
 from distcomp.report import svg, words
-from distcomp.report.bars import Span, stacked, timeline
+from distcomp.report.bars import Stretch, stacked, timeline
 from distcomp.report.charts import joined, numbers_of
 from distcomp.report.exports import as_csv, figure
 from distcomp.report.figures import Comparison, MethodRow
@@ -116,7 +116,7 @@ def _weighted(errors: Sequence[float | None]) -> float | None:
     return None if whole is None else whole / math.sqrt(len(errors))
 
 
-def layers(comparison: Comparison) -> str:
+def parameter_tables(comparison: Comparison) -> str:
     """A table per method: what each parameter sends and loses, at the last closer look."""
     tables = []
     for row in comparison.rows:
@@ -171,7 +171,7 @@ def timelines(comparison: Comparison) -> Iterator[str]:
 
 
 def _timeline(at: int, method: str, record: Record) -> str:
-    spans = [Span(phase, int(b), int(r), begin, end) for phase, b, r, begin, end in record["spans"]]
+    spans = [Stretch(phase, int(b), int(r), begin, end) for phase, b, r, begin, end in record["spans"]]
     shown = [one for one in spans if one.bucket < MOST_BUCKETS]
     title = f"{method}: step {record['step']}"
 
@@ -225,10 +225,10 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def section(comparison: Comparison) -> str:
+def closer_section(comparison: Comparison) -> str:
     """All of it that was recorded; empty where nothing was."""
     steps, drawn = list(over_steps(comparison)), list(timelines(comparison))
-    tables = layers(comparison) + memory(comparison)
+    tables = parameter_tables(comparison) + memory(comparison)
     parts = []
     if steps or tables:
         aside = (

@@ -14,11 +14,10 @@ from distcomp.report import svg, words
 from distcomp.report.bars import stacked
 from distcomp.report.charts import Prices, charts, unread
 from distcomp.report.claims import verdict
-from distcomp.report.closer import bytes_by_kind, legend, section
+from distcomp.report.closer import bytes_by_kind, closer_section, legend
 from distcomp.report.exports import as_csv, figure
 from distcomp.report.figures import BASELINE, CONTROLS, Comparison, MethodRow
-from distcomp.report.predicted import Predicted, pairs_of
-from distcomp.report.predicted import section as predicted_section
+from distcomp.report.predicted import Predicted, pairs_of, section
 from distcomp.report.table import Column, columns
 
 NO_CHARTS = '<p class="aside">No evaluation was recorded.</p>'
@@ -48,10 +47,10 @@ def page(comparison: Comparison, predicted: Predicted | None = None, prices: Pri
         legend="".join(_legend(comparison)),
         charts="".join(charts(comparison, prices)) or NO_CHARTS,
         kinds=bytes_by_kind(comparison),
-        closer=section(comparison),
+        closer=closer_section(comparison),
         unread=unread(comparison),
         time=_time(comparison),
-        predicted=predicted_section(pairs_of(comparison, predicted)) if predicted is not None else "",
+        predicted=section(pairs_of(comparison, predicted)) if predicted is not None else "",
         meaning=escape(" ".join(filter(None, (column.meaning for column in columns(comparison))))),
         bytes=_bytes(comparison),
         rings=RINGS if comparison.target_loss is not None else "",

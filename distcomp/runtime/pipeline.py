@@ -21,7 +21,7 @@ from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import Channel, OpenRequest
 
 
-class Span(NamedTuple):
+class PhaseSpan(NamedTuple):
     """What was done from one moment to another; phases are encode, recode, wait, decode, and wire (a request
     under way)."""
 
@@ -36,7 +36,7 @@ class Span(NamedTuple):
 class Timeline:
     """When what was done in one iteration, in seconds of :func:`time.perf_counter`."""
 
-    spans: list[Span] = field(default_factory=list)
+    spans: list[PhaseSpan] = field(default_factory=list)
 
     def seconds(self, phase: str, after_s: float = float("-inf")) -> float:
         """Time during which a phase was under way after a moment; what overlaps itself counts once."""
@@ -135,7 +135,7 @@ def _advance(current: Running, channel: Channel, timeline: Timeline) -> bool:
     if request is not None:
         current.open_request = channel.prepare(request, aggregation.finite)
     phase = "decode" if request is None else "encode" if current.rounds == 0 else "recode"
-    timeline.spans.append(Span(phase, begin_s, time.perf_counter(), current.bucket, current.rounds))
+    timeline.spans.append(PhaseSpan(phase, begin_s, time.perf_counter(), current.bucket, current.rounds))
     current.rounds += 1
     if request is None:
         current.done()
@@ -148,8 +148,8 @@ def _wait(current: Running, timeline: Timeline) -> None:
     begin_s = time.perf_counter()
     current.open_request.wait()
     sent, place = current.open_request, (current.bucket, current.rounds - 1)
-    timeline.spans.append(Span("wait", begin_s, time.perf_counter(), *place))
-    timeline.spans.append(Span("wire", sent.started_s, sent.finished_s, *place))
+    timeline.spans.append(PhaseSpan("wait", begin_s, time.perf_counter(), *place))
+    timeline.spans.append(PhaseSpan("wire", sent.started_s, sent.finished_s, *place))
 
 
 class Drive:

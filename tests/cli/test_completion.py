@@ -13,7 +13,7 @@ from distcomp.cli import completion, main, parser
 from distcomp.methods import METHODS
 
 METHOD_NAMES = completion.method_names()
-DESCRIBED = completion.described(parser(), METHOD_NAMES)
+DESCRIBED = completion.subcommands_of(parser(), METHOD_NAMES)
 
 
 def script_of(shell: str) -> str:
@@ -65,7 +65,7 @@ def test_bash_offers_commands_options_methods_and_files(offered: dict[str, set[s
 
 @pytest.mark.parametrize("command", DESCRIBED, ids=lambda one: one.name)
 def test_bash_offers_every_option_of_the_parser_and_no_other(
-    offered: dict[str, set[str]], command: completion.Command
+    offered: dict[str, set[str]], command: completion.Subcommand
 ) -> None:
     assert offered[f"{command.name} -"] == options_of(command.name)
 

@@ -17,6 +17,6 @@ def decoded(x: NDArray[Any], kept: int) -> NDArray[Any]:
     return (x.astype(np.float32).view(np.uint32) & mask).view(np.float32)
 
 
-def wire_bytes(numel: int, kept: int) -> int:
+def part_bytes(numel: int, kept: int) -> int:
     """What is sent of so many values, without the header."""
     return kept * numel

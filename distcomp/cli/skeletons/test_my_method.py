@@ -22,7 +22,8 @@ GRID = 0.25
 
 def given() -> list[torch.Tensor]:
     """One bucket of each rank."""
-    return [torch.randn(LAYOUT.numel, generator=torch.Generator().manual_seed(rank)) for rank in range(RANKS)]
+    draws = [torch.Generator().manual_seed(rank) for rank in range(RANKS)]
+    return [torch.randn(LAYOUT.numel, generator=draw, dtype=torch.float32) for draw in draws]
 
 
 def step(method: Method, xs: list[torch.Tensor], states: list[Any], at: int = 0) -> tuple[list[Any], int]:
