@@ -25,7 +25,7 @@ def stacked(
     body = []
     for at, (name, parts) in enumerate(rows):
         top, x = at * ROW + 20, 0.0
-        body.append(_text(0, top - 6, "start", shortened(name, width), "bar-title"))
+        body.append(_text(0, top - 6, "start", cut_to_width(name, width), "bar-title"))
         for part, value in parts.items():
             wide = room * value / longest
             if value > 0:
@@ -84,7 +84,7 @@ def timeline(spans: Sequence[Stretch], ready_s: float | None, title: str, width:
     return _svg(width, height, title, body)
 
 
-def shortened(name: str, width: int) -> str:
+def cut_to_width(name: str, width: int) -> str:
     """A name that may be too long for the drawing, cut at its end."""
     most = int(width / CHARACTER) - 1
     return name if len(name) <= most else f"{name[: most - 1]}…"
