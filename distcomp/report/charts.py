@@ -94,7 +94,8 @@ def _figure(
 
 def _lines(comparison: Comparison, name: str, over: Over) -> tuple[list[svg.Line], list[svg.Band]]:
     """A line for each run; for several of one method their mean, and how far they spread."""
-    lines, bands = [], []
+    lines: list[svg.Line] = []
+    bands: list[svg.Band] = []
     for style, row in enumerate(comparison.rows):
         runs = [points for run in row.runs if (points := _points(run.curve, name, over))]
         line, band = joined(style, row, runs, over.log)

@@ -81,7 +81,8 @@ def over_steps(comparison: Comparison) -> Iterator[str]:
 def _over_steps(
     comparison: Comparison, name: str, title: str, total: Callable[[Sequence[float | None]], float | None]
 ) -> Iterator[str]:
-    lines, bands = [], []
+    lines: list[svg.Line] = []
+    bands: list[svg.Band] = []
     for style, row in enumerate(comparison.rows):
         runs = [points for run in runs_of(comparison, row) if (points := _detailed(run, name, total))]
         if any(y for points in runs for _, y in points):
@@ -187,7 +188,7 @@ def _timeline(at: int, method: str, record: Record) -> str:
 
 def memory(comparison: Comparison) -> str:
     """What each rank held at most, and what the method keeps of it."""
-    rows = []
+    rows: list[tuple[str, int, list[Mapping[str, float]]]] = []
     for row in comparison.rows:
         held: dict[int, list[Mapping[str, float]]] = {}
         for run in runs_of(comparison, row):

@@ -155,7 +155,7 @@ def _legend(comparison: Comparison) -> Iterator[str]:
 def _time(comparison: Comparison) -> str:
     """A bar per method, as long as its mean step; the parts of it in the order in which they happen."""
     split = {row.method: parts for row in comparison.rows if (parts := row.spent_s()) is not None}
-    if not any(map(sum, (parts.values() for parts in split.values()))):
+    if not any(sum(parts.values()) for parts in split.values()):
         return '<p class="aside">The record of these runs holds no phases.</p>'
     rows = [(name, {part: max(parts[part], 0.0) for part in PARTS}) for name, parts in split.items()]
     title = "The mean step of rank 0"

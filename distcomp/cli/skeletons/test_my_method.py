@@ -30,7 +30,8 @@ def step(method: Method, xs: list[torch.Tensor], states: list[Any], at: int = 0)
     """One exchange of all ranks in this process: each one's result, and the bytes that rank 0 sent."""
     net = Lockstep(RANKS)
     contexts = [StepContext(rank, RANKS, LAYOUT, at, Key.of(0, at)) for rank in range(RANKS)]
-    talks = [Aggregation(method, x.clone(), *rest) for x, *rest in zip(xs, states, contexts, strict=True)]
+    given_to = zip(xs, states, contexts, strict=True)
+    talks = [Aggregation(method, x.clone(), state, context) for x, state, context in given_to]
     net.run(talks)
     return [talk.finished() for talk in talks], net.ledgers[0].total_bytes
 
