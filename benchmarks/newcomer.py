@@ -1,14 +1,15 @@
 """Does what the pages tell people to type do what they say, and can it be read where it is shown?
 
     python -m benchmarks.newcomer                  # all of it; writes results/newcomer.json
-    python -m benchmarks.newcomer tables own       # parts: commands, blocks, tables, own; the others stay
+    python -m benchmarks.newcomer tables own       # parts: commands, blocks, tables, own, paths; others stay
 
 ``commands``: every line behind a ``$`` in README, docs, CONTRIBUTING, launchers/ and docker/, page by page in
 a directory of its own that holds examples, launchers, a model and the script of docs/start.md; what had to be
 written otherwise (host names, ports, processes per node) and what cannot be run here is said with its reason.
 ``blocks``: every Python block. ``tables``: what prints one, in 60, 80 and 120 columns, on a terminal and
 in a pipe: no name cut, no line too wide. ``own``: CONTRIBUTING's compressor and method in the emulator's
-table. Fails where anything of it does.
+table. ``paths``: from a clone to the report, from a script to compressed training, from an idea to a table,
+with commands, minutes and files. Fails where anything of it does.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._common import arguments_of, write
+from benchmarks._paths import walked
 from benchmarks._places import RESULTS, ROOT
 from distcomp import recording
 from tests.project import newcomer
@@ -195,7 +197,7 @@ def run_own(where: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 Part = Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]
 PARTS: dict[str, Part] = {
-    "commands": run_commands, "blocks": run_blocks, "tables": run_tables, "own": run_own,
+    "commands": run_commands, "blocks": run_blocks, "tables": run_tables, "own": run_own, "paths": walked,
 }  # fmt: skip
 
 

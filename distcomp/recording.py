@@ -1,7 +1,7 @@
 """The record of a run: a directory of plain text that grows line by line, so that a kill loses nothing.
 
 ``run.json`` says what was run, where and on which network; the launcher writes it, or rank 0 where there is
-no launcher. Each rank appends to its own ``rank{r}.jsonl``, one JSON object a line, of three kinds::
+no launcher. Each rank appends to its own ``rank{r}.jsonl``, one JSON object a line, of four kinds::
 
     {"kind": "note", "seed": 0, "steps": 300,        # what only the script knows; later notes add to earlier
      "method": "qsgd:bits=4",                        # what attach put in place, whatever was asked for
@@ -12,6 +12,11 @@ no launcher. Each rank appends to its own ``rank{r}.jsonl``, one JSON object a l
      "payload_bytes": 524288, "payload_by_kind": {"codes": .., "scales": ..},   # of this step
      "predicted_wire_bytes": 548231,
      "qdisc_bytes": 81234567}                        # counted by the kernel since the link was made, or null
+    {"kind": "detail", "step": 50,                   # every DISTCOMP_DETAIL_EVERY steps, where that is set
+     "memory": {"peak_bytes": .., "state_bytes": ..},
+     "parameters": {"fc.weight": {"numel": .., "payload_bytes": .., "gradient_norm": .., "residual_norm": ..,
+                                  "error": ..}},     # rank 0, gradient methods under DDP
+     "spans": [["encode", 0, 0, 0.0, 0.01]], "ready_s": 0.02}  # phase, bucket, round, begin, end; rank 0
     {"kind": "metric", "step": 7, "train_s": 3.1, "test_loss": 1.2, "test_accuracy": 0.61}
 
 A run that was resumed repeats steps; the later lines stand.
@@ -38,10 +43,13 @@ from distcomp.version import __version__
 
 RUN_DIR = "DISTCOMP_RUN_DIR"
 METHOD = "DISTCOMP_METHOD"
+DETAIL_EVERY = "DISTCOMP_DETAIL_EVERY"
 FORMAT = 1
-KINDS = ("note", "step", "metric")
+KINDS = ("note", "step", "detail", "metric")
 COUNTED = ("step_s", "exchange_s", "payload_bytes", "predicted_wire_bytes", "qdisc_bytes")
 """What the record of a step counts: numbers of zero or more, or null."""
+DETAILED = ("numel", "payload_bytes", "gradient_norm", "residual_norm", "error")
+"""What a closer look counts of a parameter."""
 GROUPED = ("phases", "exposed", "payload_by_kind")
 LARGEST = 1e30
 """A number beyond this is none that was measured; it counts as infinite."""
@@ -84,6 +92,10 @@ class Recorder:
     def step(self, **fields: Any) -> None:
         """What one step took and sent."""
         self._append("step", fields)
+
+    def detail(self, **fields: Any) -> None:
+        """A closer look at one step."""
+        self._append("detail", fields)
 
     def metric(self, **fields: Any) -> None:
         """What an evaluation found; ``train_s`` is the time spent training so far, evaluations left out."""
@@ -260,11 +272,29 @@ def _check_record(record: Any) -> None:
         raise ValueError(f"the step {str(record['step'])[:40]!r} is not a whole number")
     if record["kind"] == "metric":
         return
+    if record["kind"] == "detail":
+        _check_detail(record)
+        return
     for name in COUNTED:
         _check_counted(name, record.get(name))
     for group in GROUPED:
         for name, value in _mapping(group, record.get(group)).items():
             _check_counted(f"{group}/{name}", value)
+
+
+def _check_detail(record: Any) -> None:
+    for name, value in _mapping("memory", record.get("memory")).items():
+        _check_counted(f"memory/{name}", value)
+    for parameter, found in _mapping("parameters", record.get("parameters")).items():
+        for name in DETAILED:
+            _check_counted(f"parameters/{parameter}/{name}", _mapping(parameter, found).get(name))
+    _check_counted("ready_s", record.get("ready_s"))
+    for span in record.get("spans") or ():
+        phase, *numbers = span
+        if not isinstance(phase, str) or len(numbers) != 4 or any(number is None for number in numbers):
+            raise ValueError(f"a span is {str(span)[:40]!r}")
+        for number in numbers:
+            _check_counted("a span", number)
 
 
 def _check_counted(name: str, value: Any) -> None:

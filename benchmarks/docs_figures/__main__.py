@@ -25,6 +25,7 @@ from benchmarks.docs_figures import (
     conditional,
     distill,
     faults,
+    first_success,
     formats,
     fsdp,
     measured,
@@ -50,6 +51,7 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "structured": [(DOCS / "structured.md", structured.BLOCKS), (DOCS / "blocks.md", structured.OF_BLOCKS)],
     "collectives": [(DOCS / "collectives.md", updates.COLLECTIVES)],
     "updates": [(DOCS / "updates.md", updates.BLOCKS)],
+    "first_success": [(DOCS / "decisions" / "first-success.md", first_success.BLOCKS)],
     "rebuild": [(DOCS / "decisions" / "corrected-numbers.md", rebuild.BLOCKS)],
     "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS | formats.BLOCKS)],
 }

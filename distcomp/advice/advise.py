@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from distcomp.advice.memory import NotFitting, format_size, state_bytes
 from distcomp.advice.predict import Machine, Prediction, SharedCost, predict
 from distcomp.advice.profile import clock
 from distcomp.advice.scale import Rehearsals, ShardedRehearsals
@@ -23,6 +24,7 @@ from distcomp.errors import DistcompError
 from distcomp.network.fabric import Fabric
 from distcomp.network.model import ALONE, Host
 from distcomp.network.units import format_rate
+from distcomp.process_memory import peak_bytes
 
 METHODS = (
     "ddp", "bf16", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1", "powersgd:rank=4", "topk:ratio=0.01",
@@ -62,6 +64,8 @@ class Advice:
     noise: float = 0.0
     """By what share two measurements on this machine disagree about how much faster a method is: the most."""
     baseline: str = "ddp"
+    refused: tuple[NotFitting, ...] = ()
+    """What does not fit in the memory that was given."""
 
     @property
     def best(self) -> AdviceRow:
@@ -100,6 +104,7 @@ class Advice:
             "recommended": self.best.method, "sentence": self.sentence, "fabric": self.fabric.to_toml(),
             "compute_s": self.compute_s, "parameters": self.parameters, "methods": rows,
             "curves": self.curves, "noise": self.noise,
+            "refused": [{**asdict(one), "sentence": one.sentence} for one in self.refused],
         }  # fmt: skip
 
 
@@ -111,6 +116,7 @@ def advise(
     cores: int = 1,
     tell: Callable[[str], object] = lambda _: None,
     shards: int | None = None,
+    memory_bytes: int | None = None,
 ) -> Advice:
     """Some real steps of the model, and every method's exchange, timed here twice; then the model of the
     network. The figures are those of the faster time, and what the two differ by is the noise.
@@ -120,13 +126,17 @@ def advise(
     FSDP2, ``methods`` are settings (:mod:`distcomp.advice.sharded`), and ``shards`` how many ranks hold a
     model together, all of them where it is not said; a training task is sharded only where it is.
 
-    Raises DistcompError for shards of a model that is not sharded, or that do not divide the ranks.
+    ``memory_bytes``: of each rank. A method is refused where what a step took here at its peak (the process,
+    or a GPU's memory) and the state that the method keeps are more.
+
+    Raises DistcompError for shards of a model that is not sharded, or that do not divide the ranks; where
+    plain DDP does not fit in the memory; for a memory of a sharded model.
     """
     first, again, shared = _twice(trained, fabric, shards, tell)
     if shards is not None:
         Placement.of(fabric.ranks, shards)
     shards = None if shards == fabric.ranks else shards
-    compared = _compared(methods, first, shards)
+    compared, refused = _fitting(_compared(methods, first, shards), first, fabric.ranks, memory_bytes)
     host = Host(ranks_here, cores) if ranks_here > 1 else ALONE
     machine = Machine(first, host, host.oversubscription)
     second = Machine(again, host, host.oversubscription)
@@ -156,6 +166,7 @@ def advise(
         curves,
         noise,
         baseline.method,
+        refused,
     )
 
 
@@ -206,6 +217,33 @@ def _rehearsals(method: str, observed: Steps, shared: SharedCost | None, shards:
 def _observed_shards(training_task: TrainingTask, fabric: Fabric) -> ObservedShardedSteps:
     batch = training_task.batch(0, fabric.ranks, 0)
     return observe_shards_alone(training_task.model, batch, training_task.loss, training_task.optimizer)
+
+
+def _fitting(
+    methods: list[str], observed: Steps, ranks: int, memory_bytes: int | None
+) -> tuple[list[str], tuple[NotFitting, ...]]:
+    """The methods that fit, and those that do not. A step was measured with gradients in place, so that what
+    a method adds is its state."""
+    if memory_bytes is None:
+        return methods, ()
+    if isinstance(observed, ObservedShardedSteps):
+        raise DistcompError("what a sharded model's ranks keep is not predicted; leave --memory out")
+    step_bytes = peak_bytes()
+    needs = {
+        method: sum(state_bytes(method, layout, ranks) for layout in observed.layouts) for method in methods
+    }
+    refused = tuple(
+        NotFitting(method, step_bytes, kept, memory_bytes)
+        for method, kept in needs.items()
+        if step_bytes + kept > memory_bytes
+    )
+    if any(one.method == methods[0] for one in refused):
+        raise DistcompError(
+            f"not even plain DDP fits: a step takes {format_size(step_bytes)} here, and there are "
+            f"{format_size(memory_bytes)}; make the batch smaller, or shard the model (fully_shard)"
+        )
+    gone = {one.method for one in refused}
+    return [method for method in methods if method not in gone], refused
 
 
 def _observed(training_task: TrainingTask, fabric: Fabric) -> ObservedSteps:

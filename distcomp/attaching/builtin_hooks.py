@@ -4,7 +4,7 @@ clock."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ from distcomp.methods.base import ByParameter, State, StepContext
 from distcomp.private_torch import NO_BACKWARD, at_backward_end, backward_number
 from distcomp.runtime.aggregation import Aggregator
 from distcomp.runtime.driver import Exchange
-from distcomp.runtime.pipeline import Timeline
+from distcomp.runtime.pipeline import PhaseSpan, Timeline
 from distcomp.training import TrainingClock
 from distcomp.transports.throttle import SlowLink, hold_until
 from distcomp.transports.types import GradBucket
 
 Hook = Callable[[GradBucket], torch.futures.Future[Tensor]]
+Served = tuple[Hook, Callable[[GradBucket], int], Callable[[], Iterable[Tensor]]]
+"""The hook, the bytes that it all-reduces for a bucket, and what it keeps between steps."""
 
 
 class BuiltinHookSync(Sync):
@@ -44,7 +46,7 @@ class BuiltinHookSync(Sync):
         super().__init__(name, session, clock)
         self._sent = 0
         self._size = session.size
-        self._hook, self._bytes_of = _hook(name, session.group)
+        self._hook, self._bytes_of, self._kept = _hook(name, session.group)
         self._buffers = FirstsBuffers(ddp, session)
         self._under_way: list[torch.futures.Future[Tensor]] = []
         self._timeline = Timeline()
@@ -59,15 +61,15 @@ class BuiltinHookSync(Sync):
                 at_backward_end(self._raise)
         self.session.channel.exchange += 1  # tells others how far this rank has come, should it be missed
         begin_s = time.perf_counter()
-        timeline, buffer = self._timeline, bucket.buffer()
+        timeline, buffer, index = self._timeline, bucket.buffer(), bucket.index()
         reduced = self._hook(bucket)
         sent_bytes = 2 * (self._size - 1) / self._size * self._bytes_of(bucket)
         arrival_s = self._slow.arrival_s(sent_bytes, 2 * (self._size - 1)) if self._slow is not None else 0.0
 
         def finished(future: torch.futures.Future[Tensor]) -> Tensor:
             hold_until(arrival_s)
-            timeline.spans.append(("wire", begin_s, time.perf_counter()))
-            timeline.spans.append(("wait", begin_s, time.perf_counter()))
+            for phase in ("wire", "wait"):
+                timeline.spans.append(PhaseSpan(phase, begin_s, time.perf_counter(), index))
             try:
                 return future.value()
             except RuntimeError as error:  # DDP would raise it without a name
@@ -115,6 +117,9 @@ class BuiltinHookSync(Sync):
             "attach a method of distcomp's, such as 'identity'"
         )
 
+    def report(self) -> dict[str, Any]:
+        return {"state_bytes": sum(one.numel() * one.element_size() for one in self._kept())}
+
     def state_dict(self) -> dict[str, Any]:
         return {"iterations": self.iterations, "seed": 0, "state": {}}
 
@@ -125,13 +130,13 @@ class BuiltinHookSync(Sync):
         self.iterations = saved["iterations"]
 
 
-def _hook(name: str, group: dist.ProcessGroup) -> tuple[Hook, Callable[[GradBucket], int]]:
-    """The hook, and the bytes that it all-reduces for a bucket."""
+def _hook(name: str, group: dist.ProcessGroup) -> Served:
     builtin, rank = parse_builtin(name)
     if builtin.name == "ddp":
         return (
             lambda bucket: all_reduce_as_ddp(group, bucket),
             lambda bucket: bucket.buffer().numel() * bucket.buffer().element_size(),
+            lambda: (),
         )
     if builtin.name == "torch:fp16":
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -139,11 +144,12 @@ def _hook(name: str, group: dist.ProcessGroup) -> tuple[Hook, Callable[[GradBuck
         return (
             lambda bucket: default_hooks.fp16_compress_hook(group, bucket),
             lambda bucket: bucket.buffer().numel() * 2,
+            lambda: (),
         )
     return _powersgd(group, rank or 1)
 
 
-def _powersgd(group: dist.ProcessGroup, rank: int) -> tuple[Hook, Callable[[GradBucket], int]]:
+def _powersgd(group: dist.ProcessGroup, rank: int) -> Served:
     from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
     state = powerSGD_hook.PowerSGDState(
@@ -157,4 +163,8 @@ def _powersgd(group: dist.ProcessGroup, rank: int) -> tuple[Hook, Callable[[Grad
         numel = counted - before if counted > before else bucket.buffer().numel()
         return numel * bucket.buffer().element_size()
 
-    return lambda bucket: powerSGD_hook.powerSGD_hook(state, bucket), sent
+    def kept() -> Iterable[Tensor]:
+        each = (state.error_dict, state.p_memory_dict, state.q_memory_dict)
+        return (tensor for held in each for tensor in held.values())
+
+    return lambda bucket: powerSGD_hook.powerSGD_hook(state, bucket), sent, kept

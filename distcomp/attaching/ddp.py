@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer
 from distcomp.active import NOTHING_OBSERVED, Observed
 from distcomp.attaching.bucket import Bucket, Scaler
 from distcomp.attaching.buffers import FirstsBuffers
+from distcomp.attaching.details import looked_at
 from distcomp.attaching.observed import observer
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
@@ -73,7 +74,7 @@ class GradientSync(Sync):
         find_unused = ddp.find_unused_parameters
         self._unused = UnusedParameters(parameters) if find_unused else None
         self.exchanged = UsedOnly(method) if find_unused else method
-        self.states = States(method)
+        self.states: States = States(method)
         self.seed = seed
         self._scaler = scaler
         self._ddp = ddp
@@ -290,6 +291,7 @@ class IterationRun:
         self._buckets: list[Bucket] = []
         self._sent_before = sync.channel.ledger.total_bytes
         self._drive = Drive(sync.channel)
+        sync.detail = {}
 
     def enter(self, bucket: Bucket) -> None:
         """Begin the exchanges of the bucket's pieces, in unscaled float32."""
@@ -304,7 +306,13 @@ class IterationRun:
             x = x / bucket.scale
         context = context_of(sync.channel, layout, sync.iterations, sync.seed, bucket.observed)
         aggregation = Aggregation(sync.exchanged, x, sync.states.of(layout, x.device), context)
-        self._drive.add(aggregation, lambda: bucket.take(view, aggregation.finished().estimate))
+
+        def done() -> None:
+            if sync.looks_closer:  # before the estimate is written over what was sent
+                sync.detail |= looked_at(aggregation, x, sync.method, sync.session.size)
+            bucket.take(view, aggregation.finished().estimate)
+
+        self._drive.add(aggregation, done)
 
     def end(self, ready_s: float) -> None:
         """The last bucket was there at ``ready_s``: carry all to their ends and keep what they came to."""

@@ -181,8 +181,8 @@ class Handle:
         return self._sync.text
 
     def stats(self) -> dict[str, Any]:
-        """Iterations, bytes sent by this rank (in all, by kind, in the last iteration) and where the last
-        one's time went."""
+        """Iterations, bytes sent by this rank (in all, by kind, in the last iteration), where the last one's
+        time went, and ``state_bytes``: what the method keeps in memory on this rank."""
         self._sync.idle()
         report = self._sync.report()
         if self._pruners:

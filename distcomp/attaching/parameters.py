@@ -33,7 +33,7 @@ from distcomp.averaging.base import Averaging, FragmentState, FromFirst, InFligh
 from distcomp.compressors import Identity
 from distcomp.errors import DistcompError, PeerLost
 from distcomp.layout import FlatBuffer, Layout
-from distcomp.methods.base import AggregateResult, ByParameter, State, cut_state, join_state
+from distcomp.methods.base import AggregateResult, ByParameter, State, cut_state, held_bytes, join_state
 from distcomp.methods.from_compressor import from_compressor
 from distcomp.private_torch import joins
 from distcomp.runtime.aggregation import Aggregation, Aggregator
@@ -289,7 +289,8 @@ class ParameterSync(Sync):
         for fragment in self._fragments:
             counts |= fragment.averaging.report(fragment.state)
         lost = {"lost": sorted(self._session.lost)} if self._session.lost else {}
-        return {"conditions": self.method.conditions(self._weights.layout, size), **lost, **counts}
+        kept = {"state_bytes": sum(held_bytes(fragment.state) for fragment in self._fragments)}
+        return {"conditions": self.method.conditions(self._weights.layout, size), **kept, **lost, **counts}
 
     def close(self) -> None:
         """Leave the model as it is."""

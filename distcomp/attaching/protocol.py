@@ -17,6 +17,7 @@ from distcomp.methods.base import ByParameter, State, StepContext
 from distcomp.runtime import driver
 from distcomp.runtime.aggregation import Aggregator
 from distcomp.runtime.executor import Executor
+from distcomp.runtime.states import States
 from distcomp.training import Listener, TrainingClock
 
 
@@ -35,11 +36,22 @@ class Sync(Listener, ABC):
         """Iterations that are over."""
         self.last: Iteration | None = None
         """What the last one did."""
+        self.states: States | None = None
+        """What the method remembers, where it is kept by parameter."""
+        self.detail_every = 0
+        """Every how many iterations a closer look is taken; 0: never."""
+        self.detail: dict[str, Any] = {}
+        """What the last one found, by parameter (:mod:`distcomp.attaching.details`); empty without any."""
         self.error: BaseException | None = None
         """What went wrong, once and for all."""
         self.session = session
         self.clock = clock
         self._own_lanes: dict[torch.device, Executor] = {}
+
+    @property
+    def looks_closer(self) -> bool:
+        """Whether a closer look is taken at the iteration that is under way."""
+        return self.detail_every > 0 and self.iterations % self.detail_every == 0
 
     @property
     def text(self) -> str:
@@ -89,8 +101,8 @@ class Sync(Listener, ABC):
         """Make all ranks hold the same weights. Replicas do."""
 
     def report(self) -> dict[str, Any]:
-        """What the method itself has to say in ``stats()``."""
-        return {}
+        """What the method itself has to say in ``stats()``, ``state_bytes`` among it."""
+        return {"state_bytes": 0 if self.states is None else self.states.held_bytes}
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
+from distcomp.attaching.details import cadence, spans_of
 from distcomp.attaching.elapsed import TrainingTime
 from distcomp.attaching.protocol import Sync
+from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
 from distcomp.errors import DistcompError
+from distcomp.process_memory import peak_bytes
 from distcomp.training import Listener
 
 Sink = Callable[[Mapping[str, Any]], object]
@@ -34,6 +37,7 @@ class Watch(Listener):
         self._trained = TrainingTime()
         self._counted: dict[str, int] = {}
         self.sinks: list[Sink] = []
+        sync.detail_every = cadence() if session.recorder is not None else 0
 
     def close(self) -> None:
         self._sync.clock.leave(self)
@@ -107,7 +111,17 @@ class Watch(Listener):
         fields = {"step_s": step_s, **_describe(last), **counted}
         if self._session.recorder is not None:
             self._session.recorder.step(**fields)
+            if self._sync.detail_every and last.index % self._sync.detail_every == 0:
+                self._session.recorder.detail(**self._detail(last))
         self._tell_sinks({"kind": "step", **fields})
+
+    def _detail(self, last: Iteration) -> dict[str, Any]:
+        """A closer look at an iteration: memory on every rank, the rest on rank 0."""
+        memory = {"peak_bytes": peak_bytes(), "state_bytes": self._sync.report().get("state_bytes", 0)}
+        detail: dict[str, Any] = {"step": last.index, "memory": memory}
+        if self._session.rank == 0:
+            detail |= {"parameters": self._sync.detail, **spans_of(last.timeline, last.ready_s)}
+        return detail
 
 
 def _has_gradient(optimizer: Optimizer) -> bool:

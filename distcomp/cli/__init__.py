@@ -15,11 +15,14 @@ from typing import NoReturn
 from distcomp.cli import (
     advise,
     audit,
+    bench,
+    completion,
     compress,
     decompress,
     doctor,
     emulate,
     methods,
+    new,
     probe,
     report,
     run,
@@ -27,7 +30,10 @@ from distcomp.cli import (
 )
 from distcomp.errors import DistcompError
 
-COMMANDS = (run, emulate, probe, audit, advise, simulate, report, methods, compress, decompress, doctor)
+COMMANDS = (
+    run, bench, emulate, probe, audit, advise, simulate, report, methods, new, compress, decompress, doctor,
+    completion,
+)  # fmt: skip
 
 DESCRIPTION = """\
 Distributed training in fewer bits: compress what PyTorch workers send to each
@@ -45,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without "×" is no reason to fail
-    parser = _parser()
-    parser.called = list(sys.argv[1:] if argv is None else argv)
+    shell = parser()
+    shell.called = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = parser.parse_args(argv)
+        arguments = shell.parse_args(argv)
         if arguments.command is None:
-            parser.print_help()
+            shell.print_help()
             return 2
         status: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -105,15 +111,16 @@ class _Parser(argparse.ArgumentParser):
         return self.known[called].format_help() if called is not None else self.format_help()
 
 
-def _parser() -> _Parser:
+def parser() -> _Parser:
+    """Of all commands."""
     plain = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="distcomp", description=DESCRIPTION, epilog=EPILOG, formatter_class=plain)
-    parser.add_argument("--version", action=_Version, help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    made = _Parser(prog="distcomp", description=DESCRIPTION, epilog=EPILOG, formatter_class=plain)
+    made.add_argument("--version", action=_Version, help="print the version and exit")
+    commands = made.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for command in COMMANDS:
         command.add(commands)
-    parser.known = commands.choices
-    return parser
+    made.known = commands.choices
+    return made
 
 
 class _Version(argparse.Action):

@@ -51,6 +51,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--methods", metavar="LIST", help="what to compare, separated by semicolons")
     add_import(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="of each rank, such as 16GB: what does not fit is refused"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="step time against bandwidth (.svg, .png)")
     parser.add_argument("--model", type=Path, required=True, metavar="SCRIPT", help="what is trained")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="what the script is given")
@@ -60,6 +63,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, predict, recommend."""
     from distcomp.advice.advise import advise
+    from distcomp.advice.memory import parse_size
     from distcomp.advice.script import defines, observe_script
     from distcomp.advice.task import NAME, task_of
 
@@ -70,12 +74,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.ranks_here < 1:
         raise DistcompError("--ranks-here is 1 or more")
     fabric = fabric_of(arguments, "ranks")
+    memory_bytes = parse_size(arguments.memory) if arguments.memory is not None else None
     script, given = existing(arguments.model), [one for one in arguments.arguments if one != "--"]
     has_task = defines(script, NAME)
     _tell(f"reading {script}" if has_task else f"running some steps of {script}")
     trained = task_of(script, given) if has_task else observe_script(script, given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    advice = advise(trained, fabric, methods, arguments.ranks_here, cores, _tell, arguments.shards)
+    advice = advise(
+        trained, fabric, methods, arguments.ranks_here, cores, _tell, arguments.shards, memory_bytes
+    )
     _done()
     if arguments.plot is not None:
         plot(advice, arguments.plot)
@@ -110,6 +117,8 @@ def show(advice: Advice) -> None:
     shown = [n for n in SHOWN_SCALES if n in advice.rows[0].efficiency]
     head = ["method", "step", "sent", "speed-up", "faster below", *(f"{n} ranks" for n in shown)]
     print(fitted(head, [_cells(row, shown, row.method == advice.baseline) for row in advice.rows]))
+    for refused in advice.refused:
+        print(f"\n{sentence(refused.sentence)}")
     print(f"\n{sentence(advice.sentence)}")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ def add(commands: Any) -> None:
         "deviations, levels, "
         "such as 16,0.5,32",
     )
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
     parser.set_defaults(run=run)
 
 
@@ -49,6 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not same:
         raise DistcompError("what was coded does not read back as it was; please report this model")
     write_output(arguments.output, data, b"dcz1", ".dcz file")
+    if arguments.json:
+        tensors = [asdict(one) for one in sizes(data)]
+        print(json.dumps({"file": str(arguments.output), "bytes": len(data), "tensors": tensors}, indent=2))
+        return 0
     rows = [[one.name, f"{one.dense_bytes}", f"{one.stored_bytes}", one.coding] for one in sizes(data)]
     print(fitted(["tensor", "bytes", "stored", "coding"], rows))
     dense = sum(size.dense_bytes for size in sizes(data))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ from distcomp.cli import methods as catalogue
 from distcomp.cli import prefork_client, report
 from distcomp.cli.plugins import add_import, import_plugins
 from distcomp.cli.progress import progress
-from distcomp.cli.run import dated_directory, existing, new_directory
+from distcomp.cli.run import add_detail, dated_directory, detail, existing, new_directory
 from distcomp.errors import DistcompError
+from distcomp.report import as_json
 
 if TYPE_CHECKING:
     from distcomp.network import Fabric, LaunchResult, Net
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 METHODS = "ddp; torch:fp16; bf16; qsgd:bits=8; qsgd:bits=4; qsgd:bits=1; none"
 TAIL_LINES = 20
 BASELINE = "ddp"
+DETAIL = 50
 
 DESCRIPTION = """\
 Run SCRIPT once per method, every rank on a host of its own, on a network that
@@ -63,22 +66,31 @@ def add(commands: Any) -> None:
     network.add_argument(
         "--no-packets", action="store_true", help="let distcomp's transport throttle itself, as without root"
     )
+    add_comparison(parser, repeats=1, again="1, and ddp once more at the end")
+    parser.set_defaults(run=run)
+
+
+def add_comparison(parser: argparse.ArgumentParser, repeats: int, again: str) -> None:
+    """What is compared, how often, and where it goes: the same whatever the network is."""
     parser.add_argument("--methods", metavar="LIST", help="what to compare, separated by semicolons")
     parser.add_argument("--method", action="append", metavar="M", help="one of them; may be repeated")
     parser.add_argument(
         "--target", type=float, metavar="LOSS", help="test loss to reach (default: DDP's + 5 %%)"
     )
     parser.add_argument(
-        "--repeats", type=int, default=1, metavar="N",
-        help="runs of each method, in turn (default 1, and ddp once more at the end)",
+        "--repeats", type=int, default=repeats, metavar="N",
+        help=f"runs of each method, in turn (default {again})",
     )  # fmt: skip
+    add_detail(parser, DETAIL)
     add_import(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where records and page go")
+    parser.add_argument(
+        "--json", action="store_true", help="print figures as JSON; what is told meanwhile goes to stderr"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show what rank 0 prints, not bars")
     parser.add_argument("--cold", action="store_true", help="start a fresh Python for each rank and method")
     parser.add_argument("script", type=Path, metavar="SCRIPT", help="the training script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="what the script is given")
-    parser.set_defaults(run=run)
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,9 @@ class Experiment:
     methods: tuple[str, ...]
     directory: Path
     repeats: int = 1
+    detail: Mapping[str, str] = field(default_factory=dict)
+    as_it_is: bool = False
+    """On this machine, no network being made."""
 
     @property
     def runs(self) -> tuple[PlannedRun, ...]:
@@ -119,19 +134,31 @@ class PlannedRun:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare; 1 if a method failed."""
+    return run_comparison(arguments, _fabric(arguments), packets=False if arguments.no_packets else None)
+
+
+def run_comparison(
+    arguments: argparse.Namespace, fabric: Fabric, packets: bool | None = None, as_it_is: bool = False
+) -> int:
+    """Run each method on the fabric, then report; 1 if a method failed. ``as_it_is``: the ranks are those of
+    this machine, and no network is made or recorded."""
     from distcomp.network import emulate
 
-    fabric = _fabric(arguments)
     import_plugins(arguments, arguments.script)
     chosen = _methods(arguments)
     script = existing(arguments.script)
     if arguments.repeats < 1:
         raise DistcompError(f"--repeats is {arguments.repeats}; give 1 or more")
     directory = new_directory(arguments.output) if arguments.output else dated_directory(Path("runs"))
-    experiment = Experiment(script, tuple(arguments.arguments), chosen, directory, arguments.repeats)
+    experiment = Experiment(
+        script, tuple(arguments.arguments), chosen, directory, arguments.repeats, detail(arguments),
+        as_it_is,
+    )  # fmt: skip
     runs = experiment.runs
-    with emulate(fabric, packets=False if arguments.no_packets else None) as net:
-        print("\n".join(net.describe()), flush=True)
+    told = redirect_stdout(sys.stderr if arguments.json else sys.stdout)
+    with told, emulate(fabric, False if as_it_is else packets) as net:
+        here = [f"{fabric.ranks} ranks on this machine, as it is"]
+        print("\n".join(here if as_it_is else net.describe()), flush=True)
         start = _cold(experiment) if arguments.cold else _warm(experiment, net)
         with start as command, progress([planned.shown for planned in runs], not arguments.verbose) as shown:
             failed = [
@@ -142,10 +169,14 @@ def run(arguments: argparse.Namespace) -> int:
     if len(failed) == len(runs):
         return 1
     comparison = report.compare_directories([experiment.directory], arguments.target)
-    report.write_page(comparison, directory / "report.html")
+    page = directory / "report.html"
+    report.write_page(comparison, page)
+    if arguments.json:
+        print(json.dumps(as_json(comparison), indent=2))
+        return 1 if failed else 0
     print()
     report.show(comparison)
-    print(f"\nwrote {directory / 'report.html'}")
+    print(f"\nwrote {page}")
     return 1 if failed else 0
 
 
@@ -161,13 +192,15 @@ def _one(
         "asked": method,
         "ranks": net.fabric.ranks,
         "argv": [str(experiment.script), *experiment.arguments],
-        "network": network(net),
+        "network": None if experiment.as_it_is else network(net),
         **recording.surroundings(experiment.script.resolve().parent),
     }
     recording.write_about(directory, about)
     environment = {recording.METHOD: method, recording.RUN_DIR: str(directory.resolve())}
+    environment |= experiment.detail
     with shown.method(planned.shown, directory):
-        job = net.start([*command, str(experiment.script), *experiment.arguments], environment)
+        argv = [*command, str(experiment.script), *experiment.arguments]
+        job = net.start(argv, environment, _places(net.fabric.ranks) if experiment.as_it_is else None)
         result = job.wait(show=show_rank_0 if verbose else show_nothing)
     status = 0 if result.ok else _first_status(result)
     recording.write_about(directory, about | {"exit_status": status, "seconds": result.seconds})
@@ -177,6 +210,11 @@ def _one(
         _report_failure(method, result, directory)
     _check_attached(experiment, method, directory, failed=status != 0)
     return status == 0
+
+
+def _places(ranks: int) -> list[dict[str, str]]:
+    """Of ranks that share this machine: each takes a GPU of its own, where there are any."""
+    return [{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)} for rank in range(ranks)]
 
 
 def _check_attached(experiment: Experiment, method: str, directory: Path, failed: bool) -> None:

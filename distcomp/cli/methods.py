@@ -119,21 +119,27 @@ def methods() -> Iterator[dict[str, Any]]:
             "fails": entry.limitations,
             "kind": entry.kind,
             "control": entry.control,
+            "state_bytes_per_parameter": kept_per_parameter(name),
         }
+
+
+def kept_per_parameter(name: str) -> float | None:
+    """What a method keeps between steps with default settings, in bytes for each parameter; None where it has
+    no default for a setting."""
+    from distcomp.advice.memory import bytes_per_parameter
+
+    try:
+        return bytes_per_parameter(name)
+    except DistcompError:
+        return None
 
 
 def compressors() -> Iterator[dict[str, Any]]:
     """Each public compressor. ``bits_per_value``: of a matrix of 1000 x 1000, default settings."""
-    from distcomp import compressors as room
     from distcomp.layout import Layout
 
     layout = Layout.of([("matrix", (EXAMPLE_SIDE, EXAMPLE_SIDE))])
-    for name in room.__all__:
-        kind = getattr(room, name)
-        if not (
-            inspect.isclass(kind) and dataclasses.is_dataclass(kind) and issubclass(kind, room.Compressor)
-        ):
-            continue
+    for name, kind in _compressor_classes():
         settings = _settings(kind)
         known: dict[str, Any] = {"name": name, "summary": _first_sentence(kind), "settings": settings}
         if inspect.signature(kind).parameters.keys() <= _defaults(kind):
@@ -141,6 +147,20 @@ def compressors() -> Iterator[dict[str, Any]]:
             bits = 8 * default.wire_bytes(layout) / layout.numel
             known |= {"summable": default.summable, "biased": not default.unbiased, "bits_per_value": bits}
         yield known
+
+
+def _compressor_classes() -> Iterator[tuple[str, Any]]:
+    """Ours by their class's name; then those of plugins, by the name that they registered."""
+    from distcomp import compressors as room
+    from distcomp.registry import COMPRESSORS
+
+    ours = [(name, getattr(room, name)) for name in room.__all__]
+    ours = [(name, kind) for name, kind in ours if inspect.isclass(kind) and dataclasses.is_dataclass(kind)]
+    yield from ((name, kind) for name, kind in ours if issubclass(kind, room.Compressor))
+    known = {kind for _, kind in ours}
+    for name, entry in sorted(COMPRESSORS.items()):
+        if inspect.isclass(entry.make) and entry.make not in known:
+            yield name, entry.make
 
 
 def _defaults(kind: Any) -> set[str]:
@@ -177,6 +197,7 @@ def _paragraph(one: dict[str, Any], width: int) -> str:
     particulars = {
         "settings": settings or "none",
         "sends": one.get("wire") or (f"{one['bits_per_value']:.4g} bits per value" if traits else ""),
+        "keeps": _kept(one.get("state_bytes_per_parameter")),
         "is": ", ".join(traits),
         "paper": one.get("paper", ""),
         "differs": one.get("differs", ""),
@@ -185,6 +206,10 @@ def _paragraph(one: dict[str, Any], width: int) -> str:
     lines = [_wrapped(one["name"], one["summary"], width)]
     lines += [_wrapped(f"    {key}", text, width) for key, text in particulars.items() if text]
     return "\n".join(lines) + "\n"
+
+
+def _kept(nbytes: float | None) -> str:
+    return "" if nbytes is None else f"{nbytes:.4g} bytes per parameter in memory"
 
 
 def _wrapped(name: str, text: str, width: int) -> str:

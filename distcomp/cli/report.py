@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,9 +14,10 @@ from typing import Any
 from distcomp import recording
 from distcomp.cli.outputs import write_output
 from distcomp.cli.tables import sentence
+from distcomp.errors import DistcompError
 from distcomp.report import Comparison, as_json, as_text, compare, page
+from distcomp.report.charts import Prices, other_names
 from distcomp.report.claims import verdict
-from distcomp.report.page import other_names
 from distcomp.report.predicted import Predicted, as_lines, pairs_of, read_advice
 from distcomp.report.table import as_cards, rich_table
 
@@ -46,6 +48,12 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="of distcomp advise --json: lay it beside what was measured",
     )
+    price = parser.add_argument_group("price", "of one worker, in any currency; draws the loss against it")
+    price.add_argument("--price-hour", type=float, default=0.0, metavar="P", help="of an hour")
+    price.add_argument("--price-gb", type=float, default=0.0, metavar="P", help="of a gigabyte sent")
+    price.add_argument(
+        "--watts", type=float, default=0.0, metavar="W", help="what it draws: loss against energy"
+    )
     parser.set_defaults(run=run)
 
 
@@ -56,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     beside = pairs_of(comparison, predicted) if predicted is not None else []
     path = arguments.output or (None if arguments.json else arguments.runs[0] / "report.html")
     if path is not None:
-        write_page(comparison, path, predicted)
+        write_page(comparison, path, predicted, _prices(arguments))
     if arguments.json:
         told = [asdict(one) | {"error": one.error} for one in beside]
         print(json.dumps(as_json(comparison) | ({"predicted": told} if told else {}), indent=2))
@@ -65,6 +73,13 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(["", *as_lines(beside)]) if beside else "", end="\n" if beside else "")
         print(f"\nwrote {path}")
     return 0
+
+
+def _prices(arguments: argparse.Namespace) -> Prices:
+    given = (arguments.price_hour, arguments.price_gb, arguments.watts)
+    if not all(0 <= price < math.inf for price in given):
+        raise DistcompError("--price-hour, --price-gb and --watts are numbers of 0 or more")
+    return Prices(*given)
 
 
 def compare_directories(directories: Sequence[Path], target_loss: float | None = None) -> Comparison:
@@ -99,7 +114,9 @@ def _drawn(comparison: Comparison) -> str:
     return as_text(comparison)
 
 
-def write_page(comparison: Comparison, path: Path, predicted: Predicted | None = None) -> None:
+def write_page(
+    comparison: Comparison, path: Path, predicted: Predicted | None = None, prices: Prices | None = None
+) -> None:
     """Write the page whole or not at all; only another page is replaced."""
-    text = page(comparison, predicted).encode("utf-8", errors="replace")
+    text = page(comparison, predicted, prices).encode("utf-8", errors="replace")
     write_output(path, text, b'<meta name="generator" content="distcomp">', "page of distcomp report")

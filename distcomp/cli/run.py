@@ -44,6 +44,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--method", help="what DISTCOMP_METHOD says to the script")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="record the run in this directory")
+    add_detail(parser, default=0)
     parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts (default 1)")
     parser.add_argument(
         "--node-rank", "--node_rank", type=int, default=0, metavar="I", help="which host this is (default 0)"
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.method is not None:
         methods.check(arguments.method)
         environment[recording.METHOD] = arguments.method
+    environment |= detail(arguments)
     script = ["-m", str(arguments.script)] if arguments.module else [str(existing(arguments.script))]
     nodes = _nodes(arguments)
     if arguments.output is not None:
@@ -100,6 +102,21 @@ def _check_attached(arguments: argparse.Namespace) -> None:
             f"(the record in {arguments.output} says so); leave the method out in the script: "
             "distcomp.attach(model, optimizer)"
         )
+
+
+def add_detail(parser: argparse.ArgumentParser, default: int) -> None:
+    """How often a step is looked at closely."""
+    parser.add_argument(
+        "--detail", type=int, default=default, metavar="N",
+        help=f"record what compression leaves out every N steps; 0: never (default {default})",
+    )  # fmt: skip
+
+
+def detail(arguments: argparse.Namespace) -> dict[str, str]:
+    """What the ranks are told of it."""
+    if arguments.detail < 0:
+        raise DistcompError(f"--detail is {arguments.detail}; give a number of steps, or 0 for never")
+    return {recording.DETAIL_EVERY: str(arguments.detail)} if arguments.detail else {}
 
 
 def existing(script: Path) -> Path:

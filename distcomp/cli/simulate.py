@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--scenario", type=Path, metavar="FILE", help="stragglers and failures, in TOML")
     parser.add_argument("--seed", type=int, default=0, help="of the method's random rounding")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="record the run in this directory")
+    parser.add_argument("--json", action="store_true", help="print each evaluation as a line of JSON")
     parser.add_argument("script", type=Path, metavar="SCRIPT", help="a script that defines training_task()")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="what the script is given")
     parser.set_defaults(run=run)
@@ -69,7 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     setting = Setting(fabric, scenario, seed=arguments.seed, sharded=arguments.sharded, weights=weights)
     simulation = Simulation(training_task, method, setting)
     recorder = _recorder(arguments, fabric.ranks)
-    print(f"{fabric.ranks} workers of {simulation.layout.numel:,} parameters, {arguments.method}: simulated")
+    about = f"{fabric.ranks} workers of {simulation.layout.numel:,} parameters, {arguments.method}: simulated"
+    print(about, file=sys.stderr if arguments.json else sys.stdout)
     begin_s = time.perf_counter()
     for step in range(1, arguments.steps + 1):
         simulation.step()
@@ -78,8 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
         found = simulation.evaluate()
         if recorder is not None:
             recorder.metric(step=step, train_s=found["seconds"], **found)
+        real_s = time.perf_counter() - begin_s
         told = "".join(f"  {name} {value:.4g}" for name, value in found.items())
-        print(f"step {step:5}{told}  ({time.perf_counter() - begin_s:.0f} s of real time)", flush=True)
+        text = f"step {step:5}{told}  ({real_s:.0f} s of real time)"
+        plain = {name: value if math.isfinite(value) else str(value) for name, value in found.items()}
+        print(json.dumps({"step": step, **plain}) if arguments.json else text, flush=True)
     if recorder is not None:
         recorder.close()
     return 0

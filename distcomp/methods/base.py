@@ -208,6 +208,22 @@ def map_state(
     return walk(state, "")
 
 
+def held_bytes(state: State) -> int:
+    """What a state takes in memory."""
+    total = 0
+
+    def buffer(_: str, leaf: FlatBuffer) -> None:
+        nonlocal total
+        total += leaf.held_bytes
+
+    def each(_: str, leaf: PerParameter) -> None:
+        nonlocal total
+        total += sum(value.numel() * value.element_size() for value in leaf.values())
+
+    map_state(state, buffer, each)
+    return total
+
+
 ByParameter = Mapping[str, Mapping[str, Tensor]]
 """Parameter name -> path of the leaf -> that parameter's tensor: state apart from any flat buffer."""
 

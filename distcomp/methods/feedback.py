@@ -11,9 +11,10 @@ from distcomp.collectives import Rounds
 from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError
 from distcomp.kernels import memory
-from distcomp.layout import FlatBuffer, Layout
+from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
 from distcomp.methods.residuals import check_form, kept
+from distcomp.randomness import Key
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class ErrorFeedback(Method):
                 )
 
     def init(self, layout: Layout) -> State:
+        nothing = torch.zeros(layout.numel, dtype=torch.float32)
         return {
-            "residual": FlatBuffer(torch.zeros(layout.numel, dtype=torch.float32), layout),
+            "residual": kept(nothing, layout, self.kept, Key.of(0)),
             "inner": self.inner.init(layout),
         }
 

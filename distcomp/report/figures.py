@@ -263,6 +263,7 @@ def _curve(records: Iterable[Record], starting_s: float, first_s: float) -> Iter
         if record["kind"] == "step":
             sent_bytes += record.get("payload_bytes") or 0
             steps_s += record.get("step_s") or 0.0
+        if record["kind"] != "metric":
             continue
         train_s = measured(record.get("train_s"))
         if train_s is None or not 0 <= train_s < math.inf:

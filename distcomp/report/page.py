@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from html import escape
@@ -12,16 +11,17 @@ from typing import Any
 
 from distcomp.recording import Run
 from distcomp.report import svg, words
+from distcomp.report.bars import stacked
+from distcomp.report.charts import Prices, charts, unread
 from distcomp.report.claims import verdict
+from distcomp.report.closer import bytes_by_kind, closer_section, legend
+from distcomp.report.exports import as_csv, figure
 from distcomp.report.figures import BASELINE, CONTROLS, Comparison, MethodRow
 from distcomp.report.predicted import Predicted, pairs_of, section
 from distcomp.report.table import Column, columns
 
-WIDE, NARROW = (540, 320), (358, 270)
 NO_CHARTS = '<p class="aside">No evaluation was recorded.</p>'
 RINGS = "A ring marks the evaluation at which a method first meets the target."
-MOST_OTHERS = 8
-"""So many of what a script logged under names of its own are drawn; the rest is named."""
 PARTS = {
     "compute": "forward, backward and whatever else the step did",
     "encode": "compressing, not hidden behind backward",
@@ -31,8 +31,9 @@ PARTS = {
 }
 
 
-def page(comparison: Comparison, predicted: Predicted | None = None) -> str:
-    """The report as one HTML document; with what was ``predicted`` of steps, where that is given."""
+def page(comparison: Comparison, predicted: Predicted | None = None, prices: Prices | None = None) -> str:
+    """The report as one HTML document; with what was ``predicted`` of steps, and with losses against what
+    they cost, where these are given."""
     folder = resources.files("distcomp.report")
     template = Template((folder / "page.html").read_text(encoding="utf-8"))
     claim = verdict(comparison)
@@ -44,8 +45,10 @@ def page(comparison: Comparison, predicted: Predicted | None = None) -> str:
         tiles="".join(_tiles(comparison, claim.winner)),
         table=_table(comparison, claim.winner),
         legend="".join(_legend(comparison)),
-        charts="".join([*_charts(comparison), *_other_charts(comparison)]) or NO_CHARTS,
-        unread=_unread(comparison),
+        charts="".join(charts(comparison, prices)) or NO_CHARTS,
+        kinds=bytes_by_kind(comparison),
+        closer=closer_section(comparison),
+        unread=unread(comparison),
         time=_time(comparison),
         predicted=section(pairs_of(comparison, predicted)) if predicted is not None else "",
         meaning=escape(" ".join(filter(None, (column.meaning for column in columns(comparison))))),
@@ -77,16 +80,16 @@ def _tiles(comparison: Comparison, best: MethodRow | None) -> Iterator[str]:
         words.formatted(best.to_target_s.mean, words.seconds),
         f"DDP: {words.formatted(base.to_target_s.mean, words.seconds)}",
     )
-    for title, figure, write in (
+    for title, name, write in (
         ("Sent on the wire by each worker in a step", "wire_bytes", words.size),
         ("Payload of each worker in a step", "payload_bytes", words.size),
         ("Test accuracy at the end", "test_accuracy", words.percent),
     ):
-        mine, its = best.spread(figure), base.spread(figure)
+        mine, its = best.spread(name), base.spread(name)
         if (
             mine is not None
             and its is not None
-            and not (figure == "payload_bytes" and best.spread("wire_bytes"))
+            and not (name == "payload_bytes" and best.spread("wire_bytes"))
         ):
             yield _tile(title, words.formatted(mine.mean, write), f"DDP: {words.formatted(its.mean, write)}")
 
@@ -149,174 +152,47 @@ def _legend(comparison: Comparison) -> Iterator[str]:
         yield f"<button {state}>{svg.swatch(style)}<span>{label}</span></button>"
 
 
-def _charts(comparison: Comparison) -> Iterator[str]:
-    """Accuracy and loss, each against seconds and against bytes; pruned weights against seconds."""
-    axes = (("train_s", "seconds of training"), ("sent_bytes", "bytes sent by each worker (logarithmic)"))
-    shown = (("test_accuracy", "Test accuracy", axes), ("test_loss", "Test loss", axes))
-    for figure, what, overs in (*shown, ("pruned", "Share of pruned weights", axes[:1])):
-        for over, label in overs:
-            chart = _chart(comparison, figure, over, f"{what} against {label.partition(' (')[0]}", label)
-            if chart is not None:
-                key = f"{figure}-{over}"
-                wide = f'<div class="wide">{chart.draw(*WIDE, key + "-wide")}</div>'
-                narrow = f'<div class="narrow">{chart.draw(*NARROW, key)}</div>'
-                silent = _silent(comparison) if over == "sent_bytes" else ""
-                dotted = (
-                    ""
-                    if chart.level is None
-                    else f" <small>dotted: {words.formatted(chart.level, words.loss)}</small>"
-                )
-                caption = f"<figcaption>{escape(chart.title)}{dotted}</figcaption>"
-                yield f"<figure>{caption}{wide}{narrow}{silent}</figure>"
-
-
-def _other_charts(comparison: Comparison) -> Iterator[str]:
-    """What a script logged under names of its own, against seconds."""
-    for at, name in enumerate(other_names(comparison)[:MOST_OTHERS]):
-        lines = [
-            svg.Line(style, _label(row, run.seed), points)
-            for style, row in enumerate(comparison.rows)
-            for run in row.runs
-            if (points := _other_points(run.curve, name))
-        ]
-        if not lines:
-            continue
-        x = svg.span([x for line in lines for x, _ in line.points], _short, zero=True)
-        y = svg.span([y for line in lines for _, y in line.points], _short)
-        chart = svg.Chart(tuple(lines), x, y, "seconds of training", f"{name} against seconds of training")
-        wide = f'<div class="wide">{chart.draw(*WIDE, f"other{at}-wide")}</div>'
-        narrow = f'<div class="narrow">{chart.draw(*NARROW, f"other{at}")}</div>'
-        yield f"<figure><figcaption>{escape(chart.title)}</figcaption>{wide}{narrow}</figure>"
-
-
-def _other_points(curve: Any, name: str) -> tuple[tuple[float, float], ...]:
-    points = ((point.train_s, point.others.get(name)) for point in curve)
-    return tuple((x, y) for x, y in points if y is not None and math.isfinite(y))
-
-
-def other_names(comparison: Comparison) -> list[str]:
-    """Numbers that were logged under names of the script's own, in the order in which they came."""
-    points = (point for row in comparison.rows for run in row.runs for point in run.curve)
-    return list(dict.fromkeys(name for point in points for name in point.others))
-
-
-def _unread(comparison: Comparison) -> str:
-    """What was logged and is not drawn, by its name."""
-    names = [*other_names(comparison)[MOST_OTHERS:]]
-    names += [name for row in comparison.rows for run in row.runs for name in run.unread]
-    return f"Logged and not drawn: {escape(', '.join(dict.fromkeys(names)))}." if names else ""
-
-
-def _chart(comparison: Comparison, figure: str, over: str, title: str, label: str) -> svg.Chart | None:
-    lines = [
-        svg.Line(style, _label(row, run.seed), points)
-        for style, row in enumerate(comparison.rows)
-        for run in row.runs
-        if (points := _points(run.curve, over, figure))
-    ]
-    if not lines:
-        return None
-    log, loss = over == "sent_bytes", figure == "test_loss"
-    target = comparison.target_loss if loss else None
-    x = svg.span([x for line in lines for x, _ in line.points], _short_size if log else _short, log, not log)
-    every = [y for line in lines for _, y in line.points]
-    values = [y for y in every if not loss or y <= _ceiling(comparison)] or every
-    y = svg.span([*values, *([target] if target is not None else [])], _short if loss else _whole_percent)
-    rings = tuple(_rings(comparison, over)) if loss else ()
-    return svg.Chart(tuple(lines), x, y, label, title, target, rings)
-
-
-def _points(curve: Any, over: str, figure: str) -> tuple[tuple[float, float], ...]:
-    points = ((getattr(point, over), getattr(point, figure)) for point in curve)
-    return tuple(
-        (x, y) for x, y in points if y is not None and math.isfinite(y) and (over == "train_s" or x > 0)
-    )
-
-
-def _ceiling(comparison: Comparison) -> float:
-    """The highest loss worth showing: where training starts. What diverges leaves the picture."""
-    first = [
-        run.curve[0].test_loss
-        for row in comparison.rows
-        for run in row.runs
-        if run.curve and run.curve[0].test_loss
-    ]
-    return max((loss for loss in first if math.isfinite(loss)), default=math.inf)
-
-
-def _rings(comparison: Comparison, over: str) -> Iterator[tuple[int, float, float]]:
-    for style, row in enumerate(comparison.rows):
-        for run in row.runs:
-            point = None if comparison.target_loss is None else run.reached(comparison.target_loss)
-            if point is not None and point.test_loss is not None and getattr(point, over) > 0:
-                yield style, getattr(point, over), point.test_loss
-
-
-def _label(row: MethodRow, seed: object) -> str:
-    return row.method if len(row.runs) == 1 else f"{row.method}, seed {seed}"
-
-
-def _silent(comparison: Comparison) -> str:
-    """Who is not in a picture of bytes, having sent none."""
-    silent = [row.method for row in comparison.rows if all(run.payload_bytes == 0 for run in row.runs)]
-    return (
-        f'<p class="aside">Not shown: {escape(", ".join(silent))}, which sends nothing.</p>' if silent else ""
-    )
-
-
-def _short_size(nbytes: float) -> str:
-    return words.formatted(nbytes, words.size).replace(".00 ", " ").replace(".0 ", " ")
-
-
-def _short(value: float) -> str:
-    return f"{value:g}"
-
-
-def _whole_percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
 def _time(comparison: Comparison) -> str:
     """A bar per method, as long as its mean step; the parts of it in the order in which they happen."""
-    split = {row.method: row.spent_s() for row in comparison.rows}
-    longest = max((sum(parts.values()) for parts in split.values() if parts), default=0.0)
-    if not longest:
+    split = {row.method: parts for row in comparison.rows if (parts := row.spent_s()) is not None}
+    if not any(sum(parts.values()) for parts in split.values()):
         return '<p class="aside">The record of these runs holds no phases.</p>'
-    key = "".join(
-        f'<span title="{escape(PARTS[part])}"><i class="part {part}"></i>{part}</span>' for part in PARTS
-    )
-    bars = "".join(_bar(row, split[row.method], longest) for row in comparison.rows)
-    return f'<div class="parts">{key}</div><div class="bars">{bars}</div>'
+    rows = [(name, {part: max(parts[part], 0.0) for part in PARTS}) for name, parts in split.items()]
+    title = "The mean step of rank 0"
+
+    def draw(width: int, height: int, key: str) -> str:
+        return stacked(rows, {part: part for part in PARTS}, _seconds, title, width)
+
+    numbers = as_csv(["method", *PARTS], ([name, *parts.values()] for name, parts in rows))
+    after = legend({part: part for part in PARTS}, PARTS) + _time_told(comparison, split)
+    return figure(title, draw, "time", numbers, after=after, full=True)
 
 
-def _bar(row: MethodRow, parts: Mapping[str, float] | None, longest: float) -> str:
-    if parts is None:
-        reason = "not split: the record lacks phases, or they overlap"
-        return (
-            f'<div class="bar-name">{_breakable(row.method)}</div><div class="bar-cell aside">{reason}</div>'
-        )
-    pieces = "".join(
-        f'<i class="part {part}" style="width:{100 * parts[part] / longest:.3f}%"></i>'
-        for part in PARTS
-        if parts[part]
-    )
-    reason = " · ".join([*_parts_told(parts), *_starting_told(row)])
-    whole = words.formatted(sum(parts.values()), words.seconds)
-    bar = f'<div class="bar" role="img" aria-label="{escape(reason)}">{pieces}<b>{whole}</b></div>'
-    return (
-        f'<div class="bar-name">{_breakable(row.method)}</div>'
-        f'<div class="bar-cell">{bar}<div class="bar-told">{escape(reason)}</div></div>'
-    )
+def _time_told(comparison: Comparison, split: Mapping[str, Mapping[str, float]]) -> str:
+    """The same in words, and what the first step took more."""
+    lines = []
+    for row in comparison.rows:
+        if row.method not in split:
+            parts = ["not split: the record lacks phases, or they overlap"]
+        else:
+            found = split[row.method]
+            parts = [f"{part} {_seconds(found[part])}" for part in PARTS if found[part]]
+        told = " · ".join([*parts, *_starting_told(row)])
+        lines.append(f"<div><dt>{_breakable(row.method)}</dt><dd>{escape(told)}</dd></div>")
+    return f"<details><summary>In numbers</summary><dl>{''.join(lines)}</dl></details>"
 
 
-def _parts_told(parts: Mapping[str, float]) -> list[str]:
-    return [f"{part} {words.formatted(parts[part], words.seconds)}" for part in PARTS if parts[part]]
+def _seconds(value: float) -> str:
+    return words.formatted(value, words.seconds)
 
 
 def _starting_told(row: MethodRow) -> list[str]:
     seconds = row.spread("starting_s")
-    text = None if seconds is None else words.formatted(seconds.mean, words.seconds)
-    return [] if text is None else [f"the first step took {text} more, which counts nowhere"]
+    return (
+        []
+        if seconds is None
+        else [f"the first step took {_seconds(seconds.mean)} more, which counts nowhere"]
+    )
 
 
 def _bytes(comparison: Comparison) -> str:

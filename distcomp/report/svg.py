@@ -26,6 +26,14 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Band:
+    """How far the runs of a line spread: (x, low, high)."""
+
+    style: int
+    points: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True)
 class Axis:
     """From ``low`` to ``high``, linear or logarithmic."""
 
@@ -75,6 +83,7 @@ class Chart:
     title: str
     level: float | None = None
     rings: tuple[tuple[int, float, float], ...] = ()
+    bands: tuple[Band, ...] = ()
 
     def draw(self, width: int, height: int, key: str) -> str:
         """The SVG element. ``key`` makes its identifiers unique on the page."""
@@ -87,6 +96,7 @@ class Chart:
             *frame.grid(),
             f'<g clip-path="url(#{clip})">',
             *frame.level(),
+            *(frame.band(band) for band in self.bands),
             *(frame.line(line) for line in self.lines),
             *(frame.ring(*ring) for ring in self.rings),
             "</g></svg>",
@@ -147,6 +157,13 @@ class _Frame:
             f'<g class="line s{line.style % COLOURS}" data-style="{line.style}">{label}'
             f'<path class="stroke" d="{path}"/>{marks}</g>'
         )
+
+    def band(self, band: Band) -> str:
+        """The area over which runs spread, below their mean's line."""
+        top = [(self.x(x), self.y(high)) for x, _, high in band.points]
+        bottom = [(self.x(x), self.y(low)) for x, low, _ in reversed(band.points)]
+        path = "M" + "L".join(f"{x} {y}" for x, y in top + bottom)
+        return f'<path class="band s{band.style % COLOURS}" data-style="{band.style}" d="{path}"/>'
 
     def ring(self, style: int, x: float, y: float) -> str:
         return (

@@ -54,6 +54,11 @@ class Aggregation:
         return self._context.layout
 
     @property
+    def step(self) -> int:
+        """In which it takes place."""
+        return self._context.step
+
+    @property
     def result(self) -> AggregateResult | None:
         """The result; None while the exchange is under way."""
         return self._result

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch.profiler import record_function
 
@@ -20,17 +21,27 @@ from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.channel import Channel, OpenRequest
 
 
+class PhaseSpan(NamedTuple):
+    """What was done from one moment to another; phases are encode, recode, wait, decode, and wire (a request
+    under way)."""
+
+    phase: str
+    begin_s: float
+    end_s: float
+    bucket: int = 0
+    round: int = 0
+
+
 @dataclass
 class Timeline:
     """When what was done in one iteration, in seconds of :func:`time.perf_counter`."""
 
-    spans: list[tuple[str, float, float]] = field(default_factory=list)
-    """(phase, begin, end); phases are encode, recode, wait, decode, and wire (a request under way)."""
+    spans: list[PhaseSpan] = field(default_factory=list)
 
     def seconds(self, phase: str, after_s: float = float("-inf")) -> float:
         """Time during which a phase was under way after a moment; what overlaps itself counts once."""
         total_s, reached_s = 0.0, after_s
-        for begin, end in sorted((begin, end) for name, begin, end in self.spans if name == phase):
+        for begin, end in sorted((one.begin_s, one.end_s) for one in self.spans if one.phase == phase):
             total_s += max(0.0, end - max(begin, reached_s))
             reached_s = max(reached_s, end)
         return total_s
@@ -40,7 +51,7 @@ class Timeline:
         """From the first encode to the last decode."""
         if not self.spans:
             return 0.0
-        return max(end for _, _, end in self.spans) - min(begin for _, begin, _ in self.spans)
+        return max(one.end_s for one in self.spans) - min(one.begin_s for one in self.spans)
 
 
 @dataclass
@@ -51,6 +62,7 @@ class Running:
     done: Callable[[], None]
     open_request: OpenRequest | None = None
     rounds: int = 0
+    bucket: int = 0
 
     @property
     def over(self) -> bool:
@@ -87,6 +99,7 @@ def drive(channel: Channel, timeline: Timeline) -> BucketCarrier:
             if running is None:
                 last = bucket
             else:
+                running.bucket = bucket
                 buckets.append(running)
         if last is not None and all(running.over for running in buckets):
             return
@@ -122,8 +135,8 @@ def _advance(current: Running, channel: Channel, timeline: Timeline) -> bool:
     if request is not None:
         current.open_request = channel.prepare(request, aggregation.finite)
     phase = "decode" if request is None else "encode" if current.rounds == 0 else "recode"
+    timeline.spans.append(PhaseSpan(phase, begin_s, time.perf_counter(), current.bucket, current.rounds))
     current.rounds += 1
-    timeline.spans.append((phase, begin_s, time.perf_counter()))
     if request is None:
         current.done()
     return request is not None
@@ -134,8 +147,9 @@ def _wait(current: Running, timeline: Timeline) -> None:
     assert current.open_request is not None
     begin_s = time.perf_counter()
     current.open_request.wait()
-    timeline.spans.append(("wait", begin_s, time.perf_counter()))
-    timeline.spans.append(("wire", current.open_request.started_s, current.open_request.finished_s))
+    sent, place = current.open_request, (current.bucket, current.rounds - 1)
+    timeline.spans.append(PhaseSpan("wait", begin_s, time.perf_counter(), *place))
+    timeline.spans.append(PhaseSpan("wire", sent.started_s, sent.finished_s, *place))
 
 
 class Drive:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from distcomp.layout import FlatBuffer, Layout
-from distcomp.methods.base import ByParameter, Method, PerParameter, State, cut_state, join_state, map_state
+from distcomp.methods.base import (
+    ByParameter,
+    Method,
+    PerParameter,
+    State,
+    cut_state,
+    held_bytes,
+    join_state,
+    map_state,
+)
 from distcomp.methods.residuals import PackedBuffer
 
 
@@ -62,17 +71,8 @@ class States:
     def held_bytes(self) -> int:
         """What all of it takes in memory."""
         held = [value for leaves in self._loose.values() for value in leaves.values()]
-        total = sum(value.numel() * value.element_size() for value in held)
-
-        def count(_: str, leaf: FlatBuffer | PerParameter) -> None:
-            nonlocal total
-            each = leaf.values() if isinstance(leaf, PerParameter) else ()
-            total += sum(value.numel() * value.element_size() for value in each)
-            total += leaf.held_bytes if isinstance(leaf, FlatBuffer) else 0
-
-        for state in self._by_layout.values():
-            map_state(state, count, count)
-        return total
+        loose = sum(value.numel() * value.element_size() for value in held)
+        return loose + sum(map(held_bytes, self._by_layout.values()))
 
     def expected(self, layout: Layout, saved: ByParameter) -> ByParameter:
         """What the state of these parameters has to be like: tensors without values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,12 @@ def test_the_command_trains_prints_and_records(tmp_path: Path, capsys: pytest.Ca
     assert run.about["simulated"] is True
     assert [one["step"] for one in run.of_kind("metric")] == [3, 6]
     assert run.of_kind("metric")[1]["train_s"] > run.of_kind("metric")[0]["train_s"] > 0
+    assert cli.main([*given, "--eval-every", "3", "--json", str(script), "7"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    kept = [{**one, "seconds": one["train_s"]} for one in run.of_kind("metric")]
+    assert [{name: one[name] for name in ("step", "seconds")} for one in told] == [
+        {name: one[name] for name in ("step", "seconds")} for one in kept
+    ]
 
 
 @pytest.mark.parametrize(

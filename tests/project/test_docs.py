@@ -131,8 +131,11 @@ def test_a_demo_installs_what_it_needs_and_no_more() -> None:
 def test_the_methods_that_commands_on_the_pages_name_can_be_asked_for() -> None:
     named = []
     for page in [*WRITTEN, *(ROOT / "launchers").rglob("*.md"), *(ROOT / "src").rglob("*.md")]:
-        for told in re.findall(r'--methods? +("[^"]*"|[^\s`]+)', page.read_text()):
-            named += [one.strip() for one in told.strip('"').split(";")]
+        text = page.read_text()
+        begun = re.findall(r"distcomp new \w+ (\w+)", text)  # what the page itself has made before
+        for told in re.findall(r"""--methods? +("[^"]*"|'[^']*'|[^\s`]+)""", text):
+            methods = [one.strip() for one in told.strip("\"'").split(";")]
+            named += [one for one in methods if not any(name in one for name in begun)]
     assert len(named) >= 3
     for one in named:
         check(one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import struct
 import tracemalloc
 import zlib
@@ -287,6 +288,10 @@ def test_compress_and_decompress_from_the_shell(tmp_path, capsys):
     torch.save(sparse_state(), model)
     assert main(["compress", str(model), "-o", str(packed)]) == 0
     assert "x smaller" in capsys.readouterr().out
+    assert main(["compress", str(model), "-o", str(packed), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["bytes"] == packed.stat().st_size
+    assert {one["name"] for one in told["tensors"]} == sparse_state().keys()
     assert main(["decompress", str(packed), "-o", str(back)]) == 0
     decoded = torch.load(back, weights_only=True)
     assert all(
