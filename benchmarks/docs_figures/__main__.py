@@ -32,6 +32,7 @@ from benchmarks.docs_figures import (
     rebuild,
     structured,
     updates,
+    versions,
 )
 
 DOCS = ROOT / "docs"
@@ -49,7 +50,12 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "collectives": [(DOCS / "collectives.md", updates.COLLECTIVES)],
     "updates": [(DOCS / "updates.md", updates.BLOCKS)],
     "rebuild": [(DOCS / "decisions" / "corrected-numbers.md", rebuild.BLOCKS)],
-    "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS | formats.BLOCKS)],
+    "comparisons": [
+        (DOCS / "compressors.md", comparisons.BLOCKS | formats.BLOCKS),
+        (DOCS / "peers.md", {"peers": comparisons.BLOCKS["peers"]}),
+        (DOCS / "how" / "choose.md", versions.CHOOSE),
+    ],
+    "versions": [(DOCS / "versions.md", versions.MATRIX)],
 }
 
 mpl.use("svg")
