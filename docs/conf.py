@@ -44,7 +44,7 @@ html_css_files = ["narrow.css"]
 
 
 def setup(app):
-    """The pages of methods, names and errors are written from the code, so that they can neither lag nor lie."""
+    """The pages of methods, names and errors are written from the code: they can neither lag nor lie."""
     for pages in (catalogue, reference, sentences, notebook):
         app.connect("builder-inited", lambda _, write=pages.write: write(HERE))
     app.connect("autodoc-process-docstring", docstring)
@@ -69,7 +69,7 @@ def named_otherwise(app, _env, node, shown):
 
 @lru_cache(maxsize=4096)
 def exists(target, module):
-    """Whether there is such a thing, public or not: in a library, in a module, or beside what is documented."""
+    """Whether there is such a thing, public or not: in a library, in a module, or beside what names it."""
     first, _, rest = target.partition(".")
     if hasattr(builtins, first) or (not rest and len(target) == 1):  # a type variable
         return True

@@ -1,5 +1,5 @@
-"""A page for each public function and class, and one for each room that lists them: read from ``__all__``, or, in
-the modules below, from the names that do not begin with an underscore. Sphinx's autodoc writes what is on a page."""
+"""A page for each public function and class, and one for each room that lists them: read from ``__all__``,
+or, in the modules below, from the names without an underscore. Sphinx's autodoc writes what is on a page."""
 
 import ast
 import importlib
@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import distcomp
 SOURCES = Path(distcomp.__file__).parent
 MODULES = (
     "active", "errors", "horovod", "layout", "payload", "randomness", "recording", "schedule",
-    "integrations.accelerate", "integrations.aim", "integrations.fabric", "integrations.files", "integrations.fsdp2",
-    "integrations.lightning", "integrations.mlflow", "integrations.prometheus", "integrations.ray",
-    "integrations.tensorboard", "integrations.titan", "integrations.trackio", "integrations.transformers",
+    "integrations.accelerate", "integrations.aim", "integrations.fabric", "integrations.files",
+    "integrations.fsdp2", "integrations.lightning", "integrations.mlflow", "integrations.prometheus",
+    "integrations.ray", "integrations.tensorboard", "integrations.trackio", "integrations.transformers",
     "integrations.wandb",
 )  # fmt: skip
 """Modules without ``__all__`` that the pages tell people to import. Some need a library that is not there."""
@@ -27,8 +28,8 @@ MODULES = (
 HEAD = """\
 # Reference
 
-Every public function and class, with its signature and types. What stands in no `__all__` and in none of these modules is
-private and may change in any version ([versions](versions.md)).
+Every public function and class, with its signature and types. What stands in no `__all__` and in none of
+these modules is private and may change in any version ([versions](versions.md)).
 
 | from | there is |
 |---|---|
@@ -60,7 +61,7 @@ def packages() -> list[str]:
 def names() -> dict[str, list[Name]]:
     """Module -> its public names."""
     promised = {package: sorted(_promised(package), key=_order) for package in packages()}
-    written = {f"distcomp.{module}": list(_written(f"distcomp.{module}")) for module in MODULES if _is(module)}
+    written = {f"distcomp.{module}": list(_written(f"distcomp.{module}")) for module in MODULES}
     return promised | written
 
 
@@ -99,10 +100,6 @@ def _by_last_name() -> dict[str, str]:
     return {one.name: f"reference/{one.path}" for one in reversed(list(homes))}
 
 
-def _is(module: str) -> bool:
-    return (SOURCES / f"{module.replace('.', '/')}.py").exists()
-
-
 def _order(one: Name) -> tuple[str, str]:
     return one.name.lower(), one.name
 
@@ -110,7 +107,11 @@ def _order(one: Name) -> tuple[str, str]:
 def _promised(package: str) -> Iterator[Name]:
     module = importlib.import_module(package)
     for name in module.__all__:
-        thing = inspect.unwrap(getattr(module, name)) if callable(getattr(module, name)) else getattr(module, name)
+        thing = (
+            inspect.unwrap(getattr(module, name))
+            if callable(getattr(module, name))
+            else getattr(module, name)
+        )
         kind = "class" if inspect.isclass(thing) else "function" if inspect.isfunction(thing) else "data"
         doc = inspect.getdoc(thing) if kind != "data" else _told_of_data(package, name)
         yield Name(package, name, kind, _first(doc))
@@ -130,7 +131,7 @@ def _told_of_data(package: str, name: str) -> str:
     folder = SOURCES.parent / package.replace(".", "/")
     for path in sorted(folder.rglob("*.py")):
         body = ast.parse(path.read_text(encoding="utf-8")).body
-        for node, after in zip(body, body[1:], strict=False):
+        for node, after in pairwise(body):
             targets = [*getattr(node, "targets", ()), getattr(node, "target", None)]
             if not any(getattr(target, "id", None) == name for target in targets):
                 continue
@@ -162,25 +163,39 @@ def _homes(found: dict[str, list[Name]]) -> dict[Any, Name]:
 
 
 def _index(found: dict[str, list[Name]]) -> str:
-    rows = "\n".join(f"| [`{module}`](reference/{module}.md) | {len(here)} names |" for module, here in found.items())
+    rows = "\n".join(
+        f"| [`{module}`](reference/{module}.md) | {len(here)} names |" for module, here in found.items()
+    )
     tree = "\n".join(f"reference/{module}" for module in found)
     return f"{HEAD}{rows}\n\n```{{toctree}}\n:hidden:\n\n{tree}\n```\n"
 
 
 def _room(module: str, here: list[Name], homes: dict[Any, Name]) -> str:
     rows = [
-        f"| [`{one.name}`]({homes[_identity(one)].path}.md) | {one.kind} | {_cell(one.summary)} |" for one in here
+        f"| [`{one.name}`]({homes[_identity(one)].path}.md) | {one.kind} | {_cell(one.summary)} |"
+        for one in here
     ]
     return "\n".join([f"# {module}", "", "| name | is a | what it is |", "|---|---|---|", *rows, ""])
 
 
 def _page(one: Name) -> str:
-    lines = ["---", "orphan: true", "---", "", f"# {one.name}", "", f"In [`{one.module}`]({one.module}.md).", ""]
+    lines = [
+        "---",
+        "orphan: true",
+        "---",
+        "",
+        f"# {one.name}",
+        "",
+        f"In [`{one.module}`]({one.module}.md).",
+        "",
+    ]
     if one.kind == "data":
         value = repr(getattr(importlib.import_module(one.module), one.name))
         shown = value if len(value) < 200 else f"{value[:60]} ..."
         return "\n".join([*lines, "```python", f"{one.name} = {shown}", "```", "", _cell(one.summary), ""])
-    options = "   :members:\n   :special-members: __call__\n   :show-inheritance:\n" if one.kind == "class" else ""
+    options = (
+        "   :members:\n   :special-members: __call__\n   :show-inheritance:\n" if one.kind == "class" else ""
+    )
     return "\n".join([*lines, "```{eval-rst}", f".. auto{one.kind}:: {one.path}", f"{options}```", ""])
 
 

@@ -1,7 +1,8 @@
-"""Every sentence that a ``DistcompError`` can say, and its remedy: read from the code, so that none is left out.
+"""Every sentence that a ``DistcompError`` can say, and its remedy: read from the code, so that none is left
+out.
 
-A message is ``what is wrong; what to do``. Where it ends without what to do, ``REMEDIES`` says it. What stands here and is no
-sentence of the code any more is told, too."""
+A message is ``what is wrong; what to do``. Where it ends without what to do, ``REMEDIES`` says it. What
+stands here and is no sentence of the code any more is told, too."""
 
 import ast
 import re
@@ -15,26 +16,27 @@ import distcomp
 SOURCES = Path(distcomp.__file__).parent
 
 GIVE = "give a value that the sentence allows; the reference has the usual one"
-AGAIN = "the file did not arrive as it was written: copy it again, and compare lengths and checksums with the source"
+AGAIN = "the file did not arrive as it was written: copy it again, and compare its checksum with the source's"
 KEY = "send the update again; if it stays so, the receiver goes on with the next key frame (`ask_for_key()`)"
-REPLACE = "the file is at fault, not the setting: copy it again from where it was made"
 
+DAMAGED = r"damaged|cut short|stream|due$|longer|announces|do not lie|neither true|outside its shape"
+BEYOND = r"\bnot (at |to )?(1/)?[\[‹].*$|, not ‹.*$| (is|are) .*(or more|positive|must be|must rise).*$"
+SETTING = r"\b(takes|is|are|has|have|needs?|knows|lies|lasts|starts|falls) .*\b(not|must) .*$"
 PATTERNS = (
     ("updates/", re.compile(r"alter|cut short|damaged|a part is missing|no text"), KEY),
-    ("files/", re.compile(r"damaged|cut short|stream|due$|were added|longer|announces|do not lie|neither true"), AGAIN),
-    ("", re.compile(r"\bnot (at |to )?(1/)?[\[‹].*$|, not ‹.*$| (is|are) .*(or more|positive|must be|must rise).*$"), GIVE),
-    ("", re.compile(r"\b(takes|is|are|has|have|needs?|knows|lies|lasts|starts|falls) .*\b(not|must) .*$"), GIVE),
+    ("files/", re.compile(DAMAGED), AGAIN),
+    ("", re.compile(f"{BEYOND}|{SETTING}"), GIVE),
 )
 """(Where, what the sentence says, what to do)."""
 
 REMEDIES = {
-    "on_failure='continue' needs a plain module": "attach the module itself, on the CPU and over Gloo, or take "
-    "on_failure='stop'",
+    "on_failure='continue' needs a plain module": "attach the module itself, on the CPU and over Gloo, or "
+    "take `on_failure='stop'`",
     "the method was detached before": "call `detach()`, or leave the `with` block, after `optimizer.step()`",
     "optimizer_state='reset' or 'average' needs": "pass the optimizer as the second argument",
     "codistill exchanges predictions of examples": "pass `shared=examples`, the same on every rank",
-    "the optimizer steps but no gradient went": "call the attached model; `no_sync()` is for the micro-batches before the last",
-    "a CP layer has 1 to 3 dimensions": GIVE,
+    "the optimizer steps but no gradient went": "call the attached model; `no_sync()` is for the "
+    "micro-batches before the last",
     "--ranks-here is 1 or more": GIVE,
     "--ranks and --steps are 1 or more": GIVE,
     "--steps and --eval-every are 1 or more": GIVE,
@@ -44,51 +46,59 @@ REMEDIES = {
     "--largest is above": GIVE,
     "‹heads› heads and the end of the network": "give one weight for each head and one for the end",
     "a bottleneck of": "give a rank in the range, or leave it out",
-    "known logits have no features": "give the teacher itself in the place of its logits, or a loss of logits alone (`hinton`)",
+    "known logits have no features": "give the teacher itself in the place of its logits, or a loss of "
+    "logits alone (`hinton`)",
     "‹name__› has no module": "take a name of `dict(model.named_modules())`",
-    "‹name› is of type ‹dtype›, which": "store it in float32, float16, bfloat16, bool or a type of whole numbers",
+    "‹name› is of type ‹dtype›, which": "store it as float32, float16, bfloat16, bool or whole numbers",
     "the file is longer than its table": AGAIN,
-    "‹name› has weights outside": AGAIN,
     "a kernel of": "pad the input, or take a smaller kernel",
     "eps=": GIVE,
     "budget=": GIVE,
     "payloads are coded by": GIVE,
-    "‹path›: ‹error›": "mend the line of the file that the sentence names; `distcomp emulate --help` shows an example",
+    "‹path›: ‹error›": "mend the line of the file that the sentence names",
     "the model has": "give the number of layers that the sentence names",
     "bands need a law": GIVE,
     "sparse_from=": "let the sparse phase begin first",
-    "torch.fx cannot trace": "keep that part out (`keep=`), or write its `forward` without Python's branches on tensors",
+    "torch.fx cannot trace": "keep that part out (`keep=`), or write its `forward` without branches",
     "hashing has a domain": GIVE,
-    "the rendezvous store": "look at the host of the rendezvous store (rank 0, or `MASTER_ADDR`) and restart from the last checkpoint",
     "‹name›: ‹key› takes": GIVE,
     "the overlap is below the period": "give a smaller overlap or a longer period",
-    "fragments and overlap go with": "leave `optimizer_state` at `'keep'`, or leave out fragments and overlap",
-    "rank ‹rank› reaches no notice board": "let TCP through between the nodes of the job ([which ports](nodes.md#which-ports))",
-}  # fmt: skip
+    "fragments and overlap go with": "leave `optimizer_state` at `'keep'`, or leave both out",
+    "rank ‹rank› reaches no notice board": "let TCP through between the nodes of the job "
+    "([which ports](nodes.md#which-ports))",
+}
 """How a sentence begins (as the page shows it) -> what to do."""
 
 RELAYED = {
-    "attaching/agreement.py:_decide": ("rank ‹rank› cannot load the checkpoint, so no rank does: ‹sentence›",
-                                      "mend what that rank says; its sentence is in this table"),
-    "network/control_socket.py:answer": ("‹what the holder of the network says›",
-                                         "it is one of the sentences of this room, said by the process that holds the network"),
-    "transports/agreement.py:agree": ("‹what another rank says›; ‹the first setting that differs›",
-                                       "attach with the same settings on every rank; the sentence names the rank and the setting"),
-    "transports/heartbeat.py:diagnose": ("‹which rank is lost, and why›",
-                                    "look at that rank's own log first, then restart from the last checkpoint "
-                                    "([when something breaks](faults.md))"),
-}  # fmt: skip
+    "attaching/agreement.py:_decide": (
+        "rank ‹rank› cannot load the checkpoint, so no rank does: ‹sentence›",
+        "mend what that rank says; its sentence is in this table",
+    ),
+    "network/control_socket.py:answer": (
+        "‹what the holder of the network says›",
+        "it is one of the sentences of this room, said by the process that holds the network",
+    ),
+    "transports/agreement.py:agree": (
+        "‹what another rank says, or the first setting that differs, with the ranks›",
+        "attach with the same settings on every rank; the sentence names the rank and the setting",
+    ),
+    "transports/heartbeat.py:diagnose": (
+        "‹which rank is lost, and why›",
+        "look at that rank's own log first, then restart from the last checkpoint "
+        "([when something breaks](faults.md))",
+    ),
+}
 """Sentences that were made elsewhere, by the function that raises them."""
 
 HEAD = """\
 # Troubleshooting
 
-Every sentence that a `DistcompError` can say, with what to do, room by room: {count} of them, read from the code when this page is
-built. What stands between ‹ › is filled in when it is said; search for words around it. Hangs, lost hosts and pulled cables are on
-[their own page](faults.md), networks on [theirs](nodes.md).
+Every sentence that a `DistcompError` can say, with what to do, room by room: {count} of them, read from the
+code when this page is built. What stands between ‹ › is filled in when it is said; search for words around it.
+Hangs, lost hosts and pulled cables are on [their own page](faults.md), networks on [theirs](nodes.md).
 
-`PeerLost`, `SettingsMismatch`, `CorruptPayload` and `Mismatch` are kinds of `DistcompError`: a script that catches the one
-catches all. The shell prints the sentence and ends with status 2.
+`PeerLost`, `SettingsMismatch`, `CorruptPayload` and `Mismatch` are kinds of `DistcompError`: a script that
+catches the one catches all. The shell prints the sentence and ends with status 2.
 
 """
 
@@ -118,7 +128,9 @@ def _trees() -> dict[str, ast.Module]:
 @lru_cache(maxsize=1)
 def kinds() -> frozenset[str]:
     """``DistcompError`` and all classes made of it."""
-    classes = [node for tree in _trees().values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    classes = [
+        node for tree in _trees().values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+    ]
     found = {"DistcompError"}
     while True:
         more = {one.name for one in classes if found & {_last(base) for base in one.bases}} | found
@@ -133,14 +145,18 @@ def _constants() -> dict[str, str]:
     found = {}
     for tree in _trees().values():
         for node in tree.body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-                    found[node.targets[0].id] = node.value.value
+            value = getattr(getattr(node, "value", None), "value", None)
+            if (
+                isinstance(node, ast.Assign)
+                and isinstance(node.targets[0], ast.Name)
+                and isinstance(value, str)
+            ):
+                found[node.targets[0].id] = value
     return found
 
 
 def sentences() -> Iterator[Sentence]:
-    """One for each call of an error's class; several where the sentence is told to a function that raises it."""
+    """One for each call of an error's class; several where a function raises what its callers say."""
     for file, tree in _trees().items():
         for function, call in _raised(tree):
             said = _said(call, function, file)
@@ -156,7 +172,9 @@ def remedy(one: Sentence) -> str:
     for begin, what in REMEDIES.items():
         if told.startswith(begin):
             return what
-    return next((what for room, says, what in PATTERNS if one.file.startswith(room) and says.search(told)), "")
+    return next(
+        (what for room, says, what in PATTERNS if one.file.startswith(room) and says.search(told)), ""
+    )
 
 
 def unused() -> list[str]:
@@ -271,7 +289,8 @@ def _text(node: ast.AST, local: dict[str, str]) -> str | None:
         if sides == [None, None]:
             return None
         return "".join(
-            side if side is not None else _gap(each) for side, each in zip(sides, (node.left, node.right), strict=True)
+            side if side is not None else _gap(each)
+            for side, each in zip(sides, (node.left, node.right), strict=True)
         )
     return None
 

@@ -55,7 +55,7 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
         (DOCS / "peers.md", {"peers": comparisons.BLOCKS["peers"]}),
         (DOCS / "how" / "choose.md", versions.CHOOSE),
     ],
-    "versions": [(DOCS / "versions.md", versions.MATRIX)],
+    "versions": [(DOCS / "versions.md", versions.MATRIX), (DOCS / "watching.md", versions.TRACKERS)],
 }
 
 mpl.use("svg")

@@ -11,7 +11,7 @@ from distcomp.recording import scalars
 
 
 class Aim:
-    """A sink for ``handle.watch``: every number of a record as ``distcomp/<name>``, with the rank as its context.
+    """A sink for ``handle.watch``: every number of a record as ``distcomp/<name>``, the rank as its context.
 
     Takes the folder of a repository, in which each rank has a run of its own, or an ``aim.Run`` of yours,
     which stays yours to close: give that on one rank only.

@@ -17,7 +17,9 @@ class MLflow:
     stays yours to end: give that on one rank only. ``uri`` is the tracking server's, or MLflow's own default.
     """
 
-    def __init__(self, experiment: str = "distcomp", run_id: str | None = None, uri: str | None = None) -> None:
+    def __init__(
+        self, experiment: str = "distcomp", run_id: str | None = None, uri: str | None = None
+    ) -> None:
         self._mlflow = require("mlflow", "mlflow")
         self._experiment, self._run_id, self._own = experiment, run_id, run_id is None
         self._client = self._mlflow.MlflowClient(tracking_uri=uri)

@@ -23,7 +23,9 @@ class Trackio:
 
     def begin(self, rank: int, size: int) -> None:
         """Open this rank's run; ``handle.watch`` calls it."""
-        self._run = self._trackio.init(project=self._project, name=f"{self._name}-rank{rank}", **self._settings)
+        self._run = self._trackio.init(
+            project=self._project, name=f"{self._name}-rank{rank}", **self._settings
+        )
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         values = {f"distcomp/{name}": value for name, value in scalars(record).items()}

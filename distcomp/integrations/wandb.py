@@ -12,8 +12,8 @@ from distcomp.recording import scalars
 class WandB:
     """A sink for ``handle.watch``: every number of a record as ``distcomp/<name>`` over ``distcomp/step``.
 
-    Takes what ``wandb.init`` takes (``project``, ``mode="offline"``, ``dir``): each rank then has a run of its
-    own, in one ``group``. Or a ``run`` of yours, which stays yours to finish: what a step says then goes
+    Takes what ``wandb.init`` takes (``project``, ``mode="offline"``, ``dir``): each rank then has a run of
+    its own, in one ``group``. Or a ``run`` of yours, which stays yours to finish: what a step says then goes
     with your next ``run.log``; give that on one rank only.
     """
 
@@ -25,7 +25,9 @@ class WandB:
         """Open this rank's run; ``handle.watch`` calls it."""
         if self._own:
             group = self._settings.pop("group", "distcomp")
-            self._run = self._wandb.init(name=f"rank{rank}", group=group, reinit="create_new", **self._settings)
+            self._run = self._wandb.init(
+                name=f"rank{rank}", group=group, reinit="create_new", **self._settings
+            )
         self._run.define_metric("distcomp/*", step_metric="distcomp/step")
 
     def __call__(self, record: Mapping[str, Any]) -> None:

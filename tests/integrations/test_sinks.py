@@ -15,7 +15,9 @@ MOST_LINES = 40
 
 
 @pytest.mark.parametrize("name", SINKS)
-def test_a_tracker_that_is_missing_is_named_with_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_missing_is_named_with_its_extra(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sink = getattr(importlib.import_module(f"distcomp.integrations.{name}"), SINKS[name])
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     arguments = ("folder",) if name == "aim" else ()

@@ -1,4 +1,5 @@
-"""What is looked up: no public name without an entry, no error without a remedy, a tutorial that prints what it says."""
+"""What is looked up: no public name without an entry, no error without a remedy, a tutorial that prints what
+it says."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def test_no_public_name_lacks_an_entry(docs: dict[str, ModuleType]) -> None:
             module, _, last = target.rpartition(".")
             assert getattr(importlib.import_module(module), last) is getattr(package, name)
             page = pages[f"reference/{target}.md"]
-            assert re.search(rf"^\.\. auto(class|function):: {re.escape(target)}$|^{last} = ", page, re.MULTILINE)
+            assert re.search(
+                rf"^\.\. auto(class|function):: {re.escape(target)}$|^{last} = ", page, re.MULTILINE
+            )
 
 
 def test_what_is_imported_by_module_has_an_entry(docs: dict[str, ModuleType]) -> None:
@@ -96,7 +99,9 @@ def test_an_error_without_a_remedy_would_be_found(docs: dict[str, ModuleType]) -
 def test_the_tutorial_prints_what_it_says(docs: dict[str, ModuleType]) -> None:
     path = ROOT / "docs" / "tutorial.ipynb"
     program = "import contextlib, io, json, sys\nscope, told = {}, []\nfor code in json.load(sys.stdin):\n"
-    program += "    out = io.StringIO()\n    with contextlib.redirect_stdout(out):\n        exec(code, scope)\n"
+    program += (
+        "    out = io.StringIO()\n    with contextlib.redirect_stdout(out):\n        exec(code, scope)\n"
+    )
     program += "    told.append(out.getvalue())\nprint(json.dumps(told))"
     cells = [one for one in docs["notebook"].cells(path) if one["cell_type"] == "code"]
     done = subprocess.run(
@@ -147,9 +152,10 @@ def test_files_for_machines_and_reporters_lead_somewhere(file: str) -> None:
 
 def test_the_workflows_call_scripts_of_ours() -> None:
     """And each script that they call is there and may be run."""
-    workflows = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").iterdir()}
+    files = list((ROOT / ".github" / "workflows").iterdir())
+    workflows = {path.stem: yaml.safe_load(path.read_text()) for path in files}
     assert set(workflows) == {"check", "test", "torch", "wheels", "docs", "nightly"}
-    text = "".join(path.read_text() for path in (ROOT / ".github/workflows").iterdir())
+    text = "".join(path.read_text() for path in files)
     scripts = set(re.findall(r"scripts/[\w-]+", text))
     assert scripts >= {"scripts/check", "scripts/test", "scripts/nightly", "scripts/test-install"}
     assert [name for name in scripts if not (ROOT / name).stat().st_mode & 0o111] == []
