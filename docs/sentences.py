@@ -94,8 +94,9 @@ HEAD = """\
 # Troubleshooting
 
 Every sentence that a `DistcompError` can say, with what to do, room by room: {count} of them, read from the
-code when this page is built. What stands between ‹ › is filled in when it is said; search for words around it.
-Hangs, lost hosts and pulled cables are on [their own page](faults.md), networks on [theirs](nodes.md).
+code when this page is built. What stands between ‹ › is filled in when it is said; search for words
+around it. Hangs, lost hosts and pulled cables are on [their own page](faults.md), networks on
+[theirs](nodes.md).
 
 `PeerLost`, `SettingsMismatch`, `CorruptPayload` and `Mismatch` are kinds of `DistcompError`: a script that
 catches the one catches all. The shell prints the sentence and ends with status 2.
