@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks._common import arguments_of, write
 from benchmarks._places import RESULTS, ROOT
-from benchmarks.install import build, call, environment, pip
+from benchmarks.install import build, call, environment
 
 PYTHONS = ("3.11", "3.12", "3.13")
 TESTS = (
@@ -52,28 +52,23 @@ def interpreters(wanted: list[str]) -> dict[str, str]:
     return found
 
 
-def cpu_build(python: Path, torch: str) -> str | None:
-    """The version that pip would install, or None where that would bring CUDA or nothing."""
-    index = ["--index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
-    command = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--dry-run",
-        "--quiet",
-        "--report",
-        "-",
-        *index,
-        f"torch=={torch}",
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    if done.returncode:
-        return None
-    planned = {one["metadata"]["name"].lower(): one["metadata"] for one in json.loads(done.stdout)["install"]}
-    if any(name.startswith(("nvidia", "cuda")) for name in planned):
-        return None
-    return str(planned["torch"]["version"])
+def pip(python: Path, *arguments: str | Path) -> str:
+    """From outside: an environment of one row holds no pip of its own."""
+    return call([sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, *arguments])
+
+
+def index() -> list[str]:
+    """Where PyTorch comes from."""
+    return ["--index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
+
+
+def planned(python: Path, torch: str) -> dict[str, str]:
+    """Name -> version of what pip would install for a PyTorch; empty where there is none."""
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--dry-run", "--quiet"]
+    command += ["--report", "-", *index(), f"torch=={torch}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)["install"] if done.returncode == 0 else []
+    return {one["metadata"]["name"].lower(): one["metadata"]["version"] for one in found}
 
 
 def tested(python: Path, tests: list[str], work: Path) -> dict[str, Any]:
@@ -114,35 +109,31 @@ def row(interpreter: str, wheel: Path, asked: str, tests: list[str]) -> dict[str
     """One environment, made, used and thrown away."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        call([interpreter, "-m", "venv", work / "venv"])
+        call([interpreter, "-m", "venv", "--without-pip", work / "venv"])
         python = work / "venv" / "bin" / "python"
         version = call([python, "-c", "import platform; print(platform.python_version())"]).strip()
-        found = cpu_build(python, asked)
-        if found is None:
+        found = planned(python, asked)
+        if not found or any(name.startswith(("nvidia", "cuda")) for name in found):
             pip(python, "install", "--quiet", "--no-deps", wheel)
             tried = call([python, ROOT / "scripts" / "try_wheel.py"], cwd=work).splitlines()
-            what = f"scripts/try_wheel.py alone: no CPU build of PyTorch {asked} was to be had"
-            return {"python": version, "torch": None, "asked": asked, "what": what, "passed": len(tried),
-                    "skipped": 0, "failed": 0, "tried": tried}  # fmt: skip
-        index = ["--index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
-        pip(python, "install", "--quiet", *index, f"torch=={found}")
+            build = f"CUDA's build of {found['torch']} alone" if found else "none"
+            what = f"scripts/try_wheel.py without PyTorch: of {asked} the index has {build}"
+            counts = {"passed": len(tried), "skipped": 0, "failed": 0}
+            return {"python": version, "torch": None, "asked": asked, "what": what, "tried": tried, **counts}
+        pip(python, "install", "--quiet", *index(), f"torch=={found['torch']}")
         pip(python, "install", "--quiet", *NEEDS, wheel)
         where = call([python, "-c", "import distcomp; print(distcomp.__file__)"], cwd=work).strip()
         assert where.startswith(str(work)), where
-        what = ", ".join(re.sub(r"^tests/|\.py$", "", test.partition("::")[0]) for test in tests)
-        return {
-            "python": version,
-            "torch": found,
-            "asked": asked,
-            "what": what,
-            **tested(python, tests, work),
-        }
+        ran = ", ".join(re.sub(r"^tests/|\.py$", "", test.partition("::")[0]) for test in tests)
+        row = {"python": version, "torch": found["torch"], "asked": asked, "what": ran}
+        return row | tested(python, tests, work)
 
 
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--torch", nargs="+", default=["2.8.*", "2.13.0", "2.*"], help="as pip takes them")
     parser.add_argument("--python", nargs="+", default=list(PYTHONS))
+    parser.add_argument("--wheel", type=Path, help="one that was built already")
     parser.add_argument("--tests", nargs="+", default=list(TESTS))
     wanted = parser.parse_args()
     path = RESULTS / "install_matrix.json"
@@ -151,11 +142,11 @@ def main() -> None:
     there = interpreters(wanted.python)
     missing = {f"Python {one}": "this machine has none" for one in wanted.python if one not in there}
     with tempfile.TemporaryDirectory() as name:
-        made = build(environment(Path(name) / "builder"), Path(name) / "dist")
+        wheel = wanted.wheel or build(environment(Path(name) / "builder"), Path(name) / "dist")["wheel"]
         for version, interpreter in there.items():
             for torch in wanted.torch:
                 print(f"Python {version}, torch {torch}", file=sys.stderr)
-                rows[version, torch] = row(interpreter, made["wheel"], torch, wanted.tests)
+                rows[version, torch] = row(interpreter, wheel, torch, wanted.tests)
                 result = {"what": "tests against the installed wheel", "rows": list(rows.values()),
                           "not_run": before["not_run"] | missing}  # fmt: skip
                 print(write("install_matrix", result))

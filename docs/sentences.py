@@ -48,7 +48,7 @@ REMEDIES = {
     "a bottleneck of": "give a rank in the range, or leave it out",
     "known logits have no features": "give the teacher itself in the place of its logits, or a loss of "
     "logits alone (`hinton`)",
-    "‹name__› has no module": "take a name of `dict(model.named_modules())`",
+    "‹name› has no module": "take a name of `dict(model.named_modules())`",
     "‹name› is of type ‹dtype›, which": "store it as float32, float16, bfloat16, bool or whole numbers",
     "the file is longer than its table": AGAIN,
     "a kernel of": "pad the input, or take a smaller kernel",
@@ -310,4 +310,4 @@ def _gap(node: ast.AST) -> str:
         node = node.args[0]
     if isinstance(node, ast.Subscript):
         node = node.value
-    return f"‹{_last(node).lstrip('_') or '…'}›"
+    return f"‹{_last(node).strip('_') or '…'}›"
