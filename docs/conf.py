@@ -28,9 +28,9 @@ myst_enable_extensions = ["deflist"]  # no mathematics that a browser asks anoth
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 nitpicky = True
+autodoc_inherit_docstrings = False  # those of torch.nn.Module refer to pages of torch's
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
@@ -64,17 +64,24 @@ def named_otherwise(app, _env, node, shown):
     if page is not None:
         uri = app.builder.get_relative_uri(node["refdoc"], page)
         return nodes.reference("", "", shown, internal=True, refuri=uri)
-    return shown if exists(node["reftarget"], node.get("py:module")) else None
+    told = node["reftarget"].partition("[")[0].lstrip("~")  # a type in a text is cut where its arguments begin
+    return shown if exists(told) or inherited(told, node) else None
+
+
+def inherited(name, node):
+    """Whether the class that is documented has an attribute of that name, documented itself or not."""
+    room = sys.modules.get(node.get("py:module") or "")
+    return hasattr(getattr(room, node.get("py:class") or "", None), name)
 
 
 @lru_cache(maxsize=4096)
-def exists(target, module):
-    """Whether there is such a thing, public or not: in a library, in a module, or beside what names it."""
+def exists(target):
+    """Whether there is such a thing, public or not: in a library, or by that name in a module of ours."""
     first, _, rest = target.partition(".")
     if hasattr(builtins, first) or (not rest and len(target) == 1):  # a type variable
         return True
+    parts = target.split(".")
     for length in range(target.count("."), 0, -1):
-        parts = target.split(".")
         try:
             found = importlib.import_module(".".join(parts[:length]))
         except ImportError:
@@ -83,5 +90,5 @@ def exists(target, module):
             found = getattr(found, part, None)
         if found is not None:
             return True
-    rooms = [one for name, one in list(sys.modules.items()) if module and name.startswith(module)]
-    return any(first in vars(one) for one in rooms)
+    ours = [one for name, one in list(sys.modules.items()) if name.startswith("distcomp.")]
+    return any(first in vars(one) for one in ours)

@@ -235,4 +235,30 @@ CODE = re.compile(r"(``.+?``|:\w+:`[^`]*`)", re.DOTALL)
 def _escaped(lines: list[str]) -> list[str]:
     parts = CODE.split("\n".join(lines))
     parts[::2] = [re.sub(r"(?<!\\)([*|`])|(?<=\w)(_)(?!\w)", r"\\\1\2", part) for part in parts[::2]]
-    return "".join(parts).split("\n") if lines else []
+    return _listed("".join(parts).split("\n")) if lines else []
+
+
+ITEM = re.compile(r"(\w[\w, ]*): (.*)")
+
+
+def _listed(lines: list[str]) -> list[str]:
+    """What stands further in under ``Args:``, ``Raises:`` and the like, as a list of what is named there."""
+    out: list[str] = []
+    heading: int | None = None
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if heading is None or not line.strip() or indent <= heading:
+            if heading is not None and line.strip():
+                out.append("")
+            head = line.rstrip()
+            heading = indent if head.endswith(":") and not head.endswith("::") else None
+            out.append(line)
+            continue
+        item = ITEM.fullmatch(line.strip()) if indent == heading + 4 else None
+        if item is not None:
+            out += ["", f"{' ' * heading}* ``{item[1]}``: {item[2]}"]
+        elif out[-1].rstrip().endswith(":") and "* ``" not in out[-1]:
+            out += ["", f"{' ' * heading}* {line.strip()}"]
+        else:
+            out[-1] += f" {line.strip()}"
+    return out
