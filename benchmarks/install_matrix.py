@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -63,7 +64,15 @@ def index() -> list[str]:
 
 
 def planned(python: Path, torch: str) -> dict[str, str]:
-    """Name -> version of what pip would install for a PyTorch; empty where there is none."""
+    """Name -> version of what pip would install for a PyTorch; empty where there is no CPU build.
+
+    On x86-64 the package index has CUDA's builds, of gigabytes, and pip downloads a wheel to read what it
+    needs: there only ``+cpu`` is asked for, which TORCH_INDEX, or a folder of wheels, has.
+    """
+    if platform.machine() == "x86_64" and not index():
+        if "*" in torch:
+            return {}
+        torch = f"{torch}+cpu"
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--dry-run", "--quiet"]
     command += ["--report", "-", *index(), f"torch=={torch}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -116,8 +125,7 @@ def row(interpreter: str, wheel: Path, asked: str, tests: list[str]) -> dict[str
         if not found or any(name.startswith(("nvidia", "cuda")) for name in found):
             pip(python, "install", "--quiet", "--no-deps", wheel)
             tried = call([python, ROOT / "scripts" / "try_wheel.py"], cwd=work).splitlines()
-            build = f"CUDA's build of {found['torch']} alone" if found else "none"
-            what = f"scripts/try_wheel.py without PyTorch: of {asked} the index has {build}"
+            what = f"scripts/try_wheel.py without PyTorch: of {asked} there is no CPU build here"
             counts = {"passed": len(tried), "skipped": 0, "failed": 0}
             return {"python": version, "torch": None, "asked": asked, "what": what, "tried": tried, **counts}
         pip(python, "install", "--quiet", *index(), f"torch=={found['torch']}")

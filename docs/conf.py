@@ -64,7 +64,7 @@ def named_otherwise(app, _env, node, shown):
     if page is not None:
         uri = app.builder.get_relative_uri(node["refdoc"], page)
         return nodes.reference("", "", shown, internal=True, refuri=uri)
-    told = node["reftarget"].partition("[")[0].lstrip("~")  # a type in a text is cut where its arguments begin
+    told = node["reftarget"].partition("[")[0].lstrip("~")  # a type may be cut at its arguments
     return shown if exists(told) or inherited(told, node) else None
 
 
