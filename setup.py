@@ -1,6 +1,15 @@
-"""What setup.cfg cannot declare: the C extension, without which distcomp still installs (and says so)."""
+"""What setup.cfg cannot declare: the C extension, without which distcomp still installs (and says so), and
+that Windows is none of its systems."""
+
+import sys
 
 from setuptools import Extension, setup
+
+if sys.platform == "win32":
+    sys.exit(
+        "distcomp does not run on Windows: its transports and its kernels are for POSIX systems; "
+        "use WSL 2 (wsl --install), which is Linux"
+    )
 
 setup(
     ext_modules=[

@@ -10,10 +10,14 @@ rooms, ``distcomp.methods.nuqsgd``, ``distcomp.averaging.ecd``, and every one ha
 
 import importlib
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 from distcomp.registry import when_missing
 from distcomp.version import __version__ as __version__
+
+if sys.platform == "win32":
+    raise ImportError("distcomp does not run on Windows; use WSL 2 (wsl --install), which is Linux")
 
 if TYPE_CHECKING:
     from distcomp import averaging as averaging

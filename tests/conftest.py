@@ -68,6 +68,7 @@ def _variables() -> dict[str, str]:
 BUILT_ELSEWHERE = {
     "tests/horovod_job/test_horovod.py": "Horovod is built by scripts/test-horovod",
     "tests/integrations/test_ray.py": "Ray is installed by its users",
+    "tests/integrations/test_trackers.py": "trackers are installed by scripts/test-trackers",
 }
 """Files that may be skipped whole in continuous integration, and why."""
 

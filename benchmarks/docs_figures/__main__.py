@@ -34,6 +34,7 @@ from benchmarks.docs_figures import (
     rebuild,
     structured,
     updates,
+    versions,
 )
 
 DOCS = ROOT / "docs"
@@ -53,7 +54,12 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "updates": [(DOCS / "updates.md", updates.BLOCKS)],
     "first_success": [(DOCS / "decisions" / "first-success.md", first_success.BLOCKS)],
     "rebuild": [(DOCS / "decisions" / "corrected-numbers.md", rebuild.BLOCKS)],
-    "comparisons": [(DOCS / "compressors.md", comparisons.BLOCKS | formats.BLOCKS)],
+    "comparisons": [
+        (DOCS / "compressors.md", comparisons.BLOCKS | formats.BLOCKS),
+        (DOCS / "peers.md", {"peers": comparisons.BLOCKS["peers"]}),
+        (DOCS / "how" / "choose.md", versions.CHOOSE),
+    ],
+    "versions": [(DOCS / "versions.md", versions.MATRIX), (DOCS / "watching.md", versions.TRACKERS)],
 }
 
 mpl.use("svg")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +33,10 @@ _OURS = ("DISTCOMP_DEVICE", "DISTCOMP_THROTTLE_BPS", "DISTCOMP_DELAY_S")
 _FIRST_PORT = 29500
 _GOODBYE_S = 20.0
 _INFINITY = float("inf")
+_ELSEWHERE = (
+    "emulation is made of Linux's network namespaces and queues, which this system has none of; run it on "
+    "Linux or in a Linux container, and train here without it"
+)
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,8 @@ class EmulationSupport:
 
 def support(force_rootless: bool = False) -> EmulationSupport:
     """Try it: build a network of two ranks, tell what worked, and leave nothing behind."""
+    if sys.platform != "linux":
+        return EmulationSupport(_ELSEWHERE, rootless=False, netem=False)
     fabric = Fabric.uniform(2, "1mbit")
     with _holder() as control:
         message = {"ask": "build", "fabric": fabric.to_toml(), "delays": True, "rootless": force_rootless}
@@ -271,6 +278,8 @@ def _without_packets(fabric: Fabric, reason: str) -> str:
 @contextmanager
 def _holder() -> Iterator[socket.socket]:
     """A holder process at the other end of a socket; when the body ends it kills everything and goes."""
+    if sys.platform != "linux":
+        raise Refused(_ELSEWHERE)
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(

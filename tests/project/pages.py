@@ -9,7 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-WRITTEN = [page for page in PAGES if page != ROOT / "docs" / "methods.md" and page.parent.name != "methods"]
+MADE = ("methods", "reference", "troubleshooting", "tutorial")
+"""What the building of the docs writes: pages of these names, and what is in folders of these names."""
+WRITTEN = [page for page in PAGES if not {page.stem, page.parent.name} & set(MADE)]
 
 FENCE = re.compile(r"^```(python|diff)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PRELUDE = """\

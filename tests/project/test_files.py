@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PYTHON = sorted((ROOT / "distcomp").rglob("*.py"))
 SCRIPTS = [
-    *sorted((ROOT / "scripts").iterdir()),
+    *sorted(path for path in (ROOT / "scripts").iterdir() if path.suffix != ".py"),
     ROOT / ".ci" / "run",
     *sorted((ROOT / "launchers").rglob("*.sh")),
     *sorted((ROOT / "launchers").rglob("*.sbatch")),
@@ -23,21 +23,35 @@ SCRIPTS = [
 KINDS = {
     ".Dockerfile",
     ".c",
+    ".cff",
     ".cfg",
     ".css",
     ".h",
     ".html",
     ".in",
+    ".ipynb",
     ".js",
     ".json",
     ".md",
     ".py",
     ".pyi",
     ".toml",
+    ".txt",
     ".yaml",
     ".yml",
 }
-FOLDERS = ("distcomp", "tests", "docs", "examples", "benchmarks", "docker", "launchers", "scripts", ".ci")
+FOLDERS = (
+    "distcomp",
+    "tests",
+    "docs",
+    "examples",
+    "benchmarks",
+    "docker",
+    "launchers",
+    "scripts",
+    ".ci",
+    ".github",
+)
 
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 60

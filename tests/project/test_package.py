@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,37 @@ def test_who_imports_the_methods_alone_may_name_any() -> None:
     program = "from distcomp.methods import parse; print(type(parse('dcd')).__name__)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "DCD"
+
+
+def test_windows_is_refused_in_one_sentence() -> None:
+    """By whoever builds it, and by whoever imports it."""
+    for statement in ("import distcomp", "exec(open('setup.py').read())"):
+        program = f"import importlib.util, sys; from typing import Any; sys.platform = 'win32'; {statement}"
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert "does not run on Windows" in done.stderr.splitlines()[-1]
+        assert "use WSL 2" in done.stderr.splitlines()[-1]
+
+
+def test_emulation_is_refused_elsewhere_and_says_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    network = distcomp.network
+    assert "run it on Linux" in str(network.support().refusal)
+    with (
+        pytest.raises(distcomp.DistcompError, match="run it on Linux"),
+        network.emulate(network.Fabric.uniform(2, "1gbit")),
+    ):
+        raise AssertionError("an emulated network stands where there can be none")
+
+
+def test_wheels_are_abi3_for_linux_and_macs() -> None:
+    """cibuildwheel's own configuration: one wheel for each platform, tried where it was built."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    assert told["build"] == "cp311-*"
+    assert "*-win*" in told["skip"]
+    assert {"manylinux-x86_64-image", "manylinux-aarch64-image"} <= set(told["linux"])
+    assert told["macos"]["archs"] == ["arm64"]
+    (script,) = re.findall(r"\{project\}/(\S+)", told["test-command"])
+    assert (ROOT / script).is_file()

@@ -1,0 +1,166 @@
+"""Which versions of Python and PyTorch does the installed wheel work with?
+
+python -m benchmarks.install_matrix [--torch 2.13.0 ...] [--python 3.11 ...] [--tests PATH ...]
+
+For each Python there is and each PyTorch asked for: an empty environment, the wheel (built from the sdist),
+PyTorch from ``TORCH_INDEX`` or the package index, and the tests against the installed wheel, from a folder
+that does not hold the sources. Where no CPU build of that PyTorch is to be had for a Python,
+``scripts/try_wheel.py`` runs there without PyTorch, and the row says so. Writes results/install_matrix.json:
+passed, skipped and why, failed; rows that are not run again stay.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks._common import arguments_of, write
+from benchmarks._places import RESULTS, ROOT
+from benchmarks.install import build, call, environment
+
+PYTHONS = ("3.11", "3.12", "3.13")
+TESTS = (
+    "tests/conformance",
+    "tests/kernels/test_cpu.py",
+    "tests/attaching/ddp/test_training.py",
+    "tests/attaching/ddp/test_resume.py",
+    "tests/attaching/fsdp/test_fsdp.py",
+    "tests/project/test_docs.py::test_snippets_run[docs/start.md:1]",
+)
+"""Conformance, kernels, DDP, checkpoints, FSDP2, and the script of the five-minute page."""
+NEEDS = ("pytest", "pytest-timeout", "hypothesis", "numpy", "scipy")
+
+
+def interpreters(wanted: list[str]) -> dict[str, str]:
+    """Version -> the interpreter, of those that are on the path or that pyenv has."""
+    found = {}
+    for version in wanted:
+        versions = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*"))
+        path = shutil.which(f"python{version}", path=os.environ["PATH"].replace("shims", "none"))
+        beside = [str(one / "bin" / "python") for one in versions]
+        if path or beside:
+            found[version] = path or beside[-1]
+    return found
+
+
+def pip(python: Path, *arguments: str | Path) -> str:
+    """From outside: an environment of one row holds no pip of its own."""
+    return call([sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, *arguments])
+
+
+def index() -> list[str]:
+    """Where PyTorch comes from."""
+    return ["--index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
+
+
+def planned(python: Path, torch: str) -> dict[str, str]:
+    """Name -> version of what pip would install for a PyTorch; empty where there is no CPU build.
+
+    On x86-64 the package index has CUDA's builds, of gigabytes, and pip downloads a wheel to read what it
+    needs: there only ``+cpu`` is asked for, which TORCH_INDEX, or a folder of wheels, has.
+    """
+    if platform.machine() == "x86_64" and not index():
+        if "*" in torch:
+            return {}
+        torch = f"{torch}+cpu"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--dry-run", "--quiet"]
+    command += ["--report", "-", *index(), f"torch=={torch}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)["install"] if done.returncode == 0 else []
+    return {one["metadata"]["name"].lower(): one["metadata"]["version"] for one in found}
+
+
+def tested(python: Path, tests: list[str], work: Path) -> dict[str, Any]:
+    """What pytest said, from a folder with the tests and without the sources."""
+    place = work / "place"
+    place.mkdir()
+    for name in ("tests", "benchmarks", "docs", "examples", "scripts", "launchers"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "_build"))
+    for name in ("pyproject.toml", "setup.cfg", "setup.py", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, place)
+    report = work / "report.xml"
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+    done = subprocess.run(
+        list(map(str, command)), cwd=place, env=plain, capture_output=True, text=True, check=False
+    )
+    if not report.exists():
+        sys.exit(f"pytest did not run:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    skips = Counter(skip.get("message", "") for case in cases if (skip := case.find("skipped")) is not None)
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    count = {"skipped": sum(skips.values()), "failed": len(failed)}
+    told = {
+        "passed": len(cases) - sum(count.values()),
+        **count,
+        "why_skipped": dict(skips),
+        "which_failed": failed,
+    }
+    shutil.rmtree(place)
+    return told
+
+
+def row(interpreter: str, wheel: Path, asked: str, tests: list[str]) -> dict[str, Any]:
+    """One environment, made, used and thrown away."""
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        call([interpreter, "-m", "venv", "--without-pip", work / "venv"])
+        python = work / "venv" / "bin" / "python"
+        version = call([python, "-c", "import platform; print(platform.python_version())"]).strip()
+        found = planned(python, asked)
+        if not found or any(name.startswith(("nvidia", "cuda")) for name in found):
+            pip(python, "install", "--quiet", "--no-deps", wheel)
+            tried = call([python, ROOT / "scripts" / "try_wheel.py"], cwd=work).splitlines()
+            what = f"scripts/try_wheel.py without PyTorch: of {asked} there is no CPU build here"
+            counts = {"passed": len(tried), "skipped": 0, "failed": 0}
+            return {"python": version, "torch": None, "asked": asked, "what": what, "tried": tried, **counts}
+        pip(python, "install", "--quiet", *index(), f"torch=={found['torch']}")
+        pip(python, "install", "--quiet", *NEEDS, wheel)
+        where = call([python, "-c", "import distcomp; print(distcomp.__file__)"], cwd=work).strip()
+        assert where.startswith(str(work)), where
+        ran = ", ".join(re.sub(r"^tests/|\.py$", "", test.partition("::")[0]) for test in tests)
+        row = {"python": version, "torch": found["torch"], "asked": asked, "what": ran}
+        return row | tested(python, tests, work)
+
+
+def main() -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--torch", nargs="+", default=["2.8.*", "2.13.0", "2.*"], help="as pip takes them")
+    parser.add_argument("--python", nargs="+", default=list(PYTHONS))
+    parser.add_argument("--wheel", type=Path, help="one that was built already")
+    parser.add_argument("--tests", nargs="+", default=list(TESTS))
+    wanted = parser.parse_args()
+    path = RESULTS / "install_matrix.json"
+    before = json.loads(path.read_text()) if path.exists() else {"rows": [], "not_run": {}}
+    rows = {(one["python"][:4], one["asked"]): one for one in before["rows"]}
+    there = interpreters(wanted.python)
+    missing = {f"Python {one}": "this machine has none" for one in wanted.python if one not in there}
+    with tempfile.TemporaryDirectory() as name:
+        wheel = wanted.wheel or build(environment(Path(name) / "builder"), Path(name) / "dist")["wheel"]
+        for version, interpreter in there.items():
+            for torch in wanted.torch:
+                print(f"Python {version}, torch {torch}", file=sys.stderr)
+                rows[version, torch] = row(interpreter, wheel, torch, wanted.tests)
+                result = {"what": "tests against the installed wheel", "rows": list(rows.values()),
+                          "not_run": before["not_run"] | missing}  # fmt: skip
+                print(write("install_matrix", result))
+    if any(one["failed"] for one in rows.values()):
+        sys.exit("some failed; the result file says which")
+
+
+if __name__ == "__main__":
+    main()
