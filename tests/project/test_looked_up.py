@@ -96,6 +96,7 @@ def test_an_error_without_a_remedy_would_be_found(docs: dict[str, ModuleType]) -
     assert sentences.remedy(sentences.Sentence("here.py", 1, "DistcompError", "wrong; mend it")) == "mend it"
 
 
+@pytest.mark.timeout(900)
 def test_the_tutorial_prints_what_it_says(docs: dict[str, ModuleType]) -> None:
     path = ROOT / "docs" / "tutorial.ipynb"
     program = "import contextlib, io, json, sys\nscope, told = {}, []\nfor code in json.load(sys.stdin):\n"
@@ -106,7 +107,7 @@ def test_the_tutorial_prints_what_it_says(docs: dict[str, ModuleType]) -> None:
     cells = [one for one in docs["notebook"].cells(path) if one["cell_type"] == "code"]
     done = subprocess.run(
         [sys.executable, "-c", program], input=json.dumps(["".join(one["source"]) for one in cells]),
-        capture_output=True, text=True, check=False, timeout=240,
+        capture_output=True, text=True, check=False, timeout=840,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [docs["notebook"].printed(one) for one in cells]
