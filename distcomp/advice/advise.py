@@ -15,7 +15,7 @@ from distcomp.advice.memory import NotFitting, format_size, state_bytes
 from distcomp.advice.predict import Machine, Prediction, SharedCost, predict
 from distcomp.advice.profile import clock
 from distcomp.advice.scale import Rehearsals, ShardedRehearsals
-from distcomp.advice.script import Observed
+from distcomp.advice.script import ObservedTwice
 from distcomp.advice.sharded import ACROSS, PLAIN, SETTINGS, Placement
 from distcomp.advice.task import TrainingTask
 from distcomp.attaching.observe import ObservedSteps, observe_alone
@@ -109,7 +109,7 @@ class Advice:
 
 
 def advise(
-    trained: TrainingTask | Observed,
+    trained: TrainingTask | ObservedTwice,
     fabric: Fabric,
     methods: Sequence[str] = (),
     ranks_here: int = 1,
@@ -174,11 +174,11 @@ Steps = ObservedSteps | ObservedShardedSteps
 
 
 def _twice(
-    trained: TrainingTask | Observed, fabric: Fabric, shards: int | None, tell: Callable[[str], object]
+    trained: TrainingTask | ObservedTwice, fabric: Fabric, shards: int | None, tell: Callable[[str], object]
 ) -> tuple[Steps, Steps, SharedCost | None]:
     """Two measurements, the faster first, and what shared examples cost."""
     shared = None
-    both: Observed
+    both: ObservedTwice
     if isinstance(trained, TrainingTask):
         tell("timing steps of the model")
         if shards is not None:

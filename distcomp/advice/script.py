@@ -61,11 +61,11 @@ def _names(node: ast.stmt) -> list[str]:
     return []
 
 
-Observed = tuple[ObservedSteps, ObservedSteps] | tuple[ObservedShardedSteps, ObservedShardedSteps]
+ObservedTwice = tuple[ObservedSteps, ObservedSteps] | tuple[ObservedShardedSteps, ObservedShardedSteps]
 """The same twice, measured apart."""
 
 
-def observe_script(script: Path, arguments: Sequence[str]) -> Observed:
+def observe_script(script: Path, arguments: Sequence[str]) -> ObservedTwice:
     """The first and the second half of some steps of the loop that ``script`` runs with its
     DistributedDataParallel or FSDP2 model. What it prints goes to standard error; nothing is sent.
 

@@ -266,8 +266,9 @@ class Handle:
         return {rank: part for one in parts for rank, part in one.items()}
 
     def load_checkpoint(self, path: str | Path, key: str = "distcomp", strict: bool = True) -> None:
-        """As :meth:`load_state_dict`, from ``torch.distributed.checkpoint``: ``dcp.save({key:
-        handle.state_dict()}, ...)``.
+        """As :meth:`load_state_dict`, from what ``torch.distributed.checkpoint`` saved under ``key``::
+
+            dcp.save({"distcomp": handle.state_dict()}, checkpoint_id=path)
 
         Reads all ranks' parts, so that the world size may have changed.
         """
