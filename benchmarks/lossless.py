@@ -33,6 +33,7 @@ from distcomp.layout import Layout
 from distcomp.methods import Lossless, method_of
 from distcomp.methods.lossless import row_periods
 from distcomp.network import Fabric
+from distcomp.network.model import Host
 from distcomp.payload import Part, Payload
 from distcomp.randomness import Key
 
@@ -164,7 +165,7 @@ def advice_row(rate: str, ranks: int) -> dict[str, Any]:
         observe_alone(model, batch, EXAMPLE["loss_of"], lambda given: torch.optim.AdamW(given, 2e-3))
         for _ in "12"
     ]
-    told = advise((observed[0], observed[1]), Fabric.uniform(ranks, rate), ADVISED, ranks, 2).as_json()
+    told = advise((observed[0], observed[1]), Fabric.uniform(ranks, rate), ADVISED, Host(ranks, 2)).as_json()
     rows = [{key: row[key] for key in ("method", "speed_up")} for row in told["methods"]]
     return {"rate": rate, "recommended": told["recommended"], "sentence": told["sentence"], "rows": rows}
 

@@ -30,6 +30,7 @@ PATTERNS = (
 """(Where, what the sentence says, what to do)."""
 
 REMEDIES = {
+    "‹words›: ‹error›": "of a message: what follows its name says it, and what to do",
     "on_failure='continue' needs a plain module": "attach the module itself, on the CPU and over Gloo, or "
     "take `on_failure='stop'`",
     "the method was detached before": "call `detach()`, or leave the `with` block, after `optimizer.step()`",

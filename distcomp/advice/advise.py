@@ -112,8 +112,7 @@ def advise(
     trained: TrainingTask | ObservedTwice,
     fabric: Fabric,
     methods: Sequence[str] = (),
-    ranks_here: int = 1,
-    cores: int = 1,
+    host: Host = ALONE,
     tell: Callable[[str], object] = lambda _: None,
     shards: int | None = None,
     memory_bytes: int | None = None,
@@ -121,10 +120,10 @@ def advise(
     """Some real steps of the model, and every method's exchange, timed here twice; then the model of the
     network. The figures are those of the faster time, and what the two differ by is the noise.
 
-    ``trained`` is a training task, or what was observed of a script's own loop. ``ranks_here`` ranks share a
-    machine of ``cores`` cores like this one (1: each has its own). ``tell`` is called with the progress. Of
-    FSDP2, ``methods`` are settings (:mod:`distcomp.advice.sharded`), and ``shards`` how many ranks hold a
-    model together, all of them where it is not said; a training task is sharded only where it is.
+    ``trained`` is a training task, or what was observed of a script's own loop. ``host``: how many ranks
+    share a machine like this one, and its cores. ``tell`` is called with the progress. Of FSDP2, ``methods``
+    are settings (:mod:`distcomp.advice.sharded`), and ``shards`` how many ranks hold a model together, all of
+    them where it is not said; a training task is sharded only where it is.
 
     ``memory_bytes``: of each rank. A method is refused where what a step took here at its peak (the process,
     or a GPU's memory) and the state that the method keeps are more.
@@ -137,7 +136,6 @@ def advise(
         Placement.of(fabric.ranks, shards)
     shards = None if shards == fabric.ranks else shards
     compared, refused = _fitting(_compared(methods, first, shards), first, fabric.ranks, memory_bytes)
-    host = Host(ranks_here, cores) if ranks_here > 1 else ALONE
     machine = Machine(first, host, host.oversubscription)
     second = Machine(again, host, host.oversubscription)
     rehearsals, repeated, rows = [], [], []

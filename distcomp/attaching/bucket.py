@@ -21,6 +21,11 @@ class Scaler(Protocol):
         """``outputs`` times the loss scale."""
 
 
+def scale_of(scaler: Scaler | None, device: torch.device) -> Tensor | None:
+    """What a scaler multiplies by, a float32 scalar; None without one."""
+    return None if scaler is None else scaler.scale(torch.ones((), device=device, dtype=torch.float32))
+
+
 class Bucket:
     """A bucket on its way; DDP waits for its ``future``."""
 

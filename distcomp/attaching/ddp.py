@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
 from distcomp.active import NOTHING_OBSERVED, Observed
-from distcomp.attaching.bucket import Bucket, Scaler
+from distcomp.attaching.bucket import Bucket, Scaler, scale_of
 from distcomp.attaching.buffers import FirstsBuffers
 from distcomp.attaching.details import looked_at
 from distcomp.attaching.observed import observer
@@ -105,11 +105,7 @@ class GradientSync(Sync):
             )
         if self._driver is None:
             self._driver = _Thread(self) if buffer.device.type == "cpu" else _Stream(self, buffer.device)
-        scale = (
-            self._scaler.scale(torch.ones((), device=buffer.device, dtype=torch.float32))
-            if self._scaler is not None
-            else None
-        )
+        scale = scale_of(self._scaler, buffer.device)
         if index == 0:
             self._observed = self._observe()
         layout, observed = self._layout(bucket), self._observed

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distcomp.calls.codec import Codec, CodecLike, check_lossy, codec_for, layout_of
 from distcomp.calls.line import Call, group_of, line_of
-from distcomp.calls.tensors import begin, check_tensors, described, looked_at
+from distcomp.calls.tensors import begin, check_tensors, in_words, watched
 from distcomp.calls.work import Work
 from distcomp.collectives import AllGather, AllReduce, AllToAll, Broadcast, ReduceScatter, Rounds
 from distcomp.collectives.all_reduce import in_rank_order
@@ -67,8 +67,8 @@ def all_reduce(
         return result.estimate if op == "mean" else result.estimate * size
 
     exact = chosen is None
-    words = f"all_reduce of {described(tensor)} by {method!s}, op={op}"
-    x = looked_at([tensor], exact)
+    words = f"all_reduce of {in_words(tensor)} by {method!s}, op={op}"
+    x = watched([tensor], exact)
     return begin(line, Call(words, exactly if exact else by_method, exact), x, [tensor], async_op)
 
 
@@ -102,8 +102,8 @@ def reduce_scatter(
             total = in_rank_order([codec_.decode(one, tuple(output.shape)) for one in received])
         return total / context.size if op == "mean" else total
 
-    words = f"reduce_scatter into {described(output)} by {codec!s}, op={op}"
-    x = looked_at(pieces, codec_.exact)
+    words = f"reduce_scatter into {in_words(output)} by {codec!s}, op={op}"
+    x = watched(pieces, codec_.exact)
     return begin(line, Call(words, asked, codec_.exact), x, [output], async_op)
 
 
@@ -132,8 +132,8 @@ def all_gather(
         received: list[Payload] = yield AllGather(payload)
         return torch.cat([codec_.decode(one, tuple(tensor.shape)) for one in received])
 
-    words = f"all_gather of {described(tensor)} by {codec!s}"
-    x = looked_at([tensor], codec_.exact)
+    words = f"all_gather of {in_words(tensor)} by {codec!s}"
+    x = watched([tensor], codec_.exact)
     return begin(line, Call(words, asked, codec_.exact), x, pieces, async_op)
 
 
@@ -172,7 +172,7 @@ def all_to_all(
         return torch.cat([codec_.decode(one, tuple(output.shape)) for one, output in pairs])
 
     words = f"all_to_all of {inputs[0].dtype} by {codec!s}"
-    x = looked_at(inputs, codec_.exact)
+    x = watched(inputs, codec_.exact)
     return begin(line, Call(words, asked, codec_.exact), x, outputs, async_op)
 
 
@@ -209,9 +209,9 @@ def broadcast(
         received: Payload = yield Broadcast(payload, source)
         return codec_.decode(received, shape)
 
-    words = f"broadcast of {described(tensor)} from rank {src} by {codec!s}"
+    words = f"broadcast of {in_words(tensor)} from rank {src} by {codec!s}"
     here = tensor if dist.get_rank(known) == source else torch.zeros_like(tensor)
-    x = looked_at([here], codec_.exact)
+    x = watched([here], codec_.exact)
     return begin(line_of(known), Call(words, asked, codec_.exact), x, [tensor], async_op)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distcomp.calls.codec import CodecLike, codec_for
 from distcomp.calls.line import Call, group_of, open_line
-from distcomp.calls.tensors import begin, check_tensors, described, looked_at, nothing
+from distcomp.calls.tensors import begin, check_tensors, in_words, nothing, watched
 from distcomp.calls.work import Work
 from distcomp.collectives import AllToAll, Rounds
 from distcomp.errors import DistcompError
@@ -52,7 +52,7 @@ def send(
         return torch.empty(0, dtype=torch.float32)
 
     call = Call(_words(tensor, codec, pair), asked, codec_.exact, pair)
-    return begin(open_line(group), call, looked_at([tensor], codec_.exact), [], async_op)
+    return begin(open_line(group), call, watched([tensor], codec_.exact), [], async_op)
 
 
 def recv(
@@ -91,4 +91,4 @@ def _own_rank(other: int, group: ProcessGroup | None) -> int:
 
 
 def _words(tensor: Tensor, codec: CodecLike, pair: tuple[int, int]) -> str:
-    return f"a message of {described(tensor)} by {codec!s} from rank {pair[0]} to rank {pair[1]}"
+    return f"a message of {in_words(tensor)} by {codec!s} from rank {pair[0]} to rank {pair[1]}"

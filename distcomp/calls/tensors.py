@@ -18,7 +18,7 @@ OPS = ("sum", "mean")
 def begin(line: CallLine, call: Call, x: Tensor, outputs: Sequence[Tensor], async_op: bool) -> Work | None:
     """Begin a call whose answer belongs into ``outputs``, end to end; wait for it unless ``async_op``.
 
-    ``x``: what must be finite, from :func:`looked_at`.
+    ``x``: what must be finite, from :func:`watched`.
     """
     work = line.begin(call, x, lambda answer: _write(answer, outputs))
     if async_op:
@@ -46,7 +46,7 @@ def check_tensors(tensors: Sequence[Tensor], op: str = "sum") -> None:
         raise DistcompError(f"the mean of whole numbers ({first.dtype}) is none; use op='sum'")
 
 
-def looked_at(tensors: Sequence[Tensor], exact: bool) -> Tensor:
+def watched(tensors: Sequence[Tensor], exact: bool) -> Tensor:
     """What must be finite, flat; nothing where everything arrives as it is."""
     if exact:
         return nothing(tensors[0].device)
@@ -58,7 +58,7 @@ def nothing(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.float32, device=device)
 
 
-def described(tensor: Tensor) -> str:
+def in_words(tensor: Tensor) -> str:
     """As ranks compare it."""
     return f"{tuple(tensor.shape)} of {tensor.dtype}"
 

@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     from distcomp.advice.memory import parse_size
     from distcomp.advice.script import defines, observe_script
     from distcomp.advice.task import NAME, task_of
+    from distcomp.network.model import ALONE, Host
 
     import_plugins(arguments, arguments.model)
     methods = [one.strip() for one in (arguments.methods or "").split(";") if one.strip()]
@@ -80,9 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     _tell(f"reading {script}" if has_task else f"running some steps of {script}")
     trained = task_of(script, given) if has_task else observe_script(script, given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    advice = advise(
-        trained, fabric, methods, arguments.ranks_here, cores, _tell, arguments.shards, memory_bytes
-    )
+    host = Host(arguments.ranks_here, cores) if arguments.ranks_here > 1 else ALONE
+    advice = advise(trained, fabric, methods, host, _tell, arguments.shards, memory_bytes)
     _done()
     if arguments.plot is not None:
         plot(advice, arguments.plot)

@@ -29,7 +29,7 @@ def post(control: socket.socket, message: dict[str, Any], descriptors: Sequence[
     try:
         with theirs:
             socket.send_fds(control, [b"!"], [theirs.fileno(), *descriptors])
-        send(ours, message)
+        send_message(ours, message)
     except ConnectionError:
         ours.close()
         raise DistcompError(_DEAD) from None
@@ -58,7 +58,7 @@ def collect(control: socket.socket) -> tuple[socket.socket, dict[str, Any], list
     return None if message is None else (envelope, message, list(descriptors[1:]))
 
 
-def send(envelope: socket.socket, message: dict[str, Any]) -> None:
+def send_message(envelope: socket.socket, message: dict[str, Any]) -> None:
     """Write one JSON object."""
     data = json.dumps(message).encode()
     envelope.sendall(_LENGTH.pack(len(data)) + data)

@@ -159,7 +159,7 @@ def measure_link(to_next: socket.socket, from_previous: socket.socket, sends: in
     with ThreadPoolExecutor(1) as pool:
         started_s = pool.submit(_send, to_next, bytes(sends))
         _receive(from_previous, receives)
-        control_socket.send(from_previous, {"arrived_s": time.monotonic()})
+        control_socket.send_message(from_previous, {"arrived_s": time.monotonic()})
         receipt = control_socket.receive(to_next)
         if receipt is None:
             raise ConnectionError("the next rank has closed its connection")

@@ -77,11 +77,11 @@ class Holder:
             if message["ask"] == "start":
                 self._start(envelope, message, descriptors)
             else:
-                control_socket.send(envelope, answers[message["ask"]](message))
+                control_socket.send_message(envelope, answers[message["ask"]](message))
         except netns.Refused as error:
-            control_socket.send(envelope, {"refused": str(error)})
+            control_socket.send_message(envelope, {"refused": str(error)})
         except DistcompError as error:
-            control_socket.send(envelope, {"error": str(error)})
+            control_socket.send_message(envelope, {"error": str(error)})
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -131,7 +131,7 @@ class Holder:
             remedy = "give a program that exists and may be executed"
             raise DistcompError(f"{message['argv'][0]!r} cannot be started ({error}); {remedy}") from error
         self._running[program.pid] = program, envelope
-        control_socket.send(envelope, {"pid": program.pid})
+        control_socket.send_message(envelope, {"pid": program.pid})
         self._selector.register(envelope, selectors.EVENT_READ, lambda _: self._stop(program.pid))
 
     def _stop(self, pid: int) -> None:
@@ -154,7 +154,7 @@ class Holder:
             if envelope in self._selector.get_map():
                 self._selector.unregister(envelope)
             with envelope, contextlib.suppress(ConnectionError):  # whoever asked may be gone
-                control_socket.send(envelope, {"exit": code})
+                control_socket.send_message(envelope, {"exit": code})
 
 
 def descendants(pid: int) -> list[int]:

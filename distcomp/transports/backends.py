@@ -13,7 +13,7 @@ from distcomp.transports.gloo_p2p import GlooP2P
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.mpi.group import MpiGroup
 from distcomp.transports.mpi.transport import MPITransport
-from distcomp.transports.pair import Pair
+from distcomp.transports.pair import Couple
 from distcomp.transports.torchdist import TorchDist
 
 mpi.register()  # where torch was told to load no extension by itself (TORCH_DEVICE_BACKEND_AUTOLOAD=0)
@@ -33,20 +33,20 @@ def available() -> dict[str, bool]:
 
 def pair_of(
     group: dist.ProcessGroup, heartbeat: Heartbeat, timeout_s: float, sender: int, receiver: int
-) -> Pair:
+) -> Couple:
     """What carries messages from one of the group's ranks to another, beside all else.
 
     Raises DistcompError over a backend that cannot tell them from all else.
     """
     lane = 1 + (sender < receiver)  # of either direction
     if isinstance(group, MpiGroup):
-        return Pair(MPITransport(group.comm, heartbeat, timeout_s, lane), sender, receiver)
+        return Couple(MPITransport(group.comm, heartbeat, timeout_s, lane), sender, receiver)
     if dist.get_backend(group) != "gloo":
         raise DistcompError(
             f"send and recv go over Gloo and MPI, and this group is of {dist.get_backend(group)}; give them "
             'torch.distributed.new_group(backend="gloo")'
         )
-    return Pair(GlooP2P(group, heartbeat, timeout_s, lane), sender, receiver)
+    return Couple(GlooP2P(group, heartbeat, timeout_s, lane), sender, receiver)
 
 
 def carrier_of(

@@ -13,7 +13,7 @@ from distcomp.transports.gloo_p2p import GlooP2P
 from distcomp.transports.mpi.transport import MPITransport
 
 
-class Pair:
+class Couple:
     """The sender is rank 0 here and the receiver rank 1. Only gathers and all-to-alls are asked of it."""
 
     size = 2

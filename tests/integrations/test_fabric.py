@@ -20,6 +20,7 @@ def train(method, steps, save, resume):
     from distcomp.integrations.fabric import attach
 
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
     torch.manual_seed(0)
     bare = nn.Sequential(nn.Linear(32, 96), nn.Tanh(), nn.Linear(96, 8))
     model, optimizer = fabric.setup(bare, torch.optim.SGD(bare.parameters(), lr=0.1, momentum=0.9))
