@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -43,12 +44,14 @@ def row(tracker: str, folder: Path) -> dict[str, Any]:
                "tests/integrations/test_trackers.py", "-k", tracker]  # fmt: skip
     plain = {**os.environ, **OFFLINE, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, check=False)
-    said = [line for line in done.stdout.splitlines() if line.strip()]
-    print("\n".join(said[-30:]) if done.returncode else said[-1], file=sys.stderr)
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    # A library may draw bars before pytest's last words, and say goodbye after them.
+    said = (re.findall(r"\d+ (?:passed|failed).* in [\d.]+s", done.stdout) or ["nothing"])[-1]
+    print("\n".join(lines[-30:]) if done.returncode else said, file=sys.stderr)
     return {
         "version": version,
-        "passed": done.returncode == 0 and " 1 passed" in f" {said[-1].strip('= ')}",
-        "said": said[-1].strip("= "),
+        "passed": done.returncode == 0 and said.startswith("1 passed"),
+        "said": said,
         "installed_s": round(took_s, 1),
         "installed_bytes": size,
         "read_back": "payload_bytes of every step and rank, and the test loss that was logged",
