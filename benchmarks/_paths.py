@@ -21,7 +21,7 @@ MARKED = "# this one"
 
 CLONE = (
     "git clone --quiet CLONE distcomp",
-    "cd distcomp && python -m pip install --quiet --no-build-isolation --no-deps .",
+    "cd distcomp && python -m pip install --quiet --no-deps .",
     "cd distcomp && distcomp emulate --ranks 2 --rate 100mbit --methods 'ddp; qsgd:bits=4' -o runs "
     "examples/digits.py --steps 20",
 )
