@@ -157,9 +157,8 @@ def _compressor_classes() -> Iterator[tuple[str, Any]]:
     ours = [(name, getattr(room, name)) for name in room.__all__]
     ours = [(name, kind) for name, kind in ours if inspect.isclass(kind) and dataclasses.is_dataclass(kind)]
     yield from ((name, kind) for name, kind in ours if issubclass(kind, room.Compressor))
-    known = {kind for _, kind in ours}
     for name, entry in sorted(COMPRESSORS.items()):
-        if inspect.isclass(entry.make) and entry.make not in known:
+        if inspect.isclass(entry.make) and not entry.make.__module__.startswith("distcomp."):
             yield name, entry.make
 
 
