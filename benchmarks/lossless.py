@@ -204,4 +204,5 @@ def main() -> None:
             add("advice", advice_row(rate, given.ranks))
 
 
-start(main, on_rank)
+if __name__ == "__main__":
+    start(main, on_rank)
