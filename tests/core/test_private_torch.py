@@ -144,7 +144,9 @@ def test_what_fsdp_gathers_and_reduces_is_told_on_the_only_rank() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
         mesh = init_device_mesh("cpu", (1,))
         fully_shard(model[0], mesh=mesh, mp_policy=policy)
         fully_shard(model[1], mesh=mesh, reshard_after_forward=False)
