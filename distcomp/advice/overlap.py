@@ -58,9 +58,7 @@ def gradient_step(
     slowness: float = 1.0,
 ) -> StepTime:
     """A step in which every bucket is exchanged. ``slowness``: of arithmetic, against when it was timed."""
-    costs = [
-        [round_.ask.exchange(fabric).cost(fabric, host) for round_ in profile.rounds] for profile in profiles
-    ]
+    costs = _costs(profiles, fabric, host)
     line = _Line(timing, host)
     finished = [False] * len(profiles)
     for bucket, number in request_order():
@@ -102,6 +100,13 @@ def averaging_step(
     return StepTime(timing.step_s + wire_s + work_s, wire_s + work_s, wire_s, work_s)
 
 
+def _costs(profiles: Sequence[ProfiledExchange], fabric: Fabric, host: Host) -> list[list[Cost]]:
+    """What each round of each exchange costs."""
+    return [
+        [round_.ask.exchange(fabric).cost(fabric, host) for round_ in profile.rounds] for profile in profiles
+    ]
+
+
 EXCHANGE_CORE_S = 1.3e-3
 """Of a core, to begin and to end an exchange, however small and whatever the network: the median over all
 cells of ``benchmarks/results/model_error.json``. Beside a backward it is hidden, and a sharded step waits."""
@@ -121,7 +126,7 @@ def sharded_step(
     asked for when the weights of the one before are there (FSDP's prefetching), and whoever computes waits
     for its weights alone; the optimizer waits for all reductions.
     """
-    costs = [[one.ask.exchange(fabric).cost(fabric, host) for one in profile.rounds] for profile in profiles]
+    costs = _costs(profiles, fabric, host)
 
     begun_s = host.oversubscription * EXCHANGE_CORE_S if host.ranks > 1 and not observed.overlaps else 0.0
 

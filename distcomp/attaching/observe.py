@@ -112,6 +112,22 @@ def timed(step: Callable[[], object], repeats: int) -> tuple[float, float]:
     return float(steps_s.median()) / ranks, float(core_s) / ranks
 
 
+@contextmanager
+def only_rank() -> Iterator[None]:
+    """This process is the only rank of a world until it ends.
+
+    Raises DistcompError where there is a process group already.
+    """
+    if dist.is_initialized():
+        raise DistcompError("this process is a rank already; start it without torchrun")
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def observe_alone(
     module: nn.Module,
     batch: tuple[Tensor, Tensor],
@@ -122,11 +138,7 @@ def observe_alone(
 
     Raises DistcompError where there is a process group already.
     """
-    if dist.is_initialized():
-        raise DistcompError("this process is a rank already; start it without torchrun")
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
+    with only_rank():
         ddp = DistributedDataParallel(deepcopy(module))
         stepper, (inputs, targets) = optimizer(ddp.parameters()), batch
 
@@ -136,5 +148,3 @@ def observe_alone(
             stepper.step()
 
         return observe(ddp, step)
-    finally:
-        dist.destroy_process_group()

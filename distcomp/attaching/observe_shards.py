@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from distcomp.attaching.fsdp_rows import padded_shard
-from distcomp.attaching.observe import WARM_UP
+from distcomp.attaching.observe import WARM_UP, only_rank
 from distcomp.attaching.slices import slice_in
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
@@ -147,28 +146,21 @@ def observe_shards_alone(
 
     Raises DistcompError where there is a process group already.
     """
-    if dist.is_initialized():
-        raise DistcompError("this process is a rank already; start it without torchrun")
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
+    with only_rank(), fsdp_exchanges(watcher := ShardWatcher(clock)):
         model = _wrapped(deepcopy(module))
         stepper, (inputs, targets) = optimizer(model.parameters()), batch
-        watcher, steps = ShardWatcher(clock), []
-        with fsdp_exchanges(watcher):
-            for _ in range(WARM_UP + repeats):
-                watcher.seen.clear()
-                begin_s = clock()
-                stepper.zero_grad()
-                loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
-                stepping_s = clock()
-                stepper.step()
-                end_s = clock()
-                seen = tuple((call, moment_s - begin_s) for call, moment_s in watcher.seen)
-                steps.append(WatchedStep(seen, end_s - begin_s, end_s - stepping_s))
-        return observed_shards(steps[WARM_UP:])
-    finally:
-        dist.destroy_process_group()
+        steps = []
+        for _ in range(WARM_UP + repeats):
+            watcher.seen.clear()
+            begin_s = clock()
+            stepper.zero_grad()
+            loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+            stepping_s = clock()
+            stepper.step()
+            end_s = clock()
+            seen = tuple((call, moment_s - begin_s) for call, moment_s in watcher.seen)
+            steps.append(WatchedStep(seen, end_s - begin_s, end_s - stepping_s))
+    return observed_shards(steps[WARM_UP:])
 
 
 def _wrapped(model: nn.Module) -> nn.Module:
