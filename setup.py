@@ -17,16 +17,7 @@ setup(
             "distcomp.kernels._cpu",
             sources=[
                 f"distcomp/kernels/{name}.c"
-                for name in (
-                    "_cpu",
-                    "_binary",
-                    "_entropy",
-                    "_lowrank",
-                    "_memory",
-                    "_minifloat",
-                    "_rows",
-                    "_words",
-                )
+                for name in ("_cpu", "_binary", "_entropy", "_lowrank", "_minifloat", "_rows", "_words")
             ],
             depends=[
                 "distcomp/kernels/_cpu.h",
@@ -34,7 +25,6 @@ setup(
                 "distcomp/kernels/_binary.h",
                 "distcomp/kernels/_entropy.h",
                 "distcomp/kernels/_lowrank.h",
-                "distcomp/kernels/_memory.h",
                 "distcomp/kernels/_minifloat.h",
                 "distcomp/kernels/_rows.h",
                 "distcomp/kernels/_inside.h",

@@ -117,11 +117,6 @@ class Layout:
             ("split", parts, alignment), lambda: tuple(_split(self.slices, parts, alignment))
         )
 
-    def runs(self, least: int) -> tuple[Layout, ...]:
-        """Cut between slices into consecutive runs of ``least`` elements or more; laid end to end they are
-        the flat buffer. One that is left over with fewer goes with the last."""
-        return self.remember(("runs", least), lambda: tuple(_runs(self.slices, least)) or (self,))
-
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` made of this layout when ``key`` first asked: a step must not count its parameters
         anew."""
@@ -158,18 +153,6 @@ def _split(slices: tuple[ParamSlice, ...], parts: int, alignment: int) -> Iterat
                 )
             first += count
         yield Layout(tuple(chunk))
-
-
-def _runs(slices: tuple[ParamSlice, ...], least: int) -> Iterator[Layout]:
-    ends = []
-    numel = 0
-    for end, param in enumerate(slices, 1):
-        numel += param.numel
-        if numel >= least:
-            ends.append(end)
-            numel = 0
-    for begin, end in itertools.pairwise([0, *ends[:-1], len(slices)]):
-        yield Layout(slices[begin:end])
 
 
 def chunk_views(buffer: Tensor, chunks: Iterable[Layout]) -> list[Tensor]:

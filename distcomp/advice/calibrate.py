@@ -98,8 +98,8 @@ def _excess(
     methods: Sequence[Zeros], ddp: DistributedDataParallel, step: Step, machine: Machine, fabric: Fabric
 ) -> Overhead:
     layouts = machine.observed.layouts
+    exchanges = ROUNDS * len(layouts)
     profiles = [profiles_of(method, layouts, fabric.ranks) for method in methods]
-    exchanges = ROUNDS * len(profiles[0])
     steps_s, core_s = [], []
     for method, profile in zip(methods, profiles, strict=True):
         with attach(ddp, method=method):

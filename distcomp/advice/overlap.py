@@ -68,7 +68,7 @@ def gradient_step(
             continue
         profile = profiles[bucket]
         if number == 0:
-            line.wait_for_gradients(bucket if profile.bucket is None else profile.bucket)
+            line.wait_for_gradients(bucket)
         else:
             line.wait_for_answer(bucket)
         if number < len(profile.rounds):

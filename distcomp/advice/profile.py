@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distcomp.attaching.bucket import PIECE
 from distcomp.averaging.base import Averaging, FragmentState, MultiLevel, fragment_states, gather, scatter
 from distcomp.averaging.gossip import Gossip
 from distcomp.averaging.topology import resolve
@@ -48,13 +47,11 @@ class ProfiledRound:
 @dataclass(frozen=True)
 class ProfiledExchange:
     """An exchange of one flat buffer: its rounds, and the arithmetic after the last answer. ``share``: of the
-    steps in which it takes place. ``bucket``: whose gradients it waits for; of as many exchanges as buckets
-    each waits for its own."""
+    steps in which it takes place."""
 
     rounds: tuple[ProfiledRound, ...]
     last_s: float
     share: float = 1.0
-    bucket: int | None = None
 
     @property
     def work_s(self) -> float:
@@ -63,11 +60,9 @@ class ProfiledExchange:
 
 
 def profiles_of(method: Method, layouts: Sequence[Layout], ranks: int) -> tuple[ProfiledExchange, ...]:
-    """What rank 0 of ``ranks`` exchanges of each bucket's pieces in a step, timed here on one thread."""
-    pieces = [(bucket, piece) for bucket, layout in enumerate(layouts) for piece in layout.runs(PIECE)]
-    parts = [ToProfile(method, piece, method.init(piece)) for _, piece in pieces]
-    exchanges = zip(profiled(parts, ranks), pieces, strict=True)
-    return tuple(replace(exchange, bucket=bucket) for (exchange, _), (bucket, _) in exchanges)
+    """What rank 0 of ``ranks`` exchanges of each bucket in a step, timed here on one thread."""
+    parts = [ToProfile(method, layout, method.init(layout)) for layout in layouts]
+    return tuple(exchange for exchange, _ in profiled(parts, ranks))
 
 
 @dataclass(frozen=True)

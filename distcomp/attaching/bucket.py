@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from distcomp.active import NOTHING_OBSERVED, Observed
-from distcomp.layout import Layout, chunk_views
-
-PIECE = 1 << 20
-"""Elements: a piece's parameters hold as many or more."""
+from distcomp.layout import Layout
 
 
 class Scaler(Protocol):
@@ -42,8 +39,6 @@ class Bucket:
         self.observed = observed
         self.buffer = buffer
         self.scale = scale
-        self._layouts = layout.runs(PIECE)
-        self._missing = len(self._layouts)
         self._answer: Tensor | BaseException | None = None
         devices: list[int | str | torch.device] | None = (
             None if buffer.device.type == "cpu" else [buffer.device]
@@ -51,22 +46,10 @@ class Bucket:
         self._answered: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         self.future: torch.futures.Future[Tensor] = self._answered.then(self._deliver)
 
-    def pieces(self) -> list[tuple[Layout, Tensor]]:
-        """What is exchanged one by one, with its view of the buffer: while one piece is on the wire, the next
-        is encoded."""
-        return list(zip(self._layouts, chunk_views(self.buffer, self._layouts), strict=True))
-
-    def take(self, view: Tensor, estimate: Tensor) -> None:
-        """A piece's estimate, in unscaled float32. With the last of them DDP goes on, in the units and the
-        type of its buffer."""
-        scaled = (estimate if self.scale is None else estimate * self.scale).to(self.buffer.dtype)
-        self._missing -= 1
-        if len(self._layouts) == 1:
-            self.answer(scaled)
-            return
-        view.copy_(scaled)
-        if not self._missing:
-            self.answer(self.buffer)
+    def answer_with(self, estimate: Tensor) -> None:
+        """Let DDP go on with the estimate, in the units and the type of its buffer."""
+        scaled = estimate if self.scale is None else estimate * self.scale
+        self.answer(scaled.to(self.buffer.dtype))
 
     def answer(self, answer: Tensor | BaseException) -> None:
         """Let DDP go on, with the new bucket or with an error. The first answer counts."""

@@ -290,23 +290,19 @@ class IterationRun:
         sync.detail = {}
 
     def enter(self, bucket: Bucket) -> None:
-        """Begin the exchanges of the bucket's pieces, in unscaled float32."""
-        self._buckets.append(bucket)
-        for layout, view in bucket.pieces():
-            self._begin(bucket, layout, view)
-
-    def _begin(self, bucket: Bucket, layout: Layout, view: Tensor) -> None:
+        """Begin the bucket's exchange, in unscaled float32."""
         sync = self._sync
-        x = view.float()
+        self._buckets.append(bucket)
+        x = bucket.buffer.float()
         if bucket.scale is not None:
             x = x / bucket.scale
-        context = context_of(sync.channel, layout, sync.iterations, sync.seed, bucket.observed)
-        aggregation = Aggregation(sync.exchanged, x, sync.states.of(layout, x.device), context)
+        context = context_of(sync.channel, bucket.layout, sync.iterations, sync.seed, bucket.observed)
+        aggregation = Aggregation(sync.exchanged, x, sync.states.of(bucket.layout, x.device), context)
 
         def done() -> None:
-            if sync.looks_closer:  # before the estimate is written over what was sent
+            if sync.looks_closer:  # before DDP writes the estimate over what was sent
                 sync.detail |= looked_at(aggregation, x, sync.method, sync.session.size)
-            bucket.take(view, aggregation.finished().estimate)
+            bucket.answer_with(aggregation.finished().estimate)
 
         self._drive.add(aggregation, done)
 

@@ -12,7 +12,6 @@
 #include "_entropy.h"
 #include "_inside.h"
 #include "_lowrank.h"
-#include "_memory.h"
 #include "_minifloat.h"
 #include "_rows.h"
 #include "_select.h"
@@ -367,7 +366,6 @@ static PyMethodDef methods[] = {
     {"lowrank", py_lowrank, METH_VARARGS,
      "rows, columns or outer; p, q, m, out, a, b, rank, p_stride, stride, out_stride, subtract, "
      "sizes of the four"},
-    {"large_pages", py_large_pages, METH_VARARGS, "address, bytes: a wish"},
     {"use", py_use, METH_VARARGS, "choose an instruction set by name: generic, avx2 or avx512"},
     {"instruction_set", py_instruction_set, METH_NOARGS, "the one in use"},
     {NULL, NULL, 0, NULL},

@@ -21,7 +21,7 @@ from distcomp.advice.advise import Advice, AdviceRow, advise, at_rate, break_eve
 from distcomp.advice.calibrate import late_per_hop_s
 from distcomp.advice.overlap import Timing, averaging_step, gradient_step
 from distcomp.advice.predict import Machine, Prediction, predict, profile_method
-from distcomp.advice.profile import ProfiledExchange, ProfiledRound, clock, profiles_of
+from distcomp.advice.profile import ProfiledExchange, ProfiledRound, clock
 from distcomp.advice.scale import Rehearsals
 from distcomp.attaching import handle
 from distcomp.attaching.observe import ObservedSteps
@@ -456,12 +456,3 @@ def test_more_of_the_same_fabric() -> None:
     six = Fabric((1e9,) * 4, 1e-4, racks).of(6)
     assert [rack.ranks for rack in six.racks] == [(0, 1), (2, 3), (4, 5)]
     assert six.rates_bps == (1e9,) * 6
-
-
-def test_a_large_bucket_is_profiled_piece_by_piece() -> None:
-    layouts = [Layout.of([("a", (1 << 20,)), ("b", (1 << 20,))]), Layout.of([("c", (8,))])]
-    exchanges = profiles_of(parse("identity"), layouts, 2)
-    assert [exchange.bucket for exchange in exchanges] == [0, 0, 1]
-    # Both pieces go at 0.1 s, and are over long before the second bucket is there.
-    late = gradient_step(Timing((0.1, 5.0), 6.0), exchanges[:2], Fabric.uniform(2, "100mbit"))
-    assert late.exposed_s == pytest.approx(0.0, abs=1e-9)
