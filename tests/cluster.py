@@ -3,14 +3,18 @@ loopback."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 PATIENCE_S = 120.0
@@ -27,6 +31,13 @@ def threads_left() -> list[str]:
     return [thread.name for thread in started if thread.name.startswith("distcomp")]
 
 
+def warm_processes() -> ForkServerContext:
+    """Processes that are forked from one that has imported torch, and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.warm"])
+    return context
+
+
 class JobFailed(AssertionError):
     """A job raised; the message holds the rank and its traceback."""
 
@@ -38,10 +49,7 @@ class Cluster:
     def __init__(self, size: int, patience_s: float = PATIENCE_S) -> None:
         self.size = size
         self.patience_s = patience_s
-        context = multiprocessing.get_context("forkserver")  # imports torch once, forks clean ranks at once
-        context.set_forkserver_preload(
-            ["torch.distributed", "distcomp.attaching.handle", "distcomp.averaging.recipes"]
-        )
+        context = warm_processes()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
@@ -139,7 +147,14 @@ def _serve(rank: int, size: int, pipe: Connection) -> None:
         pipe.send(answer)
 
 
+_PORTS = range(20000, 32000)
+"""Below those that the system hands out: nobody is given one between our look and rank 0's."""
+_next_port = itertools.count(random.Random(os.getpid()).randrange(len(_PORTS)))
+
+
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        port = _PORTS[next(_next_port) % len(_PORTS)]
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

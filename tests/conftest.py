@@ -16,6 +16,7 @@ from distcomp.registry import load_all
 from tests.cluster import Cluster
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too: two of them run side by side
 # A rendezvous store's host asks the name server who connects: one that is silent costs 10 s by default.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 load_all()  # METHODS knows them all

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,12 @@ for one, before in zip(arguments, ["", *arguments]):
 assert named or "--requirement" in arguments, sys.argv
 """
 USERADD = '#!/bin/sh\necho "$@" >>"$USERS"\n'
+COMPILER = """\
+#!/bin/sh
+# What compiles is what is asked; how fast its code is, is not.
+for one; do shift; [ "$one" = -O3 ] || set -- "$@" "$one"; done
+exec {compiler} "$@"
+"""
 
 
 class StandIn:
@@ -104,7 +111,9 @@ class StandIn:
         self.tools, self.users = folder / "tools", folder / "users"
         self.tools.mkdir()
         self.users.touch()
-        for name, text in (("pip", PIP.format(python=sys.executable)), ("useradd", USERADD)):
+        compiler = sysconfig.get_config_var("CC")
+        stand_ins = {"pip": PIP.format(python=sys.executable), "useradd": USERADD}
+        for name, text in {**stand_ins, "cc": COMPILER.format(compiler=compiler)}.items():
             (self.tools / name).write_text(text)
             (self.tools / name).chmod(0o755)
         context(self.context)
@@ -145,7 +154,7 @@ class StandIn:
 
     def run(self, arguments: str) -> None:
         inside = re.sub(r"(?<=\s)/(?=\w)", f"{self.stage}/", arguments)
-        environment = {**os.environ, **self.variables, "USERS": str(self.users)}
+        environment = {**os.environ, **self.variables, "USERS": str(self.users), "CC": f"{self.tools}/cc"}
         environment["PATH"] = f"{self.tools}{os.pathsep}{os.environ['PATH']}"
         command = ["bash", "-euo", "pipefail", "-c", inside]
         done = subprocess.run(

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ import pytest
 
 from distcomp.cli.methods import check
 from distcomp.methods import METHODS
+from tests import forked
 from tests.project.pages import MADE, PAGES, ROOT, WRITTEN, program, snippets
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,15 +26,7 @@ def test_snippets_run(where: str, snippet: str, tmp_path: Path) -> None:
     if "import horovod" in snippet:
         pytest.importorskip("horovod", reason="Horovod is not installed; scripts/test-horovod builds it")
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", program(snippet)],
-        env={**os.environ, **alone},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = forked.run(program(snippet), tmp_path, {**os.environ, **alone})
     assert done.returncode == 0, done.stderr
 
 

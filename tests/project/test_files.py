@@ -123,8 +123,11 @@ def test_ci_runs_the_two_scripts_and_nothing_else() -> None:
     assert commands == ["scripts/test", "scripts/check"]
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("ci", ["true", ""])
-def test_a_file_that_is_skipped_whole_fails_in_continuous_integration(tmp_path: Path, ci: str) -> None:
+def test_a_file_that_is_skipped_whole_fails_in_continuous_integration(
+    tmp_path: Path, ci: str, workers: str
+) -> None:
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "test_here.py").write_text("def test_one():\n    assert True\n")
     (tmp_path / "test_gone.py").write_text("import pytest\npytest.importorskip('nosuch_package')\n")
@@ -135,6 +138,8 @@ def test_a_file_that_is_skipped_whole_fails_in_continuous_integration(tmp_path: 
         "-q",
         "-p",
         "no:cacheprovider",
+        "-n",
+        workers,
         "--rootdir",
         str(tmp_path),
         str(tmp_path),

@@ -242,34 +242,54 @@ def reused():
         one.close()
 
 
-def on_two_and_three(run):
-    """Both at once: what they do is wait."""
-    with ThreadPoolExecutor(2) as both:
-        list(both.map(run, (2, 3)))
+AT_ONCE = 4
+"""So many ways are under way at once, each among two and among three ranks: what they do is wait."""
+
+
+@pytest.fixture(scope="module")
+def answers_of(request):
+    """``answers_of(way)``: those of two ranks and those of three. The ways tested next run meanwhile."""
+    here = [item for item in request.session.items if item.path == request.path]
+    ahead = [item.callspec.params["way"] for item in here if "way" in item.fixturenames]
+    free, under_way = {2: [], 3: []}, {}
+
+    def answers(way, size):
+        cluster = free[size].pop() if free[size] else Cluster(size, PATIENCE_S)
+        try:
+            return cluster.results(go, way, without=victim_of(way, size) if way in ENDS else None)
+        finally:
+            if way in ENDS or not cluster.usable:
+                cluster.close()
+            else:
+                free[size].append(cluster)
+
+    with ThreadPoolExecutor(2 * AT_ONCE) as pool:
+
+        def get(way):
+            at = ahead.index(way)
+            for one in ahead[at : at + AT_ONCE]:
+                if one not in under_way:
+                    under_way[one] = [pool.submit(answers, one, size) for size in (2, 3)]
+            return [each.result() for each in under_way[way]]
+
+        yield get
+    for cluster in free[2] + free[3]:
+        cluster.close()
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_rank_that_stops_short_is_named(reused, way):
-    def run(size):
-        victim = victim_of(way, size)
-        answers = reused(size).results(go, way)
+def test_a_rank_that_stops_short_is_named(answers_of, way):
+    for answers in answers_of(way):
+        victim = victim_of(way, len(answers))
         check(answers, victim, WAYS[way][2])
         assert not isinstance(answers[victim], Failure), answers[victim]
         assert answers[victim][2] == []
 
-    on_two_and_three(run)
-
 
 @pytest.mark.parametrize("way", ENDS)
-def test_a_rank_that_is_no_more_is_named(way):
-    def run(size):
-        cluster, victim = Cluster(size, PATIENCE_S), victim_of(way, size)
-        try:
-            check(cluster.results(go, way, without=victim), victim, ENDS[way][2])
-        finally:
-            cluster.close()
-
-    on_two_and_three(run)
+def test_a_rank_that_is_no_more_is_named(answers_of, way):
+    for answers in answers_of(way):
+        check(answers, victim_of(way, len(answers)), ENDS[way][2])
 
 
 def attach(rank, size, how):
