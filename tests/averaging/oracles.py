@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,30 @@ def periodic(
             m = momentum * m + g
             anchor = anchor - lr * (g + momentum * m)
             x = np.repeat(anchor[None], len(x), axis=0)
+    return x
+
+
+def noloco(
+    x: Matrix,
+    step: Rows,
+    pairs: Callable[[int], Sequence[int]],
+    schedule: tuple[int, int],
+    alpha: float,
+    beta: float,
+    gamma: float,
+) -> Matrix:
+    """Slow weights ``phi`` and momentum of each worker's own; ``pairs(t)`` names everybody's partner."""
+    period, steps = schedule
+    phi, delta = x.copy(), np.zeros_like(x)
+    for t in range(1, steps + 1):
+        x = x - step(x)
+        if t % period == 0:
+            partner = list(pairs(t))
+            learnt = x - phi
+            learnt, meeting = (learnt + learnt[partner]) / 2, (phi + phi[partner]) / 2
+            delta = alpha * delta + beta * learnt - gamma * (phi - meeting)
+            phi = phi + delta
+            x = phi.copy()
     return x
 
 

@@ -51,6 +51,7 @@ SAME = {
     "streaming": distcomp.streaming_diloco(period=4, fragments=2, overlap=2),
     "sparse-loco": distcomp.sparse_loco(period=3, ratio=0.1, chunk=64),
     "sparta": distcomp.averaging.sparta(share=0.2),
+    "noloco": distcomp.averaging.noloco(period=2, gamma=0.6),
 }
 
 
@@ -106,7 +107,7 @@ def test_bytes_on_the_wire_are_degree_times_payload(cluster: Clusters) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ecd", "choco", "deepsqueeze", "round-robin", "streaming", "sparse-loco", "sparta"]
+    "name", ["ecd", "choco", "deepsqueeze", "round-robin", "streaming", "sparse-loco", "sparta", "noloco"]
 )
 def test_a_resumed_run_goes_on_bit_for_bit(name: str, cluster: Clusters) -> None:
     """Saved at step 5: with the streaming one, an exchange is under way then."""

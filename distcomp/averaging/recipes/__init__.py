@@ -5,6 +5,7 @@ goes through ``compressor``: any gradient method, as an object or a string (``"t
 compressor. Within an averaging a method's steps are exchanges.
 """
 
+from distcomp.averaging.noloco import noloco
 from distcomp.averaging.recipes.codistill import codistill
 from distcomp.averaging.recipes.gossip import choco, dcd, deepsqueeze, dpsgd, ecd
 from distcomp.averaging.recipes.masked import active_only, masked
@@ -32,6 +33,7 @@ __all__ = [
     "local_sgd",
     "masked",
     "multi_level",
+    "noloco",
     "post_local_sgd",
     "pqasgd",
     "sparse_averaging",
