@@ -102,6 +102,23 @@ def noloco(
     return x
 
 
+def sgp(x: Matrix, P: Callable[[int], Matrix], step: Rows, steps: int) -> Matrix:
+    """Push-sum: the same column-stochastic matrices mix ``x`` and ``w``; ``step`` is made at x / w."""
+    w = np.ones((len(x), 1))
+    for t in range(steps):
+        half = x - step(x / w)
+        x, w = P(t) @ half, P(t) @ w
+    return x / w
+
+
+def ad_psgd(x: Matrix, W: Callable[[int], Matrix], step: Rows, steps: int) -> Matrix:
+    """Pairs average, and each adds the step that it computed at its model before; ``W(t)`` of exchange t."""
+    x = x - step(x)  # before the first exchange
+    for t in range(1, steps):
+        x = W(t) @ x - step(x)
+    return x
+
+
 def top(k: int) -> Rows:
     """The k largest magnitudes of each row."""
 

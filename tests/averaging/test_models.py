@@ -52,6 +52,8 @@ SAME = {
     "sparse-loco": distcomp.sparse_loco(period=3, ratio=0.1, chunk=64),
     "sparta": distcomp.averaging.sparta(share=0.2),
     "noloco": distcomp.averaging.noloco(period=2, gamma=0.6),
+    "sgp": distcomp.averaging.sgp(),
+    "ad-psgd": distcomp.averaging.ad_psgd(staleness=2, period=3),
 }
 
 
@@ -63,7 +65,7 @@ def test_real_processes_do_what_lock_step_does_bit_for_bit(name: str, cluster: C
         assert torch.equal(own[: expected[rank].numel()], expected[rank]), rank
 
 
-@pytest.mark.parametrize("name", ["dcd", "choco"])
+@pytest.mark.parametrize("name", ["dcd", "choco", "sgp", "ad-psgd"])
 def test_on_a_ring_of_four_as_well(name: str, cluster: Clusters) -> None:
     expected = in_process(SAME[name], 4, 5)
     found = cluster(4).run(jobs.trained, "plain", SAME[name], 5)
@@ -107,7 +109,19 @@ def test_bytes_on_the_wire_are_degree_times_payload(cluster: Clusters) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ecd", "choco", "deepsqueeze", "round-robin", "streaming", "sparse-loco", "sparta", "noloco"]
+    "name",
+    [
+        "ecd",
+        "choco",
+        "deepsqueeze",
+        "round-robin",
+        "streaming",
+        "sparse-loco",
+        "sparta",
+        "noloco",
+        "sgp",
+        "ad-psgd",
+    ],
 )
 def test_a_resumed_run_goes_on_bit_for_bit(name: str, cluster: Clusters) -> None:
     """Saved at step 5: with the streaming one, an exchange is under way then."""

@@ -5,7 +5,9 @@ goes through ``compressor``: any gradient method, as an object or a string (``"t
 compressor. Within an averaging a method's steps are exchanges.
 """
 
+from distcomp.averaging.adpsgd import ad_psgd
 from distcomp.averaging.noloco import noloco
+from distcomp.averaging.push_sum import sgp
 from distcomp.averaging.recipes.codistill import codistill
 from distcomp.averaging.recipes.gossip import choco, dcd, deepsqueeze, dpsgd, ecd
 from distcomp.averaging.recipes.masked import active_only, masked
@@ -23,6 +25,7 @@ from distcomp.averaging.recipes.periodic import (
 
 __all__ = [
     "active_only",
+    "ad_psgd",
     "choco",
     "codistill",
     "dcd",
@@ -36,6 +39,7 @@ __all__ = [
     "noloco",
     "post_local_sgd",
     "pqasgd",
+    "sgp",
     "sparse_averaging",
     "sparse_loco",
     "sparta",
