@@ -31,23 +31,20 @@ def muloco(
     pattern: str = "auto",
     outer_lr: float = 0.7,
     outer_momentum: float = 0.9,
-    nesterov: bool = True,
-    optimizer_state: str = "keep",
     buffers: str = "average",
 ) -> Averaging:
     """DiLoCo every ``period`` steps, to be used with Muon inside, whose outer gradient is sent in few bits.
 
     Rounded to the nearest level, ``bits`` per value in blocks of ``block``, with error feedback: ``e = decay
-    e + Delta - sent``. ``pattern`` forces ``all_gather`` or ``reduce_scatter``. ``outer_lr``,
-    ``outer_momentum`` and ``nesterov`` are the outer optimizer's. The inner one is yours: for matrices
-    ``torch.optim.Muon``, and another for the rest. ``optimizer_state``: ``keep``, ``reset`` or
-    ``average`` it at an exchange; ``buffers``: ``average`` or ``keep`` them.
+    e + Delta - sent``. ``pattern`` forces ``all_gather`` or ``reduce_scatter``. ``outer_lr``
+    and ``outer_momentum`` (Nesterov's) are the outer optimizer's. The inner one is yours: for matrices
+    ``torch.optim.Muon``, and another for the rest. ``buffers``: ``average`` or
+    ``keep`` them at an exchange.
     """
     few = Quantize(bits, block, rounding="nearest", plain=PLAIN.roles)
     return Periodic(
         ErrorFeedback(from_compressor(few, pattern), decay),
-        Outer(outer_lr, outer_momentum, nesterov),
+        Outer(outer_lr, outer_momentum, nesterov=True),
         period=varying(period),
-        optimizer_state=optimizer_state,
         buffers=buffers,
     )

@@ -57,7 +57,10 @@ class SGP(Averaging):
         return True
 
     def init(self, x: Tensor, context: AveragingContext) -> State:
-        return {"biased": FlatBuffer(x.clone(), context.layout), "weight": _weight(torch.ones(1), context)}
+        return {
+            "biased": FlatBuffer(x.clone(), context.layout),
+            "weight": _weight(torch.ones(1, dtype=torch.float32), context),
+        }
 
     def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
         graph = resolve_digraph(self.graph, context.size)

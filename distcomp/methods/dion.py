@@ -92,7 +92,7 @@ class Dion(Method):
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         layout = context.layout
         B = state["momentum"].data + x
-        matrices = [(param, *sides) for param, *sides in self._matrices(layout)]
+        matrices = list(self._matrices(layout))
         own = {param.name: piece for param, piece in layout.pieces(B)}
         # In memory of their own: a product's last bits depend on how its operands are aligned.
         each = {param.name: own[param.name].view(a, b).clone() for param, a, b, _ in matrices}
@@ -171,12 +171,13 @@ def _orthonormal(columns: Tensor) -> Tensor:
 def _unit_columns(columns: Tensor) -> Tensor:
     """Each column over its length; zeros stay zeros."""
     scaled = _scaled(columns)
-    return scaled / scaled.norm(dim=0, keepdim=True).clamp(min=2.0**-60)
+    lengths: Tensor = scaled.norm(dim=0, keepdim=True)
+    return scaled / lengths.clamp(min=2.0**-60)
 
 
 def _scaled(x: Tensor) -> Tensor:
     """With a largest magnitude of 1, whose square neither overflows nor vanishes."""
-    largest = x.abs().max() if x.numel() else torch.zeros((), device=x.device)
+    largest = x.abs().max() if x.numel() else torch.zeros((), device=x.device, dtype=torch.float32)
     return torch.where(largest > 0, x / largest.clamp(min=torch.finfo(torch.float32).tiny), x)
 
 
