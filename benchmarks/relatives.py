@@ -6,7 +6,7 @@ Digit pairs (17,440 parameters), eight workers with images of their own, 200 ste
 step. One learning rate for all rows of an inner optimizer: the best of three for averaged gradients, on seed
 0. What is tested is the mean of all workers' models. Two controls under each inner optimizer: "one average at
 the end" exchanges nothing until then, and "no communication" tests the workers' own models instead (the mean
-of their losses). Dion's step is the method's own; its parent is Muon with averaged gradients.
+of their losses). Equal periods of ``des_loc`` are Local Adam. Dion's step is the method's own; its parent is Muon with averaged gradients.
 """
 
 from __future__ import annotations
@@ -78,10 +78,14 @@ BASE = "identity"
 ROWS: dict[str, tuple[str, ...]] = {
     "AdamW": (
         BASE, "local_sgd:period=10", "des_loc:period=10,first_period=10,second_period=10",
-        "des_loc:period=10", "diloco:period=10", "eager_diloco:period=10", "noloco:period=10",
-        "pulseloco:period=10", NEVER,
+        "des_loc:period=10", "diloco:period=10", "eager_diloco:period=10", "pulseloco:period=10",
+        "diloco:period=10,outer_momentum=0.5", "eager_diloco:period=10,outer_momentum=0.5",
+        "pulseloco:period=10,outer_momentum=0.5", "noloco:period=10", NEVER,
     ),
-    "Muon": (BASE, "diloco:period=10", "muloco:period=10", NEVER),
+    "Muon": (
+        BASE, "diloco:period=10,outer_momentum=0.5", "muloco:period=10,outer_momentum=0.5",
+        "muloco:period=10,outer_momentum=0.5,bits=4", NEVER,
+    ),
     "SGD 0.9": (BASE, "dpsgd", "dpsgd:topology=one_peer_exponential", "sgp", "ad_psgd", NEVER),
     "SGD 0": ("dion:rank=4",),
 }  # fmt: skip
