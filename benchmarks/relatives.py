@@ -6,7 +6,8 @@ Digit pairs (17,440 parameters), eight workers with images of their own, 200 ste
 step. One learning rate for all rows of an inner optimizer: the best of three for averaged gradients, on seed
 0. What is tested is the mean of all workers' models. Two controls under each inner optimizer: "one average at
 the end" exchanges nothing until then, and "no communication" tests the workers' own models instead (the mean
-of their losses). Equal periods of ``des_loc`` are Local Adam. Dion's step is the method's own; its parent is Muon with averaged gradients.
+of their losses). Equal periods of ``des_loc`` are Local Adam. Dion's step is the method's own; its parent is
+Muon with averaged gradients.
 """
 
 from __future__ import annotations
