@@ -56,8 +56,9 @@ def test_what_all_have_learnt_arrives_everywhere_a_period_late(compressor: str) 
     workers.stacked += learnt
     for _ in range(60):
         workers.step()
-    assert workers.spread < (1e-3 if compressor.startswith("qsgd") else 1e-10)
-    torch.testing.assert_close(workers.mean, learnt.mean(0), atol=0.05, rtol=0)
+    coarse = compressor == "qsgd:bits=1"  # what it owes never falls to nothing
+    assert workers.spread < (1e-3 if coarse else 1e-10)
+    torch.testing.assert_close(workers.mean, learnt.mean(0), atol=0.3 if coarse else 1e-4, rtol=0)
 
 
 def test_only_ones_own_share_is_used_at_once() -> None:
