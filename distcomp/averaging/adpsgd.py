@@ -37,7 +37,7 @@ class ADPSGD(Pairs):
     find a partner when they are ready; so nobody need be passive and no graph bipartite. Bytes: one payload.
     Memory: none but what is under way.
 
-    Raises DistcompError for a staleness below 1 or above the period.
+    Raises DistcompError for a staleness below 1 or above the period, and for ``on_failure="continue"``.
     """
 
     staleness: int = 1
@@ -48,6 +48,11 @@ class ADPSGD(Pairs):
             raise DistcompError(
                 f"the staleness is at least 1 and at most the period, {self.period}, not {self.staleness}: "
                 "one exchange is under way at a time"
+            )
+        if self.on_failure != "stop":
+            raise DistcompError(
+                "ad_psgd stops when a partner dies while an exchange is under way; on_failure='continue' is "
+                "for noloco, dpsgd and their like"
             )
 
     @property
@@ -84,14 +89,10 @@ def ad_psgd(
     staleness: int = 1,
     compressor: Compressor | Method | str = "identity",
     period: int | Schedule | str = 1,
-    on_failure: str = "stop",
 ) -> Averaging:
     """Average models with a random partner while training goes on.
 
     An exchange begins every ``period`` steps and is used ``staleness`` steps later, on top of what was learnt
-    meanwhile. With a ``compressor`` it is a control. ``on_failure``: when a partner dies, ``stop`` or
-    ``continue`` without it.
+    meanwhile. With a ``compressor`` it is a control.
     """
-    return ADPSGD(
-        compressor_of(compressor), staleness=staleness, period=varying(period), on_failure=on_failure
-    )
+    return ADPSGD(compressor_of(compressor), staleness=staleness, period=varying(period))

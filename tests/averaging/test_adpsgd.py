@@ -76,3 +76,5 @@ def test_a_staleness_that_cannot_be_is_refused() -> None:
     for staleness, period in ((0, 1), (3, 2)):
         with pytest.raises(DistcompError, match="at most the period"):
             ADPSGD(staleness=staleness, period=period)
+    with pytest.raises(DistcompError, match="stops when a partner dies"):
+        ADPSGD(on_failure="continue")
