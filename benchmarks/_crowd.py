@@ -118,6 +118,10 @@ class Oversubscription:
         self.optimizer.step()
         self.schedule.step()
         if self.workers is not None:
+            kept = self.optimizer.state[self.models]
+            self.workers.moments = {
+                name: value for name, value in kept.items() if getattr(value, "shape", 0) == self.models.shape
+            }
             self.workers.step()
         return True
 
@@ -127,10 +131,10 @@ class Oversubscription:
         return scores
 
     @torch.no_grad()
-    def test(self) -> tuple[float, float]:
-        """Test loss and accuracy of the averaged model."""
+    def test(self, model: Tensor | None = None) -> tuple[float, float]:
+        """Test loss and accuracy of the averaged model, or of another one (flat)."""
         inputs, targets = self.task.test
-        scores = self._call(self.models.mean(0), inputs)
+        scores = self._call(self.models.mean(0) if model is None else model, inputs)
         accuracy = (scores.argmax(-1) == targets).float().mean()
         return float(self.task.loss(scores, targets)), float(accuracy)
 

@@ -26,6 +26,7 @@ def evidence() -> Iterator[tuple[str, Row]]:
     yield from _accuracies(RESULTS / "decentralized_table.json")
     yield from _peers(RESULTS / "peers.json")
     yield from _pareto(RESULTS / "pareto.json")
+    yield from _relatives(RESULTS / "relatives.json")
     yield from _budgets(RESULTS / "allocation.json")
     yield from _gradiveq(RESULTS / "gradiveq_loss.json")
     yield from _bytes(RESULTS / "method_bytes.json")
@@ -95,6 +96,17 @@ def _pareto(path: Path) -> Iterator[tuple[str, Row]]:
     for spec, row in found["methods"].items():
         text = f"{row['relative_loss'] - 1:+.1%} against DDP, {row['times_fewer_bytes']:.0f} × fewer bytes"
         yield from _told(spec, where, text, path)
+
+
+def _relatives(path: Path) -> Iterator[tuple[str, Row]]:
+    found = json.loads(path.read_text())
+    for key, row in found["table"].items():
+        inner, _, spec = key.partition(" | ")
+        if "relative_loss" in row and spec != "identity":
+            fewer = row["times_fewer_bytes"] or float("inf")
+            text = f"{row['relative_loss'] - 1:+.1%} against averaged gradients, {fewer:.1f} × fewer bytes"
+            where = f"test loss with {inner} inside, {found['plan']['workers']} workers, "
+            yield from _told(spec, f"{where}{found['plan']['steps']} steps", text, path)
 
 
 def _budgets(path: Path) -> Iterator[tuple[str, Row]]:

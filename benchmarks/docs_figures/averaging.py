@@ -216,7 +216,32 @@ def drift() -> str:
     return f"{markdown(head, rows)}\n\n{source(found, 'gossip_drift.py')}"
 
 
+def relatives() -> str:
+    """A row per method and inner optimizer: what it has over averaged gradients, and for how many bytes."""
+    found = result("relatives")
+    rows = []
+    for key, row in found["table"].items():
+        inner, _, name = key.partition(" | ")
+        name = f"`{name}`" if name[0].islower() and " " not in name else name
+        if "mean" not in row:
+            rows.append([inner, name, "", "diverges", ""])
+            continue
+        fewer = row.get("times_fewer_bytes")
+        rows.append(
+            [
+                inner,
+                "averaged gradients" if name == "`identity`" else name,
+                f"{fewer:,.1f} ×" if fewer else "nothing",
+                _losses(row),
+                f"{100 * row['relative_loss'] - 100:+.1f} %",
+            ]
+        )
+    head = ["inner optimizer", "", "fewer bytes", "test loss (range, seeds)", "against averaged gradients"]
+    return f"{markdown(head, rows)}\n\n{source(found, 'relatives.py')}"
+
+
 BLOCKS = {
+    "relatives": Block(relatives, "relatives"),
     "topologies": Block(topologies),
     "decentralized": Block(decentralized, "decentralized_table"),
     "pqasgd-loss": Block(pqasgd_loss, "pqasgd"),

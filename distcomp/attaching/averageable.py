@@ -38,7 +38,7 @@ def refuse_averaging(target: Target, averaging: Averaging | MultiLevel, optimize
         raise DistcompError(
             "ZeroRedundancyOptimizer hands out parameters that now differ between ranks; use the one inside"
         )
-    if any(level.optimizer_state != "keep" for level in averaging.levels()):
+    if any(level.optimizer_state != "keep" or level.moment_periods for level in averaging.levels()):
         needed(optimizer)
     size = dist.get_world_size(target.group)
     _refuse_to_go_on(target, averaging)

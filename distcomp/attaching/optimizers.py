@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,15 @@ def forget(optimizer: Optimizer | None, parameters: Mapping[str, nn.Parameter]) 
         state.pop(parameter, None)
 
 
-def average(optimizer: Optimizer | None, parameters: Mapping[str, nn.Parameter], mean: MeanOf) -> None:
+def average(
+    optimizer: Optimizer | None,
+    parameters: Mapping[str, nn.Parameter],
+    mean: MeanOf,
+    only: Collection[str] | None = None,
+) -> None:
     """Replace every tensor of the optimizer's state that has its parameter's shape by the mean over ranks.
 
+    ``only``: those of these names, ``exp_avg`` for instance.
     Where an optimizer of some rank has not stepped yet (a GradScaler skipped), none is averaged: ranks ask
     for the same.
     """
@@ -44,6 +50,7 @@ def average(optimizer: Optimizer | None, parameters: Mapping[str, nn.Parameter],
         for name, parameter in parameters.items()
         for key, value in sorted(state.get(parameter, {}).items())
         if isinstance(value, Tensor) and value.shape == parameter.shape and key != "step"
+        if only is None or key in only
         if local(value).numel()
     }
     device = next(iter(parameters.values())).device

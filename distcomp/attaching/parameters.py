@@ -158,6 +158,7 @@ class ParameterSync(Sync):
             for fragment in self._fragments:
                 self._apply(fragment)
                 self._begin(fragment)
+            self._average_moments()
         except DistcompError as error:
             self.error = error
             raise
@@ -193,6 +194,9 @@ class ParameterSync(Sync):
         aggregation = fragment.aggregate(
             self._own(fragment), self.iterations, self._seed, frozenset(self._session.lost)
         )
+        model = fragment.departed()
+        if model is not None:
+            self._weights.write(fragment.layout, model)
         fragment.in_flight = InFlight(self.iterations + fragment.averaging.overlap, self._drive(aggregation))
         self._apply(fragment)
 
@@ -216,6 +220,13 @@ class ParameterSync(Sync):
             forget(self._optimizer, self._weights.parameters)
         elif fragment.averaging.optimizer_state == "average":
             average(self._optimizer, self._weights.parameters, self._mean)
+
+    def _average_moments(self) -> None:
+        """Average what is due of the optimizer's state on its own."""
+        for level in self.method.levels():
+            due = [name for name, every in level.moment_periods.items() if self.iterations % every == 0]
+            if due:
+                average(self._optimizer, self._weights.parameters, self._mean, due)
 
     def _drive(self, aggregation: Aggregation) -> Callable[[], AggregateResult]:
         """Carry an exchange; the function waits for its result."""

@@ -41,6 +41,15 @@ class AveragingContext(StepContext):
     absent: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True)
+class Departure:
+    """A worker that goes on with ``model`` and ``state`` while ``exchanged`` is under way."""
+
+    exchanged: Tensor
+    model: Tensor
+    state: State
+
+
 @dataclass(frozen=True, kw_only=True)
 class Averaging(Written, ABC):
     """An algorithm by which workers agree on models.
@@ -72,6 +81,11 @@ class Averaging(Written, ABC):
         The result's estimate is its new model. Does not change ``x`` or ``state``.
         """
 
+    def depart(self, x: Tensor, state: State, context: AveragingContext) -> Departure | None:
+        """What a worker does with its model ``x`` on its own as an exchange begins, before anybody answers;
+        None: nothing, and ``x`` is exchanged. Does not change ``x`` or ``state``."""
+        return None
+
     @abstractmethod
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
         """The numbers on which theory depends; ``"warning"`` where a condition of the paper does not hold.
@@ -88,6 +102,12 @@ class Averaging(Written, ABC):
     def optimizer_state(self) -> str:
         """What becomes of the optimizer's state at an exchange: ``keep``, ``reset`` or ``average``."""
         return "keep"
+
+    @property
+    def moment_periods(self) -> Mapping[str, int]:
+        """Tensors of the optimizer's state that are averaged on their own, by their name there: every so
+        many steps."""
+        return {}
 
     @property
     def buffers(self) -> str:
@@ -174,6 +194,8 @@ class FragmentState:
     exchanges: int = 0
     state: State = field(default_factory=dict)
     in_flight: InFlight | None = None
+    departs_with: Tensor | None = None
+    """The model to go on with as the exchange begins, where it is another than before."""
     observe: Callable[[], Observed] = lambda: NOTHING_OBSERVED
     """Tells what the training loop sees (:mod:`distcomp.active`)."""
 
@@ -207,7 +229,15 @@ class FragmentState:
         )
         self.last = step
         self.exchanges += 1
+        departure = self.averaging.depart(x, self.state, context)
+        if departure is not None:
+            x, self.state, self.departs_with = departure.exchanged, departure.state, departure.model
         return Aggregation(_Within(self.averaging, self.group), x, self.state, context)
+
+    def departed(self) -> Tensor | None:
+        """The model to go on with, told once, where the exchange that has begun left another one."""
+        model, self.departs_with = self.departs_with, None
+        return model
 
     def apply_result(self, result: AggregateResult, now: Tensor) -> Tensor:
         """Take the result in; return this worker's model."""

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from distcomp.averaging.base import Averaging, InFlight, MultiLevel, fragment_states, gather, scatter
 from distcomp.layout import Layout
-from distcomp.methods.base import AggregateResult
+from distcomp.methods.base import AggregateResult, StepContext
+from distcomp.methods.scheduled import EXACT
+from distcomp.randomness import Key
+from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.driver import in_lock_step
 from distcomp.runtime.lockstep import Lockstep
 
@@ -36,6 +39,10 @@ class Workers:
         self.models = list(self.stacked.unbind())
         self.absent: dict[int, frozenset[int]] = {}
         """Whom a worker cannot reach in the next exchange, where its averaging goes on without them."""
+        self.moments: dict[str, Tensor] = {}
+        """The optimizers' state by its name, a row per worker as in ``stacked``; averaged in place where the
+        averaging asks for it."""
+        self._averaging = averaging
         self.fragments = [fragment_states(averaging, self.layout, rank, size) for rank in range(size)]
         for fragments, model in zip(self.fragments, self.models, strict=True):
             for fragment in fragments:
@@ -47,6 +54,7 @@ class Workers:
         for number in range(len(self.fragments[0])):
             self._apply(number)  # first what has arrived: an exchange must begin from the model with it
             self._exchange(number)
+        self._average_moments()
 
     def _exchange(self, number: int) -> None:
         fragments = [fragments[number] for fragments in self.fragments]
@@ -58,6 +66,10 @@ class Workers:
             )
             for rank, (fragment, model) in enumerate(zip(fragments, self.models, strict=True))
         ]
+        for fragment, model in zip(fragments, self.models, strict=True):
+            departed = fragment.departed()
+            if departed is not None:
+                scatter(self._views(model), fragment.layout, departed)
         for fragment, result in zip(fragments, in_lock_step(self.net, aggregations), strict=True):
             fragment.in_flight = InFlight(self.steps + fragment.averaging.overlap, _known(result))
         self._apply(number)
@@ -71,6 +83,21 @@ class Workers:
                     fragment.layout,
                     fragment.apply_result(fragment.in_flight.result(), gather(views, fragment.layout)),
                 )
+
+    def _average_moments(self) -> None:
+        whole, size = Layout.of([("moment", (self.layout.numel,))]), len(self.models)
+        for level in self._averaging.levels():
+            for name, every in level.moment_periods.items():
+                if name not in self.moments or self.steps % every:
+                    continue
+                rows = self.moments[name].unbind()
+                key = Key.of(self.seed, self.steps)
+                aggregations = [
+                    Aggregation(EXACT, row, {}, StepContext(rank, size, whole, self.steps, key))
+                    for rank, row in enumerate(rows)
+                ]
+                for row, result in zip(rows, in_lock_step(self.net, aggregations), strict=True):
+                    row.copy_(result.estimate)
 
     def _missed(self, rank: int) -> frozenset[int]:
         return self.absent.get(rank, frozenset())

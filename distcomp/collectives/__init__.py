@@ -21,6 +21,7 @@ from distcomp.collectives.base import (
 )
 from distcomp.collectives.broadcast import Broadcast
 from distcomp.collectives.neighbor_exchange import NeighborExchange
+from distcomp.collectives.push import Push
 from distcomp.collectives.reduce_scatter import ReduceScatter
 from distcomp.collectives.rounds import Rounds, once, partitioned, partitioned_bytes, within
 
@@ -34,6 +35,7 @@ __all__ = [
     "NeighborExchange",
     "Pending",
     "Primitives",
+    "Push",
     "ReduceScatter",
     "Request",
     "Rounds",

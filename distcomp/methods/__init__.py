@@ -8,6 +8,7 @@ from distcomp.methods.compact import compact_residuals
 from distcomp.methods.correction import MomentumCorrection, momentum_correction
 from distcomp.methods.deep_gradient import Clipped, dgc
 from distcomp.methods.demo import DecoupledMomentum, demo
+from distcomp.methods.dion import Dion, dion
 from distcomp.methods.ef21 import EF21, ef21
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.fixed_point import FixedPointAllReduce, fixed_point
@@ -47,6 +48,7 @@ __all__ = [
     "Cycle",
     "CyclicTopK",
     "DecoupledMomentum",
+    "Dion",
     "Entry",
     "ErrorFeedback",
     "FixedPointAllReduce",
@@ -78,6 +80,7 @@ __all__ = [
     "cyclic_topk",
     "demo",
     "dgc",
+    "dion",
     "ef21",
     "ef_signsgd",
     "except_small",

@@ -51,7 +51,15 @@ SAME = {
     "streaming": distcomp.streaming_diloco(period=4, fragments=2, overlap=2),
     "sparse-loco": distcomp.sparse_loco(period=3, ratio=0.1, chunk=64),
     "sparta": distcomp.averaging.sparta(share=0.2),
+    "noloco": distcomp.averaging.noloco(period=2, gamma=0.6),
+    "sgp": distcomp.averaging.sgp(),
+    "ad-psgd": distcomp.averaging.ad_psgd(staleness=2, period=3),
+    "muloco": distcomp.averaging.muloco(period=3),
+    "eager": distcomp.averaging.eager_diloco(period=3),
+    "pulseloco": distcomp.averaging.pulseloco(period=2),
 }
+RESUMED = {**SAME, "des-loc": distcomp.averaging.des_loc(period=2, first_period=3)}
+"""With what lock-step has no optimizer for."""
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -62,7 +70,7 @@ def test_real_processes_do_what_lock_step_does_bit_for_bit(name: str, cluster: C
         assert torch.equal(own[: expected[rank].numel()], expected[rank]), rank
 
 
-@pytest.mark.parametrize("name", ["dcd", "choco"])
+@pytest.mark.parametrize("name", ["dcd", "choco", "sgp", "ad-psgd"])
 def test_on_a_ring_of_four_as_well(name: str, cluster: Clusters) -> None:
     expected = in_process(SAME[name], 4, 5)
     found = cluster(4).run(jobs.trained, "plain", SAME[name], 5)
@@ -106,11 +114,23 @@ def test_bytes_on_the_wire_are_degree_times_payload(cluster: Clusters) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ecd", "choco", "deepsqueeze", "round-robin", "streaming", "sparse-loco", "sparta"]
+    "name",
+    [
+        "ecd",
+        "choco",
+        "deepsqueeze",
+        "round-robin",
+        "streaming",
+        "sparse-loco",
+        "sparta",
+        "noloco",
+        "sgp",
+        "ad-psgd",
+    ],
 )
 def test_a_resumed_run_goes_on_bit_for_bit(name: str, cluster: Clusters) -> None:
     """Saved at step 5: with the streaming one, an exchange is under way then."""
-    for through, again in cluster(2).run(jobs.resumed, "plain", SAME[name], 5, 10):
+    for through, again in cluster(2).run(jobs.resumed, "plain", RESUMED[name], 5, 10):
         assert torch.equal(through, again)
 
 

@@ -242,6 +242,8 @@ def test_what_cannot_be_masked_is_refused():
     pruner, _ = pruned()
     with pytest.raises(DistcompError, match="cannot be masked"):
         distcomp.masked(pruner, distcomp.averaging.sparta())
+    with pytest.raises(DistcompError, match="cannot be masked"):
+        distcomp.masked(pruner, distcomp.averaging.ad_psgd())
     with pytest.raises(DistcompError, match="'keep' or 'drop'"):
         distcomp.masked(pruner, "identity", residuals="lose")
     with pytest.raises(DistcompError, match="on_failure='stop'"):

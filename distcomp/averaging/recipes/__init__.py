@@ -5,6 +5,13 @@ goes through ``compressor``: any gradient method, as an object or a string (``"t
 compressor. Within an averaging a method's steps are exchanges.
 """
 
+from distcomp.averaging.adpsgd import ad_psgd
+from distcomp.averaging.des_loc import des_loc
+from distcomp.averaging.eager import eager_diloco
+from distcomp.averaging.muloco import muloco
+from distcomp.averaging.noloco import noloco
+from distcomp.averaging.pulseloco import pulseloco
+from distcomp.averaging.push_sum import sgp
 from distcomp.averaging.recipes.codistill import codistill
 from distcomp.averaging.recipes.gossip import choco, dcd, deepsqueeze, dpsgd, ecd
 from distcomp.averaging.recipes.masked import active_only, masked
@@ -22,18 +29,25 @@ from distcomp.averaging.recipes.periodic import (
 
 __all__ = [
     "active_only",
+    "ad_psgd",
     "choco",
     "codistill",
     "dcd",
     "deepsqueeze",
+    "des_loc",
     "diloco",
     "dpsgd",
+    "eager_diloco",
     "ecd",
     "local_sgd",
     "masked",
+    "muloco",
     "multi_level",
+    "noloco",
     "post_local_sgd",
     "pqasgd",
+    "pulseloco",
+    "sgp",
     "sparse_averaging",
     "sparse_loco",
     "sparta",

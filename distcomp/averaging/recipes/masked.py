@@ -41,12 +41,12 @@ def active_only(
     differ between exchanges (gossip) one float32 mean of the active weights when they change.
 
     Raises DistcompError for an averaging of whole models other than periodic averaging of differences and
-    gossip.
+    gossip that waits for its neighbours.
     """
     chosen = parse(method) if isinstance(method, str) else method
     if isinstance(chosen, Periodic):
         return replace(chosen, method=ActiveOnly(chosen.method, source, residuals, compare))
-    if isinstance(chosen, Gossip):
+    if isinstance(chosen, Gossip) and not chosen.overlap:
         return ActiveGossip(chosen, source, compare, period=chosen.period, on_failure=chosen.on_failure)
     if isinstance(chosen, Method):
         return ActiveOnly(chosen, source, residuals, compare)
