@@ -2,13 +2,13 @@
  *
  * The columns of a weight matrix have gradients of different sizes, which blocks of scales along its rows do not even
  * out; nor are the blocks alike. So each 16 KiB, a stretch, say how long a row is, the period, and how much dearer than
- * usual each column is, in 3 bits; every 128 bytes of it say the same in 2. The sum of both, compared to three
- * thresholds, is the number of the table that a byte is coded by. The stream: 4 bytes for each block (its length, and in
+ * usual each column is, in 3 bits; every 128 bytes of it say the same in 3. Of how many of three thresholds the
+ * sum of both is not below is the number of the table that a byte is coded by. The stream: 4 bytes for each block (its length, and in
  * the lowest bit whether it is coded), then the blocks. A coded block:
  *
  *   1 byte    tables: 1 or 4
  *   if 4      3 bytes, the thresholds; for each stretch its period (2 bytes), levels of columns (3 bits each, filled up
- *             to a byte) and levels of rows of 128 bytes (2 bits each, filled up to a byte)
+ *             to a byte) and levels of rows of 128 bytes (3 bits each, filled up to a byte)
  *   then      of each table the lengths of 256 codes, 4 bits each: 0 where a byte has none, 15 where no other has one and
  *             it takes no bits; codes are numbered by length, then by byte, and lie in the stream with the first bit
  *             lowest
@@ -37,9 +37,9 @@
 #define ROWS (STRETCH / ROW)
 #define LONGEST_PERIOD 1024 /* LONGEST_PERIOD there */
 #define COLUMN_BITS 3
-#define ROW_BITS 2
+#define ROW_BITS 3
 #define LEVELS ((1 << COLUMN_BITS) + (1 << ROW_BITS) - 1) /* of a column and a row together */
-#define LEVEL 6                                           /* sixteenths of a bit from one to the next */
+#define LEVEL 5 /* sixteenths of a bit from one to the next */
 #define TABLES 4
 #define STREAMS 4
 #define LONGEST 12 /* bits of a code */
@@ -49,6 +49,7 @@
 #define TABLE_BYTES (SYMBOLS / 2)
 #define HEAD_MOST (1 + TABLES + STRETCHES * (4 + LONGEST_PERIOD * COLUMN_BITS / 8 + ROWS * ROW_BITS / 8) + \
                    TABLES * TABLE_BYTES + 4 * STREAMS)
+#define FEWEST_DIVIDED ((size_t)1 << 11) /* of fewer bytes, four tables take what they save */
 #define SLACK 8 /* bytes that are read or written a word at a time */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -62,7 +63,7 @@ typedef struct {
 
 typedef struct {
     Division division;
-    uint8_t prices[STRETCH], head[HEAD_MOST];
+    uint8_t prices[BLOCK], head[HEAD_MOST];
     float means[LONGEST_PERIOD];
     uint16_t codes[TABLES][SYMBOLS]; /* the code, and its length in the lowest 4 bits */
     uint8_t streams[BLOCK + BLOCK / 2 + STREAMS * SLACK]; /* LONGEST bits for each byte */
@@ -88,17 +89,22 @@ static uint64_t load_8(const uint8_t *from) {
 
 /* ---------------------------------------------------------------------------------------------------- counting */
 
-static void count_bytes(const uint8_t *data, size_t n, uint32_t *counts) {
-    uint32_t part[4][SYMBOLS]; /* four, so that a run of one byte does not wait for itself */
+/* Of the first bytes of each stretch. */
+static void count_bytes(const uint8_t *data, size_t n, size_t first, uint32_t *counts) {
+    uint32_t part[2][SYMBOLS]; /* two, so that a run of one byte does not wait for itself */
     memset(part, 0, sizeof part);
-    size_t i = 0;
-    for (; i + 4 <= n; i += 4)
-        for (int p = 0; p < 4; p++) part[p][data[i + (size_t)p]]++;
-    for (; i < n; i++) part[0][data[i]]++;
-    for (int s = 0; s < SYMBOLS; s++) counts[s] = part[0][s] + part[1][s] + part[2][s] + part[3][s];
+    for (size_t at = 0; at < n; at += STRETCH) {
+        size_t end = smaller(n, at + first);
+        for (size_t i = at; i + 2 <= end; i += 2) {
+            part[0][data[i]]++;
+            part[1][data[i + 1]]++;
+        }
+        if ((end - at) % 2) part[0][data[end - 1]]++;
+    }
+    for (int s = 0; s < SYMBOLS; s++) counts[s] = part[0][s] + part[1][s];
 }
 
-static void count_divided(const uint8_t *data, const uint8_t *table_of, size_t n, uint32_t (*counts)[SYMBOLS]) {
+INLINE void count_divided(const uint8_t *data, const uint8_t *table_of, size_t n, uint32_t (*counts)[SYMBOLS]) {
     uint32_t odd[TABLES][SYMBOLS]; /* two, so that neighbours do not wait for each other */
     memset(counts, 0, sizeof odd);
     memset(odd, 0, sizeof odd);
@@ -125,18 +131,69 @@ static uint32_t log2_sixteenths(uint32_t x) {
     return result;
 }
 
-/* Sixteenths of a bit that each byte would take. Returns how many bytes all of them would. */
-static size_t prices_of(const uint32_t *counts, uint8_t *prices) {
+/* Sixteenths of a bit that each byte would take, at most SLOTS' worth. */
+static uint32_t price_of(uint32_t count, uint32_t log2_of_all) {
+    uint32_t price = count ? log2_of_all - log2_sixteenths(count) : 16 * LONGEST;
+    return price < 16 * LONGEST ? price : 16 * LONGEST;
+}
+
+/* What all of the bytes would take, in bytes of each. */
+static double price_of_all(const uint32_t *counts) {
     uint64_t n = 0, sixteenths = 0;
     for (int s = 0; s < SYMBOLS; s++) n += counts[s];
-    uint32_t whole = n ? log2_sixteenths((uint32_t)n) : 0;
-    for (int s = 0; s < SYMBOLS; s++) {
-        uint32_t price = counts[s] ? whole - log2_sixteenths(counts[s]) : 16 * LONGEST;
-        prices[s] = (uint8_t)(price < 16 * LONGEST ? price : 16 * LONGEST);
-        sixteenths += (uint64_t)counts[s] * prices[s];
-    }
-    return (size_t)(sixteenths / (16 * 8));
+    for (int s = 0; s < SYMBOLS && n; s++)
+        sixteenths += (uint64_t)counts[s] * price_of(counts[s], log2_sixteenths((uint32_t)n));
+    return (double)sixteenths / (double)(n + !n) / (16 * 8);
 }
+
+/* Sixteenths of a bit that the lower half of a byte would take by itself, and the upper: by their sum, which takes
+ * fewer instructions than a table of all bytes, parts of a block are compared. */
+typedef struct {
+    uint8_t of_half[2][16];
+} Prices;
+
+static Prices prices_of(const uint32_t *counts) {
+    uint32_t halves[2][16] = {{0}}, n = 0;
+    Prices prices;
+    for (uint32_t s = 0; s < SYMBOLS; s++) {
+        halves[0][s & 15] += counts[s];
+        halves[1][s >> 4] += counts[s];
+        n += counts[s];
+    }
+    for (int half = 0; half < 2; half++)
+        for (int s = 0; s < 16; s++) {
+            uint32_t price = price_of(halves[half][s], n ? log2_sixteenths(n) : 0);
+            prices.of_half[half][s] = (uint8_t)(price < 127 ? price : 127); /* their sum is one byte */
+        }
+    return prices;
+}
+
+typedef void LookUp(const uint8_t *data, size_t n, const Prices *prices, uint8_t *out);
+
+static void look_up_generic(const uint8_t *data, size_t n, const Prices *prices, uint8_t *out) {
+    for (size_t i = 0; i < n; i++)
+        out[i] = (uint8_t)(prices->of_half[0][data[i] & 15] + prices->of_half[1][data[i] >> 4]);
+}
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define HAVE_AVX2
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,bmi2")))
+
+AVX2 static void look_up_avx2(const uint8_t *data, size_t n, const Prices *prices, uint8_t *out) {
+    const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)prices->of_half[0]));
+    const __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)prices->of_half[1]));
+    const __m256i fifteen = _mm256_set1_epi8(15);
+    size_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i *)(data + i));
+        __m256i lower = _mm256_shuffle_epi8(low, _mm256_and_si256(bytes, fifteen));
+        __m256i upper = _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), fifteen));
+        _mm256_storeu_si256((__m256i *)(out + i), _mm256_add_epi8(lower, upper));
+    }
+    look_up_generic(data + i, n - i, prices, out + i);
+}
+#endif
 
 /* ------------------------------------------------------------------------------------------------------- codes */
 
@@ -238,8 +295,8 @@ static int slots_of(const uint8_t *in, uint16_t *slots) {
 /* ---------------------------------------------------------------------------------------------------- division */
 
 /* The mean price of each column, for the period whose columns differ by most beyond what chance makes of them. */
-static uint16_t columns_of(const uint8_t *prices, size_t n, Periods periods, float *means, double *mean) {
-    uint64_t total = 0, squares = 0;
+INLINE uint16_t columns_of(const uint8_t *prices, size_t n, Periods periods, float *means, double *mean) {
+    uint32_t total = 0, squares = 0; /* of at most STRETCH prices, each below 2^8 */
     for (size_t i = 0; i < n; i++) total += prices[i], squares += (uint32_t)prices[i] * prices[i];
     *mean = (double)total / (double)n;
     double noise = (double)squares / (double)n - *mean * *mean, most = 0;
@@ -270,32 +327,31 @@ static uint8_t level_of(double dearer, int bits) {
 }
 
 /* Each byte's column's level, as `expand` begins. */
-static void expand_columns(Division *d, size_t stretch, uint8_t *out, size_t n) {
+INLINE void expand_columns(Division *d, size_t stretch, uint8_t *out, size_t n) {
     size_t period = d->periods[stretch];
     for (size_t at = 0; at < n; at += period) memcpy(out + at, d->columns[stretch], smaller(period, n - at));
 }
 
-/* The levels of a stretch's columns, then of its rows: what is dearer beyond what its columns are. */
-static void levels_of(const uint8_t *data, size_t n, const uint8_t *price, double usual, Periods periods, size_t stretch,
-                      Encoder *e) {
+/* The levels of a stretch's columns, then of its rows: what is dearer than `usual` beyond what its columns are. */
+INLINE void levels_of(size_t n, double usual, Periods periods, size_t stretch, Encoder *e) {
     Division *d = &e->division;
     uint8_t *columns = d->table_of + stretch * STRETCH;
+    const uint8_t *prices = e->prices + stretch * STRETCH;
     double mean;
-    for (size_t i = 0; i < n; i++) e->prices[i] = price[data[i]];
-    uint16_t period = d->periods[stretch] = columns_of(e->prices, n, periods, e->means, &mean);
+    uint16_t period = d->periods[stretch] = columns_of(prices, n, periods, e->means, &mean);
     for (size_t c = 0; c < period; c++) d->columns[stretch][c] = level_of(e->means[c] - mean, COLUMN_BITS);
     expand_columns(d, stretch, columns, n);
     for (size_t at = 0; at < n; at += ROW) {
         uint32_t paid = 0, levels = 0;
-        size_t end = smaller(n, at + ROW);
-        for (size_t i = at; i < end; i++) paid += e->prices[i], levels += columns[i];
-        double due = usual + LEVEL * ((double)levels / (double)(end - at) - (1 << (COLUMN_BITS - 1)));
-        d->rows[stretch][at / ROW] = level_of((double)paid / (double)(end - at) - due, ROW_BITS);
+        size_t width = smaller(n - at, ROW);
+        for (size_t i = at; i < at + width; i++) paid += prices[i], levels += columns[i];
+        double due = usual + LEVEL * ((double)levels / (double)width - (1 << (COLUMN_BITS - 1)));
+        d->rows[stretch][at / ROW] = level_of((double)paid / (double)width - due, ROW_BITS);
     }
 }
 
 /* From levels to tables, in place. */
-static void divide(Division *d, size_t n) {
+INLINE void divide(Division *d, size_t n) {
     uint8_t first = d->thresholds[0], second = d->thresholds[1], third = d->thresholds[2];
     for (size_t at = 0; at < n; at += ROW) {
         uint8_t level = d->rows[at / STRETCH][at % STRETCH / ROW], *of = d->table_of + at;
@@ -307,14 +363,17 @@ static void divide(Division *d, size_t n) {
     }
 }
 
-/* About as many bytes to each of the tables. */
+/* About as many bytes to each of the tables; of every eighth row. */
 static void choose_thresholds(Division *d, size_t n) {
     size_t bytes[LEVELS] = {0}, seen = 0, before = 0;
-    for (size_t i = 0; i < n; i += i % 16 == 15 ? 16 * 7 + 1 : 1, seen++) /* 16 of every 128 */
-        bytes[d->table_of[i] + d->rows[i / STRETCH][i % STRETCH / ROW]]++;
-    for (int level = 0, t = 0; t < TABLES - 1; level++) {
+    for (size_t at = 0; at < n; at += 8 * ROW) {
+        size_t level = d->rows[at / STRETCH][at % STRETCH / ROW], end = smaller(n, at + ROW);
+        for (size_t i = at; i < end; i++) bytes[d->table_of[i] + level]++;
+        seen += end - at;
+    }
+    for (size_t level = 0, t = 0; t < TABLES - 1; level++) {
         if (level < LEVELS) before += bytes[level];
-        while (t < TABLES - 1 && (level + 1 >= LEVELS || 2 * TABLES * before >= (2 * (size_t)t + 1) * seen + seen))
+        while (t < TABLES - 1 && (level + 1 >= LEVELS || TABLES * before >= (t + 1) * seen))
             d->thresholds[t++] = (uint8_t)(level + 1);
     }
 }
@@ -390,7 +449,7 @@ static const uint8_t *read_division(Division *d, size_t n, const uint8_t *in, co
     } while (0)
 
 /* Returns where the stream ends; writes up to SLACK bytes more. */
-static uint8_t *push_all(const uint8_t *data, const uint8_t *table_of, size_t n, const uint16_t (*codes)[SYMBOLS],
+INLINE uint8_t *push_together(const uint8_t *data, const uint8_t *table_of, size_t n, const uint16_t (*codes)[SYMBOLS],
                          uint8_t *out) {
     uint64_t buffer = 0;
     uint32_t filled = 0;
@@ -420,33 +479,45 @@ static size_t bytes_by(uint32_t (*counts)[SYMBOLS], int tables, uint8_t (*length
     return (size_t)(bits / 8) + (size_t)tables * TABLE_BYTES;
 }
 
-/* How many tables there are to be, by the counts of all bytes: their counts and their codes' lengths. */
-static int tables_of(const uint8_t *data, size_t n, Periods periods, Encoder *e, uint8_t (*lengths)[SYMBOLS]) {
-    uint32_t counts[TABLES][SYMBOLS], all[1][SYMBOLS];
-    uint8_t price[SYMBOLS], one[1][SYMBOLS];
-    count_bytes(data, n, all[0]);
-    size_t estimated = prices_of(all[0], price);
-    if (estimated > n - n / 128) return 0;
-    size_t whole = bytes_by(all, 1, one);
-    if (n >= TABLES * TABLE_BYTES * 4) { /* of fewer bytes, the tables take what dividing saves */
+static double mean_of(const uint8_t *prices, size_t n) {
+    uint64_t total = 0;
+    for (size_t at = 0; at < n; at += STRETCH) {
+        uint32_t sum = 0;
+        for (size_t i = at, end = smaller(n, at + STRETCH); i < end; i++) sum += prices[i];
+        total += sum;
+    }
+    return (double)total / (double)n;
+}
+
+/* How many tables there are to be (0: none pays), and the lengths of their codes. */
+INLINE int tables_of(const uint8_t *data, size_t n, Periods periods, LookUp *look_up, Encoder *e,
+                     uint8_t (*lengths)[SYMBOLS]) {
+    uint32_t counts[TABLES][SYMBOLS];
+    count_bytes(data, n, STRETCH / 4, counts[0]);
+    double whole = price_of_all(counts[0]) * (double)n + TABLE_BYTES;
+    if (whole > (double)n * 127 / 128) return 0;
+    if (n >= FEWEST_DIVIDED) {
+        Prices prices = prices_of(counts[0]);
+        look_up(data, n, &prices, e->prices);
+        double usual = mean_of(e->prices, n);
         for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++)
-            levels_of(data + at, smaller(STRETCH, n - at), price, 128.0 * (double)estimated / (double)n, periods,
-                      stretch, e);
+            levels_of(smaller(STRETCH, n - at), usual, periods, stretch, e);
         choose_thresholds(&e->division, n);
         divide(&e->division, n);
         count_divided(data, e->division.table_of, n, counts);
         size_t told = (size_t)(write_division(&e->division, n, e->head) - e->head);
-        if (bytes_by(counts, TABLES, lengths) + told < whole) return TABLES;
+        if ((double)(bytes_by(counts, TABLES, lengths) + told) < whole) return TABLES;
     }
     memset(e->division.table_of, 0, n);
-    memcpy(lengths, one, sizeof one);
-    return whole < n - n / 128 ? 1 : 0;
+    count_bytes(data, n, STRETCH, counts[0]);
+    bytes_by(counts, 1, lengths);
+    return 1;
 }
 
 /* The coded block into `out`, which has room for n bytes. Returns its length; 0 where it is not shorter. */
-static size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, Encoder *e) {
+INLINE size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, LookUp *look_up, Encoder *e) {
     uint8_t lengths[TABLES][SYMBOLS], *head = e->head, *end = e->streams;
-    int tables = tables_of(data, n, periods, e, lengths);
+    int tables = tables_of(data, n, periods, look_up, e, lengths);
     if (!tables) return 0;
     *head++ = (uint8_t)tables;
     if (tables > 1) head = write_division(&e->division, n, head);
@@ -457,7 +528,7 @@ static size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods p
     for (size_t k = 0, quarter = n / STREAMS; k < STREAMS; k++) {
         uint8_t *begin = end;
         size_t count = k + 1 < STREAMS ? quarter : n - k * quarter;
-        end = push_all(data + k * quarter, e->division.table_of + k * quarter, count,
+        end = push_together(data + k * quarter, e->division.table_of + k * quarter, count,
                        (const uint16_t (*)[SYMBOLS])e->codes, begin);
         uint32_t length = (uint32_t)(end - begin);
         if (k + 1 < STREAMS) memcpy(head, &length, 4), head += 4;
@@ -469,111 +540,132 @@ static size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods p
     return head_bytes + stream_bytes;
 }
 
-/* Returns the length, and in the lowest bit whether it is coded. */
-static uint32_t encode_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, Encoder *e) {
-    size_t length = coded_block(data, n, out, periods, e);
-    if (length) return (uint32_t)length << 1 | 1;
-    memcpy(out, data, n);
-    return (uint32_t)n << 1;
-}
-
 /* ------------------------------------------------------------------------------------------------------ decode */
 
+/* Where four streams stand: bits from `in` on, and how many bytes have come of each. */
 typedef struct {
-    const uint8_t *at, *end, *table_of;
-    uint8_t *out;
-    uint32_t used; /* bits of the byte at `at` */
-} Stream;
+    const uint8_t *in;
+    uint64_t at[STREAMS], end[STREAMS];
+    size_t done;
+} Streams;
 
-#define LOAD(k) uint64_t buffer##k = load_8(s[k].at) >> s[k].used
+#define LOAD(k) uint64_t buffer##k = load_8(in + (at##k >> 3)) >> (at##k & 7)
 
-#define PULL(k, j) \
+#define PULL(k, place) \
     do { \
-        uint32_t slot = slots[s[k].table_of[i + (j)]][buffer##k & (SLOTS - 1)]; \
-        s[k].out[i + (j)] = (uint8_t)(slot >> 4); \
+        uint32_t slot = slots[of[place]][buffer##k & (SLOTS - 1)]; \
+        to[place] = (uint8_t)(slot >> 4); \
         buffer##k >>= slot & 15; \
-        s[k].used += slot & 15; \
+        at##k += slot & 15; \
     } while (0)
 
-#define FROM_EACH(j) PULL(0, j); PULL(1, j); PULL(2, j); PULL(3, j)
+#define PULL_FROM_EACH(j) PULL(0, j); PULL(1, quarter + (j)); PULL(2, twice + (j)); PULL(3, thrice + (j))
 
-#define MOVE_ON(k) s[k].at += s[k].used >> 3, s[k].used &= 7
-
-#define LEFT(k) (s[k].end - s[k].at >= SLACK)
-
-/* Of each stream as many bytes as a quarter has while a word can be loaded; returns how many. */
-INLINE size_t pull_together(const uint16_t (*slots)[SLOTS], Stream *given, size_t n) {
-    Stream s[STREAMS];
-    size_t i = 0;
-    memcpy(s, given, sizeof s);
-    for (; i + 4 <= n && LEFT(0) && LEFT(1) && LEFT(2) && LEFT(3); i += 4) {
+/* Of each stream four bytes at a time, while a word can be loaded from it and a quarter has as many. */
+INLINE void pull_together(const uint16_t (*slots)[SLOTS], Streams *s, const uint8_t *table_of, uint8_t *out,
+                          size_t quarter) {
+    const uint8_t *in = s->in, *of = table_of, *last = table_of + (quarter & ~(size_t)3);
+    const size_t twice = 2 * quarter, thrice = 3 * quarter;
+    const uint64_t most[STREAMS] = {s->end[0] - 64, s->end[1] - 64, s->end[2] - 64, s->end[3] - 64};
+    uint64_t at0 = s->at[0], at1 = s->at[1], at2 = s->at[2], at3 = s->at[3];
+    uint8_t *to = out;
+    for (int k = 0; k < STREAMS; k++)
+        if (s->end[k] < 64) return;
+    for (; of < last && at0 <= most[0] && at1 <= most[1] && at2 <= most[2] && at3 <= most[3]; of += 4, to += 4) {
         LOAD(0);
         LOAD(1);
         LOAD(2);
         LOAD(3);
-        FROM_EACH(0);
-        FROM_EACH(1);
-        FROM_EACH(2);
-        FROM_EACH(3);
-        MOVE_ON(0);
-        MOVE_ON(1);
-        MOVE_ON(2);
-        MOVE_ON(3);
+        PULL_FROM_EACH(0);
+        PULL_FROM_EACH(1);
+        PULL_FROM_EACH(2);
+        PULL_FROM_EACH(3);
     }
-    memcpy(given, s, sizeof s);
-    return i;
+    s->at[0] = at0, s->at[1] = at1, s->at[2] = at2, s->at[3] = at3;
+    s->done = (size_t)(to - out);
 }
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define HAVE_BMI2
-__attribute__((target("bmi2"))) static size_t pull_bmi2(const uint16_t (*slots)[SLOTS], Stream *s, size_t n) {
-    return pull_together(slots, s, n);
-}
-#endif
-static size_t pull_plain(const uint16_t (*slots)[SLOTS], Stream *s, size_t n) { return pull_together(slots, s, n); }
-
-/* The rest of a stream, carefully. Whether it ends with its last bit. */
-static int pull_rest(const uint16_t (*slots)[SLOTS], Stream *s, size_t i, size_t n) {
-    for (; i < n; i++) {
+/* The rest of one, carefully. Whether it ends with its last bit. */
+static int pull_rest(const uint16_t (*slots)[SLOTS], const Streams *s, size_t k, const uint8_t *table_of, uint8_t *out,
+                     size_t n) {
+    uint64_t at = s->at[k];
+    for (size_t i = s->done; i < n; i++) {
         uint32_t bits = 0;
-        for (int b = 0; b < 3 && s->at + b < s->end; b++) bits |= (uint32_t)s->at[b] << 8 * b;
-        uint32_t slot = slots[s->table_of[i]][bits >> s->used & (SLOTS - 1)];
-        s->out[i] = (uint8_t)(slot >> 4);
-        s->used += slot & 15;
-        s->at += s->used >> 3;
-        s->used &= 7;
-        if (s->at > s->end || (s->at == s->end && s->used)) return 0;
+        for (unsigned b = 0; b < 3 && (at >> 3) + b < s->end[k] >> 3; b++) bits |= (uint32_t)s->in[(at >> 3) + b] << 8 * b;
+        uint32_t slot = slots[table_of[i]][bits >> (at & 7) & (SLOTS - 1)];
+        out[i] = (uint8_t)(slot >> 4);
+        at += slot & 15;
+        if (at > s->end[k]) return 0;
     }
-    return s->at + !!s->used == s->end;
+    return s->end[k] - at < 8;
 }
 
-static int decode_block(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d) {
-    const uint8_t *end = in + length;
-    Stream streams[STREAMS];
+INLINE int decoded_block(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d) {
+    const uint8_t *end = in + length, *table_of = d->division.table_of;
+    const uint16_t(*slots)[SLOTS] = (const uint16_t(*)[SLOTS])d->slots;
+    size_t quarter = n / STREAMS, tables;
     if (!length || (*in != 1 && *in != TABLES)) return 0;
-    size_t tables = *in++, quarter = n / STREAMS, together;
+    tables = *in++;
     if (tables == 1) memset(d->division.table_of, 0, n);
     if (tables > 1 && !(in = read_division(&d->division, n, in, end))) return 0;
     if ((size_t)(end - in) < tables * TABLE_BYTES + 4 * (STREAMS - 1)) return 0;
     for (size_t t = 0; t < tables; t++, in += TABLE_BYTES)
         if (!slots_of(in, d->slots[t])) return 0;
-    const uint8_t *begin = in + 4 * (STREAMS - 1);
+    Streams s = {.in = in + 4 * (STREAMS - 1)};
+    uint64_t begin = 0, whole = (uint64_t)(end - s.in);
     for (size_t k = 0; k < STREAMS; k++, in += 4) {
-        uint32_t bytes = (uint32_t)(end - begin);
+        uint32_t bytes = (uint32_t)(whole - begin);
         if (k + 1 < STREAMS) memcpy(&bytes, in, 4);
-        if (bytes > (size_t)(end - begin)) return 0;
-        streams[k] = (Stream){begin, begin + bytes, d->division.table_of + k * quarter, out + k * quarter, 0};
-        begin += bytes;
+        if (bytes > whole - begin) return 0;
+        s.at[k] = 8 * begin;
+        s.end[k] = 8 * (begin += bytes);
     }
-    const uint16_t (*slots)[SLOTS] = (const uint16_t (*)[SLOTS])d->slots;
-#ifdef HAVE_BMI2
-    together = __builtin_cpu_supports("bmi2") ? pull_bmi2(slots, streams, quarter) : pull_plain(slots, streams, quarter);
-#else
-    together = pull_plain(slots, streams, quarter);
-#endif
+    pull_together(slots, &s, table_of, out, quarter);
     for (size_t k = 0; k < STREAMS; k++)
-        if (!pull_rest(slots, &streams[k], together, k + 1 < STREAMS ? quarter : n - k * quarter)) return 0;
+        if (!pull_rest(slots, &s, k, table_of + k * quarter, out + k * quarter, k + 1 < STREAMS ? quarter : n - k * quarter))
+            return 0;
     return 1;
+}
+
+/* ------------------------------------------------------------------------------------------- instruction sets */
+
+typedef struct {
+    size_t (*encode)(const uint8_t *, size_t, uint8_t *, Periods, Encoder *);
+    int (*decode)(const uint8_t *, size_t, uint8_t *, size_t, Decoder *);
+} Variant;
+
+#define VARIANT(name, TARGET) \
+    TARGET static size_t encode_##name(const uint8_t *data, size_t n, uint8_t *out, Periods periods, Encoder *e) { \
+        return coded_block(data, n, out, periods, look_up_##name, e); \
+    } \
+    TARGET static int decode_##name(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d) { \
+        return decoded_block(in, length, out, n, d); \
+    } \
+    static const Variant name##_variant = {encode_##name, decode_##name};
+
+VARIANT(generic, )
+#ifdef HAVE_AVX2
+VARIANT(avx2, AVX2)
+#endif
+
+static const Variant *chosen(void) {
+#ifdef HAVE_AVX2
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) return &avx2_variant;
+#endif
+    return &generic_variant;
+}
+
+/* Returns the length, and in the lowest bit whether it is coded. */
+static uint32_t encode_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, Encoder *e) {
+    size_t length = chosen()->encode(data, n, out, periods, e);
+    if (length) return (uint32_t)length << 1 | 1;
+    memcpy(out, data, n);
+    return (uint32_t)n << 1;
+}
+
+static int decode_block(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d) {
+    return chosen()->decode(in, length, out, n, d);
 }
 
 /* ---------------------------------------------------------------------------------------------- Python's side */

@@ -299,6 +299,24 @@ def test_a_group_of_some_ranks_calls_by_itself(cluster):
     assert answers == [None, ([3.0] * 4, [4.0] * 4), None, ([3.0] * 4, [4.0] * 4)]
 
 
+def in_a_chain(rank, size):
+    """Pairs of neighbours: the rank in the middle is in one more group than each of the others."""
+    pairs, found = [dist.new_group(pair) for pair in ([0, 1], [1, 2])], []
+    for pair, ranks in zip(pairs, ([0, 1], [1, 2]), strict=True):
+        if rank in ranks:
+            calls.connect(pair, timeout_s=10)
+            x = torch.full((4,), float(rank), dtype=torch.float32)
+            calls.all_reduce(x, group=pair)
+            found.append(x[0].item())
+    for pair, ranks in zip(pairs, ([0, 1], [1, 2]), strict=True):
+        calls.disconnect(pair) if rank in ranks else None
+    return found
+
+
+def test_ranks_in_other_numbers_of_groups_call_each_other(cluster):
+    assert cluster(3).run(in_a_chain) == [[1.0], [1.0, 3.0], [3.0]]
+
+
 def refused(rank, size):
     x = torch.ones(6, dtype=torch.float32)
     attempts = {

@@ -111,7 +111,7 @@ def test_a_rank_that_stops_is_named_and_the_job_ends() -> None:
 
 
 def test_every_call_dtype_and_shape_between_one_to_four_ranks() -> None:
-    """What tests/calls asks over Gloo, over MPI: in groups of one, two, three and all four ranks of one job."""
+    """What tests/calls asks over Gloo: in groups of one, two, three and all four ranks of one job."""
     done = mpirun(4, *JOBS, "mpi4py", "calls")
     assert done.returncode == 0, done.stdout + done.stderr
     told = {
