@@ -37,8 +37,8 @@ def most_bytes(numel: int) -> int:
 def encode(data: Tensor, coder: str = "huffman", periods: Sequence[int] = ()) -> Tensor:
     """The stream (uint8, on the CPU) of ``data`` (uint8, 1-D, contiguous, on the CPU).
 
-    ``periods``: after how many bytes the rows of what was packed may repeat; ``huffman`` finds out which of them
-    pays, stretch by stretch, and leaves out those above :data:`LONGEST_PERIOD`.
+    ``periods``: after how many bytes the rows of what was packed may repeat; ``huffman`` finds out which of
+    them pays, stretch by stretch, and leaves out those above :data:`LONGEST_PERIOD`.
 
     Raises DistcompError for a coder that is not installed.
     """
