@@ -70,7 +70,7 @@ def test_columns_of_different_sizes_make_fewer_bytes() -> None:
     xs = [x * columns for x in draw(2, layout)]
     as_one_row = Layout.of([("w", (1, layout.numel))], {"w": "matrix"})
     by_column, plain = (once(parse("lossless:inner=(qsgd:bits=4)"), xs, one) for one in (layout, as_one_row))
-    assert sum(by_column.sent_bytes) < 0.9 * sum(plain.sent_bytes)
+    assert sum(by_column.sent_bytes) < 0.92 * sum(plain.sent_bytes)
 
 
 def test_short_payloads_and_sums_go_as_they_are() -> None:
