@@ -2,7 +2,7 @@
 
     python -m benchmarks.pipeline_loss             # minutes; resumes; writes results/pipeline_loss.json
 
-examples/pipeline.py: the byte-level language model in two stages, two processes, 30 steps of 8 texts in four
+examples/pipeline.py: the byte-level language model in two stages, two processes, 100 steps of 8 texts in four
 microbatches; three seeds. Two bits are the control: they should lose.
 """
 
@@ -15,7 +15,7 @@ from benchmarks._common import Cells, shows_only
 from benchmarks._places import example
 from tests.cluster import Cluster
 
-SEEDS, STEPS = 3, 30
+SEEDS, STEPS = 3, 100
 CODECS = ("none", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=2")
 
 

@@ -204,6 +204,18 @@ def process_group(name: str) -> Any:
     return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # a name, too
 
 
+@contextmanager
+def next_group_named(name: str) -> Iterator[None]:
+    """Inside, a new process group that its members alone make is called ``name``.
+
+    torch's own name of it counts the groups that the rank is in. Ranks that are in other numbers of groups,
+    such as the middle stage of a pipeline of pairs, name one group differently, and wait for each other.
+    """
+    c10d = import_module("torch.distributed.distributed_c10d")
+    with mock.patch.object(c10d, "_process_group_name", return_value=name):
+        yield
+
+
 def _param_groups(state: Any) -> list[Any]:
     """Before PyTorch 2.11 a state had at most one."""
     if hasattr(state, "_fsdp_param_groups"):

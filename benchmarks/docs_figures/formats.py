@@ -38,11 +38,13 @@ def losses(found: Found) -> Iterator[str]:
 
 
 def lossless_bytes(found: Found) -> Iterator[str]:
-    head = ["payload of", "bits per value", "rans: stays", "encode, decode", "zstd: stays", "encode, decode"]
+    coders = [name for name, of in found["bytes"][0].items() if isinstance(of, dict)]
+    head = ["payload of", "bits per value"]
+    head += [words for coder in coders for words in (f"{coder}: stays", "encode, decode")]
     body = []
     for row in found["bytes"]:
         cells = [row["compressor"], f"{row['bits_per_value']:.2f}" if "bits_per_value" in row else "8"]
-        for coder in ("rans", "zstd"):
+        for coder in coders:
             one = row[coder]
             cells += [
                 f"{one['ratio']:.3f}",

@@ -60,23 +60,27 @@ def gradient_step(
     """A step in which every bucket is exchanged. ``slowness``: of arithmetic, against when it was timed."""
     costs = _costs(profiles, fabric, host)
     line = _Line(timing, host)
-    finished = [False] * len(profiles)
-    for bucket, number in request_order():
-        if all(finished):
+    done = [0] * len(profiles)
+    """Rounds of each bucket; one more when its result is there."""
+    for bucket, _ in request_order():
+        if all(count > len(one.rounds) for count, one in zip(done, profiles, strict=True)):
             break
-        if bucket >= len(profiles) or finished[bucket]:
+        if bucket >= len(profiles) or done[bucket] > len(profiles[bucket].rounds):
             continue
-        profile = profiles[bucket]
-        if number == 0:
-            line.wait_for_gradients(bucket)
-        else:
-            line.wait_for_answer(bucket)
-        if number < len(profile.rounds):
-            line.work(slowness * profile.rounds[number].work_s)
-            line.send(bucket, costs[bucket][number])
-        else:
-            line.work(slowness * profile.last_s)
-            finished[bucket] = True
+        profile, goes_on = profiles[bucket], True
+        while goes_on:
+            number = done[bucket]
+            if number == 0:
+                line.wait_for_gradients(bucket)
+            else:
+                line.wait_for_answer(bucket)
+            if number < len(profile.rounds):
+                line.work(slowness * profile.rounds[number].work_s)
+                line.send(bucket, costs[bucket][number])
+            else:
+                line.work(slowness * profile.last_s)
+            goes_on = number < len(profile.rounds) and profile.rounds[number].leads
+            done[bucket] += 1
     over_s = line.end()
     rest_s = timing.step_s - timing.backward_s
     return StepTime(over_s + rest_s, over_s - line.backward_over_s, line.wire_s, line.work_s)

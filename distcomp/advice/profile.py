@@ -38,10 +38,11 @@ def clock() -> float:
 
 @dataclass(frozen=True)
 class ProfiledRound:
-    """``work_s`` of arithmetic, then a request."""
+    """``work_s`` of arithmetic, then a request; ``leads``: the next one follows it at once."""
 
     work_s: float
     ask: RequestSizes
+    leads: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,10 @@ def _summary(
         sizes_of(request, ranks, request_groups(column) if column else None, edges, column)
         for request, column in zip(requests, columns, strict=True)
     ]
-    rounds = tuple(ProfiledRound(work_s, ask) for work_s, ask in zip(works_s, request_sizes, strict=False))
+    rounds = tuple(
+        ProfiledRound(work_s, ask, request.leads)
+        for work_s, ask, request in zip(works_s, request_sizes, requests, strict=False)
+    )
     return ProfiledExchange(rounds, works_s[-1])
 
 

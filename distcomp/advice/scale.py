@@ -83,7 +83,7 @@ def _extended(
         return at_many + slope * (ranks - MANY)
 
     rounds = tuple(
-        ProfiledRound(work_s(a.work_s, b.work_s), b.ask.among(ranks, edges))
+        ProfiledRound(work_s(a.work_s, b.work_s), b.ask.among(ranks, edges), b.leads)
         for a, b in zip(earlier.rounds, many.rounds, strict=True)
     )
     return ProfiledExchange(rounds, work_s(earlier.last_s, many.last_s), many.share)

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch.distributed as dist
 
+from distcomp.private_torch import next_group_named
 from distcomp.transports.agreement import PROPOSED
 from distcomp.transports.bounded import ask_store
 from distcomp.transports.types import Store
@@ -60,9 +61,9 @@ class Pool:
         number = max(int(one[MADE]) for one in proposals)
         self.made = number + 1
         members = [dist.get_global_rank(parent, rank) for rank in range(dist.get_world_size(parent))]
-        made = dist.new_group(
-            members, timeout=patience, backend=dist.get_backend(parent), use_local_synchronization=True
-        )
+        backend = dist.get_backend(parent)
+        with next_group_named(f"distcomp {parent.group_name} {number}"):
+            made = dist.new_group(members, timeout=patience, backend=backend, use_local_synchronization=True)
         assert isinstance(made, dist.ProcessGroup)
         _OWN.add(made)
         return number, made

@@ -117,6 +117,11 @@ class Request(ABC):
         """The ranks that this one waits for, where it does not wait for the whole group."""
         return None
 
+    @property
+    def leads(self) -> bool:
+        """Whether it says only how long the next request is, which then follows as soon as it is answered."""
+        return False
+
     def within(self, group: Group) -> Self:
         """The same, asked inside a group: ranks that it names were places in the group."""
         return replace(self, group=group)  # type: ignore[type-var]

@@ -1,13 +1,19 @@
-/* A range coder for the bytes of a payload (rANS: Duda, 2013), block by block, each with tables of its own.
+/* A coder for the bytes of a payload (Huffman, 1952), block by block: no divisions, and four streams at once.
  *
  * The columns of a weight matrix have gradients of different sizes, which blocks of scales along its rows do not even
- * out. So each 16 KiB, a stretch, say how long a row is, the period, and by which of the block's tables each column is
- * coded. The stream: 4 bytes for each block (its length, and in the lowest bit whether it is coded), then the blocks. A
- * coded block:
+ * out; nor are the blocks alike. So each 16 KiB, a stretch, say how long a row is, the period, and how much dearer than
+ * usual each column is, in 3 bits; every 128 bytes of it say the same in 3. Of how many of three thresholds the
+ * sum of both is not below is the number of the table that a byte is coded by. The stream: 4 bytes for each block (its length, and in
+ * the lowest bit whether it is coded), then the blocks. A coded block:
  *
- *   1 byte    b: the block has 2^b tables, at most 8
- *   if b > 0  for each stretch its period (2 bytes) and as many numbers of tables, of b bits, filled up to a byte
- *   then      the tables, eight states of 32 bits, and words of 16 bits; byte i of a block belongs to state i mod 8
+ *   1 byte    tables: 1 or 4
+ *   if 4      3 bytes, the thresholds; for each stretch its period (2 bytes), levels of columns (3 bits each, filled up
+ *             to a byte) and levels of rows of 128 bytes (3 bits each, filled up to a byte)
+ *   then      of each table the lengths of 256 codes, 4 bits each: 0 where a byte has none, 15 where no other has one and
+ *             it takes no bits; codes are numbered by length, then by byte, and lie in the stream with the first bit
+ *             lowest
+ *   then      the lengths of the first three of four streams (4 bytes each), and the streams, each of a quarter of the
+ *             block's bytes, the first three of as many whole ones as a quarter has
  *
  * Bytes that no encoder wrote decode to other bytes or are refused; they never lead outside a buffer.
  */
@@ -27,41 +33,45 @@
 #define BLOCK ((size_t)1 << 19)   /* BLOCK in entropy.py */
 #define STRETCH ((size_t)1 << 14) /* STRETCH there */
 #define STRETCHES (BLOCK / STRETCH)
+#define ROW ((size_t)128)
+#define ROWS (STRETCH / ROW)
 #define LONGEST_PERIOD 1024 /* LONGEST_PERIOD there */
-#define TABLES 8
-#define TABLES_LOG 3
-#define STATES 8
-#define SCALE 12 /* frequencies sum to 2^SCALE */
-#define TOTAL (1u << SCALE)
-#define LOWEST (1u << 16) /* of a state, between two symbols */
+#define COLUMN_BITS 3
+#define ROW_BITS 3
+#define LEVELS ((1 << COLUMN_BITS) + (1 << ROW_BITS) - 1) /* of a column and a row together */
+#define LEVEL 5 /* sixteenths of a bit from one to the next */
+#define TABLES 4
+#define STREAMS 4
+#define LONGEST 12 /* bits of a code */
+#define SLOTS (1u << LONGEST)
+#define ALONE 15 /* the only byte of its table */
 #define SYMBOLS 256
-#define CLASSES (SYMBOLS / 2) /* bytes of a table's classes */
-#define TABLE_MOST (CLASSES + SYMBOLS * SCALE / 8 + 8)
+#define TABLE_BYTES (SYMBOLS / 2)
+#define HEAD_MOST (1 + TABLES + STRETCHES * (4 + LONGEST_PERIOD * COLUMN_BITS / 8 + ROWS * ROW_BITS / 8) + \
+                   TABLES * TABLE_BYTES + 4 * STREAMS)
+#define FEWEST_DIVIDED ((size_t)1 << 11) /* of fewer bytes, four tables take what they save */
+#define SLACK 8 /* bytes that are read or written a word at a time */
 #define INLINE static inline __attribute__((always_inline))
-
-typedef struct {
-    double inverse; /* of the frequency: a division is what would take longest */
-    uint32_t frequency, start;
-} Symbol;
 
 /* How a block's bytes are divided between its tables. */
 typedef struct {
     uint16_t periods[STRETCHES];
-    uint8_t tables[STRETCHES][LONGEST_PERIOD]; /* of each column */
-    uint8_t table_of[BLOCK];                   /* of each byte */
-} Columns;
+    uint8_t columns[STRETCHES][LONGEST_PERIOD], rows[STRETCHES][ROWS]; /* their levels */
+    uint8_t thresholds[TABLES - 1];
+    uint8_t table_of[BLOCK]; /* of each byte */
+} Division;
 
 typedef struct {
-    Columns columns;
-    uint16_t words[BLOCK], prices[STRETCH];
-    double means[STRETCHES][LONGEST_PERIOD];
-    Symbol symbols[TABLES * SYMBOLS];
-    uint8_t head[1 + STRETCHES * (2 + LONGEST_PERIOD * TABLES_LOG / 8) + TABLES * TABLE_MOST];
+    Division division;
+    uint8_t prices[BLOCK], head[HEAD_MOST];
+    float means[LONGEST_PERIOD];
+    uint16_t codes[TABLES][SYMBOLS]; /* the code, and its length in the lowest 4 bits */
+    uint8_t streams[BLOCK + BLOCK / 2 + STREAMS * SLACK]; /* LONGEST bits for each byte */
 } Encoder;
 
 typedef struct {
-    Columns columns;
-    uint32_t slots[TABLES * TOTAL];
+    Division division;
+    uint16_t slots[TABLES][SLOTS]; /* a byte, and in the lowest 4 bits of what its code has */
 } Decoder;
 
 typedef struct {
@@ -71,38 +81,40 @@ typedef struct {
 
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
-/* ------------------------------------------------------------------------------------------------- frequencies */
-
-static void count_bytes(const uint8_t *data, size_t n, uint32_t *counts) {
-    uint32_t part[4][SYMBOLS]; /* four, so that a run of one byte does not wait for itself */
-    memset(part, 0, sizeof part);
-    size_t i = 0;
-    for (; i + 4 <= n; i += 4)
-        for (int p = 0; p < 4; p++) part[p][data[i + (size_t)p]]++;
-    for (; i < n; i++) part[0][data[i]]++;
-    for (int s = 0; s < SYMBOLS; s++) counts[s] = part[0][s] + part[1][s] + part[2][s] + part[3][s];
+static uint64_t load_8(const uint8_t *from) {
+    uint64_t word;
+    memcpy(&word, from, 8);
+    return word;
 }
 
-/* Counts in proportion to a sum of TOTAL; what occurs has 1 at least. */
-static void frequencies_of(const uint32_t *counts, uint32_t *frequencies) {
-    int64_t sum = 0;
-    uint64_t n = 0;
-    for (int s = 0; s < SYMBOLS; s++) n += counts[s];
-    n += !n;
-    for (int s = 0; s < SYMBOLS; s++) {
-        uint64_t share = ((uint64_t)counts[s] * TOTAL + n / 2) / n;
-        frequencies[s] = counts[s] && !share ? 1 : (uint32_t)share;
-        sum += frequencies[s];
+/* ---------------------------------------------------------------------------------------------------- counting */
+
+/* Of the first bytes of each stretch. */
+static void count_bytes(const uint8_t *data, size_t n, size_t first, uint32_t *counts) {
+    uint32_t part[2][SYMBOLS]; /* two, so that a run of one byte does not wait for itself */
+    memset(part, 0, sizeof part);
+    for (size_t at = 0; at < n; at += STRETCH) {
+        size_t end = smaller(n, at + first);
+        for (size_t i = at; i + 2 <= end; i += 2) {
+            part[0][data[i]]++;
+            part[1][data[i + 1]]++;
+        }
+        if ((end - at) % 2) part[0][data[end - 1]]++;
     }
-    while (sum != TOTAL) { /* what is missing or too much falls to the largest, which feels it least */
-        int largest = 0;
-        for (int s = 1; s < SYMBOLS; s++)
-            if (frequencies[s] > frequencies[largest]) largest = s;
-        int64_t change = TOTAL - sum;
-        if (change < 0) change = -1;
-        frequencies[largest] = (uint32_t)((int64_t)frequencies[largest] + change);
-        sum += change;
+    for (int s = 0; s < SYMBOLS; s++) counts[s] = part[0][s] + part[1][s];
+}
+
+INLINE void count_divided(const uint8_t *data, const uint8_t *table_of, size_t n, uint32_t (*counts)[SYMBOLS]) {
+    uint32_t odd[TABLES][SYMBOLS]; /* two, so that neighbours do not wait for each other */
+    memset(counts, 0, sizeof odd);
+    memset(odd, 0, sizeof odd);
+    for (size_t i = 0; i + 2 <= n; i += 2) {
+        counts[table_of[i]][data[i]]++;
+        odd[table_of[i + 1]][data[i + 1]]++;
     }
+    if (n % 2) counts[table_of[n - 1]][data[n - 1]]++;
+    for (int t = 0; t < TABLES; t++)
+        for (int s = 0; s < SYMBOLS; s++) counts[t][s] += odd[t][s];
 }
 
 /* Sixteenths of a bit: log2, rounded down. */
@@ -119,325 +131,541 @@ static uint32_t log2_sixteenths(uint32_t x) {
     return result;
 }
 
-static size_t estimated_bytes(const uint32_t *counts, const uint32_t *frequencies) {
-    uint64_t sixteenths = 0;
-    for (int s = 0; s < SYMBOLS; s++)
-        if (counts[s]) sixteenths += (uint64_t)counts[s] * (16 * SCALE - log2_sixteenths(frequencies[s]));
-    return (size_t)(sixteenths / (16 * 8));
+/* Sixteenths of a bit that each byte would take, at most SLOTS' worth. */
+static uint32_t price_of(uint32_t count, uint32_t log2_of_all) {
+    uint32_t price = count ? log2_of_all - log2_sixteenths(count) : 16 * LONGEST;
+    return price < 16 * LONGEST ? price : 16 * LONGEST;
 }
 
-/* A class of 4 bits for each symbol, the bits that its frequency has, then those bits without the first. */
-static size_t write_table(const uint32_t *frequencies, uint8_t *out) {
-    memset(out, 0, TABLE_MOST);
-    size_t bit = 8 * CLASSES;
-    for (size_t s = 0; s < SYMBOLS; s++) {
-        uint32_t f = frequencies[s];
-        unsigned width = f ? 32 - (unsigned)__builtin_clz(f) : 0;
-        out[s / 2] |= (uint8_t)(width << 4 * (s % 2));
-        for (unsigned b = 0; b + 1 < width; b++, bit++) out[bit / 8] |= (uint8_t)((f >> b & 1) << bit % 8);
+/* What all of the bytes would take, in bytes of each. */
+static double price_of_all(const uint32_t *counts) {
+    uint64_t n = 0, sixteenths = 0;
+    for (int s = 0; s < SYMBOLS; s++) n += counts[s];
+    for (int s = 0; s < SYMBOLS && n; s++)
+        sixteenths += (uint64_t)counts[s] * price_of(counts[s], log2_sixteenths((uint32_t)n));
+    return (double)sixteenths / (double)(n + !n) / (16 * 8);
+}
+
+/* Sixteenths of a bit that the lower half of a byte would take by itself, and the upper: by their sum, which takes
+ * fewer instructions than a table of all bytes, parts of a block are compared. */
+typedef struct {
+    uint8_t of_half[2][16];
+} Prices;
+
+static Prices prices_of(const uint32_t *counts) {
+    uint32_t halves[2][16] = {{0}}, n = 0;
+    Prices prices;
+    for (uint32_t s = 0; s < SYMBOLS; s++) {
+        halves[0][s & 15] += counts[s];
+        halves[1][s >> 4] += counts[s];
+        n += counts[s];
     }
-    return (bit + 7) / 8;
+    for (int half = 0; half < 2; half++)
+        for (int s = 0; s < 16; s++) {
+            uint32_t price = price_of(halves[half][s], n ? log2_sixteenths(n) : 0);
+            prices.of_half[half][s] = (uint8_t)(price < 127 ? price : 127); /* their sum is one byte */
+        }
+    return prices;
 }
 
-/* Returns its bytes; 0 where it is none. */
-static size_t read_table(const uint8_t *in, size_t size, uint32_t *frequencies) {
-    uint32_t sum = 0;
-    size_t bit = 8 * CLASSES;
-    if (size < CLASSES) return 0;
-    for (size_t s = 0; s < SYMBOLS; s++) {
-        unsigned width = in[s / 2] >> 4 * (s % 2) & 15;
-        if (width > SCALE + 1 || bit + width > 8 * size) return 0;
-        uint32_t f = width ? 1u << (width - 1) : 0;
-        for (unsigned b = 0; b + 1 < width; b++, bit++) f |= (uint32_t)(in[bit / 8] >> bit % 8 & 1) << b;
-        frequencies[s] = f;
-        sum += f;
+typedef void LookUp(const uint8_t *data, size_t n, const Prices *prices, uint8_t *out);
+
+static void look_up_generic(const uint8_t *data, size_t n, const Prices *prices, uint8_t *out) {
+    for (size_t i = 0; i < n; i++)
+        out[i] = (uint8_t)(prices->of_half[0][data[i] & 15] + prices->of_half[1][data[i] >> 4]);
+}
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define HAVE_AVX2
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,bmi2")))
+
+AVX2 static void look_up_avx2(const uint8_t *data, size_t n, const Prices *prices, uint8_t *out) {
+    const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)prices->of_half[0]));
+    const __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)prices->of_half[1]));
+    const __m256i fifteen = _mm256_set1_epi8(15);
+    size_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i *)(data + i));
+        __m256i lower = _mm256_shuffle_epi8(low, _mm256_and_si256(bytes, fifteen));
+        __m256i upper = _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), fifteen));
+        _mm256_storeu_si256((__m256i *)(out + i), _mm256_add_epi8(lower, upper));
     }
-    return sum == TOTAL ? (bit + 7) / 8 : 0;
+    look_up_generic(data + i, n - i, prices, out + i);
+}
+#endif
+
+/* ------------------------------------------------------------------------------------------------------- codes */
+
+/* The lengths of a code of the fewest bits: the two that occur least become one, until one is left. */
+static void unlimited_lengths(const uint32_t *order, const uint32_t *counts, int n, uint8_t *lengths) {
+    uint32_t weight[2 * SYMBOLS];
+    int parent[2 * SYMBOLS];
+    for (int i = 0; i < n; i++) weight[i] = counts[order[i]];
+    int leaf = 0, joined = n, next = n;
+    for (; next < 2 * n - 1; next++) {
+        weight[next] = 0;
+        for (int two = 0; two < 2; two++) {
+            int least = leaf < n && (joined == next || weight[leaf] <= weight[joined]) ? leaf++ : joined++;
+            weight[next] += weight[least];
+            parent[least] = next;
+        }
+    }
+    uint8_t depth[2 * SYMBOLS];
+    depth[2 * n - 2] = 0;
+    for (int i = 2 * n - 3; i >= 0; i--) depth[i] = (uint8_t)(depth[parent[i]] + 1);
+    for (int i = 0; i < n; i++) lengths[order[i]] = depth[i];
 }
 
-/* ----------------------------------------------------------------------------------------------------- columns */
+/* None longer than LONGEST: what that takes of the room for codes, others give back, who occur least first. */
+static void limit(const uint32_t *order, int n, uint8_t *lengths) {
+    uint32_t room = 0;
+    for (int i = 0; i < n; i++) {
+        if (lengths[order[i]] > LONGEST) lengths[order[i]] = LONGEST;
+        room += SLOTS >> lengths[order[i]];
+    }
+    for (int i = 0; room > SLOTS; i = (i + 1) % n)
+        if (lengths[order[i]] < LONGEST) room -= SLOTS >> ++lengths[order[i]];
+    for (int i = n - 1; i >= 0; i--)
+        while (lengths[order[i]] > 1 && room + (SLOTS >> lengths[order[i]]) <= SLOTS)
+            room += SLOTS >> lengths[order[i]]--;
+}
+
+static void lengths_of(const uint32_t *counts, uint8_t *lengths) {
+    uint32_t keys[SYMBOLS], order[SYMBOLS];
+    int n = 0;
+    memset(lengths, 0, SYMBOLS);
+    for (uint32_t s = 0; s < SYMBOLS; s++) {
+        if (!counts[s]) continue;
+        uint32_t key = counts[s] << 8 | s; /* a block has 2^19 bytes */
+        int at = n++;
+        for (; at && keys[at - 1] > key; at--) keys[at] = keys[at - 1];
+        keys[at] = key;
+    }
+    for (int i = 0; i < n; i++) order[i] = keys[i] & 255;
+    if (n < 2) {
+        lengths[n ? order[0] : 0] = ALONE;
+        return;
+    }
+    unlimited_lengths(order, counts, n, lengths);
+    limit(order, n, lengths);
+}
+
+/* Each code, its first bit lowest, and its length in the lowest 4 bits. Whether the lengths are of a code. */
+static int codes_of(const uint8_t *lengths, uint16_t *codes) {
+    uint32_t next = 0, alone = 0, others = 0;
+    memset(codes, 0, SYMBOLS * sizeof *codes);
+    for (int s = 0; s < SYMBOLS; s++) {
+        alone += lengths[s] == ALONE;
+        others += lengths[s] && lengths[s] != ALONE;
+        if (lengths[s] > LONGEST && lengths[s] != ALONE) return 0;
+    }
+    if (alone) return alone == 1 && !others;
+    for (uint32_t length = 1, step = SLOTS / 2; length <= LONGEST; length++, step /= 2)
+        for (int s = 0; s < SYMBOLS; s++) {
+            if (lengths[s] != length) continue;
+            uint32_t reversed = 0;
+            for (int b = 0; b < LONGEST; b++) reversed |= (next >> b & 1) << (LONGEST - 1 - b);
+            codes[s] = (uint16_t)(reversed << 4 | length);
+            next += step;
+            if (next > SLOTS) return 0;
+        }
+    return next > 0;
+}
+
+static void write_lengths(const uint8_t *lengths, uint8_t *out) {
+    for (int s = 0; s < SYMBOLS; s += 2) out[s / 2] = (uint8_t)(lengths[s] | lengths[s + 1] << 4);
+}
+
+/* By the next LONGEST bits: which byte, and how many bits are its. What no code begins with is as good as anything. */
+static int slots_of(const uint8_t *in, uint16_t *slots) {
+    uint8_t lengths[SYMBOLS];
+    uint16_t codes[SYMBOLS];
+    for (int s = 0; s < SYMBOLS; s++) lengths[s] = in[s / 2] >> 4 * (s % 2) & 15;
+    if (!codes_of(lengths, codes)) return 0;
+    memset(slots, 0, SLOTS * sizeof *slots);
+    for (int s = 0; s < SYMBOLS; s++) {
+        uint32_t length = lengths[s] == ALONE ? 0 : lengths[s];
+        if (lengths[s])
+            for (uint32_t i = codes[s] >> 4; i < SLOTS; i += 1u << length) slots[i] = (uint16_t)(s << 4 | length);
+    }
+    return 1;
+}
+
+/* ---------------------------------------------------------------------------------------------------- division */
 
 /* The mean price of each column, for the period whose columns differ by most beyond what chance makes of them. */
-static uint16_t columns_of(const uint16_t *prices, size_t n, Periods periods, double *means) {
-    uint64_t total = 0, squares = 0;
-    for (size_t i = 0; i < n; i++) total += prices[i], squares += (uint64_t)prices[i] * prices[i];
-    double mean = (double)total / (double)n, noise = (double)squares / (double)n - mean * mean, most = 0;
+INLINE uint16_t columns_of(const uint8_t *prices, size_t n, Periods periods, float *means, double *mean) {
+    uint32_t total = 0, squares = 0; /* of at most STRETCH prices, each below 2^8 */
+    for (size_t i = 0; i < n; i++) total += prices[i], squares += (uint32_t)prices[i] * prices[i];
+    *mean = (double)total / (double)n;
+    double noise = (double)squares / (double)n - *mean * *mean, most = 0;
     uint16_t best = 1;
-    means[0] = mean;
+    means[0] = (float)*mean;
     for (size_t p = 0; p < periods.count; p++) {
         if (periods.each[p] < 2 || periods.each[p] > LONGEST_PERIOD || periods.each[p] > (int64_t)n / 4) continue;
-        size_t period = (size_t)periods.each[p];
+        size_t period = (size_t)periods.each[p], rows = n / period;
         uint32_t sums[LONGEST_PERIOD] = {0};
-        for (size_t at = 0; at < n; at += period) {
-            size_t width = smaller(period, n - at);
-            for (size_t c = 0; c < width; c++) sums[c] += prices[at + c];
+        for (size_t row = 0; row < rows; row++)
+            for (size_t c = 0; c < period; c++) sums[c] += prices[row * period + c];
+        double between = -(double)(period - 1) * noise;
+        for (size_t c = 0; c < period; c++) {
+            double beyond = (double)sums[c] - (double)rows * *mean;
+            between += beyond * beyond / (double)rows;
         }
-        double between = -(double)total * mean - (double)(period - 1) * noise;
-        for (size_t c = 0; c < period; c++)
-            between += (double)sums[c] * sums[c] / (double)((n - c + period - 1) / period);
         if (between <= most) continue;
         most = between;
         best = (uint16_t)period;
-        for (size_t c = 0; c < period; c++) means[c] = (double)sums[c] / (double)((n - c + period - 1) / period);
+        for (size_t c = 0; c < period; c++) means[c] = (float)sums[c] / (float)rows;
     }
     return best;
 }
 
-static void expand(Columns *columns, size_t n) {
-    for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++) {
-        size_t end = smaller(n, at + STRETCH), period = columns->periods[stretch];
-        for (size_t row = at; row < end; row += period)
-            memcpy(columns->table_of + row, columns->tables[stretch], smaller(period, end - row));
+static uint8_t level_of(double dearer, int bits) {
+    int level = (int)(dearer / LEVEL + (1 << (bits - 1)) + 0.5);
+    return (uint8_t)(level < 0 ? 0 : level < 1 << bits ? level : (1 << bits) - 1);
+}
+
+/* Each byte's column's level, as `expand` begins. */
+INLINE void expand_columns(Division *d, size_t stretch, uint8_t *out, size_t n) {
+    size_t period = d->periods[stretch];
+    for (size_t at = 0; at < n; at += period) memcpy(out + at, d->columns[stretch], smaller(period, n - at));
+}
+
+/* The levels of a stretch's columns, then of its rows: what is dearer than `usual` beyond what its columns are. */
+INLINE void levels_of(size_t n, double usual, Periods periods, size_t stretch, Encoder *e) {
+    Division *d = &e->division;
+    uint8_t *columns = d->table_of + stretch * STRETCH;
+    const uint8_t *prices = e->prices + stretch * STRETCH;
+    double mean;
+    uint16_t period = d->periods[stretch] = columns_of(prices, n, periods, e->means, &mean);
+    for (size_t c = 0; c < period; c++) d->columns[stretch][c] = level_of(e->means[c] - mean, COLUMN_BITS);
+    expand_columns(d, stretch, columns, n);
+    for (size_t at = 0; at < n; at += ROW) {
+        uint32_t paid = 0, levels = 0;
+        size_t width = smaller(n - at, ROW);
+        for (size_t i = at; i < at + width; i++) paid += prices[i], levels += columns[i];
+        double due = usual + LEVEL * ((double)levels / (double)width - (1 << (COLUMN_BITS - 1)));
+        d->rows[stretch][at / ROW] = level_of((double)paid / (double)width - due, ROW_BITS);
     }
 }
 
-/* Columns by their mean price, the same number of bytes to each of the tables. */
-static void divide(const uint8_t *data, size_t n, const uint32_t *counts, Periods periods, Encoder *e) {
-    uint32_t frequencies[SYMBOLS];
-    uint16_t price[SYMBOLS];
-    double weights[16 * (SCALE + 1)] = {0}, before = 0;
-    uint8_t table_of_price[16 * (SCALE + 1)];
-    frequencies_of(counts, frequencies);
-    for (int s = 0; s < SYMBOLS; s++)
-        price[s] = (uint16_t)(frequencies[s] ? 16 * SCALE - log2_sixteenths(frequencies[s]) : 0);
-    for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++) {
-        size_t m = smaller(STRETCH, n - at);
-        for (size_t i = 0; i < m; i++) e->prices[i] = price[data[at + i]];
-        uint16_t period = columns_of(e->prices, m, periods, e->means[stretch]);
-        e->columns.periods[stretch] = period;
-        for (size_t c = 0; c < period; c++) weights[(int)e->means[stretch][c]] += (double)m / period;
+/* From levels to tables, in place. */
+INLINE void divide(Division *d, size_t n) {
+    uint8_t first = d->thresholds[0], second = d->thresholds[1], third = d->thresholds[2];
+    for (size_t at = 0; at < n; at += ROW) {
+        uint8_t level = d->rows[at / STRETCH][at % STRETCH / ROW], *of = d->table_of + at;
+        size_t width = smaller(ROW, n - at);
+        for (size_t i = 0; i < width; i++) {
+            uint8_t x = (uint8_t)(of[i] + level);
+            of[i] = (uint8_t)((x >= first) + (x >= second) + (x >= third));
+        }
     }
-    for (int p = 0; p < 16 * (SCALE + 1); p++) {
-        int table = (int)(TABLES * (before + weights[p] / 2) / (double)n);
-        table_of_price[p] = (uint8_t)(table < TABLES ? table : TABLES - 1);
-        before += weights[p];
-    }
-    for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++)
-        for (size_t c = 0; c < e->columns.periods[stretch]; c++)
-            e->columns.tables[stretch][c] = table_of_price[(int)e->means[stretch][c]];
-    expand(&e->columns, n);
 }
 
-static size_t numbers_bytes(size_t period, int bits) { return (period * (size_t)bits + 7) / 8; }
+/* About as many bytes to each of the tables; of every eighth row. */
+static void choose_thresholds(Division *d, size_t n) {
+    size_t bytes[LEVELS] = {0}, seen = 0, before = 0;
+    for (size_t at = 0; at < n; at += 8 * ROW) {
+        size_t level = d->rows[at / STRETCH][at % STRETCH / ROW], end = smaller(n, at + ROW);
+        for (size_t i = at; i < end; i++) bytes[d->table_of[i] + level]++;
+        seen += end - at;
+    }
+    for (size_t level = 0, t = 0; t < TABLES - 1; level++) {
+        if (level < LEVELS) before += bytes[level];
+        while (t < TABLES - 1 && (level + 1 >= LEVELS || TABLES * before >= (t + 1) * seen))
+            d->thresholds[t++] = (uint8_t)(level + 1);
+    }
+}
 
-static uint8_t *write_columns(const Columns *columns, size_t n, int bits, uint8_t *out) {
-    for (size_t at = 0, stretch = 0; bits && at < n; at += STRETCH, stretch++) {
-        uint16_t period = columns->periods[stretch];
-        memcpy(out, &period, 2);
-        memset(out += 2, 0, numbers_bytes(period, bits));
-        for (size_t bit = 0; bit < (size_t)bits * period; bit++)
-            out[bit / 8] |= (uint8_t)((columns->tables[stretch][bit / (size_t)bits] >> bit % (size_t)bits & 1) << bit % 8);
-        out += numbers_bytes(period, bits);
+static uint8_t *write_bits(const uint8_t *values, size_t count, unsigned bits, uint8_t *out) {
+    uint32_t buffer = 0;
+    unsigned filled = 0;
+    for (size_t i = 0; i < count; i++) {
+        buffer |= (uint32_t)values[i] << filled;
+        for (filled += bits; filled >= 8; filled -= 8, buffer >>= 8) *out++ = (uint8_t)buffer;
+    }
+    if (filled) *out++ = (uint8_t)buffer;
+    return out;
+}
+
+static const uint8_t *read_bits(uint8_t *values, size_t count, unsigned bits, const uint8_t *in, const uint8_t *end) {
+    if ((size_t)(end - in) < (count * bits + 7) / 8) return NULL;
+    uint32_t buffer = 0;
+    unsigned filled = 0;
+    for (size_t i = 0; i < count; i++, buffer >>= bits, filled -= bits) {
+        if (filled < bits) buffer |= (uint32_t)*in++ << filled, filled += 8;
+        values[i] = (uint8_t)(buffer & ((1u << bits) - 1));
+    }
+    return in;
+}
+
+static size_t rows_in(size_t n) { return (n + ROW - 1) / ROW; }
+
+static uint8_t *write_division(const Division *d, size_t n, uint8_t *out) {
+    memcpy(out, d->thresholds, TABLES - 1);
+    out += TABLES - 1;
+    for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++) {
+        memcpy(out, &d->periods[stretch], 2);
+        out = write_bits(d->columns[stretch], d->periods[stretch], COLUMN_BITS, out + 2);
+        out = write_bits(d->rows[stretch], rows_in(smaller(STRETCH, n - at)), ROW_BITS, out);
     }
     return out;
 }
 
-/* Where they end; NULL where they are none. */
-static const uint8_t *read_columns(Columns *columns, size_t n, int bits, const uint8_t *in, const uint8_t *end) {
+/* Where it ends; NULL where it is none. */
+static const uint8_t *read_division(Division *d, size_t n, const uint8_t *in, const uint8_t *end) {
+    if (end - in < TABLES - 1) return NULL;
+    memcpy(d->thresholds, in, TABLES - 1);
+    in += TABLES - 1;
     for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++) {
-        uint16_t period = 1;
-        if (bits && end - in < 2) return NULL;
-        if (bits) memcpy(&period, in, 2), in += 2;
-        if (!period || period > LONGEST_PERIOD || (size_t)(end - in) < numbers_bytes(period, bits)) return NULL;
-        columns->periods[stretch] = period;
-        memset(columns->tables[stretch], 0, period);
-        for (size_t bit = 0; bit < (size_t)bits * period; bit++)
-            columns->tables[stretch][bit / (size_t)bits] |= (uint8_t)((in[bit / 8] >> bit % 8 & 1) << bit % (size_t)bits);
-        in += numbers_bytes(period, bits);
+        size_t m = smaller(STRETCH, n - at);
+        if (end - in < 2) return NULL;
+        memcpy(&d->periods[stretch], in, 2);
+        if (!d->periods[stretch] || d->periods[stretch] > LONGEST_PERIOD) return NULL;
+        if (!(in = read_bits(d->columns[stretch], d->periods[stretch], COLUMN_BITS, in + 2, end))) return NULL;
+        if (!(in = read_bits(d->rows[stretch], rows_in(m), ROW_BITS, in, end))) return NULL;
+        expand_columns(d, stretch, d->table_of + at, m);
     }
-    expand(columns, n);
+    divide(d, n);
     return in;
-}
-
-static void count_divided(const uint8_t *data, const uint8_t *table_of, size_t n, uint32_t (*counts)[SYMBOLS]) {
-    uint32_t odd[TABLES][SYMBOLS]; /* two, so that neighbours do not wait for each other */
-    memset(counts, 0, sizeof odd);
-    memset(odd, 0, sizeof odd);
-    for (size_t i = 0; i + 2 <= n; i += 2) {
-        counts[table_of[i]][data[i]]++;
-        odd[table_of[i + 1]][data[i + 1]]++;
-    }
-    if (n % 2) counts[table_of[n - 1]][data[n - 1]]++;
-    for (int t = 0; t < TABLES; t++)
-        for (int s = 0; s < SYMBOLS; s++) counts[t][s] += odd[t][s];
-}
-
-/* The fewest bytes: of `counts` for each of the 8 tables, or of neighbours added. Returns how often they were added,
- * and leaves the frequencies. */
-static int fewest_tables(uint32_t (*counts)[SYMBOLS], const Columns *columns, size_t n, int bits,
-                         uint32_t (*frequencies)[SYMBOLS], size_t *bytes) {
-    uint8_t table[TABLE_MOST];
-    int best = -1;
-    for (int merged = TABLES_LOG - bits; merged <= TABLES_LOG; merged++) {
-        uint32_t tried[TABLES][SYMBOLS];
-        int left = TABLES_LOG - merged;
-        size_t total = 1 + 4 * STATES;
-        for (size_t at = 0, stretch = 0; left && at < n; at += STRETCH, stretch++)
-            total += 2 + numbers_bytes(columns->periods[stretch], left);
-        for (int t = 0; t < 1 << left; t++) {
-            frequencies_of(counts[t], tried[t]);
-            total += estimated_bytes(counts[t], tried[t]) + write_table(tried[t], table);
-        }
-        if (best < 0 || total < *bytes) {
-            best = merged;
-            *bytes = total;
-            memcpy(frequencies, tried, sizeof tried);
-        }
-        for (int t = 0; t < 1 << left >> 1; t++)
-            for (int s = 0; s < SYMBOLS; s++) counts[t][s] = counts[2 * t][s] + counts[2 * t + 1][s];
-    }
-    return best;
 }
 
 /* ------------------------------------------------------------------------------------------------------ encode */
 
 #define PUSH(k) \
     do { \
-        const Symbol *symbol = &symbols[(size_t)table_of[i + (k)] * SYMBOLS + data[i + (k)]]; \
-        uint32_t state = x[k]; \
-        uint32_t full = state >= (uint64_t)symbol->frequency << (32 - SCALE); /* it gives a word away first */ \
-        words[-1] = (uint16_t)state; /* stays if it is full: a branch would be guessed wrong half of the time */ \
-        words -= full; \
-        state >>= full << 4; \
-        uint32_t quotient = (uint32_t)(((double)state + 0.5) * symbol->inverse); \
-        x[k] = (quotient << SCALE) + (state - quotient * symbol->frequency) + symbol->start; \
+        uint32_t code = codes[table_of[i + (k)]][data[i + (k)]]; \
+        buffer |= (uint64_t)(code >> 4) << filled; \
+        filled += code & 15; \
     } while (0)
 
-/* Words are written from `end` down; returns where the first lies. */
-static uint16_t *push_all(const uint8_t *data, const uint8_t *table_of, size_t n, const Symbol *symbols,
-                          uint32_t *states, uint16_t *end) {
-    uint32_t x[STATES];
-    uint16_t *words = end;
-    for (int k = 0; k < STATES; k++) x[k] = LOWEST;
-    size_t i = n - n % STATES;
-    for (size_t k = n % STATES; k-- > 0;) PUSH(k);
-    while (i > 0) {
-        i -= STATES;
-        PUSH(7);
-        PUSH(6);
-        PUSH(5);
-        PUSH(4);
-        PUSH(3);
-        PUSH(2);
-        PUSH(1);
+#define PUSH_OUT \
+    do { \
+        memcpy(out, &buffer, 8); \
+        out += filled >> 3; \
+        buffer >>= filled & 56; \
+        filled &= 7; \
+    } while (0)
+
+/* Returns where the stream ends; writes up to SLACK bytes more. */
+INLINE uint8_t *push_together(const uint8_t *data, const uint8_t *table_of, size_t n, const uint16_t (*codes)[SYMBOLS],
+                         uint8_t *out) {
+    uint64_t buffer = 0;
+    uint32_t filled = 0;
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) { /* 7 bits that were left, and four times LONGEST */
         PUSH(0);
+        PUSH(1);
+        PUSH(2);
+        PUSH(3);
+        PUSH_OUT;
     }
-    memcpy(states, x, sizeof x);
-    return words;
+    for (; i < n; i++) {
+        PUSH(0);
+        PUSH_OUT;
+    }
+    memcpy(out, &buffer, 8);
+    return out + (filled + 7) / 8;
 }
 
-static void symbols_of(const uint32_t *frequencies, Symbol *symbols) {
-    for (uint32_t s = 0, start = 0; s < SYMBOLS; start += frequencies[s], s++) {
-        uint32_t f = frequencies[s];
-        symbols[s] = (Symbol){f ? 1.0 / f : 0.0, f, start};
+/* What the tables and the bytes by them take. */
+static size_t bytes_by(uint32_t (*counts)[SYMBOLS], int tables, uint8_t (*lengths)[SYMBOLS]) {
+    uint64_t bits = 0;
+    for (int t = 0; t < tables; t++) {
+        lengths_of(counts[t], lengths[t]);
+        for (int s = 0; s < SYMBOLS; s++) bits += (uint64_t)counts[t][s] * (lengths[t][s] == ALONE ? 0 : lengths[t][s]);
     }
+    return (size_t)(bits / 8) + (size_t)tables * TABLE_BYTES;
+}
+
+static double mean_of(const uint8_t *prices, size_t n) {
+    uint64_t total = 0;
+    for (size_t at = 0; at < n; at += STRETCH) {
+        uint32_t sum = 0;
+        for (size_t i = at, end = smaller(n, at + STRETCH); i < end; i++) sum += prices[i];
+        total += sum;
+    }
+    return (double)total / (double)n;
+}
+
+/* How many tables there are to be (0: none pays), and the lengths of their codes. */
+INLINE int tables_of(const uint8_t *data, size_t n, Periods periods, LookUp *look_up, Encoder *e,
+                     uint8_t (*lengths)[SYMBOLS]) {
+    uint32_t counts[TABLES][SYMBOLS];
+    count_bytes(data, n, STRETCH / 4, counts[0]);
+    double whole = price_of_all(counts[0]) * (double)n + TABLE_BYTES;
+    if (whole > (double)n * 127 / 128) return 0;
+    if (n >= FEWEST_DIVIDED) {
+        Prices prices = prices_of(counts[0]);
+        look_up(data, n, &prices, e->prices);
+        double usual = mean_of(e->prices, n);
+        for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++)
+            levels_of(smaller(STRETCH, n - at), usual, periods, stretch, e);
+        choose_thresholds(&e->division, n);
+        divide(&e->division, n);
+        count_divided(data, e->division.table_of, n, counts);
+        size_t told = (size_t)(write_division(&e->division, n, e->head) - e->head);
+        if ((double)(bytes_by(counts, TABLES, lengths) + told) < whole) return TABLES;
+    }
+    memset(e->division.table_of, 0, n);
+    count_bytes(data, n, STRETCH, counts[0]);
+    bytes_by(counts, 1, lengths);
+    return 1;
 }
 
 /* The coded block into `out`, which has room for n bytes. Returns its length; 0 where it is not shorter. */
-static size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, Encoder *e) {
-    uint32_t counts[TABLES][SYMBOLS], frequencies[TABLES][SYMBOLS], states[STATES];
-    size_t bytes = 0;
-    count_bytes(data, n, counts[0]);
-    frequencies_of(counts[0], frequencies[0]);
-    /* Of short blocks, and of those whose bytes are almost equally frequent, dividing costs more than it saves. */
-    int bits = n < STRETCH || estimated_bytes(counts[0], frequencies[0]) > n - n / 128 ? 0 : TABLES_LOG;
-    if (bits) {
-        divide(data, n, counts[0], periods, e);
-        count_divided(data, e->columns.table_of, n, counts);
-    } else {
-        memset(e->columns.table_of, 0, n);
+INLINE size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, LookUp *look_up, Encoder *e) {
+    uint8_t lengths[TABLES][SYMBOLS], *head = e->head, *end = e->streams;
+    int tables = tables_of(data, n, periods, look_up, e, lengths);
+    if (!tables) return 0;
+    *head++ = (uint8_t)tables;
+    if (tables > 1) head = write_division(&e->division, n, head);
+    for (int t = 0; t < tables; t++, head += TABLE_BYTES) {
+        write_lengths(lengths[t], head);
+        codes_of(lengths[t], e->codes[t]);
     }
-    int merged = fewest_tables(counts, &e->columns, n, bits, frequencies, &bytes);
-    if (bytes >= n - n / 128) return 0;
-    bits = TABLES_LOG - merged;
-    for (size_t at = 0, stretch = 0; bits && at < n; at += STRETCH, stretch++)
-        for (size_t c = 0; c < e->columns.periods[stretch]; c++) e->columns.tables[stretch][c] >>= merged;
-    for (size_t i = 0; bits < TABLES_LOG && i < n; i++) e->columns.table_of[i] >>= merged;
-    e->head[0] = (uint8_t)bits;
-    uint8_t *head = write_columns(&e->columns, n, bits, e->head + 1);
-    for (int t = 0; t < 1 << bits; t++) {
-        head += write_table(frequencies[t], head);
-        symbols_of(frequencies[t], e->symbols + t * SYMBOLS);
+    for (size_t k = 0, quarter = n / STREAMS; k < STREAMS; k++) {
+        uint8_t *begin = end;
+        size_t count = k + 1 < STREAMS ? quarter : n - k * quarter;
+        end = push_together(data + k * quarter, e->division.table_of + k * quarter, count,
+                       (const uint16_t (*)[SYMBOLS])e->codes, begin);
+        uint32_t length = (uint32_t)(end - begin);
+        if (k + 1 < STREAMS) memcpy(head, &length, 4), head += 4;
     }
-    uint16_t *end = e->words + BLOCK, *words = push_all(data, e->columns.table_of, n, e->symbols, states, end);
-    size_t head_bytes = (size_t)(head - e->head), word_bytes = 2 * (size_t)(end - words);
-    size_t length = head_bytes + sizeof states + word_bytes;
-    if (length >= n) return 0;
+    size_t head_bytes = (size_t)(head - e->head), stream_bytes = (size_t)(end - e->streams);
+    if (head_bytes + stream_bytes >= n) return 0;
     memcpy(out, e->head, head_bytes);
-    memcpy(out + head_bytes, states, sizeof states);
-    memcpy(out + head_bytes + sizeof states, words, word_bytes);
-    return length;
+    memcpy(out + head_bytes, e->streams, stream_bytes);
+    return head_bytes + stream_bytes;
+}
+
+/* ------------------------------------------------------------------------------------------------------ decode */
+
+/* Where four streams stand: bits from `in` on, and how many bytes have come of each. */
+typedef struct {
+    const uint8_t *in;
+    uint64_t at[STREAMS], end[STREAMS];
+    size_t done;
+} Streams;
+
+#define LOAD(k) uint64_t buffer##k = load_8(in + (at##k >> 3)) >> (at##k & 7)
+
+#define PULL(k, place) \
+    do { \
+        uint32_t slot = slots[of[place]][buffer##k & (SLOTS - 1)]; \
+        to[place] = (uint8_t)(slot >> 4); \
+        buffer##k >>= slot & 15; \
+        at##k += slot & 15; \
+    } while (0)
+
+#define PULL_FROM_EACH(j) PULL(0, j); PULL(1, quarter + (j)); PULL(2, twice + (j)); PULL(3, thrice + (j))
+
+/* Of each stream four bytes at a time, while a word can be loaded from it and a quarter has as many. */
+INLINE void pull_together(const uint16_t (*slots)[SLOTS], Streams *s, const uint8_t *table_of, uint8_t *out,
+                          size_t quarter) {
+    const uint8_t *in = s->in, *of = table_of, *last = table_of + (quarter & ~(size_t)3);
+    const size_t twice = 2 * quarter, thrice = 3 * quarter;
+    const uint64_t most[STREAMS] = {s->end[0] - 64, s->end[1] - 64, s->end[2] - 64, s->end[3] - 64};
+    uint64_t at0 = s->at[0], at1 = s->at[1], at2 = s->at[2], at3 = s->at[3];
+    uint8_t *to = out;
+    for (int k = 0; k < STREAMS; k++)
+        if (s->end[k] < 64) return;
+    for (; of < last && at0 <= most[0] && at1 <= most[1] && at2 <= most[2] && at3 <= most[3]; of += 4, to += 4) {
+        LOAD(0);
+        LOAD(1);
+        LOAD(2);
+        LOAD(3);
+        PULL_FROM_EACH(0);
+        PULL_FROM_EACH(1);
+        PULL_FROM_EACH(2);
+        PULL_FROM_EACH(3);
+    }
+    s->at[0] = at0, s->at[1] = at1, s->at[2] = at2, s->at[3] = at3;
+    s->done = (size_t)(to - out);
+}
+
+/* The rest of one, carefully. Whether it ends with its last bit. */
+static int pull_rest(const uint16_t (*slots)[SLOTS], const Streams *s, size_t k, const uint8_t *table_of, uint8_t *out,
+                     size_t n) {
+    uint64_t at = s->at[k];
+    for (size_t i = s->done; i < n; i++) {
+        uint32_t bits = 0;
+        for (unsigned b = 0; b < 3 && (at >> 3) + b < s->end[k] >> 3; b++) bits |= (uint32_t)s->in[(at >> 3) + b] << 8 * b;
+        uint32_t slot = slots[table_of[i]][bits >> (at & 7) & (SLOTS - 1)];
+        out[i] = (uint8_t)(slot >> 4);
+        at += slot & 15;
+        if (at > s->end[k]) return 0;
+    }
+    return s->end[k] - at < 8;
+}
+
+INLINE int decoded_block(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d) {
+    const uint8_t *end = in + length, *table_of = d->division.table_of;
+    const uint16_t(*slots)[SLOTS] = (const uint16_t(*)[SLOTS])d->slots;
+    size_t quarter = n / STREAMS, tables;
+    if (!length || (*in != 1 && *in != TABLES)) return 0;
+    tables = *in++;
+    if (tables == 1) memset(d->division.table_of, 0, n);
+    if (tables > 1 && !(in = read_division(&d->division, n, in, end))) return 0;
+    if ((size_t)(end - in) < tables * TABLE_BYTES + 4 * (STREAMS - 1)) return 0;
+    for (size_t t = 0; t < tables; t++, in += TABLE_BYTES)
+        if (!slots_of(in, d->slots[t])) return 0;
+    Streams s = {.in = in + 4 * (STREAMS - 1)};
+    uint64_t begin = 0, whole = (uint64_t)(end - s.in);
+    for (size_t k = 0; k < STREAMS; k++, in += 4) {
+        uint32_t bytes = (uint32_t)(whole - begin);
+        if (k + 1 < STREAMS) memcpy(&bytes, in, 4);
+        if (bytes > whole - begin) return 0;
+        s.at[k] = 8 * begin;
+        s.end[k] = 8 * (begin += bytes);
+    }
+    pull_together(slots, &s, table_of, out, quarter);
+    for (size_t k = 0; k < STREAMS; k++)
+        if (!pull_rest(slots, &s, k, table_of + k * quarter, out + k * quarter, k + 1 < STREAMS ? quarter : n - k * quarter))
+            return 0;
+    return 1;
+}
+
+/* ------------------------------------------------------------------------------------------- instruction sets */
+
+typedef struct {
+    size_t (*encode)(const uint8_t *, size_t, uint8_t *, Periods, Encoder *);
+    int (*decode)(const uint8_t *, size_t, uint8_t *, size_t, Decoder *);
+} Variant;
+
+#define VARIANT(name, TARGET) \
+    TARGET static size_t encode_##name(const uint8_t *data, size_t n, uint8_t *out, Periods periods, Encoder *e) { \
+        return coded_block(data, n, out, periods, look_up_##name, e); \
+    } \
+    TARGET static int decode_##name(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d) { \
+        return decoded_block(in, length, out, n, d); \
+    } \
+    static const Variant name##_variant = {encode_##name, decode_##name};
+
+VARIANT(generic, )
+#ifdef HAVE_AVX2
+VARIANT(avx2, AVX2)
+#endif
+
+static const Variant *chosen(void) {
+#ifdef HAVE_AVX2
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) return &avx2_variant;
+#endif
+    return &generic_variant;
 }
 
 /* Returns the length, and in the lowest bit whether it is coded. */
 static uint32_t encode_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, Encoder *e) {
-    size_t length = coded_block(data, n, out, periods, e);
+    size_t length = chosen()->encode(data, n, out, periods, e);
     if (length) return (uint32_t)length << 1 | 1;
     memcpy(out, data, n);
     return (uint32_t)n << 1;
 }
 
-/* ------------------------------------------------------------------------------------------------------ decode */
-
-#define PULL(k) \
-    do { \
-        uint32_t slot = slots[(size_t)table_of[i + (k)] << SCALE | (x[k] & (TOTAL - 1))]; \
-        out[i + (k)] = (uint8_t)slot; \
-        x[k] = ((slot >> 8 & (TOTAL - 1)) + 1) * (x[k] >> SCALE) + (slot >> 20); \
-        uint32_t empty = x[k] < LOWEST; \
-        uint16_t next; \
-        memcpy(&next, in, 2); \
-        x[k] = x[k] << (empty << 4) | (next & (0u - empty)); \
-        in += 2 * empty; \
-    } while (0)
-
-/* Eight at a time while as many words are left; then the rest, carefully. Whether bytes and states come out even. */
-INLINE int pull_all(const uint32_t *slots, const uint8_t *table_of, uint32_t *x, const uint8_t *in, const uint8_t *end,
-                    uint8_t *out, size_t n) {
-    size_t i = 0, whole = n - n % STATES;
-    for (; i < whole && end - in >= 2 * STATES; i += STATES) {
-        PULL(0);
-        PULL(1);
-        PULL(2);
-        PULL(3);
-        PULL(4);
-        PULL(5);
-        PULL(6);
-        PULL(7);
-    }
-    for (; i < n; i += STATES)
-        for (size_t k = 0; k < STATES && i + k < n; k++) {
-            uint32_t slot = slots[(size_t)table_of[i + k] << SCALE | (x[k] & (TOTAL - 1))];
-            out[i + k] = (uint8_t)slot;
-            x[k] = ((slot >> 8 & (TOTAL - 1)) + 1) * (x[k] >> SCALE) + (slot >> 20);
-            if (x[k] >= LOWEST) continue;
-            uint16_t next;
-            if (end - in < 2) return 0;
-            memcpy(&next, in, 2);
-            x[k] = x[k] << 16 | next;
-            in += 2;
-        }
-    for (int k = 0; k < STATES; k++)
-        if (x[k] != LOWEST) return 0;
-    return in == end;
-}
-
 static int decode_block(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d) {
-    const uint8_t *end = in + length;
-    uint32_t frequencies[SYMBOLS], x[STATES], *slot = d->slots;
-    if (!length || *in > TABLES_LOG) return 0;
-    int bits = *in;
-    if (!(in = read_columns(&d->columns, n, bits, in + 1, end))) return 0;
-    for (int t = 0; t < 1 << bits; t++) {
-        size_t table_bytes = read_table(in, (size_t)(end - in), frequencies);
-        if (!table_bytes) return 0;
-        in += table_bytes;
-        for (uint32_t s = 0; s < SYMBOLS; s++)
-            for (uint32_t i = 0; i < frequencies[s]; i++) *slot++ = s | (frequencies[s] - 1) << 8 | i << 20;
-    }
-    if ((size_t)(end - in) < sizeof x || (size_t)(end - in) % 2) return 0;
-    memcpy(x, in, sizeof x);
-    return pull_all(d->slots, d->columns.table_of, x, in + sizeof x, end, out, n);
+    return chosen()->decode(in, length, out, n, d);
 }
 
 /* ---------------------------------------------------------------------------------------------- Python's side */

@@ -1,8 +1,9 @@
 """A lossless stage for the bytes of a payload: fewer where some bytes are more frequent than others.
 
-``rans`` is the range coder in ``_entropy.c`` (rANS: Duda, "Asymmetric numeral systems", 2013): eight
-interleaved states, and up to eight tables of frequencies for each 512 KiB, between which the columns of a
-matrix are divided by the size of their gradients. It knows no repetitions, for packed codes have none.
+``huffman`` is the coder in ``_entropy.c`` (Huffman, "A method for the construction of minimum-redundancy
+codes", 1952): four streams that are decoded side by side, and up to four codes for each 512 KiB, between
+which the columns of a matrix and stretches of its rows are divided by the size of their gradients. A byte
+takes a bit at least, unless it is the only one; repetitions are not looked for, for packed codes have none.
 ``zstd`` is Zstandard at its fastest level, an extra. Either way a stream is at most :func:`most_bytes` long.
 """
 
@@ -19,11 +20,11 @@ from distcomp.errors import DistcompError
 from distcomp.kernels.tables import check_tensor
 
 BLOCK = 1 << 19
-"""Bytes that share tables of frequencies."""
+"""Bytes that share codes."""
 STRETCH = 1 << 14
-"""Bytes whose columns are of one period, and go each to one of the tables."""
+"""Bytes whose columns are of one period."""
 LONGEST_PERIOD = 1024
-CODERS = ("rans", "zstd")
+CODERS = ("huffman", "zstd")
 LEVEL = 1
 """Of zstd: what higher levels search for, repetitions, packed codes do not have."""
 
@@ -33,11 +34,11 @@ def most_bytes(numel: int) -> int:
     return numel + 4 * -(-numel // BLOCK) + 1
 
 
-def encode(data: Tensor, coder: str = "rans", periods: Sequence[int] = ()) -> Tensor:
+def encode(data: Tensor, coder: str = "huffman", periods: Sequence[int] = ()) -> Tensor:
     """The stream (uint8, on the CPU) of ``data`` (uint8, 1-D, contiguous, on the CPU).
 
-    ``periods``: after how many bytes the rows of what was packed may repeat; ``rans`` finds out which of them
-    pays, stretch by stretch, and leaves out those above :data:`LONGEST_PERIOD`.
+    ``periods``: after how many bytes the rows of what was packed may repeat; ``huffman`` finds out which of
+    them pays, stretch by stretch, and leaves out those above :data:`LONGEST_PERIOD`.
 
     Raises DistcompError for a coder that is not installed.
     """
@@ -58,7 +59,7 @@ def encode(data: Tensor, coder: str = "rans", periods: Sequence[int] = ()) -> Te
     return torch.cat([lengths.view(torch.uint8), *stretches])
 
 
-def decode(coded: Tensor, numel: int, coder: str = "rans") -> Tensor:
+def decode(coded: Tensor, numel: int, coder: str = "huffman") -> Tensor:
     """The ``numel`` bytes (uint8, on the CPU) that :func:`encode` was given.
 
     Raises DistcompError for a stream that is not of so many bytes; never reads or writes beyond a buffer.
@@ -89,7 +90,7 @@ def _extension() -> Any:
         return import_module("distcomp.kernels._cpu")
     except ImportError as error:
         raise DistcompError(
-            f"the coder rans is part of the C kernels, which are not available ({error}); build them, or "
+            f"the coder huffman is part of the C kernels, which are not available ({error}); build them, or "
             "take zstd"
         ) from error
 
@@ -106,7 +107,7 @@ def _zstandard() -> Any:
         return import_module("zstandard")
     except ImportError as error:
         raise DistcompError(
-            "the coder zstd needs the package zstandard; pip install 'distcomp[zstd]', or take rans"
+            "the coder zstd needs the package zstandard; pip install 'distcomp[zstd]', or take huffman"
         ) from error
 
 

@@ -75,6 +75,11 @@ class OpenRequest:
         self.started_s = 0.0
         self.finished_s = 0.0
 
+    @property
+    def leads(self) -> bool:
+        """Whether the next request of its exchange follows at once."""
+        return self._request.leads
+
     def start(self) -> None:
         """Hand it to the network. In the same order on every rank."""
         self._pending = self._channel.transport.start(self._request)

@@ -3,7 +3,8 @@
 Requests are started in an order that is a pure function of (bucket, round), so every rank starts the same
 ones in the same order, whatever its timing; the transport carries them in that order. The order runs along
 diagonals, ``b0.r0, b1.r0, b0.r1, b2.r0, b1.r1, b0.r2, ...``: while a request of one bucket is on the wire,
-the next bucket is encoded and the last one re-encoded.
+the next bucket is encoded and the last one re-encoded. A request that says how long the next one is
+(``leads``) and the next one count as one.
 """
 
 from __future__ import annotations
@@ -106,16 +107,20 @@ def drive(channel: Channel, timeline: Timeline) -> BucketCarrier:
         if bucket >= len(buckets) or buckets[bucket].over:
             continue
         current = buckets[bucket]
-        # Waited for only now, in the request's own turn: meanwhile other buckets were encoded and sent.
-        if current.open_request is not None:
-            with _range(current, bucket, "wait"):
-                _wait(current, timeline)
-        with _range(current, bucket, "encode" if current.rounds == 0 else "decode"):
-            under_way = _advance(current, channel, timeline)
-        if under_way:
-            assert current.open_request is not None
-            # Here and nowhere else: starting order is what keeps ranks from waiting for each other forever.
-            current.open_request.start()
+        goes_on = True
+        while goes_on:
+            # Waited for only now, in the request's own turn: meanwhile other buckets were encoded and sent.
+            if current.open_request is not None:
+                with _range(current, bucket, "wait"):
+                    _wait(current, timeline)
+            with _range(current, bucket, "encode" if current.rounds == 0 else "decode"):
+                under_way = _advance(current, channel, timeline)
+            if under_way:
+                assert current.open_request is not None
+                # Here and nowhere else: in one order, ranks do not wait for each other forever.
+                current.open_request.start()
+            # What only says sizes is followed at once: the next bucket may not be there for long.
+            goes_on = under_way and current.open_request is not None and current.open_request.leads
 
 
 def _range(current: Running, bucket: int, phase: str) -> AbstractContextManager[object]:

@@ -69,24 +69,24 @@ def test_identity_is_torch_distributeds_answer_bit_for_bit(cluster, size):
 CODECS = ["qsgd:bits=8", "qsgd:bits=4", "bf16", "quantize:bits=8,norm=l2", "topk:ratio=0.5"]
 
 
-def lossy(rank, size, codec, dtype, shape):
+def lossy(rank, size, codec, dtype, shape, group=None):
     """Each call's answer by a codec, and what torch.distributed's own would be."""
     everyone = [own(other, shape, dtype) for other in range(size)]
     mine = everyone[rank]
     total = mine.clone()
-    calls.all_reduce(total, codec)
+    calls.all_reduce(total, codec, group=group)
     mean = mine.clone()
-    calls.all_reduce(mean, codec, op="mean")
+    calls.all_reduce(mean, codec, op="mean", group=group)
     piece = torch.empty_like(mine)
-    calls.reduce_scatter(piece, [own(rank, shape, dtype, place) for place in range(size)], codec)
+    calls.reduce_scatter(piece, [own(rank, shape, dtype, place) for place in range(size)], codec, group=group)
     gathered = [torch.empty_like(mine) for _ in range(size)]
-    calls.all_gather(gathered, mine, codec)
+    calls.all_gather(gathered, mine, codec, group=group)
     routed = [torch.empty_like(mine) for _ in range(size)]
-    calls.all_to_all(routed, [own(rank, shape, dtype, place) for place in range(size)], codec)
+    calls.all_to_all(routed, [own(rank, shape, dtype, place) for place in range(size)], codec, group=group)
     told = mine.clone()
-    calls.broadcast(told, 0, codec)
-    sent = calls.sent_bytes()
-    calls.disconnect()
+    calls.broadcast(told, 0, codec, group=group)
+    sent = calls.sent_bytes(group)
+    calls.disconnect(group)
     pieces = torch.stack([own(other, shape, dtype, rank) for other in range(size)])
     answers = {
         "all_reduce": (total, torch.stack(everyone).sum(0)),
@@ -99,17 +99,26 @@ def lossy(rank, size, codec, dtype, shape):
     return answers, sent
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+SAMPLES = [(torch.float32, (40, 30)), (torch.bfloat16, (513,)), (torch.complex64, (9, 7))]
+
+
+def beyond(answers):
+    """The calls whose answers are further off than a codec may be, or of another type."""
+    found = []
+    for name, (got, wanted) in answers.items():
+        error = (got - wanted).abs().double().pow(2).sum() / wanted.abs().double().pow(2).sum()
+        # Two roundings to 4 bits are the worst here; a wrong sum is above 0.5.
+        found += [(name, float(error))] * (not error < 0.4 or got.dtype != wanted.dtype)
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_codec_errs_by_its_own_bound(cluster, size, codec):
-    for dtype, shape in [(torch.float32, (40, 30)), (torch.bfloat16, (513,)), (torch.complex64, (9, 7))]:
+    for dtype, shape in SAMPLES:
         ranks = cluster(size).run(lossy, codec, dtype, shape)
         for answers, _ in ranks:
-            for name, (got, wanted) in answers.items():
-                error = (got - wanted).abs().double().pow(2).sum() / wanted.abs().double().pow(2).sum()
-                # Two roundings to 4 bits are the worst here; a wrong sum is above 0.5.
-                assert error < 0.4, (name, dtype, float(error))
-                assert got.dtype == dtype
+            assert beyond(answers) == []
         for name in ("all_reduce", "mean", "all_gather", "broadcast"):  # the same bits on every rank
             assert all(torch.equal(answers[name][0], ranks[0][0][name][0]) for answers, _ in ranks), name
 
@@ -156,12 +165,12 @@ def test_ranks_round_each_by_numbers_of_their_own(cluster):
     assert cluster(2).run(alike) == [(False, False)] * 2
 
 
-def uneven(rank, size, codec):
+def uneven(rank, size, codec, group=None):
     """Rank j is sent ``(rank + j) % 3`` rows."""
     inputs = [torch.full(((rank + to) % 3, 5), 10.0 * rank + to, dtype=torch.float32) for to in range(size)]
     outputs = [torch.empty((source + rank) % 3, 5, dtype=torch.float32) for source in range(size)]
-    calls.all_to_all(outputs, inputs, codec)
-    calls.disconnect()
+    calls.all_to_all(outputs, inputs, codec, group=group)
+    calls.disconnect(group)
     return [output.tolist() for output in outputs]
 
 
@@ -208,25 +217,26 @@ def test_a_nan_reaches_every_rank_and_leaves_no_trace(cluster, codec, count):
     assert cluster(2).run(with_nan, codec) == [(count, True)] * 2
 
 
-def differing(rank, size, how):
+def differing(rank, size, how, group=None):
     x = torch.ones(8, 4, dtype=torch.float32)
     try:
         if how == "shape":
-            calls.all_reduce(x[rank:], "qsgd:bits=4")
+            calls.all_reduce(x[rank:], "qsgd:bits=4", group=group)
         elif how == "codec":
-            calls.all_gather([x.clone() for _ in range(size)], x, ["qsgd:bits=4", "qsgd:bits=8"][rank % 2])
+            codec = ["qsgd:bits=4", "qsgd:bits=8"][rank % 2]
+            calls.all_gather([x.clone() for _ in range(size)], x, codec, group=group)
         elif how == "call":
-            calls.broadcast(x, 0) if rank else calls.all_reduce(x)
+            calls.broadcast(x, 0, group=group) if rank else calls.all_reduce(x, group=group)
         else:
             inputs = [x[: 1 + to] for to in range(size)]
             outputs = [x.new_empty((1 + rank + (rank == 1), 4)) for _ in range(size)]
-            calls.all_to_all(outputs, inputs)
+            calls.all_to_all(outputs, inputs, group=group)
         said = "not noticed"
     except distcomp.Mismatch as error:
         said = str(error)
     total = torch.ones(3, dtype=torch.float32)
-    calls.all_reduce(total)  # the line goes on
-    calls.disconnect()
+    calls.all_reduce(total, group=group)  # the line goes on
+    calls.disconnect(group)
     return said, total.tolist()
 
 
@@ -287,6 +297,24 @@ def in_a_group(rank, size):
 def test_a_group_of_some_ranks_calls_by_itself(cluster):
     answers = cluster(4).run(in_a_group)
     assert answers == [None, ([3.0] * 4, [4.0] * 4), None, ([3.0] * 4, [4.0] * 4)]
+
+
+def in_a_chain(rank, size):
+    """Pairs of neighbours: the rank in the middle is in one more group than each of the others."""
+    pairs, found = [dist.new_group(pair) for pair in ([0, 1], [1, 2])], []
+    for pair, ranks in zip(pairs, ([0, 1], [1, 2]), strict=True):
+        if rank in ranks:
+            calls.connect(pair, timeout_s=10)
+            x = torch.full((4,), float(rank), dtype=torch.float32)
+            calls.all_reduce(x, group=pair)
+            found.append(x[0].item())
+    for pair, ranks in zip(pairs, ([0, 1], [1, 2]), strict=True):
+        calls.disconnect(pair) if rank in ranks else None
+    return found
+
+
+def test_ranks_in_other_numbers_of_groups_call_each_other(cluster):
+    assert cluster(3).run(in_a_chain) == [[1.0], [1.0, 3.0], [3.0]]
 
 
 def refused(rank, size):

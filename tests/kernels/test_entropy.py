@@ -1,4 +1,4 @@
-"""The range coder: what it was given comes back, in about its entropy, and no stream leads outside a
+"""The coder: what it was given comes back, in about its entropy, and no stream leads outside a
 buffer."""
 
 from __future__ import annotations
@@ -49,44 +49,61 @@ def read_stream(stream: np.ndarray, numel: int) -> np.ndarray:
 
 
 def read_block(data: np.ndarray, n: int) -> np.ndarray:
-    b, at, table_of = int(data[0]), 1, np.zeros(n, np.int64)
-    for stretch in range(0, n if b else 0, entropy.STRETCH):
-        period, end = int(data[at : at + 2].copy().view("<u2")[0]), min(n, stretch + entropy.STRETCH)
-        size = -(-period * b // 8)
-        bits = np.unpackbits(data[at + 2 : at + 2 + size], bitorder="little")[: period * b].reshape(period, b)
-        table_of[stretch:end] = np.resize(bits @ (1 << np.arange(b)), end - stretch)
-        at += 2 + size
-    starts, tables = [], []
-    for _ in range(1 << b):
-        frequencies, size = read_table(data[at:])
-        starts.append(np.concatenate([[0], np.cumsum(frequencies)]))
-        tables.append(frequencies)
-        at += size
-    states = [int(x) for x in data[at : at + 32].copy().view("<u4")]
-    words = iter(data[at + 32 :].copy().view("<u2").tolist())
-    out = np.zeros(n, np.uint8)
-    for i in range(n):
-        x, start = states[i % 8], starts[table_of[i]]
-        symbol = int(np.searchsorted(start, x % 4096, side="right")) - 1
-        out[i] = symbol
-        x = tables[table_of[i]][symbol] * (x >> 12) + x % 4096 - int(start[symbol])
-        states[i % 8] = x << 16 | next(words) if x < 1 << 16 else x
-    assert states == [1 << 16] * 8
-    assert next(words, None) is None
-    return out
+    tables, at, table_of = int(data[0]), 1, np.zeros(n, np.int64)
+    assert tables in (1, 4)
+    if tables == 4:
+        thresholds, at = data[1:4], 4
+        for begin in range(0, n, entropy.STRETCH):
+            m, period = min(n - begin, entropy.STRETCH), int(data[at : at + 2].copy().view("<u2")[0])
+            columns, at = read_values(data, at + 2, period, 3)
+            rows, at = read_values(data, at, -(-m // 128), 3)
+            levels = np.resize(columns, m) + np.repeat(rows, 128)[:m]
+            table_of[begin : begin + m] = (levels[:, None] >= thresholds).sum(1)
+    codes = []
+    for _ in range(tables):
+        codes.append(read_codes(np.stack([data[at : at + 128] & 15, data[at : at + 128] >> 4], 1).ravel()))
+        at += 128
+    lengths = data[at : at + 12].copy().view("<u4").tolist()
+    streams = np.split(data[at + 12 :], np.cumsum(lengths))
+    parts = np.split(table_of, [n // 4, 2 * (n // 4), 3 * (n // 4)])
+    return np.concatenate(
+        [read_codewords(one, tables, codes) for one, tables in zip(streams, parts, strict=True)]
+    )
 
 
-def read_table(data: np.ndarray) -> tuple[list[int], int]:
-    """The frequencies, and how many bytes they took."""
-    bits = np.unpackbits(data, bitorder="little")
-    widths = [int(data[s // 2]) >> 4 * (s % 2) & 15 for s in range(256)]
-    frequencies, bit = [], 8 * 128
-    for width in widths:
-        low = sum(int(bits[bit + b]) << b for b in range(width - 1)) if width else 0
-        frequencies.append((1 << (width - 1)) + low if width else 0)
-        bit += max(0, width - 1)
-    assert sum(frequencies) == 4096
-    return frequencies, -(-bit // 8)
+def read_values(data: np.ndarray, at: int, count: int, bits: int) -> tuple[np.ndarray, int]:
+    """Numbers of so many bits, the lowest first, and where they end."""
+    end = at + -(-count * bits // 8)
+    each = np.unpackbits(data[at:end], bitorder="little")[: count * bits].reshape(count, bits)
+    return each @ (1 << np.arange(bits)), end
+
+
+def read_codes(lengths: np.ndarray) -> dict[str, int]:
+    """By its code, as text: which byte it is."""
+    if 15 in lengths:
+        assert lengths.tolist() == [15 * (s == list(lengths).index(15)) for s in range(256)]
+        return {"": list(lengths).index(15)}
+    codes, code = {}, 0
+    for length in range(1, 13):
+        for symbol in np.flatnonzero(lengths == length):
+            codes[format(code, f"0{length}b")] = int(symbol)
+            code += 1
+        code *= 2
+    assert code <= 2**13
+    return codes
+
+
+def read_codewords(stream: np.ndarray, table_of: np.ndarray, codes: list[dict[str, int]]) -> np.ndarray:
+    bits, at, out = "".join(map(str, np.unpackbits(stream, bitorder="little"))), 0, []
+    for table in table_of.tolist():
+        end = at
+        while bits[at:end] not in codes[table]:
+            end += 1
+            assert end <= len(bits)
+        out.append(codes[table][bits[at:end]])
+        at = end
+    assert len(bits) - at < 8
+    return np.array(out, np.uint8)
 
 
 def columns(numel: int, period: int = 48, seed: int = 5) -> Tensor:

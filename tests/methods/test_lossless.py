@@ -32,7 +32,7 @@ INNERS = (
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("inner", INNERS)
-@pytest.mark.parametrize("coder", ["rans", "zstd"])
+@pytest.mark.parametrize("coder", ["huffman", "zstd"])
 def test_the_numbers_are_inners_to_the_bit_and_its_bytes_no_more_than_declared(
     inner: str, coder: str, size: int
 ) -> None:
@@ -70,7 +70,7 @@ def test_columns_of_different_sizes_make_fewer_bytes() -> None:
     xs = [x * columns for x in draw(2, layout)]
     as_one_row = Layout.of([("w", (1, layout.numel))], {"w": "matrix"})
     by_column, plain = (once(parse("lossless:inner=(qsgd:bits=4)"), xs, one) for one in (layout, as_one_row))
-    assert sum(by_column.sent_bytes) < 0.9 * sum(plain.sent_bytes)
+    assert sum(by_column.sent_bytes) < 0.92 * sum(plain.sent_bytes)
 
 
 def test_short_payloads_and_sums_go_as_they_are() -> None:
@@ -107,7 +107,7 @@ def test_a_payload_that_was_cut_or_is_of_another_coder_is_refused() -> None:
     for bad in (short, empty):
         with pytest.raises(DistcompError, match="one coder"):
             method._decoded(bad, payload.parts)
-    with pytest.raises(DistcompError, match="rans or zstd"):
+    with pytest.raises(DistcompError, match="huffman or zstd"):
         parse("lossless:entropy=gzip")
 
 

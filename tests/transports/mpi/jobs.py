@@ -17,6 +17,7 @@ import distcomp
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.mpi.transport import MPITransport
 from tests.attaching.ddp import jobs as ddp
+from tests.calls import test_calls, test_messages
 from tests.collectives import script
 from tests.lockstep import together
 
@@ -164,7 +165,55 @@ def requests(rank: int, size: int) -> dict[str, bool]:
     return {**right, "finite": finite, "bytes as in lock-step": bytes_alike}
 
 
+def calls_of_groups(rank: int, size: int) -> dict[str, Any]:
+    """tests/calls, in groups of the first one, two, three ... ranks: of each task what went wrong."""
+    found: dict[str, Any] = {}
+    for count in range(1, size + 1):
+        group = dist.new_group(list(range(count)))
+        if rank >= count:
+            continue
+        tasks: dict[str, Callable[[], object]] = {
+            "exact": lambda n=count, g=group: test_calls.exact(rank, n, g)
+        }
+        for codec in test_calls.CODECS:
+            tasks[codec] = lambda n=count, g=group, c=codec: codec_errors(rank, n, g, c)
+        for codec in ("identity", "qsgd:bits=8"):
+            tasks[f"uneven {codec}"] = lambda n=count, g=group, c=codec: rows_astray(rank, n, g, c)
+        if count > 1:
+            tasks["messages"] = lambda n=count, g=group: test_messages.passed_on(rank, n, g)
+            for how in ("shape", "codec", "call", "sizes"):
+                tasks[how] = lambda n=count, g=group, h=how: unnamed(rank, n, g, h)
+        found |= {f"{name}, {count} ranks": task() for name, task in tasks.items()}
+    return found
+
+
+def codec_errors(rank: int, size: int, group: Any, codec: str) -> list[Any]:
+    """Of every call and type, those that err by more than the codec may."""
+    return [
+        (str(dtype), name, error)
+        for dtype, shape in test_calls.SAMPLES
+        for name, error in test_calls.beyond(test_calls.lossy(rank, size, codec, dtype, shape, group)[0])
+    ]
+
+
+def rows_astray(rank: int, size: int, group: Any, codec: str) -> list[int]:
+    """From whom other rows have come than were sent."""
+    return [
+        source
+        for source, rows in enumerate(test_calls.uneven(rank, size, codec, group))
+        if len(rows) != (source + rank) % 3
+        or any(abs(x - 10.0 * source - rank) > 0.02 * (10 * source + rank) for row in rows for x in row)
+    ]
+
+
+def unnamed(rank: int, size: int, group: Any, how: str) -> list[str]:
+    """What was said of calls that differ, unless it names a rank, and the next call goes well."""
+    said, total = test_calls.differing(rank, size, how, group)
+    return [] if "rank 0" in said and total == [size] * 3 else [said, str(total)]
+
+
 JOBS: dict[str, Callable[..., Any]] = {
+    "calls": calls_of_groups,
     "collectives": collectives,
     "requests": requests,
     "training": training,

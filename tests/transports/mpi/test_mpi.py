@@ -110,61 +110,14 @@ def test_a_rank_that_stops_is_named_and_the_job_ends() -> None:
     assert all("rank 1 died or hangs" in one["answer"] for one in told), told
 
 
-CALLS = """
-import torch, torch.distributed as dist, distcomp
-from distcomp import calls
-
-distcomp.init_process_group("mpi4py")
-rank, size = dist.get_rank(), dist.get_world_size()
-total = torch.full((300, 4), rank + 1.0)
-calls.all_reduce(total, "qsgd:bits=8")
-assert (total - 3).abs().max() < 0.1
-routed = [torch.empty((rank + source) % 3, 4) for source in range(size)]
-calls.all_to_all(routed, [torch.full(((rank + to) % 3, 4), float(rank)) for to in range(size)])
-assert all((rows == source).all() for source, rows in enumerate(routed))
-told = torch.full((5,), float(rank), dtype=torch.float64)
-calls.broadcast(told, 1)
-assert (told == 1).all()
-gathered = torch.empty(size * 3, 2)
-calls.all_gather(gathered, torch.full((3, 2), float(rank)), "bf16")
-assert gathered.view(size, -1).eq(torch.arange(size)[:, None]).all()
-piece = torch.empty(3)
-calls.reduce_scatter(piece, torch.ones(size * 3), "qsgd:bits=4")
-assert (piece == size).all()
-sending = calls.send(torch.full((300, 4), rank + 1.0), 1 - rank, "qsgd:bits=8", async_op=True)
-calls.recv(message := torch.empty(300, 4), 1 - rank, "qsgd:bits=8")
-sending.wait()
-assert (message - 2 + rank).abs().max() < 0.1
-try:
-    calls.send(torch.ones(3), 1) if rank == 0 else calls.recv(torch.ones(4), 0)
-    raise SystemExit("not noticed")
-except distcomp.Mismatch as error:
-    assert "rank 0 a message of (3,)" in str(error), error
-calls.disconnect()
-dist.destroy_process_group()
-print("called")
-"""
-
-
-def test_calls_with_a_codec() -> None:
-    done = mpirun(2, "-c", CALLS)
-    assert (done.returncode, done.stdout.count("called")) == (0, 2), done.stdout + done.stderr
-
-
-def test_a_process_that_mpirun_did_not_start_is_told_so() -> None:
-    script = """
-from types import SimpleNamespace
-from distcomp.transports.mpi.group import create_group
-create_group(SimpleNamespace(global_ranks_in_group=[], group_size=2, group_rank=1))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert "start it with mpirun -n 2" in done.stderr
-
-
-@pytest.mark.parametrize("imports", ["distcomp, torch", "torch"])
-def test_torch_knows_the_backend_in_whatever_order_it_is_imported(imports: str) -> None:
-    script = f"import {imports}; print('mpi4py' in torch.distributed.Backend.backend_list)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "True\n"
+def test_every_call_dtype_and_shape_between_one_to_four_ranks() -> None:
+    """What tests/calls asks over Gloo: in groups of one, two, three and all four ranks of one job."""
+    done = mpirun(4, *JOBS, "mpi4py", "calls")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = {
+        one["rank"]: one["answer"] for one in map(json.loads, re.findall(r"^{.*", done.stdout, re.MULTILINE))
+    }
+    assert sorted(told) == [0, 1, 2, 3]
+    for rank, found in told.items():
+        assert {job: wrong for job, wrong in found.items() if wrong} == {}
+        assert len(found) == sum(10 + 6 * (size > 1) for size in (1, 2, 3, 4) if rank < size), sorted(found)
