@@ -22,8 +22,8 @@ MEAN_IN_4_BITS = "qsgd:bits=4, its mean in 4 bits"
 
 
 def asked_for(method: str) -> Any:
-    """What is attached. An older distcomp rounds the mean to the bits of what is sent, today's to more of them
-    unless it is told to."""
+    """What is attached: an older distcomp rounds the mean to the bits of what is sent, today's to more of
+    them unless it is told to."""
     if method != MEAN_IN_4_BITS:
         return method
     try:

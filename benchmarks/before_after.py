@@ -6,10 +6,10 @@ Exchanges: 17 MB of gradients among 4 ranks on an emulated network of 100 Mbit/s
 checkout, then some of the new, and so on; a time is the slowest rank's. Attaching: a training step of two
 ranks on an unshaped network, with ``identity`` attached, over the same step bare. Importing: a new process
 that asks for ``distcomp.attach``, with bytecode cached, as every import but a machine's first finds it.
-Each row holds the median of each checkout and the median of the ratios, pair by pair; an exchange's also
-what a rank sent, for where a method's numbers were corrected meanwhile it sends more or less, and the ratio
-of the times per byte: qsgd's mean is rounded to more bits than it was, and a row has it as it was. Every process imports distcomp from the checkout that it measures: ``src/`` where there
-is one, else its root.
+Each row holds the median of each checkout and the median of the ratios, pair by pair; an exchange's also what
+a rank sent, for where a method's numbers were corrected meanwhile it sends more or less, and the ratio of the
+times per byte; qsgd's mean is rounded to more bits than it was, and a row has it as it was. Every process
+imports distcomp from the checkout that it measures: ``src/`` where there is one, else its root.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ from distcomp.network.launch import show_nothing
 from distcomp.recording import surroundings
 
 RANK = ROOT / "benchmarks" / "_before_after_rank.py"
-METHODS = ("qsgd:bits=4", "qsgd:bits=4, its mean in 4 bits", "qsgd:bits=1", "powersgd:rank=4", "topk:ratio=0.01")
+METHODS = (
+    "qsgd:bits=4",
+    "qsgd:bits=4, its mean in 4 bits",
+    "qsgd:bits=1",
+    "powersgd:rank=4",
+    "topk:ratio=0.01",
+)
 Measure = Callable[[Path], dict[str, float]]
 """Of a checkout: ``seconds``, or a ratio of them, and with an exchange ``payload_bytes``."""
 

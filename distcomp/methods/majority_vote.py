@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from distcomp.collectives import AllGather, AllToAll, Rounds
-from distcomp.compressors.grid import SIGNS, pack_signs, per_parameter_mean, sign_bytes, spread, unpack_signs
+from distcomp.compressors.grid import pack_signs, per_parameter_mean, sign_bytes, spread, unpack_signs
 from distcomp.errors import DistcompError
+from distcomp.kernels.two_means import SIGNS
 from distcomp.layout import Layout, chunk_views
 from distcomp.methods.base import AggregateResult, Method, State, StepContext, all_reduce_bytes, mean
 from distcomp.methods.basic import except_small
