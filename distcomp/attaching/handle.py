@@ -176,6 +176,9 @@ class Handle:
         self._loads = Loads(store, everyone.rank, everyone.ranks, session.name, session.timeout_s)
         self._attached = True
 
+    def __repr__(self) -> str:
+        return f"<Handle of {self.method}, rank {self._session.rank} of {self._session.size}>"
+
     @property
     def method(self) -> str:
         """The method, as all ranks agreed on it."""

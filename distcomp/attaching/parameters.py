@@ -26,6 +26,7 @@ from distcomp.attaching.observed import observer
 from distcomp.attaching.optimizers import average, forget
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
+from distcomp.attaching.rejoin import Rejoining
 from distcomp.attaching.session import Session
 from distcomp.attaching.shards import averaged_weights
 from distcomp.attaching.target import Target
@@ -70,6 +71,7 @@ class ParameterSync(Sync):
         self._optimizer = optimizer
         self._seed = seed
         self._weights = averaged_weights(target)
+        self._rejoining = Rejoining(session, self, self._weights)
         if target.shards is not None:
             self.source = "outputs"  # FSDP puts gradients where no hook of a parameter sees them
         self._ddp = target.ddp
@@ -165,7 +167,10 @@ class ParameterSync(Sync):
         self.last = Iteration(self.iterations - 1, self._timeline, begin_s, sent)
 
     def _warn_of_loss(self) -> None:
-        """Say once, of each rank that is lost, that training goes on without it."""
+        """Say once, of each rank that is lost, that training goes on without it; and of one that is back."""
+        for rank in sorted(self._lost - set(self._session.lost)):
+            warnings.warn(f"rank {rank} is back; training goes on with it", stacklevel=2)
+            self._lost.discard(rank)
         for rank, reason in sorted(self._session.lost.items()):
             if rank not in self._lost:
                 warnings.warn(f"rank {rank} {reason}; training goes on without it", stacklevel=2)
@@ -182,11 +187,18 @@ class ParameterSync(Sync):
             return
         if not fragment.due(self.iterations):
             return
+        self._rejoining.carry(fragment, lambda: self._exchange(fragment))
+
+    def _exchange(self, fragment: FragmentState) -> None:
         aggregation = fragment.aggregate(
-            self._weights.read(fragment.layout), self.iterations, self._seed, frozenset(self._session.lost)
+            self._own(fragment), self.iterations, self._seed, frozenset(self._session.lost)
         )
         fragment.in_flight = InFlight(self.iterations + fragment.averaging.overlap, self._drive(aggregation))
         self._apply(fragment)
+
+    def _own(self, fragment: FragmentState) -> Tensor:
+        """What this worker brings to an exchange."""
+        return self._weights.read(fragment.layout)
 
     def _apply(self, fragment: FragmentState, early: bool = False) -> None:
         """Use the result of an exchange if its step has come."""

@@ -21,7 +21,7 @@ from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.parameters import ParameterSync
 from distcomp.attaching.session import Session
 from distcomp.attaching.target import Target
-from distcomp.averaging.base import FragmentState, InFlight
+from distcomp.averaging.base import FragmentState
 from distcomp.averaging.codistill import Codistillation, examples_digest, predictions_layout
 from distcomp.averaging.gossip import tensors
 from distcomp.distill.teachers import logits_of
@@ -56,6 +56,7 @@ class PredictionSync(ParameterSync):
         self._scaler = scaler
         self._term: Tensor | None = None
         super().__init__(target, codistillation, session, clock, optimizer, seed)
+        self._rejoining.hands_over = False
 
     # ------------------------------------------------------------------------------- what is exchanged
 
@@ -85,10 +86,7 @@ class PredictionSync(ParameterSync):
     def _begin(self, fragment: FragmentState) -> None:
         if not fragment.due(self.iterations):
             return
-        absent = frozenset(self._session.lost)
-        aggregation = fragment.aggregate(self._own(fragment), self.iterations, self._seed, absent)
-        fragment.in_flight = InFlight(self.iterations, self._drive(aggregation))
-        self._apply(fragment)
+        self._rejoining.carry(fragment, lambda: self._exchange(fragment))
 
     def _apply(self, fragment: FragmentState, early: bool = False) -> None:
         if fragment.in_flight is None:

@@ -24,7 +24,7 @@ from distcomp.transports.bounded import Result, ask_store, bounded
 from distcomp.transports.gloo_p2p import GlooP2P
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.mpi.transport import MPITransport
-from distcomp.transports.resilient_p2p import ResilientP2P
+from distcomp.transports.resilient_p2p import CutOff, Opened, ResilientP2P
 from distcomp.transports.throttle import SlowLink, throttled
 from distcomp.transports.torchdist import TorchDist
 from distcomp.transports.types import Store
@@ -144,6 +144,25 @@ class Session:
     def present(self) -> int:
         """How many ranks took part in what all were last asked."""
         return self._transport.present if isinstance(self._transport, ResilientP2P) else self.size
+
+    def opened(self) -> list[Opened]:
+        """Edges to neighbours who were lost, opened again before the next exchange with neighbours.
+
+        Raises CutOff where this rank has trained apart from most.
+        """
+        if not isinstance(self._transport, ResilientP2P):
+            return []
+        return self._transport.opened(self.channel.exchange + 1)
+
+    def come_back(self, error: CutOff) -> Opened:
+        """Wait to be taken in again by a neighbour, with whom the next exchange is then made.
+
+        Raises PeerLost where none does within ``timeout_s``.
+        """
+        assert isinstance(self._transport, ResilientP2P)
+        number, edge = self._transport.come_back(error)
+        self.channel.exchange = number - 1  # as many as the others have begun
+        return edge
 
     def take_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Copy rank 0's tensors, bit for bit, into those of the same shapes here.

@@ -52,6 +52,7 @@ class ECD(Gossip):
     """
 
     replicas: ClassVar[bool] = True
+    replicated: ClassVar[str] = "estimate"
 
     compressor: Compressor | GrowingGrid = field(default_factory=GrowingGrid)  # type: ignore[assignment]
     allow_relative: bool = False
@@ -79,6 +80,15 @@ class ECD(Gossip):
             state["anchor"] = FlatBuffer(x.clone(), context.layout)
             state["spacing"] = PerParameter(spacing_of(x, context.layout, self.compressor.spacing))
         return state
+
+    def restart(self, x: Tensor, state: State, context: AveragingContext) -> State:
+        # The grid stays that of the model that all began with: it is equal on all ranks.
+        return {
+            **state,
+            "model": FlatBuffer(x.clone(), context.layout),
+            "estimate": FlatBuffer(x.clone(), context.layout),
+            "replicas": copies(x, self.row(context), context.layout),
+        }
 
     def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
         t = context.step + 2  # with the paper's t = 1 the weights were -1 and 2: of noise as well

@@ -51,6 +51,9 @@ class Gossip(Averaging):
     replicas: ClassVar[bool] = False
     """Whether a worker keeps replicas of its neighbours' models: they must then stay its neighbours."""
 
+    replicated: ClassVar[str] = "public"
+    """The part of the state that neighbours keep replicas of."""
+
     compressor: Compressor = field(default_factory=Identity)
     topology: str | Topology = "ring"
 
@@ -91,6 +94,19 @@ class Gossip(Averaging):
             self.compressor.decode_into(moved, payload, layout, add=True)
             return moved
         return torch.add(base, self.compressor.decode(payload, layout), alpha=times)
+
+    def public(self, state: State) -> FlatBuffer | None:
+        """What the neighbours keep replicas of."""
+        part: FlatBuffer | None = state[self.replicated] if self.replicas else None
+        return part
+
+    def with_replica(self, state: State, neighbour: int, model: Tensor, layout: Layout) -> State:
+        """The state, with ``model`` as the replica of a neighbour who is back."""
+        return {**state, "replicas": {**state["replicas"], str(neighbour): FlatBuffer(model, layout)}}
+
+    def restart(self, x: Tensor, state: State, context: AveragingContext) -> State:
+        """The state of a worker that goes on from another's model ``x``."""
+        return self.init(x, context)
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
         topology = resolve(self.topology, size)
@@ -160,6 +176,7 @@ class DCD(Gossip):
     """
 
     replicas: ClassVar[bool] = True
+    replicated: ClassVar[str] = "model"
 
     def init(self, x: Tensor, context: AveragingContext) -> State:
         return {
@@ -209,8 +226,8 @@ class Choco(Gossip):
     Source: Koloskova et al., ICML 2019 and ICLR 2020 (the order of the latter: mixing does not wait for the
     wire). We differ: public copies start from the common model instead of zero; each is kept (the paper's
     appendix keeps their weighted sum), so that a lost neighbour can be left out and no rounding error builds
-    up. ``omega`` is measured on Gaussian data. Bytes: degree x payload. Memory: one model per neighbour and
-    one of its own.
+    up. ``omega`` is measured on Gaussian data, where the authors' code takes its bound. Bytes: degree x
+    payload. Memory: one model per neighbour and one of its own.
     """
 
     replicas: ClassVar[bool] = True

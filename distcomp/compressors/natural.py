@@ -41,8 +41,8 @@ class Natural(Compressor):
     to 0).
 
     Source: Horváth et al., "Natural compression for distributed deep learning", 2019. Eight bits or fewer,
-    which need a scale: :class:`NonUniform`. (A public implementation clips the exponent to fit 8 bits, which
-    is biased outside ``2^-109 .. 2^18``.)
+    which need a scale: :class:`NonUniform`. (GRACE clips the exponent to fit 8 bits, which is biased outside
+    ``2^-109 .. 2^17`` and has no zero.)
     """
 
     unbiased = True

@@ -39,7 +39,8 @@ class Quantize(Compressor):
     Source: Alistarh et al., "QSGD", NeurIPS 2017, section 3 and the practical variant of section 4 (blocks,
     max norm, fixed-width codes); one bit: Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019. We
     differ: the paper's *s* counts levels without the sign and its codes are Elias-coded; here ``bits`` counts
-    all.
+    all. (GRACE's is ``norm="l2"`` of whole bytes. CGX's range is from the smallest to the largest value of a
+    block, with ``2^bits`` levels, of which none is zero.)
 
     Raises DistcompError for bits outside 1..8, a block below 1, or an unknown norm or rounding.
     """

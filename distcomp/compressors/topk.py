@@ -82,7 +82,8 @@ class TopK(Sparsifier):
     :class:`distcomp.compressors.sparse.IndexCode`).
 
     Source: Aji & Heafield 2017; Stich et al., "Sparsified SGD with memory", NeurIPS 2018. We differ: indices
-    are packed (the usual is 32 bits each).
+    are packed (the usual is 32 bits each). (GRACE cuts ``ratio d`` down to a whole number; here it is
+    rounded.)
 
     Raises DistcompError for a ratio outside (0, 1] or a negative chunk.
     """

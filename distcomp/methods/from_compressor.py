@@ -166,7 +166,8 @@ class ReduceScatterMean(Method):
 
     Source: the residual on the reducing side is that of Tang et al., "DoubleSqueeze", ICML 2019, and of
     DeepSpeed's ``server_error``. We differ: it shares one tensor with the worker's residual, which the owner
-    does not need on its own chunk.
+    does not need on its own chunk. (CGX, whose reduction this is too, adds the owner's chunk as it is always,
+    keeps no residual, and encodes both stages alike.)
     """
 
     compressor: Compressor

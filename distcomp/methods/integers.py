@@ -332,8 +332,8 @@ def shared_range(
     wire="2 (n-1)/n d (bit_length(n)+1)/8 + 4 (n-1) per parameter",
     summable=True,
     biased=True,
-    deviations="the sum stays integer; unbiased only with clip=0; biases and norms, not the last layer, in "
-    "float32",
+    deviations="the sum stays integer; never clips below a parameter's mean magnitude; unbiased only with "
+    "clip=0; biases and norms, not the last layer, in float32",
     limitations="the noise is as large as the largest value: few ranks and large learning rates do not "
     "average it out; with clip > 0 it is biased",
 )

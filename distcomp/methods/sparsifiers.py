@@ -75,9 +75,9 @@ class SharedRandomK(Method):
     Unbiased with ``omega = d/k - 1``; unscaled it contracts by ``k/d`` in the mean, for error feedback. On
     the wire: that of ``inner`` for k values; ``2 (n-1)/n 4k`` bytes in float32.
 
-    Source: Stich et al., NeurIPS 2018; Konečný & Richtárik 2018. We differ: without replacement, by a
-    counter-based key that leaves the global generator alone; ``inner`` may be any method, so that values may
-    be narrow, too.
+    Source: Stich et al., NeurIPS 2018; Konečný & Richtárik 2018. We differ: all ranks draw
+    the same places, by a counter-based key that leaves the global generator alone; ``inner`` may be any
+    method, so that values may be narrow, too.
 
     Raises DistcompError for a ratio outside (0, 1].
     """
@@ -179,8 +179,8 @@ def _summed(values: str | Method, residual: bool) -> Method:
     wire="2 (n-1)/n 4k, k = ratio d",
     summable=True,
     biased=True,
-    deviations="without replacement, from a key that all ranks share; under error feedback bf16 and fp16 "
-    "values are added in float32 by owners of chunks; biases and norms in float32",
+    deviations="one set of places for all ranks, from a key that they share; under error feedback bf16 and "
+    "fp16 values are added in float32 by owners of chunks; biases and norms in float32",
     limitations="at small ratios most of a gradient is d/k steps old when it is sent",
 )
 def random_k(ratio: float = 0.01, values: str | Method = "fp32", error_feedback: bool = True) -> Method:

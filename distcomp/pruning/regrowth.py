@@ -56,7 +56,7 @@ class Regrowth(Criterion):
 def _exchanged(weight: Tensor, mask: Tensor, gradient: Tensor, share: float) -> Tensor:
     active = int(mask.sum())
     count = min(int(share * active), mask.numel() - active)
-    # What was dropped just now competes with the rest, by its gradient; in the paper it waits.
+    # What was dropped just now competes with the rest, by its gradient.
     kept = keep_largest(weight.abs().float().masked_fill(~mask, -torch.inf), active - count)
     return kept | keep_largest(gradient.abs().masked_fill(kept, -torch.inf), count)
 

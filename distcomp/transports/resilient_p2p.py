@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,16 +23,18 @@ from distcomp.collectives import Group, Pending, Request
 from distcomp.errors import DistcompError, PeerLost
 from distcomp.runtime.channel import Transport
 from distcomp.transports.bounded import STORE_S, bounded
+from distcomp.transports.edge import Edge
 from distcomp.transports.heartbeat import NOTHING, Heartbeat
 from distcomp.transports.patience import DEAD, EVERYONE, LEFT, LOOK_S, NEIGHBOURS, Patience
+from distcomp.transports.returning import POLL_S, TRAINS, WAITS, Return, mark_returned
 from distcomp.transports.roll_call import RollCall
 from distcomp.transports.types import PrefixStore, Store
 from distcomp.transports.verdict import ranks
 
-FOREVER = timedelta(days=365)
-"""Gloo closes a connection whose wait times out: how long one waits is decided here, not there."""
-
 ASK_S = 0.2
+
+OPEN_S = 5.0
+"""So long an edge that is opened again may take to connect, at most: both ends have said that they come."""
 
 
 class ResilientP2P:
@@ -42,7 +43,8 @@ class ResilientP2P:
 
     ``lost`` says why one goes on without some ranks: they are gone, or did not answer within ``timeout_s``
     although they waited for nobody themselves (:mod:`distcomp.transports.patience`). A rank that was given up
-    finds its connections closed when it comes back, and is told. The store must outlive every rank.
+    finds its connections closed when it comes back; they are opened again, one by one, between two exchanges
+    (:mod:`distcomp.transports.returning`). The store must outlive every rank.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class ResilientP2P:
         self._roll = RollCall(store, heartbeat, self.rank, self.size, timeout_s)
         self._came = tuple(range(self.size))
         self._survivors: dict[tuple[int, ...], Any] = {}
-        self._edges: dict[int, _Edge] = {}
+        self._edges: dict[int, Edge] = {}
         for low, high in sorted(edges):  # in one order on all ranks: each waits for the other end
             if self.rank in (low, high):
                 group = self._group(f"edge{low}-{high}", (low, high))
-                self._edges[low + high - self.rank] = _Edge(group, int(self.rank == low))
+                self._edges[low + high - self.rank] = Edge(group, int(self.rank == low))
         self._neighbours = frozenset(self._edges)
+        self._closed_on: set[int] = set()  # neighbours who have given this rank up
+        self._store_is_gone = False  # then nobody comes back; gossip itself needs no store
 
     @property
     def present(self) -> int:
@@ -90,7 +94,118 @@ class ResilientP2P:
 
     def _call_roll(self) -> None:
         self._came, reasons = self._roll.take(self.lost)
-        self.lost = reasons | self.lost
+        cut = self._neighbours - set(self._edges)
+        self.lost = {
+            rank: reason
+            for rank, reason in (reasons | self.lost).items()
+            if rank not in self._came or rank in cut
+        }
+
+    # ------------------------------------------------------------------------- ranks that come back
+
+    def opened(self, number: int) -> list[Opened]:
+        """The edges that open again with exchange ``number``, which comes next.
+
+        Raises CutOff where this rank has trained apart from those who gave it up.
+        """
+        closed = sorted(self._neighbours - set(self._edges))
+        opened: list[Opened] = []
+        for neighbour in () if self._store_is_gone or not self._edges else closed:
+            if self.lost[neighbour] == LEFT:
+                continue
+            try:
+                agreed = self._agreed(neighbour, number)
+            except CutOff:
+                raise
+            except PeerLost:
+                self._store_is_gone = True
+                return opened
+            if agreed and self._open(neighbour, number):
+                opened.append(Opened(self, neighbour))
+        return opened
+
+    def _agreed(self, neighbour: int, number: int) -> bool:
+        """Whether a closed edge opens with exchange ``number``: both ends may be waiting for it."""
+        meeting = None
+        if neighbour in self._closed_on:
+            meeting = self._way(self.rank, neighbour).accept(number)
+            if meeting is not None and meeting > number + 2 * self._ahead:
+                self._part()
+        return meeting == number or self._way(neighbour, self.rank).propose(number, self._ahead)
+
+    def come_back(self, error: CutOff) -> tuple[int, Opened]:
+        """Wait to be taken in by a neighbour: the number of its next exchange, and the edge to it.
+
+        Raises PeerLost where none does within ``timeout_s``, or all have left.
+        """
+        ways = {
+            neighbour: self._way(self.rank, neighbour)
+            for neighbour in sorted(self._closed_on)
+            if self.lost[neighbour] != LEFT
+        }
+        for way in ways.values():
+            way.say(WAITS)
+        begin_s = looked_s = time.monotonic()
+        while ways and time.monotonic() - begin_s < self._timeout_s:
+            for neighbour, way in ways.items():
+                if (proposal := way.proposed()) is None:
+                    continue
+                for other in ways.values():
+                    if other is not way:
+                        other.say(TRAINS)
+                number = way.agree(proposal)
+                if number is not None and self._open(neighbour, number):
+                    mark_returned(self._store, self._heartbeat.name, self.rank, True)
+                    return number, Opened(self, neighbour)
+                for each in ways.values():
+                    each.say(WAITS)
+            if time.monotonic() - looked_s > LOOK_S:
+                looked_s, found = time.monotonic(), self._heartbeat.look()
+                ways = {j: way for j, way in ways.items() if j not in found.gone | found.left}
+            threading.Event().wait(POLL_S)
+        raise PeerLost(str(error)) from error
+
+    @property
+    def _ahead(self) -> int:
+        """So many exchanges ahead an edge between two that train is opened: no two are further apart."""
+        return self.size + 1
+
+    def _way(self, returning: int, host: int) -> Return:
+        return Return(self._store, self._heartbeat.name, returning, host)
+
+    def _open(self, neighbour: int, number: int) -> bool:
+        """Connect with a neighbour again; whether it came."""
+        low, high = sorted((self.rank, neighbour))
+        patience_s = min(OPEN_S, self._timeout_s / 2)
+        try:
+            group = bounded(
+                lambda: self._group(f"edge{low}-{high}/{number}", (low, high), patience_s),
+                patience_s + 1.0,
+                f"rank {neighbour} did not come to connect",
+            )
+        except (RuntimeError, PeerLost):
+            return False
+        self._edges[neighbour] = Edge(group, int(self.rank == low))
+        self._closed_on.discard(neighbour)
+        del self.lost[neighbour]
+        return True
+
+    def swap(self, neighbour: int, wire: Tensor) -> Tensor | None:
+        """Exchange buffers of one length with a neighbour; None, and it is lost, if it does not answer."""
+        number = self._heartbeat.progress()
+        self._heartbeat.activity = (number, NEIGHBOURS)
+        try:
+            done, received = self._edges[neighbour].exchange(wire, wire.numel())
+            patience = Patience(self._heartbeat, number, NEIGHBOURS, self._timeout_s)
+            return received if self.answered(neighbour, done, patience) else None
+        finally:
+            self._heartbeat.activity = NOTHING
+
+    def _part(self) -> None:
+        """Let go of those who were left behind together with this rank: each comes back by itself."""
+        for neighbour in list(self._edges):
+            self._lose(neighbour, self._given_up)
+        self.check_cut_off()
 
     def neighbor_exchange(
         self, wires: Sequence[Tensor], neighbors: Sequence[int], sizes: Sequence[int], group: Group | None
@@ -133,9 +248,9 @@ class ResilientP2P:
         self._edges.clear()
         self._survivors.clear()
 
-    def _group(self, name: str, members: tuple[int, ...]) -> Any:
+    def _group(self, name: str, members: tuple[int, ...], patience_s: float | None = None) -> Any:
         store = PrefixStore(f"distcomp/{self._heartbeat.name}/{name}", self._store)
-        patience = timedelta(seconds=self._connect_s)
+        patience = timedelta(seconds=patience_s or self._connect_s)
         return dist.ProcessGroupGloo(store, members.index(self.rank), len(members), patience)
 
     def _meet(self, members: tuple[int, ...]) -> Any:
@@ -167,6 +282,11 @@ class ResilientP2P:
     def _lose(self, neighbour: int, reason: str) -> None:
         self.lost[neighbour] = reason
         self._edges.pop(neighbour).close()
+        if reason == self._given_up:
+            self._closed_on.add(neighbour)
+        else:
+            with suppress(PeerLost):  # without a store nobody comes back, and gossip needs none
+                mark_returned(self._store, self._heartbeat.name, neighbour, False)
 
     def _why_closed(self, neighbour: int) -> str:
         """Why a connection is closed: the other end has died or left, which its board knows at once, or it
@@ -178,58 +298,37 @@ class ResilientP2P:
             if neighbour in found.gone | found.silent:
                 return DEAD
             threading.Event().wait(ASK_S)
+        return self._given_up
+
+    @property
+    def _given_up(self) -> str:
         return f"has closed its connection, as rank {self.rank} did not answer within timeout_s"
 
     def check_cut_off(self) -> None:
-        """Raise PeerLost where no neighbour is left."""
+        """Raise CutOff where no neighbour is left."""
         if not self._neighbours or self._edges:
             return
         why = "; ".join(f"rank {rank} {self.lost[rank]}" for rank in sorted(self._neighbours))
-        raise PeerLost(
+        raise CutOff(
             f"rank {self.rank} has lost all its neighbours: {why}; restart it from a checkpoint, and give "
             "distcomp.attach a longer timeout_s where it only computes longer"
         )
 
 
-class _Edge:
-    """The connection with one neighbour, who is ``other`` of two."""
+class CutOff(PeerLost):
+    """No neighbour is left: this rank was given up, or all others are gone."""
 
-    def __init__(self, group: Any, other: int) -> None:
-        self._group = group
-        self._other = other
-        self._waiting: threading.Thread | None = None
 
-    def exchange(self, wire: Tensor, size: int) -> tuple[Future[None], Tensor]:
-        """Send ``wire``, and receive as many bytes as ``size``: done when the future is."""
-        received = torch.empty(size, dtype=torch.uint8)
-        works = [self._group.recv([received], self._other, 0), self._group.send([wire], self._other, 0)]
-        done: Future[None] = Future()
+@dataclass(frozen=True)
+class Opened:
+    """An edge that has been opened again, before the first exchange over it."""
 
-        def wait() -> None:
-            try:
-                for work in works:
-                    work.wait(FOREVER)
-            except RuntimeError as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
+    edges: ResilientP2P
+    neighbour: int
 
-        self._waiting = threading.Thread(target=wait, name="distcomp-edge", daemon=True)
-        self._waiting.start()
-        return done, received
-
-    def close(self) -> None:
-        """Close the connection where something is under way: whoever waits at either end is told.
-
-        Gloo has no call for it, and closes a connection when a wait on it times out: so one does.
-        """
-        if self._waiting is None or not self._waiting.is_alive():
-            return
-        with suppress(RuntimeError):
-            self._group.recv([torch.empty(1, dtype=torch.uint8)], self._other, 1).wait(
-                timedelta(milliseconds=1)
-            )
-        self._waiting.join()
+    def swap(self, wire: Tensor) -> Tensor | None:
+        """Exchange buffers of one length with the other end; None, and it is lost, if it does not answer."""
+        return self.edges.swap(self.neighbour, wire)
 
 
 @dataclass
@@ -269,7 +368,7 @@ class _Mixing:
         self.started_s = time.perf_counter()
 
     def wait(self) -> list[Tensor | None]:
-        """Raises PeerLost when no neighbour is left."""
+        """Raises CutOff when no neighbour is left."""
         answers = {neighbour: self._answer(neighbour) for neighbour in self.neighbours}
         self.finished_s = time.perf_counter()
         self.edges.check_cut_off()

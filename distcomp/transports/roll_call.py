@@ -11,6 +11,7 @@ from distcomp.errors import PeerLost
 from distcomp.transports.bounded import ask_store
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.patience import EVERYONE, LOOK_S, Patience
+from distcomp.transports.returning import returned_key
 from distcomp.transports.types import Store
 from distcomp.transports.verdict import ranks
 
@@ -37,7 +38,9 @@ class RollCall:
         key = f"distcomp/{self._heartbeat.name}/rollcall{number}"
         ask_store(lambda: self._store.set(f"{key}/{self._rank}", "here"))
         patience = Patience(self._heartbeat, number, EVERYONE, self._timeout_s)
-        missing, lost = set(range(self._size)) - {self._rank, *without}, dict(without)
+        back = self._back(without)
+        lost = {rank: reason for rank, reason in without.items() if rank not in back}
+        missing = set(range(self._size)) - {self._rank, *lost}
         looked_s = time.monotonic()
         while (decided := self._decided(key)) is None:
             missing -= self._here(key, missing)
@@ -60,6 +63,11 @@ class RollCall:
 
     def _here(self, key: str, among: Collection[int]) -> set[int]:
         return ask_store(lambda: {one for one in among if self._store.check([f"{key}/{one}"])})
+
+    def _back(self, among: Collection[int]) -> set[int]:
+        """Those that were lost, and have been taken in again by others."""
+        name = self._heartbeat.name
+        return ask_store(lambda: {one for one in among if self._store.check([returned_key(name, one)])})
 
     def _decided(self, key: str) -> tuple[tuple[int, ...], dict[int, str]] | None:
         def read() -> bytes | None:

@@ -52,7 +52,9 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
         model = DistributedDataParallel(nn.Linear(2, 2))
         with pytest.raises(DistcompError, match="the SGD steps on no parameter of this model"):
             distcomp.attach(model, SGD, "qsgd:bits=4")
-        with distcomp.attach(model, torch.optim.SGD(model.parameters(), 0.1), "qsgd:bits=4"):
-            pass
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with distcomp.attach(model, optimizer, "qsgd: bits=3, block=512") as handle:
+            assert repr(handle) == "<Handle of qsgd:bits=3, rank 0 of 1>"
+            assert distcomp.methods.parse(handle.method) == distcomp.qsgd(bits=3)
     finally:
         dist.destroy_process_group()

@@ -10,6 +10,7 @@ import torch
 import distcomp
 from distcomp.averaging.gossip import Gossip
 from tests.averaging import model_jobs as jobs
+from tests.averaging import return_jobs
 from tests.cluster import Cluster, Failure
 
 
@@ -80,3 +81,36 @@ def test_gossip_goes_on_without_the_slow_and_the_finished(
     assert "PeerLost: rank 2" in found[2]["told"]
     assert told in found[2]["told"]
     assert [one["threads"] for one in found] == [[]] * 4
+
+
+@pytest.mark.parametrize(
+    ("size", "gossip"),
+    [
+        (3, distcomp.choco(topology="complete", on_failure="continue")),
+        (4, distcomp.dcd(on_failure="continue")),
+        (4, distcomp.averaging.ecd(on_failure="continue")),
+        (3, distcomp.dpsgd(on_failure="continue")),
+    ],
+    ids=["choco-3", "dcd-ring-4", "ecd-ring-4", "dpsgd-3"],
+)
+def test_a_rank_that_was_given_up_is_taken_in_again(
+    size: int, gossip: Gossip, cluster: Callable[[int], Cluster]
+) -> None:
+    found = cluster(size).run(return_jobs.returning, gossip, 6.0)
+    late, others = found[return_jobs.LATE], [one for one in found if one is not found[return_jobs.LATE]]
+    neighbours = [one for one in others if one["lost"]]
+    assert len(neighbours) == 2
+    for one in neighbours:
+        assert one["lost"] == [return_jobs.LATE]
+        assert one["said"][-1] == "rank 2 is back; training goes on with it"
+    assert "rank 2 was given up by its neighbours and is taken in again by rank" in " ".join(late["said"])
+    assert late["iterations"] == others[0]["iterations"] > late["steps"]
+    own = torch.stack([one["own"] for one in found])
+    assert torch.isfinite(own).all()
+    for one in found:
+        assert one["left out"] == []
+        torch.testing.assert_close(one["mean"], own.mean(0))
+        assert torch.equal(one["end"], late["end"])
+        assert one["threads"] == []
+        for neighbour, replica in one["replicas"].items():
+            assert torch.equal(replica, found[neighbour]["public"])

@@ -102,7 +102,8 @@ def ecd(
     biased=False,
     kind="gossip",
     deviations="public copies start from the common model and are kept one by one; a default step size; "
-    "unbiased compressors are damped by 1/(1+omega), measured on Gaussian data",
+    "unbiased compressors are damped by 1/(1+omega), measured on Gaussian data (the authors' code: by the "
+    "bound)",
     limitations="a gamma above what the compressor's error allows diverges; long rings mix slowly",
 )
 def choco(

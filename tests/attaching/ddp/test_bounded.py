@@ -386,6 +386,36 @@ def test_models_that_were_left_leave_nothing(cluster, spec, count):
         assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
 
 
+def saves_alone(rank, size):
+    """Rank 0 alone asks for the state of an averaged model: what it is told."""
+    module = Layers()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    handle = distcomp.attach(module, optimizer, "local_sgd:period=1", timeout_s=TIMEOUT_S)
+    x, y = next(jobs.batches(rank, 1))
+    nn.functional.cross_entropy(module(x), y).backward()
+    optimizer.step()
+    store, told = dist.group.WORLD.get_group_store(), ""
+    if rank == 0:
+        try:
+            handle.state_dict()
+        except distcomp.PeerLost as error:
+            told = str(error)
+        store.set("asked", "yes")
+    store.wait(["asked"])
+    handle._leave(agree=False)
+    return told
+
+
+def test_a_state_that_one_rank_asks_for_alone_says_what_to_do():
+    cluster = Cluster(2, PATIENCE_S)
+    try:
+        told, _ = cluster.run(saves_alone)
+    finally:
+        cluster.close()
+    assert "state_dict() first makes the exchange that the last iteration left to be made" in told
+    assert "call it on every rank, and then save where you like" in told
+
+
 def connections():
     """The connections of this process to the rendezvous store, by their ports here."""
     inodes = set()
