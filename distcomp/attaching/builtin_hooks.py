@@ -103,10 +103,6 @@ class BuiltinHookSync(Sync):
         self._buffers.close()
 
     @property
-    def text(self) -> str:
-        return str(self.method)
-
-    @property
     def sent_bytes(self) -> Mapping[str, int]:
         return {"values": self._sent}
 

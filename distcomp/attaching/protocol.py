@@ -56,7 +56,7 @@ class Sync(Listener, ABC):
     @property
     def text(self) -> str:
         """The method, as all ranks agreed on it."""
-        return repr(self.method)
+        return str(self.method)
 
     @property
     def sent_bytes(self) -> Mapping[str, int]:

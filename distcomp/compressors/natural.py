@@ -42,7 +42,7 @@ class Natural(Compressor):
 
     Source: Horváth et al., "Natural compression for distributed deep learning", 2019. Eight bits or fewer,
     which need a scale: :class:`NonUniform`. (GRACE clips the exponent to fit 8 bits, which is biased outside
-    ``2^-109 .. 2^17`` and has no zero.)
+    ``2^-109 .. 2^17``, has no zero, and doubles exact powers of two.)
     """
 
     unbiased = True

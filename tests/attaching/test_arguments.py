@@ -55,6 +55,6 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         with distcomp.attach(model, optimizer, "qsgd: bits=3, block=512") as handle:
             assert repr(handle) == "<Handle of qsgd:bits=3, rank 0 of 1>"
-            assert distcomp.methods.parse(handle.method) == distcomp.qsgd(bits=3)
+            assert handle.stats()["method"] == handle.method == "qsgd:bits=3"
     finally:
         dist.destroy_process_group()

@@ -43,10 +43,10 @@ def few_differ(found: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_qsgd_is_that_of_grace(bits: int) -> None:
-    """They round up where a draw is below the fraction, we where it is above the rest: draws mirrored."""
+    """They round the magnitude and we the value, both up where the draw says so: draws mirrored."""
     x, u = gaussian(bits), oracles.noise(VECTOR, KEY)
     found = ours(Quantize(bits, block=128, norm="l2"), x)
-    few_differ(found, references.grace_qsgd(x, 1 - u, 2 ** (bits - 1) - 1, 128))
+    few_differ(found, references.grace_qsgd(x, np.where(x > 0, 1 - u, u), 2 ** (bits - 1) - 1, 128))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -60,11 +60,11 @@ def test_the_range_of_cgx_is_not_symmetric(bits: int) -> None:
     x[:150] = 0
     assert (ours(Quantize(bits, block=300), x)[:150] == 0).all()
     assert (references.cgx_maxmin(x, u, bits)[:150] != 0).all()
-    levels = {round(v, 6) for v in references.cgx_maxmin(gaussian(9, 20_000), gaussian(1, 20_000) % 1, bits)}
-    assert len(levels) == 2**bits
-    assert len(np.unique(ours(Quantize(bits, block=20_000), gaussian(9, 20_000), layout_of((20_000,))))) == (
-        2 * s + 1
-    )
+    even = np.linspace(-1, 1, 2000, dtype=np.float32)
+    theirs = references.cgx_maxmin(even, np.full(2000, 0.5), bits)
+    assert len(np.unique(theirs.round(6))) == 2**bits
+    nearest = Quantize(bits, block=2000, rounding="nearest")
+    assert len(np.unique(ours(nearest, even, layout_of((2000,))))) == 2 * s + 1
 
 
 def test_an_owner_adds_its_own_part_as_it_is_under_error_feedback_as_cgx_always_does() -> None:
@@ -107,17 +107,20 @@ def test_a_large_mean_is_not_clipped_away_as_grace_does() -> None:
 
 
 def test_natural_is_that_of_grace_where_its_eight_bits_reach() -> None:
-    """Ours keeps the whole range in nine bits; theirs is biased above 2^17, makes zeros of no value, and of
-    a negative 2^-110 a positive 2^17."""
+    """Ours keeps the whole range in nine bits. Theirs is biased above 2^17, doubles exact powers of two, has
+    no zero, and makes of what is negative and below 2^-110 a positive 2^17."""
     x = gaussian(2) * np.float32(2.0) ** np.random.default_rng(0).integers(-100, 14, 300).astype(np.float32)
     u = oracles.noise(VECTOR, KEY)
     few_differ(ours(Natural(), x), references.grace_natural(x, 1 - u))
-    odd = np.array([1.5 * 2.0**17, 0.0, -(2.0**-110)])
-    np.testing.assert_array_equal(references.grace_natural(odd, np.zeros(3)), [2.0**17, 2.0**-110, 2.0**17])
-    here = ours(Natural(), np.tile(odd, 100).astype(np.float32)).reshape(100, 3)
-    assert here[:, 0].mean() == pytest.approx(1.5 * 2.0**17, rel=0.2)
-    assert (here[:, 1] == 0).all()
-    assert (here[:, 2] == -(2.0**-110)).all()
+    odd = np.array([1.5 * 2.0**17, 4.0, 0.0, -1.5 * 2.0**-111])
+    np.testing.assert_array_equal(
+        references.grace_natural(odd, np.zeros(4)), [2.0**17, 8.0, 2.0**-110, 2.0**17]
+    )
+    here = ours(Natural(), np.tile(odd, 75).astype(np.float32)).reshape(75, 4)
+    assert set(here[:, 0]) == {2.0**17, 2.0**18}
+    assert (here[:, 1] == 4).all()
+    assert (here[:, 2] == 0).all()
+    assert set(here[:, 3]) == {-(2.0**-111), -(2.0**-110)}
 
 
 def test_one_bit_of_a_vector_and_signs_are_those_of_grace() -> None:
@@ -210,7 +213,10 @@ RING = np.array([[1, 1, 0, 1], [1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 1, 1]]) / 3
     ("gossip", "theirs"),
     [
         (distcomp.choco("topk:ratio=0.1", gamma=0.3), references.ChocoFromZero(RING, 300, 0.3, 30)),
-        (distcomp.deepsqueeze("topk:ratio=0.1", eta=0.2), references.SqueezeFromZero(RING, 300, 0.2, 30)),
+        (
+            distcomp.averaging.deepsqueeze("topk:ratio=0.1", eta=0.2),
+            references.SqueezeFromZero(RING, 300, 0.2, 30),
+        ),
     ],
     ids=["choco", "deepsqueeze"],
 )
