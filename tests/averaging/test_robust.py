@@ -87,11 +87,10 @@ def test_gossip_goes_on_without_the_slow_and_the_finished(
     ("size", "gossip"),
     [
         (3, distcomp.choco(topology="complete", on_failure="continue")),
-        (4, distcomp.dcd(on_failure="continue")),
         (4, distcomp.averaging.ecd(on_failure="continue")),
         (3, distcomp.dpsgd(on_failure="continue")),
     ],
-    ids=["choco-3", "dcd-ring-4", "ecd-ring-4", "dpsgd-3"],
+    ids=["choco-3", "ecd-ring-4", "dpsgd-3"],
 )
 def test_a_rank_that_was_given_up_is_taken_in_again(
     size: int, gossip: Gossip, cluster: Callable[[int], Cluster]
