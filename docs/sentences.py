@@ -65,6 +65,7 @@ REMEDIES = {
     "‹name›: ‹key› takes": GIVE,
     "the overlap is below the period": "give a smaller overlap or a longer period",
     "fragments and overlap go with": "leave `optimizer_state` at `'keep'`, or leave both out",
+    "‹error›": "of a rank that was given up and that nobody takes in again: restart it from a checkpoint",
     "rank ‹rank› reaches no notice board": "let TCP through between the nodes of the job "
     "([which ports](nodes.md#which-ports))",
 }

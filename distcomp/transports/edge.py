@@ -15,7 +15,7 @@ FOREVER = timedelta(days=365)
 """Gloo closes a connection whose wait times out: how long one waits is decided elsewhere."""
 
 
-class Edge:
+class NeighbourConnection:
     """The connection with one neighbour, who is ``other`` of two."""
 
     def __init__(self, group: Any, other: int) -> None:

@@ -23,7 +23,7 @@ from distcomp.collectives import Group, Pending, Request
 from distcomp.errors import DistcompError, PeerLost
 from distcomp.runtime.channel import Transport
 from distcomp.transports.bounded import STORE_S, bounded
-from distcomp.transports.edge import Edge
+from distcomp.transports.edge import NeighbourConnection
 from distcomp.transports.heartbeat import NOTHING, Heartbeat
 from distcomp.transports.patience import DEAD, EVERYONE, LEFT, LOOK_S, NEIGHBOURS, Patience
 from distcomp.transports.returning import POLL_S, TRAINS, WAITS, Return, mark_returned
@@ -65,11 +65,11 @@ class ResilientP2P:
         self._roll = RollCall(store, heartbeat, self.rank, self.size, timeout_s)
         self._came = tuple(range(self.size))
         self._survivors: dict[tuple[int, ...], Any] = {}
-        self._edges: dict[int, Edge] = {}
+        self._edges: dict[int, NeighbourConnection] = {}
         for low, high in sorted(edges):  # in one order on all ranks: each waits for the other end
             if self.rank in (low, high):
                 group = self._group(f"edge{low}-{high}", (low, high))
-                self._edges[low + high - self.rank] = Edge(group, int(self.rank == low))
+                self._edges[low + high - self.rank] = NeighbourConnection(group, int(self.rank == low))
         self._neighbours = frozenset(self._edges)
         self._closed_on: set[int] = set()  # neighbours who have given this rank up
         self._store_is_gone = False  # then nobody comes back; gossip itself needs no store
@@ -163,7 +163,7 @@ class ResilientP2P:
                 looked_s, found = time.monotonic(), self._heartbeat.look()
                 ways = {j: way for j, way in ways.items() if j not in found.gone | found.left}
             threading.Event().wait(POLL_S)
-        raise PeerLost(str(error)) from error
+        raise PeerLost(f"{error}") from error
 
     @property
     def _ahead(self) -> int:
@@ -185,7 +185,7 @@ class ResilientP2P:
             )
         except (RuntimeError, PeerLost):
             return False
-        self._edges[neighbour] = Edge(group, int(self.rank == low))
+        self._edges[neighbour] = NeighbourConnection(group, int(self.rank == low))
         self._closed_on.discard(neighbour)
         del self.lost[neighbour]
         return True

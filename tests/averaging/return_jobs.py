@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -18,39 +19,43 @@ LATE = 2
 
 
 def returning(rank: int, size: int, spec: Any, timeout_s: float) -> dict[str, Any]:
-    """The late rank does nothing until its neighbours have given it up; then all train on together, until
-    every edge is open again and for twelve steps more."""
+    """What each rank ends with, where the late one was given up and came back."""
     dist.barrier()  # a busy machine starts ranks at times that are further apart than timeout_s
     model, optimizer, handle = start("plain", spec, rank, timeout_s=timeout_s)
+    found = trained_together(rank, handle, lambda index: train(model, optimizer, rank, 1, start=index))
+    handle.state_dict()  # makes the exchange of the last step now
+    found["own"] = flat(model)
+    found["replicas"], found["public"] = copies_of(handle)
+    with handle.averaged_model():
+        found["mean"] = flat(model)
+    found["left out"] = handle.stats().get("lost", [])
+    handle.detach()
+    return {**found, "end": flat(model), "threads": threads_left()}
+
+
+def trained_together(rank: int, handle: distcomp.Handle, step: Callable[[int], None]) -> dict[str, Any]:
+    """The late rank does nothing until its neighbours have given it up; then all train on together, until
+    every edge is open again and for twelve steps more."""
     store = dist.group.WORLD.get_group_store()
-    found: dict[str, Any] = {"lost": []}
+    lost: list[int] = []
     last, steps = None, 0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         while last is None or handle.stats()["iterations"] < last:
             if (rank, steps) == (LATE, 3):
                 store.wait(["given up"])
-            train(model, optimizer, rank, 1, start=steps)
+            step(steps)
             steps += 1
-            lost = handle.stats().get("lost", [])
-            if lost and not found["lost"]:
+            now = handle.stats().get("lost", [])
+            if now and not lost:
                 store.set("given up", "yes")
-            found["lost"] = found["lost"] or lost
-            if rank == LATE and steps > 4 and not lost and last is None:
+            lost = lost or now
+            if rank == LATE and steps > 4 and not now and last is None:
                 store.set("last", str(handle.stats()["iterations"] + 12))
             if last is None and store.check(["last"]):
                 last = int(store.get("last"))
-        handle.state_dict()  # makes the exchange of the last step now
-        found |= {"own": flat(model), "iterations": handle.stats()["iterations"], "steps": steps}
-        found["replicas"], found["public"] = copies_of(handle)
-        with handle.averaged_model():
-            found["mean"] = flat(model)
-        found["left out"] = handle.stats().get("lost", [])
-        handle.detach()
-    found["end"] = flat(model)
-    found["said"] = [str(one.message) for one in caught if "rank" in str(one.message)]
-    found["threads"] = threads_left()
-    return found
+    said = [str(one.message) for one in caught if "rank" in str(one.message)]
+    return {"lost": lost, "said": said, "steps": steps, "iterations": handle.stats()["iterations"]}
 
 
 def copies_of(handle: distcomp.Handle) -> tuple[dict[int, Tensor], Tensor | None]:

@@ -33,8 +33,7 @@ def four() -> Iterator[Cluster]:
     ids=["choco-ring", "dcd-complete", "dpsgd-one-peer", "choco-hangs"],
 )
 def test_gossip_goes_on_without_a_dead_neighbour(gossip: Gossip, how: str, four: Cluster) -> None:
-    patience_s = 8.0 if how == "SIGSTOP" else 30.0  # who hangs is waited for
-    found = four.results(jobs.mourning, gossip, 2, how, patience_s, without=2)
+    found = four.results(jobs.mourning, gossip, 2, how, without=2)
     survivors = [found[rank] for rank in (0, 1, 3)]
     assert not any(isinstance(one, Failure) or "error" in one for one in survivors), survivors
     own = torch.stack([one["own"] for one in survivors])
@@ -88,11 +87,10 @@ def test_gossip_goes_on_without_the_slow_and_the_finished(
     ("size", "gossip"),
     [
         (3, distcomp.choco(topology="complete", on_failure="continue")),
-        (4, distcomp.dcd(on_failure="continue")),
         (4, distcomp.averaging.ecd(on_failure="continue")),
         (3, distcomp.dpsgd(on_failure="continue")),
     ],
-    ids=["choco-3", "dcd-ring-4", "ecd-ring-4", "dpsgd-3"],
+    ids=["choco-3", "ecd-ring-4", "dpsgd-3"],
 )
 def test_a_rank_that_was_given_up_is_taken_in_again(
     size: int, gossip: Gossip, cluster: Callable[[int], Cluster]
