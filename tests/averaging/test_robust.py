@@ -33,7 +33,8 @@ def four() -> Iterator[Cluster]:
     ids=["choco-ring", "dcd-complete", "dpsgd-one-peer", "choco-hangs"],
 )
 def test_gossip_goes_on_without_a_dead_neighbour(gossip: Gossip, how: str, four: Cluster) -> None:
-    found = four.results(jobs.mourning, gossip, 2, how, without=2)
+    patience_s = 8.0 if how == "SIGSTOP" else 30.0  # who hangs is waited for
+    found = four.results(jobs.mourning, gossip, 2, how, patience_s, without=2)
     survivors = [found[rank] for rank in (0, 1, 3)]
     assert not any(isinstance(one, Failure) or "error" in one for one in survivors), survivors
     own = torch.stack([one["own"] for one in survivors])
