@@ -86,15 +86,3 @@ def test_nobody_comes_where_nobody_said_that_it_would() -> None:
     assert not host.propose(4, AHEAD)  # proposes 4 + AHEAD
     assert back.accept(4 + AHEAD + 1) is None  # too late, and says so
     assert not host.propose(4 + AHEAD, AHEAD)
-
-
-def test_one_that_is_ahead_is_met_all_the_same() -> None:
-    """By as many exchanges as there are ranks, all the time; it waits at the one that was agreed on."""
-    host, back = both()
-    agreed, opened = None, None
-    for number in range(3 * AHEAD):
-        if agreed is None and back.accept(number + SIZE) == number + SIZE:
-            agreed = number + SIZE
-        if opened is None and host.propose(number, AHEAD):
-            opened = number
-    assert agreed == opened is not None
