@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
 from distcomp.averaging import codistill
-from tests.averaging.return_jobs import trained_together
 from tests.distill.networks import mlp, rows
 
 SHARED, _ = rows(20, seed=99)
@@ -126,19 +125,6 @@ def dies(rank: int, size: int, victim: int) -> dict[str, Any]:
     stats = handle.stats()
     handle._leave(agree=False)
     return {"stats": stats, "finite": bool(torch.isfinite(flat(model)).all())}
-
-
-def comes_back(rank: int, size: int) -> dict[str, Any]:
-    """A rank is given up and comes back: networks of different widths stay each rank's own."""
-    torch.distributed.barrier()
-    model = mlp(8 + rank, seed=rank)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    text = "codistill:period=1,on_failure=continue"
-    handle = distcomp.attach(model, optimizer, text, shared=SHARED, timeout_s=6.0)
-    found = trained_together(rank, handle, lambda step: train(model, optimizer, rank, range(step, step + 1)))
-    found["heard"] = handle.stats()["heard"]
-    handle.detach()
-    return found
 
 
 def clipped(rank: int, size: int, scale: float) -> tuple[Tensor, Tensor]:

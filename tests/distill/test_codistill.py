@@ -165,14 +165,6 @@ def test_a_worker_that_dies_is_left_out(cluster):
         assert found[rank]["stats"]["iterations"] == 10
 
 
-def test_a_worker_that_was_given_up_is_heard_again(cluster):
-    found = cluster(3).run(jobs.comes_back)
-    assert [one["lost"] for one in found[:2]] == [[2], [2]]
-    assert [one["heard"] for one in found] == [2, 2, 2]
-    assert found[2]["iterations"] == found[0]["iterations"] > found[2]["steps"]
-    assert "is taken in again by rank" in " ".join(found[2]["said"])
-
-
 def test_what_cannot_be_is_refused(cluster):
     for told in cluster(2).run(jobs.refusals):
         words = [
