@@ -137,7 +137,8 @@ def study(cells: Cells) -> None:
 
 
 def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """``inner | row`` -> losses, bytes, and both against averaged gradients with the same inner optimizer."""
+    """``inner | row`` -> losses, bytes, and both against averaged gradients with the same inner optimizer and
+    seeds, as far as it is there."""
     table: dict[str, dict[str, Any]] = {}
     for inner, rows in ROWS.items():
         tuned = {rate: cells.get(_name(inner, rows[0], rate, 0)) for rate in INNER[inner][1]}
@@ -147,15 +148,16 @@ def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for row in rows:
             runs = [cells.get(_name(inner, row, best, seed)) for seed in range(SEEDS)]
             found = [one for one in runs if one is not None]
-            if len(found) == SEEDS:
+            if found:
                 table[f"{inner} | {row}"] = {"rate": best, **summary(found)}
-            if len(found) == SEEDS and row == NEVER:
+            if found and row == NEVER:
                 apart = [{**one, **one.get("alone", {})} for one in found]
                 table[f"{inner} | {ALONE}"] = {"rate": best, **summary(apart)}
     for key, row in table.items():
         parent = table.get(f"{'Muon' if key.startswith('SGD 0 |') else key.partition(' | ')[0]} | {BASE}")
         if parent is not None and "mean" in row and "mean" in parent:
-            row["relative_loss"] = row["mean"] / parent["mean"]
+            paired = statistics.mean(parent["test_loss"][: row["seeds"]])
+            row["relative_loss"] = row["mean"] / paired
             row["times_fewer_bytes"] = parent["sent_bytes"] / row["sent_bytes"] if row["sent_bytes"] else None
     return table
 
