@@ -17,17 +17,33 @@ setup(
             "distcomp.kernels._cpu",
             sources=[
                 f"distcomp/kernels/{name}.c"
-                for name in ("_cpu", "_binary", "_entropy", "_lowrank", "_minifloat", "_rows", "_words")
+                for name in (
+                    "_cpu",
+                    "_binary",
+                    "_dct",
+                    "_entropy",
+                    "_integers",
+                    "_lowrank",
+                    "_minifloat",
+                    "_rows",
+                    "_twomeans",
+                    "_words",
+                )
             ],
             depends=[
                 "distcomp/kernels/_cpu.h",
                 "distcomp/kernels/_select.h",
+                "distcomp/kernels/_top.h",
                 "distcomp/kernels/_binary.h",
+                "distcomp/kernels/_dct.h",
+                "distcomp/kernels/_dct_chunks.h",
                 "distcomp/kernels/_entropy.h",
                 "distcomp/kernels/_lowrank.h",
                 "distcomp/kernels/_minifloat.h",
                 "distcomp/kernels/_rows.h",
                 "distcomp/kernels/_inside.h",
+                "distcomp/kernels/_integers.h",
+                "distcomp/kernels/_twomeans.h",
                 "distcomp/kernels/_words.h",
             ],
             # A contracted multiply-add gives other bits: replicas on unlike machines would drift apart.

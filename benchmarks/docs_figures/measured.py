@@ -125,23 +125,31 @@ def losses() -> str:
 
 
 def codecs() -> str:
-    """Encoding and decoding in units of a copy."""
+    """Encoding, decoding and error feedback in units of a copy; what they were before, in brackets."""
     found = result("compressors")
     runs = [(key, found[key]) for key in found if key.startswith("cpu_")]
+    before = found.get("before", {})
+
+    def cell(key: str, name: str, way: str) -> str:
+        rows = found[key]["rows"][name]
+        old = before.get(key, {}).get("rows", {}).get(name, {})
+        if way not in rows:
+            return ""
+        return f"{rows[way]['copies']:.2f}" + (f" ({old[way]['copies']:.2f})" if way in old else "")
+
+    ways = [(key, way) for key, _ in runs for way in ("encode", "decode", "owe")]
     names = [name for name, row in runs[0][1]["rows"].items() if "encode" in row]
-    rows = [
-        [name]
-        + [f"{run['rows'][name][way]['copies']:.2f}" for _, run in runs for way in ("encode", "decode")]
-        for name in names
+    called = {"owe": "error feedback"}
+    head = [
+        f"{called.get(way, way)}, {key.removeprefix('cpu_')} thread{'s' * (key != 'cpu_1')}"
+        for key, way in ways
     ]
-    head = ["compressor"] + [
-        f"{way}, {key.removeprefix('cpu_')} thread{'s' * (key != 'cpu_1')}"
-        for key, _ in runs
-        for way in ("encode", "decode")
-    ]
+    rows = [[name, *(cell(key, name, way) for key, way in ways)] for name in names]
     copies = ", ".join(f"{1e3 * run['copy_s']:.1f} ms" for _, run in runs)
     gpu = found["gpu"] if isinstance(found["gpu"], str) else found["gpu"]["name"]
-    return f"{markdown(head, rows)}\n\nThe copy takes {copies}. GPU: {gpu}. {source(found, 'compressors.py')}"
+    old = f" In brackets: commit {before['commit']}, measured in the same run." if before else ""
+    about = f"The copy takes {copies}. GPU: {gpu}.{old} {source(found, 'compressors.py')}"
+    return f"{markdown(['compressor', *head], rows)}\n\n{about}"
 
 
 README: dict[str, Block] = {"measured": Block(readme, "step_time_100mbit", "overhead", "digit_pairs")}

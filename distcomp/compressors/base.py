@@ -74,6 +74,17 @@ class Compressor(ABC):
         keeps."""
         out.sub_(self.decode(payload, layout))
 
+    def encode_owing(self, x: Tensor, residual: Tensor, owed: Tensor, layout: Layout, key: Key) -> Payload:
+        """The payload of ``x + residual``; what it does not stand for goes into ``owed``: error feedback.
+
+        Bit for bit what adding, :meth:`encode` and :meth:`subtract_from` give; quantizers do it in one pass.
+        All three are float32, ``[layout.numel]``, and different tensors.
+        """
+        torch.add(x, residual, out=owed)
+        payload = self.encode(owed, layout, key)
+        self.subtract_from(owed, payload, layout)
+        return payload
+
     def wire_bytes(self, layout: Layout) -> int:
         """Bytes of one payload, header included, known before anything is encoded."""
         return wire_bytes(self.parts(layout))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from distcomp.compressors.base import register_compressor
 from distcomp.compressors.grid import WHOLE
-from distcomp.compressors.sparse import Rows, kept_layout, top_indices
+from distcomp.compressors.sparse import Rows, RowSet, kept_layout
 from distcomp.compressors.topk import Sparsifier
 from distcomp.errors import DistcompError
+from distcomp.kernels import dct as kernel
+from distcomp.kernels.dct import Grid, Grids
 from distcomp.layout import Layout, ParamSlice
 from distcomp.payload import Part, Payload
 from distcomp.randomness import Key
@@ -53,115 +53,82 @@ class DctTopK(Sparsifier):
             )
 
     def kept(self, layout: Layout) -> Layout:
-        return kept_layout(layout, [grid.rows.rows * grid.rows.count for grid in self._grids(layout)])
+        counts = [rows.rows * rows.count for rows in self._rows(layout).each]
+        return layout.remember((self, "kept"), lambda: kept_layout(layout, counts))
 
     def index_part(self, layout: Layout) -> Part:
-        sizes = [grid.rows.rows * grid.rows.code.nbytes for grid in self._grids(layout)]
-        return Part("indices", torch.uint8, sum(sizes))
+        return Part("indices", torch.uint8, self._rows(layout).code_bytes)
 
-    def _grids(self, layout: Layout) -> Iterator[_Grid]:
+    def _grids(self, layout: Layout) -> Grids:
+        return layout.remember((self, "grids"), lambda: Grids(tuple(self._laid_out(layout))))
+
+    def _laid_out(self, layout: Layout) -> Iterator[Grid]:
         for param, at in zip(layout.slices, layout.offsets, strict=True):
             yield _grid(param, at, self.side, self.k)
 
+    def _rows(self, layout: Layout) -> RowSet:
+        """The chunks as rows of a buffer of coefficients."""
+        return layout.remember((self, "rows"), lambda: RowSet(tuple(map(_rows, self._grids(layout).each))))
+
     def transform(self, x: Tensor, layout: Layout) -> Tensor:
         """The coefficients of a flat buffer: chunk after chunk, each flat."""
-        pieces = [
-            grid.forward(piece)
-            for grid, (_, piece) in zip(self._grids(layout), layout.pieces(x), strict=True)
-        ]
-        return torch.cat(pieces) if pieces else x
+        return kernel.transform(x, self._grids(layout))
 
     def inverse(self, y: Tensor, layout: Layout) -> Tensor:
         """The flat buffer of these coefficients."""
-        pieces = [
-            grid.backward(piece)
-            for grid, (_, piece) in zip(self._grids(layout), layout.pieces(y), strict=True)
-        ]
-        return torch.cat(pieces) if pieces else y
+        return kernel.inverse(y, self._grids(layout))
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
-        payload = Payload.empty(self.parts(layout), x.device)
-        y = self.transform(x, layout)
-        # Parameter by parameter: chunks of one are rows of one length, so that one call searches them all.
-        values_at = codes_at = 0
-        for rows in (grid.rows for grid in self._grids(layout)):
-            indices = top_indices(rows.view(y), rows.count)
-            values = rows.view(y).gather(1, indices).reshape(-1)
-            codes = rows.code.encode(indices).reshape(-1)
-            payload["values"][values_at : values_at + values.numel()] = values
-            payload["indices"][codes_at : codes_at + codes.numel()] = codes
-            values_at, codes_at = values_at + values.numel(), codes_at + codes.numel()
+        payload, rows = Payload.empty(self.parts(layout), x.device), self._rows(layout)
+        if kernel.serves(x.device):
+            places = torch.empty(rows.count, dtype=torch.int64)
+            kernel.top(x.contiguous(), self._grids(layout), payload["values"], places)
+        else:
+            y = self.transform(x, layout)
+            places = rows.largest(y)
+            torch.index_select(y, 0, places, out=payload["values"])
+        payload["indices"].copy_(rows.encode(places))
         return payload
 
     def positions(self, payload: Payload, layout: Layout) -> Tensor:
         """Which *coefficients* the values are."""
-        codes, at = payload["indices"], 0
-        where = [torch.empty(0, dtype=torch.int64, device=codes.device)]
-        for rows in (grid.rows for grid in self._grids(layout)):
-            size = rows.rows * rows.code.nbytes
-            indices = rows.code.decode(codes[at : at + size].view(rows.rows, rows.code.nbytes))
-            where.append(rows.in_buffer(indices))
-            at += size
-        return torch.cat(where)
+        return self._rows(layout).decode(payload["indices"])
 
     def put(self, out: Tensor, values: Tensor, payload: Payload, layout: Layout, scale: int) -> None:
+        places = self.positions(payload, layout)
+        if kernel.serves(out.device) and out.is_contiguous():
+            kernel.put(values.contiguous(), places, self._grids(layout), out, scale)
+            return
         # Into a buffer of coefficients: adding must wait until they are elements again.
         y = torch.zeros_like(out)
-        y[self.positions(payload, layout)] = values
+        y[places] = values
         out.add_(self.inverse(y, layout), alpha=scale)
+
+    def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
+        if kernel.serves(out.device) and not add:  # every element is written: nothing to begin with
+            places = self.positions(payload, layout)
+            kernel.put(payload["values"], places, self._grids(layout), out, 0)
+        else:
+            super().decode_into(out, payload, layout, add)
 
     def delta(self, numel: int) -> float:
         """``k`` of the elements of a chunk, which are at most ``side^2``."""
         return min(1.0, self.k / max(1, min(self.side**2, numel)))
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """A matrix of ``down x across`` chunks of ``high x wide`` elements, and its chunks as rows of a flat
-    buffer."""
-
-    down: int
-    high: int
-    across: int
-    wide: int
-    rows: Rows
-
-    def forward(self, piece: Tensor) -> Tensor:
-        chunks = piece.view(self.down, self.high, self.across, self.wide).transpose(1, 2)
-        return (dct(self.high, piece.device) @ chunks @ dct(self.wide, piece.device).T).reshape(-1)
-
-    def backward(self, piece: Tensor) -> Tensor:
-        chunks = piece.view(self.down, self.across, self.high, self.wide)
-        back = dct(self.high, piece.device).T @ chunks @ dct(self.wide, piece.device)
-        return back.transpose(1, 2).reshape(-1)
-
-
-@cache
-def _grid(param: ParamSlice, at: int, side: int, k: int) -> _Grid:
+def _grid(param: ParamSlice, at: int, side: int, k: int) -> Grid:
     # A piece of a parameter may begin in the middle of a row: it has one dimension.
     matrix = param.whole and len(param.shape) > 1 and param.numel > 0
     tall = param.shape[0] if matrix else 1
     long = param.numel // tall
     high, wide = largest_divisor(tall, side), largest_divisor(max(1, long), side)
-    down, across = tall // high, long // wide
-    rows = Rows(at, down * across, high * wide, min(k, high * wide))
-    return _Grid(down, high, across, wide, rows)
+    return Grid(at, tall // high, high, long // wide, wide, min(k, high * wide))
+
+
+def _rows(grid: Grid) -> Rows:
+    return Rows(grid.at, grid.down * grid.across, grid.high * grid.wide, grid.count)
 
 
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of ``number`` that does not pass ``limit``."""
     return next(side for side in range(min(number, limit), 0, -1) if number % side == 0)
-
-
-def dct(side: int, device: torch.device) -> Tensor:
-    """The orthonormal DCT-II: ``C_kj = sqrt(2/s) cos(pi (2j+1) k / 2s)``, row 0 times ``sqrt(1/2)``."""
-    return _dct(side).to(device)
-
-
-@cache
-def _dct(side: int) -> Tensor:
-    # In float64, rounded once: the cosine of a large angle loses in float32 what the angle has lost.
-    j = torch.arange(side, dtype=torch.float64)
-    matrix = torch.cos(torch.pi * (2 * j + 1) * j[:, None] / (2 * side)).mul_(math.sqrt(2 / side))
-    matrix[0] *= math.sqrt(0.5)
-    return matrix.float()

@@ -10,52 +10,26 @@ import torch
 from torch import Tensor
 
 from distcomp.compressors.base import Compressor, register_compressor
-from distcomp.compressors.grid import uniform_noise
 from distcomp.errors import DistcompError
-from distcomp.kernels import reference
-from distcomp.kernels.packing import block_bytes
+from distcomp.kernels import integers as kernel
+from distcomp.kernels.integers import integer_bytes, pack_integers, unpack_integers
 from distcomp.kernels.reference import round_at_random
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
 
+__all__ = [
+    "MOST_BITS",
+    "FixedGrid",
+    "FixedPoint",
+    "GrowingGrid",
+    "integer_bytes",
+    "pack_integers",
+    "unpack_integers",
+]
+
 MOST_BITS = 23
 """Integers of more bits than the significand of a float32 would hold no more information."""
-
-WIDEST_PLANES = 15
-"""Bits that the planar layout of the kernels holds (8 + 4 + 2 + 1)."""
-
-
-def integer_bytes(numel: int, bits: int) -> int:
-    """Bytes of ``numel`` packed codes of ``bits`` bits: ``numel bits / 8``, rounded up."""
-    low = _low_bytes(bits)
-    return low * numel + block_bytes(numel, bits - 8 * low)
-
-
-def pack_integers(codes: Tensor, bits: int) -> Tensor:
-    """int64 codes in ``0 .. 2^bits - 1``, ``[numel]`` -> uint8 ``[integer_bytes]``; up to 31 bits.
-
-    First the low bytes of all, one plane after the other, while more than 15 bits are left; then the rest
-    in the planar layout of the kernels.
-    """
-    low = _low_bytes(bits)
-    planes = [(codes >> (8 * byte) & 255).to(torch.uint8) for byte in range(low)]
-    rest = (codes >> (8 * low)).view(1, -1)
-    return torch.cat([*planes, reference.pack_codes(rest, bits - 8 * low).view(-1)])
-
-
-def unpack_integers(packed: Tensor, numel: int, bits: int) -> Tensor:
-    """What :func:`pack_integers` was given: int64 ``[numel]``."""
-    low = _low_bytes(bits)
-    rest = packed[low * numel :].view(1, -1)
-    codes = reference.unpack_codes(rest, numel, bits - 8 * low).view(-1) << (8 * low)
-    for byte in range(low):
-        codes |= packed[byte * numel : (byte + 1) * numel].to(torch.int64) << (8 * byte)
-    return codes
-
-
-def _low_bytes(bits: int) -> int:
-    return -(-max(0, bits - WIDEST_PLANES) // 8)
 
 
 @dataclass(frozen=True)
@@ -170,19 +144,23 @@ class FixedGrid(Compressor):
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
-        rounded = round_at_random(x / self.spacing, uniform_noise(layout, key, x.device))
+        lines = layout.remember((FixedGrid, "lines"), lambda: _lines(layout))
         # As many levels on either side, unlike two's complement: C(-x) is distributed as -C(x).
-        codes = rounded.clamp_(-self.levels, self.levels).to(torch.int64) + self.levels
-        payload["codes"].copy_(pack_integers(codes, self.bits))
+        keys = key.fold_each(layout.names)
+        kernel.grid_encode(x.contiguous(), payload["codes"], lines, keys, self.spacing, self.bits)
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        codes = unpack_integers(payload["codes"], layout.numel, self.bits)
-        values = (codes - self.levels).float() * self.spacing
-        if add:
-            out += values
-        else:
-            out.copy_(values)
+        kernel.grid_decode(payload["codes"], out, self.spacing, self.bits, int(add))
+
+    def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
+        kernel.grid_decode(payload["codes"], out, self.spacing, self.bits, -1)
+
+
+def _lines(layout: Layout) -> Tensor:
+    """Where each parameter's piece lies, and which of its elements comes first."""
+    places = zip(layout.offsets, layout.slices, strict=True)
+    return kernel.grid_lines([(at, param.numel, param.start) for at, param in places])
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,12 @@ from torch import Tensor
 
 from distcomp import kernels
 from distcomp.kernels import reference
+from distcomp.kernels.two_means import SIGNS
 from distcomp.layout import Layout
 from distcomp.randomness import Key
 
 WHOLE = 2**62
 """An alignment that no parameter reaches: it is never cut."""
-
-SIGNS = 4096
-"""Signs are packed in blocks of this many; eight to a byte, whatever the block."""
 
 
 def to_rows(x: Tensor, layout: Layout, block: int) -> Tensor:

@@ -10,17 +10,14 @@ from torch import Tensor
 
 from distcomp import kernels
 from distcomp.compressors.base import Compressor, register_compressor
-from distcomp.compressors.grid import from_rows, pack_signs, sign_bytes, to_rows, uniform_noise, unpack_signs
+from distcomp.compressors.grid import pack_signs, sign_bytes, unpack_signs
 from distcomp.compressors.quantize import worst_variance
 from distcomp.errors import DistcompError
-from distcomp.kernels import reference
-from distcomp.kernels.packing import block_bytes
+from distcomp.kernels import pieces as many
+from distcomp.kernels.pieces import Pieces
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
-
-MANTISSA = reference.MANTISSA
-SMALLEST_SCALE = reference.SMALLEST_SCALE
 
 
 @register_compressor("natural")
@@ -120,52 +117,39 @@ class NonUniform(Compressor):
         return (1 << (self.bits - 1)) - 1
 
     def parts(self, layout: Layout) -> Parts:
+        pieces = self._pieces(layout)
         return (
-            Part("scales", torch.float32, layout.block_count(self.block)),
-            Part("codes", torch.uint8, block_bytes(layout.numel, self.bits)),
+            Part("scales", torch.float32, pieces.scale_count),
+            Part("codes", torch.uint8, pieces.code_bytes),
         )
+
+    def _pieces(self, layout: Layout) -> Pieces:
+        return layout.remember((type(self), self.block, self.bits), lambda: self._laid_out(layout))
+
+    def _laid_out(self, layout: Layout) -> Pieces:
+        places = [
+            (at, param.numel, param.start) for param, at in zip(layout.slices, layout.offsets, strict=True)
+        ]
+        return Pieces.of(places, self.block, self.bits, powers=True)
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
-        rows = to_rows(x, layout, layout.within(self.block))
-        norms = _norms(rows, self.norm)
-        payload["scales"].copy_(norms)
-        # Clamped, for a quotient of two numbers that are nearly equal may round to just above 1.
-        share = from_rows(rows.abs() / norms.clamp(min=SMALLEST_SCALE)[:, None], layout).clamp_(max=1.0)
-        levels = self._round(share, uniform_noise(layout, key, x.device))
-        codes = torch.where(
-            (x < 0) & (levels > 0), self.levels + levels, levels
-        )  # 0..s, or s+1..2s: negative
-        payload["codes"].copy_(reference.pack_codes(codes[None], self.bits)[0])
+        keys = key.fold_each(layout.names)
+        codes, scales = payload["codes"], payload["scales"]
+        many.quantize(x, codes, scales, self._pieces(layout), keys, norm=self.norm)
         return payload
 
-    def _round(self, share: Tensor, noise: Tensor) -> Tensor:
-        """The number of the level, 0..s, for shares in [0, 1].
-
-        From ``2^(1-s)`` up the number is the exponent after a carry out of the mantissa (as in
-        :class:`Natural`); below it there are two levels, zero and the first.
-        """
-        s = self.levels
-        # As in the kernel of Natural: noise below one unit of the exponent, so that it carries once or not.
-        carried = share.view(torch.int32) + (noise * 2**MANTISSA).to(torch.int32)
-        above = (carried >> MANTISSA) - (127 - s)  # 2^(1-s), the first level, has the exponent 128 - s
-        below = reference.round_at_random(share * 2.0 ** (s - 1), noise).to(torch.int32)
-        return torch.where(share < 2.0 ** (1 - s), below, above).clamp_(0, s).to(torch.int64)
+    def encode_owing(self, x: Tensor, residual: Tensor, owed: Tensor, layout: Layout, key: Key) -> Payload:
+        payload, pieces = Payload.empty(self.parts(layout), x.device), self._pieces(layout)
+        keys, coded = key.fold_each(layout.names), (payload["codes"], payload["scales"])
+        many.quantize_owing(x, *coded, pieces, keys, owing=(residual, owed), norm=self.norm)
+        return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        codes = reference.unpack_codes(payload["codes"][None], layout.numel, self.bits)[0]
-        negative = codes > self.levels
-        levels = torch.where(negative, codes - self.levels, codes)
-        exponents = (levels + (127 - self.levels)).to(torch.int32) << MANTISSA
-        share = torch.where(levels > 0, exponents.view(torch.float32), 0.0)
-        share = torch.where(negative, -share, share)
-        value = from_rows(
-            to_rows(share, layout, layout.within(self.block)) * payload["scales"][:, None], layout
-        )
-        if add:
-            out += value
-        else:
-            out.copy_(value)
+        many.dequantize(payload["codes"], payload["scales"], out, self._pieces(layout), add=add)
+
+    def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
+        many.dequantize(payload["codes"], payload["scales"], out, self._pieces(layout), subtract=True)
 
     def omega(self, numel: int) -> float:
         """``1/8`` from the smallest level l up. Below it a value errs by ``|x| (l|v| - |x|)``: with the max
@@ -176,10 +160,3 @@ class NonUniform(Compressor):
         if self.norm == "max":
             return max(1 / 8, worst_variance(length, smallest))
         return 1 / 8 + min(length * smallest**2 / 4, smallest * math.sqrt(length))
-
-
-def _norms(rows: Tensor, norm: str) -> Tensor:
-    """The norm of each block; 0 where it is too small to divide by. In float64, where squares fit."""
-    order = float("inf") if norm == "max" else 2.0
-    norms = torch.linalg.vector_norm(rows, order, dim=1, dtype=torch.float64).float()
-    return torch.where(norms < SMALLEST_SCALE, 0.0, norms)

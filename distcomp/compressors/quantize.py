@@ -112,25 +112,34 @@ class Quantize(Compressor):
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
         pieces, plain = self._pieces(layout)
-        # The kernel finds the largest magnitude, or at one bit the mean, in its own pass; Euclidean norms are
-        # made here and handed to it.
-        given = self.bits > 1 and self.norm == "l2"
-        codes, scales = payload["codes"], payload["scales"]
-        if given:
-            for index in range(len(pieces.each)):
-                piece, _, piece_scales = pieces.views(index, x, codes, scales)
-                piece_scales.copy_(_block_l2(piece, self.block))
         many.quantize(
             x,
-            codes,
-            scales,
+            payload["codes"],
+            payload["scales"],
             pieces,
             self._keys(layout, key),
             stochastic=self.rounding == "stochastic",
-            given_scales=given,
+            norm=self.norm,
         )
         if plain.each:
             many.move(x, payload["plain"], plain)
+        return payload
+
+    def encode_owing(self, x: Tensor, residual: Tensor, owed: Tensor, layout: Layout, key: Key) -> Payload:
+        pieces, plain = self._pieces(layout)
+        if plain.each:
+            return super().encode_owing(x, residual, owed, layout, key)
+        payload = Payload.empty(self.parts(layout), x.device)
+        many.quantize_owing(
+            x,
+            payload["codes"],
+            payload["scales"],
+            pieces,
+            self._keys(layout, key),
+            owing=(residual, owed),
+            stochastic=self.rounding == "stochastic",
+            norm=self.norm,
+        )
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
@@ -190,16 +199,3 @@ def worst_variance(length: int, lowest: float) -> float:
     at the w above: no block exceeds it, and one with all other values at that v reaches it.
     """
     return (math.sqrt(1 + (length - 1) * lowest**2) - 1) / 2
-
-
-def _block_l2(x: Tensor, block: int) -> Tensor:
-    """The Euclidean norm of each block."""
-    blocks = -(-x.numel() // block)
-    padded = torch.zeros(blocks * block, dtype=x.dtype, device=x.device)
-    padded[: x.numel()] = x
-    rows = padded.view(blocks, block)
-    largest = rows.abs().amax(1)
-    unit = torch.where(largest > 0, largest, torch.ones_like(largest))
-    # Squares of the values themselves over- and underflow.
-    norms: Tensor = torch.linalg.vector_norm(rows / unit[:, None], dim=1) * largest
-    return norms

@@ -15,6 +15,8 @@ from distcomp.compressors.grid import (
     sign_bytes,
     unpack_signs,
 )
+from distcomp.kernels import two_means
+from distcomp.kernels.two_means import Units
 from distcomp.layout import Layout, ParamSlice
 from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
@@ -90,53 +92,36 @@ class OneBit(Compressor):
     alignment = WHOLE
 
     def parts(self, layout: Layout) -> Parts:
-        units = sum(_unit_count(param) for param in layout.slices)
         return (
-            Part("scales", torch.float32, 2 * units),
+            Part("scales", torch.float32, self._units(layout).scale_count),
             Part("codes", torch.uint8, sign_bytes(layout.numel)),
         )
 
+    def _units(self, layout: Layout) -> Units:
+        return layout.remember((OneBit, "units"), lambda: _laid_out(layout))
+
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
-        for units, means in self._units(x, payload, layout):
-            means[0] = _mean_where(units, units >= 0)
-            means[1] = _mean_where(units, units < 0)
-        pack_signs(x, payload["codes"])  # the whole buffer at once: bits know no units
+        x = x.contiguous()
+        pack_signs(x, payload["codes"])
+        two_means.means(x, self._units(layout), payload["scales"])
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        decoded = torch.empty_like(out)
-        unpack_signs(payload["codes"], decoded)
-        for param, piece, means in self._pieces(decoded, payload, layout):
-            high, low = (_per_value(mean, param) for mean in means)
-            piece.copy_(torch.where(piece >= 0, high, low))
-        if add:
-            out += decoded
-        else:
-            out.copy_(decoded)
+        two_means.put(payload["codes"], self._units(layout), payload["scales"], out, int(add))
 
-    def _units(self, x: Tensor, payload: Payload, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter's units as rows, and where their two means go. A piece's missing values are NaN."""
-        for param, piece, means in self._pieces(x, payload, layout):
-            length = _unit_length(param)
-            before = param.start % length
-            after = -(before + param.numel) % length
-            # A NaN is neither >= 0 nor < 0: what is missing of a row counts in neither mean.
-            padded = torch.nn.functional.pad(piece, (before, after), value=float("nan"))
-            yield padded.view(-1, length), means
-
-    def _pieces(
-        self, buffer: Tensor, payload: Payload, layout: Layout
-    ) -> Iterator[tuple[ParamSlice, Tensor, Tensor]]:
-        at = 0
-        for param, piece in layout.pieces(buffer):
-            count = 2 * _unit_count(param)
-            if count:
-                yield param, piece, payload["scales"][at : at + count].view(2, -1)
-            at += count
+    def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
+        two_means.put(payload["codes"], self._units(layout), payload["scales"], out, -1)
 
     def delta(self, numel: int) -> float:
         return 1 / max(1, numel)
+
+
+def _laid_out(layout: Layout) -> Units:
+    places = zip(layout.offsets, layout.slices, strict=True)
+    return Units.of(
+        [(at, param.numel, param.start, _unit_length(param)) for at, param in places], layout.numel
+    )
 
 
 def _unit_length(param: ParamSlice) -> int:
@@ -147,24 +132,3 @@ def _unit_length(param: ParamSlice) -> int:
     for side in param.shape[1:]:
         length *= side
     return max(1, length)
-
-
-def _unit_count(param: ParamSlice) -> int:
-    """How many units a slice touches, also where it is a piece that begins or ends within one."""
-    if param.numel == 0:
-        return 0
-    length = _unit_length(param)
-    return (param.stop - 1) // length - param.start // length + 1
-
-
-def _mean_where(units: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of the chosen values of each row; 0 where none is chosen."""
-    total = torch.where(chosen, units, 0.0).sum(1)
-    return total / chosen.sum(1).clamp(min=1)
-
-
-def _per_value(means: Tensor, param: ParamSlice) -> Tensor:
-    """One number per unit, for each value of the slice."""
-    length = _unit_length(param)
-    before = param.start % length
-    return means.repeat_interleave(length)[before : before + param.numel]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,10 +19,7 @@ from distcomp.layout import Layout
 from distcomp.randomness import Key
 
 SAMPLED_FROM = 2**16
-"""Rows longer than this are searched through a sampled threshold, or permuted without being written down."""
-
-STRIDE = 61
-"""Every 61st element makes the sample: a prime, so that no common row length falls in step with it."""
+"""Rows longer than this are permuted without being written down."""
 
 MAX_WIDTH = 15
 """Widest packed integer (:mod:`distcomp.kernels.packing`)."""
@@ -168,11 +164,6 @@ class Rows:
         """How a row says which of its elements it sends."""
         return IndexCode(self.length, self.count)
 
-    @property
-    def sampled(self) -> bool:
-        """Whether a long row is searched through a threshold that a sample of it suggests."""
-        return self.rows == 1 and self.length > SAMPLED_FROM and self.count < self.length
-
     def in_rows(self, places: Tensor) -> Tensor:
         """From places in the flat buffer to places in the rows, ``[rows, count]``."""
         first = torch.arange(self.rows, device=places.device) * self.length + self.start
@@ -207,16 +198,14 @@ class RowSet:
                 [rows.in_buffer(top_indices(rows.view(x), rows.count)) for rows in self.each], x
             )
         places = torch.empty(self.count, dtype=torch.int64)
-        kernel.top(x.contiguous(), self._tables[1], places)
-        for rows, at in self._long:
-            places[at : at + rows.count] = rows.in_buffer(top_indices(rows.view(x), rows.count))
+        kernel.top(x.contiguous(), self._table, places)
         return places
 
     def encode(self, places: Tensor) -> Tensor:
         """The bytes (uint8) that say which elements of the flat buffer ``places`` are."""
         if kernel.serves(places.device):
             codes = torch.empty(self.code_bytes, dtype=torch.uint8)
-            kernel.write_indices(places.contiguous(), self._tables[0], codes)
+            kernel.write_indices(places.contiguous(), self._table, codes)
             return codes
         written = []
         for rows, part in zip(
@@ -229,7 +218,7 @@ class RowSet:
         """What :meth:`encode` was given."""
         if kernel.serves(codes.device):
             places = torch.empty(self.count, dtype=torch.int64)
-            kernel.read_indices(codes.contiguous(), self._tables[0], places)
+            kernel.read_indices(codes.contiguous(), self._table, places)
             return places
         parts = torch.split(codes, [rows.rows * rows.code.nbytes for rows in self.each])
         read = [
@@ -239,18 +228,11 @@ class RowSet:
         return _concatenated(read, codes)
 
     @cached_property
-    def _long(self) -> list[tuple[Rows, int]]:
-        """The rows that a sampled threshold searches, and where their places begin."""
-        ends = itertools.accumulate((rows.rows * rows.count for rows in self.each), initial=0)
-        return [(rows, at) for rows, at in zip(self.each, ends, strict=False) if rows.sampled]
-
-    @cached_property
-    def _tables(self) -> tuple[RowTable, RowTable]:
-        """All rows for C, and those that C searches."""
+    def _table(self) -> RowTable:
+        """All rows for C."""
         # Six numbers a row, as the C kernel reads them: begin, length, count, where its places and its code
         # begin, and how it is coded.
         lines, place_at, code = [torch.empty(0, 6, dtype=torch.int64)], 0, 0
-        searched = [torch.empty(0, dtype=torch.bool)]
         for rows in self.each:
             number, size = torch.arange(rows.rows), rows.code.nbytes
             table = torch.empty(rows.rows, 6, dtype=torch.int64)
@@ -260,10 +242,8 @@ class RowSet:
             width = rows.code.width
             table[:, 5] = NOTHING if size == 0 else BITMAP if width is None else width
             lines.append(table)
-            searched.append(torch.full((rows.rows,), not rows.sampled, dtype=torch.bool))
             place_at, code = place_at + rows.rows * rows.count, code + rows.rows * size
-        all_lines = torch.cat(lines)
-        return RowTable(all_lines, code), RowTable(all_lines[torch.cat(searched)], code)
+        return RowTable(torch.cat(lines), code)
 
 
 def _concatenated(parts: list[Tensor], like: Tensor) -> Tensor:
@@ -293,10 +273,6 @@ def top_indices(rows: Tensor, count: int) -> Tensor:
     """
     if count == rows.shape[1]:
         return torch.arange(count, device=rows.device).expand(rows.shape[0], -1)
-    if rows.shape[0] == 1 and rows.shape[1] > SAMPLED_FROM and rows.device.type == "cpu":
-        candidates = _candidates(rows[0].contiguous(), count)
-        if candidates is not None:
-            return candidates[_top_of_one(rows[0].index_select(0, candidates), count)][None]
     return _top_exactly(reference.magnitudes(rows), count)
 
 
@@ -319,34 +295,6 @@ def _top_by_keys(magnitude: Tensor, count: int) -> Tensor:
     fall = torch.arange(length - 1, -1, -1, device=magnitude.device)
     keys = (magnitude.to(torch.int64) << 32) | fall
     return keys.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
-
-
-def _candidates(x: Tensor, count: int) -> Tensor | None:
-    """A few places, rising, among which the largest ``count`` are: those above a threshold that a sample
-    suggests. None where it suggested a wrong one.
-
-    Source of the sampling: Lin et al., "Deep Gradient Compression", ICLR 2018. We differ: the answer is
-    always exact.
-    """
-    sample = reference.magnitudes(x[::STRIDE])
-    expected = count / STRIDE
-    # Four standard deviations more of the sample than expected: the threshold is then almost never too high,
-    # which alone would cost an answer. Too low costs time, and from twice the count on the search gives up.
-    rank = min(sample.numel(), int(expected + 4 * expected**0.5) + 4)
-    threshold = int(sample.topk(rank, sorted=False).values.amin())
-    candidates = kernels.at_least(x, threshold, 2 * count + STRIDE * 64)
-    return candidates if candidates is not None and candidates.numel() >= count else None
-
-
-def _top_of_one(x: Tensor, count: int) -> Tensor:
-    """The places of the ``count`` largest of one row, rising, without a sort."""
-    magnitude = reference.magnitudes(x)
-    # The k-th is found in linear time; of those equal to it, as many as are due, from the lowest index on.
-    edge = magnitude.kthvalue(magnitude.numel() - count + 1).values
-    chosen = magnitude > edge
-    ties = (magnitude == edge).nonzero().view(-1)
-    chosen[ties[: count - int(chosen.sum())]] = True
-    return chosen.nonzero().view(-1)
 
 
 # ------------------------------------------------------------------------------------------- random selection

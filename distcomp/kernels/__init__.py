@@ -16,11 +16,10 @@ from torch import Tensor
 
 from distcomp.errors import DistcompError
 from distcomp.kernels.dispatch import backend, implementation
-from distcomp.kernels.packing import levels, packed_bytes, scale_count
+from distcomp.kernels.packing import NORMS, levels, packed_bytes, scale_count
 
 __all__ = [
     "all_finite",
-    "at_least",
     "backend",
     "checksum",
     "dequantize",
@@ -44,21 +43,25 @@ def quantize(
     key: int = 0,
     first: int = 0,
     stochastic: bool = True,
-    given_scales: bool = False,
+    norm: str = "max",
+    powers: bool = False,
 ) -> None:
     """Cut ``x`` in blocks and write each as a scale and packed ``bits``-bit codes.
 
     Two bits and up: scale = max|x| over the block, s = 2^(bits-1) - 1,
     code = floor(clamp(x * (s / scale), -s, s) + u) + s with u uniform in [0, 1), so that E[decoded] = x;
     ``stochastic=False`` rounds half to even instead. One bit: code = [x >= 0], scale = mean|x|, not random.
-    A block whose maximum is below 2^-120 is sent as zeros. A NaN or inf makes its block's scale, and so every
+    ``powers``: levels are 0, 2^(1-s), ..., 1/2 and 1 times the scale; one beside x is taken at random, with
+    the right mean: code 0 .. s, and s more for negative values.
+    A block whose scale is below 2^-120 is sent as zeros. A NaN or inf makes its block's scale, and so every
     decoded value of that block, non-finite.
 
     Args:
         x: float32, 1-D, contiguous: one parameter, or a piece of it that starts at element ``first``.
         codes_out: uint8 of exactly ``packed_bytes(x.numel(), block, bits)``.
-        scales_out: float32 of exactly ``scale_count(x.numel(), block)``; read instead of written where
-            ``given_scales`` (an L2 norm, a shared maximum; one bit does not even look at it).
+        scales_out: float32 of exactly ``scale_count(x.numel(), block)``.
+        norm: the scale: ``max``; ``l2``, the Euclidean norm; or ``given``: scales are read instead of written
+            (a shared maximum; one bit does not even look at them).
         key: 64 bits that key the randomness; u is a function of (key, first + j mod 2^32) and nothing else.
         first: index of ``x[0]`` within its parameter, a multiple of ``block``.
 
@@ -72,11 +75,16 @@ def quantize(
     sign is ``bits=1``. Differs from the paper: a code has a fixed width and the levels are symmetric.
     """
     _check(x, codes_out, scales_out, block, bits)
+    if norm not in NORMS or (powers and bits < 2):
+        raise DistcompError(
+            f"there are no {bits}-bit codes of norm {norm!r}, powers={powers}; norms: {NORMS}"
+        )
     if first % block:
         raise DistcompError(f"first={first} is not a multiple of block={block}; split only between blocks")
     implementation(x.device).quantize(
         x, codes_out, scales_out,
-        block=block, bits=bits, key=key, first=first, stochastic=stochastic, given=given_scales,
+        block=block, bits=bits, key=key, first=first, stochastic=stochastic, norm=norm,
+        powers=powers,
     )  # fmt: skip
 
 
@@ -87,11 +95,13 @@ def dequantize(
     *,
     block: int = 512,
     bits: int,
+    powers: bool = False,
     add: bool = False,
     subtract: bool = False,
     times: float = 1.0,
 ) -> None:
-    """Write into ``out`` what :func:`quantize` packed: (code - s) * (scale / s), or +-scale for one bit.
+    """Write into ``out`` what :func:`quantize` packed: (code - s) * (scale / s), or +-scale for one bit; with
+    ``powers`` the level times the scale.
 
     ``add``: out = (out + decoded) * times. ``subtract``: out = (out - decoded) * times, which turns what was
     encoded into the residual that error feedback keeps. Neither: out = decoded * times. ``out`` is read and
@@ -104,7 +114,9 @@ def dequantize(
     if add and subtract:
         raise DistcompError("dequantize was asked to add and to subtract at once; choose one")
     sign = int(add) - int(subtract)
-    implementation(out.device).dequantize(codes, scales, out, block=block, bits=bits, sign=sign, times=times)
+    implementation(out.device).dequantize(
+        codes, scales, out, block=block, bits=bits, powers=powers, sign=sign, times=times
+    )
 
 
 def all_finite(x: Tensor) -> bool:
@@ -124,17 +136,6 @@ def checksum(data: Tensor) -> int:
     if data.dtype != torch.uint8 or data.dim() != 1 or not data.is_contiguous():
         raise DistcompError(f"checksum takes contiguous 1-D uint8, not {_describe(data)}; view it as uint8")
     return implementation(data.device).checksum(data)
-
-
-def at_least(x: Tensor, threshold: int, most: int) -> Tensor | None:
-    """The places in ``x`` whose magnitude is at or above ``threshold``, rising (int64); None if there are
-    more than ``most``.
-
-    Magnitudes are compared as the integers that the bits of float32 are (``threshold`` is one): a NaN is
-    larger than an infinity. ``x`` is read once.
-    """
-    _check_flat("values", x, torch.float32, x.numel(), x)
-    return implementation(x.device).at_least(x, threshold, most)
 
 
 def permuted(count: int, numel: int, keys: tuple[int, ...]) -> Tensor:

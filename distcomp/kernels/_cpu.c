@@ -9,12 +9,15 @@
 
 #include "_binary.h"
 #include "_cpu.h"
+#include "_dct_chunks.h"
 #include "_entropy.h"
 #include "_inside.h"
+#include "_integers.h"
 #include "_lowrank.h"
 #include "_minifloat.h"
 #include "_rows.h"
 #include "_select.h"
+#include "_twomeans.h"
 #include "_words.h"
 
 /* The bodies once more for each instruction set. */
@@ -25,7 +28,6 @@ typedef struct {
     int (*all_finite_32)(const uint32_t *, size_t);
     int (*all_finite_16)(const uint16_t *, size_t, uint16_t);
     Sums (*checksum)(const uint8_t *, size_t);
-    size_t (*at_least)(const uint32_t *, size_t, uint32_t, int64_t *, size_t);
     void (*permuted)(int64_t *, size_t, uint64_t, int, const uint64_t *);
     void (*exponents)(const uint32_t *, uint8_t *, size_t, uint32_t, uint32_t);
     void (*scale_by_exponents)(const uint8_t *, float *, size_t);
@@ -39,9 +41,6 @@ typedef struct {
         return all_finite_16_body(x, n, e); \
     } \
     TARGET static Sums checksum_##name(const uint8_t *data, size_t n) { return checksum_body(data, n); } \
-    TARGET static size_t at_least_##name(const uint32_t *x, size_t n, uint32_t t, int64_t *p, size_t most) { \
-        return at_least_body(x, n, t, p, most); \
-    } \
     TARGET static void permuted_##name(int64_t *p, size_t count, uint64_t n, int bits, const uint64_t *keys) { \
         permuted_body(p, count, n, bits, keys); \
     } \
@@ -53,7 +52,7 @@ typedef struct {
     } \
     static const Variant name##_variant = { \
         #name, quantize_##name, dequantize_##name, all_finite_32_##name, all_finite_16_##name, \
-        checksum_##name, at_least_##name, permuted_##name, exponents_##name, scale_by_exponents_##name};
+        checksum_##name, permuted_##name, exponents_##name, scale_by_exponents_##name};
 
 VARIANT(generic, )
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -127,12 +126,17 @@ static uint8_t *scratch_for(const Coded *all, const Piece *pieces, Py_ssize_t co
 
 static PyObject *quantize_all(const Coded *all, const Piece *piece, Py_ssize_t count, const uint64_t *keys,
                               Quantize q) {
+    if (q.norm < MAX || q.norm > GIVEN || (q.powers && all->bits < 2)) return refused("this norm or these levels");
     q.scratch = scratch_for(all, piece, count);
     if (!q.scratch) return NULL;
     q.block = (size_t)all->block;
     q.bits = all->bits;
+    const float *residual = q.residual;
+    float *owed = q.owed;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t i = 0; i < count; i++, piece++) {
+        q.residual = owed ? residual + piece->at : NULL; /* as long as the values */
+        q.owed = owed ? owed + piece->at : NULL;
         q.x = (const float *)(uintptr_t)all->values + piece->at;
         q.codes = (uint8_t *)(uintptr_t)all->codes + piece->codes;
         q.scales = (float *)(uintptr_t)all->scales + piece->scales;
@@ -148,6 +152,7 @@ static PyObject *quantize_all(const Coded *all, const Piece *piece, Py_ssize_t c
 }
 
 static PyObject *dequantize_all(const Coded *all, const Piece *piece, Py_ssize_t count, Dequantize d) {
+    if (d.powers && all->bits < 2) return refused("these levels");
     d.scratch = scratch_for(all, piece, count);
     if (!d.scratch) return NULL;
     d.block = (size_t)all->block;
@@ -170,14 +175,16 @@ static PyObject *dequantize_all(const Coded *all, const Piece *piece, Py_ssize_t
 
 static PyObject *py_quantize(PyObject *self, PyObject *args) {
     (void)self;
-    unsigned long long key;
+    unsigned long long key, residual, owed;
     Py_ssize_t numel;
     unsigned int first;
     Coded all;
     Quantize q = {0};
-    if (!PyArg_ParseTuple(args, "KKK(nnn)nniKIpp", CODED(all), &numel, &all.block, &all.bits, &key, &first,
-                          &q.stochastic, &q.given))
+    if (!PyArg_ParseTuple(args, "KKK(nnn)nniKIpip(KK)", CODED(all), &numel, &all.block, &all.bits, &key, &first,
+                          &q.stochastic, &q.norm, &q.powers, &residual, &owed))
         return NULL;
+    q.residual = (const float *)(uintptr_t)residual;
+    q.owed = (float *)(uintptr_t)owed;
     Piece piece = {.numel = numel, .first = first};
     uint64_t keys[1] = {key};
     return quantize_all(&all, &piece, 1, keys, q);
@@ -188,7 +195,8 @@ static PyObject *py_dequantize(PyObject *self, PyObject *args) {
     Py_ssize_t numel;
     Coded all;
     Dequantize d = {0};
-    if (!PyArg_ParseTuple(args, "KKK(nnn)nniif", CODED(all), &numel, &all.block, &all.bits, &d.sign, &d.times))
+    if (!PyArg_ParseTuple(args, "KKK(nnn)nnipif", CODED(all), &numel, &all.block, &all.bits, &d.powers, &d.sign,
+                          &d.times))
         return NULL;
     Piece piece = {.numel = numel};
     return dequantize_all(&all, &piece, 1, d);
@@ -196,13 +204,15 @@ static PyObject *py_dequantize(PyObject *self, PyObject *args) {
 
 static PyObject *py_quantize_pieces(PyObject *self, PyObject *args) {
     (void)self;
-    unsigned long long table, keys;
+    unsigned long long table, keys, residual, owed;
     Py_ssize_t pieces;
     Coded all;
     Quantize q = {0};
-    if (!PyArg_ParseTuple(args, "KKK(nnn)KnKnipp", CODED(all), &table, &pieces, &keys, &all.block, &all.bits,
-                          &q.stochastic, &q.given))
+    if (!PyArg_ParseTuple(args, "KKK(nnn)KnKnipip(KK)", CODED(all), &table, &pieces, &keys, &all.block, &all.bits,
+                          &q.stochastic, &q.norm, &q.powers, &residual, &owed))
         return NULL;
+    q.residual = (const float *)(uintptr_t)residual;
+    q.owed = (float *)(uintptr_t)owed;
     return quantize_all(&all, (const Piece *)(uintptr_t)table, pieces, (const uint64_t *)(uintptr_t)keys, q);
 }
 
@@ -212,8 +222,8 @@ static PyObject *py_dequantize_pieces(PyObject *self, PyObject *args) {
     Py_ssize_t pieces;
     Coded all;
     Dequantize d = {0};
-    if (!PyArg_ParseTuple(args, "KKK(nnn)Knniif", CODED(all), &table, &pieces, &all.block, &all.bits, &d.sign,
-                          &d.times))
+    if (!PyArg_ParseTuple(args, "KKK(nnn)Knnipif", CODED(all), &table, &pieces, &all.block, &all.bits, &d.powers,
+                          &d.sign, &d.times))
         return NULL;
     return dequantize_all(&all, (const Piece *)(uintptr_t)table, pieces, d);
 }
@@ -246,21 +256,6 @@ static PyObject *py_checksum(PyObject *self, PyObject *args) {
     sums = chosen->checksum((const uint8_t *)(uintptr_t)data, (size_t)bytes);
     Py_END_ALLOW_THREADS
     return Py_BuildValue("II", (unsigned int)sums.sum, (unsigned int)sums.weighted);
-}
-
-static PyObject *py_at_least(PyObject *self, PyObject *args) {
-    (void)self;
-    unsigned long long x, places;
-    Py_ssize_t numel, most;
-    unsigned int threshold;
-    size_t found;
-    if (!PyArg_ParseTuple(args, "KnIKn", &x, &numel, &threshold, &places, &most)) return NULL;
-    if (numel < 0 || most < 0) return refused("a negative number of elements");
-    Py_BEGIN_ALLOW_THREADS
-    found = chosen->at_least((const uint32_t *)(uintptr_t)x, (size_t)numel, threshold,
-                             (int64_t *)(uintptr_t)places, (size_t)most);
-    Py_END_ALLOW_THREADS
-    return PyLong_FromSize_t(found);
 }
 
 static PyObject *py_permuted(PyObject *self, PyObject *args) {
@@ -327,13 +322,13 @@ static PyObject *py_instruction_set(PyObject *self, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"quantize", py_quantize, METH_VARARGS,
-     "x, codes, scales, sizes of the three, numel, block, bits, key, first, stochastic, given"},
+     "x, codes, scales, sizes of the three, numel, block, bits, key, first, stochastic, norm, powers, (residual, owed) or zeros"},
     {"dequantize", py_dequantize, METH_VARARGS,
-     "out, codes, scales, sizes of the three, numel, block, bits, sign, times"},
+     "out, codes, scales, sizes of the three, numel, block, bits, powers, sign, times"},
     {"quantize_pieces", py_quantize_pieces, METH_VARARGS,
-     "x, codes, scales, sizes of the three, table, pieces, keys, block, bits, stochastic, given"},
+     "x, codes, scales, sizes of the three, table, pieces, keys, block, bits, stochastic, norm, powers, (residual, owed) or zeros"},
     {"dequantize_pieces", py_dequantize_pieces, METH_VARARGS,
-     "out, codes, scales, sizes of the three, table, pieces, block, bits, sign, times"},
+     "out, codes, scales, sizes of the three, table, pieces, block, bits, powers, sign, times"},
     {"top_rows", py_top_rows, METH_VARARGS, "x, places, sizes of the two, table, rows"},
     {"write_rows", py_write_rows, METH_VARARGS, "places, codes, sizes of the two, table, rows"},
     {"read_rows", py_read_rows, METH_VARARGS, "places, codes, sizes of the two, table, rows"},
@@ -345,7 +340,6 @@ static PyMethodDef methods[] = {
      "kind, p, q, m, out, table, pieces, subtract, sizes of the four"},
     {"all_finite", py_all_finite, METH_VARARGS, "x, numel, exponent mask -> bool"},
     {"checksum", py_checksum, METH_VARARGS, "data, bytes -> (sum, weighted sum)"},
-    {"at_least", py_at_least, METH_VARARGS, "x, numel, threshold, places, most -> how many"},
     {"permuted", py_permuted, METH_VARARGS, "places, count, numel, bits, keys"},
     {"exponents", py_exponents, METH_VARARGS, "x, codes, sizes of the two, key, first"},
     {"scale_by_exponents", py_scale_by_exponents, METH_VARARGS, "codes, out, sizes of the two"},
@@ -366,6 +360,13 @@ static PyMethodDef methods[] = {
     {"lowrank", py_lowrank, METH_VARARGS,
      "rows, columns or outer; p, q, m, out, a, b, rank, p_stride, stride, out_stride, subtract, "
      "sizes of the four"},
+    {"dct", py_dct, METH_VARARGS,
+     "kind (the largest, put, all), x, values, places, sizes of the three, table, lines, factors, how many, sign"},
+    {"two_means", py_two_means, METH_VARARGS, "x, scales, sizes of the two, table, lines"},
+    {"put_two_means", py_put_two_means, METH_VARARGS, "out, codes, scales, sizes of the three, table, lines, sign"},
+    {"grid_encode", py_grid_encode, METH_VARARGS, "x, codes, sizes of the two, table, lines, keys, spacing, bits"},
+    {"grid_decode", py_grid_decode, METH_VARARGS, "out, codes, sizes of the two, spacing, bits, sign"},
+    {"pack_integers", py_pack_integers, METH_VARARGS, "integers, codes, sizes of the two, bits, whether to unpack"},
     {"use", py_use, METH_VARARGS, "choose an instruction set by name: generic, avx2 or avx512"},
     {"instruction_set", py_instruction_set, METH_NOARGS, "the one in use"},
     {NULL, NULL, 0, NULL},

@@ -3,6 +3,7 @@
  * _cpu.c compiles every body for each instruction set it knows. Built with -ffp-contract=off: a fused multiply-add
  * would give other bits on machines that have it.
  */
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -12,6 +13,7 @@
 
 #define LANES 16
 #define SMALLEST_SCALE 0x1p-120f
+enum { MAX, L2, GIVEN }; /* what a block's scale is, as Python numbers them */
 #define BODY static inline __attribute__((always_inline))
 
 typedef struct {
@@ -20,8 +22,10 @@ typedef struct {
     float *scales;
     uint8_t *scratch; /* one block of unpacked codes */
     size_t numel, block;
-    int bits, stochastic, given;
+    int bits, stochastic, norm, powers; /* norm: MAX, L2 or GIVEN; powers: levels are powers of two */
     uint32_t key_low, key_high, first;
+    const float *residual; /* where there is one, x + residual is quantized, */
+    float *owed;           /* and what its codes do not stand for is left here */
 } Quantize;
 
 typedef struct {
@@ -30,7 +34,7 @@ typedef struct {
     float *out;
     uint8_t *scratch;
     size_t numel, block;
-    int bits, sign;
+    int bits, powers, sign;
     float times;
 } Dequantize;
 
@@ -95,6 +99,19 @@ BODY float block_mean(const float *x, size_t m) {
     return lane[0] / (float)m;
 }
 
+/* Squares and their sum in double: they neither over- nor underflow. */
+BODY float block_l2(const float *x, size_t m) {
+    double lane[LANES] = {0};
+    size_t whole = m - m % LANES;
+    for (size_t j = 0; j < whole; j += LANES)
+        for (size_t i = 0; i < LANES; i++) lane[i] += (double)x[j + i] * (double)x[j + i];
+    for (size_t j = whole; j < m; j++) lane[j - whole] += (double)x[j] * (double)x[j];
+    for (size_t half = LANES / 2; half > 0; half /= 2)
+        for (size_t i = 0; i < half; i++) lane[i] += lane[i + half];
+    float norm = (float)sqrt(lane[0]);
+    return norm < SMALLEST_SCALE ? 0.0f : norm;
+}
+
 BODY void sign_codes(const float *restrict x, uint8_t *restrict code, size_t m) {
     for (size_t j = 0; j < m; j++) code[j] = x[j] >= 0.0f;
 }
@@ -112,6 +129,25 @@ BODY void stochastic_codes(const float *restrict x, uint8_t *restrict code, size
 
 BODY void nearest_codes(const float *restrict x, uint8_t *restrict code, size_t m, float inverse, float s) {
     for (size_t j = 0; j < m; j++) code[j] = (uint8_t)(rounded(clamped(x[j] * inverse, s)) + (int32_t)s);
+}
+
+/* reference.round_to_powers: from the lowest level up a carry out of the mantissa rounds; below it there is zero. */
+BODY void power_codes(const float *restrict x, uint8_t *restrict code, size_t m, float scale, int32_t s,
+                      const Quantize *q, uint32_t counter) {
+    uint32_t key_high = q->key_high;
+    const float divisor = scale < SMALLEST_SCALE ? INFINITY : scale;
+    const float lowest = float_of((uint32_t)(128 - s) << 23), inverse = float_of((uint32_t)(126 + s) << 23);
+    counter += q->key_low;
+    for (size_t j = 0; j < m; j++) {
+        float share = float_of(bits_of(x[j]) & 0x7fffffffu) / divisor;
+        share = share < 1.0f ? share : 1.0f; /* a NaN, too */
+        uint32_t noise = random_24(counter + (uint32_t)j, key_high);
+        int32_t above = (int32_t)((bits_of(share) + (noise >> 1)) >> 23) - (127 - s);
+        float small = share < lowest ? share : 0.0f;
+        int32_t below = (int32_t)(((uint32_t)(int32_t)(small * inverse * 0x1p24f) + noise) >> 24);
+        int32_t level = share < lowest ? below : above;
+        code[j] = (uint8_t)(level + (x[j] < 0.0f && level > 0 ? s : 0));
+    }
 }
 
 /* Eight codes at a time in a 64-bit word: masks keep neighbours apart, and 64-bit shifts vectorize. */
@@ -187,49 +223,81 @@ BODY size_t unpack(const uint8_t *in, uint8_t *code, size_t m, int bits) {
     return at;
 }
 
-BODY void quantize_body(const Quantize *q) {
-    uint8_t *out = q->codes;
+BODY void quantize_block(const Quantize *q, const float *x, float *scale, size_t m, uint32_t counter) {
     float s = levels(q->bits);
-    for (size_t start = 0, row = 0; start < q->numel; start += q->block, row++) {
-        const float *x = q->x + start;
-        size_t m = smaller(q->block, q->numel - start);
-        if (!q->given) q->scales[row] = q->bits == 1 ? block_mean(x, m) : block_max(x, m);
-        if (q->bits == 1) {
-            sign_codes(x, q->scratch, m);
-        } else {
-            float scale = q->scales[row], inverse = scale < SMALLEST_SCALE ? 0.0f : s / scale;
-            if (q->stochastic)
-                stochastic_codes(x, q->scratch, m, inverse, s, q, q->first + (uint32_t)start);
-            else
-                nearest_codes(x, q->scratch, m, inverse, s);
-        }
-        out += pack(q->scratch, out, m, q->bits);
-    }
+    if (q->norm != GIVEN)
+        *scale = q->bits == 1 ? block_mean(x, m) : q->norm == L2 ? block_l2(x, m) : block_max(x, m);
+    float inverse = *scale < SMALLEST_SCALE ? 0.0f : s / *scale;
+    if (q->bits == 1)
+        sign_codes(x, q->scratch, m);
+    else if (q->powers)
+        power_codes(x, q->scratch, m, *scale, (int32_t)s, q, counter);
+    else if (q->stochastic)
+        stochastic_codes(x, q->scratch, m, inverse, s, q, counter);
+    else
+        nearest_codes(x, q->scratch, m, inverse, s);
 }
 
-BODY void put(const uint8_t *restrict code, float *restrict out, size_t m, float unit, const Dequantize *d,
-              int sign) {
-    int doubled = d->bits == 1, zero = (int)levels(d->bits); /* one bit means -1 or +1 */
+/* (code - s) times a unit of scale / s; one bit means -1 or +1 */
+BODY float uniform_value(int32_t code, int bits, int32_t s) { return (float)((code << (bits == 1)) - s); }
+
+/* 0, or a power of two between 2^(1-s) and 1; above s once more, negative */
+BODY float power_value(int32_t code, int32_t s) {
+    int32_t negative = code > s, level = negative ? code - s : code;
+    uint32_t bits = level ? (uint32_t)(level + 127 - s) << 23 : 0;
+    return float_of(bits | (uint32_t)negative << 31);
+}
+
+BODY void put(const uint8_t *restrict code, float *restrict out, size_t m, float unit, const Dequantize *d, int sign,
+              int powers) {
+    int bits = d->bits;
+    int32_t s = (int32_t)levels(bits);
     float times = d->times;
     for (size_t j = 0; j < m; j++) {
-        float value = (float)(((int)code[j] << doubled) - zero) * unit;
+        float value = (powers ? power_value(code[j], s) : uniform_value(code[j], bits, s)) * unit;
         out[j] = (sign > 0 ? out[j] + value : sign < 0 ? out[j] - value : value) * times;
     }
 }
 
+BODY void put_signed(const uint8_t *code, float *out, size_t m, float unit, const Dequantize *d, int powers) {
+    if (d->sign > 0)
+        put(code, out, m, unit, d, 1, powers);
+    else if (d->sign < 0)
+        put(code, out, m, unit, d, -1, powers);
+    else
+        put(code, out, m, unit, d, 0, powers);
+}
+
+BODY void put_block(const uint8_t *code, float *out, size_t m, float scale, const Dequantize *d) {
+    if (d->powers)
+        put_signed(code, out, m, scale, d, 1);
+    else
+        put_signed(code, out, m, scale / levels(d->bits), d, 0);
+}
+
 BODY void dequantize_body(const Dequantize *d) {
     const uint8_t *in = d->codes;
-    float s = levels(d->bits);
     for (size_t start = 0, row = 0; start < d->numel; start += d->block, row++) {
         size_t m = smaller(d->block, d->numel - start);
-        float *out = d->out + start, unit = d->scales[row] / s;
         in += unpack(in, d->scratch, m, d->bits);
-        if (d->sign > 0)
-            put(d->scratch, out, m, unit, d, 1);
-        else if (d->sign < 0)
-            put(d->scratch, out, m, unit, d, -1);
-        else
-            put(d->scratch, out, m, unit, d, 0);
+        put_block(d->scratch, d->out + start, m, d->scales[row], d);
+    }
+}
+
+BODY void quantize_body(const Quantize *q) {
+    uint8_t *out = q->codes;
+    const Dequantize back = {.bits = q->bits, .powers = q->powers, .sign = -1, .times = 1.0f};
+    for (size_t start = 0, row = 0; start < q->numel; start += q->block, row++) {
+        const float *x = q->x + start;
+        size_t m = smaller(q->block, q->numel - start);
+        if (q->owed) {
+            float *restrict sum = q->owed + start;
+            for (size_t j = 0; j < m; j++) sum[j] = x[j] + q->residual[start + j];
+            x = sum;
+        }
+        quantize_block(q, x, q->scales + row, m, q->first + (uint32_t)start);
+        out += pack(q->scratch, out, m, q->bits);
+        if (q->owed) put_block(q->scratch, q->owed + start, m, q->scales[row], &back);
     }
 }
 

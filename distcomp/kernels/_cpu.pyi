@@ -12,7 +12,9 @@ def quantize(
     key: int,
     first: int,
     stochastic: bool,
-    given: bool,
+    norm: int,
+    powers: bool,
+    owing: tuple[int, int],
     /,
 ) -> None: ...
 def dequantize(
@@ -23,6 +25,7 @@ def dequantize(
     numel: int,
     block: int,
     bits: int,
+    powers: bool,
     sign: int,
     times: float,
     /,
@@ -38,7 +41,9 @@ def quantize_pieces(
     block: int,
     bits: int,
     stochastic: bool,
-    given: bool,
+    norm: int,
+    powers: bool,
+    owing: tuple[int, int],
     /,
 ) -> None: ...
 def dequantize_pieces(
@@ -50,6 +55,7 @@ def dequantize_pieces(
     pieces: int,
     block: int,
     bits: int,
+    powers: bool,
     sign: int,
     times: float,
     /,
@@ -74,7 +80,6 @@ def lowrank_pieces(
 ) -> None: ...
 def all_finite(x: int, numel: int, exponent: int, /) -> bool: ...
 def checksum(data: int, bytes: int, /) -> tuple[int, int]: ...
-def at_least(x: int, numel: int, threshold: int, places: int, most: int, /) -> int: ...
 def permuted(
     places: int, count: int, numel: int, bits: int, keys: tuple[int, int, int, int, int, int], /
 ) -> None: ...
@@ -156,3 +161,35 @@ def lowrank(
 ) -> None: ...
 def use(name: str, /) -> None: ...
 def instruction_set() -> str: ...
+def two_means(x: int, scales: int, sizes: tuple[int, int], table: int, lines: int, /) -> None: ...
+def put_two_means(
+    out: int, codes: int, scales: int, sizes: tuple[int, int, int], table: int, lines: int, sign: int, /
+) -> None: ...
+def grid_encode(
+    x: int,
+    codes: int,
+    sizes: tuple[int, int],
+    table: int,
+    lines: int,
+    keys: int,
+    spacing: float,
+    bits: int,
+    /,
+) -> None: ...
+def grid_decode(
+    out: int, codes: int, sizes: tuple[int, int], spacing: float, bits: int, sign: int, /
+) -> None: ...
+def pack_integers(integers: int, codes: int, sizes: tuple[int, int], bits: int, back: bool, /) -> None: ...
+def dct(
+    kind: int,
+    x: int,
+    values: int,
+    places: int,
+    sizes: tuple[int, int, int],
+    table: int,
+    lines: int,
+    factors: int,
+    factor_count: int,
+    sign: int,
+    /,
+) -> None: ...

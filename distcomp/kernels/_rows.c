@@ -3,105 +3,162 @@
  *
  * A table has one line for each row, made by Python (kernels/rows.py); none is followed outside its buffers.
  */
-#include <stdint.h>
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
 #include <stdlib.h>
-#include <string.h>
 
+#include "_cpu.h"
 #include "_inside.h"
 #include "_rows.h"
-
-typedef struct {
-    int64_t start, length, count; /* of the row in the flat buffer; how many of its elements are sent */
-    int64_t place, code;          /* where its places and its bytes begin */
-    int64_t width;                /* of an index within its chunk; BITMAP or NOTHING */
-} Row;
+#include "_top.h"
 
 #define BITMAP (-1)
 #define NOTHING (-2)
 #define WIDEST 15
-#define SCANS 4 /* up to so many largest are found one after the other */
 
 static size_t bytes_of(size_t bits) { return (bits + 7) / 8; }
 
-/* ------------------------------------------------------------------------------------------------------ which */
+/* ------------------------------------------------------------------------------------------------------ which
+ *
+ * A threshold is guessed and what reaches it is gathered in one pass; a guess that finds too few or too many is
+ * narrowed by counting, which is cheap. Whatever the guess, the answer is the same. Magnitudes are compared as the
+ * integers that their bits are: a NaN is above an infinity, and of equal ones the lower place is taken.
+ */
 
-static void magnitudes(const float *x, int32_t *out, size_t n) {
-    memcpy(out, x, 4 * n);
-    for (size_t j = 0; j < n; j++) out[j] &= 0x7fffffff;
+#define SAMPLED_FROM 65536 /* rows longer than this are not counted before a sample was */
+
+BODY int32_t magnitude_of(float x) { return (int32_t)(bits_of(x) & 0x7fffffffu); }
+
+/* How many are above a threshold, which may be -1: all are. */
+BODY size_t count_above(const float *x, size_t n, int32_t threshold) {
+    size_t total = 0;
+    for (size_t start = 0; start < n; start += STRETCH) {
+        size_t end = smaller(start + STRETCH, n);
+        uint32_t found = 0;
+        for (size_t j = start; j < end; j++) found += magnitude_of(x[j]) > threshold;
+        total += found;
+    }
+    return total;
 }
 
-/* The few largest, one scan after the other; of equal ones the first. Those that are taken become -1. */
-static void take_largest(int32_t *m, size_t n, size_t count) {
-    for (size_t taken = 0; taken < count; taken++) {
-        int32_t largest = -1;
-        for (size_t j = 0; j < n; j++) largest = m[j] > largest ? m[j] : largest;
-        size_t at = 0;
-        while (m[at] != largest) at++;
-        m[at] = -1;
-    }
+BODY size_t count_kept(const int32_t *m, size_t n, int32_t threshold) {
+    uint32_t found = 0;
+    for (size_t j = 0; j < n; j++) found += m[j] > threshold;
+    return found;
 }
 
-/* The count-th largest, by its bytes from the top down; *above: how many are larger. */
-static int32_t edge_of(const int32_t *m, size_t n, size_t count, size_t *above) {
-    uint32_t prefix = 0, known = 0;
-    *above = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        size_t bins[256] = {0};
-        for (size_t j = 0; j < n; j++)
-            if (((uint32_t)m[j] & known) == prefix) bins[(uint32_t)m[j] >> shift & 255]++;
-        uint32_t bin = 255;
-        while (*above + bins[bin] < count) *above += bins[bin--];
-        prefix |= bin << shift;
-        known |= 255u << shift;
-    }
-    return (int32_t)prefix;
-}
-
-#define TABLES 4 /* of counts: an element need not wait for its neighbour's */
-
-/* The elements whose exponents are those of the `count` largest, or larger: their magnitudes, and where they are.
- * Returns how many there are, few of a long row. */
-static size_t candidates(const float *x, size_t n, size_t count, int32_t *m, int64_t *places) {
-    uint32_t bins[TABLES][256] = {{0}}, bits;
-    size_t reached = 0, found = 0;
-    for (size_t j = 0; j < n; j++) {
-        memcpy(&bits, x + j, 4);
-        bins[j % TABLES][bits >> 23 & 255]++;
-    }
-    int32_t bin = 256;
-    while (reached < count) {
-        bin--;
-        for (int t = 0; t < TABLES; t++) reached += bins[t][bin];
-    }
-    for (size_t j = 0; j < n; j++) {
-        memcpy(&bits, x + j, 4);
-        m[found] = (int32_t)(bits & 0x7fffffffu);
-        places[found] = (int64_t)j;
-        found += m[found] >= bin << 23;
+/* What is above the threshold, rising by place. Returns how many; the search ends where there are more than `most`. */
+BODY size_t gather(const float *x, size_t n, int32_t threshold, const Search *s, size_t most) {
+    size_t found = 0;
+    for (size_t start = 0; start < n && found <= most; start += LANES) {
+        size_t end = smaller(start + LANES, n);
+        int32_t any = end - start < LANES;
+        if (!any)
+            for (size_t j = 0; j < LANES; j++) any |= magnitude_of(x[start + j]) > threshold;
+        if (!any) continue;
+        for (size_t j = start; j < end; j++) { /* written always, kept where it counts: nothing to mispredict */
+            s->magnitudes[found] = magnitude_of(x[j]);
+            s->places[found] = (int64_t)j;
+            found += s->magnitudes[found] > threshold;
+        }
     }
     return found;
 }
 
-/* `m` and `where` are scratch, of as many elements as the row has. */
-static void top_row(const float *x, const Row *row, int32_t *m, int64_t *where, int64_t *places) {
-    size_t n = (size_t)row->length, count = (size_t)row->count, above;
+/* The largest number that `count` or more of m reach, which is the count-th largest: by halving what it can be.
+ * Fewer than `count` are above it. */
+BODY int32_t edge_of(const int32_t *m, size_t n, size_t count) {
+    int64_t low = -1, high = INT32_MAX; /* `count` or more are above low, and fewer above high */
+    while (high - low > 1) {
+        int64_t middle = low + (high - low) / 2;
+        if (count_kept(m, n, (int32_t)middle) >= count)
+            low = middle;
+        else
+            high = middle;
+    }
+    return (int32_t)high;
+}
+
+/* A threshold that the largest `count` of a long row are most likely above, and few others: from a sample of it. */
+BODY int32_t sampled_guess(const float *x, size_t n, size_t count, const Search *s) {
+    size_t sample = 0;
+    for (size_t start = 0; start + LANES <= n; start += LANES * STRIDE)
+        for (size_t j = start; j < start + LANES; j++) s->magnitudes[sample++] = magnitude_of(x[j]);
+    /* As dense in the sample as in the row, and a quarter and a few more: too low costs little, too high a pass. */
+    size_t due = (size_t)((double)count / (double)n * (double)sample * 1.25) + 16;
+    return due < sample ? edge_of(s->magnitudes, sample, due) : -1;
+}
+
+/* From a guess that failed: a threshold that `count` to `most` are above; or, where ties allow none, the largest that
+ * `count` are above. */
+BODY int32_t narrowed(const float *x, size_t n, size_t count, size_t most, int32_t guess) {
+    int64_t low = -1, high = INT32_MAX, threshold = guess, step = 1 << 19;
+    while (high - low > 1) {
+        size_t found = count_above(x, n, (int32_t)threshold);
+        if (found >= count && found <= most) return (int32_t)threshold;
+        int64_t near = found < count ? threshold - step : threshold + step; /* the edge is not far from the guess */
+        if (found < count)
+            high = threshold;
+        else
+            low = threshold;
+        threshold = near > low && near < high ? near : low + (high - low) / 2;
+        step *= 2;
+    }
+    return (int32_t)low;
+}
+
+/* All above the edge, and of those that equal it the first, until there are `count`. */
+#define TAKE(n, magnitude, place) \
+    for (size_t j = 0, taken = 0; taken < count && j < (n); j++) { \
+        int32_t m = (magnitude); \
+        if (m < edge || (m == edge && !ties)) continue; \
+        ties -= m == edge; \
+        out[taken++] = row->start + (place); \
+    }
+
+BODY void top_row_body(const float *all, const Row *row, Search *s, int64_t *places) {
+    const float *x = all + row->start;
+    size_t n = (size_t)row->length, count = (size_t)row->count;
     int64_t *out = places + row->place;
-    if (count == n) {
+    if (count == n)
         for (size_t j = 0; j < n; j++) out[j] = row->start + (int64_t)j;
+    if (count == n || !count) return;
+    size_t most = 2 * count + (n > SAMPLED_FROM ? 64 * STRIDE : 64);
+    if (n > SAMPLED_FROM) s->guess = sampled_guess(x, n, count, s);
+    size_t found = gather(x, n, s->guess, s, most);
+    if (found < count || found > most) {
+        s->guess = narrowed(x, n, count, most, s->guess);
+        found = gather(x, n, s->guess, s, most);
+    }
+    if (found > most) { /* more equal the edge than there is room for */
+        int32_t edge = s->guess + 1;
+        size_t ties = count - count_above(x, n, edge);
+        TAKE(n, magnitude_of(x[j]), (int64_t)j)
         return;
     }
-    if (count <= SCANS) {
-        magnitudes(x + row->start, m, n);
-        take_largest(m, n, count);
-        for (size_t j = 0, found = 0; found < count; j++)
-            if (m[j] < 0) out[found++] = row->start + (int64_t)j;
-        return;
+    int32_t edge = edge_of(s->magnitudes, found, count);
+    size_t ties = count - count_kept(s->magnitudes, found, edge);
+    TAKE(found, s->magnitudes[j], s->places[j])
+}
+
+#define VARIANT(name, TARGET) \
+    TARGET static void top_row_##name(const float *x, const Row *row, Search *s, int64_t *places) { \
+        top_row_body(x, row, s, places); \
     }
-    size_t likely = candidates(x + row->start, n, count, m, where);
-    int32_t edge = edge_of(m, likely, count, &above);
-    size_t ties = count - above;
-    for (size_t j = 0, found = 0; found < count; j++)
-        if (m[j] > edge || (m[j] == edge && ties && ties--)) out[found++] = row->start + where[j];
+
+VARIANT(generic, )
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+VARIANT(avx2, __attribute__((target("avx2"))))
+VARIANT(avx512, __attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl"))))
+#endif
+
+TopRow top_row_of(const char *name) {
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+    if (!strcmp(name, "avx512")) return top_row_avx512;
+    if (!strcmp(name, "avx2")) return top_row_avx2;
+#endif
+    (void)name;
+    return top_row_generic;
 }
 
 /* ------------------------------------------------------------------------------------------------ how written */
@@ -255,20 +312,23 @@ static int are_inside(const Rows *all, int (*is_inside)(const Rows *, const Row 
 PyObject *py_top_rows(PyObject *self, PyObject *args) {
     (void)self;
     Rows all = {0};
-    size_t longest = 0;
+    size_t room = 0;
     if (!PyArg_ParseTuple(args, "KK(nn)Kn", &all.x, &all.places, &all.x_size, &all.places_size, &all.table, &all.rows))
         return NULL;
     if (!are_inside(&all, value_row_is_inside)) return NULL;
     const Row *row = TABLE(all);
-    for (Py_ssize_t i = 0; i < all.rows; i++)
-        if ((size_t)row[i].length > longest) longest = (size_t)row[i].length;
-    int64_t *where = calloc(longest + 1, sizeof *where + sizeof(int32_t));
-    if (!where) return PyErr_NoMemory();
-    int32_t *m = (int32_t *)(where + longest + 1);
+    for (Py_ssize_t i = 0; i < all.rows; i++) {
+        size_t wanted = room_for((size_t)row[i].length, (size_t)row[i].count) + LANES;
+        if (wanted > room) room = wanted;
+    }
+    Search search = {.places = calloc(room + 1, sizeof(int64_t) + sizeof(int32_t)), .guess = -1};
+    if (!search.places) return PyErr_NoMemory();
+    search.magnitudes = (int32_t *)(search.places + room + 1);
+    TopRow top_row = top_row_of(instruction_set());
     Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t i = 0; i < all.rows; i++) top_row((const float *)(uintptr_t)all.x, &row[i], m, where, PLACES(all));
+    for (Py_ssize_t i = 0; i < all.rows; i++) top_row((const float *)(uintptr_t)all.x, &row[i], &search, PLACES(all));
     Py_END_ALLOW_THREADS
-    free(where);
+    free(search.places);
     Py_RETURN_NONE;
 }
 

@@ -2,6 +2,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+const char *instruction_set(void); /* of _cpu.c: the one in use */
 PyObject *py_top_rows(PyObject *self, PyObject *args);
 PyObject *py_write_rows(PyObject *self, PyObject *args);
 PyObject *py_read_rows(PyObject *self, PyObject *args);

@@ -1,22 +1,4 @@
-/* What sparsifiers and natural compression do to every element: select.py's and reference.py's loops once more. */
-
-/* The places of magnitudes at or above `threshold` (both as the integers that their bits are), rising. Returns how
- * many there are, or most + 1 where they do not fit. */
-BODY size_t at_least_body(const uint32_t *x, size_t numel, uint32_t threshold, int64_t *places, size_t most) {
-    size_t found = 0;
-    for (size_t start = 0; start < numel; start += LANES) {
-        size_t end = smaller(start + LANES, numel);
-        uint32_t any = 0;
-        for (size_t j = start; j < end; j++) any |= (x[j] & 0x7fffffffu) >= threshold;
-        if (!any) continue;
-        for (size_t j = start; j < end; j++) {
-            if ((x[j] & 0x7fffffffu) < threshold) continue;
-            if (found == most) return most + 1;
-            places[found++] = (int64_t)j;
-        }
-    }
-    return found;
-}
+/* What sparsifiers and natural compression do to every element: reference.py's loops once more. */
 
 /* lowbias32 of x and a 64-bit key */
 BODY uint64_t hashed(uint64_t place, uint64_t key) {

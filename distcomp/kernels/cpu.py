@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distcomp.kernels import _cpu
-from distcomp.kernels.packing import block_bytes
+from distcomp.kernels.packing import NORMS, block_bytes
 
 ALONE_BYTES = 1 << 20  # up to here one thread is done before another has woken
 MASK = 0xFFFFFFFF
@@ -29,25 +29,31 @@ T = TypeVar("T")
 
 def quantize(
     x: Tensor, codes: Tensor, scales: Tensor, *,
-    block: int, bits: int, key: int, first: int, stochastic: bool, given: bool,
+    block: int, bits: int, key: int, first: int, stochastic: bool, norm: str, powers: bool,
+    owing: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`distcomp.kernels.quantize`."""
+    """See :func:`distcomp.kernels.quantize`; in the same pass, what is owed."""
     coded = _coded(x, codes, scales, block, bits)
+    residual, owed = (one.data_ptr() for one in owing) if owing else (0, 0)
 
     def run(start: int, count: int) -> None:
-        _cpu.quantize(*coded(start), count, block, bits, key, first + start & MASK, stochastic, given)
+        at = first + start & MASK
+        there = (residual + 4 * start, owed + 4 * start) if owing else (0, 0)
+        how = stochastic, NORMS.index(norm), powers, there
+        _cpu.quantize(*coded(start), count, block, bits, key, at, *how)
 
     shared(run, x.numel(), block, 4)
 
 
 def dequantize(
-    codes: Tensor, scales: Tensor, out: Tensor, *, block: int, bits: int, sign: int, times: float
-) -> None:
+    codes: Tensor, scales: Tensor, out: Tensor, *,
+    block: int, bits: int, powers: bool, sign: int, times: float,
+) -> None:  # fmt: skip
     """See :func:`distcomp.kernels.dequantize`."""
     coded = _coded(out, codes, scales, block, bits)
 
     def run(start: int, count: int) -> None:
-        _cpu.dequantize(*coded(start), count, block, bits, sign, times)
+        _cpu.dequantize(*coded(start), count, block, bits, powers, sign, times)
 
     shared(run, out.numel(), block, 4)
 
@@ -87,13 +93,6 @@ def checksum(data: Tensor) -> int:
 
     sums = shared(run, data.numel(), 4, 1)
     return (sum(w for _, w in sums) & MASK) << 32 | sum(s for s, _ in sums) & MASK
-
-
-def at_least(x: Tensor, threshold: int, most: int) -> Tensor | None:
-    """See :func:`distcomp.kernels.at_least`."""
-    places = torch.empty(most, dtype=torch.int64)
-    found = _cpu.at_least(x.data_ptr(), x.numel(), threshold, places.data_ptr(), most)
-    return places[:found] if found <= most else None
 
 
 def permuted(count: int, numel: int, keys: tuple[int, ...]) -> Tensor:

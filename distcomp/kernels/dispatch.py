@@ -31,18 +31,17 @@ class Backend(Protocol):
 
     def quantize(
         self, x: Tensor, codes: Tensor, scales: Tensor, *,
-        block: int, bits: int, key: int, first: int, stochastic: bool, given: bool,
+        block: int, bits: int, key: int, first: int, stochastic: bool, norm: str, powers: bool,
     ) -> None: ...  # fmt: skip
 
     def dequantize(
-        self, codes: Tensor, scales: Tensor, out: Tensor, *, block: int, bits: int, sign: int, times: float
-    ) -> None: ...
+        self, codes: Tensor, scales: Tensor, out: Tensor, *,
+        block: int, bits: int, powers: bool, sign: int, times: float,
+    ) -> None: ...  # fmt: skip
 
     def all_finite(self, x: Tensor) -> bool: ...
 
     def checksum(self, data: Tensor) -> int: ...
-
-    def at_least(self, x: Tensor, threshold: int, most: int) -> Tensor | None: ...
 
     def permuted(self, count: int, numel: int, keys: tuple[int, ...]) -> Tensor: ...
 

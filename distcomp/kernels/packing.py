@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from functools import cache
 
+NORMS = ("max", "l2", "given")
+"""What a block's scale is: its largest magnitude, its Euclidean norm, or a number that is handed in. C
+knows them by their places here."""
+
 
 @cache
 def parts(bits: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from distcomp import kernels
 from distcomp.errors import DistcompError
 from distcomp.kernels.dispatch import backend
-from distcomp.kernels.packing import packed_bytes, scale_count
+from distcomp.kernels.packing import NORMS, packed_bytes, scale_count
 from distcomp.kernels.tables import check_tensor, lines_of
 
 LARGE = 1 << 18
@@ -45,9 +45,11 @@ class Pieces:
     each: tuple[Piece, ...]
     block: int
     bits: int
+    powers: bool = False
+    """Whether levels are powers of two."""
 
     @staticmethod
-    def of(places: Sequence[tuple[int, int, int]], block: int, bits: int) -> Pieces:
+    def of(places: Sequence[tuple[int, int, int]], block: int, bits: int, powers: bool = False) -> Pieces:
         """From ``(at, numel, first)`` of each piece: codes and scales follow one another."""
         pieces, codes, scales = [], 0, 0
         for at, numel, first in places:
@@ -58,7 +60,7 @@ class Pieces:
             pieces.append(Piece(at, numel, codes, scales, first))
             codes += packed_bytes(numel, block, bits)
             scales += scale_count(numel, block)
-        return Pieces(tuple(pieces), block, bits)
+        return Pieces(tuple(pieces), block, bits, powers)
 
     @cached_property
     def numel(self) -> int:
@@ -116,13 +118,12 @@ def quantize(
     keys: Sequence[int] = (),
     *,
     stochastic: bool = True,
-    given_scales: bool = False,
+    norm: str = "max",
 ) -> None:
     """:func:`distcomp.kernels.quantize` of each piece, with the key of the same index (none where nothing is
     random)."""
     _check(x, codes, scales, pieces)
-    if keys and len(keys) != len(pieces.each):
-        raise DistcompError(f"{len(keys)} keys were given for {len(pieces.each)} pieces; give one for each")
+    _check_keys(keys, pieces)
     served = _served(x)
     for i in pieces.large if served else range(len(pieces.each)):
         kernels.quantize(
@@ -132,10 +133,64 @@ def quantize(
             key=keys[i] if keys else 0,
             first=pieces.each[i].first,
             stochastic=stochastic,
-            given_scales=given_scales,
+            norm=norm,
+            powers=pieces.powers,
         )
-    if not served or not pieces.small:
+    if served and pieces.small:
+        _quantize_small(x, codes, scales, pieces, keys, (stochastic, NORMS.index(norm)), (0, 0))
+
+
+def quantize_owing(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    pieces: Pieces,
+    keys: Sequence[int] = (),
+    *,
+    owing: tuple[Tensor, Tensor],
+    stochastic: bool = True,
+    norm: str = "max",
+) -> None:
+    """:func:`quantize` of ``x + residual``; what its codes do not stand for goes into ``owed``.
+
+    ``owing``: residual and owed, neither of which is ``x`` or the other. A step of error feedback, with the
+    same bits as adding, quantizing and subtracting what was decoded; in C one pass.
+    """
+    residual, owed = owing
+    for what, tensor in (("residual's values", residual), ("values owed", owed)):
+        check_tensor(what, tensor, torch.float32, x.numel())
+    if not _served(x):
+        torch.add(x, residual, out=owed)
+        quantize(owed, codes, scales, pieces, keys, stochastic=stochastic, norm=norm)
+        dequantize(codes, scales, owed, pieces, subtract=True)
         return
+    _check(x, codes, scales, pieces)
+    _check_keys(keys, pieces)
+    from distcomp.kernels import cpu
+
+    for i in pieces.large:
+        one, key = pieces.each[i], keys[i] if keys else 0
+        place = slice(one.at, one.at + one.numel)
+        cpu.quantize(
+            *pieces.views(i, x, codes, scales),
+            block=pieces.block, bits=pieces.bits, key=key, first=one.first, stochastic=stochastic,
+            norm=norm, powers=pieces.powers, owing=(residual[place], owed[place]),
+        )  # fmt: skip
+    if pieces.small:
+        addresses = residual.data_ptr(), owed.data_ptr()
+        _quantize_small(x, codes, scales, pieces, keys, (stochastic, NORMS.index(norm)), addresses)
+
+
+def _quantize_small(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    pieces: Pieces,
+    keys: Sequence[int],
+    how: tuple[bool, int],
+    owing: tuple[int, int],
+) -> None:
+    """All small pieces in one call of C."""
     from distcomp.kernels import _cpu, cpu
 
     all_keys = array("Q", [keys[i] for i in pieces.small] if keys else bytes(8 * len(pieces.small)))
@@ -145,7 +200,7 @@ def quantize(
     def run(start: int, count: int) -> None:
         _cpu.quantize_pieces(
             *coded, table_at + PIECE_BYTES * start, count, keys_at + 8 * start,
-            pieces.block, pieces.bits, stochastic, given_scales,
+            pieces.block, pieces.bits, *how, pieces.powers, owing,
         )  # fmt: skip
 
     cpu.shared(run, count_of_all, 1, 4 * x.numel() // count_of_all)
@@ -169,7 +224,7 @@ def dequantize(
         piece_out, piece_codes, piece_scales = pieces.views(i, out, codes, scales)
         kernels.dequantize(
             piece_codes, piece_scales, piece_out,
-            block=pieces.block, bits=pieces.bits, add=add, subtract=subtract,
+            block=pieces.block, bits=pieces.bits, powers=pieces.powers, add=add, subtract=subtract,
         )  # fmt: skip
     if not served or not pieces.small:
         return
@@ -180,7 +235,7 @@ def dequantize(
 
     def run(start: int, count: int) -> None:
         _cpu.dequantize_pieces(
-            *coded, table_at + PIECE_BYTES * start, count, pieces.block, pieces.bits, sign, 1.0
+            *coded, table_at + PIECE_BYTES * start, count, pieces.block, pieces.bits, pieces.powers, sign, 1.0
         )
 
     cpu.shared(run, count_of_all, 1, 4 * out.numel() // count_of_all)
@@ -242,6 +297,11 @@ def move(source: Tensor, target: Tensor, moves: Moves) -> None:
         return
     for begin, to, numel in moves.table.tolist():
         target.view(-1)[to : to + numel] = source.view(-1)[begin : begin + numel]
+
+
+def _check_keys(keys: Sequence[int], pieces: Pieces) -> None:
+    if keys and len(keys) != len(pieces.each):
+        raise DistcompError(f"{len(keys)} keys were given for {len(pieces.each)} pieces; give one for each")
 
 
 def _served(x: Tensor) -> bool:

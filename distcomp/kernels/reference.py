@@ -18,6 +18,7 @@ MASK = 0xFFFFFFFF
 ONE = 2.0**24  # 1 in fixed point, with the 24 bits after the point that random numbers have
 SMALLEST_SCALE = 2.0**-120  # below it s / scale could overflow; such a block is sent as zeros
 LANES = 16
+MANTISSA = 23  # bits of a float32's
 
 
 def uniform(count: int, key: int | Tensor, first: int, device: torch.device) -> Tensor:
@@ -87,9 +88,20 @@ def block_max(x: Tensor) -> Tensor:
 
 
 def block_mean(x: Tensor) -> Tensor:
-    """(rows, m) -> (rows,): mean |x|, added in 16 lanes (element j in lane j % 16), then folded."""
+    """(rows, m) -> (rows,): mean |x|."""
+    return _divide(lane_sum(x.abs()), float(x.shape[1]))
+
+
+def block_l2(x: Tensor) -> Tensor:
+    """(rows, m) -> (rows,): the Euclidean norm, squares and sum in float64, where they fit; tiny -> 0."""
+    norm = lane_sum(x.double().square()).sqrt().float()
+    return torch.where(norm < SMALLEST_SCALE, torch.zeros_like(norm), norm)
+
+
+def lane_sum(x: Tensor) -> Tensor:
+    """(rows, m) -> (rows,): the sum, added in 16 lanes (element j in lane j % 16), then folded."""
     rows, m = x.shape
-    lanes = torch.nn.functional.pad(x.abs(), (0, -m % LANES)).view(rows, -1, LANES)
+    lanes = torch.nn.functional.pad(x, (0, -m % LANES)).view(rows, -1, LANES)
     total = lanes[:, 0].clone()
     for i in range(1, lanes.shape[1]):
         total += lanes[:, i]
@@ -97,22 +109,26 @@ def block_mean(x: Tensor) -> Tensor:
     while half:
         total = total[:, :half] + total[:, half : 2 * half]
         half //= 2
-    return _divide(total[:, 0], float(m))
+    return total[:, 0]
 
 
 def quantize(
     x: Tensor, codes: Tensor, scales: Tensor, *,
-    block: int, bits: int, key: int, first: int, stochastic: bool, given: bool,
+    block: int, bits: int, key: int, first: int, stochastic: bool, norm: str, powers: bool,
 ) -> None:  # fmt: skip
     """See :func:`distcomp.kernels.quantize`."""
     for start, x_rows, code_rows, scale in _blocks(x, codes, scales, block, bits):
-        if not given:
-            scale.copy_(block_mean(x_rows) if bits == 1 else block_max(x_rows))
+        if norm != "given":
+            find = block_mean if bits == 1 else block_l2 if norm == "l2" else block_max
+            scale.copy_(find(x_rows))
         if bits == 1:
             integers = (x_rows >= 0).to(torch.int64)
         else:
             noise = uniform(x_rows.numel(), key, first + start, x.device).view_as(x_rows)
-            integers = round_to_levels(x_rows, scale, levels(bits), noise if stochastic else None)
+            if powers:
+                integers = round_to_powers(x_rows, scale, levels(bits), noise)
+            else:
+                integers = round_to_levels(x_rows, scale, levels(bits), noise if stochastic else None)
         code_rows.copy_(pack_codes(integers, bits))
 
 
@@ -129,17 +145,47 @@ def round_to_levels(x: Tensor, scale: Tensor, s: int, noise: Tensor | None) -> T
     return y.to(torch.int64) + s
 
 
+def round_to_powers(x: Tensor, scale: Tensor, s: int, noise: Tensor) -> Tensor:
+    """The number of a level beside ``|x| / scale`` among ``0, 2^(1-s), ..., 1/2, 1``, at random so that the
+    mean is right: 0..s, and s+1..2s for negative ones.
+
+    From the lowest level up, a carry out of the mantissa rounds, as in :func:`exponents`; below it there are
+    zero and that level. NaN takes the highest level.
+    """
+    divisor = torch.where(scale < SMALLEST_SCALE, torch.full_like(scale, float("inf")), scale)
+    share = x.abs() / divisor.view(-1, 1)
+    share = torch.where(share < 1, share, torch.ones_like(share))
+    carried = share.view(torch.int32) + (noise * 2**MANTISSA).to(torch.int32)
+    above = (carried >> MANTISSA) - (127 - s)  # 2^(1-s), the first level, has the exponent 128 - s
+    below = round_at_random(share * 2.0 ** (s - 1), noise).to(torch.int32)
+    level = torch.where(share < 2.0 ** (1 - s), below, above).to(torch.int64)
+    return level + s * ((x < 0) & (level > 0))
+
+
 def dequantize(
-    codes: Tensor, scales: Tensor, out: Tensor, *, block: int, bits: int, sign: int, times: float
-) -> None:
+    codes: Tensor, scales: Tensor, out: Tensor, *,
+    block: int, bits: int, powers: bool, sign: int, times: float,
+) -> None:  # fmt: skip
     """See :func:`distcomp.kernels.dequantize`; ``sign`` is 0 to overwrite, +1 to add, -1 to subtract."""
     for _, out_rows, code_rows, scale in _blocks(out, codes, scales, block, bits):
         integers = unpack_codes(code_rows, out_rows.shape[1], bits)
-        centred = 2 * integers - 1 if bits == 1 else integers - levels(bits)
-        value = centred.to(torch.float32) * _divide(scale, float(levels(bits))).view(-1, 1)
+        if powers:
+            value = powers_of_two(integers, levels(bits)) * scale.view(-1, 1)
+        else:
+            centred = 2 * integers - 1 if bits == 1 else integers - levels(bits)
+            value = centred.to(torch.float32) * _divide(scale, float(levels(bits))).view(-1, 1)
         if sign:
             value = out_rows + value if sign > 0 else out_rows - value
         out_rows.copy_(value * times)
+
+
+def powers_of_two(codes: Tensor, s: int) -> Tensor:
+    """What :func:`round_to_powers` rounded to, in units of the scale."""
+    negative = codes > s
+    level = torch.where(negative, codes - s, codes)
+    power = ((level + (127 - s)) << MANTISSA).to(torch.int32).view(torch.float32)
+    share = torch.where(level > 0, power, torch.zeros_like(power))
+    return torch.where(negative, -share, share)
 
 
 def all_finite(x: Tensor) -> bool:
@@ -173,13 +219,6 @@ def _blocks(
         yield 0, x[:start].view(whole, block), codes[:code_start].view(whole, -1), scales[:whole]
     if rest:
         yield start, x[start:].view(1, rest), codes[code_start:].view(1, -1), scales[whole:]
-
-
-def at_least(x: Tensor, threshold: int, most: int) -> Tensor | None:
-    """The places, rising, whose magnitudes as integers are at or above ``threshold``; None if there are more
-    than ``most``."""
-    places = (magnitudes(x) >= threshold).nonzero().view(-1)
-    return places if places.numel() <= most else None
 
 
 def magnitudes(x: Tensor) -> Tensor:
@@ -223,7 +262,6 @@ def _hashed(x: Tensor, key: int) -> Tensor:
     return hashed
 
 
-MANTISSA = 23
 LARGEST_EXPONENT = 254
 
 

@@ -22,10 +22,10 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found,unu
 from torch import Tensor
 
 from distcomp.kernels.packing import block_bytes
-from distcomp.kernels.reference import at_least, exponents, permuted, scale_by_exponents
+from distcomp.kernels.reference import block_l2, exponents, permuted, scale_by_exponents
 
 # A few torch operations, each one pass over memory that a GPU is fast at: no kernel of their own.
-__all__ = ["all_finite", "at_least", "checksum", "dequantize", "exponents", "permuted", "quantize"]
+__all__ = ["all_finite", "checksum", "dequantize", "exponents", "permuted", "quantize"]
 __all__ += ["scale_by_exponents"]
 
 LARGEST_TILE = 8192
@@ -48,16 +48,39 @@ def _random_24(counter, key_low, key_high):
 
 
 @triton.jit
-def _codes(x, inverse, counter, key_low, key_high, bits: tl.constexpr, stochastic: tl.constexpr):
-    """The integers of ``x``, 0 .. 2s, in the low bytes; NaN becomes 2s: minimum() is the other one."""
+def _codes(
+    x, inverse, counter, key_low, key_high, bits: tl.constexpr, stochastic: tl.constexpr, powers: tl.constexpr
+):
+    """The integers of ``x``, 0 .. 2s, in the low bytes; NaN becomes 2s: minimum() is the other one.
+
+    ``inverse`` is the scale itself at one bit, and where levels are ``powers`` of two.
+    """
     if bits == 1:
         return (x >= 0).to(tl.int32)
+    if powers:
+        return _power_codes(x, inverse, counter, key_low, key_high, bits)
     s: tl.constexpr = (1 << (bits - 1)) - 1
     y = tl.maximum(tl.minimum(x * inverse, 1.0 * s), -1.0 * s)
     if stochastic:  # reference.round_at_random: a sum with 24 bits after the point, in which s comes along
         fixed = (y * 16777216.0).to(tl.int32).to(tl.uint32, bitcast=True) + (s << 24)
         return ((fixed + _random_24(counter, key_low, key_high)) >> 24).to(tl.int32)
     return (y + MAGIC).to(tl.int32, bitcast=True) + s
+
+
+@triton.jit
+def _power_codes(x, scale, counter, key_low, key_high, bits: tl.constexpr):
+    """reference.round_to_powers: a carry out of the mantissa rounds; below the lowest level there is zero."""
+    s: tl.constexpr = (1 << (bits - 1)) - 1
+    divisor = tl.where(scale < 2.0**-120, float("inf"), scale) + tl.zeros_like(x)
+    share = tl.div_rn(tl.abs(x), divisor)
+    share = tl.where(share < 1.0, share, 1.0)  # a NaN, too
+    noise = _random_24(counter, key_low, key_high)
+    above = ((share.to(tl.uint32, bitcast=True) + (noise >> 1)) >> 23).to(tl.int32) - (127 - s)
+    small = tl.where(share < 2.0 ** (1 - s), share, 0.0)
+    fixed = (small * 2.0 ** (s - 1) * 16777216.0).to(tl.int32).to(tl.uint32, bitcast=True)
+    below = ((fixed + noise) >> 24).to(tl.int32)
+    level = tl.where(share < 2.0 ** (1 - s), below, above)
+    return level + tl.where((x < 0) & (level > 0), s, 0)
 
 
 @triton.jit
@@ -101,7 +124,7 @@ def _unsigned(value):
 def _quantize_tiles(
     x_at, codes_at, scales_at, rows_all, key_low, key_high, first,
     block: tl.constexpr, padded: tl.constexpr, rows: tl.constexpr,
-    bits: tl.constexpr, stochastic: tl.constexpr, given: tl.constexpr,
+    bits: tl.constexpr, stochastic: tl.constexpr, given: tl.constexpr, powers: tl.constexpr,
 ):  # fmt: skip
     """``rows`` blocks as a (rows, 8, padded) tile: element p * block / 8 + j of a block is at (p, j)."""
     height: tl.constexpr = block // 8
@@ -124,9 +147,9 @@ def _quantize_tiles(
         scale = _settled(tl.max(tl.reshape(_magnitude(x), (rows, 8 * padded)), 1))
     if not given:
         tl.store(scales_at + row, scale, mask=row < rows_all)
-    inverse = scale[:, None, None] if bits == 1 else _inverse(scale, bits)[:, None, None]
+    inverse = scale[:, None, None] if bits == 1 or powers else _inverse(scale, bits)[:, None, None]
     counter = _unsigned(first) + element.to(tl.uint32)
-    codes = _codes(x, inverse, counter, _unsigned(key_low), _unsigned(key_high), bits, stochastic)
+    codes = _codes(x, inverse, counter, _unsigned(key_low), _unsigned(key_high), bits, stochastic, powers)
     for i in tl.static_range(4):
         if bits & (8 >> i):
             _store_part(codes, codes_at, row, rows_all, height, padded, rows, bits, 8 >> i)
@@ -164,17 +187,22 @@ def _part_bytes(
 
 
 @triton.jit
-def _value(code, unit, bits: tl.constexpr):
+def _value(code, unit, bits: tl.constexpr, powers: tl.constexpr):
     """What a code stands for."""
+    if powers:
+        s: tl.constexpr = (1 << (bits - 1)) - 1
+        level = tl.where(code > s, code - s, code).to(tl.int32)
+        share = tl.where(level > 0, ((level + (127 - s)) << 23).to(tl.float32, bitcast=True), 0.0)
+        return tl.where(code > s, -share, share) * unit
     if bits == 1:
         return (2 * code - 1).to(tl.float32) * unit
     return (code - ((1 << (bits - 1)) - 1)).to(tl.float32) * unit
 
 
 @triton.jit
-def _unit(scale, bits: tl.constexpr):
+def _unit(scale, bits: tl.constexpr, powers: tl.constexpr):
     """scale / s."""
-    if bits == 1:
+    if bits == 1 or powers:
         return scale
     return tl.div_rn(scale, tl.full(scale.shape, (1 << (bits - 1)) - 1, tl.float32))
 
@@ -192,7 +220,8 @@ def _put(out_at, alive, value, times, sign: tl.constexpr):
 @triton.jit(do_not_specialize=["rows_all"])
 def _dequantize_tiles(
     codes_at, scales_at, out_at, rows_all, times,
-    block: tl.constexpr, padded: tl.constexpr, rows: tl.constexpr, bits: tl.constexpr, sign: tl.constexpr,
+    block: tl.constexpr, padded: tl.constexpr, rows: tl.constexpr,
+    bits: tl.constexpr, powers: tl.constexpr, sign: tl.constexpr,
 ):  # fmt: skip
     """The inverse of :func:`_quantize_tiles`: each byte is spread over the planes it carries."""
     height: tl.constexpr = block // 8
@@ -201,11 +230,11 @@ def _dequantize_tiles(
     for i in tl.static_range(4):
         if bits & (8 >> i):
             code |= _load_part(codes_at, row, rows_all, height, padded, rows, bits, 8 >> i)
-    unit = _unit(tl.load(scales_at + row, mask=row < rows_all, other=0.0), bits)
+    unit = _unit(tl.load(scales_at + row, mask=row < rows_all, other=0.0), bits, powers)
     j = tl.arange(0, padded)[None, None, :]
     element = row[:, None, None] * block + tl.arange(0, 8)[None, :, None] * height + j
     alive = (row[:, None, None] < rows_all) & (j < height)
-    _put(out_at + element, alive, _value(code, unit[:, None, None], bits), times, sign)
+    _put(out_at + element, alive, _value(code, unit[:, None, None], bits, powers), times, sign)
 
 
 @triton.jit
@@ -224,13 +253,14 @@ def _load_part(
 @triton.jit(do_not_specialize=["block", "key_low", "key_high", "first"])
 def _quantize_any(
     x_at, codes_at, scales_at, block, key_low, key_high, first,
-    bits: tl.constexpr, stochastic: tl.constexpr, given: tl.constexpr, chunk: tl.constexpr,
+    bits: tl.constexpr, stochastic: tl.constexpr, given: tl.constexpr, powers: tl.constexpr,
+    chunk: tl.constexpr,
 ):  # fmt: skip
     """One block of any length, in chunks."""
     row = tl.program_id(0).to(tl.int64)
     x_at += row * block
     scale = _scale_of(x_at, scales_at + row, block, bits, given, chunk)
-    inverse = scale if bits == 1 else _inverse(scale, bits)
+    inverse = scale if bits == 1 or powers else _inverse(scale, bits)
     counter = _unsigned(first) + (row * block).to(tl.uint32)
     codes_at += row * _packed_bytes(block, bits)
     for i in tl.static_range(4):
@@ -244,7 +274,8 @@ def _quantize_any(
                     inside = (j < height) & (element < block)
                     x = tl.load(x_at + element, mask=inside, other=0.0)
                     at = counter + element.to(tl.uint32)
-                    code = _codes(x, inverse, at, _unsigned(key_low), _unsigned(key_high), bits, stochastic)
+                    keys = _unsigned(key_low), _unsigned(key_high)
+                    code = _codes(x, inverse, at, keys[0], keys[1], bits, stochastic, powers)
                     byte |= tl.where(inside, _part(code, bits, 8 >> i) << (p * (8 >> i)), 0)
                 tl.store(codes_at + j, byte.to(tl.uint8), mask=j < height)
             codes_at += height
@@ -286,7 +317,7 @@ def _scale_of(x_at, scale_at, block, bits: tl.constexpr, given: tl.constexpr, ch
 @triton.jit(do_not_specialize=["numel", "block"])
 def _dequantize_any(
     codes_at, scales_at, out_at, numel, block, times,
-    bits: tl.constexpr, sign: tl.constexpr, tile: tl.constexpr,
+    bits: tl.constexpr, powers: tl.constexpr, sign: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """Whole blocks of any one length, element by element: each finds the bytes that its parts lie in."""
     start = tl.program_id(0).to(tl.int64) * tile
@@ -302,8 +333,8 @@ def _dequantize_any(
             part = (byte >> (j // height * (8 >> i))) & ((1 << (8 >> i)) - 1)
             code |= part << (bits & ~((16 >> i) - 1))
             codes_at += height
-    unit = _unit(tl.load(scales_at + row, mask=alive, other=0.0), bits)
-    _put(out_at + index, alive, _value(code, unit, bits), times, sign)
+    unit = _unit(tl.load(scales_at + row, mask=alive, other=0.0), bits, powers)
+    _put(out_at + index, alive, _value(code, unit, bits, powers), times, sign)
 
 
 @triton.jit
@@ -331,10 +362,17 @@ def _add_sums(data_at, sums_at, size_bytes, tile: tl.constexpr):
 
 def quantize(
     x: Tensor, codes: Tensor, scales: Tensor, *,
-    block: int, bits: int, key: int, first: int, stochastic: bool, given: bool,
+    block: int, bits: int, key: int, first: int, stochastic: bool, norm: str, powers: bool,
 ) -> None:  # fmt: skip
     """See :func:`distcomp.kernels.quantize`."""
-    settings = {"bits": bits, "stochastic": stochastic, "given": given, "enable_fp_fusion": False}
+    if (
+        norm == "l2" and bits > 1
+    ):  # a few torch operations in float64, of which there are too few units for a kernel
+        for start, row, rows, m in _runs(x.numel(), block):
+            scales[row : row + rows] = block_l2(x[start : start + rows * m].view(rows, m))
+    given = norm == "given" or (norm == "l2" and bits > 1)
+    settings = {"bits": bits, "stochastic": stochastic, "given": given, "powers": powers}
+    settings["enable_fp_fusion"] = False
     for start, row, rows, m in _runs(x.numel(), block):
         at = x[start:], codes[row * block_bytes(block, bits) :], scales[row:]
         counters = _signed(key), _signed(key >> 32), _signed(first + start)
@@ -349,10 +387,11 @@ def quantize(
 
 
 def dequantize(
-    codes: Tensor, scales: Tensor, out: Tensor, *, block: int, bits: int, sign: int, times: float
-) -> None:
+    codes: Tensor, scales: Tensor, out: Tensor, *,
+    block: int, bits: int, powers: bool, sign: int, times: float,
+) -> None:  # fmt: skip
     """See :func:`distcomp.kernels.dequantize`."""
-    settings = {"bits": bits, "sign": sign, "enable_fp_fusion": False}
+    settings = {"bits": bits, "powers": powers, "sign": sign, "enable_fp_fusion": False}
     for start, row, rows, m in _runs(out.numel(), block):
         at = codes[row * block_bytes(block, bits) :], scales[row:], out[start:]
         with torch.cuda.device_of(out):

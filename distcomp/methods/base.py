@@ -65,6 +65,8 @@ class StepContext:
     error_feedback: bool = False
     """Whether the caller keeps input minus contribution for the next step, so that whatever one rank knows
     better than the others may stay with it."""
+    residual: Tensor | None = field(default=None, kw_only=True, repr=False, compare=False)
+    """What is to be added to ``x`` (float32, as long), for a method that ``adds_residual``."""
     observed: Observed = field(default_factory=dict, kw_only=True, repr=False, compare=False)
     """What the training loop has observed by this step, equal on all ranks (:mod:`distcomp.active`)."""
 
@@ -86,6 +88,9 @@ class AggregateResult:
     subtract_contribution_: Callable[[Tensor], None] | None = None
     """Subtracts the contribution from a tensor in place: the same numbers without making the contribution
     first."""
+
+    owed: Tensor | None = None
+    """``x + context.residual`` minus the contribution, of a method that added the residual itself."""
 
     def residual(self, x: Tensor) -> Tensor:
         """``x`` minus the contribution. Overwrites ``x``."""
@@ -110,6 +115,10 @@ class Method(Written, ABC):
     """What a method must know of parameters beside their values, each as a few words (:data:`NAMES`,
     :data:`SHAPES`). A caller whose buffers lack it finds it out (FSDP2), or refuses the method by these
     words."""
+
+    adds_residual: bool = False
+    """Whether it adds ``context.residual`` to ``x`` and returns what is owed then: encoders do both in the
+    pass in which they encode."""
 
     bytes_are_bound: bool = False
     """Whether :meth:`payload_bytes` is the most that is sent, where what is sent depends on the data."""

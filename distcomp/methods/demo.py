@@ -45,8 +45,7 @@ class DecoupledMomentum(Method):
 
     Source: Peng et al., "DeMo: decoupled momentum optimization", 2024. We differ: the learning rate is not
     inside d (with it, d and the step shrink together), packed indices, values added in rank order (the
-    reference's scatter is not deterministic on a GPU). The transform is a matrix product: replicas on
-    different kinds of CPU may differ in the last bit.
+    reference's scatter is not deterministic on a GPU).
 
     **Values in few bits.** ``select`` may be a :class:`distcomp.compressors.Chain`: ``q_i`` is then what its
     values decode to, and what rounding missed stays in d as well. One bit is the sign times the mean

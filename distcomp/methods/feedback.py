@@ -77,12 +77,15 @@ class ErrorFeedback(Method):
         residual: Tensor = state["residual"].data
         # Not multiplied by 1: the same bits, and a tensor of the model's size less.
         e = residual if self.decay == 1 else residual * self.decay
-        corrected = torch.add(x, e, out=memory.empty(x.numel(), x.device))
-        # A two-stage method inside may then leave its second error with the owner of the chunk.
-        inner = replace(context, error_feedback=True)
+        # An encoder adds the residual in the pass in which it encodes. A two-stage method inside may leave
+        # its second error with the owner of the chunk.
+        added = self.beta == 1 and self.inner.adds_residual
+        corrected = x if added else torch.add(x, e, out=memory.empty(x.numel(), x.device))
+        inner = replace(context, error_feedback=True, residual=e if added else None)
         result = yield from self.inner.aggregate(corrected, state["inner"], inner)
         if self.beta == 1:
-            residual = result.residual(corrected)  # in place: a model's size less of memory
+            # Else in place: a model's size less of memory.
+            residual = result.owed if result.owed is not None else result.residual(corrected)
 
             def contribution() -> Tensor:
                 return x + e - residual

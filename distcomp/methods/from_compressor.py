@@ -117,11 +117,18 @@ class AllGatherMean(Method):
     ``contribution_i = decode(payload_i)``. On the wire: ``n-1`` payloads. Each rank decodes n of them.
     """
 
+    adds_residual = True
+
     compressor: Compressor
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         # A key of the rank's own: errors that are independent average out over the ranks.
-        own = self.compressor.encode(x, context.layout, context.private.fold("gather"))
+        key, owed = context.private.fold("gather"), None
+        if context.residual is None:
+            own = self.compressor.encode(x, context.layout, key)
+        else:
+            owed = torch.empty_like(x)
+            own = self.compressor.encode_owing(x, context.residual, owed, context.layout, key)
         payloads: list[Payload] = yield AllGather(own)
         about = (self.compressor, context.layout)
         estimate = once(payloads, about, lambda: mean_of(self.compressor, payloads, context.layout))
@@ -130,6 +137,7 @@ class AllGatherMean(Method):
             lambda: self.compressor.decode(own, context.layout),
             state,
             lambda x: self.compressor.subtract_from(x, own, context.layout),
+            owed,
         )
 
     def sole_compressor(self) -> Compressor:
@@ -169,6 +177,8 @@ class ReduceScatterMean(Method):
     does not need on its own chunk.
     """
 
+    adds_residual = True
+
     compressor: Compressor
     second: Compressor | None = None
 
@@ -177,7 +187,11 @@ class ReduceScatterMean(Method):
         chunks = self._chunks(context.layout, context.size)
         mine = chunks[context.rank]
         own = chunk_views(x, chunks)[context.rank] if context.error_feedback else None
-        sent = self._encoded(x, chunks, context)
+        owed = None if context.residual is None else torch.empty_like(x)
+        if context.residual is not None:
+            assert own is not None  # error feedback alone has a residual
+            own = own + chunk_views(context.residual, chunks)[context.rank]
+        sent = self._encoded(x, chunks, context, owed)
         received: list[Payload] = yield AllToAll(sent)
         chunk_mean = mean_of(c, received, mine, own, context.rank)
 
@@ -194,9 +208,12 @@ class ReduceScatterMean(Method):
                     view.sub_(own)
                 else:
                     c.subtract_from(view, payload, chunk)
+            subtract_second_error_(views[context.rank])
+
+        def subtract_second_error_(view: Tensor) -> None:
             # n times: a contribution is n times what of it stands in the mean.
             own_estimate = chunk_views(estimate, chunks)[context.rank]
-            views[context.rank].sub_(own_estimate - chunk_mean, alpha=context.size)
+            view.sub_(own_estimate - chunk_mean, alpha=context.size)
 
         def contribution() -> Tensor:
             given = _decoded(c, sent, chunks, x, own, context.rank)
@@ -204,7 +221,11 @@ class ReduceScatterMean(Method):
             chunk_views(given, chunks)[context.rank].add_(own_estimate - chunk_mean, alpha=context.size)
             return given
 
-        return AggregateResult(estimate, contribution, state, subtract_contribution_)
+        if owed is not None and own is not None:
+            view = chunk_views(owed, chunks)[context.rank]
+            torch.sub(own, own, out=view)  # sent to oneself as it is; a NaN stays one
+            subtract_second_error_(view)
+        return AggregateResult(estimate, contribution, state, subtract_contribution_, owed)
 
     def _chunks(self, layout: Layout, size: int) -> tuple[Layout, ...]:
         """The chunk of each rank, on a grid that both stages share."""
@@ -212,8 +233,11 @@ class ReduceScatterMean(Method):
         # A multiple of both: neither stage's blocks are cut, so that the chunks change no value.
         return layout.split(size, math.lcm(self.compressor.alignment, second.alignment))
 
-    def _encoded(self, x: Tensor, chunks: tuple[Layout, ...], context: StepContext) -> tuple[Payload, ...]:
-        """The first stage's payloads; under error feedback zeros to oneself, which nobody reads."""
+    def _encoded(
+        self, x: Tensor, chunks: tuple[Layout, ...], context: StepContext, owed: Tensor | None
+    ) -> tuple[Payload, ...]:
+        """The first stage's payloads; under error feedback zeros to oneself, which nobody reads. What they do
+        not stand for of ``x`` and the residual goes into ``owed``, where there is one."""
         c, key = self.compressor, context.private.fold("scatter")
         empty = cache(lambda: c.encode(x[:0], NOTHING, key))  # with more ranks than blocks, most chunks are
 
@@ -222,7 +246,12 @@ class ReduceScatterMean(Method):
                 unread = Payload.empty(c.parts(chunk), x.device)
                 unread.wire.zero_()
                 return unread
-            return c.encode(view, chunk, key) if chunk.slices else empty()
+            if not chunk.slices:
+                return empty()
+            if owed is None or context.residual is None:
+                return c.encode(view, chunk, key)
+            residual, left = (chunk_views(one, chunks)[rank] for one in (context.residual, owed))
+            return c.encode_owing(view, residual, left, chunk, key)
 
         views = chunk_views(x, chunks)
         return tuple(payload(rank, *both) for rank, both in enumerate(zip(views, chunks, strict=True)))
@@ -251,6 +280,8 @@ class Auto(Method):
 
     Source: none: papers gather or reduce, and do not choose.
     """
+
+    adds_residual = True
 
     compressor: Compressor
 

@@ -26,6 +26,10 @@ class Case:
     stochastic: bool = True
     given: Tensor | None = None
     """Scales handed in, or None to compute them."""
+    l2: bool = False
+    """Whether scales that are computed are Euclidean norms."""
+    powers: bool = False
+    """Whether levels are powers of two."""
 
     def encode(self, backend: Backend) -> tuple[Tensor, Tensor]:
         """(codes, scales), from outputs that held rubbish."""
@@ -37,7 +41,8 @@ class Case:
             scales.copy_(self.given)
         backend.quantize(
             self.x, codes, scales, block=self.block, bits=self.bits, key=self.key, first=self.first,
-            stochastic=self.stochastic, given=self.given is not None,
+            stochastic=self.stochastic, powers=self.powers,
+            norm="l2" if self.l2 else "max" if self.given is None else "given",
         )  # fmt: skip
         return codes, scales
 
@@ -46,7 +51,9 @@ class Case:
     ) -> Tensor:
         """Decoded into x reversed, so that what was there before matters where it should."""
         out = self.x.flip(0).contiguous()
-        backend.dequantize(codes, scales, out, block=self.block, bits=self.bits, sign=sign, times=times)
+        backend.dequantize(
+            codes, scales, out, block=self.block, bits=self.bits, powers=self.powers, sign=sign, times=times
+        )
         return out
 
     def on(self, device: str) -> Case:
@@ -68,11 +75,14 @@ def cases(draw: st.DrawFn, finite: bool = False, largest: int = 2100) -> Case:
             x[draw(st.integers(0, numel - 1))] = value
     rows = kernels.scale_count(numel, block)
     given = draw(st.none() | st.sampled_from([1.0, 0.0, 1e-40, float("inf"), float("nan")]))
+    bits = draw(st.integers(1, 8))
     return Case(
-        x, block, bits=draw(st.integers(1, 8)), key=draw(st.integers(0, 2**64 - 1)),
+        x, block, bits, key=draw(st.integers(0, 2**64 - 1)),
         first=block * draw(st.sampled_from([0, 1, 2**32 // block]) | st.integers(0, 10**6)),
         stochastic=draw(st.booleans()),
         given=None if finite or given is None else torch.rand(rows, generator=generator) * given * magnitude,
+        l2=not finite and given is None and draw(st.booleans()),
+        powers=not finite and bits > 1 and draw(st.booleans()),
     )  # fmt: skip
 
 

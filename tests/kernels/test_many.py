@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distcomp.compressors import Quantize, TopK
+from distcomp.compressors import Compressor, NonUniform, Quantize, TopK
 from distcomp.compressors.sparse import rows_of
 from distcomp.errors import DistcompError
 from distcomp.kernels import _cpu
@@ -18,6 +18,7 @@ from distcomp.methods import StepContext, parse
 from distcomp.randomness import Key
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.lockstep import Lockstep
+from tests.kernels.draws import same_bits
 
 KEY = Key.of("many")
 SIZES = st.lists(st.integers(0, 90), min_size=1, max_size=12)
@@ -57,6 +58,31 @@ def test_pieces_quantize_to_the_bytes_of_each_alone(monkeypatch_context, sizes, 
         assert torch.equal(compiled.body, reference.body)
         assert torch.equal(out.isnan(), plain_out.isnan())
         assert torch.equal(out.nan_to_num(), plain_out.nan_to_num())
+
+
+@settings(deadline=None)
+@given(
+    sizes=SIZES,
+    bits=st.integers(1, 8),
+    kind=st.sampled_from(["max", "l2", "nearest", "powers", "plain"]),
+    large=st.booleans(),
+)
+def test_a_step_of_error_feedback_is_its_three_steps(monkeypatch_context, sizes, bits, kind, large) -> None:
+    layout, x = laid_out(sizes), drawn(sum(sizes))
+    residual = torch.randn(len(x), generator=torch.Generator().manual_seed(1))
+    if kind == "powers":
+        compressor = NonUniform(max(2, bits), 16)
+    else:
+        norm, rounding = ("l2" if kind == "l2" else "max"), ("nearest" if kind == "nearest" else "stochastic")
+        compressor = Quantize(bits, 16, norm, rounding, ("bias",) if kind == "plain" else ())
+    owed, left = torch.empty_like(x), torch.empty_like(x)
+    wanted = Compressor.encode_owing(compressor, x, residual, owed, layout, KEY)
+    with monkeypatch_context() as patch:
+        patch.setattr(many, "LARGE", 8 if large else many.LARGE)
+        laid_anew = laid_out(sizes)
+        payload = compressor.encode_owing(x, residual, left, laid_anew, KEY)
+    assert torch.equal(payload.body, wanted.body)
+    assert same_bits(left, owed)
 
 
 @settings(deadline=None)

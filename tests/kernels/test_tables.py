@@ -85,11 +85,11 @@ def test_pieces(table, bits, block) -> None:
     )
 
     def encode(lines_at: int, count: int) -> None:
-        given = (keys.data_ptr(), block, bits, True, False)
+        given = (keys.data_ptr(), block, bits, True, 0, False, (0, 0))
         _cpu.quantize_pieces(*at, (SIZE, SIZE, SIZE), lines_at, count, *given)
 
     def decode(lines_at: int, count: int) -> None:
-        _cpu.dequantize_pieces(*at, (SIZE, SIZE, SIZE), lines_at, count, block, bits, 1, 1.0)
+        _cpu.dequantize_pieces(*at, (SIZE, SIZE, SIZE), lines_at, count, block, bits, False, 1, 1.0)
 
     for call in (encode, decode):
         if block > 0:
