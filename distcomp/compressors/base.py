@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from distcomp.grammar import checked, hints_of, nested, no_such, read_settings, split_call, write_call

@@ -127,7 +127,7 @@ class AllGatherMean(Method):
         if context.residual is None:
             own = self.compressor.encode(x, context.layout, key)
         else:
-            owed = torch.empty_like(x)
+            owed = memory.empty(x.numel(), x.device)
             own = self.compressor.encode_owing(x, context.residual, owed, context.layout, key)
         payloads: list[Payload] = yield AllGather(own)
         about = (self.compressor, context.layout)
@@ -187,7 +187,7 @@ class ReduceScatterMean(Method):
         chunks = self._chunks(context.layout, context.size)
         mine = chunks[context.rank]
         own = chunk_views(x, chunks)[context.rank] if context.error_feedback else None
-        owed = None if context.residual is None else torch.empty_like(x)
+        owed = None if context.residual is None else memory.empty(x.numel(), x.device)
         if context.residual is not None:
             assert own is not None  # error feedback alone has a residual
             own = own + chunk_views(context.residual, chunks)[context.rank]
