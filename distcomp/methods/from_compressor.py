@@ -123,7 +123,8 @@ class AllGatherMean(Method):
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         # A key of the rank's own: errors that are independent average out over the ranks.
-        key, owed = context.private.fold("gather"), None
+        key = context.private.fold("gather")
+        owed: Tensor | None = None
         if context.residual is None:
             own = self.compressor.encode(x, context.layout, key)
         else:
