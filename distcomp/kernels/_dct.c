@@ -28,18 +28,20 @@ typedef struct {
 
 /* Transform the n rows of `from`, m columns of them, into `to`, laid on its side: [m][n]. a and b are room for n rows. */
 BODY void turned_body(const float *restrict from, size_t stride, size_t n, size_t m, float *restrict to,
-                      const float *factors, Rows8 *a, Rows8 *b, int inverse) {
+                      const float *factors, Row8 *a, Row8 *b, int inverse) {
     for (size_t at = 0; at < m; at += COLUMNS) {
         size_t columns = smaller(COLUMNS, m - at);
-        for (size_t i = 0; i < n; i++)
-            for (size_t c = 0; c < COLUMNS; c++) a[i][c] = c < columns ? from[i * stride + at + c] : 0.0f;
-        const Rows8 *y = (const Rows8 *)(inverse ? inverse_columns(a, b, n, factors) : dct_columns(a, b, n, factors));
+        for (size_t i = 0; i < n; i++) {
+            if (columns < COLUMNS) a[i] = (Row8){0};
+            memcpy(a + i, from + i * stride + at, sizeof(float) * columns);
+        }
+        const Row8 *y = (const Row8 *)(inverse ? inverse_columns(a, b, n, factors) : dct_columns(a, b, n, factors));
         for (size_t c = 0; c < columns; c++)
             for (size_t k = 0; k < n; k++) to[(at + c) * n + k] = y[k][c];
     }
 }
 
-typedef void (*Turned)(const float *, size_t, size_t, size_t, float *, const float *, Rows8 *, Rows8 *);
+typedef void (*Turned)(const float *, size_t, size_t, size_t, float *, const float *, Row8 *, Row8 *);
 
 typedef struct {
     Turned forward, backward;
@@ -47,7 +49,7 @@ typedef struct {
 
 #define TURNED(way, name, TARGET, inverse) \
     TARGET static void way##_##name(const float *from, size_t stride, size_t n, size_t m, float *to, \
-                                    const float *factors, Rows8 *a, Rows8 *b) { \
+                                    const float *factors, Row8 *a, Row8 *b) { \
         turned_body(from, stride, n, m, to, factors, a, b, inverse); \
     }
 #define VARIANT(name, TARGET) \
@@ -75,7 +77,7 @@ static const Variant *serving(const char *name) {
 /* Room for one chunk, and what works on it. */
 typedef struct {
     float *turned, *chunk;
-    Rows8 *a, *b;
+    Row8 *a, *b;
     Search search;
     const Variant *variant;
     TopRow top_row;
@@ -200,7 +202,7 @@ static int make_scratch(Scratch *s, const Line *line, Py_ssize_t lines) {
     s->search.places = (int64_t *)all;
     s->search.magnitudes = (int32_t *)(s->search.places + room);
     s->search.guess = -1;
-    s->a = (Rows8 *)(s->search.magnitudes + room);
+    s->a = (Row8 *)(s->search.magnitudes + room);
     s->b = s->a + side;
     s->turned = (float *)(s->b + side);
     s->chunk = s->turned + size;

@@ -85,18 +85,16 @@ BODY void read_codes(const uint8_t *restrict in, size_t start, size_t m, const C
     }
 }
 
-/* reference.round_at_random of x / spacing, clamped to -s .. s, plus s. */
+/* reference.round_at_random of x / spacing, clamped to -s .. s, plus s: what is behind the point, with 24 bits, and 24
+ * random bits are added as integers. */
 BODY void grid_codes(const float *restrict x, uint32_t *restrict code, size_t m, float spacing, float s,
                      uint32_t counter, uint32_t key_high) {
+    const int32_t middle = (int32_t)s;
     for (size_t j = 0; j < m; j++) {
-        float y = clamped(x[j] / spacing, s), fixed = y * 0x1p24f;
-        int32_t below = (int32_t)y;
-        below -= (float)below > y;
-        int fine = fixed < 0x1p24f && fixed > -0x1p24f; /* what has more than 24 bits after the point is below 1 */
-        float cut = fine ? (float)(int32_t)(fine ? fixed : 0.0f) : fixed;
-        float fraction = cut - (float)below * 0x1p24f;
-        int up = fraction + (float)random_24(counter + (uint32_t)j, key_high) >= 0x1p24f;
-        code[j] = (uint32_t)(below + up + (int32_t)s);
+        float y = clamped(x[j] / spacing, s);
+        int32_t whole = (int32_t)y, fixed = (int32_t)((y - (float)whole) * 0x1p24f);
+        int32_t noise = (int32_t)random_24(counter + (uint32_t)j, key_high);
+        code[j] = (uint32_t)(whole + ((fixed + noise) >> 24) + middle);
     }
 }
 

@@ -27,23 +27,30 @@ BODY void fold(double *lane) {
         for (size_t i = 0; i < half; i++) lane[i] += lane[i + half];
 }
 
-BODY void add(double x, double *high, double *low) {
-    *high += x >= 0.0 ? x : 0.0;
-    *low += x < 0.0 ? x : 0.0;
+#define PART 256 /* elements that are told apart before they are added: a multiple of the lanes */
+
+/* Add the m elements of a part to their lanes, the first of which is in lane `lane`. */
+BODY void add_part(const float *restrict part, size_t lane, size_t m, double *restrict sums) {
+    size_t head = smaller((LANES - lane) % LANES, m), j = 0;
+    for (; j < head; j++) sums[lane + j] += (double)part[j];
+    for (; j + LANES <= m; j += LANES)
+        for (size_t i = 0; i < LANES; i++) sums[i] += (double)part[j + i];
+    for (size_t i = 0; j < m; j++, i++) sums[i] += (double)part[j];
 }
 
 /* m elements of one chunk, the first of which is number `first` in it. */
 BODY void add_chunk(const float *x, size_t first, size_t m, Sums2 *sums) {
     double high[LANES] = {0}, low[LANES] = {0};
     uint32_t above = 0, below = 0;
-    size_t head = smaller((LANES - first % LANES) % LANES, m), j = 0;
-    for (; j < head; j++) add(x[j], &high[(first + j) % LANES], &low[(first + j) % LANES]);
-    for (; j + LANES <= m; j += LANES)
-        for (size_t i = 0; i < LANES; i++) add(x[j + i], &high[i], &low[i]);
-    for (; j < m; j++) add(x[j], &high[(first + j) % LANES], &low[(first + j) % LANES]);
-    for (j = 0; j < m; j++) {
-        above += x[j] >= 0.0f;
-        below += x[j] < 0.0f;
+    for (size_t start = 0; start < m; start += PART) {
+        float positive[PART], negative[PART];
+        size_t count = smaller(PART, m - start), lane = (first + start) % LANES;
+        for (size_t j = 0; j < count; j++) positive[j] = x[start + j] >= 0.0f ? x[start + j] : 0.0f;
+        for (size_t j = 0; j < count; j++) negative[j] = x[start + j] < 0.0f ? x[start + j] : 0.0f;
+        for (size_t j = 0; j < count; j++) above += x[start + j] >= 0.0f;
+        for (size_t j = 0; j < count; j++) below += x[start + j] < 0.0f;
+        add_part(positive, lane, count, high);
+        add_part(negative, lane, count, low);
     }
     fold(high);
     fold(low);

@@ -52,9 +52,7 @@ def _codes(
     x, inverse, counter, key_low, key_high, bits: tl.constexpr, stochastic: tl.constexpr, powers: tl.constexpr
 ):
     """The integers of ``x``, 0 .. 2s, in the low bytes; NaN becomes 2s: minimum() is the other one.
-
-    ``inverse`` is the scale itself at one bit, and where levels are ``powers`` of two.
-    """
+    ``inverse`` is the scale itself at one bit and for ``powers`` of two."""
     if bits == 1:
         return (x >= 0).to(tl.int32)
     if powers:
@@ -365,14 +363,11 @@ def quantize(
     block: int, bits: int, key: int, first: int, stochastic: bool, norm: str, powers: bool,
 ) -> None:  # fmt: skip
     """See :func:`distcomp.kernels.quantize`."""
-    if (
-        norm == "l2" and bits > 1
-    ):  # a few torch operations in float64, of which there are too few units for a kernel
+    if norm == "l2" and bits > 1:  # in float64, of which a GPU has too few units for a kernel
         for start, row, rows, m in _runs(x.numel(), block):
             scales[row : row + rows] = block_l2(x[start : start + rows * m].view(rows, m))
-    given = norm == "given" or (norm == "l2" and bits > 1)
-    settings = {"bits": bits, "stochastic": stochastic, "given": given, "powers": powers}
-    settings["enable_fp_fusion"] = False
+    settings = {"bits": bits, "stochastic": stochastic, "powers": powers, "enable_fp_fusion": False}
+    settings["given"] = norm == "given" or (norm == "l2" and bits > 1)
     for start, row, rows, m in _runs(x.numel(), block):
         at = x[start:], codes[row * block_bytes(block, bits) :], scales[row:]
         counters = _signed(key), _signed(key >> 32), _signed(first + start)
