@@ -65,13 +65,13 @@ typedef struct {
     Division division;
     uint8_t prices[BLOCK], head[HEAD_MOST];
     float means[LONGEST_PERIOD];
-    uint16_t codes[TABLES][SYMBOLS]; /* the code, and its length in the lowest 4 bits */
+    uint64_t codes[SYMBOLS][TABLES]; /* the code in the highest bits, and its length in the lowest byte */
     uint8_t streams[BLOCK + BLOCK / 2 + STREAMS * SLACK]; /* LONGEST bits for each byte */
 } Encoder;
 
 typedef struct {
     Division division;
-    uint16_t slots[TABLES][SLOTS]; /* a byte, and in the lowest 4 bits of what its code has */
+    uint16_t slots[SLOTS][TABLES]; /* the length of a code in the lower byte, and what it stands for in the upper */
 } Decoder;
 
 typedef struct {
@@ -251,7 +251,7 @@ static void lengths_of(const uint32_t *counts, uint8_t *lengths) {
     limit(order, n, lengths);
 }
 
-/* Each code, its first bit lowest, and its length in the lowest 4 bits. Whether the lengths are of a code. */
+/* Each code, its first bit lowest. Whether the lengths are of one. */
 static int codes_of(const uint8_t *lengths, uint16_t *codes) {
     uint32_t next = 0, alone = 0, others = 0;
     memset(codes, 0, SYMBOLS * sizeof *codes);
@@ -266,7 +266,7 @@ static int codes_of(const uint8_t *lengths, uint16_t *codes) {
             if (lengths[s] != length) continue;
             uint32_t reversed = 0;
             for (int b = 0; b < LONGEST; b++) reversed |= (next >> b & 1) << (LONGEST - 1 - b);
-            codes[s] = (uint16_t)(reversed << 4 | length);
+            codes[s] = (uint16_t)reversed;
             next += step;
             if (next > SLOTS) return 0;
         }
@@ -278,18 +278,27 @@ static void write_lengths(const uint8_t *lengths, uint8_t *out) {
 }
 
 /* By the next LONGEST bits: which byte, and how many bits are its. What no code begins with is as good as anything. */
-static int slots_of(const uint8_t *in, uint16_t *slots) {
+static int slots_of(const uint8_t *in, size_t table, uint16_t (*slots)[TABLES]) {
     uint8_t lengths[SYMBOLS];
     uint16_t codes[SYMBOLS];
     for (int s = 0; s < SYMBOLS; s++) lengths[s] = in[s / 2] >> 4 * (s % 2) & 15;
     if (!codes_of(lengths, codes)) return 0;
-    memset(slots, 0, SLOTS * sizeof *slots);
+    for (uint32_t i = 0; i < SLOTS; i++) slots[i][table] = 0;
     for (int s = 0; s < SYMBOLS; s++) {
         uint32_t length = lengths[s] == ALONE ? 0 : lengths[s];
         if (lengths[s])
-            for (uint32_t i = codes[s] >> 4; i < SLOTS; i += 1u << length) slots[i] = (uint16_t)(s << 4 | length);
+            for (uint32_t i = codes[s]; i < SLOTS; i += 1u << length) slots[i][table] = (uint16_t)(s << 8 | length);
     }
     return 1;
+}
+
+static void write_codes(const uint8_t *lengths, size_t table, uint64_t (*out)[TABLES]) {
+    uint16_t codes[SYMBOLS];
+    codes_of(lengths, codes);
+    for (int s = 0; s < SYMBOLS; s++) {
+        uint32_t length = lengths[s] == ALONE ? 0 : lengths[s];
+        out[s][table] = length ? (uint64_t)codes[s] << (64 - length) | length : 0;
+    }
 }
 
 /* ---------------------------------------------------------------------------------------------------- division */
@@ -342,9 +351,9 @@ INLINE void levels_of(size_t n, double usual, Periods periods, size_t stretch, E
     for (size_t c = 0; c < period; c++) d->columns[stretch][c] = level_of(e->means[c] - mean, COLUMN_BITS);
     expand_columns(d, stretch, columns, n);
     for (size_t at = 0; at < n; at += ROW) {
-        uint32_t paid = 0, levels = 0;
+        uint16_t paid = 0, levels = 0; /* of 128 numbers below 2^8 */
         size_t width = smaller(n - at, ROW);
-        for (size_t i = at; i < at + width; i++) paid += prices[i], levels += columns[i];
+        for (size_t i = at; i < at + width; i++) paid = (uint16_t)(paid + prices[i]), levels = (uint16_t)(levels + columns[i]);
         double due = usual + LEVEL * ((double)levels / (double)width - (1 << (COLUMN_BITS - 1)));
         d->rows[stretch][at / ROW] = level_of((double)paid / (double)width - due, ROW_BITS);
     }
@@ -433,28 +442,29 @@ static const uint8_t *read_division(Division *d, size_t n, const uint8_t *in, co
 
 /* ------------------------------------------------------------------------------------------------------ encode */
 
+/* The buffer is filled from its upper end, so that the length in a code's lowest byte is at once what it is moved by:
+ * of those bytes, what remains lies below all bits that count. */
 #define PUSH(k) \
     do { \
-        uint32_t code = codes[table_of[i + (k)]][data[i + (k)]]; \
-        buffer |= (uint64_t)(code >> 4) << filled; \
-        filled += code & 15; \
+        uint64_t code = codes[data[i + (k)]][table_of[i + (k)]]; \
+        buffer = buffer >> (code & 63) | code; \
+        filled += code; \
     } while (0)
 
 #define PUSH_OUT \
     do { \
-        memcpy(out, &buffer, 8); \
-        out += filled >> 3; \
-        buffer >>= filled & 56; \
-        filled &= 7; \
+        uint64_t bits = filled & 63, word = buffer >> 1 >> (63 - bits); \
+        memcpy(out, &word, 8); \
+        out += bits >> 3; \
+        filled = bits & 7; \
     } while (0)
 
 /* Returns where the stream ends; writes up to SLACK bytes more. */
-INLINE uint8_t *push_together(const uint8_t *data, const uint8_t *table_of, size_t n, const uint16_t (*codes)[SYMBOLS],
-                         uint8_t *out) {
-    uint64_t buffer = 0;
-    uint32_t filled = 0;
+INLINE uint8_t *push_together(const uint8_t *data, const uint8_t *table_of, size_t n, const uint64_t (*codes)[TABLES],
+                              uint8_t *out) {
+    uint64_t buffer = 0, filled = 0;
     size_t i = 0;
-    for (; i + 4 <= n; i += 4) { /* 7 bits that were left, and four times LONGEST */
+    for (; i + 4 <= n; i += 4) { /* 7 bits that were left, and four times LONGEST: 56 are above the lowest byte */
         PUSH(0);
         PUSH(1);
         PUSH(2);
@@ -465,7 +475,8 @@ INLINE uint8_t *push_together(const uint8_t *data, const uint8_t *table_of, size
         PUSH(0);
         PUSH_OUT;
     }
-    memcpy(out, &buffer, 8);
+    uint64_t rest = buffer >> 1 >> (63 - filled);
+    memcpy(out, &rest, 8);
     return out + (filled + 7) / 8;
 }
 
@@ -523,13 +534,13 @@ INLINE size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods p
     if (tables > 1) head = write_division(&e->division, n, head);
     for (int t = 0; t < tables; t++, head += TABLE_BYTES) {
         write_lengths(lengths[t], head);
-        codes_of(lengths[t], e->codes[t]);
+        write_codes(lengths[t], (size_t)t, e->codes);
     }
     for (size_t k = 0, quarter = n / STREAMS; k < STREAMS; k++) {
         uint8_t *begin = end;
         size_t count = k + 1 < STREAMS ? quarter : n - k * quarter;
         end = push_together(data + k * quarter, e->division.table_of + k * quarter, count,
-                       (const uint16_t (*)[SYMBOLS])e->codes, begin);
+                       (const uint64_t (*)[TABLES])e->codes, begin);
         uint32_t length = (uint32_t)(end - begin);
         if (k + 1 < STREAMS) memcpy(head, &length, 4), head += 4;
     }
@@ -553,16 +564,16 @@ typedef struct {
 
 #define PULL(k, place) \
     do { \
-        uint32_t slot = slots[of[place]][buffer##k & (SLOTS - 1)]; \
-        to[place] = (uint8_t)(slot >> 4); \
-        buffer##k >>= slot & 15; \
-        at##k += slot & 15; \
+        uint32_t slot = slots[buffer##k & (SLOTS - 1)][of[place]]; \
+        to[place] = (uint8_t)(slot >> 8); \
+        buffer##k >>= slot & 63; \
+        at##k += (uint8_t)slot; \
     } while (0)
 
 #define PULL_FROM_EACH(j) PULL(0, j); PULL(1, quarter + (j)); PULL(2, twice + (j)); PULL(3, thrice + (j))
 
 /* Of each stream four bytes at a time, while a word can be loaded from it and a quarter has as many. */
-INLINE void pull_together(const uint16_t (*slots)[SLOTS], Streams *s, const uint8_t *table_of, uint8_t *out,
+INLINE void pull_together(const uint16_t (*slots)[TABLES], Streams *s, const uint8_t *table_of, uint8_t *out,
                           size_t quarter) {
     const uint8_t *in = s->in, *of = table_of, *last = table_of + (quarter & ~(size_t)3);
     const size_t twice = 2 * quarter, thrice = 3 * quarter;
@@ -586,15 +597,15 @@ INLINE void pull_together(const uint16_t (*slots)[SLOTS], Streams *s, const uint
 }
 
 /* The rest of one, carefully. Whether it ends with its last bit. */
-static int pull_rest(const uint16_t (*slots)[SLOTS], const Streams *s, size_t k, const uint8_t *table_of, uint8_t *out,
+static int pull_rest(const uint16_t (*slots)[TABLES], const Streams *s, size_t k, const uint8_t *table_of, uint8_t *out,
                      size_t n) {
     uint64_t at = s->at[k];
     for (size_t i = s->done; i < n; i++) {
         uint32_t bits = 0;
         for (unsigned b = 0; b < 3 && (at >> 3) + b < s->end[k] >> 3; b++) bits |= (uint32_t)s->in[(at >> 3) + b] << 8 * b;
-        uint32_t slot = slots[table_of[i]][bits >> (at & 7) & (SLOTS - 1)];
-        out[i] = (uint8_t)(slot >> 4);
-        at += slot & 15;
+        uint32_t slot = slots[bits >> (at & 7) & (SLOTS - 1)][table_of[i]];
+        out[i] = (uint8_t)(slot >> 8);
+        at += (uint8_t)slot;
         if (at > s->end[k]) return 0;
     }
     return s->end[k] - at < 8;
@@ -602,7 +613,7 @@ static int pull_rest(const uint16_t (*slots)[SLOTS], const Streams *s, size_t k,
 
 INLINE int decoded_block(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d) {
     const uint8_t *end = in + length, *table_of = d->division.table_of;
-    const uint16_t(*slots)[SLOTS] = (const uint16_t(*)[SLOTS])d->slots;
+    const uint16_t(*slots)[TABLES] = (const uint16_t(*)[TABLES])d->slots;
     size_t quarter = n / STREAMS, tables;
     if (!length || (*in != 1 && *in != TABLES)) return 0;
     tables = *in++;
@@ -610,7 +621,7 @@ INLINE int decoded_block(const uint8_t *in, size_t length, uint8_t *out, size_t 
     if (tables > 1 && !(in = read_division(&d->division, n, in, end))) return 0;
     if ((size_t)(end - in) < tables * TABLE_BYTES + 4 * (STREAMS - 1)) return 0;
     for (size_t t = 0; t < tables; t++, in += TABLE_BYTES)
-        if (!slots_of(in, d->slots[t])) return 0;
+        if (!slots_of(in, t, d->slots)) return 0;
     Streams s = {.in = in + 4 * (STREAMS - 1)};
     uint64_t begin = 0, whole = (uint64_t)(end - s.in);
     for (size_t k = 0; k < STREAMS; k++, in += 4) {
