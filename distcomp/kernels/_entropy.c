@@ -63,10 +63,9 @@ typedef struct {
 
 typedef struct {
     Division division;
-    uint8_t prices[BLOCK], head[HEAD_MOST];
+    uint8_t prices[STRETCH], head[HEAD_MOST];
     float means[LONGEST_PERIOD];
     uint64_t codes[SYMBOLS][TABLES]; /* the code in the highest bits, and its length in the lowest byte */
-    uint8_t streams[BLOCK + BLOCK / 2 + STREAMS * SLACK]; /* LONGEST bits for each byte */
 } Encoder;
 
 typedef struct {
@@ -150,10 +149,12 @@ static double price_of_all(const uint32_t *counts) {
  * fewer instructions than a table of all bytes, parts of a block are compared. */
 typedef struct {
     uint8_t of_half[2][16];
+    double usual; /* of the bytes that were counted, the mean */
 } Prices;
 
 static Prices prices_of(const uint32_t *counts) {
     uint32_t halves[2][16] = {{0}}, n = 0;
+    uint64_t all = 0;
     Prices prices;
     for (uint32_t s = 0; s < SYMBOLS; s++) {
         halves[0][s & 15] += counts[s];
@@ -164,7 +165,9 @@ static Prices prices_of(const uint32_t *counts) {
         for (int s = 0; s < 16; s++) {
             uint32_t price = price_of(halves[half][s], n ? log2_sixteenths(n) : 0);
             prices.of_half[half][s] = (uint8_t)(price < 127 ? price : 127); /* their sum is one byte */
+            all += (uint64_t)halves[half][s] * prices.of_half[half][s];
         }
+    prices.usual = (double)all / (double)(n + !n);
     return prices;
 }
 
@@ -341,12 +344,14 @@ INLINE void expand_columns(Division *d, size_t stretch, uint8_t *out, size_t n) 
     for (size_t at = 0; at < n; at += period) memcpy(out + at, d->columns[stretch], smaller(period, n - at));
 }
 
-/* The levels of a stretch's columns, then of its rows: what is dearer than `usual` beyond what its columns are. */
-INLINE void levels_of(size_t n, double usual, Periods periods, size_t stretch, Encoder *e) {
+/* The levels of a stretch's columns, then of its rows: what is dearer than usual beyond what its columns are. */
+INLINE void levels_of(const uint8_t *data, size_t n, const Prices *usual, LookUp *look_up, Periods periods,
+                      size_t stretch, Encoder *e) {
     Division *d = &e->division;
     uint8_t *columns = d->table_of + stretch * STRETCH;
-    const uint8_t *prices = e->prices + stretch * STRETCH;
+    const uint8_t *prices = e->prices;
     double mean;
+    look_up(data, n, usual, e->prices);
     uint16_t period = d->periods[stretch] = columns_of(prices, n, periods, e->means, &mean);
     for (size_t c = 0; c < period; c++) d->columns[stretch][c] = level_of(e->means[c] - mean, COLUMN_BITS);
     expand_columns(d, stretch, columns, n);
@@ -354,7 +359,7 @@ INLINE void levels_of(size_t n, double usual, Periods periods, size_t stretch, E
         uint16_t paid = 0, levels = 0; /* of 128 numbers below 2^8 */
         size_t width = smaller(n - at, ROW);
         for (size_t i = at; i < at + width; i++) paid = (uint16_t)(paid + prices[i]), levels = (uint16_t)(levels + columns[i]);
-        double due = usual + LEVEL * ((double)levels / (double)width - (1 << (COLUMN_BITS - 1)));
+        double due = usual->usual + LEVEL * ((double)levels / (double)width - (1 << (COLUMN_BITS - 1)));
         d->rows[stretch][at / ROW] = level_of((double)paid / (double)width - due, ROW_BITS);
     }
 }
@@ -480,55 +485,45 @@ INLINE uint8_t *push_together(const uint8_t *data, const uint8_t *table_of, size
     return out + (filled + 7) / 8;
 }
 
-/* What the tables and the bytes by them take. */
+/* What the bytes take by codes of their own for each table. */
 static size_t bytes_by(uint32_t (*counts)[SYMBOLS], int tables, uint8_t (*lengths)[SYMBOLS]) {
     uint64_t bits = 0;
     for (int t = 0; t < tables; t++) {
         lengths_of(counts[t], lengths[t]);
         for (int s = 0; s < SYMBOLS; s++) bits += (uint64_t)counts[t][s] * (lengths[t][s] == ALONE ? 0 : lengths[t][s]);
     }
-    return (size_t)(bits / 8) + (size_t)tables * TABLE_BYTES;
+    return (size_t)(bits / 8);
 }
 
-static double mean_of(const uint8_t *prices, size_t n) {
-    uint64_t total = 0;
-    for (size_t at = 0; at < n; at += STRETCH) {
-        uint32_t sum = 0;
-        for (size_t i = at, end = smaller(n, at + STRETCH); i < end; i++) sum += prices[i];
-        total += sum;
-    }
-    return (double)total / (double)n;
-}
-
-/* How many tables there are to be (0: none pays), and the lengths of their codes. */
+/* How many tables there are to be (0: none pays), the lengths of their codes, and what bytes take by them. */
 INLINE int tables_of(const uint8_t *data, size_t n, Periods periods, LookUp *look_up, Encoder *e,
-                     uint8_t (*lengths)[SYMBOLS]) {
+                     uint8_t (*lengths)[SYMBOLS], size_t *bytes) {
     uint32_t counts[TABLES][SYMBOLS];
     count_bytes(data, n, STRETCH / 4, counts[0]);
     double whole = price_of_all(counts[0]) * (double)n + TABLE_BYTES;
     if (whole > (double)n * 127 / 128) return 0;
     if (n >= FEWEST_DIVIDED) {
         Prices prices = prices_of(counts[0]);
-        look_up(data, n, &prices, e->prices);
-        double usual = mean_of(e->prices, n);
         for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++)
-            levels_of(smaller(STRETCH, n - at), usual, periods, stretch, e);
+            levels_of(data + at, smaller(STRETCH, n - at), &prices, look_up, periods, stretch, e);
         choose_thresholds(&e->division, n);
         divide(&e->division, n);
         count_divided(data, e->division.table_of, n, counts);
         size_t told = (size_t)(write_division(&e->division, n, e->head) - e->head);
-        if ((double)(bytes_by(counts, TABLES, lengths) + told) < whole) return TABLES;
+        *bytes = bytes_by(counts, TABLES, lengths);
+        if ((double)(*bytes + told + TABLES * TABLE_BYTES) < whole) return TABLES;
     }
     memset(e->division.table_of, 0, n);
     count_bytes(data, n, STRETCH, counts[0]);
-    bytes_by(counts, 1, lengths);
+    *bytes = bytes_by(counts, 1, lengths);
     return 1;
 }
 
 /* The coded block into `out`, which has room for n bytes. Returns its length; 0 where it is not shorter. */
 INLINE size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, LookUp *look_up, Encoder *e) {
-    uint8_t lengths[TABLES][SYMBOLS], *head = e->head, *end = e->streams;
-    int tables = tables_of(data, n, periods, look_up, e, lengths);
+    uint8_t lengths[TABLES][SYMBOLS], *head = e->head;
+    size_t bytes = 0, quarter = n / STREAMS;
+    int tables = tables_of(data, n, periods, look_up, e, lengths, &bytes);
     if (!tables) return 0;
     *head++ = (uint8_t)tables;
     if (tables > 1) head = write_division(&e->division, n, head);
@@ -536,19 +531,17 @@ INLINE size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods p
         write_lengths(lengths[t], head);
         write_codes(lengths[t], (size_t)t, e->codes);
     }
-    for (size_t k = 0, quarter = n / STREAMS; k < STREAMS; k++) {
+    uint8_t *ends = head, *end = out + (head - e->head) + 4 * (STREAMS - 1);
+    if ((size_t)(end - out) + bytes + STREAMS + SLACK > n) return 0;
+    for (size_t k = 0; k < STREAMS; k++) {
         uint8_t *begin = end;
-        size_t count = k + 1 < STREAMS ? quarter : n - k * quarter;
-        end = push_together(data + k * quarter, e->division.table_of + k * quarter, count,
-                       (const uint64_t (*)[TABLES])e->codes, begin);
+        end = push_together(data + k * quarter, e->division.table_of + k * quarter,
+                            k + 1 < STREAMS ? quarter : n - k * quarter, (const uint64_t (*)[TABLES])e->codes, begin);
         uint32_t length = (uint32_t)(end - begin);
-        if (k + 1 < STREAMS) memcpy(head, &length, 4), head += 4;
+        if (k + 1 < STREAMS) memcpy(ends + 4 * k, &length, 4);
     }
-    size_t head_bytes = (size_t)(head - e->head), stream_bytes = (size_t)(end - e->streams);
-    if (head_bytes + stream_bytes >= n) return 0;
-    memcpy(out, e->head, head_bytes);
-    memcpy(out + head_bytes, e->streams, stream_bytes);
-    return head_bytes + stream_bytes;
+    memcpy(out, e->head, (size_t)(ends - e->head) + 4 * (STREAMS - 1));
+    return (size_t)(end - out);
 }
 
 /* ------------------------------------------------------------------------------------------------------ decode */
