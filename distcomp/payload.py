@@ -20,8 +20,9 @@ payload is ever unpickled; the receiver knows every length before a byte arrives
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,10 +38,16 @@ NON_FINITE_AT = 4
 """Where the flag stands whether the sender's tensor was *not* finite."""
 FINITE_AT = 5
 """Where its opposite stands: a bit that flips on the way makes both alike, which is no legal header."""
+CHECKED = (
+    "magic", "finite flag", "finite flag", "rank", "settings fingerprint", "exchange number", "length",
+    "checksum",
+)  # fmt: skip
+"""What each field of the header is called where it is not the expected one."""
+FINITE, NON_FINITE = torch.tensor(True, dtype=torch.bool), torch.tensor(False, dtype=torch.bool)
+"""What a header on the CPU says; never written to."""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One tensor of a payload: its kind for the ledger (codes, scales, indices, values), dtype and length."""
 
     kind: str
@@ -57,17 +64,32 @@ Parts = tuple[Part, ...]
 """What a payload holds, in order of falling item size."""
 
 
+@lru_cache(maxsize=4096)
 def body_bytes(parts: Parts) -> int:
     """Bytes of all parts: what follows the header, without padding."""
     return sum(part.nbytes for part in parts)
 
 
+@lru_cache(maxsize=4096)
 def wire_bytes(parts: Parts) -> int:
     """What a payload of these parts weighs on the wire: header, parts, and padding to a multiple of 8 bytes.
 
     The padding keeps payloads aligned that arrive one behind another in one buffer.
     """
     return -(-(HEADER.size + body_bytes(parts)) // 8) * 8
+
+
+@lru_cache(maxsize=4096)
+def _places(parts: Parts) -> dict[str, tuple[int, int, torch.dtype]]:
+    """Where each kind begins and ends in the buffer, and its dtype."""
+    sizes = [part.dtype.itemsize for part in parts]
+    if sizes != sorted(sizes, reverse=True):
+        raise ValueError(f"parts must come in order of falling item size, to be aligned: {parts}")
+    places, at = {}, HEADER.size
+    for part in parts:
+        places[part.kind] = at, at + part.nbytes, part.dtype
+        at += part.nbytes
+    return places
 
 
 class Payload:
@@ -79,16 +101,9 @@ class Payload:
     """
 
     def __init__(self, wire: Tensor, parts: Parts) -> None:
-        sizes = [part.dtype.itemsize for part in parts]
-        if sizes != sorted(sizes, reverse=True):
-            raise ValueError(f"parts must come in order of falling item size, to be aligned: {parts}")
         self.wire = wire
         self.parts = parts
-        self._views: dict[str, Tensor] = {}
-        at = HEADER.size
-        for part in parts:
-            self._views[part.kind] = wire[at : at + part.nbytes].view(part.dtype)
-            at += part.nbytes
+        self._places = _places(parts)
 
     @staticmethod
     def empty(parts: Parts, device: torch.device | None = None) -> Payload:
@@ -96,7 +111,8 @@ class Payload:
         return Payload(torch.empty(wire_bytes(parts), dtype=torch.uint8, device=device), parts)
 
     def __getitem__(self, kind: str) -> Tensor:
-        return self._views[kind]
+        start, stop, dtype = self._places[kind]
+        return self.wire[start:stop].view(dtype)
 
     @property
     def body(self) -> Tensor:
@@ -116,9 +132,12 @@ class PayloadHeader:
 def write_header(payload: Payload, agreed: PayloadHeader, finite: Tensor) -> None:
     """Write the header. ``finite`` (a bool of no dimensions) lies on the payload's device."""
     body = payload.body
-    # On a GPU the checksum would have to come to the host before it can be written: there is none.
-    check = checksum(body) if body.device.type == "cpu" else 0
-    header = HEADER.pack(MAGIC, 0, 1, agreed.rank, agreed.fingerprint, agreed.exchange, body.numel(), check)
+    if body.device.type == "cpu":
+        header = _header(agreed, bool(finite), body.numel(), checksum(body))
+        payload.wire[: HEADER.size].numpy()[:] = bytearray(header)
+        return
+    # The checksum would have to come to the host before it can be written: there is none.
+    header = _header(agreed, True, body.numel(), 0)
     payload.wire[: HEADER.size] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     # On the payload's device, after the rest: the flag is the only part that the host may not know yet.
     payload.wire[NON_FINITE_AT] = ~finite
@@ -134,31 +153,27 @@ def check_header(payload: Payload, expected: PayloadHeader) -> Tensor:
     body = payload.body
     if body.device.type != "cpu":
         return _unseal_on_device(payload, expected)
-    magic, non_finite, finite, rank, fingerprint, exchange, length, check = HEADER.unpack(
-        payload.wire[: HEADER.size].numpy().tobytes()
+    got = HEADER.unpack(payload.wire[: HEADER.size].numpy().tobytes())
+    finite = bool(got[2])
+    wanted = HEADER.unpack(_header(expected, finite, body.numel(), checksum(body)))
+    if got == wanted:
+        return FINITE if finite else NON_FINITE
+    what, is_there, was_due = next(
+        (what, *both) for what, *both in zip(CHECKED, got, wanted, strict=True) if both[0] != both[1]
     )
-    compared: Iterable[tuple[str, object, object]] = (
-        ("magic", magic, MAGIC),
-        ("finite flag", (non_finite, finite), (0, 1) if finite else (1, 0)),
-        ("rank", rank, expected.rank),
-        ("settings fingerprint", fingerprint, expected.fingerprint),
-        ("exchange number", exchange, expected.exchange),
-        ("length", length, body.numel()),
-        ("checksum", check, checksum(body)),
+    raise CorruptPayload(
+        f"the payload from rank {expected.rank} in exchange {expected.exchange} is corrupt: {what} is "
+        f"{is_there!r}, expected {was_due!r}; no gradient was changed: restart from the last checkpoint and "
+        "check the network"
     )
-    for what, got, wanted in compared:
-        if got != wanted:
-            raise CorruptPayload(
-                f"the payload from rank {expected.rank} in exchange {expected.exchange} is corrupt: {what} "
-                f"is {got!r}, expected {wanted!r}; no gradient was changed: restart from the last checkpoint "
-                "and check the network"
-            )
-    return torch.tensor(bool(finite), dtype=torch.bool)
+
+
+def _header(agreed: PayloadHeader, finite: bool, length: int, check: int) -> bytes:
+    about = agreed.rank, agreed.fingerprint, agreed.exchange
+    return HEADER.pack(MAGIC, not finite, finite, *about, length, check)
 
 
 def _unseal_on_device(payload: Payload, expected: PayloadHeader) -> Tensor:
-    header = HEADER.pack(
-        MAGIC, 0, 1, expected.rank, expected.fingerprint, expected.exchange, payload.body.numel(), 0
-    )
+    header = _header(expected, True, payload.body.numel(), 0)
     wanted = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(payload.wire.device, non_blocking=True)
     return (payload.wire[: HEADER.size] == wanted).all()

@@ -250,3 +250,10 @@ def ddp_ignores(model: nn.Module, names: Iterable[str]) -> None:
     attribute, and no public call sets it."""
     known = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     model._ddp_params_and_buffers_to_ignore = list(dict.fromkeys([*known, *names]))  # type: ignore[assignment]
+
+
+def storage_is_shared(storage: torch.UntypedStorage) -> bool:
+    """Whether a tensor still lies in memory that the caller holds as a storage: the count of its users has no
+    public name, and Python's count does not see tensors that DistributedDataParallel holds."""
+    users: int = torch._C._storage_Use_Count(storage._cdata)
+    return users > 1

@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from distcomp.grammar import checked, hints_of, nested, no_such, read_settings, split_call, write_call
+from distcomp.kernels import memory
 from distcomp.layout import Layout
 from distcomp.payload import Parts, Payload, wire_bytes
 from distcomp.plugins import lookup
@@ -65,7 +65,7 @@ class Compressor(ABC):
 
     def decode(self, payload: Payload, layout: Layout) -> Tensor:
         """The decoded flat buffer (float32, ``[layout.numel]``)."""
-        out = torch.empty(layout.numel, dtype=torch.float32, device=payload.wire.device)
+        out = memory.empty(layout.numel, payload.wire.device)
         self.decode_into(out, payload, layout)
         return out
 

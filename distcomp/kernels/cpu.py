@@ -129,6 +129,8 @@ def scale_by_exponents(codes: Tensor, out: Tensor) -> None:
 def shared(run: Callable[[int, int], T], numel: int, block: int, element_bytes: int) -> list[T]:
     """run(start, count) for consecutive runs of whole blocks, a thread each; the results in order."""
     threads = torch.get_num_threads() if numel * element_bytes > ALONE_BYTES else 1
+    if threads == 1:
+        return [run(0, numel)]
     pieces = list(_runs(numel, block, threads))
     others = [_pool(threads).submit(run, *piece) for piece in pieces[1:]]
     return [run(*pieces[0]), *(other.result() for other in others)]

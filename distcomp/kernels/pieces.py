@@ -89,6 +89,11 @@ class Pieces:
         lines = [(one.at, one.numel, one.codes, one.scales, one.first) for one in rows]
         return torch.tensor(lines, dtype=torch.int64).reshape(-1, 5)
 
+    @cached_property
+    def lines(self) -> tuple[int, int]:
+        """Where the table lies, and how many lines it has."""
+        return lines_of(self.table, PIECE_BYTES)
+
     def views(self, index: int, x: Tensor, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One piece's values, codes and scales."""
         one = self.each[index]
@@ -135,7 +140,7 @@ def quantize(
 
     all_keys = array("Q", [keys[i] for i in pieces.small] if keys else bytes(8 * len(pieces.small)))
     coded, keys_at = _coded(x, codes, scales), all_keys.buffer_info()[0]
-    table_at, count_of_all = lines_of(pieces.table, PIECE_BYTES)
+    table_at, count_of_all = pieces.lines
 
     def run(start: int, count: int) -> None:
         _cpu.quantize_pieces(
@@ -171,7 +176,7 @@ def dequantize(
     from distcomp.kernels import _cpu, cpu
 
     coded, sign = _coded(out, codes, scales), int(add) - int(subtract)
-    table_at, count_of_all = lines_of(pieces.table, PIECE_BYTES)
+    table_at, count_of_all = pieces.lines
 
     def run(start: int, count: int) -> None:
         _cpu.dequantize_pieces(
@@ -211,6 +216,11 @@ class Moves:
         return torch.tensor(joined, dtype=torch.int64).reshape(-1, 3)
 
     @cached_property
+    def lines(self) -> tuple[int, int]:
+        """Where the table lies, and how many lines it has."""
+        return lines_of(self.table, MOVE_BYTES)
+
+    @cached_property
     def ends(self) -> tuple[int, int]:
         """Up to where the two buffers are touched."""
         table = self.table
@@ -228,7 +238,7 @@ def move(source: Tensor, target: Tensor, moves: Moves) -> None:
         from distcomp.kernels import _cpu
 
         sizes = source.numel(), target.numel()
-        _cpu.move(source.data_ptr(), target.data_ptr(), sizes, *lines_of(moves.table, MOVE_BYTES))
+        _cpu.move(source.data_ptr(), target.data_ptr(), sizes, *moves.lines)
         return
     for begin, to, numel in moves.table.tolist():
         target.view(-1)[to : to + numel] = source.view(-1)[begin : begin + numel]

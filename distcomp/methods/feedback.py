@@ -10,6 +10,7 @@ from torch import Tensor
 from distcomp.collectives import Rounds
 from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError
+from distcomp.kernels import memory
 from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
 from distcomp.methods.residuals import check_form, kept
@@ -76,7 +77,7 @@ class ErrorFeedback(Method):
         residual: Tensor = state["residual"].data
         # Not multiplied by 1: the same bits, and a tensor of the model's size less.
         e = residual if self.decay == 1 else residual * self.decay
-        corrected = x + e
+        corrected = torch.add(x, e, out=memory.empty(x.numel(), x.device))
         # A two-stage method inside may then leave its second error with the owner of the chunk.
         inner = replace(context, error_feedback=True)
         result = yield from self.inner.aggregate(corrected, state["inner"], inner)

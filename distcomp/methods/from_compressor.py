@@ -27,6 +27,7 @@ from distcomp.compressors.contraction import relative_error
 from distcomp.compressors.identity import Identity
 from distcomp.compressors.quantize import Quantize
 from distcomp.errors import DistcompError
+from distcomp.kernels import memory
 from distcomp.layout import Layout, chunk_views
 from distcomp.methods.base import AggregateResult, Method, State, StepContext, all_reduce_bytes
 from distcomp.payload import Payload, body_bytes
@@ -327,7 +328,7 @@ def _decoded(
 ) -> Tensor:
     """The flat buffer whose chunks the payloads decode to; the chunk of ``rank`` is ``own`` where that is
     given."""
-    buffer = torch.empty_like(like)
+    buffer = memory.empty(like.numel(), like.device)
     for index, (view, chunk, payload) in enumerate(
         zip(chunk_views(buffer, chunks), chunks, payloads, strict=True)
     ):
@@ -347,7 +348,7 @@ def mean_of(
 ) -> Tensor:
     """The mean of what the payloads decode to, added in the order given; that of ``rank`` is ``own`` where
     that is given."""
-    out = torch.empty(layout.numel, dtype=torch.float32, device=payloads[0].wire.device)
+    out = memory.empty(layout.numel, payloads[0].wire.device)
     for index, payload in enumerate(payloads):
         if own is not None and index == rank:
             torch.add(own, out if index else 0.0, out=out)

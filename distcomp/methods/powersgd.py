@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distcomp.collectives import Rounds
 from distcomp.errors import DistcompError
-from distcomp.kernels import lowrank
+from distcomp.kernels import lowrank, memory
 from distcomp.kernels.pieces import Moves, move
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods.base import (
@@ -213,7 +213,7 @@ class _Plan:
 
     def together(self, like: Tensor, plain: Tensor, p: Tensor, q: Tensor) -> Tensor:
         """The flat buffer of what went plainly and of the products ``P Q^T``."""
-        out = torch.empty_like(like)
+        out = memory.empty(like.numel(), like.device)
         move(plain, out, self.plain.back)
         lowrank.each_outer(p, q, out, self.products)
         return out

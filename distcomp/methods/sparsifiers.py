@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from distcomp.collectives import Broadcast, Rounds
@@ -12,6 +11,7 @@ from distcomp.compressors import Cast, Compressor, Identity, RandomK, TopK
 from distcomp.compressors.topk import with_values
 from distcomp.errors import DistcompError
 from distcomp.grammar import unbracketed
+from distcomp.kernels import memory
 from distcomp.layout import Layout
 from distcomp.methods.base import AggregateResult, Method, State, StepContext
 from distcomp.methods.basic import except_small, with_feedback
@@ -154,7 +154,7 @@ def _placed(result: AggregateResult, where: Tensor, like: Tensor) -> AggregateRe
     """What was agreed about a few values, put where they belong among zeros."""
 
     def spread_out(values: Tensor) -> Tensor:
-        out = torch.empty_like(like)
+        out = memory.empty(like.numel(), like.device)
         out.zero_().index_copy_(0, where, values)
         return out
 

@@ -48,6 +48,15 @@ def test_changes_in_place_are_counted() -> None:
         assert private.version_of(torch.zeros(2)) == 0
 
 
+def test_memory_that_another_tensor_lies_in_is_seen() -> None:
+    """torch._C._storage_Use_Count"""
+    x = torch.zeros(2)
+    storage = x.untyped_storage()
+    assert private.storage_is_shared(storage)
+    del x
+    assert not private.storage_is_shared(storage)
+
+
 def test_a_profiler_is_seen() -> None:
     """torch.autograd.profiler._is_profiler_enabled"""
     assert not private.profiler_runs()
