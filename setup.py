@@ -24,6 +24,8 @@ setup(
                 "distcomp/kernels/_select.h",
                 "distcomp/kernels/_binary.h",
                 "distcomp/kernels/_entropy.h",
+                "distcomp/kernels/_huffman.h",
+                "distcomp/kernels/_division.h",
                 "distcomp/kernels/_lowrank.h",
                 "distcomp/kernels/_minifloat.h",
                 "distcomp/kernels/_rows.h",
