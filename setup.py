@@ -38,6 +38,8 @@ setup(
                 "distcomp/kernels/_dct.h",
                 "distcomp/kernels/_dct_chunks.h",
                 "distcomp/kernels/_entropy.h",
+                "distcomp/kernels/_huffman.h",
+                "distcomp/kernels/_division.h",
                 "distcomp/kernels/_lowrank.h",
                 "distcomp/kernels/_minifloat.h",
                 "distcomp/kernels/_rows.h",

@@ -63,15 +63,14 @@ typedef struct {
 
 typedef struct {
     Division division;
-    uint8_t prices[BLOCK], head[HEAD_MOST];
+    uint8_t prices[STRETCH], head[HEAD_MOST];
     float means[LONGEST_PERIOD];
-    uint16_t codes[TABLES][SYMBOLS]; /* the code, and its length in the lowest 4 bits */
-    uint8_t streams[BLOCK + BLOCK / 2 + STREAMS * SLACK]; /* LONGEST bits for each byte */
+    uint64_t codes[SYMBOLS][TABLES]; /* the code in the highest bits, and its length in the lowest byte */
 } Encoder;
 
 typedef struct {
     Division division;
-    uint16_t slots[TABLES][SLOTS]; /* a byte, and in the lowest 4 bits of what its code has */
+    uint16_t slots[SLOTS][TABLES]; /* the length of a code in the lower byte, and what it stands for in the upper */
 } Decoder;
 
 typedef struct {
@@ -87,374 +86,34 @@ static uint64_t load_8(const uint8_t *from) {
     return word;
 }
 
-/* ---------------------------------------------------------------------------------------------------- counting */
-
-/* Of the first bytes of each stretch. */
-static void count_bytes(const uint8_t *data, size_t n, size_t first, uint32_t *counts) {
-    uint32_t part[2][SYMBOLS]; /* two, so that a run of one byte does not wait for itself */
-    memset(part, 0, sizeof part);
-    for (size_t at = 0; at < n; at += STRETCH) {
-        size_t end = smaller(n, at + first);
-        for (size_t i = at; i + 2 <= end; i += 2) {
-            part[0][data[i]]++;
-            part[1][data[i + 1]]++;
-        }
-        if ((end - at) % 2) part[0][data[end - 1]]++;
-    }
-    for (int s = 0; s < SYMBOLS; s++) counts[s] = part[0][s] + part[1][s];
-}
-
-INLINE void count_divided(const uint8_t *data, const uint8_t *table_of, size_t n, uint32_t (*counts)[SYMBOLS]) {
-    uint32_t odd[TABLES][SYMBOLS]; /* two, so that neighbours do not wait for each other */
-    memset(counts, 0, sizeof odd);
-    memset(odd, 0, sizeof odd);
-    for (size_t i = 0; i + 2 <= n; i += 2) {
-        counts[table_of[i]][data[i]]++;
-        odd[table_of[i + 1]][data[i + 1]]++;
-    }
-    if (n % 2) counts[table_of[n - 1]][data[n - 1]]++;
-    for (int t = 0; t < TABLES; t++)
-        for (int s = 0; s < SYMBOLS; s++) counts[t][s] += odd[t][s];
-}
-
-/* Sixteenths of a bit: log2, rounded down. */
-static uint32_t log2_sixteenths(uint32_t x) {
-    int exponent = 31 - __builtin_clz(x);
-    uint64_t mantissa = (uint64_t)x << (31 - exponent);
-    uint32_t result = (uint32_t)exponent;
-    for (int i = 0; i < 4; i++) {
-        mantissa = mantissa * mantissa >> 31;
-        int above = mantissa >> 32 != 0;
-        mantissa >>= above;
-        result = result << 1 | (uint32_t)above;
-    }
-    return result;
-}
-
-/* Sixteenths of a bit that each byte would take, at most SLOTS' worth. */
-static uint32_t price_of(uint32_t count, uint32_t log2_of_all) {
-    uint32_t price = count ? log2_of_all - log2_sixteenths(count) : 16 * LONGEST;
-    return price < 16 * LONGEST ? price : 16 * LONGEST;
-}
-
-/* What all of the bytes would take, in bytes of each. */
-static double price_of_all(const uint32_t *counts) {
-    uint64_t n = 0, sixteenths = 0;
-    for (int s = 0; s < SYMBOLS; s++) n += counts[s];
-    for (int s = 0; s < SYMBOLS && n; s++)
-        sixteenths += (uint64_t)counts[s] * price_of(counts[s], log2_sixteenths((uint32_t)n));
-    return (double)sixteenths / (double)(n + !n) / (16 * 8);
-}
-
-/* Sixteenths of a bit that the lower half of a byte would take by itself, and the upper: by their sum, which takes
- * fewer instructions than a table of all bytes, parts of a block are compared. */
-typedef struct {
-    uint8_t of_half[2][16];
-} Prices;
-
-static Prices prices_of(const uint32_t *counts) {
-    uint32_t halves[2][16] = {{0}}, n = 0;
-    Prices prices;
-    for (uint32_t s = 0; s < SYMBOLS; s++) {
-        halves[0][s & 15] += counts[s];
-        halves[1][s >> 4] += counts[s];
-        n += counts[s];
-    }
-    for (int half = 0; half < 2; half++)
-        for (int s = 0; s < 16; s++) {
-            uint32_t price = price_of(halves[half][s], n ? log2_sixteenths(n) : 0);
-            prices.of_half[half][s] = (uint8_t)(price < 127 ? price : 127); /* their sum is one byte */
-        }
-    return prices;
-}
-
-typedef void LookUp(const uint8_t *data, size_t n, const Prices *prices, uint8_t *out);
-
-static void look_up_generic(const uint8_t *data, size_t n, const Prices *prices, uint8_t *out) {
-    for (size_t i = 0; i < n; i++)
-        out[i] = (uint8_t)(prices->of_half[0][data[i] & 15] + prices->of_half[1][data[i] >> 4]);
-}
-
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define HAVE_AVX2
-#include <immintrin.h>
-#define AVX2 __attribute__((target("avx2,bmi2")))
-
-AVX2 static void look_up_avx2(const uint8_t *data, size_t n, const Prices *prices, uint8_t *out) {
-    const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)prices->of_half[0]));
-    const __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)prices->of_half[1]));
-    const __m256i fifteen = _mm256_set1_epi8(15);
-    size_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-        __m256i bytes = _mm256_loadu_si256((const __m256i *)(data + i));
-        __m256i lower = _mm256_shuffle_epi8(low, _mm256_and_si256(bytes, fifteen));
-        __m256i upper = _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), fifteen));
-        _mm256_storeu_si256((__m256i *)(out + i), _mm256_add_epi8(lower, upper));
-    }
-    look_up_generic(data + i, n - i, prices, out + i);
-}
-#endif
-
-/* ------------------------------------------------------------------------------------------------------- codes */
-
-/* The lengths of a code of the fewest bits: the two that occur least become one, until one is left. */
-static void unlimited_lengths(const uint32_t *order, const uint32_t *counts, int n, uint8_t *lengths) {
-    uint32_t weight[2 * SYMBOLS];
-    int parent[2 * SYMBOLS];
-    for (int i = 0; i < n; i++) weight[i] = counts[order[i]];
-    int leaf = 0, joined = n, next = n;
-    for (; next < 2 * n - 1; next++) {
-        weight[next] = 0;
-        for (int two = 0; two < 2; two++) {
-            int least = leaf < n && (joined == next || weight[leaf] <= weight[joined]) ? leaf++ : joined++;
-            weight[next] += weight[least];
-            parent[least] = next;
-        }
-    }
-    uint8_t depth[2 * SYMBOLS];
-    depth[2 * n - 2] = 0;
-    for (int i = 2 * n - 3; i >= 0; i--) depth[i] = (uint8_t)(depth[parent[i]] + 1);
-    for (int i = 0; i < n; i++) lengths[order[i]] = depth[i];
-}
-
-/* None longer than LONGEST: what that takes of the room for codes, others give back, who occur least first. */
-static void limit(const uint32_t *order, int n, uint8_t *lengths) {
-    uint32_t room = 0;
-    for (int i = 0; i < n; i++) {
-        if (lengths[order[i]] > LONGEST) lengths[order[i]] = LONGEST;
-        room += SLOTS >> lengths[order[i]];
-    }
-    for (int i = 0; room > SLOTS; i = (i + 1) % n)
-        if (lengths[order[i]] < LONGEST) room -= SLOTS >> ++lengths[order[i]];
-    for (int i = n - 1; i >= 0; i--)
-        while (lengths[order[i]] > 1 && room + (SLOTS >> lengths[order[i]]) <= SLOTS)
-            room += SLOTS >> lengths[order[i]]--;
-}
-
-static void lengths_of(const uint32_t *counts, uint8_t *lengths) {
-    uint32_t keys[SYMBOLS], order[SYMBOLS];
-    int n = 0;
-    memset(lengths, 0, SYMBOLS);
-    for (uint32_t s = 0; s < SYMBOLS; s++) {
-        if (!counts[s]) continue;
-        uint32_t key = counts[s] << 8 | s; /* a block has 2^19 bytes */
-        int at = n++;
-        for (; at && keys[at - 1] > key; at--) keys[at] = keys[at - 1];
-        keys[at] = key;
-    }
-    for (int i = 0; i < n; i++) order[i] = keys[i] & 255;
-    if (n < 2) {
-        lengths[n ? order[0] : 0] = ALONE;
-        return;
-    }
-    unlimited_lengths(order, counts, n, lengths);
-    limit(order, n, lengths);
-}
-
-/* Each code, its first bit lowest, and its length in the lowest 4 bits. Whether the lengths are of a code. */
-static int codes_of(const uint8_t *lengths, uint16_t *codes) {
-    uint32_t next = 0, alone = 0, others = 0;
-    memset(codes, 0, SYMBOLS * sizeof *codes);
-    for (int s = 0; s < SYMBOLS; s++) {
-        alone += lengths[s] == ALONE;
-        others += lengths[s] && lengths[s] != ALONE;
-        if (lengths[s] > LONGEST && lengths[s] != ALONE) return 0;
-    }
-    if (alone) return alone == 1 && !others;
-    for (uint32_t length = 1, step = SLOTS / 2; length <= LONGEST; length++, step /= 2)
-        for (int s = 0; s < SYMBOLS; s++) {
-            if (lengths[s] != length) continue;
-            uint32_t reversed = 0;
-            for (int b = 0; b < LONGEST; b++) reversed |= (next >> b & 1) << (LONGEST - 1 - b);
-            codes[s] = (uint16_t)(reversed << 4 | length);
-            next += step;
-            if (next > SLOTS) return 0;
-        }
-    return next > 0;
-}
-
-static void write_lengths(const uint8_t *lengths, uint8_t *out) {
-    for (int s = 0; s < SYMBOLS; s += 2) out[s / 2] = (uint8_t)(lengths[s] | lengths[s + 1] << 4);
-}
-
-/* By the next LONGEST bits: which byte, and how many bits are its. What no code begins with is as good as anything. */
-static int slots_of(const uint8_t *in, uint16_t *slots) {
-    uint8_t lengths[SYMBOLS];
-    uint16_t codes[SYMBOLS];
-    for (int s = 0; s < SYMBOLS; s++) lengths[s] = in[s / 2] >> 4 * (s % 2) & 15;
-    if (!codes_of(lengths, codes)) return 0;
-    memset(slots, 0, SLOTS * sizeof *slots);
-    for (int s = 0; s < SYMBOLS; s++) {
-        uint32_t length = lengths[s] == ALONE ? 0 : lengths[s];
-        if (lengths[s])
-            for (uint32_t i = codes[s] >> 4; i < SLOTS; i += 1u << length) slots[i] = (uint16_t)(s << 4 | length);
-    }
-    return 1;
-}
-
-/* ---------------------------------------------------------------------------------------------------- division */
-
-/* The mean price of each column, for the period whose columns differ by most beyond what chance makes of them. */
-INLINE uint16_t columns_of(const uint8_t *prices, size_t n, Periods periods, float *means, double *mean) {
-    uint32_t total = 0, squares = 0; /* of at most STRETCH prices, each below 2^8 */
-    for (size_t i = 0; i < n; i++) total += prices[i], squares += (uint32_t)prices[i] * prices[i];
-    *mean = (double)total / (double)n;
-    double noise = (double)squares / (double)n - *mean * *mean, most = 0;
-    uint16_t best = 1;
-    means[0] = (float)*mean;
-    for (size_t p = 0; p < periods.count; p++) {
-        if (periods.each[p] < 2 || periods.each[p] > LONGEST_PERIOD || periods.each[p] > (int64_t)n / 4) continue;
-        size_t period = (size_t)periods.each[p], rows = n / period;
-        uint32_t sums[LONGEST_PERIOD] = {0};
-        for (size_t row = 0; row < rows; row++)
-            for (size_t c = 0; c < period; c++) sums[c] += prices[row * period + c];
-        double between = -(double)(period - 1) * noise;
-        for (size_t c = 0; c < period; c++) {
-            double beyond = (double)sums[c] - (double)rows * *mean;
-            between += beyond * beyond / (double)rows;
-        }
-        if (between <= most) continue;
-        most = between;
-        best = (uint16_t)period;
-        for (size_t c = 0; c < period; c++) means[c] = (float)sums[c] / (float)rows;
-    }
-    return best;
-}
-
-static uint8_t level_of(double dearer, int bits) {
-    int level = (int)(dearer / LEVEL + (1 << (bits - 1)) + 0.5);
-    return (uint8_t)(level < 0 ? 0 : level < 1 << bits ? level : (1 << bits) - 1);
-}
-
-/* Each byte's column's level, as `expand` begins. */
-INLINE void expand_columns(Division *d, size_t stretch, uint8_t *out, size_t n) {
-    size_t period = d->periods[stretch];
-    for (size_t at = 0; at < n; at += period) memcpy(out + at, d->columns[stretch], smaller(period, n - at));
-}
-
-/* The levels of a stretch's columns, then of its rows: what is dearer than `usual` beyond what its columns are. */
-INLINE void levels_of(size_t n, double usual, Periods periods, size_t stretch, Encoder *e) {
-    Division *d = &e->division;
-    uint8_t *columns = d->table_of + stretch * STRETCH;
-    const uint8_t *prices = e->prices + stretch * STRETCH;
-    double mean;
-    uint16_t period = d->periods[stretch] = columns_of(prices, n, periods, e->means, &mean);
-    for (size_t c = 0; c < period; c++) d->columns[stretch][c] = level_of(e->means[c] - mean, COLUMN_BITS);
-    expand_columns(d, stretch, columns, n);
-    for (size_t at = 0; at < n; at += ROW) {
-        uint32_t paid = 0, levels = 0;
-        size_t width = smaller(n - at, ROW);
-        for (size_t i = at; i < at + width; i++) paid += prices[i], levels += columns[i];
-        double due = usual + LEVEL * ((double)levels / (double)width - (1 << (COLUMN_BITS - 1)));
-        d->rows[stretch][at / ROW] = level_of((double)paid / (double)width - due, ROW_BITS);
-    }
-}
-
-/* From levels to tables, in place. */
-INLINE void divide(Division *d, size_t n) {
-    uint8_t first = d->thresholds[0], second = d->thresholds[1], third = d->thresholds[2];
-    for (size_t at = 0; at < n; at += ROW) {
-        uint8_t level = d->rows[at / STRETCH][at % STRETCH / ROW], *of = d->table_of + at;
-        size_t width = smaller(ROW, n - at);
-        for (size_t i = 0; i < width; i++) {
-            uint8_t x = (uint8_t)(of[i] + level);
-            of[i] = (uint8_t)((x >= first) + (x >= second) + (x >= third));
-        }
-    }
-}
-
-/* About as many bytes to each of the tables; of every eighth row. */
-static void choose_thresholds(Division *d, size_t n) {
-    size_t bytes[LEVELS] = {0}, seen = 0, before = 0;
-    for (size_t at = 0; at < n; at += 8 * ROW) {
-        size_t level = d->rows[at / STRETCH][at % STRETCH / ROW], end = smaller(n, at + ROW);
-        for (size_t i = at; i < end; i++) bytes[d->table_of[i] + level]++;
-        seen += end - at;
-    }
-    for (size_t level = 0, t = 0; t < TABLES - 1; level++) {
-        if (level < LEVELS) before += bytes[level];
-        while (t < TABLES - 1 && (level + 1 >= LEVELS || TABLES * before >= (t + 1) * seen))
-            d->thresholds[t++] = (uint8_t)(level + 1);
-    }
-}
-
-static uint8_t *write_bits(const uint8_t *values, size_t count, unsigned bits, uint8_t *out) {
-    uint32_t buffer = 0;
-    unsigned filled = 0;
-    for (size_t i = 0; i < count; i++) {
-        buffer |= (uint32_t)values[i] << filled;
-        for (filled += bits; filled >= 8; filled -= 8, buffer >>= 8) *out++ = (uint8_t)buffer;
-    }
-    if (filled) *out++ = (uint8_t)buffer;
-    return out;
-}
-
-static const uint8_t *read_bits(uint8_t *values, size_t count, unsigned bits, const uint8_t *in, const uint8_t *end) {
-    if ((size_t)(end - in) < (count * bits + 7) / 8) return NULL;
-    uint32_t buffer = 0;
-    unsigned filled = 0;
-    for (size_t i = 0; i < count; i++, buffer >>= bits, filled -= bits) {
-        if (filled < bits) buffer |= (uint32_t)*in++ << filled, filled += 8;
-        values[i] = (uint8_t)(buffer & ((1u << bits) - 1));
-    }
-    return in;
-}
-
-static size_t rows_in(size_t n) { return (n + ROW - 1) / ROW; }
-
-static uint8_t *write_division(const Division *d, size_t n, uint8_t *out) {
-    memcpy(out, d->thresholds, TABLES - 1);
-    out += TABLES - 1;
-    for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++) {
-        memcpy(out, &d->periods[stretch], 2);
-        out = write_bits(d->columns[stretch], d->periods[stretch], COLUMN_BITS, out + 2);
-        out = write_bits(d->rows[stretch], rows_in(smaller(STRETCH, n - at)), ROW_BITS, out);
-    }
-    return out;
-}
-
-/* Where it ends; NULL where it is none. */
-static const uint8_t *read_division(Division *d, size_t n, const uint8_t *in, const uint8_t *end) {
-    if (end - in < TABLES - 1) return NULL;
-    memcpy(d->thresholds, in, TABLES - 1);
-    in += TABLES - 1;
-    for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++) {
-        size_t m = smaller(STRETCH, n - at);
-        if (end - in < 2) return NULL;
-        memcpy(&d->periods[stretch], in, 2);
-        if (!d->periods[stretch] || d->periods[stretch] > LONGEST_PERIOD) return NULL;
-        if (!(in = read_bits(d->columns[stretch], d->periods[stretch], COLUMN_BITS, in + 2, end))) return NULL;
-        if (!(in = read_bits(d->rows[stretch], rows_in(m), ROW_BITS, in, end))) return NULL;
-        expand_columns(d, stretch, d->table_of + at, m);
-    }
-    divide(d, n);
-    return in;
-}
+#include "_huffman.h"
+#include "_division.h"
 
 /* ------------------------------------------------------------------------------------------------------ encode */
 
+/* The buffer is filled from its upper end, so that the length in a code's lowest byte is at once what it is moved by:
+ * of those bytes, what remains lies below all bits that count. */
 #define PUSH(k) \
     do { \
-        uint32_t code = codes[table_of[i + (k)]][data[i + (k)]]; \
-        buffer |= (uint64_t)(code >> 4) << filled; \
-        filled += code & 15; \
+        uint64_t code = codes[data[i + (k)]][table_of[i + (k)]]; \
+        buffer = buffer >> (code & 63) | code; \
+        filled += code; \
     } while (0)
 
 #define PUSH_OUT \
     do { \
-        memcpy(out, &buffer, 8); \
-        out += filled >> 3; \
-        buffer >>= filled & 56; \
-        filled &= 7; \
+        uint64_t bits = filled & 63, word = buffer >> 1 >> (63 - bits); \
+        memcpy(out, &word, 8); \
+        out += bits >> 3; \
+        filled = bits & 7; \
     } while (0)
 
 /* Returns where the stream ends; writes up to SLACK bytes more. */
-INLINE uint8_t *push_together(const uint8_t *data, const uint8_t *table_of, size_t n, const uint16_t (*codes)[SYMBOLS],
-                         uint8_t *out) {
-    uint64_t buffer = 0;
-    uint32_t filled = 0;
+INLINE uint8_t *push_together(const uint8_t *data, const uint8_t *table_of, size_t n, const uint64_t (*codes)[TABLES],
+                              uint8_t *out) {
+    uint64_t buffer = 0, filled = 0;
     size_t i = 0;
-    for (; i + 4 <= n; i += 4) { /* 7 bits that were left, and four times LONGEST */
+    for (; i + 4 <= n; i += 4) { /* 7 bits that were left, and four times LONGEST: 56 are above the lowest byte */
         PUSH(0);
         PUSH(1);
         PUSH(2);
@@ -465,79 +124,68 @@ INLINE uint8_t *push_together(const uint8_t *data, const uint8_t *table_of, size
         PUSH(0);
         PUSH_OUT;
     }
-    memcpy(out, &buffer, 8);
+    uint64_t rest = buffer >> 1 >> (63 - filled);
+    memcpy(out, &rest, 8);
     return out + (filled + 7) / 8;
 }
 
-/* What the tables and the bytes by them take. */
+/* What the bytes take by codes of their own for each table. */
 static size_t bytes_by(uint32_t (*counts)[SYMBOLS], int tables, uint8_t (*lengths)[SYMBOLS]) {
     uint64_t bits = 0;
     for (int t = 0; t < tables; t++) {
         lengths_of(counts[t], lengths[t]);
         for (int s = 0; s < SYMBOLS; s++) bits += (uint64_t)counts[t][s] * (lengths[t][s] == ALONE ? 0 : lengths[t][s]);
     }
-    return (size_t)(bits / 8) + (size_t)tables * TABLE_BYTES;
+    return (size_t)(bits / 8);
 }
 
-static double mean_of(const uint8_t *prices, size_t n) {
-    uint64_t total = 0;
-    for (size_t at = 0; at < n; at += STRETCH) {
-        uint32_t sum = 0;
-        for (size_t i = at, end = smaller(n, at + STRETCH); i < end; i++) sum += prices[i];
-        total += sum;
-    }
-    return (double)total / (double)n;
-}
-
-/* How many tables there are to be (0: none pays), and the lengths of their codes. */
+/* How many tables there are to be (0: none pays), the lengths of their codes, and what bytes take by them. */
 INLINE int tables_of(const uint8_t *data, size_t n, Periods periods, LookUp *look_up, Encoder *e,
-                     uint8_t (*lengths)[SYMBOLS]) {
+                     uint8_t (*lengths)[SYMBOLS], size_t *bytes) {
     uint32_t counts[TABLES][SYMBOLS];
     count_bytes(data, n, STRETCH / 4, counts[0]);
     double whole = price_of_all(counts[0]) * (double)n + TABLE_BYTES;
     if (whole > (double)n * 127 / 128) return 0;
     if (n >= FEWEST_DIVIDED) {
         Prices prices = prices_of(counts[0]);
-        look_up(data, n, &prices, e->prices);
-        double usual = mean_of(e->prices, n);
         for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++)
-            levels_of(smaller(STRETCH, n - at), usual, periods, stretch, e);
+            levels_of(data + at, smaller(STRETCH, n - at), &prices, look_up, periods, stretch, e);
         choose_thresholds(&e->division, n);
         divide(&e->division, n);
         count_divided(data, e->division.table_of, n, counts);
         size_t told = (size_t)(write_division(&e->division, n, e->head) - e->head);
-        if ((double)(bytes_by(counts, TABLES, lengths) + told) < whole) return TABLES;
+        *bytes = bytes_by(counts, TABLES, lengths);
+        if ((double)(*bytes + told + TABLES * TABLE_BYTES) < whole) return TABLES;
     }
     memset(e->division.table_of, 0, n);
     count_bytes(data, n, STRETCH, counts[0]);
-    bytes_by(counts, 1, lengths);
+    *bytes = bytes_by(counts, 1, lengths);
     return 1;
 }
 
 /* The coded block into `out`, which has room for n bytes. Returns its length; 0 where it is not shorter. */
 INLINE size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, LookUp *look_up, Encoder *e) {
-    uint8_t lengths[TABLES][SYMBOLS], *head = e->head, *end = e->streams;
-    int tables = tables_of(data, n, periods, look_up, e, lengths);
+    uint8_t lengths[TABLES][SYMBOLS], *head = e->head;
+    size_t bytes = 0, quarter = n / STREAMS;
+    int tables = tables_of(data, n, periods, look_up, e, lengths, &bytes);
     if (!tables) return 0;
     *head++ = (uint8_t)tables;
     if (tables > 1) head = write_division(&e->division, n, head);
     for (int t = 0; t < tables; t++, head += TABLE_BYTES) {
         write_lengths(lengths[t], head);
-        codes_of(lengths[t], e->codes[t]);
+        write_codes(lengths[t], (size_t)t, e->codes);
     }
-    for (size_t k = 0, quarter = n / STREAMS; k < STREAMS; k++) {
+    uint8_t *ends = head, *end = out + (head - e->head) + 4 * (STREAMS - 1);
+    if ((size_t)(end - out) + bytes + STREAMS + SLACK > n) return 0;
+    for (size_t k = 0; k < STREAMS; k++) {
         uint8_t *begin = end;
-        size_t count = k + 1 < STREAMS ? quarter : n - k * quarter;
-        end = push_together(data + k * quarter, e->division.table_of + k * quarter, count,
-                       (const uint16_t (*)[SYMBOLS])e->codes, begin);
+        end = push_together(data + k * quarter, e->division.table_of + k * quarter,
+                            k + 1 < STREAMS ? quarter : n - k * quarter, (const uint64_t (*)[TABLES])e->codes, begin);
         uint32_t length = (uint32_t)(end - begin);
-        if (k + 1 < STREAMS) memcpy(head, &length, 4), head += 4;
+        if (k + 1 < STREAMS) memcpy(ends + 4 * k, &length, 4);
     }
-    size_t head_bytes = (size_t)(head - e->head), stream_bytes = (size_t)(end - e->streams);
-    if (head_bytes + stream_bytes >= n) return 0;
-    memcpy(out, e->head, head_bytes);
-    memcpy(out + head_bytes, e->streams, stream_bytes);
-    return head_bytes + stream_bytes;
+    memcpy(out, e->head, (size_t)(ends - e->head) + 4 * (STREAMS - 1));
+    return (size_t)(end - out);
 }
 
 /* ------------------------------------------------------------------------------------------------------ decode */
@@ -553,16 +201,16 @@ typedef struct {
 
 #define PULL(k, place) \
     do { \
-        uint32_t slot = slots[of[place]][buffer##k & (SLOTS - 1)]; \
-        to[place] = (uint8_t)(slot >> 4); \
-        buffer##k >>= slot & 15; \
-        at##k += slot & 15; \
+        uint32_t slot = slots[buffer##k & (SLOTS - 1)][of[place]]; \
+        to[place] = (uint8_t)(slot >> 8); \
+        buffer##k >>= slot & 63; \
+        at##k += (uint8_t)slot; \
     } while (0)
 
 #define PULL_FROM_EACH(j) PULL(0, j); PULL(1, quarter + (j)); PULL(2, twice + (j)); PULL(3, thrice + (j))
 
 /* Of each stream four bytes at a time, while a word can be loaded from it and a quarter has as many. */
-INLINE void pull_together(const uint16_t (*slots)[SLOTS], Streams *s, const uint8_t *table_of, uint8_t *out,
+INLINE void pull_together(const uint16_t (*slots)[TABLES], Streams *s, const uint8_t *table_of, uint8_t *out,
                           size_t quarter) {
     const uint8_t *in = s->in, *of = table_of, *last = table_of + (quarter & ~(size_t)3);
     const size_t twice = 2 * quarter, thrice = 3 * quarter;
@@ -586,15 +234,15 @@ INLINE void pull_together(const uint16_t (*slots)[SLOTS], Streams *s, const uint
 }
 
 /* The rest of one, carefully. Whether it ends with its last bit. */
-static int pull_rest(const uint16_t (*slots)[SLOTS], const Streams *s, size_t k, const uint8_t *table_of, uint8_t *out,
+static int pull_rest(const uint16_t (*slots)[TABLES], const Streams *s, size_t k, const uint8_t *table_of, uint8_t *out,
                      size_t n) {
     uint64_t at = s->at[k];
     for (size_t i = s->done; i < n; i++) {
         uint32_t bits = 0;
         for (unsigned b = 0; b < 3 && (at >> 3) + b < s->end[k] >> 3; b++) bits |= (uint32_t)s->in[(at >> 3) + b] << 8 * b;
-        uint32_t slot = slots[table_of[i]][bits >> (at & 7) & (SLOTS - 1)];
-        out[i] = (uint8_t)(slot >> 4);
-        at += slot & 15;
+        uint32_t slot = slots[bits >> (at & 7) & (SLOTS - 1)][table_of[i]];
+        out[i] = (uint8_t)(slot >> 8);
+        at += (uint8_t)slot;
         if (at > s->end[k]) return 0;
     }
     return s->end[k] - at < 8;
@@ -602,7 +250,7 @@ static int pull_rest(const uint16_t (*slots)[SLOTS], const Streams *s, size_t k,
 
 INLINE int decoded_block(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d) {
     const uint8_t *end = in + length, *table_of = d->division.table_of;
-    const uint16_t(*slots)[SLOTS] = (const uint16_t(*)[SLOTS])d->slots;
+    const uint16_t(*slots)[TABLES] = (const uint16_t(*)[TABLES])d->slots;
     size_t quarter = n / STREAMS, tables;
     if (!length || (*in != 1 && *in != TABLES)) return 0;
     tables = *in++;
@@ -610,7 +258,7 @@ INLINE int decoded_block(const uint8_t *in, size_t length, uint8_t *out, size_t 
     if (tables > 1 && !(in = read_division(&d->division, n, in, end))) return 0;
     if ((size_t)(end - in) < tables * TABLE_BYTES + 4 * (STREAMS - 1)) return 0;
     for (size_t t = 0; t < tables; t++, in += TABLE_BYTES)
-        if (!slots_of(in, d->slots[t])) return 0;
+        if (!slots_of(in, t, d->slots)) return 0;
     Streams s = {.in = in + 4 * (STREAMS - 1)};
     uint64_t begin = 0, whole = (uint64_t)(end - s.in);
     for (size_t k = 0; k < STREAMS; k++, in += 4) {

@@ -191,6 +191,7 @@ PRIVATE = (
     "_module_info",
     "_module_fqn",
     "_resolve_process_group",
+    "_process_group_name",
 )
 """Names that stand in :mod:`distcomp.private_torch` alone."""
 
