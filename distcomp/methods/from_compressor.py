@@ -123,131 +123,6 @@ class AllGatherMean(Method):
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         # A key of the rank's own: errors that are independent average out over the ranks.
-pattern              what happens                                 bytes each rank sends, payload P, n ranks
-===================  ===========================================  ==========================================
-``all_reduce``       payloads are added on the wire               2 (n-1)/n P
-``all_gather``       every rank decodes and adds all payloads     (n-1) P
-``reduce_scatter``   the owner of a chunk decodes, adds, encodes  (n-1)/n (P + P of the second stage)
-===================  ===========================================  ==========================================
-
-Sums of decoded payloads are added in rank order, so that every rank holds the same bits.
-"""
-
-from __future__ import annotations
-
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-
-import torch
-from torch import Tensor
-
-from distcomp.collectives import AllGather, AllReduce, AllToAll, Rounds, once
-from distcomp.compressors.base import Compressor
-from distcomp.compressors.contraction import relative_error
-from distcomp.compressors.identity import Identity
-from distcomp.compressors.quantize import Quantize
-from distcomp.errors import DistcompError
-from distcomp.kernels import memory
-from distcomp.layout import Layout, chunk_views
-from distcomp.methods.base import AggregateResult, Method, State, StepContext, all_reduce_bytes
-from distcomp.payload import Payload, body_bytes
-
-PATTERNS = ("auto", "all_reduce", "all_gather", "reduce_scatter")
-"""How payloads may meet."""
-
-NOTHING = Layout(())
-"""Of an empty chunk."""
-
-REFERENCE_LAYOUT = Layout.of([("reference", (1024, 1024))])
-"""What the cost of two patterns is compared on."""
-
-
-def from_compressor(compressor: Compressor, pattern: str = "auto") -> Method:
-    """The method in which ``compressor``'s payloads meet by ``pattern``; ``auto`` is the cheapest legal one.
-
-    Raises DistcompError where the pairing is illegal: payloads that cannot be added cannot ride an
-    all-reduce.
-    """
-    if pattern not in PATTERNS:
-        raise DistcompError(f"there is no pattern {pattern!r}; use one of {', '.join(PATTERNS)}")
-    if pattern == "all_reduce" and not compressor.summable:
-        raise DistcompError(
-            f"payloads of {compressor} cannot be added on the wire; use pattern='all_gather' or "
-            "'reduce_scatter'"
-        )
-    if pattern == "all_reduce" or (pattern == "auto" and compressor.summable):
-        return AllReduceMean(compressor)
-    if pattern == "all_gather":
-        return AllGatherMean(compressor)
-    if pattern == "reduce_scatter":
-        return ReduceScatterMean(compressor)
-    return Auto(compressor)
-
-
-@dataclass(frozen=True)
-class AllReduceMean(Method):
-    """Summable payloads ride a plain all-reduce: ``estimate = decode(sum_i encode(x_i / n))``.
-
-    We divide by n before encoding, so that a narrow type neither overflows nor rounds the sum a second time.
-    Finite values beyond the n-th part of what the type holds are clamped to it (their sum would be an
-    infinity); an infinity stays one. ``contribution_i = n decode(encode(x_i / n))``. On the wire:
-    ``2 (n-1)/n`` of a payload, without its header. What a ring rounds on its way nobody owes.
-    """
-
-    compressor: Compressor
-
-    @property
-    def propagates_nonfinite(self) -> bool:  # type: ignore[override]
-        return self.compressor.propagates_nonfinite
-
-    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        scaled = x * (1.0 / context.size)
-        if isinstance(self.compressor, Identity):
-            # No payload is made: x / n is what is summed, and what DistributedDataParallel sums.
-            total = yield AllReduce(scaled)
-            return AggregateResult(total, lambda: x, state)
-        payload = self.compressor.encode(self._clamped(scaled, context.size), context.layout, context.shared)
-        # Decoded now: the transport takes the payload for its buffer, and the sum comes back in its place.
-        sent = self.compressor.decode(payload, context.layout)
-        (part,) = payload.parts
-        total = yield AllReduce(payload[part.kind], kind=part.kind)
-        payload[part.kind].copy_(total)
-        return AggregateResult(
-            self.compressor.decode(payload, context.layout), lambda: sent * context.size, state
-        )
-
-    def _clamped(self, scaled: Tensor, size: int) -> Tensor:
-        """The n-th part, less the rounding of n-1 additions in a type of 11 significant bits."""
-        if self.compressor.largest == math.inf:
-            return scaled
-        limit = self.compressor.largest / size / (1 + (size - 1) * 2.0**-10)
-        return torch.where(scaled.isinf(), scaled, scaled.clamp(-limit, limit))
-
-    def sole_compressor(self) -> Compressor:
-        return self.compressor
-
-    def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
-        return all_reduce_bytes(body_bytes(self.compressor.parts(layout)), size)
-
-
-@dataclass(frozen=True)
-class AllGatherMean(Method):
-    """Every rank sends its payload to all: ``estimate = 1/n sum_i decode(payload_i)``, added in rank order.
-
-    ``contribution_i = decode(payload_i)``. On the wire: ``n-1`` payloads. Each rank decodes n of them.
-    """
-
-    adds_residual = True
-
-    compressor: Compressor
-
-    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        # A key of the rank's own: errors that are independent average out over the ranks.
-<<<<<<< HEAD
-        key, owed = context.private.fold("gather"), None
-=======
         key = context.private.fold("gather")
         owed: Tensor | None = None
         if context.residual is None:
@@ -300,8 +175,7 @@ class ReduceScatterMean(Method):
 
     Source: the residual on the reducing side is that of Tang et al., "DoubleSqueeze", ICML 2019, and of
     DeepSpeed's ``server_error``. We differ: it shares one tensor with the worker's residual, which the owner
-    does not need on its own chunk. (CGX, whose reduction this is too, adds the owner's chunk as it is always,
-    keeps no residual, and encodes both stages alike.)
+    does not need on its own chunk.
     """
 
     adds_residual = True
