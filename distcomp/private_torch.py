@@ -204,6 +204,14 @@ def process_group(name: str) -> Any:
     return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # a name, too
 
 
+def name_of(group: Any) -> str:
+    """The name of a process group, also where its backend has none of its own (mpi4py), as ``group_name`` then
+    raises."""
+    c10d = import_module("torch.distributed.distributed_c10d")
+    name: str = c10d._world.pg_names[group]
+    return name
+
+
 @contextmanager
 def next_group_named(name: str) -> Iterator[None]:
     """Inside, a new process group that its members alone make is called ``name``.

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch.distributed as dist
 
-from distcomp.private_torch import next_group_named
+from distcomp.private_torch import name_of, next_group_named
 from distcomp.transports.agreement import PROPOSED
 from distcomp.transports.bounded import ask_store
 from distcomp.transports.types import Store
@@ -62,7 +62,7 @@ class Pool:
         self.made = number + 1
         members = [dist.get_global_rank(parent, rank) for rank in range(dist.get_world_size(parent))]
         backend = dist.get_backend(parent)
-        with next_group_named(f"distcomp {parent.group_name} {number}"):
+        with next_group_named(f"distcomp {name_of(parent)} {number}"):
             made = dist.new_group(members, timeout=patience, backend=backend, use_local_synchronization=True)
         assert isinstance(made, dist.ProcessGroup)
         _OWN.add(made)

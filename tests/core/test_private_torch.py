@@ -211,3 +211,15 @@ def test_a_group_tells_its_timeout(ddp: DistributedDataParallel) -> None:
     patience = private.timeout_of(ddp.process_group)
     assert patience is not None
     assert patience.total_seconds() == 1800
+
+
+def test_a_new_group_gets_the_name_that_is_asked_for() -> None:
+    """distributed_c10d._process_group_name, _world.pg_names"""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert private.name_of(torch.distributed.group.WORLD) == torch.distributed.group.WORLD.group_name
+        with private.next_group_named("ours"):
+            group = torch.distributed.new_group([0])
+        assert private.name_of(group) == group.group_name == "ours"
+    finally:
+        torch.distributed.destroy_process_group()
