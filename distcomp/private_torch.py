@@ -205,8 +205,7 @@ def process_group(name: str) -> Any:
 
 
 def name_of(group: Any) -> str:
-    """The name of a process group, also where its backend has none of its own (mpi4py), as ``group_name`` then
-    raises."""
+    """The name of a process group, also where its backend keeps none (mpi4py): ``group_name`` then raises."""
     c10d = import_module("torch.distributed.distributed_c10d")
     name: str = c10d._world.pg_names[group]
     return name

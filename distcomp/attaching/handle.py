@@ -38,7 +38,6 @@ from distcomp.averaging.codistill import Codistillation
 from distcomp.builtin_hooks import is_builtin
 from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError, PeerLost
-from distcomp.kernels import memory
 from distcomp.methods import METHODS, Method, parse
 from distcomp.methods.base import ByParameter
 from distcomp.methods.weight_gather import WeightGather
@@ -364,7 +363,6 @@ class Handle:
             for pruner in self._pruners:
                 pruner.consensus = None
             with ExitStack() as closing:  # each of them, also where one raises; the last first
-                closing.callback(memory.give_back)
                 closing.callback(self._session.close, agree and self._sync.error is None)
                 closing.callback(self._sync.close)
                 closing.callback(self._watch.close)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distcomp.attaching.groups import pool_of
 from distcomp.errors import DistcompError, PeerLost
+from distcomp.kernels import memory
 from distcomp.recording import Recorder
 from distcomp.runtime.channel import Channel
 from distcomp.runtime.ledger import Ledger
@@ -193,6 +194,7 @@ class Session:
     def close(self, whole: bool = True) -> None:
         """Say goodbye. ``whole``: every exchange that was begun has ended; others may use the line."""
         self._transport.close()
+        memory.give_back()
         if whole and not self._heartbeat.diagnosed:
             self._give_back()
         self._heartbeat.close()

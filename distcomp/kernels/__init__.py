@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distcomp.errors import DistcompError
 from distcomp.kernels.dispatch import backend, implementation
-from distcomp.kernels.packing import NORMS, levels, packed_bytes, scale_count
+from distcomp.kernels.packing import NORMS, Coding, levels, packed_bytes, scale_count
 
 __all__ = [
     "all_finite",
@@ -83,8 +83,7 @@ def quantize(
         raise DistcompError(f"first={first} is not a multiple of block={block}; split only between blocks")
     implementation(x.device).quantize(
         x, codes_out, scales_out,
-        block=block, bits=bits, key=key, first=first, stochastic=stochastic, norm=norm,
-        powers=powers,
+        block=block, bits=bits, key=key, first=first, coding=Coding(stochastic, norm, powers),
     )  # fmt: skip
 
 

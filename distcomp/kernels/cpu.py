@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distcomp.kernels import _cpu
-from distcomp.kernels.packing import NORMS, block_bytes
+from distcomp.kernels.packing import NORMS, Coding, block_bytes
 
 ALONE_BYTES = 1 << 20  # up to here one thread is done before another has woken
 MASK = 0xFFFFFFFF
@@ -29,11 +29,12 @@ T = TypeVar("T")
 
 def quantize(
     x: Tensor, codes: Tensor, scales: Tensor, *,
-    block: int, bits: int, key: int, first: int, stochastic: bool, norm: str, powers: bool,
+    block: int, bits: int, key: int, first: int, coding: Coding,
     owing: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """See :func:`distcomp.kernels.quantize`; in the same pass, what is owed."""
     coded = _coded(x, codes, scales, block, bits)
+    stochastic, norm, powers = coding
     residual, owed = (one.data_ptr() for one in owing) if owing else (0, 0)
 
     def run(start: int, count: int) -> None:

@@ -86,7 +86,7 @@ class Grids:
     def tables(self) -> tuple[Tensor, Tensor]:
         """The lines that C reads (int64 ``[grids, 9]``), and the factors that they name (float32)."""
         begins: dict[int, int] = {}
-        factors, lines, place = [torch.empty(0)], [], 0
+        factors, lines, place = [torch.empty(0, dtype=torch.float32)], [], 0
         for one in (grid for grid in self.each if grid.numel):
             for side in (one.high, one.wide):
                 if side not in begins:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distcomp.errors import DistcompError
+from distcomp.kernels.packing import Coding
 
 BACKENDS = ("reference", "cpu", "triton")
 REMEDIES = {
@@ -31,7 +32,7 @@ class Backend(Protocol):
 
     def quantize(
         self, x: Tensor, codes: Tensor, scales: Tensor, *,
-        block: int, bits: int, key: int, first: int, stochastic: bool, norm: str, powers: bool,
+        block: int, bits: int, key: int, first: int, coding: Coding,
     ) -> None: ...  # fmt: skip
 
     def dequantize(

@@ -9,10 +9,19 @@ elements lie in neighbouring bytes, so packing is shifts and ors of whole vector
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 NORMS = ("max", "l2", "given")
 """What a block's scale is: its largest magnitude, its Euclidean norm, or a number that is handed in. C
 knows them by their places here."""
+
+
+class Coding(NamedTuple):
+    """How the values of a block become codes; see :func:`distcomp.kernels.quantize`."""
+
+    stochastic: bool
+    norm: str
+    powers: bool
 
 
 @cache

@@ -17,7 +17,7 @@ from torch import Tensor
 from distcomp import kernels
 from distcomp.errors import DistcompError
 from distcomp.kernels.dispatch import backend
-from distcomp.kernels.packing import NORMS, packed_bytes, scale_count
+from distcomp.kernels.packing import NORMS, Coding, packed_bytes, scale_count
 from distcomp.kernels.tables import check_tensor, lines_of
 
 LARGE = 1 << 18
@@ -173,8 +173,8 @@ def quantize_owing(
         place = slice(one.at, one.at + one.numel)
         cpu.quantize(
             *pieces.views(i, x, codes, scales),
-            block=pieces.block, bits=pieces.bits, key=key, first=one.first, stochastic=stochastic,
-            norm=norm, powers=pieces.powers, owing=(residual[place], owed[place]),
+            block=pieces.block, bits=pieces.bits, key=key, first=one.first,
+            coding=Coding(stochastic, norm, pieces.powers), owing=(residual[place], owed[place]),
         )  # fmt: skip
     if pieces.small:
         addresses = residual.data_ptr(), owed.data_ptr()

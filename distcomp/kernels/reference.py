@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from distcomp.kernels.packing import block_bytes, levels, parts
+from distcomp.kernels.packing import Coding, block_bytes, levels, parts
 
 MASK = 0xFFFFFFFF
 ONE = 2.0**24  # 1 in fixed point, with the 24 bits after the point that random numbers have
@@ -114,9 +114,10 @@ def lane_sum(x: Tensor) -> Tensor:
 
 def quantize(
     x: Tensor, codes: Tensor, scales: Tensor, *,
-    block: int, bits: int, key: int, first: int, stochastic: bool, norm: str, powers: bool,
+    block: int, bits: int, key: int, first: int, coding: Coding,
 ) -> None:  # fmt: skip
     """See :func:`distcomp.kernels.quantize`."""
+    stochastic, norm, powers = coding
     for start, x_rows, code_rows, scale in _blocks(x, codes, scales, block, bits):
         if norm != "given":
             find = block_mean if bits == 1 else block_l2 if norm == "l2" else block_max

@@ -21,7 +21,7 @@ import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
 
-from distcomp.kernels.packing import block_bytes
+from distcomp.kernels.packing import Coding, block_bytes
 from distcomp.kernels.reference import block_l2, exponents, permuted, scale_by_exponents
 
 # A few torch operations, each one pass over memory that a GPU is fast at: no kernel of their own.
@@ -360,9 +360,10 @@ def _add_sums(data_at, sums_at, size_bytes, tile: tl.constexpr):
 
 def quantize(
     x: Tensor, codes: Tensor, scales: Tensor, *,
-    block: int, bits: int, key: int, first: int, stochastic: bool, norm: str, powers: bool,
+    block: int, bits: int, key: int, first: int, coding: Coding,
 ) -> None:  # fmt: skip
     """See :func:`distcomp.kernels.quantize`."""
+    stochastic, norm, powers = coding
     if norm == "l2" and bits > 1:  # in float64, of which a GPU has too few units for a kernel
         for start, row, rows, m in _runs(x.numel(), block):
             scales[row : row + rows] = block_l2(x[start : start + rows * m].view(rows, m))

@@ -28,7 +28,7 @@ LINE_BYTES = 48
 
 
 @dataclass(frozen=True)
-class Line:
+class UnitRows:
     """``numel`` values at ``at`` of a flat buffer, in ``units`` of ``length`` of which the first lacks its
     first ``before``; the means of what is not negative begin at ``scale``, the others follow them."""
 
@@ -44,7 +44,7 @@ class Line:
 class Units:
     """The units of a flat buffer of ``numel`` values."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[UnitRows, ...]
     numel: int
 
     @staticmethod
@@ -54,7 +54,7 @@ class Units:
         for at, count, first, length in places:
             before = first % length
             units = (before + count - 1) // length + 1 if count else 0
-            lines.append(Line(at, count, before, length, scale, units))
+            lines.append(UnitRows(at, count, before, length, scale, units))
             scale += 2 * units
         return Units(tuple(lines), numel)
 
@@ -71,7 +71,7 @@ class Units:
         ]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
 
-    def rows(self, x: Tensor) -> Iterator[tuple[Tensor, Line]]:
+    def rows(self, x: Tensor) -> Iterator[tuple[Tensor, UnitRows]]:
         """The units of each piece as rows, where missing values are NaN."""
         for one in (line for line in self.lines if line.numel):
             after = one.units * one.length - one.before - one.numel
@@ -113,9 +113,8 @@ def put(codes: Tensor, units: Units, scales: Tensor, out: Tensor, sign: int) -> 
         _cpu.put_two_means(*at, sizes, *_table(units), sign)
         return
     signs = torch.empty_like(out)
-    kernels.dequantize(
-        codes, torch.ones(-(-out.numel() // SIGNS), device=out.device), signs, block=SIGNS, bits=1
-    )
+    ones = torch.ones(-(-out.numel() // SIGNS), dtype=torch.float32, device=out.device)
+    kernels.dequantize(codes, ones, signs, block=SIGNS, bits=1)
     for line in units.lines:
         place = slice(line.at, line.at + line.numel)
         mean = scales[line.scale : line.scale + 2 * line.units].view(2, -1)

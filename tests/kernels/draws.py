@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distcomp import kernels
 from distcomp.kernels.dispatch import Backend
+from distcomp.kernels.packing import Coding
 
 AWKWARD = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-45, -1e-40, 2.0**-120, 3.4e38]
 
@@ -41,8 +42,9 @@ class Case:
             scales.copy_(self.given)
         backend.quantize(
             self.x, codes, scales, block=self.block, bits=self.bits, key=self.key, first=self.first,
-            stochastic=self.stochastic, powers=self.powers,
-            norm="l2" if self.l2 else "max" if self.given is None else "given",
+            coding=Coding(
+                self.stochastic, "l2" if self.l2 else "max" if self.given is None else "given", self.powers
+            ),
         )  # fmt: skip
         return codes, scales
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from distcomp import kernels
 from distcomp.errors import DistcompError
 from distcomp.kernels import reference
+from distcomp.kernels.packing import Coding
 from tests.kernels.draws import Case, cases, same_bits
 
 _cpu = pytest.importorskip("distcomp.kernels._cpu", reason="the C extension was not built (no C compiler?)")
@@ -211,7 +212,5 @@ def test_what_lies_on_the_grid_stays_there_whatever_the_noise(instruction_set: s
     """Added in float32, one of 2^17 would be rounded up: 100 + u is 101 where u is near 1."""
     levels = torch.arange(-127, 128, dtype=torch.float32).repeat(2**14)
     codes, scales = torch.empty(levels.numel(), dtype=torch.uint8), torch.empty(2**14)
-    cpu.quantize(
-        levels, codes, scales, block=255, bits=8, key=7, first=0, stochastic=True, norm="max", powers=False
-    )
+    cpu.quantize(levels, codes, scales, block=255, bits=8, key=7, first=0, coding=Coding(True, "max", False))
     assert torch.equal(codes.float() - 127, levels)

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.calls import test_calls
+
 pytest.importorskip("mpi4py", reason="mpi4py is not installed; pip install 'distcomp[mpi]'")
 
 ROOT = Path(__file__).parents[3]
@@ -120,4 +122,6 @@ def test_every_call_dtype_and_shape_between_one_to_four_ranks() -> None:
     assert sorted(told) == [0, 1, 2, 3]
     for rank, found in told.items():
         assert {job: wrong for job, wrong in found.items() if wrong} == {}
-        assert len(found) == sum(10 + 6 * (size > 1) for size in (1, 2, 3, 4) if rank < size), sorted(found)
+        each = 3 + len(test_calls.CODECS)
+        assert len(found) == sum(each + 5 * (size > 1) for size in (1, 2, 3, 4) if rank < size), sorted(found)
+        )
