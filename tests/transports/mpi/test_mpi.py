@@ -124,4 +124,3 @@ def test_every_call_dtype_and_shape_between_one_to_four_ranks() -> None:
         assert {job: wrong for job, wrong in found.items() if wrong} == {}
         each = 3 + len(test_calls.CODECS)
         assert len(found) == sum(each + 5 * (size > 1) for size in (1, 2, 3, 4) if rank < size), sorted(found)
-        )
