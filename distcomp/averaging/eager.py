@@ -33,7 +33,8 @@ class Eager(Averaging):
     The exchange of ``Delta(t)`` begins after step t and may take until the next one: nobody waits while it
     computes. What is in brackets is what the others learnt a period ago; before the first mean has come it is
     0. Anchors differ between workers by what is not heard yet, and no more: the sum of all ``g_i`` is that of
-    all means. With ``method`` other than the exact mean, ``Delta_i(t-1)`` is the contribution.
+    all means. With ``method`` other than the exact mean, ``Delta_i(t-1)`` is the contribution. What is still
+    under way at the end of a run is used by nobody: ``finish`` leaves the exact mean of the models.
 
     Source: Kale, Douillard & Donchev, "Eager updates for overlapped communication and computation in DiLoCo",
     2025. We differ: any method may carry the difference. Bytes: ``method``'s, every ``period`` steps. Memory:
