@@ -124,3 +124,22 @@ def test_every_call_dtype_and_shape_between_one_to_four_ranks() -> None:
         assert {job: wrong for job, wrong in found.items() if wrong} == {}
         each = 3 + len(test_calls.CODECS)
         assert len(found) == sum(each + 5 * (size > 1) for size in (1, 2, 3, 4) if rank < size), sorted(found)
+
+
+def test_a_process_that_mpirun_did_not_start_is_told_so() -> None:
+    script = """
+from types import SimpleNamespace
+from distcomp.transports.mpi.group import create_group
+create_group(SimpleNamespace(global_ranks_in_group=[], group_size=2, group_rank=1))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "start it with mpirun -n 2" in done.stderr
+
+
+@pytest.mark.parametrize("imports", ["distcomp, torch", "torch"])
+def test_torch_knows_the_backend_in_whatever_order_it_is_imported(imports: str) -> None:
+    script = f"import {imports}; print('mpi4py' in torch.distributed.Backend.backend_list)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
