@@ -46,6 +46,7 @@ setup(
                 "distcomp/kernels/_inside.h",
                 "distcomp/kernels/_integers.h",
                 "distcomp/kernels/_twomeans.h",
+                "distcomp/kernels/_variants.h",
                 "distcomp/kernels/_words.h",
             ],
             # A contracted multiply-add gives other bits: replicas on unlike machines would drift apart.

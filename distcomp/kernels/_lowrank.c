@@ -221,20 +221,8 @@ typedef struct {
     TARGET static void outer_##name(const Product *x) { outer_body(x); } \
     static const Variant name##_variant = {#name, times_rows_##name, times_columns_##name, outer_##name};
 
-VARIANT(generic, )
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-VARIANT(avx2, __attribute__((target("avx2"))))
-VARIANT(avx512, __attribute__((target("avx2,avx512f"))))
-#endif
-
-static const Variant *serving(const char *name) {
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-    if (!strcmp(name, "avx512")) return &avx512_variant;
-    if (!strcmp(name, "avx2")) return &avx2_variant;
-#endif
-    (void)name;
-    return &generic_variant;
-}
+#define AVX512 "avx2,avx512f"
+#include "_variants.h"
 
 /* Whether `rows` rows of `columns`, `stride` apart, lie in the `size` elements from their first on. */
 static int rows_are_inside(Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t stride, Py_ssize_t size) {

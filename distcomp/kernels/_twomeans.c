@@ -126,20 +126,7 @@ typedef struct {
     } \
     static const Variant name##_variant = {means_##name, put_##name};
 
-VARIANT(generic, )
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-VARIANT(avx2, __attribute__((target("avx2"))))
-VARIANT(avx512, __attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl"))))
-#endif
-
-static const Variant *serving(const char *name) {
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-    if (!strcmp(name, "avx512")) return &avx512_variant;
-    if (!strcmp(name, "avx2")) return &avx2_variant;
-#endif
-    (void)name;
-    return &generic_variant;
-}
+#include "_variants.h"
 
 /* ---------------------------------------------------------------------------------------------- Python's side */
 
