@@ -13,30 +13,28 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import distcomp
 from benchmarks._common import write
 from distcomp.transports.verdict import REMEDY
-from tests.attaching.ddp.test_bounded import ENDS, PATIENCE_S, TIMEOUT_S, WAYS, Rank, check, victim_of
-from tests.cluster import Cluster, threads_left
+from tests.attaching.ddp.test_bounded import (
+    ENDS,
+    PATIENCE_S,
+    TIMEOUT_S,
+    WAYS,
+    Rank,
+    check,
+    stop_short,
+    victim_of,
+)
+from tests.cluster import Cluster
 
 TARGET_S = TIMEOUT_S + 5
 
 
 def timed(rank: int, size: int, way: str) -> tuple[str, str, list[str], float]:
     """What this rank is told, of which type, which threads are left, and the seconds until it had left."""
-    options, act, _ = (WAYS | ENDS)[way]
-    one = Rank(rank, size, **options)
-    told = kind = ""
+    one = Rank(rank, size, **(WAYS | ENDS)[way][0])
     began_s = time.perf_counter()
-    try:
-        act(one, victim_of(way, size))
-    except BaseException as error:
-        told, kind = str(error), type(error).__name__
-    try:
-        one.handle.detach()
-    except distcomp.DistcompError as error:
-        told = told or str(error)
-    return told, kind, threads_left(), time.perf_counter() - began_s
+    return *stop_short(one, way), time.perf_counter() - began_s
 
 
 def row(way: str, size: int) -> dict[str, Any]:

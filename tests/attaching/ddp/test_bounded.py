@@ -196,12 +196,15 @@ ENDS = {  # ways after which the process is gone, or stopped for good
 
 
 def go(rank, size, way):
+    """A rank is attached, and then the way is gone."""
+    return stop_short(Rank(rank, size, **(WAYS | ENDS)[way][0]), way)
+
+
+def stop_short(one, way):
     """What this rank is told, of which type, and which threads are left after leaving."""
-    options, act, _ = (WAYS | ENDS)[way]
-    one = Rank(rank, size, **options)
     told = kind = ""
     try:
-        act(one, victim_of(way, size))
+        (WAYS | ENDS)[way][1](one, victim_of(way, one.size))
     except BaseException as error:
         told, kind = str(error), type(error).__name__
     try:
