@@ -316,7 +316,6 @@ class NVFP4(BlockFloat):
 
     def units(self, payload: Payload, layout: Layout) -> Tensor:
         outer, inner = payload["scales"], payload["block_scales"].view(torch.float8_e4m3fn).float()
-        outer = torch.where(outer.isfinite(), outer, math.nan)
         return outer[self._group_of_block(layout, outer.device)] * inner
 
     def _floor(self, numel: int) -> float:

@@ -305,6 +305,38 @@ def test_what_is_not_finite_never_looks_like_a_number(c: Compressor, bad: float)
     assert decoded[256:].isfinite().all() or isinstance(c, NVFP4)
 
 
+@pytest.mark.parametrize(
+    "c", [MXFP8(), MXFP8(rounding="nearest"), MXFP4(), MXFP4(rounding="nearest")], ids=str
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_block_that_is_not_finite_has_the_standards_scale_of_a_nan(c: Compressor, bad: float) -> None:
+    x = torch.randn(300)
+    x[17] = bad
+    payload = encoded(c, x)
+    assert payload["scales"].tolist().index(255) == 0
+    assert (payload["scales"][1:] < 255).all()
+    assert c.decode(payload, flat(300))[:32].isnan().all()
+
+
+@pytest.mark.parametrize("c", [Float8(), Float8(rounding="nearest"), Float8(format="e5m2")], ids=str)
+def test_a_block_of_tiny_values_is_zeros_and_the_next_larger_is_not(c: Compressor) -> None:
+    x = torch.randn(128)
+    largest = x.abs().max()
+    for size, alive in ((2.0**-101, False), (2.0**-140, False), (2.0**-99, True)):
+        decoded = through(c, x / largest * size)
+        assert decoded.isfinite().all()
+        assert bool(decoded.any()) == alive
+
+
+def test_each_parameter_has_groups_of_its_own() -> None:
+    """Of very different sizes: a group that two shared would round the smaller to nothing."""
+    c, shapes = NVFP4(rounding="nearest"), [("a", (1500,)), ("b", (40,)), ("c", (3000,))]
+    layout = Layout.of(shapes)
+    pieces = [torch.randn(shape) * size for (_, shape), size in zip(shapes, (1e3, 1e-3, 1e-6), strict=True)]
+    together = c.decode(c.encode(torch.cat(pieces), layout, KEY), layout)
+    assert torch.equal(together, torch.cat([through(c, piece) for piece in pieces]))
+
+
 def test_settings_that_cannot_be_are_refused_with_a_remedy() -> None:
     for make, words in (
         (lambda: Float8(rounding="up"), "stochastic or nearest"),
