@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from distcomp import DistcompError, updates
 from distcomp.updates import blocks
+from distcomp.updates.apply import _any_overlap
 from distcomp.updates.update import DTYPE_NAMES, UpdatePiece
 from tests.updates import oracle
 from tests.updates.states import DTYPES, SHAPES, bits_of, copied, raw, same, stepped, words
@@ -228,8 +231,45 @@ def test_a_key_frame_may_take_no_more_than_is_allowed():
 
 def test_a_small_stream_that_expands_without_end_is_not_expanded():
     bomb = blocks.leb128(1) + blocks._compacted(bytes(1 << 24), blocks.ZLIB)
+    tracemalloc.start()
     with pytest.raises(updates.CorruptFile, match="other than 40 bytes"):
         blocks.decode_block(blocks.Cursor(bomb), 10, blocks.WordType(4, True))
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most_bytes < 1 << 20
+
+
+def test_a_number_without_an_end_and_an_index_that_comes_twice_are_refused():
+    with pytest.raises(updates.CorruptFile, match="longer than 64 bits"):
+        blocks.Cursor(b"\x80" * 100 + b"\x01").number()
+    twice = memoryview(blocks._indices(torch.tensor([3, 3]), 100))
+    with pytest.raises(updates.CorruptFile, match="do not rise"):
+        blocks._rising(twice, 100, 2)
+
+
+@pytest.mark.parametrize("distance", [1, 2, 257, 258, 65537, 65538, 2**31 - 1])
+def test_a_distance_at_the_edge_of_a_width_comes_back(distance):
+    old = {"w": torch.zeros(64, dtype=torch.int32)}
+    new = {"w": old["w"].clone().index_fill_(0, torch.tensor([5]), distance)}
+    state = copied(old)
+    updates.apply(state, updates.read_update(updates.encode(old, new).to_bytes()))
+    assert same(state, new)
+
+
+@pytest.mark.parametrize(("second", "overlap"), [(4, True), (5, False), (6, False)])
+def test_parts_that_share_one_word_overlap(second, overlap):
+    parts = [SimpleNamespace(first=second, words=5), SimpleNamespace(first=0, words=5)]
+    assert _any_overlap(parts) == overlap
+
+
+def test_more_blocks_than_words_are_refused():
+    old = {"w": torch.zeros(64)}
+    update = updates.encode(old, {"w": old["w"] + torch.arange(64) % 2})
+    (piece,) = update.pieces
+    longer = updates.Update(
+        1, False, update.before, update.after, (UpdatePiece(piece.box, bytes(piece.blocks) + b"\0"),)
+    )
+    refused(copied(old), updates.read_update(longer.to_bytes()), "more blocks than words")
 
 
 def test_zstd_names_its_extra_where_it_is_missing(monkeypatch):
