@@ -64,13 +64,26 @@ def test_rows_repeat_after_the_bytes_of_a_row_whoever_sends_them() -> None:
     assert row_periods(Layout.of([("b", (128,))]), 2, 64) == ()
 
 
-def test_columns_of_different_sizes_make_fewer_bytes() -> None:
+def divided_by_columns() -> float:
+    """Bytes of a matrix whose columns have different sizes, over those of the same values as one row."""
     layout = Layout.of([("w", (1200, 128))])
     columns = torch.linspace(-2, 2, 128).exp().repeat(1200)
     xs = [x * columns for x in draw(2, layout)]
     as_one_row = Layout.of([("w", (1, layout.numel))], {"w": "matrix"})
     by_column, plain = (once(parse("lossless:inner=(qsgd:bits=4)"), xs, one) for one in (layout, as_one_row))
-    assert sum(by_column.sent_bytes) < 0.92 * sum(plain.sent_bytes)
+    return sum(by_column.sent_bytes) / sum(plain.sent_bytes)
+
+
+def test_columns_of_different_sizes_make_fewer_bytes() -> None:
+    assert divided_by_columns() < 0.92
+
+
+@pytest.mark.xfail(
+    strict=True, reason="Huffman's codes have whole bits: bytes of quiet columns cost one each"
+)
+def test_columns_of_different_sizes_make_a_tenth_fewer_bytes() -> None:
+    """Missed: a range coder with a table for each size, which was slower, took 0.873."""
+    assert divided_by_columns() < 0.9
 
 
 def test_short_payloads_and_sums_go_as_they_are() -> None:
