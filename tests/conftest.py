@@ -70,6 +70,7 @@ BUILT_ELSEWHERE = {
     "tests/horovod_job/test_horovod.py": "Horovod is built by scripts/test-horovod",
     "tests/integrations/test_ray.py": "Ray is installed by its users",
     "tests/integrations/test_trackers.py": "trackers are installed by scripts/test-trackers",
+    "tests/updates/test_trl.py": "TRL is installed by its users",
 }
 """Files that may be skipped whole in continuous integration, and why."""
 
