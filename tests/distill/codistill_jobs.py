@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
 from distcomp.averaging import codistill
+from tests.averaging.return_jobs import copies_of, trained_together
+from tests.cluster import threads_left
 from tests.distill.networks import mlp, rows
 
 SHARED, _ = rows(20, seed=99)
@@ -125,6 +127,22 @@ def dies(rank: int, size: int, victim: int) -> dict[str, Any]:
     stats = handle.stats()
     handle._leave(agree=False)
     return {"stats": stats, "finite": bool(torch.isfinite(flat(model)).all())}
+
+
+def returns(rank: int, size: int, text: str) -> dict[str, Any]:
+    """One rank is slow, is given up, and comes back with its own network."""
+    torch.distributed.barrier()  # a busy machine starts ranks at times that are further apart than timeout_s
+    model = mlp(8, seed=rank)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    handle = distcomp.attach(model, optimizer, text, shared=SHARED, timeout_s=6.0)
+    found = trained_together(
+        rank, handle, lambda step: train(model, optimizer, rank, range(step, step + 1))
+    )
+    handle.state_dict()  # makes the exchange of the last step now
+    found["heard"], found["left out"] = handle.stats()["heard"], handle.stats().get("lost", [])
+    found["replicas"], found["public"] = copies_of(handle)
+    handle.detach()
+    return {**found, "weights": flat(model), "threads": threads_left()}
 
 
 def clipped(rank: int, size: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -165,6 +165,26 @@ def test_a_worker_that_dies_is_left_out(cluster):
         assert found[rank]["stats"]["iterations"] == 10
 
 
+@pytest.mark.parametrize("exchanged", ["predictions", "checkpoints"])
+def test_a_worker_that_was_given_up_comes_back_with_its_own_network(exchanged, cluster):
+    found = cluster(3).run(jobs.returns, f"codistill:period=1,exchanged={exchanged},on_failure=continue")
+    late = found[2]
+    for one in found[:2]:
+        assert one["lost"] == [2]
+        assert one["said"][-1] == "rank 2 is back; training goes on with it"
+    taken_in = " ".join(late["said"])
+    assert "rank 2 was given up by its neighbours and is taken in again by rank" in taken_in
+    assert "with the model of" not in taken_in
+    assert late["iterations"] == found[0]["iterations"] > late["steps"]
+    for one in found:
+        assert (one["heard"], one["left out"], one["threads"]) == (2, [], [])
+        assert torch.isfinite(one["weights"]).all()
+        assert len(one["replicas"]) == (2 if exchanged == "checkpoints" else 0)
+        for neighbour, replica in one["replicas"].items():
+            assert torch.equal(replica, found[neighbour]["public"])
+    assert not torch.equal(found[0]["weights"], late["weights"])
+
+
 def test_what_cannot_be_is_refused(cluster):
     for told in cluster(2).run(jobs.refusals):
         words = [
