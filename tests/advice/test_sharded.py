@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from distcomp import cli
 from distcomp.advice import Scenario, Setting, Simulation, TrainingTask
 from distcomp.advice.advise import advise
-from distcomp.advice.overlap import EXCHANGE_CORE_S, sharded_step
+from distcomp.advice.overlap import EXCHANGE_CORE_S, HOOKED_CORE_S, sharded_step
 from distcomp.advice.predict import Machine, predict
 from distcomp.advice.profile import ProfiledExchange, ProfiledRound
 from distcomp.advice.scale import ShardedRehearsals
@@ -27,7 +27,7 @@ from distcomp.methods.reduce_scatter import to_shards
 from distcomp.methods.weight_gather import parse_weight_gather
 from distcomp.network import Fabric
 from distcomp.network.model import Host, Overhead
-from distcomp.network.request_sizes import RequestSizes
+from distcomp.network.request_sizes import LATE_IN_A_RING, RequestSizes
 
 LAYERS = [Layout.of([("a.weight", (960, 33)), ("a.bias", (960,))]), Layout.of([("b.weight", (480, 64))])]
 KEPT, MOVED = "gather:compressor=(qsgd:bits=8),reuse=true", "difference:compressor=(qsgd:bits=4)"
@@ -122,19 +122,36 @@ def test_on_the_cpu_nothing_overlaps() -> None:
 
 
 def test_gloo_waits_for_the_word_of_who_receives() -> None:
-    """0.1 s on the wire. At 8 Mbit/s a window of 64 kB stands in a queue for 66 ms; a pair waits for half."""
-    fabric, nbytes = Fabric.uniform(4, 8e6), 1e5 / 1.0685
-    summed, gathered = (RequestSizes(kind, (nbytes,) * 4) for kind in ("all_to_all", "all_gather"))
-    assert summed.announced_s(0.1, fabric, True) == pytest.approx(8 * (64 << 10) / 8e6)
-    assert summed.announced_s(0.01, fabric, True) == 0.01
-    assert summed.announced_s(0.1, fabric, False) == 0.0
+    """At 8 Mbit/s a window of 64 kB stands in a queue for 66 ms, and 10 kB for 10; a pair waits for half of
+    0.1 s on the wire."""
+    fabric, window_s = Fabric.uniform(4, 8e6), 8 * (64 << 10) / 8e6
+    long, short = (RequestSizes("all_to_all", (nbytes,) * 4) for nbytes in (1e5, 1e4))
+    assert long.announced_s(0.3, fabric, True) == pytest.approx(window_s)
+    assert short.announced_s(0.03, fabric, True) == pytest.approx(0.01)
+    assert short.announced_s(0.03, fabric, False) == 0.0
+    around = RequestSizes("ring_all_gather", (4e4,))
+    assert around.announced_s(0.03, fabric, True) == pytest.approx(0.01 * LATE_IN_A_RING)
+    uneven = RequestSizes("all_to_all", (1.0,) * 4, messages=((0, 1, 1e4), (1, 2, 2e4)))
+    assert uneven.announced_s(0.03, fabric, True) == pytest.approx(0.02)
+    gathered = RequestSizes("all_gather", (1e5,) * 4)
     assert gathered.placed(((0, 1), (2, 3))).announced_s(0.1, fabric, False) == 0.05
+
+
+def test_ranks_that_share_a_machine_wait_for_words_and_for_what_an_exchange_takes_of_a_core() -> None:
     given, host = profiles([0.4] * 6)
     crowded = replace(host, ranks=2)
     alone, emulated = (
         sharded_step(observed(), given, Fabric.uniform(2, 8e6), one) for one in (host, crowded)
     )
-    assert emulated.step_s - alone.step_s == pytest.approx(6 * (8 * (64 << 10) / 8e6 + 2 * EXCHANGE_CORE_S))
+    word_s = LATE_IN_A_RING * 8 * (64 << 10) / 8e6
+    assert emulated.step_s - alone.step_s == pytest.approx(6 * (word_s + 2 * EXCHANGE_CORE_S))
+    hooked = [
+        replace(one, rounds=(ProfiledRound(0.0, RequestSizes("all_to_all", (8e3,) * 2)),)) for one in given
+    ]
+    alone, emulated = (
+        sharded_step(observed(), hooked, Fabric.uniform(2, 8e6), one) for one in (host, crowded)
+    )
+    assert emulated.step_s - alone.step_s == pytest.approx(6 * (8e-3 + 2 * HOOKED_CORE_S))
     on_gpu = [sharded_step(observed("cuda"), given, Fabric.uniform(2, 8e6), one) for one in (host, crowded)]
     assert on_gpu[0].step_s == pytest.approx(on_gpu[1].step_s)
 

@@ -135,9 +135,7 @@ def returns(rank: int, size: int, text: str) -> dict[str, Any]:
     model = mlp(8, seed=rank)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     handle = distcomp.attach(model, optimizer, text, shared=SHARED, timeout_s=6.0)
-    found = trained_together(
-        rank, handle, lambda step: train(model, optimizer, rank, range(step, step + 1))
-    )
+    found = trained_together(rank, handle, lambda step: train(model, optimizer, rank, range(step, step + 1)))
     handle.state_dict()  # makes the exchange of the last step now
     found["heard"], found["left out"] = handle.stats()["heard"], handle.stats().get("lost", [])
     found["replicas"], found["public"] = copies_of(handle)
