@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import HashStore
 
+from distcomp.transports import returning
 from distcomp.transports.returning import TRAINS, WAITS, Return
 
 SIZE = 4
@@ -86,3 +88,54 @@ def test_nobody_comes_where_nobody_said_that_it_would() -> None:
     assert not host.propose(4, AHEAD)  # proposes 4 + AHEAD
     assert back.accept(4 + AHEAD + 1) is None  # too late, and says so
     assert not host.propose(4 + AHEAD, AHEAD)
+
+
+def test_a_proposal_that_nobody_answers_is_taken_back_and_made_again() -> None:
+    host, back = both()
+    back.say(WAITS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(returning, "HOLD_S", 0.0)
+        assert not host.propose(7, AHEAD)
+    assert back.proposed() is None
+    found: list[bool] = []
+    proposing = threading.Thread(target=lambda: found.append(host.propose(8, AHEAD)))
+    proposing.start()
+    while (proposal := back.proposed()) is None:
+        pass
+    assert back.agree(proposal) == 8
+    proposing.join()
+    assert found == [True]
+
+
+def test_whoever_comes_after_the_host_has_passed_is_not_told_to_wait_there() -> None:
+    host, back = both()
+    back.say(TRAINS)
+    assert not host.propose(3, AHEAD)  # proposes 3 + AHEAD
+    assert not host.propose(3 + AHEAD, AHEAD)  # nobody said yes
+    assert back.accept(3 + AHEAD) is None
+    assert not host.propose(4 + AHEAD, AHEAD)
+    assert back.accept(4 + AHEAD) == 4 + 2 * AHEAD
+
+
+def test_what_was_agreed_on_and_did_not_happen_is_over() -> None:
+    host, back = both()
+    back.say(TRAINS)
+    host.propose(3, AHEAD)
+    assert back.accept(3 + AHEAD) == 3 + AHEAD
+    assert back.accept(4 + AHEAD) is None  # the host never came
+    assert not host.propose(4 + AHEAD, AHEAD)
+    assert back.accept(5 + AHEAD) == 4 + 2 * AHEAD
+
+
+def test_a_proposal_that_comes_while_another_is_answered_stays() -> None:
+    class Overtaken(HashStore):
+        """Between what the returning rank reads and what it writes, the host proposes something else."""
+
+        def compare_set(self, key: str, expected: str, word: str) -> bytes:
+            self.set(key, "at 14")
+            return super().compare_set(key, expected, word)
+
+    back = Return(Overtaken(), "attach1", 2, 1)
+    back.say("at 9")
+    assert back.accept(5) is None
+    assert back.proposed() == "at 14"
