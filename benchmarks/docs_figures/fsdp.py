@@ -31,13 +31,18 @@ def _of(two: dict[str, float], four: dict[str, float]) -> list[float | None]:
 
 
 def times() -> str:
-    """Step times and memory beside plain FSDP2, at 100 Mbit/s."""
-    found = result("sharded_time_100mbit")
-    sizes = list(dict.fromkeys(key.partition(" | ")[0] for key in found["table"]))
-    names = list(dict.fromkeys(key.partition(" | ")[2] for key in found["table"]))
-    rows = [[name, *(one for size in sizes for one in _timed(found["table"], size, name))] for name in names]
-    head = ["", *(f"{size}: {what}" for size in sizes for what in ("a step", "faster", "kept", "memory"))]
-    return f"{markdown(head, rows)}\n\n{source(found, 'sharded_time.py')}"
+    """Step times and memory beside plain FSDP2, at 100 Mbit/s and at 1 Gbit/s."""
+    parts = []
+    for rate in ("100mbit", "1gbit"):
+        found = result(f"sharded_time_{rate}")
+        sizes = list(dict.fromkeys(key.partition(" | ")[0] for key in found["table"]))
+        names = list(dict.fromkeys(key.partition(" | ")[2] for key in found["table"]))
+        rows = [
+            [name, *(one for size in sizes for one in _timed(found["table"], size, name))] for name in names
+        ]
+        head = (f"{size}: {what}" for size in sizes for what in ("a step", "faster", "kept", "memory"))
+        parts += [markdown([RATES[rate], *head], rows), source(found, "sharded_time.py")]
+    return "\n\n".join(parts)
 
 
 def _timed(table: dict[str, dict[str, float]], size: str, name: str) -> list[str]:
@@ -73,11 +78,16 @@ def predictions() -> str:
     """Predicted and measured steps."""
     found = result("sharded_advice")
     rows = [_predicted(key, row) for key, row in found["table"].items()]
-    errors = [abs(row["error"]) for row in found["table"].values()]
-    within = sum(error <= 0.1 for error in errors)
-    said = f"{within} of {len(errors)} within 10 %, the worst {max(errors):.0%} off."
+    said = []
+    for rate, name in RATES.items():
+        errors = [abs(row["error"]) for key, row in found["table"].items() if key.startswith(f"{rate} ")]
+        within = sum(error <= 0.1 for error in errors)
+        if errors:
+            said.append(
+                f"At {name} {within} of {len(errors)} are within 10 %, the worst {max(errors):.0%} off."
+            )
     head = ["network", "", "setting", "predicted", "measured", "off by"]
-    return f"{markdown(head, rows)}\n\n{said}\n\n{source(found, 'sharded_advice.py')}"
+    return f"{markdown(head, rows)}\n\n{' '.join(said)}\n\n{source(found, 'sharded_advice.py')}"
 
 
 def _predicted(key: str, row: dict[str, float]) -> list[str]:
@@ -102,7 +112,7 @@ def audited() -> str:
 
 BLOCKS = {
     "sharded_bytes": Block(bytes_sent, "sharded_bytes"),
-    "sharded_time": Block(times, "sharded_time_100mbit", key="table"),
+    "sharded_time": Block(times, "sharded_time_1gbit", key="table"),
     "sharded_loss": Block(losses, "sharded_loss", key="table"),
     "sharded_advice": Block(predictions, "sharded_advice", key="table"),
     "sharded_audit": Block(audited, "sharded_audit"),
