@@ -61,6 +61,11 @@ class ShardedSetting:
         """Raises DistcompError for a method or a gather that there is none of, or that is not predicted."""
         method, joined, weights = text.partition(" weights=")
         how = parse_weight_gather(weights.strip()) if joined else None
+        if how is not None and how.keeps_frozen:
+            raise DistcompError(
+                f"{text}: which weights are frozen is not observed, and keep_frozen is not predicted; "
+                "leave it out, and what is predicted is the first step"
+            )
         if method.strip() == PLAIN:
             if how is not None:
                 raise DistcompError(

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distcomp.attaching.frozen import FrozenWeights, interleaved, joined
 from distcomp.attaching.session import Session
 from distcomp.attaching.slices import slices_of
 from distcomp.errors import DistcompError
@@ -24,7 +25,7 @@ from distcomp.layout import Layout, ParamSlice
 from distcomp.methods.base import State
 from distcomp.methods.weight_gather import TypedGather, WeightGather
 from distcomp.private_torch import NO_BACKWARD, FSDPGroup, backward_number
-from distcomp.runtime.driver import context_of, exchange
+from distcomp.runtime.driver import Exchange, context_of, exchange
 from distcomp.runtime.executor import Executor
 
 if TYPE_CHECKING:  # takes seconds to import, and who is attached to has imported it
@@ -127,18 +128,31 @@ class WeightGathers:
         self._session = session
         self._executor = executor
         self._seed = seed
+        self._members = {name: group.members for group, (name, _) in groups.items()}
         self._layouts = {
             name: shard_layout(model, group, session.size) for group, (name, _) in groups.items()
         }
+        self._frozen = FrozenWeights(how.compressor, session.size)
         self._states: dict[str, State] = {}
         self._loaded: dict[str, Tensor] = {}
         self._types: dict[str, torch.dtype] = {}
 
     def gather(self, name: str, shard: Tensor, step: int) -> Tensor:
         """All shards, in rank order (float32, equal on every rank)."""
-        layout, size = self._checked(name, shard), self._session.size
+        layout = self._checked(name, shard)
         self._types[name] = shard.dtype
-        state = self._states.get(name) or self._restored(layout)
+        frozen = self._frozen_names(name, layout) if self._how.keeps_frozen else frozenset()
+        if not frozen:
+            return self._gathered(name, shard, layout, step)
+        still = layout.select(lambda param: param.name in frozen)
+        moving = layout.select(lambda param: param.name not in frozen)
+        parts = [(still, self._frozen.gather(name, joined(shard, layout, still), still, self._once))]
+        if moving.slices:
+            parts.append((moving, self._gathered(name, joined(shard, layout, moving), moving, step)))
+        return interleaved(parts, layout, self._session.size)
+
+    def _gathered(self, name: str, shard: Tensor, layout: Layout, step: int) -> Tensor:
+        state, size = self._states.get(name) or self._restored(layout), self._session.size
         if backward_number() != NO_BACKWARD:
             kept = self._how.again(state, layout, size, shard.dtype)
             if kept is not None:
@@ -151,6 +165,16 @@ class WeightGathers:
         if done.finite or not state:
             self._states[name] = result.state
         return result.estimate
+
+    def _once(self, gather: TypedGather, own: Tensor, layout: Layout) -> Exchange:
+        """Gather weights that stay what they are: in every run alike, whenever it begins."""
+        context = context_of(self._session.channel, layout, 0, self._seed)
+        return exchange(gather, own, {}, context, self._executor(own.device))
+
+    def _frozen_names(self, name: str, layout: Layout) -> frozenset[str]:
+        """The parameters of a flat buffer that are not trained now."""
+        members = zip(layout.names, self._members[name], strict=True)
+        return frozenset(of for of, (module, its) in members if not getattr(module, its).requires_grad)
 
     def _checked(self, name: str, shard: Tensor) -> Layout:
         layout = self._layouts[name]
@@ -176,10 +200,18 @@ class WeightGathers:
     @property
     def state_bytes(self) -> int:
         """Bytes kept of the flat buffers that have been gathered."""
-        return sum(
-            self._how.state_bytes(self._layouts[name], self._session.size, dtype)
+        return self._frozen.state_bytes + sum(
+            self._how.state_bytes(self._moving(name), self._session.size, dtype)
             for name, dtype in self._types.items()
         )
+
+    def _moving(self, name: str) -> Layout:
+        """What is gathered again and again of a flat buffer."""
+        layout = self._layouts[name]
+        if not self._how.keeps_frozen:
+            return layout
+        frozen = self._frozen_names(name, layout)
+        return layout.select(lambda param: param.name not in frozen)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """By parameter: what all ranks hold of this rank's shard (float32)."""

@@ -109,6 +109,11 @@ class WeightGather(ABC):
         """Tell all ranks this rank's shard ``x`` (float32, ``[context.layout.numel]``, of values that
         ``dtype`` holds). The estimate is equal on every rank: float32, ``[n * context.layout.numel]``."""
 
+    @property
+    def keeps_frozen(self) -> bool:
+        """Whether weights that are not trained are gathered once, and kept."""
+        return False
+
     def again(self, state: State, layout: Layout, size: int, dtype: torch.dtype) -> Tensor | None:
         """What the last gather came to, where it is kept: for the backward, without a byte."""
         return None
@@ -152,12 +157,21 @@ class Gather(WeightGather):
     bytes of a module that reshards after its forward, for as many bytes of memory as the whole model has on
     the wire.
 
-    On the wire: ``(n-1)`` payloads; ``(n-1)/n b/8`` bytes per parameter and gather at b bits.
+    Of weights that are not trained (the base under adapters) ``keep_frozen`` keeps the payloads of all ranks
+    from the first gather on: afterwards nothing of them is sent, in forward or backward.
+
+    On the wire: ``(n-1)`` payloads; ``(n-1)/n b/8`` bytes per parameter and gather at b bits; once in all of
+    frozen weights that are kept.
 
     Raises DistcompError for a compressor that leaves values out: their weights would be zero.
     """
 
     reuse: bool = False
+    keep_frozen: bool = False
+
+    @property
+    def keeps_frozen(self) -> bool:
+        return self.keep_frozen
 
     def __post_init__(self) -> None:
         if isinstance(self.compressor, Sparsifier):

@@ -208,6 +208,7 @@ def test_replicas_exchange_what_is_left_of_a_reduction() -> None:
         ("qsgd:bits=4 weights=qsgd:bits=8", 4, 2, "leave weights= out"),
         ("diloco", 4, 4, "fewer shards than ranks"),
         ("codistill", 4, 2, "exchanges predictions"),
+        ("qsgd weights=gather:compressor=bf16,keep_frozen=true", 4, 4, "keep_frozen is not predicted"),
         ("qsgd:bits=4 weights=topk:ratio=0.1", 4, 4, "leaves out most values"),
         ("identity", 4, 3, "no whole number of replicas"),
     ],

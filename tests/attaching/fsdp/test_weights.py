@@ -203,3 +203,36 @@ def test_texts() -> None:
     assert parse_weight_gather("qsgd:bits=8") == Gather(compressor_of("qsgd:bits=8"))
     assert parse_weight_gather(PACKED) == Gather(parse_compressor("quantize:bits=4"), reuse=True)
     assert parse_weight_gather("difference:compressor=int8") == Difference(parse_compressor("int8"))
+
+
+FROZEN = "gather:compressor=(qsgd:bits=8),keep_frozen=true"
+
+
+@pytest.mark.parametrize("how", [FROZEN, FROZEN + ",reuse=true"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 4])
+def test_frozen_weights_are_gathered_once_and_trained_ones_go_on(cluster, size, dtype, how):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = None if dtype == torch.float32 else MixedPrecisionPolicy(param_dtype=dtype)
+    answers = cluster(size).run(weight_jobs.frozen_kept, how, policy)
+    rows = {"base": -(-37 // size) * 16, "second": -(-16 // size) * 37}
+    for one in answers:
+        for mine, theirs in zip(one["seen"], answers[0]["seen"], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        first, second, third, fourth = np.diff([0, *one["sent"]])
+        assert first - second > (size - 1) * (rows["base"] + rows["second"])  # 8 bits of both, once
+        assert second == third
+        assert (fourth > third) == (dtype == torch.float32)  # what is trained again is sent again
+        assert one["kept"] > size * (rows["base"] + rows["second"])
+        for value, exact in zip(one["after"], one["exact"], strict=True):  # left: FSDP's own gathers again
+            assert torch.equal(value.float(), exact.to(dtype).float())
+    base, exact = answers[0]["seen"][1][0].float(), answers[0]["exact"][0]
+    assert 0 < (base - exact).abs().max() < 0.02
+
+
+def test_frozen_weights_that_changed_are_refused_and_a_resumed_run_has_the_same(cluster):
+    for told in cluster(2).run(weight_jobs.frozen_changed, FROZEN):
+        assert "frozen weights of 0 (0.base.weight, ...) changed since they were gathered" in told
+        assert "detach and attach again" in told
+    assert all(cluster(2).run(weight_jobs.frozen_resumed, FROZEN))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import distcomp
 
@@ -172,3 +173,95 @@ def refusal(rank: int, size: int, kind: str, weights: str) -> str:
         dist.barrier()
         return str(error)
     return "not refused"
+
+
+class Adapted(nn.Module):
+    """A frozen matrix beside which two thin ones are trained."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs)
+        self.down = nn.Linear(inputs, 2, bias=False)
+        self.up = nn.Linear(2, outputs, bias=False)
+        self.base.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.up(self.down(x))
+        return out
+
+
+def adapted(size: int, **options: Any) -> nn.Sequential:
+    """Two adapted layers, the second frozen whole, and a head that is trained: a buffer each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Adapted(16, 37), nn.Tanh(), Adapted(37, 16), nn.Tanh(), nn.Linear(16, 5))
+    model[2].requires_grad_(False)
+    for part in (model[0], model[2], model[4]):
+        fully_shard(part, mesh=mesh_of(size)["shard"], **options)
+    return fully_shard(model, mesh=mesh_of(size)["shard"], **options)
+
+
+def adapters(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+def frozen_kept(rank: int, size: int, weights: str, policy: Any) -> dict[str, Any]:
+    """What the layers compute with, and bytes of weights step by step."""
+    model = adapted(size, **({} if policy is None else {"mp_policy": policy}))
+    optimizer, seen, sent = adapters(model), [], []
+    for part in (model[0], model[2], model[4]):
+        part.register_forward_hook(
+            lambda part, given, output: seen.append([p.detach().clone() for p in part.parameters()]),
+            prepend=True,
+        )
+    with distcomp.attach(model, optimizer, "identity", weights=weights, seed=3) as handle:
+        for step in range(3):
+            train(model, optimizer, rank, 1, start=step)
+            sent.append(handle.stats()["payload_by_kind"]["weights"])
+        kept = handle.stats()["state_bytes"]
+        computed_with = seen[-3:]
+        if policy is None:  # FSDP itself gives a buffer that was frozen whole no type for its gradients
+            model[2].up.weight.requires_grad_(True)
+        train(model, optimizer, rank, 1, start=3)
+        sent.append(handle.stats()["payload_by_kind"]["weights"])
+    train(model, optimizer, rank, 1, start=4)
+    exact = [p.detach().full_tensor() for p in model[2].parameters()]
+    return {"seen": computed_with, "sent": sent, "kept": kept, "exact": exact, "after": seen[-2]}
+
+
+def frozen_changed(rank: int, size: int, weights: str) -> str:
+    """What is said when frozen weights are overwritten."""
+    model = adapted(size)
+    optimizer = adapters(model)
+    with distcomp.attach(model, optimizer, "identity", weights=weights):
+        train(model, optimizer, rank, 2)
+        with torch.no_grad():
+            model[0].base.weight.to_local().add_(1.0)
+        try:
+            train(model, optimizer, rank, 1)
+        except distcomp.DistcompError as error:
+            return str(error)
+    return "nothing"
+
+
+def frozen_resumed(rank: int, size: int, weights: str) -> bool:
+    """Four steps at once, and as two and two in another job, which gathers the frozen weights again."""
+    model = adapted(size)
+    optimizer = adapters(model)
+    with distcomp.attach(model, optimizer, "qsgd:bits=1", weights=weights, seed=3) as handle:
+        train(model, optimizer, rank, 2)
+        saved = through_torch_save(
+            {
+                "weights": [p.detach().to_local().clone() for p in model.parameters()],
+                "of": handle.state_dict(),
+            }
+        )
+        train(model, optimizer, rank, 2, start=2)
+    again = adapted(size)
+    with torch.no_grad():
+        for p, value in zip(again.parameters(), saved["weights"], strict=True):
+            p.to_local().copy_(value)
+    fresh = adapters(again)
+    with distcomp.attach(again, fresh, "qsgd:bits=1", weights=weights, seed=3) as handle:
+        handle.load_state_dict(saved["of"])
+        train(again, fresh, rank, 2, start=2)
+    return torch.equal(local(again), local(model))
