@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from distcomp.compressors.base import Compressor
-from distcomp.compressors.grid import hadamard, signs_of_parameters
+from distcomp.compressors.grid import keys_of_signs
 from distcomp.errors import DistcompError
 from distcomp.kernels import minifloat as kernel
 from distcomp.kernels.minifloat import Minifloat, Spans
+from distcomp.kernels.rotation import SIDE, rotate, rotation_lines
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
-
-SIDE = 128
-"""Values that are rotated together: a power of two, and a multiple of every usual block."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,8 @@ class BlockFloat(Compressor):
         if self.hadamard:
             bits = key.fold("rotate").bits
             payload["seed"].fill_(bits - 2**64 if bits >= 2**63 else bits)
-            x = rotated(x, layout, payload["seed"])
+            x = x.clone(memory_format=torch.contiguous_format)
+            rotate_parameters(x, layout, payload["seed"])
         x = x.contiguous()
         inverses = self.write_scales(kernel.block_maxima(x, spans), payload, layout)
         keys = key.fold_each(layout.names) if self.rounding == "stochastic" else []
@@ -113,38 +112,31 @@ class BlockFloat(Compressor):
         if not self.hadamard:
             kernel.decode(codes, units, out, self.spans(layout), self.kind, sign)
             return
-        values = torch.empty(layout.numel, dtype=torch.float32, device=out.device)
+        values = torch.empty_like(out) if sign else out
         kernel.decode(codes, units, values, self.spans(layout), self.kind)
-        values = rotated(values, layout, payload["seed"], back=True)
+        rotate_parameters(values, layout, payload["seed"], back=True)
         if sign:
             out.add_(values, alpha=sign)
-        else:
-            out.copy_(values)
 
 
 # ----------------------------------------------------------------------------------------------- the rotation
 
 
-def rotated(x: Tensor, layout: Layout, seed: Tensor, back: bool = False) -> Tensor:
-    """``H D x`` of every :data:`SIDE` values of each parameter, or ``D H x``, which takes it back.
+def rotate_parameters(x: Tensor, layout: Layout, seed: Tensor, back: bool = False) -> None:
+    """Rotate every ``SIDE`` values of each parameter, in place: :func:`distcomp.kernels.rotation.rotate`.
 
-    ``D``: signs, a function of ``seed`` (int64, one number, on the device), the parameter's name and the
-    place in it. H: orthonormal. Fewer values than a side, at the end of a parameter, stay as they are:
-    padded, they would be sent as so many.
+    The signs are a function of ``seed`` (int64, one number, on the device), the parameter's name and the
+    place in it. Fewer values than a side, at the end of a parameter, stay as they are: padded, they would be
+    sent as so many.
     """
-    whole = [piece[: piece.numel() // SIDE * SIDE] for _, piece in layout.pieces(x)]
-    if not any(piece.numel() for piece in whole):
-        return x
-    signs = signs_of_parameters(layout, seed, SIDE).view(-1, SIDE)
-    rows = torch.cat(whole).view(-1, SIDE)
-    rows = hadamard(rows) * signs if back else hadamard(rows * signs)
-    out = x.clone()
-    targets = [piece[: piece.numel() // SIDE * SIDE] for _, piece in layout.pieces(out)]
-    for target, values in zip(
-        targets, torch.split(rows.reshape(-1), [len(one) for one in whole]), strict=True
-    ):
-        target.copy_(values)
-    return out
+    lines = layout.remember((rotate_parameters, "lines"), lambda: _lines(layout))
+    rotate(x, lines, keys_of_signs(layout, seed), back)
+
+
+def _lines(layout: Layout) -> Tensor:
+    return rotation_lines(
+        [(at, param.numel, param.start) for param, at in zip(layout.slices, layout.offsets, strict=True)]
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the bounds

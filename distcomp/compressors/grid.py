@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -73,31 +71,28 @@ def uniform_noise(layout: Layout, key: Key, device: torch.device) -> Tensor:
 def signs_of_parameters(layout: Layout, seed: Tensor, side: int) -> Tensor:
     """+1 or -1 for each element that lies in a whole row of ``side``, as :func:`uniform_noise` draws: one
     parameter after the other. ``seed`` is an int64 on the device, which nothing waits for."""
-    names = layout.remember((signs_of_parameters, "names"), lambda: Key.of("signs").fold_each(layout.names))
     noise = [
-        reference.uniform(param.numel // side * side, seed ^ _signed(name), param.start, seed.device)
-        for param, name in zip(layout.slices, names, strict=True)
+        reference.uniform(param.numel // side * side, key, param.start, seed.device)
+        for param, key in zip(layout.slices, keys_of_signs(layout, seed), strict=True)
     ]
     drawn = torch.cat(noise)
     return torch.where(drawn < 0.5, -torch.ones_like(drawn), 1.0)
 
 
+def keys_of_signs(layout: Layout, seed: Tensor) -> Tensor:
+    """What the signs of each parameter are drawn by: int64, ``[slices]``, on the device of ``seed``."""
+    names = layout.remember((keys_of_signs, seed.device), lambda: _names_of_signs(layout).to(seed.device))
+    return seed ^ names
+
+
+def _names_of_signs(layout: Layout) -> Tensor:
+    names = [_signed(name) for name in Key.of("signs").fold_each(layout.names)]
+    return torch.tensor(names, dtype=torch.int64)
+
+
 def _signed(bits: int) -> int:
     """The int64 with these 64 bits."""
     return bits - 2**64 if bits >= 2**63 else bits
-
-
-def hadamard(rows: Tensor) -> Tensor:
-    """The orthonormal Walsh-Hadamard transform of each row: its own inverse, and the same bits everywhere."""
-    count, side = rows.shape
-    half = 1
-    # Butterflies, side log2(side) additions a row: a product with the matrix would add in an order that
-    # depends on the machine's library.
-    while half < side:
-        pairs = rows.view(count, side // (2 * half), 2, half)
-        rows = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], dim=2)
-        half *= 2
-    return rows.reshape(count, side) * (1 / math.sqrt(side))
 
 
 def sign_bytes(numel: int) -> int:

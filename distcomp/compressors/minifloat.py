@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from distcomp.compressors.base import register_compressor
-from distcomp.compressors.block_float import SIDE, BlockFloat, nearest_error, rounding_variance
+from distcomp.compressors.block_float import BlockFloat, nearest_error, rounding_variance
 from distcomp.errors import DistcompError
 from distcomp.kernels import minifloat as kernel
 from distcomp.kernels.minifloat import E2M1, E4M3, E5M2, Minifloat, Spans
+from distcomp.kernels.rotation import SIDE
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
 
@@ -47,7 +48,7 @@ class Float8(BlockFloat):
     (where torch 2.13 makes it 448).
 
     ``hadamard`` rotates every 128 values of a parameter at random first and back after decoding
-    (:func:`~distcomp.compressors.block_float.rotated`).
+    (:func:`~distcomp.kernels.rotation.rotate`).
 
     On the wire: 1 byte per value and 4 per block (none with ``block=0``), 8 for the seed of a rotation. The
     payload: ``seed``, int64, one if there is a rotation; ``scales``, float32, one a block; ``codes``, uint8.

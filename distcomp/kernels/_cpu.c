@@ -15,6 +15,7 @@
 #include "_integers.h"
 #include "_lowrank.h"
 #include "_minifloat.h"
+#include "_rotation.h"
 #include "_rows.h"
 #include "_select.h"
 #include "_twomeans.h"
@@ -362,6 +363,7 @@ static PyMethodDef methods[] = {
      "sizes of the four"},
     {"dct", py_dct, METH_VARARGS,
      "kind (the largest, put, all), x, values, places, sizes of the three, table, lines, factors, how many, sign"},
+    {"rotate", py_rotate, METH_VARARGS, "x, its size, table, lines, keys, how many, back"},
     {"two_means", py_two_means, METH_VARARGS, "x, scales, sizes of the two, table, lines"},
     {"put_two_means", py_put_two_means, METH_VARARGS, "out, codes, scales, sizes of the three, table, lines, sign"},
     {"grid_encode", py_grid_encode, METH_VARARGS, "x, codes, sizes of the two, table, lines, keys, spacing, bits"},

@@ -12,6 +12,17 @@
 
 #define CHUNK 1024 /* codes that are made before they are packed: a multiple of the eight that are packed at a time */
 
+/* Blocks of the usual lengths in loops of a length that the compiler knows: it need not ask after every few values. */
+#define IN_SHORT_BLOCKS(LOOP, m) \
+    do { \
+        if ((m) == 16) \
+            LOOP(16); \
+        else if ((m) == 32) \
+            LOOP(32); \
+        else \
+            LOOP(m); \
+    } while (0)
+
 /* A sign, `width - 1 - mantissa` bits of exponent and `mantissa` bits behind the point. */
 typedef struct {
     int width, mantissa, bias;
@@ -44,6 +55,7 @@ BODY void encode_block(const float *restrict x, uint8_t *restrict code, size_t m
     const int infinity = f->infinity, nan = f->nan;
     const uint32_t key_high = e->key_high;
     counter += e->key_low;
+#pragma GCC unroll 1 /* 16 values at full length would be a row of scalars */
     for (size_t j = 0; j < m; j++) {
         uint32_t bits = bits_of(x[j]), magnitude = bits & 0x7fffffffu;
         float y = float_of(magnitude) * inverse;
@@ -80,9 +92,12 @@ BODY void unpack_pairs(const uint8_t *restrict in, uint8_t *restrict code, size_
 }
 
 BODY void encode_codes(const Encode *e, const Format *f, size_t start, size_t count, uint8_t *code, int stochastic) {
-    for (size_t at = start; at < start + count;) {
-        size_t row = at / e->block, m = smaller((row + 1) * e->block, start + count) - at;
-        encode_block(e->x + at, code + (at - start), m, e->inverses[row], f, e, e->first + (uint32_t)at, stochastic);
+    size_t row = start / e->block;
+    for (size_t at = start; at < start + count; row++) {
+        size_t m = smaller((row + 1) * e->block, start + count) - at;
+#define ENCODE(m) \
+    encode_block(e->x + at, code + (at - start), m, e->inverses[row], f, e, e->first + (uint32_t)at, stochastic)
+        IN_SHORT_BLOCKS(ENCODE, m);
         at += m;
     }
 }
@@ -114,29 +129,35 @@ BODY void put_values(const uint8_t *restrict code, float *restrict out, size_t m
                      int sign) {
     const int mantissa = f->mantissa, bias = f->bias, finite = f->finite, sign_at = f->width - 1;
     const int infinity = f->infinity < f->nan ? f->infinity : -1;
+#pragma GCC unroll 1
     for (size_t j = 0; j < m; j++) {
         float value = value_of(code[j], mantissa, bias, infinity, finite, sign_at) * unit;
         out[j] = sign > 0 ? out[j] + value : sign < 0 ? out[j] - value : value;
     }
 }
 
-BODY void decode_body(const Decode *d, const Format *f) {
+BODY void decode_spans(const Decode *d, const Format *f, int sign) {
     uint8_t scratch[CHUNK];
     for (size_t start = 0; start < d->numel; start += CHUNK) {
-        size_t end = start + smaller(CHUNK, d->numel - start);
+        size_t end = start + smaller(CHUNK, d->numel - start), row = start / d->block;
         const uint8_t *code = f->width == 8 ? d->codes + start : scratch;
         if (f->width == 4) unpack_pairs(d->codes + start / 2, scratch, end - start);
-        for (size_t at = start; at < end;) {
-            size_t row = at / d->block, m = smaller((row + 1) * d->block, end) - at;
-            if (d->sign > 0)
-                put_values(code + (at - start), d->out + at, m, d->units[row], f, 1);
-            else if (d->sign < 0)
-                put_values(code + (at - start), d->out + at, m, d->units[row], f, -1);
-            else
-                put_values(code + (at - start), d->out + at, m, d->units[row], f, 0);
+        for (size_t at = start; at < end; row++) {
+            size_t m = smaller((row + 1) * d->block, end) - at;
+#define PUT(m) put_values(code + (at - start), d->out + at, m, d->units[row], f, sign)
+            IN_SHORT_BLOCKS(PUT, m);
             at += m;
         }
     }
+}
+
+BODY void decode_body(const Decode *d, const Format *f) {
+    if (d->sign > 0)
+        decode_spans(d, f, 1);
+    else if (d->sign < 0)
+        decode_spans(d, f, -1);
+    else
+        decode_spans(d, f, 0);
 }
 
 /* The largest magnitude of each block by the order of the integers that bits are: a NaN is above an infinity. */

@@ -10,7 +10,6 @@ from torch import Tensor
 from distcomp.collectives import AllGather, AllReduce, Rounds
 from distcomp.compressors.grid import (
     from_rows,
-    hadamard,
     per_parameter_max,
     spread,
     to_rows,
@@ -18,6 +17,7 @@ from distcomp.compressors.grid import (
 )
 from distcomp.errors import DistcompError
 from distcomp.kernels.reference import round_at_random
+from distcomp.kernels.rotation import hadamard
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods.base import AggregateResult, Method, State, StepContext, all_reduce_bytes
 from distcomp.methods.basic import except_small
