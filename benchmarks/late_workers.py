@@ -27,7 +27,7 @@ from benchmarks._common import (
 )
 from benchmarks._places import EXAMPLES
 
-WORKERS, PERIOD, ROUNDS = 1024, 32, 8
+WORKERS, PERIOD, ROUNDS = 1024, 32, 24
 WIDTH, BATCH, RATE = 32, 8, 0.1
 COMPUTE_S = 10.0
 NETWORK = ("1gbit", "1ms")

@@ -21,7 +21,7 @@ from torch.func import grad, vmap
 from torch.optim import SGD
 
 from distcomp.advice.scenario import Scenario
-from distcomp.advice.simulate import AT_ONCE, evaluated, layout_of, loss_at
+from distcomp.advice.simulate import AT_ONCE, evaluated, loss_at, trained_layout
 from distcomp.advice.task import TrainingTask
 from distcomp.advice.virtual_clock import VirtualClock
 from distcomp.averaging.base import AveragingContext, fragment_states
@@ -92,7 +92,7 @@ class RoundsSimulation:
             )
         scenario.check(fabric.ranks)
         self.task, self.periodic, self.lateness = task, periodic, periodic.lateness
-        self.size, self.layout = fabric.ranks, layout_of(task.model)
+        self.size, self.layout = fabric.ranks, trained_layout(task.model)
         self.account = Account()
         self.now_s = 0.0
         self.rounds = 0

@@ -83,7 +83,7 @@ class Simulation:
         self.training_task, self.method, self.size = training_task, method, size
         self.clock = VirtualClock(setting.fabric, setting.scenario, setting.host)
         self.steps = 0
-        self.layout = layout_of(training_task.model)
+        self.layout = trained_layout(training_task.model)
         named = dict(training_task.model.named_parameters())
         x = torch.cat([named[name].detach().reshape(-1) for name in self.layout.names]).float()
         self._workers: Workers | None = None
@@ -273,7 +273,7 @@ def loss_at(
     return training_task.loss(outputs, targets)
 
 
-def layout_of(model: nn.Module) -> Layout:
+def trained_layout(model: nn.Module) -> Layout:
     """Of the parameters that are trained. Raises DistcompError for a model with buffers."""
     if list(model.buffers()):
         raise DistcompError(

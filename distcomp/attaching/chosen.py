@@ -19,7 +19,7 @@ from distcomp.private_torch import bypasses_hooks, steps_in_a_hook, steps_in_bac
 Chosen = Method | Averaging | MultiLevel | str
 
 
-def method_of(method: Chosen | None) -> Chosen:
+def chosen_method(method: Chosen | None) -> Chosen:
     """The method object; PyTorch's own stay strings."""
     if method is None:
         method = os.environ.get("DISTCOMP_METHOD")

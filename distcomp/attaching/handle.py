@@ -20,7 +20,7 @@ from distcomp.attaching.audit_report import Audit
 from distcomp.attaching.averageable import edges_of
 from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.builtin_hooks import BuiltinHookSync
-from distcomp.attaching.chosen import Chosen, method_of, refuse
+from distcomp.attaching.chosen import Chosen, chosen_method, refuse
 from distcomp.attaching.ddp import GradientSync
 from distcomp.attaching.exchanges import PREFIX, TensorExchanges, checked_exchanges
 from distcomp.attaching.fsdp import FSDPSync, weight_gather_of
@@ -82,12 +82,8 @@ def attach(
             ``"difference:compressor=(qsgd:bits=4)"`` (:mod:`distcomp.methods.weight_gather`); None: as they
             are. Changes the weights that are computed with, never those that are trained.
         shared: unlabelled examples, the same on every rank, for ``distcomp.averaging.codistill()`` alone.
-        join: ``HOST:PORT`` of the rendezvous store of others who train already, by periodic averaging with
+        join: ``HOST:PORT`` of the rendezvous store of others, who train by periodic averaging with
             ``on_failure="continue"``: this process, a world of its own, takes over where they are.
-
-    Returns:
-        A handle: ``stats()``, ``log()``, ``state_dict()``, ``load_state_dict()``, ``detach()``; also a
-        context manager.
 
     Raises:
         DistcompError: what cannot be served, with the reason: a model that is not DDP, a hook of somebody
@@ -99,15 +95,14 @@ def attach(
     target = Target.of(model, replicas)
     meeting = Meeting(target.group, patience_s(target.group) if timeout_s is None else timeout_s)
     with meeting.refusals_told():
-        chosen = method_of(method)
+        chosen = chosen_method(method)
         edges = _check(target, chosen, optimizer)
         examples = examples_of(target, chosen, shared)
         gathered = weight_gather_of(weights, target, replicas)
         dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
     settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)} | examples
-    details = details_of(target, chosen)
-    session = Session.open(meeting, settings, details, edges)
-    place = place_of(chosen, meeting, settings | {"model": details}, join)
+    session = Session.open(meeting, settings, details_of(target, chosen), edges)
+    place = place_of(chosen, meeting, settings | {"model": details_of(target, chosen)}, join)
     sync = _open(chosen, target, session, dispatcher, optimizer, scaler, seed, gathered, shared, place)
     _ATTACHED.add(target.key)
     record_attached(session.recorder, session.rank, model, method, chosen, seed)

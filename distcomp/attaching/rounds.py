@@ -35,8 +35,8 @@ from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.pipeline import Drive, Timeline
 from distcomp.schedule import whole
 from distcomp.training import TrainingClock
-from distcomp.transports.mesh import Line, Mesh
-from distcomp.transports.rounds import Missed, Round, Rounds
+from distcomp.transports.mesh import MemberLine, Mesh
+from distcomp.transports.rounds import Missed, OuterRounds, Round
 
 
 class RoundSync(ParameterSync):
@@ -68,7 +68,7 @@ class RoundSync(ParameterSync):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="distcomp-rounds")
         self._latest = self._handover(0)
         mesh = Mesh(place.store, place.me, self._answer)
-        self._rounds = Rounds(
+        self._rounds = OuterRounds(
             place.store,
             mesh,
             self._lateness.quorum,
@@ -129,7 +129,7 @@ class RoundSync(ParameterSync):
         buffers, layout = self._weights.read_buffers(), self._weights.buffers
         averaged = fragment.first and self._periodic.buffers == "average" and buffers.numel() > 0
 
-        def begun(line: Line, held: Round) -> list[Aggregation]:
+        def begun(line: MemberLine, held: Round) -> list[Aggregation]:
             share = held.share(self._rounds.mesh.me)
             about = replace(context, rank=line.rank, size=line.size, share=share)
             learnt = replace(fragment, state=state).aggregation(x, about)
@@ -152,14 +152,14 @@ class RoundSync(ParameterSync):
         if not x.numel():
             return x
 
-        def begun(line: Line, held: Round) -> list[Aggregation]:
+        def begun(line: MemberLine, held: Round) -> list[Aggregation]:
             return [self._plain(x, layout, line)]
 
         (mean,) = self._held(f"a mean after step {self.iterations}", 1.0, begun, is_open=False)()
         self._warn_of_loss()
         return mean.estimate
 
-    def _plain(self, x: Tensor, layout: Layout, line: Line) -> Aggregation:
+    def _plain(self, x: Tensor, layout: Layout, line: MemberLine) -> Aggregation:
         """An exact mean over the members of a round."""
         key = Key.of(self._seed, self.iterations)
         return Aggregation(EXACT, x, {}, StepContext(line.rank, line.size, layout, self.iterations, key))
@@ -172,14 +172,14 @@ class RoundSync(ParameterSync):
         self,
         what: str,
         weight: float,
-        begun: Callable[[Line, Round], list[Aggregation]],
+        begun: Callable[[MemberLine, Round], list[Aggregation]],
         is_open: bool = True,
     ) -> Callable[[], list[AggregateResult]]:
         """Hold a round beside the computing; the function waits for its results."""
         session, step = self._session, self.iterations
 
         @torch.no_grad()
-        def exchange(line: Line, held: Round) -> tuple[list[Aggregation], Timeline]:
+        def exchange(line: MemberLine, held: Round) -> tuple[list[Aggregation], Timeline]:
             drive, aggregations = Drive(session.channel_over(line)), begun(line, held)
             for aggregation in aggregations:
                 drive.add(aggregation)

@@ -94,7 +94,7 @@ class Mesh:
 
     def line(
         self, members: Sequence[int], epoch: Epoch, patience_s: float, is_over: Callable[[], bool]
-    ) -> Line:
+    ) -> MemberLine:
         """Connect the members of a round with each other; all of them call it. ``is_over``: whether others
         have given up waiting. Raises Broken where one does not come."""
         deadline_s = time.monotonic() + patience_s
@@ -113,7 +113,7 @@ class Mesh:
         for connection in sockets.values():
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return Line(tuple(members).index(self.me), len(members), sockets, patience_s)
+        return MemberLine(tuple(members).index(self.me), len(members), sockets, patience_s)
 
     def download(self, worker: int, least: int, patience_s: float) -> bytes:
         """What a worker hands to those who come. Raises Broken where it has nothing."""
@@ -184,7 +184,7 @@ class Mesh:
             self._changed.notify_all()
 
 
-class Line:
+class MemberLine:
     """Carries requests among the members of a round: rank i is the i-th of them.
 
     Every request is carried from each to each, so that everybody learns at once of one who is gone. Sums are

@@ -26,7 +26,7 @@ from typing import TypeVar
 
 from distcomp.errors import PeerLost
 from distcomp.transports.bounded import ask_store
-from distcomp.transports.mesh import Broken, Line, Mesh
+from distcomp.transports.mesh import Broken, MemberLine, Mesh
 from distcomp.transports.types import Store
 
 Result = TypeVar("Result")
@@ -57,7 +57,7 @@ class Round:
 
 
 @dataclass
-class Rounds:
+class OuterRounds:
     """Worker ``mesh.me``'s side. Rounds are numbered alike on all who take part; ``number``: the last one.
 
     ``expected``: who took part in it. ``lost``: why others are not expected.
@@ -71,7 +71,7 @@ class Rounds:
     expected: set[int]
     number: int = 0
     lost: dict[int, str] = field(default_factory=dict)
-    _line: tuple[tuple[int, ...], Line] | None = None
+    _line: tuple[tuple[int, ...], MemberLine] | None = None
     _said: dict[int, str] = field(default_factory=dict)
     """To which round others have said that they come, as far as this worker has read it."""
     _dismissed: dict[int, str] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Rounds:
     _awaited: set[int] = field(default_factory=set)
 
     def carry(
-        self, what: str, weight: float, exchange: Callable[[Line, Round], Result], is_open: bool = True
+        self, what: str, weight: float, exchange: Callable[[MemberLine, Round], Result], is_open: bool = True
     ) -> Result:
         """Hold the next round, which is about ``what`` for all who take part; what ``exchange`` returned in
         the attempt that counts. ``is_open``: whether it waits for those who are new, too.
@@ -211,7 +211,7 @@ class Rounds:
 
     # ------------------------------------------------------------------------------------ whether it counts
 
-    def _line_of(self, held: Round) -> Line:
+    def _line_of(self, held: Round) -> MemberLine:
         """The connections of the members, which are kept as long as these stay the same."""
         if self._line is None or self._line[0] != held.members:
             self._hang_up()
