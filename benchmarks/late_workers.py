@@ -41,9 +41,9 @@ CONTINUING = f"continue:quorum={3 * WORKERS // 4},grace_s={GRACE_S:g}"
 CELLS = {
     "no faults": ("nothing", CONTINUING),
     "slow steps": ("steps", CONTINUING),
+    "slow workers": ("workers", CONTINUING),
     "slow steps, waiting for all": ("steps", f"continue:quorum={WORKERS // 2},grace_s={FOREVER_S:g}"),
     "slow steps, no quorum": ("steps", f"continue:grace_s={GRACE_S:g}"),
-    "slow workers": ("workers", CONTINUING),
     "slow workers, waiting for all": ("workers", f"continue:quorum={WORKERS // 2},grace_s={FOREVER_S:g}"),
 }
 """By name: what is slow, and what is done about it."""
@@ -90,7 +90,8 @@ def simulated(slow: str, failing: str, seed: int = 0) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- four emulated hosts
 
 HOSTS, LINK, PORT = 5, "100mbit", 29_517
-HOST_ROUNDS, HOST_PERIOD = 40, 20
+TOGETHER, HOST_PERIOD = 20, 20
+"""So many rounds all hold together once the fifth has joined."""
 KILLED_AT, JOINS_AFTER = 8, 12
 """After so many rounds host 3 is killed, and host 4 joins."""
 HOST_FAILING = "continue:quorum=2,grace_s=20"
@@ -119,8 +120,10 @@ def worker(settings: dict[str, Any]) -> None:
     method = METHOD.format(period=HOST_PERIOD, failing=HOST_FAILING)
     join = f"{address}:{PORT}" if joins else None
     handle = distcomp.attach(model, optimizer, method, timeout_s=60.0, join=join)
-    held, steps = handle.stats()["rounds"], 0
-    while held < HOST_ROUNDS:
+    held, steps, last = handle.stats()["rounds"], 0, 0
+    if joins:
+        store.set("last", str(held + TOGETHER))
+    while not last or held < last:
         inputs, targets = task.batch(host, HOSTS, steps)
         optimizer.zero_grad()
         cross_entropy(model(inputs), targets).backward()
@@ -137,6 +140,7 @@ def worker(settings: dict[str, Any]) -> None:
                 "digest": hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:16],
             }  # fmt: skip
             print(json.dumps(said), flush=True)
+            last = int(store.get("last")) if store.check(["last"]) else 0
     handle.detach()
     store.add("ended", 1)
     while host == 0 and store.add("ended", 0) < HOSTS - 1:  # its store ends with it
@@ -156,7 +160,9 @@ def hosts() -> dict[str, Any]:
         running.kill(HOSTS - 2)
         running.until(lambda: _held(said, 0) >= JOINS_AFTER)
         running.start(HOSTS - 1)
-        running.until(lambda: all(_held(said, host) >= HOST_ROUNDS for host in (0, 1, 2, HOSTS - 1)))
+        running.until(lambda: len([one for one in said if one["host"] == HOSTS - 1]) >= TOGETHER)
+        last = _held(said, HOSTS - 1)
+        running.until(lambda: all(_held(said, host) >= last for host in (0, 1, 2)))
         running.close()
     digests: dict[int, set[str]] = {}
     for one in said:
@@ -165,8 +171,8 @@ def hosts() -> dict[str, Any]:
     joined = [one for one in said if one["host"] == HOSTS - 1]
     return {
         "network": described, "period": HOST_PERIOD, "on_failure": HOST_FAILING,
-        "outer_steps_held": len(of_first), "outer_steps_due": HOST_ROUNDS,
-        "outer_steps_lost": HOST_ROUNDS - len({one["round"] for one in of_first}),
+        "outer_steps_held": len(of_first), "outer_steps_due": of_first[-1]["steps"] // HOST_PERIOD,
+        "outer_steps_lost": of_first[-1]["steps"] // HOST_PERIOD - len({one["round"] for one in of_first}),
         "steps_repeated": of_first[-1]["steps"] - of_first[-1]["iterations"],
         "rounds_in_which_models_differed": sum(len(found) > 1 for found in digests.values()),
         "killed_after": _held(said, HOSTS - 2), "joined_at": joined[0]["round"],
