@@ -243,7 +243,7 @@ def relatives() -> str:
 def late_workers() -> str:
     """A row per cell: what was slow, what was done about it, what became of the seconds, and the loss."""
     found = result("late_workers")
-    cells = {name: cell for name, cell in found["cells"].items() if name != "hosts"}
+    cells = found["cells"]
     base = cells["no faults"]["test_loss"]
     rows = [
         [
@@ -267,8 +267,7 @@ def late_workers() -> str:
 
 
 def late_hosts() -> str:
-    found = result("late_workers")
-    cell = found["cells"]["hosts"]
+    cell = result("late_hosts")
     head = [
         "outer steps due",
         "held",
@@ -284,12 +283,12 @@ def late_hosts() -> str:
         f"{cell['rounds_in_which_models_differed']} steps",
     ]  # fmt: skip
     about = f"* {'; '.join(cell['network'])}"
-    return f"{markdown(head, [row])}\n\n{source(found, 'late_workers.py --hosts')}\n\n{about}"
+    return f"{markdown(head, [row])}\n\n{source(cell, 'late_workers.py --hosts')}\n\n{about}"
 
 
 BLOCKS = {
     "late-workers": Block(late_workers, "late_workers"),
-    "late-hosts": Block(late_hosts, "late_workers"),
+    "late-hosts": Block(late_hosts, "late_hosts"),
     "relatives": Block(relatives, "relatives"),
     "topologies": Block(topologies),
     "decentralized": Block(decentralized, "decentralized_table"),
