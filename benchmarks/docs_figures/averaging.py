@@ -240,7 +240,55 @@ def relatives() -> str:
     return f"{markdown(head, rows)}\n\n{source(found, 'relatives.py')}"
 
 
+def late_workers() -> str:
+    """A row per cell: what was slow, what was done about it, what became of the seconds, and the loss."""
+    found = result("late_workers")
+    cells = found["cells"]
+    base = cells["no faults"]["test_loss"]
+    rows = [
+        [
+            name,
+            f"`{cell['on_failure'].replace('grace_s=1e+09', 'grace_s=forever')}`",
+            f"{100 * cell['goodput']:.1f} %",
+            f"{cell['virtual_s'] / 3600:.2f} h",
+            f"{cell['test_loss']:.3f} ({100 * cell['test_loss'] / base - 100:+.1f} %)",
+            f"{cell['carried']}, {cell['dropped']}",
+            f"{cell['died']}, {cell['joined']}",
+        ]
+        for name, cell in cells.items()
+    ]
+    plan = found["plan"]
+    head = [
+        f"{plan['workers']:,} workers, {plan['rounds']} rounds of {plan['period']} steps",
+        "`on_failure`", "goodput", "virtual time", "test loss (against no faults)", "carried, dropped",
+        "died, joined",
+    ]  # fmt: skip
+    return f"{markdown(head, rows)}\n\n{source(found, 'late_workers.py')}"
+
+
+def late_hosts() -> str:
+    cell = result("late_hosts")
+    head = [
+        "outer steps due",
+        "held",
+        "lost",
+        "killed after",
+        "joined in",
+        "steps repeated",
+        "models differed in",
+    ]
+    row = [
+        str(cell["outer_steps_due"]), str(cell["outer_steps_held"]), str(cell["outer_steps_lost"]),
+        f"step {cell['killed_after']}", f"step {cell['joined_at']}", str(cell["steps_repeated"]),
+        f"{cell['rounds_in_which_models_differed']} steps",
+    ]  # fmt: skip
+    about = f"* {'; '.join(cell['network'])}"
+    return f"{markdown(head, [row])}\n\n{source(cell, 'late_workers.py --hosts')}\n\n{about}"
+
+
 BLOCKS = {
+    "late-workers": Block(late_workers, "late_workers"),
+    "late-hosts": Block(late_hosts, "late_hosts"),
     "relatives": Block(relatives, "relatives"),
     "topologies": Block(topologies),
     "decentralized": Block(decentralized, "decentralized_table"),

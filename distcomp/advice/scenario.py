@@ -11,13 +11,18 @@
     ranks = [3, 17]
     factor = 2.5
 
+    [failures]                    # each worker dies with this chance an hour; a new one joins so much later
+    per_hour = 0.01
+    replaced = "600s"
+
     [[down]]                      # a link fails, in virtual time
     ranks = [5]
     begin = "10s"
     end = "30s"
 
 While its link is down a worker computes and is not heard. Gossip with ``on_failure=continue`` that keeps no
-replicas goes on without it; whatever else is asked of it waits until the link is back.
+replicas goes on without it; whatever else is asked of it waits until the link is back. Failures are of outer
+rounds alone (:mod:`distcomp.advice.rounds`).
 """
 
 from __future__ import annotations
@@ -61,6 +66,8 @@ class Scenario:
     straggler_factor: float = 1.0
     slow: tuple[Slow, ...] = ()
     down: tuple[Down, ...] = ()
+    failures_per_hour: float = 0.0
+    replaced_s: float = 600.0
 
     def computing_s(self, step: int, workers: int) -> NDArray[np.float64]:
         """Each worker's time for the computing of a step; the same whenever it is asked for."""
@@ -102,7 +109,7 @@ class Scenario:
 
     @classmethod
     def _of(cls, table: dict[str, Any]) -> Scenario:
-        unknown = set(table) - {"seed", "compute", "stragglers", "slow", "down"}
+        unknown = set(table) - {"seed", "compute", "stragglers", "slow", "down", "failures"}
         if unknown:
             raise DistcompError(
                 f"a scenario has no setting {min(unknown)!r}; see docs/advice.md for those it has"
@@ -113,6 +120,10 @@ class Scenario:
             raise DistcompError(
                 f"stragglers have a chance in [0, 1] and a factor above 0, not {chance}, {factor}"
             )
+        failures = table.get("failures", {"per_hour": 0.0, "replaced": 600.0})
+        per_hour, replaced_s = float(failures["per_hour"]), parse_time(failures["replaced"])
+        if not 0 <= per_hour < 1:
+            raise DistcompError(f"failures have a chance an hour in [0, 1), not {per_hour}")
         return cls(
             parse_time(table.get("compute", 0.0)),
             int(table.get("seed", 0)),
@@ -126,4 +137,6 @@ class Scenario:
                 Down(tuple(map(int, entry["ranks"])), parse_time(entry["begin"]), parse_time(entry["end"]))
                 for entry in table.get("down", [])
             ),
+            per_hour,
+            replaced_s,
         )

@@ -83,7 +83,7 @@ class Simulation:
         self.training_task, self.method, self.size = training_task, method, size
         self.clock = VirtualClock(setting.fabric, setting.scenario, setting.host)
         self.steps = 0
-        self.layout = _layout(training_task.model)
+        self.layout = trained_layout(training_task.model)
         named = dict(training_task.model.named_parameters())
         x = torch.cat([named[name].detach().reshape(-1) for name in self.layout.names]).float()
         self._workers: Workers | None = None
@@ -165,15 +165,7 @@ class Simulation:
         return {**evaluated, "spread": spread, "seconds": self.seconds, "sent_bytes": self.sent_bytes}
 
     def _evaluated(self, flat: Tensor) -> dict[str, float]:
-        """The metrics of one model."""
-        if self.training_task.evaluate is None:
-            return {}
-        model = deepcopy(self.training_task.model)
-        with torch.no_grad():
-            for (_, piece), name in zip(self.layout.pieces(flat), self.layout.names, strict=True):
-                parameter = model.get_parameter(name)
-                parameter.copy_(piece.view_as(parameter))
-        return dict(self.training_task.evaluate(model))
+        return evaluated(self.training_task, self.layout, flat)
 
     def _mean_evaluated(self) -> dict[str, float]:
         """The mean of every worker's metrics."""
@@ -213,7 +205,7 @@ class Simulation:
 
     @property
     def _one(self) -> Callable[[Mapping[str, Tensor], Tensor, Tensor], dict[str, Tensor]]:
-        return grad(partial(_loss, self.training_task))
+        return grad(partial(loss_at, self.training_task))
 
     def _together(self, models: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         each = vmap(self._one, randomness="different", chunk_size=min(AT_ONCE, self.size))
@@ -261,14 +253,28 @@ class Simulation:
         )
 
 
-def _loss(
+def evaluated(training_task: TrainingTask, layout: Layout, flat: Tensor) -> dict[str, float]:
+    """The metrics of one model."""
+    if training_task.evaluate is None:
+        return {}
+    model = deepcopy(training_task.model)
+    with torch.no_grad():
+        for (_, piece), name in zip(layout.pieces(flat), layout.names, strict=True):
+            parameter = model.get_parameter(name)
+            parameter.copy_(piece.view_as(parameter))
+    return dict(training_task.evaluate(model))
+
+
+def loss_at(
     training_task: TrainingTask, parameters: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
 ) -> Tensor:
+    """The loss of a batch at ``parameters``."""
     outputs: Tensor = functional_call(training_task.model, dict(parameters), (inputs,))
     return training_task.loss(outputs, targets)
 
 
-def _layout(model: nn.Module) -> Layout:
+def trained_layout(model: nn.Module) -> Layout:
+    """Of the parameters that are trained. Raises DistcompError for a model with buffers."""
     if list(model.buffers()):
         raise DistcompError(
             "the model has buffers, and many workers in one process share the module; "

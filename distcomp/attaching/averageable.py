@@ -51,6 +51,12 @@ def _refuse_to_go_on(target: Target, averaging: Averaging | MultiLevel) -> None:
     """Refuse ``on_failure="continue"`` where training cannot go on without a lost rank."""
     if all(level.on_failure == "stop" for level in averaging.levels()):
         return
+    rounds = any(level.holds_rounds and level.lateness is not None for level in averaging.levels())
+    if rounds and (isinstance(averaging, MultiLevel) or target.shards is not None):
+        raise DistcompError(
+            "rounds that workers may miss are held by one averaging of whole models; use on_failure='stop' "
+            "with several levels, and with sharded models"
+        )
     on_cpu = all(parameter.device.type == "cpu" for parameter in target.module.parameters())
     if target.ddp is not None or not on_cpu or dist.get_backend(target.group) != "gloo":
         raise DistcompError(
@@ -61,7 +67,7 @@ def _refuse_to_go_on(target: Target, averaging: Averaging | MultiLevel) -> None:
 
 def edges_of(averaging: Averaging, target: Target) -> frozenset[tuple[int, int]]:
     """The edges that need connections of their own: a gossip's that goes on when a neighbour dies."""
-    if averaging.on_failure == "stop":
+    if averaging.on_failure == "stop" or averaging.holds_rounds:
         return frozenset()
     assert isinstance(averaging, Gossip)
     return resolve(averaging.topology, dist.get_world_size(target.group)).edges

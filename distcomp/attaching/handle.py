@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -18,30 +17,32 @@ from distcomp.attaching.agreement import Loads
 from distcomp.attaching.arguments import check_arguments, check_optimizer, warn_of_rounding
 from distcomp.attaching.audit import audit
 from distcomp.attaching.audit_report import Audit
-from distcomp.attaching.averageable import edges_of, refuse_averaging
+from distcomp.attaching.averageable import edges_of
 from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.builtin_hooks import BuiltinHookSync
+from distcomp.attaching.chosen import Chosen, chosen_method, refuse
 from distcomp.attaching.ddp import GradientSync
 from distcomp.attaching.exchanges import PREFIX, TensorExchanges, checked_exchanges
-from distcomp.attaching.fsdp import FSDPSync, refuse_sharded, weight_gather_of
+from distcomp.attaching.fsdp import FSDPSync, weight_gather_of
 from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
+from distcomp.attaching.meeting_place import MeetingPlace, place_of
 from distcomp.attaching.parameters import ParameterSync
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.requested import record_attached
+from distcomp.attaching.rounds import RoundSync
 from distcomp.attaching.session import Meeting, Session
 from distcomp.attaching.settings import details_of, examples_of, settings_of
 from distcomp.attaching.target import Replicas, Target, refuse_reduced
 from distcomp.attaching.watch import Sink, Watch
-from distcomp.averaging.base import Averaging, MultiLevel
+from distcomp.averaging.base import Averaging
 from distcomp.averaging.codistill import Codistillation
-from distcomp.builtin_hooks import is_builtin
+from distcomp.averaging.periodic import Periodic
 from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError, PeerLost
-from distcomp.methods import METHODS, Method, parse
+from distcomp.methods import Method
 from distcomp.methods.base import ByParameter
 from distcomp.methods.weight_gather import WeightGather
-from distcomp.private_torch import bypasses_hooks, steps_in_a_hook, steps_in_backward
 from distcomp.runtime.saved_state import Fingerprint, described, pack_state, unpack_state
 from distcomp.training import clock_of
 from distcomp.transports.backends import patience_s
@@ -58,6 +59,7 @@ def attach(
     replicas: Replicas | None = None,
     weights: WeightGather | Compressor | Method | str | None = None,
     shared: Tensor | None = None,
+    join: str | None = None,
 ) -> Handle:
     """Let ``method`` carry the gradients of a DDP or FSDP2 model, or average models. Call it on every rank.
 
@@ -80,10 +82,8 @@ def attach(
             ``"difference:compressor=(qsgd:bits=4)"`` (:mod:`distcomp.methods.weight_gather`); None: as they
             are. Changes the weights that are computed with, never those that are trained.
         shared: unlabelled examples, the same on every rank, for ``distcomp.averaging.codistill()`` alone.
-
-    Returns:
-        A handle: ``stats()``, ``log()``, ``state_dict()``, ``load_state_dict()``, ``detach()``; also a
-        context manager.
+        join: ``HOST:PORT`` of the rendezvous store of others, who train by periodic averaging with
+            ``on_failure="continue"``: this process, a world of its own, takes over where they are.
 
     Raises:
         DistcompError: what cannot be served, with the reason: a model that is not DDP, a hook of somebody
@@ -95,14 +95,15 @@ def attach(
     target = Target.of(model, replicas)
     meeting = Meeting(target.group, patience_s(target.group) if timeout_s is None else timeout_s)
     with meeting.refusals_told():
-        chosen = _method(method)
+        chosen = chosen_method(method)
         edges = _check(target, chosen, optimizer)
         examples = examples_of(target, chosen, shared)
         gathered = weight_gather_of(weights, target, replicas)
         dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
     settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)} | examples
     session = Session.open(meeting, settings, details_of(target, chosen), edges)
-    sync = _open(chosen, target, session, dispatcher, optimizer, scaler, seed, gathered, shared)
+    place = place_of(chosen, meeting, settings | {"model": details_of(target, chosen)}, join)
+    sync = _open(chosen, target, session, dispatcher, optimizer, scaler, seed, gathered, shared, place)
     _ATTACHED.add(target.key)
     record_attached(session.recorder, session.rank, model, method, chosen, seed)
     return Handle(target, sync, dispatcher, session, seed)
@@ -116,7 +117,7 @@ def _check(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> froze
     if target.key in _ATTACHED:
         raise DistcompError("a method is attached to this model already; detach it first: handle.detach()")
     refuse_reduced(target)
-    _refuse(target, chosen, optimizer)
+    refuse(target, chosen, optimizer)
     check_optimizer(target.module, optimizer)
     warn_of_rounding(target, chosen)
     masks.check_masks(chosen, target)
@@ -133,6 +134,7 @@ def _open(
     seed: int,
     gathered: WeightGather | None,
     shared: Tensor | None,
+    place: MeetingPlace | None,
 ) -> Sync:
     """What serves the choice: where gradients or models meet it."""
     clock = clock_of(target.called)
@@ -147,6 +149,8 @@ def _open(
         from distcomp.attaching.predictions import PredictionSync
 
         sync = PredictionSync(target, chosen, session, clock, optimizer, seed, shared, scaler)
+    elif isinstance(chosen, Periodic) and place is not None:
+        sync = RoundSync(target, chosen, session, clock, optimizer, seed, place)
     else:
         sync = ParameterSync(target, chosen, session, clock, optimizer, seed)
     if dispatcher is not None:
@@ -199,6 +203,15 @@ class Handle:
         """
         shares = [1 - pruner.density for pruner in self._pruners]
         self._watch.log(({"pruned": sum(shares) / len(shares)} if shares else {}) | fields)
+
+    def saw(self, samples: float) -> None:
+        """Count samples (or tokens) that this worker has learnt from, where workers may be late or lost
+        (``on_failure="continue"`` of periodic averaging): in an outer step each weighs what it saw since its
+        last one. Call it on every worker, once per step, or on none: then each weighs its steps.
+
+        Raises DistcompError for a method that weighs all ranks alike.
+        """
+        self._sync.saw(samples)
 
     def watch(self, sink: Sink) -> None:
         """Call ``sink(record)`` for each step and each :meth:`log` of this rank, with the record that
@@ -380,70 +393,3 @@ class Handle:
 
 Saved = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """One rank's part of a checkpoint, all ranks' in one, or a list of them."""
-
-Chosen = Method | Averaging | MultiLevel | str
-
-
-def _method(method: Chosen | None) -> Chosen:
-    """The method object; PyTorch's own stay strings."""
-    if method is None:
-        method = os.environ.get("DISTCOMP_METHOD")
-        if method is None:
-            raise DistcompError(
-                "no method was given; pass one, such as distcomp.qsgd(bits=4), or set DISTCOMP_METHOD"
-            )
-    if is_builtin(method):
-        return method
-    if isinstance(method, str):
-        method = parse(method)
-    if not isinstance(method, Method | Averaging | MultiLevel):
-        raise DistcompError(
-            f"{method!r} is no method; pass one of "
-            f"{', '.join(f'distcomp.{name}(...)' for name in sorted(METHODS))}"
-        )
-    return method
-
-
-def _refuse(target: Target, chosen: Chosen, optimizer: Optimizer | None) -> None:
-    """What cannot be served, named with its reason."""
-    for name, parameter in target.module.named_parameters():
-        if parameter.is_complex() and parameter.requires_grad and name not in target.ignored:
-            raise DistcompError(
-                f"{name} is complex, which is neither averaged nor compressed; keep it as two real tensors "
-                "(torch.view_as_real)"
-            )
-        if steps_in_backward(parameter):
-            raise DistcompError(
-                f"an optimizer steps on {name} within the backward (_apply_optimizer_in_backward), before "
-                "its gradient is agreed on; step after the backward"
-            )
-    if target.shards is not None:
-        refuse_sharded(chosen, target)
-    if isinstance(chosen, Averaging | MultiLevel):
-        refuse_averaging(target, chosen, optimizer)
-        return
-    if isinstance(chosen, Method):
-        chosen.check(optimizer)
-    if target.shards is not None:
-        return
-    model = target.as_ddp()
-    for name, part in model.module.named_modules():
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
-            raise DistcompError(
-                f"{name} has sparse gradients, which DDP reduces outside its buckets; make it sparse=False"
-            )
-    if bypasses_hooks(model):
-        raise DistcompError(
-            "torch.compile's python_reducer bypasses communication hooks; set "
-            "torch._dynamo.config.optimize_ddp = 'ddp_optimizer' before wrapping the model"
-        )
-    if getattr(model, "skip_all_reduce_unused_params", False):
-        raise DistcompError(
-            "skip_all_reduce_unused_params=True skips buckets for which other ranks wait; wrap the model "
-            "with find_unused_parameters=True alone"
-        )
-    if optimizer is not None and steps_in_a_hook(optimizer):
-        raise DistcompError(
-            "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps inside a communication hook of its own; "
-            "set overlap_with_ddp=False"
-        )

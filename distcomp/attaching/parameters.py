@@ -30,7 +30,16 @@ from distcomp.attaching.rejoin import Rejoining
 from distcomp.attaching.session import Session
 from distcomp.attaching.shards import averaged_weights
 from distcomp.attaching.target import Target
-from distcomp.averaging.base import Averaging, FragmentState, FromFirst, InFlight, MultiLevel, fragment_states
+from distcomp.averaging.base import (
+    Averaging,
+    FragmentState,
+    FromFirst,
+    InFlight,
+    MultiLevel,
+    agreed,
+    fragment_states,
+    known,
+)
 from distcomp.compressors import Identity
 from distcomp.errors import DistcompError, PeerLost
 from distcomp.layout import FlatBuffer, Layout
@@ -215,11 +224,14 @@ class ParameterSync(Sync):
         if not fragment.first:
             return
         if fragment.averaging.buffers == "average":
-            self._weights.write_buffers(self._mean(self._weights.read_buffers(), self._weights.buffers))
+            self._weights.write_buffers(self._agreed_buffers())
         if fragment.averaging.optimizer_state == "reset":
             forget(self._optimizer, self._weights.parameters)
         elif fragment.averaging.optimizer_state == "average":
             average(self._optimizer, self._weights.parameters, self._mean)
+
+    def _agreed_buffers(self) -> Tensor:
+        return self._mean(self._weights.read_buffers(), self._weights.buffers)
 
     def _average_moments(self) -> None:
         """Average what is due of the optimizer's state on its own."""
@@ -235,15 +247,19 @@ class ParameterSync(Sync):
 
         @cache
         def result() -> AggregateResult:
-            self._timeline.spans += started.timeline.spans
-            if not self._weights.everywhere(started.finite):
-                raise DistcompError(
-                    f"a worker's model held a NaN or an infinity after iteration {step}: training diverged; "
-                    "lower the learning rate, and restart from the last checkpoint"
-                )
+            self._check(started.finite, started.timeline, step)
             return started.result()
 
         return result
+
+    def _check(self, finite: Tensor, timeline: Timeline, step: int) -> None:
+        """Take an exchange's timeline in. Raises DistcompError where somebody's model was not finite."""
+        self._timeline.spans += timeline.spans
+        if not self._weights.everywhere(finite):
+            raise DistcompError(
+                f"a worker's model held a NaN or an infinity after iteration {step}: training diverged; "
+                "lower the learning rate, and restart from the last checkpoint"
+            )
 
     def _ask(self, aggregator: Aggregator, x: Tensor, layout: Layout) -> Tensor:
         """The estimate of an exchange that keeps no state."""
@@ -399,12 +415,8 @@ class ParameterSync(Sync):
             fragment.last, fragment.exchanges = counts["last"], counts["exchanges"]
             fragment.in_flight = None
             if counts["lands_at"] >= 0:
-                blank = AggregateResult(
-                    self._weights.read(fragment.layout),
-                    lambda: torch.empty(0, dtype=torch.float32),
-                    fragment.state,
-                )
-                fragment.in_flight = InFlight(counts["lands_at"], _known(blank))
+                blank = agreed(self._weights.read(fragment.layout), fragment.state)
+                fragment.in_flight = InFlight(counts["lands_at"], known(blank))
         tree = join_state(saved["state"], self._tree())
         self._weights.write(self._weights.layout, tree["weights"].data)
         self._weights.write_buffers(tree["buffers"].data)
@@ -412,10 +424,8 @@ class ParameterSync(Sync):
             fragment.state = tree["tracks"][fragment.name]
             if fragment.in_flight is not None:
                 arrived = tree["in_flight"][fragment.name]
-                result = AggregateResult(
-                    arrived["model"].data, lambda: torch.empty(0, dtype=torch.float32), arrived["state"]
-                )
-                fragment.in_flight = InFlight(fragment.in_flight.at, _known(result))
+                result = agreed(arrived["model"].data, arrived["state"])
+                fragment.in_flight = InFlight(fragment.in_flight.at, known(result))
             if resized and fragment.averaging.starts_anew:
                 self._start(fragment)
                 fragment.exchanges = 0
@@ -437,7 +447,3 @@ class ParameterSync(Sync):
                 for fragment, result in arriving.items()
             },
         }
-
-
-def _known(result: AggregateResult) -> Callable[[], AggregateResult]:
-    return lambda: result

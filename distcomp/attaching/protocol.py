@@ -13,6 +13,7 @@ from torch import Tensor
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
 from distcomp.attaching.target import Target
+from distcomp.errors import DistcompError
 from distcomp.methods.base import ByParameter, State, StepContext
 from distcomp.runtime import driver
 from distcomp.runtime.aggregation import Aggregator
@@ -96,6 +97,13 @@ class Sync(Listener, ABC):
     def no_sync(self) -> AbstractContextManager[None]:
         """Backwards in this context are no iterations, beyond what DDP's own context does."""
         return nullcontext()
+
+    def saw(self, samples: float) -> None:
+        """Count what this worker saw, where workers are weighed by it."""
+        raise DistcompError(
+            f"{self.text} weighs all ranks alike; give periodic averaging on_failure='continue' to weigh "
+            "them by what they saw"
+        )
 
     def finish(self) -> None:
         """Make all ranks hold the same weights. Replicas do."""

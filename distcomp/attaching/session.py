@@ -17,7 +17,7 @@ from distcomp.attaching.groups import pool_of
 from distcomp.errors import DistcompError, PeerLost
 from distcomp.kernels import memory
 from distcomp.recording import Recorder
-from distcomp.runtime.channel import Channel
+from distcomp.runtime.channel import Channel, Transport
 from distcomp.runtime.ledger import Ledger
 from distcomp.transports.agreement import Agreement
 from distcomp.transports.backends import carrier_of, pair_of
@@ -130,6 +130,10 @@ class Session:
         places = [dist.get_group_rank(self.group, rank) for rank in (sender, receiver)]
         pair = pair_of(self.group, self._heartbeat, self.timeout_s, *places)
         return Channel(throttled(pair, self._link), self.channel.fingerprint, self.ledger)
+
+    def channel_over(self, transport: Transport) -> Channel:
+        """A channel over another transport than the session's own, whose bytes count as its own."""
+        return Channel(throttled(transport, self._link), self.channel.fingerprint, self.ledger)
 
     @property
     def name(self) -> str:

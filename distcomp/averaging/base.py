@@ -13,12 +13,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from distcomp.active import NOTHING_OBSERVED, Observed
+from distcomp.averaging.lateness import Lateness, lateness_of
 from distcomp.collectives import Broadcast, Group, Rounds, within
 from distcomp.compressors import Identity
 from distcomp.errors import DistcompError
@@ -30,15 +31,14 @@ from distcomp.randomness import Key
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.schedule import Varying, extremes, whole
 
-ON_FAILURE = ("stop", "continue")
-"""What a dead worker means."""
-
 
 @dataclass(frozen=True)
 class AveragingContext(StepContext):
-    """The context of an exchange of models. ``step`` counts exchanges from 0; ``absent``: lost ranks."""
+    """The context of an exchange of models. ``step`` counts exchanges from 0; ``absent``: lost ranks;
+    ``share``: this worker's weight in the mean, as a multiple of the mean weight."""
 
     absent: frozenset[int] = frozenset()
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,24 @@ class Averaging(Written, ABC):
 
     Subclasses are frozen dataclasses; their ``repr`` is what ranks compare. ``period`` is the number of steps
     between two exchanges, or a Schedule of it. ``on_failure`` says what a dead worker means: ``"stop"``
-    raises PeerLost naming it; ``"continue"`` goes on without it (gossip only).
+    raises PeerLost naming it; ``"continue"`` goes on without it (gossip, and averagings that ``hold_rounds``,
+    which take settings: :class:`~distcomp.averaging.lateness.Lateness`).
 
     Raises DistcompError for another ``on_failure``, or a period below 1.
     """
+
+    holds_rounds: ClassVar[bool] = False
+    """Whether it can go on in rounds of those who come: all agree on a state that a newcomer is handed."""
 
     period: Varying = 1
     on_failure: str = "stop"
 
     def __post_init__(self) -> None:
-        if self.on_failure not in ON_FAILURE:
-            raise DistcompError(f"on_failure is 'stop' or 'continue', not {self.on_failure!r}")
+        if self.lateness not in (None, Lateness()) and not self.holds_rounds:
+            raise DistcompError(
+                f"{type(self).__name__} holds no rounds that wait for late workers; write "
+                f"on_failure='continue', not {self.on_failure!r}"
+            )
         if extremes(self.period)[0] < 1:
             raise DistcompError(f"a period is at least 1 step, not {self.period}")
 
@@ -92,6 +99,11 @@ class Averaging(Written, ABC):
 
         Raises DistcompError for settings that cannot serve this model or world size.
         """
+
+    @property
+    def lateness(self) -> Lateness | None:
+        """What is done about workers that are late, lost or new; None: training stops."""
+        return lateness_of(self.on_failure)
 
     @property
     def overlap(self) -> int:
@@ -216,6 +228,18 @@ class FragmentState:
 
     def aggregate(self, x: Tensor, step: int, seed: int, absent: frozenset[int] = frozenset()) -> Aggregation:
         """Begin the exchange that is due."""
+        context = self.begun(step, seed, absent)
+        departure = self.averaging.depart(x, self.state, context)
+        if departure is not None:
+            x, self.state, self.departs_with = departure.exchanged, departure.state, departure.model
+        return self.aggregation(x, context)
+
+    def aggregation(self, x: Tensor, context: AveragingContext) -> Aggregation:
+        """An exchange of ``x`` from the state as it is."""
+        return Aggregation(_Within(self.averaging, self.group), x, self.state, context)
+
+    def begun(self, step: int, seed: int, absent: frozenset[int] = frozenset()) -> AveragingContext:
+        """Count the exchange that is due; its context."""
         # Of the step: a resumed run draws what the uninterrupted one would have drawn.
         shared = Key.of(seed, step).fold("averaging", self.name)
         context = AveragingContext(
@@ -229,10 +253,7 @@ class FragmentState:
         )
         self.last = step
         self.exchanges += 1
-        departure = self.averaging.depart(x, self.state, context)
-        if departure is not None:
-            x, self.state, self.departs_with = departure.exchanged, departure.state, departure.model
-        return Aggregation(_Within(self.averaging, self.group), x, self.state, context)
+        return context
 
     def departed(self) -> Tensor | None:
         """The model to go on with, told once, where the exchange that has begun left another one."""
@@ -252,6 +273,11 @@ class InFlight:
 
     at: int
     result: Callable[[], AggregateResult]
+
+
+def known(result: AggregateResult) -> Callable[[], AggregateResult]:
+    """A result that is there already, for whoever waits for one."""
+    return lambda: result
 
 
 @dataclass(frozen=True)

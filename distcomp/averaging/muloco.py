@@ -32,6 +32,7 @@ def muloco(
     outer_lr: float = 0.7,
     outer_momentum: float = 0.9,
     buffers: str = "average",
+    on_failure: str = "stop",
 ) -> Averaging:
     """DiLoCo every ``period`` steps, to be used with Muon inside, whose outer gradient is sent in few bits.
 
@@ -39,7 +40,7 @@ def muloco(
     e + Delta - sent``. ``pattern`` forces ``all_gather`` or ``reduce_scatter``. ``outer_lr``
     and ``outer_momentum`` (Nesterov's) are the outer optimizer's. The inner one is yours: for matrices
     ``torch.optim.Muon``, and another for the rest. ``buffers``: ``average`` or
-    ``keep`` them at an exchange.
+    ``keep`` them at an exchange. ``on_failure`` as for ``diloco``.
     """
     few = Quantize(bits, block, rounding="nearest", plain=PLAIN.roles)
     return Periodic(
@@ -47,4 +48,5 @@ def muloco(
         Outer(outer_lr, outer_momentum, nesterov=True),
         period=varying(period),
         buffers=buffers,
+        on_failure=on_failure,
     )

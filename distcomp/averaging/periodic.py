@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,20 @@ from distcomp.collectives import Group, Rounds
 from distcomp.compressors import Identity
 from distcomp.errors import DistcompError
 from distcomp.layout import FlatBuffer, Layout, ParamSlice
-from distcomp.methods.base import AggregateResult, Method, State, StepContext, cut_state
+from distcomp.methods.base import (
+    AggregateResult,
+    Method,
+    PerParameter,
+    State,
+    StepContext,
+    cut_state,
+    map_state,
+)
 from distcomp.methods.from_compressor import from_compressor
 from distcomp.schedule import extremes
 
+OWED = "residual"
+"""The name under which error feedback keeps what was not sent."""
 POLICIES = ("keep", "reset", "average")
 """What becomes of the optimizer's state at an exchange."""
 FRAGMENT_ALIGNMENT = 512
@@ -62,9 +72,15 @@ class Periodic(Averaging):
     optimizer: Douillard et al., "DiLoCo", 2023; fragments and overlap: Douillard et al., "Streaming DiLoCo",
     2025. We differ: any method may carry the difference, with or without error feedback.
 
-    Raises DistcompError for settings outside their ranges, and for fragments or overlap with an optimizer's
-    state that is reset or averaged.
+    With ``on_failure="continue"`` (:class:`~distcomp.averaging.lateness.Lateness`) the mean is over those who
+    come to a round, each by what it saw since its last one.
+
+    Raises DistcompError for settings outside their ranges, for fragments or overlap with an optimizer's state
+    that is reset or averaged, and for going on with an optimizer's state that is averaged or a method whose
+    state no newcomer could be handed.
     """
+
+    holds_rounds: ClassVar[bool] = True
 
     method: Method = field(default_factory=lambda: from_compressor(Identity()))
     outer: Outer = field(default_factory=Outer)
@@ -94,9 +110,27 @@ class Periodic(Averaging):
             (self.fragments > 1 or self.overlap > 0) and self.optimizer_state != "keep",
             "fragments and overlap go with optimizer_state='keep' only: it is never averaged all at once",
         )
+        if self.lateness is not None:
+            self._check_rounds()
+
+    def _check_rounds(self) -> None:
+        """Whether a newcomer can be handed all that workers have in common."""
         self._refuse(
-            self.on_failure != "stop",
-            "periodic averaging asks all workers, and stops when one dies; on_failure='continue' is gossip's",
+            self.optimizer_state == "average" or self.gradients_until > 0,
+            "on_failure='continue' goes with an optimizer's state that is kept or reset, and without steps "
+            "in which gradients are averaged",
+        )
+        self._refuse(
+            self.overlap * self.fragments >= extremes(self.period)[0],
+            "on_failure='continue' hands the model over between two exchanges, and with this overlap one is "
+            "always under way; use an overlap below period / fragments",
+        )
+        own = [path for leaves in cut_state(_elements(self.method)).values() for path in leaves]
+        odd = [path for path in own if path.rpartition("/")[2] != OWED]
+        self._refuse(
+            bool(odd),
+            f"{self.method} keeps {', '.join(odd)} for every element, which a newcomer cannot be handed; use "
+            "on_failure='stop', or a method that keeps residuals alone",
         )
 
     def _refuse(self, wrong: bool, sentence: str) -> None:
@@ -113,10 +147,21 @@ class Periodic(Averaging):
     def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
         anchor = state["anchor"].data
         # anchor - x has a gradient's sign: an outer optimizer that descends moves to the workers' mean.
-        result = yield from self.method.aggregate(anchor - x, state["method"], context)
+        learnt = anchor - x
+        if context.share != 1.0:
+            learnt = learnt * context.share
+        result = yield from self.method.aggregate(learnt, state["method"], context)
         anchor, outer = self.outer.step(anchor, result.estimate, state["outer"])
         state = {"anchor": FlatBuffer(anchor, context.layout), "outer": outer, "method": result.state}
         return agreed(anchor.clone(), state)  # a copy: training writes into the model, and the anchor stays
+
+    def common(self, state: State) -> State:
+        """The part of a state that all workers have alike: what a newcomer is handed. Residuals are not."""
+        return {**state, "method": _without_elements(state["method"])}
+
+    def joined(self, common: State, own: State) -> State:
+        """``own`` with what all have in common; residuals stay."""
+        return {**common, "method": _with_elements(common["method"], own["method"])}
 
     def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
         """``alpha`` of what was computed meanwhile, the rest of what was agreed."""
@@ -131,6 +176,31 @@ class Periodic(Averaging):
         sent = [self.method.payload_bytes(fragment, size, 0) for fragment in self.fragments_of(layout)]
         shortest, longest = extremes(self.period)
         return {"bytes_per_step": sum(sent) / longest, "bytes_per_step_at_most": sum(sent) / shortest}
+
+
+def _elements(method: Method) -> State:
+    """What a method keeps for every element: each worker's own."""
+    state = method.init(Layout.of([("x", (2, 2))]))
+    return map_state(state, lambda _, buffer: buffer, lambda _, leaf: PerParameter())
+
+
+def _without_elements(state: State) -> State:
+    return {
+        name: _without_elements(leaf) if not isinstance(leaf, PerParameter) else leaf
+        for name, leaf in state.items()
+        if not isinstance(leaf, FlatBuffer)
+    }
+
+
+def _with_elements(common: State, own: State) -> State:
+    return {
+        name: leaf
+        if isinstance(leaf, FlatBuffer)
+        else common[name]
+        if isinstance(leaf, PerParameter)
+        else _with_elements(common[name], leaf)
+        for name, leaf in own.items()
+    }
 
 
 def _blocks(layout: Layout, fragments: int) -> tuple[Layout, ...]:

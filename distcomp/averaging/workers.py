@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from distcomp.averaging.base import Averaging, InFlight, MultiLevel, fragment_states, gather, scatter
+from distcomp.averaging.base import Averaging, InFlight, MultiLevel, fragment_states, gather, known, scatter
 from distcomp.layout import Layout
-from distcomp.methods.base import AggregateResult, StepContext
+from distcomp.methods.base import StepContext
 from distcomp.methods.scheduled import EXACT
 from distcomp.randomness import Key
 from distcomp.runtime.aggregation import Aggregation
@@ -71,7 +69,7 @@ class Workers:
             if departed is not None:
                 scatter(self._views(model), fragment.layout, departed)
         for fragment, result in zip(fragments, in_lock_step(self.net, aggregations), strict=True):
-            fragment.in_flight = InFlight(self.steps + fragment.averaging.overlap, _known(result))
+            fragment.in_flight = InFlight(self.steps + fragment.averaging.overlap, known(result))
         self._apply(number)
 
     def _apply(self, number: int) -> None:
@@ -114,7 +112,3 @@ class Workers:
     def spread(self) -> float:
         """The mean squared distance of a worker's model from the average."""
         return float((self.stacked - self.mean).square().mean())
-
-
-def _known(result: AggregateResult) -> Callable[[], AggregateResult]:
-    return lambda: result

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from distcomp.attaching.handle import Chosen, Handle
+from distcomp.attaching.chosen import Chosen
+from distcomp.attaching.handle import Handle
 from distcomp.attaching.handle import attach as attach_to
 from distcomp.integrations import files
 from distcomp.recording import scalars

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from distcomp.attaching.handle import Chosen, Handle, attach
+from distcomp.attaching.chosen import Chosen
+from distcomp.attaching.handle import Handle, attach
 from distcomp.attaching.target import has_process_group
 from distcomp.errors import DistcompError
 

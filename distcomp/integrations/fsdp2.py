@@ -11,7 +11,8 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from distcomp.attaching.handle import Chosen, Handle
+from distcomp.attaching.chosen import Chosen
+from distcomp.attaching.handle import Handle
 from distcomp.attaching.handle import attach as attach_to
 
 KEY = "distcomp"

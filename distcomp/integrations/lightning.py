@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from distcomp.attaching.handle import Chosen, Handle
+from distcomp.attaching.chosen import Chosen
+from distcomp.attaching.handle import Handle
 from distcomp.errors import require
 from distcomp.integrations.alone import AttachingCallback
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from distcomp.attaching.handle import Chosen, Handle
+from distcomp.attaching.chosen import Chosen
+from distcomp.attaching.handle import Handle
 from distcomp.attaching.handle import attach as attach_to
 from distcomp.errors import require
 from distcomp.integrations import files

@@ -6,7 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from distcomp.attaching.handle import Chosen, Handle
+from distcomp.attaching.chosen import Chosen
+from distcomp.attaching.handle import Handle
 from distcomp.errors import DistcompError, require
 from distcomp.integrations import files
 from distcomp.integrations.alone import AttachingCallback

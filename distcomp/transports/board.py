@@ -150,20 +150,26 @@ def _address_of(interface: str) -> str | None:
 
 
 def connect_to(board: Mapping[str, Any]) -> Connection:
-    """Reach ``board``, by the first of its addresses that leads to it.
+    """Reach ``board`` as :func:`reach` does."""
+    return Connection(reach(board))
 
-    Raises DistcompError with every address that was tried.
+
+def reach(board: Mapping[str, Any]) -> socket.socket:
+    """Connect to where ``board`` listens (``hosts``, ``port``), by the first of its addresses that leads to
+    it.
+
+    Raises DistcompError with every address that was tried; its cause says how the last one failed.
     """
-    failures = []
+    failures: list[str] = []
+    last: OSError | None = None
     on_this_host = [LOOPBACK] if board["hosts"][-1] == socket.gethostname() else []
     for host in [*board["hosts"], *on_this_host]:
         try:
-            connection = socket.create_connection((host, board["port"]), CONNECT_S)
+            return socket.create_connection((host, board["port"]), CONNECT_S)
         except OSError as error:
             failures.append(f"{host}: {error.strerror or error}")
-            continue
-        return Connection(connection)
+            last = error
     raise DistcompError(
         f"port {board['port']} of {' or '.join(failures)}: cannot be reached; let all TCP through between "
         "the nodes of a job, and name the interface in GLOO_SOCKET_IFNAME"
-    )
+    ) from last

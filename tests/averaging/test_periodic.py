@@ -205,7 +205,6 @@ def test_the_papers_names_are_settings_of_one_class() -> None:
         (lambda: Mean(ErrorFeedback(from_compressor(TopK(0.1)))), "keeps state"),
         (lambda: Workers(Mean(ranks_per_group=3), torch.zeros(4), 4), "whole number of groups"),
         (lambda: multi_level("qsgd"), "averages no models"),
-        (lambda: Periodic(on_failure="continue"), "stops when one dies|stop when one dies"),
         (lambda: choco("powersgd"), "one payload"),
         (lambda: choco(on_failure="ignore"), "'stop' or 'continue'"),
         (lambda: ecd(compressor="qsgd:bits=8"), "allow_relative=True"),

@@ -37,14 +37,20 @@ from distcomp.schedule import Schedule, varying
     "far models is a bad one",
 )
 def local_sgd(
-    period: int | Schedule | str = 8, optimizer_state: str = "keep", buffers: str = "average"
+    period: int | Schedule | str = 8,
+    optimizer_state: str = "keep",
+    buffers: str = "average",
+    on_failure: str = "stop",
 ) -> Averaging:
     """Train alone for ``period`` steps, then average the models.
 
     ``optimizer_state`` at an exchange: ``keep``, ``reset`` or ``average`` it. ``buffers`` (BatchNorm):
-    ``average`` or ``keep``.
+    ``average`` or ``keep``. ``on_failure``: when a worker dies or is late, ``stop``, or ``continue`` without
+    it, with settings of :class:`~distcomp.averaging.lateness.Lateness`: ``continue:quorum=3,grace_s=30``.
     """
-    return Periodic(period=varying(period), optimizer_state=optimizer_state, buffers=buffers)
+    return Periodic(
+        period=varying(period), optimizer_state=optimizer_state, buffers=buffers, on_failure=on_failure
+    )
 
 
 @register(
@@ -96,6 +102,7 @@ def pqasgd(
     error_feedback: bool | None = None,
     optimizer_state: str = "keep",
     buffers: str = "average",
+    on_failure: str = "stop",
 ) -> Averaging:
     """Train alone for ``period`` steps, then average what was learnt, quantized so that the mean is right.
 
@@ -103,7 +110,7 @@ def pqasgd(
     float32's: 3.1 % at (2,2), (4,4) and (8,8). ``schedule``: ``periodic``, or ``round_robin`` (a slice of
     1/period in every step). ``pattern`` forces ``all_gather`` or ``reduce_scatter``. ``error_feedback=None``
     adds it only at one bit, which is biased. ``optimizer_state``: ``keep``, ``reset`` or ``average`` it at an
-    exchange; ``buffers``: ``average`` or ``keep`` them.
+    exchange; ``buffers``: ``average`` or ``keep`` them. ``on_failure`` as for ``local_sgd``.
     """
     settings: dict[str, Any] = {
         "bits": bits,
@@ -112,7 +119,13 @@ def pqasgd(
         "error_feedback": error_feedback,
     }
     method = qsgd(**settings)
-    averaging = Periodic(method, period=varying(period), optimizer_state=optimizer_state, buffers=buffers)
+    averaging = Periodic(
+        method,
+        period=varying(period),
+        optimizer_state=optimizer_state,
+        buffers=buffers,
+        on_failure=on_failure,
+    )
     return _scheduled(averaging, schedule)
 
 
@@ -156,12 +169,15 @@ def diloco(
     nesterov: bool = True,
     optimizer_state: str = "keep",
     buffers: str = "average",
+    on_failure: str = "stop",
 ) -> Averaging:
     """Train alone for ``period`` steps, then step an outer optimizer with the mean of what was learnt.
 
     ``outer_lr``, ``outer_momentum`` and ``nesterov`` are the outer optimizer's; the inner one (AdamW in the
     paper) is yours. ``compressor``: what the outer gradient goes through. ``optimizer_state``: ``keep`` (the
     paper's), ``reset`` or ``average`` the inner one's; ``buffers``: ``average`` or ``keep`` them.
+    ``on_failure``: when a worker dies or is late, ``stop``, or ``continue`` without it, with settings of
+    :class:`~distcomp.averaging.lateness.Lateness`: ``continue:quorum=3,grace_s=30``.
     """
     return Periodic(
         sent_through(compressor),
@@ -169,6 +185,7 @@ def diloco(
         period=varying(period),
         optimizer_state=optimizer_state,
         buffers=buffers,
+        on_failure=on_failure,
     )
 
 
@@ -191,13 +208,14 @@ def streaming_diloco(
     outer_momentum: float = 0.9,
     nesterov: bool = True,
     buffers: str = "average",
+    on_failure: str = "stop",
 ) -> Averaging:
     """DiLoCo with the model in ``fragments`` that alternate, exchanged while training goes on.
 
     Each fragment is due every ``period`` steps. Its exchange may take ``overlap`` steps of computing;
     then the worker keeps ``alpha`` of its own weights and takes ``1 - alpha`` of what was agreed.
-    ``compressor``, ``outer_lr``, ``outer_momentum``, ``nesterov`` as for ``diloco``; ``buffers``: ``average``
-    them with the first fragment, or ``keep`` them.
+    ``compressor``, ``outer_lr``, ``outer_momentum``, ``nesterov``, ``on_failure`` as for ``diloco``;
+    ``buffers``: ``average`` them with the first fragment, or ``keep`` them.
     """
     return Periodic(
         sent_through(compressor),
@@ -208,6 +226,7 @@ def streaming_diloco(
         alpha,
         buffers=buffers,
         period=varying(period),
+        on_failure=on_failure,
     )
 
 
@@ -231,12 +250,14 @@ def sparse_loco(
     outer_momentum: float = 0.0,
     optimizer_state: str = "keep",
     buffers: str = "average",
+    on_failure: str = "stop",
 ) -> Averaging:
     """DiLoCo, every ``period`` steps, with a sparse, coarse outer gradient: ``e = decay e + Delta - sent``.
 
     The largest ``ratio`` of each ``chunk`` is sent, its values as ``values`` (see ``topk``). ``decay`` lets
     old residuals fade. ``outer_lr`` and ``outer_momentum`` are the outer SGD's. ``optimizer_state``:
     ``keep``, ``reset`` or ``average`` it at an exchange; ``buffers``: ``average`` or ``keep`` them.
+    ``on_failure`` as for ``diloco``.
     """
     # Gathered: ranks choose other elements each, and what an owner selected again would not be theirs.
     sparse = with_values(TopK(ratio, chunk), values)
@@ -246,6 +267,7 @@ def sparse_loco(
         period=varying(period),
         optimizer_state=optimizer_state,
         buffers=buffers,
+        on_failure=on_failure,
     )
 
 

@@ -1,0 +1,150 @@
+"""Outer rounds in virtual time: who is in which, what it costs, and what is learnt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distcomp.advice import RoundsSimulation, Scenario, Setting, Simulation
+from distcomp.advice.scenario import Slow
+from distcomp.errors import DistcompError
+from distcomp.methods import parse
+from distcomp.network.fabric import Fabric
+from tests.advice.test_simulate import training_task
+
+PERIOD = 4
+
+
+def simulated(
+    failing: str = "continue", workers: int = 4, scenario: Scenario | None = None, **changes: Any
+) -> RoundsSimulation:
+    method = parse(f"diloco:period={PERIOD},outer_momentum=0.5,on_failure=({failing})")
+    return RoundsSimulation(
+        training_task(**changes), method, Fabric.uniform(workers), scenario or Scenario(compute_s=1.0)
+    )
+
+
+def test_without_faults_it_is_the_simulation_of_all() -> None:
+    rounds = simulated()
+    every = Simulation(
+        training_task(),
+        parse(f"diloco:period={PERIOD},outer_momentum=0.5"),
+        Setting(Fabric.uniform(4), Scenario(compute_s=1.0)),
+    )
+    for _ in range(3):
+        rounds.round()
+        for _ in range(PERIOD):
+            every.step()
+    torch.testing.assert_close(rounds.anchor, every.models[0])
+    assert rounds.now_s == pytest.approx(every.seconds)
+    assert rounds.goodput == pytest.approx(1.0)
+    assert rounds.account.members == [4, 4, 4]
+
+
+def test_seconds_by_hand_where_one_is_three_times_as_slow() -> None:
+    """Three take 4 s for a round, the fourth 12 s; the window is 2 s.
+
+    Round 1 closes at 6 s without it, 2 at 10 s: nobody waits for one that has not announced itself. It comes
+    at 12 s, two rounds after the one that it began from: what it learnt is dropped. It takes the anchor over,
+    and is waited for again: round 3 closes at 16 s.
+    """
+    slow = Scenario(compute_s=1.0, slow=(Slow((3,), 3.0),))
+    one = simulated("continue:quorum=3,grace_s=2", scenario=slow)
+    one.round()
+    assert one.now_s == pytest.approx(6.0)
+    assert one.account.members == [3]
+    one.round()
+    assert one.now_s == pytest.approx(10.0)
+    one.round()
+    assert one.account.dropped == 1
+    assert one.account.carried == 0
+    assert one.now_s == pytest.approx(16.0)
+    assert one.account.applied_s == pytest.approx(9 * 4.0)
+    assert one.goodput == pytest.approx(36 / (4 * 16))
+
+
+def test_what_is_one_round_late_is_carried_and_counts() -> None:
+    """The fourth takes 7 s: round 1 closes at 4.5 s without it, and it comes in the middle of round 2."""
+    slow = Scenario(compute_s=1.0, slow=(Slow((3,), 1.75),))
+    one = simulated("continue:quorum=3,grace_s=0.5", scenario=slow)
+    start = one.anchor.clone()
+    one.round()
+    assert (one.now_s, one.account.members) == (pytest.approx(4.5), [3])
+    first = one.anchor.clone()
+    late = one._stints[3]
+    one.round()
+    # It came at 7 s, took the anchor over, and did the 2 steps that were left: ready at 10.5 s, and round 2
+    # closes at 9 s without it again.
+    assert one.account.carried == 1
+    assert one.now_s == pytest.approx(9.0)
+    carried = one._stints[3]
+    assert (late.steps, carried.steps, carried.seen) == (4, 2, 6.0)
+    assert carried.useful_s == pytest.approx(7.0 + 3.5)
+    assert carried.carries is late
+    assert torch.equal(carried.model, first)
+    assert torch.equal(late.model, start)
+    alone = one._inner.trained({3: late})[3]
+    one._inner.forget(3)
+    begun = {}
+    trained = one._inner.trained
+    one._inner.trained = lambda stints: begun.update(stints) or trained(stints)  # type: ignore[method-assign]
+    one._models({3: carried})
+    torch.testing.assert_close(begun[3].model, first + (alone - start))
+
+
+def test_each_weighs_its_steps() -> None:
+    """The mean by hand in NumPy, of contributions of 4 steps and one of 6."""
+    slow = Scenario(compute_s=1.0, slow=(Slow((3,), 1.2),))
+    one = simulated("continue:quorum=3,grace_s=0", scenario=slow)
+    one.round()
+    models: dict[int, Any] = {}
+    exchange = one._exchange
+
+    def watched(members: list[int], trained: Any) -> float:
+        models.update({worker: trained[worker].numpy().astype(np.float64) for worker in members})
+        return exchange(members, trained)
+
+    one._exchange = watched  # type: ignore[method-assign]
+    before = one.anchor.numpy().astype(np.float64)
+    momentum = one._common["outer"]["momentum"].data.numpy().astype(np.float64)
+    one.round()
+    weights = dict.fromkeys(models, 4.0)
+    if 3 in weights:
+        weights[3] = one._stints[3].seen
+    total = sum(weights.values())
+    gradient = sum(weights[worker] * (before - models[worker]) for worker in models) / total
+    momentum = 0.5 * momentum + gradient
+    expected = before - 0.7 * (gradient + 0.5 * momentum)
+    np.testing.assert_allclose(one.anchor.numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_workers_die_and_are_replaced() -> None:
+    often = Scenario(compute_s=60.0, failures_per_hour=0.9, replaced_s=300.0)
+    one = simulated("continue:quorum=2,grace_s=30", workers=6, scenario=often)
+    for _ in range(10):
+        one.round()
+    account = one.account
+    assert account.died > 3
+    assert account.died - 6 < account.joined <= account.died
+    assert min(account.members) >= 2
+    assert min(account.members) < 6
+    assert 0.4 < one.goodput < 1.0
+    assert torch.isfinite(one.anchor).all()
+
+
+def test_fewer_than_the_quorum_and_what_is_not_simulated_are_told() -> None:
+    dying = Scenario(compute_s=3600.0, failures_per_hour=0.999999, replaced_s=float("inf"))
+    one = simulated("continue:quorum=4", scenario=dying)
+    told = ""
+    for _ in range(5):
+        try:
+            one.round()
+        except DistcompError as error:
+            told = str(error)
+            break
+    assert "of at least 4 workers (the quorum) come to outer round" in told
+    with pytest.raises(DistcompError, match="simulated of on_failure='continue'"):
+        RoundsSimulation(training_task(), parse("diloco"), Fabric.uniform(2), Scenario())
