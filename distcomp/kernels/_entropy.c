@@ -1,19 +1,20 @@
-/* A coder for the bytes of a payload (Huffman, 1952), block by block: no divisions, and four streams at once.
+/* A coder for the bytes of a payload (asymmetric numeral systems: Duda, 2013), block by block: no divisions, fractions of
+ * a bit for a frequent byte, and eight states at once.
  *
  * The columns of a weight matrix have gradients of different sizes, which blocks of scales along its rows do not even
  * out; nor are the blocks alike. So each 16 KiB, a stretch, say how long a row is, the period, and how much dearer than
  * usual each column is, in 3 bits; every 128 bytes of it say the same in 3. Of how many of three thresholds the
- * sum of both is not below is the number of the table that a byte is coded by. The stream: 4 bytes for each block (its length, and in
- * the lowest bit whether it is coded), then the blocks. A coded block:
+ * sum of both is not below is the number of the table that a byte is coded by. The stream: 4 bytes for each block (its
+ * length, and in the lowest bit whether it is coded), then the blocks. A coded block:
  *
- *   1 byte    tables: 1 or 4
- *   if 4      3 bytes, the thresholds; for each stretch its period (2 bytes), levels of columns (3 bits each, filled up
- *             to a byte) and levels of rows of 128 bytes (3 bits each, filled up to a byte)
- *   then      of each table the lengths of 256 codes, 4 bits each: 0 where a byte has none, 15 where no other has one and
- *             it takes no bits; codes are numbered by length, then by byte, and lie in the stream with the first bit
- *             lowest
- *   then      the lengths of the first three of four streams (4 bytes each), and the streams, each of a quarter of the
- *             block's bytes, the first three of as many whole ones as a quarter has
+ *   1 byte    tables, 1 or 4, and 8 times how many of the lowest bits to skip of the first byte of bits
+ *   if 4      3 bytes, the thresholds; for each stretch its period (2 bytes), levels of columns and levels of rows of 128
+ *             bytes (8 levels in 3 bytes, the first lowest, and filled up with zeros)
+ *   then      of each table how many of its 2048 states each of the 256 bytes has, one more, in Elias's gamma code: zeros,
+ *             as many as bits follow the first, which is 1, and these; filled up to a byte
+ *   then      bits, the first lowest
+ *   then      eight states, 2 bytes each: byte i of the block is what state i % 8 stands for in the table of that byte, and
+ *             the state becomes what _ans.h says, by as many bits as are missing. With the last bit all become 0
  *
  * Bytes that no encoder wrote decode to other bytes or are refused; they never lead outside a buffer.
  */
@@ -36,21 +37,19 @@
 #define ROW ((size_t)128)
 #define ROWS (STRETCH / ROW)
 #define LONGEST_PERIOD 1024 /* LONGEST_PERIOD there */
-#define COLUMN_BITS 3
-#define ROW_BITS 3
-#define LEVELS ((1 << COLUMN_BITS) + (1 << ROW_BITS) - 1) /* of a column and a row together */
+#define LEVELS_OF_ONE 8     /* of a column, and of a row */
+#define LEVELS (2 * LEVELS_OF_ONE - 1)
 #define LEVEL 5 /* sixteenths of a bit from one to the next */
 #define TABLES 4
-#define STREAMS 4
-#define LONGEST 12 /* bits of a code */
-#define SLOTS (1u << LONGEST)
-#define ALONE 15 /* the only byte of its table */
+#define LOG_SLOTS 11
+#define SLOTS (1u << LOG_SLOTS)
+#define SPREAD (SLOTS / 8 * 5 + 3) /* from one slot of a byte to its next; odd, so that none is passed twice */
+#define STATES 8
+#define STATE_BYTES (2 * STATES)
 #define SYMBOLS 256
-#define TABLE_BYTES (SYMBOLS / 2)
-#define HEAD_MOST (1 + TABLES + STRETCHES * (4 + LONGEST_PERIOD * COLUMN_BITS / 8 + ROWS * ROW_BITS / 8) + \
-                   TABLES * TABLE_BYTES + 4 * STREAMS)
+#define HEAD_MOST (TABLES + STRETCHES * (2 + 3 * (LONGEST_PERIOD + ROWS) / 8) + \
+                   TABLES * SYMBOLS * (2 * LOG_SLOTS + 1) / 8 + 1)
 #define FEWEST_DIVIDED ((size_t)1 << 11) /* of fewer bytes, four tables take what they save */
-#define SLACK 8 /* bytes that are read or written a word at a time */
 #define INLINE static inline __attribute__((always_inline))
 
 /* How a block's bytes are divided between its tables. */
@@ -58,25 +57,45 @@ typedef struct {
     uint16_t periods[STRETCHES];
     uint8_t columns[STRETCHES][LONGEST_PERIOD], rows[STRETCHES][ROWS]; /* their levels */
     uint8_t thresholds[TABLES - 1];
-    uint8_t table_of[BLOCK]; /* of each byte */
 } Division;
+
+/* How a block may be coded. */
+typedef struct {
+    size_t tables, length;
+    uint8_t head[HEAD_MOST]; /* `length` bytes of it */
+    uint16_t slots[TABLES][SYMBOLS];
+    double bytes; /* which the block then takes, about */
+} Choice;
 
 typedef struct {
     Division division;
-    uint8_t prices[STRETCH], head[HEAD_MOST];
-    float means[LONGEST_PERIOD];
-    uint64_t codes[SYMBOLS][TABLES]; /* the code in the highest bits, and its length in the lowest byte */
+    uint8_t prices[STRETCH], of[STRETCH]; /* of a stretch's bytes, levels or tables */
+    uint16_t places[STRETCH];             /* 2^8 times these, and the bytes */
+    uint32_t counts[LEVELS * SYMBOLS]; /* by place, of all stretches' levels */
+    Choice one, four;
+    /* Its states have SLOTS added. A state and `missing` have the number of bits to write above 2^16, and what is left of
+     * the state is, with `first`, the place of the next. */
+    uint32_t missing[TABLES * SYMBOLS], first[TABLES * SYMBOLS];
+    uint16_t states[TABLES * SLOTS];
 } Encoder;
 
 typedef struct {
     Division division;
-    uint16_t slots[SLOTS][TABLES]; /* the length of a code in the lower byte, and what it stands for in the upper */
+    uint8_t of[STRETCH]; /* the table of each of a stretch's bytes */
+    uint16_t slots[TABLES][SYMBOLS];
+    uint32_t states[SLOTS][TABLES]; /* a byte, 2^8 times the bits that are missing, 2^16 times what they are added to */
 } Decoder;
 
 typedef struct {
     const int64_t *each;
     size_t count;
 } Periods;
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define HAVE_AVX2
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,bmi,bmi2")))
+#endif
 
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
@@ -86,193 +105,185 @@ static uint64_t load_8(const uint8_t *from) {
     return word;
 }
 
-#include "_huffman.h"
+/* So many of the lowest bits, as the lowest byte of `bits` says, which is below 64. */
+INLINE uint64_t lowest(uint64_t x, uint64_t bits, int avx2) {
+#ifdef HAVE_AVX2
+    uint64_t low;
+    if (avx2) {
+        __asm__("bzhi %2, %1, %0" : "=r"(low) : "r"(x), "r"(bits));
+        return low;
+    }
+#endif
+    (void)avx2;
+    return x & ~(~(uint64_t)0 << (bits & 63));
+}
+
+static size_t stretches_in(size_t n) { return (n + STRETCH - 1) / STRETCH; }
+
+#include "_prices.h"
+#include "_ans.h"
 #include "_division.h"
+#include "_choice.h"
 
 /* ------------------------------------------------------------------------------------------------------ encode */
 
-/* The buffer is filled from its upper end, so that the length in a code's lowest byte is at once what it is moved by:
- * of those bytes, what remains lies below all bits that count. */
+/* The last byte is coded first, and bits are written from the end on: so they are read from the first to the last. */
+typedef struct {
+    uint8_t *out;           /* where the last bits that were written begin */
+    const uint8_t *least;   /* where they may begin */
+    uint64_t buffer, filled; /* bits that are not yet written, the next to be read lowest */
+    uint64_t states[STATES];
+} Writer;
+
 #define PUSH(k) \
     do { \
-        uint64_t code = codes[data[i + (k)]][table_of[i + (k)]]; \
-        buffer = buffer >> (code & 63) | code; \
-        filled += code; \
+        uint64_t place = e->places[i + (k)], bits = (uint32_t)(state##k + e->missing[place]) >> 16; \
+        buffer = buffer << bits | lowest(state##k, bits, avx2); \
+        filled += bits; \
+        state##k = e->states[(uint32_t)((state##k >> bits) + e->first[place])]; \
     } while (0)
 
 #define PUSH_OUT \
     do { \
-        uint64_t bits = filled & 63, word = buffer >> 1 >> (63 - bits); \
-        memcpy(out, &word, 8); \
-        out += bits >> 3; \
-        filled = bits & 7; \
+        uint64_t word = buffer << (-filled & 63); \
+        memcpy(out - 8, &word, 8); \
+        out -= filled >> 3; \
+        filled &= 7; \
     } while (0)
 
-/* Returns where the stream ends; writes up to SLACK bytes more. */
-INLINE uint8_t *push_together(const uint8_t *data, const uint8_t *table_of, size_t n, const uint64_t (*codes)[TABLES],
-                              uint8_t *out) {
-    uint64_t buffer = 0, filled = 0;
-    size_t i = 0;
-    for (; i + 4 <= n; i += 4) { /* 7 bits that were left, and four times LONGEST: 56 are above the lowest byte */
-        PUSH(0);
-        PUSH(1);
-        PUSH(2);
-        PUSH(3);
-        PUSH_OUT;
-    }
-    for (; i < n; i++) {
+/* The bytes of a stretch; whether there was room. */
+INLINE int push_stretch(size_t n, const Encoder *e, Writer *w, int avx2) {
+    uint64_t buffer = w->buffer, filled = w->filled;
+    uint8_t *out = w->out;
+    size_t i = n;
+    while (i % STATES) { /* those beyond the last eight, of the last stretch only */
+        uint64_t state0 = w->states[--i % STATES];
+        if (out - w->least < 8) return 0;
         PUSH(0);
         PUSH_OUT;
+        w->states[i % STATES] = state0;
     }
-    uint64_t rest = buffer >> 1 >> (63 - filled);
-    memcpy(out, &rest, 8);
-    return out + (filled + 7) / 8;
-}
-
-/* What the bytes take by codes of their own for each table. */
-static size_t bytes_by(uint32_t (*counts)[SYMBOLS], int tables, uint8_t (*lengths)[SYMBOLS]) {
-    uint64_t bits = 0;
-    for (int t = 0; t < tables; t++) {
-        lengths_of(counts[t], lengths[t]);
-        for (int s = 0; s < SYMBOLS; s++) bits += (uint64_t)counts[t][s] * (lengths[t][s] == ALONE ? 0 : lengths[t][s]);
+    uint64_t state0 = w->states[0], state1 = w->states[1], state2 = w->states[2], state3 = w->states[3];
+    uint64_t state4 = w->states[4], state5 = w->states[5], state6 = w->states[6], state7 = w->states[7];
+    while (i) {
+        i -= STATES;
+        if (out - w->least < 16) return 0;
+        PUSH(7); PUSH(6); PUSH(5); PUSH(4);
+        PUSH_OUT; /* 7 bits that were left, and four times LOG_SLOTS */
+        PUSH(3); PUSH(2); PUSH(1); PUSH(0);
+        PUSH_OUT;
     }
-    return (size_t)(bits / 8);
-}
-
-/* How many tables there are to be (0: none pays), the lengths of their codes, and what bytes take by them. */
-INLINE int tables_of(const uint8_t *data, size_t n, Periods periods, LookUp *look_up, Encoder *e,
-                     uint8_t (*lengths)[SYMBOLS], size_t *bytes) {
-    uint32_t counts[TABLES][SYMBOLS];
-    count_bytes(data, n, STRETCH / 4, counts[0]);
-    double whole = price_of_all(counts[0]) * (double)n + TABLE_BYTES;
-    if (whole > (double)n * 127 / 128) return 0;
-    if (n >= FEWEST_DIVIDED) {
-        Prices prices = prices_of(counts[0]);
-        for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++)
-            levels_of(data + at, smaller(STRETCH, n - at), &prices, look_up, periods, stretch, e);
-        choose_thresholds(&e->division, n);
-        divide(&e->division, n);
-        count_divided(data, e->division.table_of, n, counts);
-        size_t told = (size_t)(write_division(&e->division, n, e->head) - e->head);
-        *bytes = bytes_by(counts, TABLES, lengths);
-        if ((double)(*bytes + told + TABLES * TABLE_BYTES) < whole) return TABLES;
-    }
-    memset(e->division.table_of, 0, n);
-    count_bytes(data, n, STRETCH, counts[0]);
-    *bytes = bytes_by(counts, 1, lengths);
+    *w = (Writer){out, w->least, buffer, filled, {state0, state1, state2, state3, state4, state5, state6, state7}};
     return 1;
 }
 
-/* The coded block into `out`, which has room for n bytes. Returns its length; 0 where it is not shorter. */
-INLINE size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, LookUp *look_up, Encoder *e) {
-    uint8_t lengths[TABLES][SYMBOLS], *head = e->head;
-    size_t bytes = 0, quarter = n / STREAMS;
-    int tables = tables_of(data, n, periods, look_up, e, lengths, &bytes);
-    if (!tables) return 0;
-    *head++ = (uint8_t)tables;
-    if (tables > 1) head = write_division(&e->division, n, head);
-    for (int t = 0; t < tables; t++, head += TABLE_BYTES) {
-        write_lengths(lengths[t], head);
-        write_codes(lengths[t], (size_t)t, e->codes);
+/* The coded block to the end of `out`, which has room for n bytes. Returns its length; 0 where it is not shorter. */
+INLINE size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, Encoder *e, int avx2) {
+    Choice *choice = chosen_tables(data, n, periods, e, avx2);
+    if (!choice || n < choice->length + STATE_BYTES) return 0;
+    for (size_t t = 0; t < choice->tables; t++) write_states(choice->slots[t], t, e);
+    if (choice->tables == 1) memset(e->of, 0, STRETCH);
+    Writer w = {.out = out + n - STATE_BYTES, .least = out + choice->length};
+    for (int k = 0; k < STATES; k++) w.states[k] = SLOTS;
+    for (size_t stretch = stretches_in(n); stretch--;) {
+        size_t at = stretch * STRETCH, m = smaller(STRETCH, n - at);
+        if (choice->tables > 1) divide(&e->division, stretch, m, e->of);
+        place(data + at, e->of, m, 0, e->places);
+        if (!push_stretch(m, e, &w, avx2)) return 0;
     }
-    uint8_t *ends = head, *end = out + (head - e->head) + 4 * (STREAMS - 1);
-    if ((size_t)(end - out) + bytes + STREAMS + SLACK > n) return 0;
-    for (size_t k = 0; k < STREAMS; k++) {
-        uint8_t *begin = end;
-        end = push_together(data + k * quarter, e->division.table_of + k * quarter,
-                            k + 1 < STREAMS ? quarter : n - k * quarter, (const uint64_t (*)[TABLES])e->codes, begin);
-        uint32_t length = (uint32_t)(end - begin);
-        if (k + 1 < STREAMS) memcpy(ends + 4 * k, &length, 4);
+    if (w.filled) *--w.out = (uint8_t)(w.buffer << (8 - w.filled));
+    choice->head[0] |= (uint8_t)((8 - w.filled) % 8 << 3);
+    for (int k = 0; k < STATES; k++) {
+        uint16_t state = (uint16_t)(w.states[k] - SLOTS);
+        memcpy(out + n - STATE_BYTES + 2 * k, &state, 2);
     }
-    memcpy(out, e->head, (size_t)(ends - e->head) + 4 * (STREAMS - 1));
-    return (size_t)(end - out);
+    memcpy(w.out - choice->length, choice->head, choice->length);
+    return (size_t)(out + n - w.out) + choice->length;
 }
 
 /* ------------------------------------------------------------------------------------------------------ decode */
 
-/* Where four streams stand: bits from `in` on, and how many bytes have come of each. */
 typedef struct {
     const uint8_t *in;
-    uint64_t at[STREAMS], end[STREAMS];
-    size_t done;
-} Streams;
+    uint64_t at, end; /* in bits; STATE_BYTES follow the last, so that whole words can be loaded */
+    uint64_t states[STATES];
+} Reader;
 
-#define LOAD(k) uint64_t buffer##k = load_8(in + (at##k >> 3)) >> (at##k & 7)
+/* 57 bits and more, of which four bytes take up to four times LOG_SLOTS. */
+#define PULL_IN (buffer = load_8(in + (at >> 3)) >> (at & 7), passed = 0)
 
-#define PULL(k, place) \
+#define PULL(k) \
     do { \
-        uint32_t slot = slots[buffer##k & (SLOTS - 1)][of[place]]; \
-        to[place] = (uint8_t)(slot >> 8); \
-        buffer##k >>= slot & 63; \
-        at##k += (uint8_t)slot; \
+        uint32_t state = states[state##k * TABLES + of[k]]; \
+        uint64_t bits = state >> 8 & 255; \
+        to[k] = (uint8_t)state; \
+        state##k = (state >> 16) + lowest(buffer >> passed, bits, avx2); \
+        passed += bits; \
     } while (0)
 
-#define PULL_FROM_EACH(j) PULL(0, j); PULL(1, quarter + (j)); PULL(2, twice + (j)); PULL(3, thrice + (j))
-
-/* Of each stream four bytes at a time, while a word can be loaded from it and a quarter has as many. */
-INLINE void pull_together(const uint16_t (*slots)[TABLES], Streams *s, const uint8_t *table_of, uint8_t *out,
-                          size_t quarter) {
-    const uint8_t *in = s->in, *of = table_of, *last = table_of + (quarter & ~(size_t)3);
-    const size_t twice = 2 * quarter, thrice = 3 * quarter;
-    const uint64_t most[STREAMS] = {s->end[0] - 64, s->end[1] - 64, s->end[2] - 64, s->end[3] - 64};
-    uint64_t at0 = s->at[0], at1 = s->at[1], at2 = s->at[2], at3 = s->at[3];
-    uint8_t *to = out;
-    for (int k = 0; k < STREAMS; k++)
-        if (s->end[k] < 64) return;
-    for (; of < last && at0 <= most[0] && at1 <= most[1] && at2 <= most[2] && at3 <= most[3]; of += 4, to += 4) {
-        LOAD(0);
-        LOAD(1);
-        LOAD(2);
-        LOAD(3);
-        PULL_FROM_EACH(0);
-        PULL_FROM_EACH(1);
-        PULL_FROM_EACH(2);
-        PULL_FROM_EACH(3);
+/* The bytes of a stretch; whether all their bits were there. */
+INLINE int pull_stretch(const uint32_t *states, const uint8_t *of, size_t n, Reader *r, uint8_t *to, int avx2) {
+    const uint8_t *in = r->in, *last = of + n / STATES * STATES;
+    uint64_t at = r->at, end = r->end, buffer, passed;
+    uint64_t state0 = r->states[0], state1 = r->states[1], state2 = r->states[2], state3 = r->states[3];
+    uint64_t state4 = r->states[4], state5 = r->states[5], state6 = r->states[6], state7 = r->states[7];
+    for (; of < last && at <= end; of += STATES, to += STATES) {
+        PULL_IN;
+        PULL(0);
+        PULL(1);
+        PULL(2);
+        PULL(3);
+        at += passed;
+        PULL_IN;
+        PULL(4);
+        PULL(5);
+        PULL(6);
+        PULL(7);
+        at += passed;
     }
-    s->at[0] = at0, s->at[1] = at1, s->at[2] = at2, s->at[3] = at3;
-    s->done = (size_t)(to - out);
+    *r = (Reader){in, at, end, {state0, state1, state2, state3, state4, state5, state6, state7}};
+    for (size_t k = 0; k < n % STATES && at <= end; k++, of++, to++) {
+        state0 = r->states[k];
+        PULL_IN;
+        PULL(0);
+        r->at = at += passed;
+        r->states[k] = state0;
+    }
+    return at <= end;
 }
 
-/* The rest of one, carefully. Whether it ends with its last bit. */
-static int pull_rest(const uint16_t (*slots)[TABLES], const Streams *s, size_t k, const uint8_t *table_of, uint8_t *out,
-                     size_t n) {
-    uint64_t at = s->at[k];
-    for (size_t i = s->done; i < n; i++) {
-        uint32_t bits = 0;
-        for (unsigned b = 0; b < 3 && (at >> 3) + b < s->end[k] >> 3; b++) bits |= (uint32_t)s->in[(at >> 3) + b] << 8 * b;
-        uint32_t slot = slots[bits >> (at & 7) & (SLOTS - 1)][table_of[i]];
-        out[i] = (uint8_t)(slot >> 8);
-        at += (uint8_t)slot;
-        if (at > s->end[k]) return 0;
-    }
-    return s->end[k] - at < 8;
+/* Of the head: where the bits begin, and in how many tables; NULL where it is none. */
+static const uint8_t *read_head(const uint8_t *in, const uint8_t *end, size_t n, Decoder *d, size_t *tables) {
+    *tables = *in++ & 7;
+    if (*tables != 1 && *tables != TABLES) return NULL;
+    if (*tables > 1 && !(in = read_division(&d->division, n, in, end))) return NULL;
+    if (!(in = read_slots(in, end, *tables, d->slots))) return NULL;
+    for (size_t t = 0; t < *tables; t++) read_states(d->slots[t], t, d->states);
+    return in;
 }
 
-INLINE int decoded_block(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d) {
-    const uint8_t *end = in + length, *table_of = d->division.table_of;
-    const uint16_t(*slots)[TABLES] = (const uint16_t(*)[TABLES])d->slots;
-    size_t quarter = n / STREAMS, tables;
-    if (!length || (*in != 1 && *in != TABLES)) return 0;
-    tables = *in++;
-    if (tables == 1) memset(d->division.table_of, 0, n);
-    if (tables > 1 && !(in = read_division(&d->division, n, in, end))) return 0;
-    if ((size_t)(end - in) < tables * TABLE_BYTES + 4 * (STREAMS - 1)) return 0;
-    for (size_t t = 0; t < tables; t++, in += TABLE_BYTES)
-        if (!slots_of(in, t, d->slots)) return 0;
-    Streams s = {.in = in + 4 * (STREAMS - 1)};
-    uint64_t begin = 0, whole = (uint64_t)(end - s.in);
-    for (size_t k = 0; k < STREAMS; k++, in += 4) {
-        uint32_t bytes = (uint32_t)(whole - begin);
-        if (k + 1 < STREAMS) memcpy(&bytes, in, 4);
-        if (bytes > whole - begin) return 0;
-        s.at[k] = 8 * begin;
-        s.end[k] = 8 * (begin += bytes);
+INLINE int decoded_block(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d, int avx2) {
+    if (length < 1 + STATE_BYTES) return 0;
+    const uint8_t *end = in + length - STATE_BYTES;
+    size_t tables;
+    Reader r = {.at = *in >> 3};
+    if (!(r.in = read_head(in, end, n, d, &tables))) return 0;
+    r.end = 8 * (uint64_t)(end - r.in);
+    for (int k = 0; k < STATES; k++) {
+        uint16_t state;
+        memcpy(&state, end + 2 * k, 2);
+        if (state >= SLOTS) return 0;
+        r.states[k] = state;
     }
-    pull_together(slots, &s, table_of, out, quarter);
-    for (size_t k = 0; k < STREAMS; k++)
-        if (!pull_rest(slots, &s, k, table_of + k * quarter, out + k * quarter, k + 1 < STREAMS ? quarter : n - k * quarter))
-            return 0;
-    return 1;
+    if (tables == 1) memset(d->of, 0, STRETCH);
+    for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++) {
+        size_t m = smaller(STRETCH, n - at);
+        if (tables > 1) divide(&d->division, stretch, m, d->of);
+        if (!pull_stretch(d->states[0], d->of, m, &r, out + at, avx2)) return 0;
+    }
+    uint64_t left = 0;
+    for (int k = 0; k < STATES; k++) left |= r.states[k];
+    return r.at == r.end && !left;
 }
 
 /* ------------------------------------------------------------------------------------------- instruction sets */
@@ -282,43 +293,43 @@ typedef struct {
     int (*decode)(const uint8_t *, size_t, uint8_t *, size_t, Decoder *);
 } Variant;
 
-#define VARIANT(name, TARGET) \
+#define VARIANT(name, TARGET, avx2) \
     TARGET static size_t encode_##name(const uint8_t *data, size_t n, uint8_t *out, Periods periods, Encoder *e) { \
-        return coded_block(data, n, out, periods, look_up_##name, e); \
+        return coded_block(data, n, out, periods, e, avx2); \
     } \
     TARGET static int decode_##name(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d) { \
-        return decoded_block(in, length, out, n, d); \
+        return decoded_block(in, length, out, n, d, avx2); \
     } \
     static const Variant name##_variant = {encode_##name, decode_##name};
 
-VARIANT(generic, )
+VARIANT(generic, , 0)
 #ifdef HAVE_AVX2
-VARIANT(avx2, AVX2)
+VARIANT(avx2, AVX2, 1)
 #endif
 
-static const Variant *chosen(void) {
+static const Variant *serving(void) {
 #ifdef HAVE_AVX2
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) return &avx2_variant;
+    if (strcmp(instruction_set(), "generic") && __builtin_cpu_supports("bmi2")) return &avx2_variant;
 #endif
     return &generic_variant;
 }
 
 /* Returns the length, and in the lowest bit whether it is coded. */
 static uint32_t encode_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, Encoder *e) {
-    size_t length = chosen()->encode(data, n, out, periods, e);
+    size_t length = serving()->encode(data, n, out, periods, e);
     if (length) return (uint32_t)length << 1 | 1;
     memcpy(out, data, n);
     return (uint32_t)n << 1;
 }
 
 static int decode_block(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d) {
-    return chosen()->decode(in, length, out, n, d);
+    return serving()->decode(in, length, out, n, d);
 }
 
 /* ---------------------------------------------------------------------------------------------- Python's side */
 
-/* Blocks `first` to `first + count` of the data, each into its own stretch of BLOCK bytes of `out`. */
+/* Blocks `first` to `first + count` of the data, each to the end of its own BLOCK bytes of `out`. */
 PyObject *py_entropy_encode(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long data_at, out_at, lengths_at, periods_at;
