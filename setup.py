@@ -39,6 +39,7 @@ setup(
                 "distcomp/kernels/_dct_chunks.h",
                 "distcomp/kernels/_entropy.h",
                 "distcomp/kernels/_ans.h",
+                "distcomp/kernels/_ans_avx2.h",
                 "distcomp/kernels/_choice.h",
                 "distcomp/kernels/_prices.h",
                 "distcomp/kernels/_division.h",

@@ -1,10 +1,18 @@
-/* Tables of asymmetric numeral systems (Duda, 2013), by which a byte takes a fraction of a bit; a part of _entropy.c.
+/* Asymmetric numeral systems with ranges (rANS; Duda, 2013), by which a byte takes a fraction of a bit; a part of
+ * _entropy.c.
  *
- * A table divides SLOTS numbers, the states, among the bytes, to each as many as its share of all bytes, here and there
- * over the whole range. Of a byte s that has f of them the k-th, k from 0, is reached from those states that begin as
- * x = f + k does: of a state below SLOTS, SLOTS added, the first bits are x's, and the rest, which bits of the stream
- * say, is as long as is missing. A frequent byte has many slots, and few bits are missing.
+ * A table divides SLOTS numbers among the bytes, one after the other, to each as many as its share of all bytes: byte s
+ * has f of them from c on. A state x, from LEAST to below 2^16 LEAST, takes s in and lets it out again:
+ *
+ *   push   if x >= 2^16 LEAST / SLOTS * f, its lower 16 bits are written and x becomes x / 2^16; then SLOTS * (x / f) + c + x % f
+ *   pull   x % SLOTS is a slot, which says s, f and c; x becomes f * (x / SLOTS) + x % SLOTS - c; if that is below LEAST,
+ *          2^16 x and 16 bits that are read
+ *
+ * So x grows by what s is worth, and what was pushed last is pulled first. Division is multiplication (Granlund and
+ * Montgomery, 1994): for all x below 2^31, x / f is x times 2^(31 + u) / f, rounded up, over 2^(31 + u), where 2^u >= f.
  */
+
+/* ------------------------------------------------------------------------------------------------------- shares */
 
 static uint32_t slots_by(uint32_t count, float each) {
     uint32_t slots = (uint32_t)(int32_t)((float)(int32_t)count * each + 0.5f);
@@ -70,36 +78,56 @@ static const uint8_t *read_slots(const uint8_t *in, const uint8_t *end, size_t t
     return at > most ? NULL : in + (at + 7) / 8;
 }
 
-/* Which byte each slot is. */
-static void spread(const uint16_t *slots, uint8_t *byte_of) {
-    uint32_t at = 0;
-    for (int s = 0; s < SYMBOLS; s++)
-        for (uint32_t k = 0; k < slots[s]; k++, at = (at + SPREAD) % SLOTS) byte_of[at] = (uint8_t)s;
+/* ------------------------------------------------------------------------------------------------------- tables */
+
+/* Of each slot: its byte, 2^8 times how many that one has, and 2^20 times how many of these come before. */
+static void write_slots_of(const uint16_t *slots, uint32_t *slots_of) {
+    for (uint32_t s = 0, at = 0; s < SYMBOLS; s++)
+        for (uint32_t k = 0; k < slots[s]; k++) slots_of[at++] = s | (uint32_t)slots[s] << 8 | k << 20;
 }
 
-/* Of each state of a decoder: which byte it is, how many bits are missing, and what they are added to. */
-static void read_states(const uint16_t *slots, size_t table, uint32_t (*states)[TABLES]) {
-    uint8_t byte_of[SLOTS];
-    uint32_t next[SYMBOLS];
-    spread(slots, byte_of);
-    for (int s = 0; s < SYMBOLS; s++) next[s] = slots[s];
-    for (uint32_t state = 0; state < SLOTS; state++) {
-        uint32_t x = next[byte_of[state]]++, bits = LOG_SLOTS - (31 - (uint32_t)__builtin_clz(x));
-        states[state][table] = byte_of[state] | bits << 8 | ((x << bits) - SLOTS) << 16;
+/* Of each byte what it is pushed by. SLOTS (x / f) + c + x % f is x + c + (SLOTS - f) (x / f); where f is 1, the inverse is
+ * 2^32 - 1 and yields x - 1, which SLOTS - 1 more make up for. */
+static void write_steps(const uint16_t *slots, Step *steps) {
+    for (uint32_t s = 0, before = 0; s < SYMBOLS; before += slots[s++]) {
+        uint32_t f = slots[s], up = f < 2 ? 1 : 32 - (uint32_t)__builtin_clz(f - 1);
+        if (!f) continue;
+        uint32_t inverse = f < 2 ? UINT32_MAX : (uint32_t)((((uint64_t)1 << (31 + up)) + f - 1) / f);
+        steps[s] = (Step){inverse, (SLOTS - f) | (up - 1) << 12 | (before + (f < 2 ? SLOTS - 1 : 0)) << 16};
     }
 }
 
-
-static void write_states(const uint16_t *slots, size_t table, Encoder *e) {
-    uint8_t byte_of[SLOTS];
-    uint32_t next[SYMBOLS], before = (uint32_t)(table * SLOTS);
-    for (int s = 0; s < SYMBOLS; s++) {
-        uint32_t f = slots[s], most = f < 2 ? LOG_SLOTS : LOG_SLOTS - (31 - (uint32_t)__builtin_clz(f - 1));
-        e->missing[table * SYMBOLS + (size_t)s] = (most << 16) - (f << most);
-        e->first[table * SYMBOLS + (size_t)s] = before - f;
-        next[s] = before;
-        before += f;
+static void choose_lanes(Lanes *lanes) {
+    memset(lanes, 0, sizeof *lanes);
+    for (unsigned mask = 0; mask < 256; mask++) {
+        unsigned before = 0, number = (unsigned)__builtin_popcount(mask);
+        for (unsigned lane = 0; lane < 8; lane++) {
+            lanes->ranks[mask][lane] = (uint8_t)before;
+            if (mask >> lane & 1) lanes->last[mask][8 - number + before++] = (uint8_t)lane;
+        }
     }
-    spread(slots, byte_of);
-    for (uint32_t state = 0; state < SLOTS; state++) e->states[next[byte_of[state]]++] = (uint16_t)(SLOTS + state);
+}
+
+/* -------------------------------------------------------------------------------------------------- one by one */
+
+#define FULL(x, others) (((x) >> (31 - LOG_SLOTS)) + (others) >= SLOTS)
+
+/* No branches: whether a state is full, or low, is anybody's guess. */
+INLINE uint32_t push(uint32_t x, Step step, uint8_t **out) {
+    uint32_t others = step.share & 0xfff, full = FULL(x, others);
+    uint16_t word = (uint16_t)x;
+    memcpy(*out - 2, &word, 2);
+    *out -= 2 * full;
+    x >>= 16 * full;
+    uint32_t quotient = (uint32_t)((uint64_t)x * step.inverse >> 32) >> (step.share >> 12 & 15);
+    return x + (step.share >> 16) + quotient * others;
+}
+
+INLINE uint32_t pull(uint32_t x, uint32_t slot, const uint8_t **in) {
+    uint16_t word;
+    memcpy(&word, *in, 2);
+    x = (slot >> 8 & 0xfff) * (x >> LOG_SLOTS) + (slot >> 20);
+    uint32_t low = x < LEAST;
+    *in += 2 * low;
+    return x << 16 * low | (word & (0 - low));
 }

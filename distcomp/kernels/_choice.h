@@ -33,7 +33,7 @@ INLINE void choose_division(const uint8_t *data, size_t n, const Prices *prices,
 /* One table or four; NULL where it does not become shorter. */
 INLINE Choice *chosen_tables(const uint8_t *data, size_t n, Periods periods, Encoder *e, int avx2) {
     uint32_t counts[TABLES][SYMBOLS], seen = 0;
-    count_first(data, n, n < FEWEST_DIVIDED ? STRETCH : STRETCH / 8, counts[0]);
+    count_first(data, n, n < FEWEST_DIVIDED ? STRETCH : STRETCH / 16, counts[0]);
     for (int s = 0; s < SYMBOLS; s++) seen += counts[0][s];
     if ((double)entropy_of(counts[0], SYMBOLS) > (double)(8 << 16) * 127 / 128 * seen) return NULL;
     e->four.bytes = (double)n;

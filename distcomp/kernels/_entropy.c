@@ -1,5 +1,5 @@
 /* A coder for the bytes of a payload (asymmetric numeral systems: Duda, 2013), block by block: no divisions, fractions of
- * a bit for a frequent byte, and eight states at once.
+ * a bit for a frequent byte, and 32 states at once.
  *
  * The columns of a weight matrix have gradients of different sizes, which blocks of scales along its rows do not even
  * out; nor are the blocks alike. So each 16 KiB, a stretch, say how long a row is, the period, and how much dearer than
@@ -7,14 +7,14 @@
  * sum of both is not below is the number of the table that a byte is coded by. The stream: 4 bytes for each block (its
  * length, and in the lowest bit whether it is coded), then the blocks. A coded block:
  *
- *   1 byte    tables, 1 or 4, and 8 times how many of the lowest bits to skip of the first byte of bits
+ *   1 byte    tables: 1 or 4
  *   if 4      3 bytes, the thresholds; for each stretch its period (2 bytes), levels of columns and levels of rows of 128
  *             bytes (8 levels in 3 bytes, the first lowest, and filled up with zeros)
- *   then      of each table how many of its 2048 states each of the 256 bytes has, one more, in Elias's gamma code: zeros,
- *             as many as bits follow the first, which is 1, and these; filled up to a byte
- *   then      bits, the first lowest
- *   then      eight states, 2 bytes each: byte i of the block is what state i % 8 stands for in the table of that byte, and
- *             the state becomes what _ans.h says, by as many bits as are missing. With the last bit all become 0
+ *   then      of each table how many of its 2048 slots each of the 256 bytes has, one more, in Elias's gamma code: zeros,
+ *             as many as bits follow the first, which is 1, and these, the lowest first; filled up to a byte
+ *   then      words of 2 bytes
+ *   then      32 states, 4 bytes each: byte i of the block is pulled from state i % 32 (_ans.h), which takes the next word
+ *             if it needs one. After the last word all are 2^15
  *
  * Bytes that no encoder wrote decode to other bytes or are refused; they never lead outside a buffer.
  */
@@ -31,6 +31,12 @@
 #error "the stream is little-endian; on this machine distcomp uses its plain-torch reference"
 #endif
 
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define HAVE_AVX2
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt")))
+#endif
+
 #define BLOCK ((size_t)1 << 19)   /* BLOCK in entropy.py */
 #define STRETCH ((size_t)1 << 14) /* STRETCH there */
 #define STRETCHES (BLOCK / STRETCH)
@@ -43,9 +49,10 @@
 #define TABLES 4
 #define LOG_SLOTS 11
 #define SLOTS (1u << LOG_SLOTS)
-#define SPREAD (SLOTS / 8 * 5 + 3) /* from one slot of a byte to its next; odd, so that none is passed twice */
-#define STATES 8
-#define STATE_BYTES (2 * STATES)
+#define LEAST (1u << 15) /* of a state, which is below 2^16 times as much */
+#define STATES 32
+#define STATE_BYTES (4 * STATES)
+#define ROOM (2 * STATES + 16) /* what STATES bytes may take, and what is stored at once beyond */
 #define SYMBOLS 256
 #define HEAD_MOST (TABLES + STRETCHES * (2 + 3 * (LONGEST_PERIOD + ROWS) / 8) + \
                    TABLES * SYMBOLS * (2 * LOG_SLOTS + 1) / 8 + 1)
@@ -67,55 +74,57 @@ typedef struct {
     double bytes; /* which the block then takes, about */
 } Choice;
 
+/* What a byte is pushed by: see _ans.h. */
+typedef struct {
+    uint32_t inverse, share; /* SLOTS - f, 2^12 times u - 1, 2^16 times c */
+} Step;
+
+/* Of eight states, by a mask of some: how many of these come before each, and these, last in line. */
+typedef struct {
+    uint8_t ranks[256][8], last[256][8];
+} Lanes;
+
 typedef struct {
     Division division;
     uint8_t prices[STRETCH], of[STRETCH]; /* of a stretch's bytes, levels or tables */
     uint16_t places[STRETCH];             /* 2^8 times these, and the bytes */
-    uint32_t counts[LEVELS * SYMBOLS]; /* by place, of all stretches' levels */
+    uint32_t counts[LEVELS * SYMBOLS];    /* by place, of all stretches' levels */
     Choice one, four;
-    /* Its states have SLOTS added. A state and `missing` have the number of bits to write above 2^16, and what is left of
-     * the state is, with `first`, the place of the next. */
-    uint32_t missing[TABLES * SYMBOLS], first[TABLES * SYMBOLS];
-    uint16_t states[TABLES * SLOTS];
+    Step steps[TABLES * SYMBOLS];
+    Lanes lanes;
 } Encoder;
 
 typedef struct {
     Division division;
     uint8_t of[STRETCH]; /* the table of each of a stretch's bytes */
     uint16_t slots[TABLES][SYMBOLS];
-    uint32_t states[SLOTS][TABLES]; /* a byte, 2^8 times the bits that are missing, 2^16 times what they are added to */
+    uint32_t slots_of[TABLES * SLOTS];
+    Lanes lanes;
 } Decoder;
+
+/* The last byte is pushed first, and words are written from the end on: so they are read from the first to the last. */
+typedef struct {
+    uint8_t *out;         /* where the last word that was written begins */
+    const uint8_t *least; /* where it may begin */
+    uint32_t states[STATES];
+} Writer;
+
+typedef struct {
+    const uint8_t *in, *end; /* STATE_BYTES follow the last word, so that eight can be loaded */
+    uint32_t states[STATES];
+} Reader;
 
 typedef struct {
     const int64_t *each;
     size_t count;
 } Periods;
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define HAVE_AVX2
-#include <immintrin.h>
-#define AVX2 __attribute__((target("avx2,bmi,bmi2")))
-#endif
-
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
-static uint64_t load_8(const uint8_t *from) {
+static uint64_t load_8(const void *from) {
     uint64_t word;
     memcpy(&word, from, 8);
     return word;
-}
-
-/* So many of the lowest bits, as the lowest byte of `bits` says, which is below 64. */
-INLINE uint64_t lowest(uint64_t x, uint64_t bits, int avx2) {
-#ifdef HAVE_AVX2
-    uint64_t low;
-    if (avx2) {
-        __asm__("bzhi %2, %1, %0" : "=r"(low) : "r"(x), "r"(bits));
-        return low;
-    }
-#endif
-    (void)avx2;
-    return x & ~(~(uint64_t)0 << (bits & 63));
 }
 
 static size_t stretches_in(size_t n) { return (n + STRETCH - 1) / STRETCH; }
@@ -124,166 +133,95 @@ static size_t stretches_in(size_t n) { return (n + STRETCH - 1) / STRETCH; }
 #include "_ans.h"
 #include "_division.h"
 #include "_choice.h"
+#ifdef HAVE_AVX2
+#include "_ans_avx2.h"
+#endif
 
 /* ------------------------------------------------------------------------------------------------------ encode */
 
-/* The last byte is coded first, and bits are written from the end on: so they are read from the first to the last. */
-typedef struct {
-    uint8_t *out;           /* where the last bits that were written begin */
-    const uint8_t *least;   /* where they may begin */
-    uint64_t buffer, filled; /* bits that are not yet written, the next to be read lowest */
-    uint64_t states[STATES];
-} Writer;
-
-#define PUSH(k) \
-    do { \
-        uint64_t place = e->places[i + (k)], bits = (uint32_t)(state##k + e->missing[place]) >> 16; \
-        buffer = buffer << bits | lowest(state##k, bits, avx2); \
-        filled += bits; \
-        state##k = e->states[(uint32_t)((state##k >> bits) + e->first[place])]; \
-    } while (0)
-
-#define PUSH_OUT \
-    do { \
-        uint64_t word = buffer << (-filled & 63); \
-        memcpy(out - 8, &word, 8); \
-        out -= filled >> 3; \
-        filled &= 7; \
-    } while (0)
-
-/* The bytes of a stretch; whether there was room. */
+/* The bytes of a stretch, which are placed; whether there was room. */
 INLINE int push_stretch(size_t n, const Encoder *e, Writer *w, int avx2) {
-    uint64_t buffer = w->buffer, filled = w->filled;
-    uint8_t *out = w->out;
+    const uint16_t *places = e->places;
     size_t i = n;
-    while (i % STATES) { /* those beyond the last eight, of the last stretch only */
-        uint64_t state0 = w->states[--i % STATES];
-        if (out - w->least < 8) return 0;
-        PUSH(0);
-        PUSH_OUT;
-        w->states[i % STATES] = state0;
+    if (w->out - w->least < ROOM) return 0;
+    for (; i % STATES; i--) { /* of the last stretch only */
+        uint32_t *state = &w->states[(i - 1) % STATES];
+        *state = push(*state, e->steps[places[i - 1]], &w->out);
     }
-    uint64_t state0 = w->states[0], state1 = w->states[1], state2 = w->states[2], state3 = w->states[3];
-    uint64_t state4 = w->states[4], state5 = w->states[5], state6 = w->states[6], state7 = w->states[7];
-    while (i) {
-        i -= STATES;
-        if (out - w->least < 16) return 0;
-        PUSH(7); PUSH(6); PUSH(5); PUSH(4);
-        PUSH_OUT; /* 7 bits that were left, and four times LOG_SLOTS */
-        PUSH(3); PUSH(2); PUSH(1); PUSH(0);
-        PUSH_OUT;
-    }
-    *w = (Writer){out, w->least, buffer, filled, {state0, state1, state2, state3, state4, state5, state6, state7}};
-    return 1;
+#ifdef HAVE_AVX2
+    if (avx2) return push_avx2(places, i, e->steps, &e->lanes, w) == 0;
+#endif
+    (void)avx2;
+    uint8_t *out = w->out;
+    for (; i && out - w->least >= ROOM; i -= STATES)
+        for (size_t k = STATES; k--;) w->states[k] = push(w->states[k], e->steps[places[i - STATES + k]], &out);
+    w->out = out;
+    return i == 0;
 }
 
 /* The coded block to the end of `out`, which has room for n bytes. Returns its length; 0 where it is not shorter. */
 INLINE size_t coded_block(const uint8_t *data, size_t n, uint8_t *out, Periods periods, Encoder *e, int avx2) {
-    Choice *choice = chosen_tables(data, n, periods, e, avx2);
+    const Choice *choice = chosen_tables(data, n, periods, e, avx2);
     if (!choice || n < choice->length + STATE_BYTES) return 0;
-    for (size_t t = 0; t < choice->tables; t++) write_states(choice->slots[t], t, e);
+    for (size_t t = 0; t < choice->tables; t++) write_steps(choice->slots[t], e->steps + t * SYMBOLS);
     if (choice->tables == 1) memset(e->of, 0, STRETCH);
     Writer w = {.out = out + n - STATE_BYTES, .least = out + choice->length};
-    for (int k = 0; k < STATES; k++) w.states[k] = SLOTS;
+    for (int k = 0; k < STATES; k++) w.states[k] = LEAST;
     for (size_t stretch = stretches_in(n); stretch--;) {
         size_t at = stretch * STRETCH, m = smaller(STRETCH, n - at);
         if (choice->tables > 1) divide(&e->division, stretch, m, e->of);
         place(data + at, e->of, m, 0, e->places);
         if (!push_stretch(m, e, &w, avx2)) return 0;
     }
-    if (w.filled) *--w.out = (uint8_t)(w.buffer << (8 - w.filled));
-    choice->head[0] |= (uint8_t)((8 - w.filled) % 8 << 3);
-    for (int k = 0; k < STATES; k++) {
-        uint16_t state = (uint16_t)(w.states[k] - SLOTS);
-        memcpy(out + n - STATE_BYTES + 2 * k, &state, 2);
-    }
+    memcpy(out + n - STATE_BYTES, w.states, STATE_BYTES);
     memcpy(w.out - choice->length, choice->head, choice->length);
     return (size_t)(out + n - w.out) + choice->length;
 }
 
 /* ------------------------------------------------------------------------------------------------------ decode */
 
-typedef struct {
-    const uint8_t *in;
-    uint64_t at, end; /* in bits; STATE_BYTES follow the last, so that whole words can be loaded */
-    uint64_t states[STATES];
-} Reader;
-
-/* 57 bits and more, of which four bytes take up to four times LOG_SLOTS. */
-#define PULL_IN (buffer = load_8(in + (at >> 3)) >> (at & 7), passed = 0)
-
-#define PULL(k) \
-    do { \
-        uint32_t state = states[state##k * TABLES + of[k]]; \
-        uint64_t bits = state >> 8 & 255; \
-        to[k] = (uint8_t)state; \
-        state##k = (state >> 16) + lowest(buffer >> passed, bits, avx2); \
-        passed += bits; \
-    } while (0)
-
-/* The bytes of a stretch; whether all their bits were there. */
-INLINE int pull_stretch(const uint32_t *states, const uint8_t *of, size_t n, Reader *r, uint8_t *to, int avx2) {
-    const uint8_t *in = r->in, *last = of + n / STATES * STATES;
-    uint64_t at = r->at, end = r->end, buffer, passed;
-    uint64_t state0 = r->states[0], state1 = r->states[1], state2 = r->states[2], state3 = r->states[3];
-    uint64_t state4 = r->states[4], state5 = r->states[5], state6 = r->states[6], state7 = r->states[7];
-    for (; of < last && at <= end; of += STATES, to += STATES) {
-        PULL_IN;
-        PULL(0);
-        PULL(1);
-        PULL(2);
-        PULL(3);
-        at += passed;
-        PULL_IN;
-        PULL(4);
-        PULL(5);
-        PULL(6);
-        PULL(7);
-        at += passed;
+/* The bytes of a stretch; whether all their words were there. */
+INLINE int pull_stretch(const Decoder *d, size_t n, Reader *r, uint8_t *out, int avx2) {
+    size_t i = 0;
+#ifdef HAVE_AVX2
+    if (avx2) i = pull_avx2(d->of, n, d->slots_of, &d->lanes, r, out);
+#endif
+    (void)avx2;
+    const uint8_t *in = r->in;
+    for (; i < n && in <= r->end; i++) {
+        uint32_t *state = &r->states[i % STATES], slot = d->slots_of[d->of[i] * SLOTS + *state % SLOTS];
+        out[i] = (uint8_t)slot;
+        *state = pull(*state, slot, &in);
     }
-    *r = (Reader){in, at, end, {state0, state1, state2, state3, state4, state5, state6, state7}};
-    for (size_t k = 0; k < n % STATES && at <= end; k++, of++, to++) {
-        state0 = r->states[k];
-        PULL_IN;
-        PULL(0);
-        r->at = at += passed;
-        r->states[k] = state0;
-    }
-    return at <= end;
+    r->in = in;
+    return in <= r->end;
 }
 
-/* Of the head: where the bits begin, and in how many tables; NULL where it is none. */
+/* Where the words begin, and in how many tables the bytes are; NULL where it is none. */
 static const uint8_t *read_head(const uint8_t *in, const uint8_t *end, size_t n, Decoder *d, size_t *tables) {
-    *tables = *in++ & 7;
+    *tables = *in++;
     if (*tables != 1 && *tables != TABLES) return NULL;
     if (*tables > 1 && !(in = read_division(&d->division, n, in, end))) return NULL;
     if (!(in = read_slots(in, end, *tables, d->slots))) return NULL;
-    for (size_t t = 0; t < *tables; t++) read_states(d->slots[t], t, d->states);
+    for (size_t t = 0; t < *tables; t++) write_slots_of(d->slots[t], d->slots_of + t * SLOTS);
     return in;
 }
 
 INLINE int decoded_block(const uint8_t *in, size_t length, uint8_t *out, size_t n, Decoder *d, int avx2) {
     if (length < 1 + STATE_BYTES) return 0;
-    const uint8_t *end = in + length - STATE_BYTES;
     size_t tables;
-    Reader r = {.at = *in >> 3};
-    if (!(r.in = read_head(in, end, n, d, &tables))) return 0;
-    r.end = 8 * (uint64_t)(end - r.in);
-    for (int k = 0; k < STATES; k++) {
-        uint16_t state;
-        memcpy(&state, end + 2 * k, 2);
-        if (state >= SLOTS) return 0;
-        r.states[k] = state;
-    }
+    Reader r = {.end = in + length - STATE_BYTES};
+    if (!(r.in = read_head(in, r.end, n, d, &tables))) return 0;
+    memcpy(r.states, r.end, STATE_BYTES);
     if (tables == 1) memset(d->of, 0, STRETCH);
     for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++) {
         size_t m = smaller(STRETCH, n - at);
         if (tables > 1) divide(&d->division, stretch, m, d->of);
-        if (!pull_stretch(d->states[0], d->of, m, &r, out + at, avx2)) return 0;
+        if (!pull_stretch(d, m, &r, out + at, avx2)) return 0;
     }
-    uint64_t left = 0;
-    for (int k = 0; k < STATES; k++) left |= r.states[k];
-    return r.at == r.end && !left;
+    uint32_t other = 0;
+    for (int k = 0; k < STATES; k++) other |= r.states[k] ^ LEAST;
+    return r.in == r.end && !other;
 }
 
 /* ------------------------------------------------------------------------------------------- instruction sets */
@@ -347,6 +285,7 @@ PyObject *py_entropy_encode(PyObject *self, PyObject *args) {
     Encoder *encoder = malloc(sizeof *encoder);
     if (!encoder) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
+    choose_lanes(&encoder->lanes);
     for (size_t b = (size_t)first; b < (size_t)(first + count); b++)
         lengths[b] = encode_block(data + b * BLOCK, smaller(BLOCK, (size_t)size - b * BLOCK), out + b * BLOCK, periods,
                                   encoder);
@@ -389,6 +328,7 @@ PyObject *py_entropy_decode(PyObject *self, PyObject *args) {
     Decoder *decoder = malloc(sizeof *decoder);
     if (!decoder) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
+    choose_lanes(&decoder->lanes);
     size_t at = checked_start(coded, (size_t)coded_size, (size_t)blocks, (size_t)size, (size_t)first);
     good = at != 0;
     for (size_t b = (size_t)first; good && b < (size_t)(first + count); b++) {

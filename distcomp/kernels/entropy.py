@@ -1,7 +1,7 @@
 """A lossless stage for the bytes of a payload: fewer where some bytes are more frequent than others.
 
 ``ans`` is the coder in ``_entropy.c`` (Duda, "Asymmetric numeral systems", 2013): frequent bytes take a
-fraction of a bit, eight states are decoded side by side, and there are up to four tables for each 512 KiB,
+fraction of a bit, 32 states are decoded side by side, and there are up to four tables for each 512 KiB,
 between which the columns of a matrix and stretches of its rows are divided by the size of their gradients.
 Repetitions are not looked for, for packed codes have none.
 ``zstd`` is Zstandard at its fastest level, an extra. Either way a stream is at most :func:`most_bytes` long.

@@ -50,7 +50,7 @@ def read_stream(stream: np.ndarray, numel: int) -> np.ndarray:
 
 
 def read_block(data: np.ndarray, n: int) -> np.ndarray:
-    tables, skipped, at, table_of = int(data[0]) & 7, int(data[0]) >> 3, 1, np.zeros(n, np.int64)
+    tables, at, table_of = int(data[0]), 1, np.zeros(n, np.int64)
     assert tables in (1, 4)
     if tables == 4:
         thresholds, at = data[1:4], 4
@@ -60,15 +60,9 @@ def read_block(data: np.ndarray, n: int) -> np.ndarray:
             rows, at = read_levels(data, at, -(-m // 128))
             levels = np.resize(columns, m) + np.repeat(rows, 128)[:m]
             table_of[begin : begin + m] = (levels[:, None] >= thresholds).sum(1)
-    text = text_of(data[at:])
-    slots, end = read_slots(text, tables)
-    bits = text[-(-end // 8) * 8 + skipped : len(text) - 128]
-    return read_states(bits, data[-16:].copy().view("<u2").tolist(), table_of, slots)
-
-
-def text_of(data: np.ndarray) -> str:
-    """Its bits, of each byte the lowest first."""
-    return "".join(map(str, np.unpackbits(data, bitorder="little")))
+    slots, bits = read_slots("".join(map(str, np.unpackbits(data[at:-128], bitorder="little"))), tables)
+    words = data[at + -(-bits // 8) : -128].copy().view("<u2").tolist()
+    return read_states(words, data[-128:].copy().view("<u4").tolist(), table_of, slots)
 
 
 def read_levels(data: np.ndarray, at: int, count: int) -> tuple[np.ndarray, int]:
@@ -79,42 +73,34 @@ def read_levels(data: np.ndarray, at: int, count: int) -> tuple[np.ndarray, int]
     return bits[:count], end
 
 
-def read_slots(text: str, tables: int) -> tuple[list[list[tuple[int, int]]], int]:
-    """Of each state of each table the byte it stands for and its x; and where the tables end."""
+def read_slots(text: str, tables: int) -> tuple[list[list[tuple[int, int, int]]], int]:
+    """Of each slot of each table its byte, how many slots that has, and which of them it is; and how many
+    bits that took."""
     at, found = 0, []
     for _ in range(tables):
         shares = []
         for _ in range(256):
             zeros = text.index("1", at) - at
-            shares.append((1 << zeros) + number_of(text[at + zeros + 1 : at + 2 * zeros + 1]) - 1)
+            rest = text[at + zeros + 1 : at + 2 * zeros + 1]
+            shares.append((1 << zeros) + int("0" + rest[::-1], 2) - 1)
             at += 2 * zeros + 1
         assert sum(shares) == 2048
-        bytes_of = [s for s, share in enumerate(shares) for _ in range(share)]
-        placed = dict(sorted((i * (5 * 2048 // 8 + 3) % 2048, s) for i, s in enumerate(bytes_of)))
-        seen, table = shares.copy(), []
-        for s in placed.values():
-            table.append((s, seen[s]))
-            seen[s] += 1
-        found.append(table)
+        found.append([(s, f, k) for s, f in enumerate(shares) for k in range(f)])
     return found, at
 
 
-def number_of(bits: str) -> int:
-    return int("0" + bits[::-1], 2)
-
-
 def read_states(
-    bits: str, states: list[int], table_of: np.ndarray, slots: list[list[tuple[int, int]]]
+    words: list[int], states: list[int], table_of: np.ndarray, slots: list[list[tuple[int, int, int]]]
 ) -> np.ndarray:
-    at, out = 0, []
+    due, out = iter(words), []
     for i, table in enumerate(table_of.tolist()):
-        symbol, x = slots[table][states[i % 8]]
-        missing = 12 - x.bit_length()
-        states[i % 8] = (x << missing) + number_of(bits[at : at + missing]) - 2048
+        x = states[i % 32]
+        symbol, f, k = slots[table][x % 2048]
+        x = f * (x // 2048) + k
+        states[i % 32] = x if x >= 1 << 15 else x << 16 | next(due)
         out.append(symbol)
-        at += missing
-    assert at == len(bits)
-    assert not any(states)
+    assert list(due) == []
+    assert states == [1 << 15] * 32
     return np.array(out, np.uint8)
 
 
