@@ -87,8 +87,8 @@ INLINE void choose_rows(const uint8_t *prices, const uint8_t *columns, size_t n,
 }
 
 /* 2^8 times one number of each byte, and `more`, and the byte itself. */
-INLINE void place(const uint8_t *data, const uint8_t *of, size_t n, uint32_t more, uint16_t *places) {
-    for (size_t i = 0; i < n; i++) places[i] = (uint16_t)((of[i] + more) << 8 | data[i]);
+INLINE void place(const uint8_t *data, const uint8_t *of, size_t n, uint8_t more, uint16_t *places) {
+    for (size_t i = 0; i < n; i++) places[i] = (uint16_t)((uint8_t)(of[i] + more) << 8 | data[i]);
 }
 
 /* All that is to be known of a stretch before thresholds are chosen: also how often bytes occur at each level. */
