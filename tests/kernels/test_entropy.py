@@ -185,6 +185,21 @@ def test_threads_change_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_num_threads(usual)
 
 
+@pytest.mark.parametrize("numel", [500, 20_000])
+def test_states_that_do_not_end_as_they_began_are_refused(numel: int) -> None:
+    """Whatever byte of them is changed, and where words are left over or are missing."""
+    stream = entropy.encode(columns(numel), periods=(48,))
+    assert stream.numel() < numel
+    for at in range(stream.numel() - 128, stream.numel(), 3):
+        changed = stream.clone()
+        changed[at] ^= 1
+        with pytest.raises(DistcompError, match="one version and one coder"):
+            entropy.decode(changed, numel)
+    for due in (numel - 1, numel + 1, numel - 64, numel + 64):
+        with pytest.raises(DistcompError, match="one version and one coder"):
+            entropy.decode(stream, due)
+
+
 @settings(max_examples=200)
 @given(data=st.data(), numel=st.sampled_from([1, 100, 3000, 40_000]))
 def test_hostile_streams_are_refused_or_decode_to_something(data: st.DataObject, numel: int) -> None:
