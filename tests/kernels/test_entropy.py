@@ -128,6 +128,14 @@ def test_columns_of_different_sizes_have_tables_of_their_own() -> None:
     assert stream.numel() < 0.99 * min(entropy.encode(both, periods=(one,)).numel() for one in (48, 200))
 
 
+def test_rows_of_different_sizes_have_tables_of_their_own() -> None:
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.rand(512, 1, generator=generator) * 8
+    data = ((torch.randn(512, 128, generator=generator) * sizes).round().clamp(-100, 100) + 100).byte()
+    mixed = data.flatten()[torch.randperm(data.numel(), generator=generator)]
+    assert entropy.encode(data.flatten()).numel() < 0.93 * entropy.encode(mixed).numel()
+
+
 @pytest.mark.parametrize("numel", [0, 1, 7, 8, 9, 300, 5000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
 @pytest.mark.parametrize("coder", entropy.CODERS)
 def test_what_was_coded_comes_back(numel: int, coder: str) -> None:
