@@ -3,7 +3,7 @@
     python -m benchmarks.lossless            # writes results/lossless.json, row by row; a second call goes on
 
 *Bytes*: gradients of ``examples/bytes_lm.py`` after some steps of training, as each compressor codes them,
-through ``huffman`` and ``zstd``: bytes that stay of a payload, and megabytes per second on one thread. Random
+through ``ans`` and ``zstd``: bytes that stay of a payload, and megabytes per second on one thread. Random
 bytes are the control: nothing can be saved. *Steps*: training it on emulated links, with the stage and
 without; the weights must be the same to the bit. *Advice*: what is predicted for the same links.
 """

@@ -1,68 +1,145 @@
-/* How the bytes of a block are divided between its codes; a part of _entropy.c. */
+/* How the bytes of a block are divided between its tables; a part of _entropy.c. */
 
-/* The mean price of each column, for the period whose columns differ by most beyond what chance makes of them. */
-INLINE uint16_t columns_of(const uint8_t *prices, size_t n, Periods periods, float *means, double *mean) {
-    uint32_t total = 0, squares = 0; /* of at most STRETCH prices, each below 2^8 */
-    for (size_t i = 0; i < n; i++) total += prices[i], squares += (uint32_t)prices[i] * prices[i];
-    *mean = (double)total / (double)n;
-    double noise = (double)squares / (double)n - *mean * *mean, most = 0;
-    uint16_t best = 1;
-    means[0] = (float)*mean;
+/* ------------------------------------------------------------------------------------------------------ levels */
+
+static uint8_t level_of(float above_mean, float step) {
+    float level = above_mean / step + (LEVELS_OF_ONE / 2 + 0.5f);
+    level = level < 0 ? 0 : level;
+    return (uint8_t)(int)(level < LEVELS_OF_ONE - 1 ? level : LEVELS_OF_ONE - 1);
+}
+
+/* The sums of each column's prices, of as many rows as are returned. As many rows as fit are first summed as if they
+ * were one: vectors go along them, however short a row is. */
+INLINE size_t sum_columns(const uint8_t *prices, size_t n, size_t period, uint32_t *sums) {
+    uint16_t wide[LONGEST_PERIOD] = {0}; /* of at most 2 STRETCH / LONGEST_PERIOD prices, each below 2^8 */
+    size_t width = smaller(n, LONGEST_PERIOD) / period * period, rows = n / width;
+    for (size_t row = 0; row < rows; row++)
+        for (size_t c = 0; c < width; c++) wide[c] = (uint16_t)(wide[c] + prices[row * width + c]);
+    memset(sums, 0, period * sizeof *sums);
+    for (size_t at = 0; at < width; at += period)
+        for (size_t c = 0; c < period; c++) sums[c] += wide[at + c];
+    return rows * (width / period);
+}
+
+/* The period whose columns' mean prices differ by most beyond what chance makes of them, and the columns' levels. */
+INLINE void choose_columns(const uint8_t *prices, size_t n, double variance, Periods periods, Division *d,
+                           size_t stretch) {
+    uint32_t sums[2][LONGEST_PERIOD];
+    double most = 0, mean = 0, rows_of_best = 1;
+    size_t best = 1, free = 0;
     for (size_t p = 0; p < periods.count; p++) {
         if (periods.each[p] < 2 || periods.each[p] > LONGEST_PERIOD || periods.each[p] > (int64_t)n / 4) continue;
-        size_t period = (size_t)periods.each[p], rows = n / period;
-        uint32_t sums[LONGEST_PERIOD] = {0};
-        for (size_t row = 0; row < rows; row++)
-            for (size_t c = 0; c < period; c++) sums[c] += prices[row * period + c];
-        double between = -(double)(period - 1) * noise;
-        for (size_t c = 0; c < period; c++) {
-            double beyond = (double)sums[c] - (double)rows * *mean;
-            between += beyond * beyond / (double)rows;
-        }
-        if (between <= most) continue;
-        most = between;
-        best = (uint16_t)period;
-        for (size_t c = 0; c < period; c++) means[c] = (float)sums[c] / (float)rows;
+        size_t period = (size_t)periods.each[p];
+        double rows = (double)sum_columns(prices, n, period, sums[free]);
+        uint64_t sum = 0, squares = 0;
+        for (size_t c = 0; c < period; c++)
+            sum += sums[free][c], squares += (uint64_t)sums[free][c] * sums[free][c];
+        double all = (double)sum, between = ((double)squares - all * all / (double)period) / rows;
+        if (between - (double)(period - 1) * variance <= most) continue;
+        most = between - (double)(period - 1) * variance;
+        mean = all / (double)period;
+        rows_of_best = rows;
+        best = period;
+        free = 1 - free;
     }
-    return best;
+    d->periods[stretch] = (uint16_t)best;
+    if (best == 1) sums[1 - free][0] = 0;
+    for (size_t c = 0; c < best; c++)
+        d->columns[stretch][c] = level_of((float)(int32_t)sums[1 - free][c] - (float)mean, (float)(LEVEL * rows_of_best));
 }
 
-static uint8_t level_of(double dearer, int bits) {
-    int level = (int)(dearer / LEVEL + (1 << (bits - 1)) + 0.5);
-    return (uint8_t)(level < 0 ? 0 : level < 1 << bits ? level : (1 << bits) - 1);
+/* The level of each byte's column. */
+INLINE void expand_columns(const uint8_t *columns, size_t period, size_t n, uint8_t *out) {
+    size_t filled = smaller(period, n);
+    memcpy(out, columns, filled);
+    for (size_t more; filled < n; filled += more) memcpy(out + filled, out, more = smaller(filled, n - filled));
 }
 
-/* Each byte's column's level, as `expand` begins. */
-INLINE void expand_columns(Division *d, size_t stretch, uint8_t *out, size_t n) {
-    size_t period = d->periods[stretch];
-    for (size_t at = 0; at < n; at += period) memcpy(out + at, d->columns[stretch], smaller(period, n - at));
+#ifdef HAVE_AVX2
+AVX2 static inline uint32_t sum_row_avx2(const uint8_t *row) {
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i sums = zero;
+    for (size_t i = 0; i < ROW; i += 32)
+        sums = _mm256_add_epi64(sums, _mm256_sad_epu8(_mm256_loadu_si256((const __m256i *)(row + i)), zero));
+    __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    return (uint32_t)(_mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 2));
+}
+#endif
+
+INLINE uint32_t sum_row(const uint8_t *row, size_t width, int avx2) {
+#ifdef HAVE_AVX2
+    if (avx2 && width == ROW) return sum_row_avx2(row);
+#endif
+    (void)avx2;
+    uint32_t sum = 0;
+    for (size_t i = 0; i < width; i++) sum += row[i];
+    return sum;
 }
 
-/* The levels of a stretch's columns, then of its rows: what is dearer than usual beyond what its columns are. */
-INLINE void levels_of(const uint8_t *data, size_t n, const Prices *usual, LookUp *look_up, Periods periods,
-                      size_t stretch, Encoder *e) {
-    Division *d = &e->division;
-    uint8_t *columns = d->table_of + stretch * STRETCH;
-    const uint8_t *prices = e->prices;
-    double mean;
-    look_up(data, n, usual, e->prices);
-    uint16_t period = d->periods[stretch] = columns_of(prices, n, periods, e->means, &mean);
-    for (size_t c = 0; c < period; c++) d->columns[stretch][c] = level_of(e->means[c] - mean, COLUMN_BITS);
-    expand_columns(d, stretch, columns, n);
+/* Of rows what is dearer than usual beyond what their columns are. */
+INLINE void choose_rows(const uint8_t *prices, const uint8_t *columns, size_t n, double usual, uint8_t *rows, int avx2) {
     for (size_t at = 0; at < n; at += ROW) {
-        uint16_t paid = 0, levels = 0; /* of 128 numbers below 2^8 */
         size_t width = smaller(n - at, ROW);
-        for (size_t i = at; i < at + width; i++) paid = (uint16_t)(paid + prices[i]), levels = (uint16_t)(levels + columns[i]);
-        double due = usual->usual + LEVEL * ((double)levels / (double)width - (1 << (COLUMN_BITS - 1)));
-        d->rows[stretch][at / ROW] = level_of((double)paid / (double)width - due, ROW_BITS);
+        int64_t paid = sum_row(prices + at, width, avx2), levels = sum_row(columns + at, width, avx2);
+        float above = (float)(paid - LEVEL * (levels - LEVELS_OF_ONE / 2 * (int64_t)width));
+        rows[at / ROW] = level_of(above / (float)(int64_t)width - (float)usual, LEVEL);
     }
 }
 
-/* From levels to tables, in place. */
-INLINE void divide(Division *d, size_t n) {
+/* 2^8 times one number of each byte, and `more`, and the byte itself. */
+INLINE void place(const uint8_t *data, const uint8_t *of, size_t n, uint8_t more, uint16_t *places) {
+    for (size_t i = 0; i < n; i++) places[i] = (uint16_t)((uint8_t)(of[i] + more) << 8 | data[i]);
+}
+
+/* All that is to be known of a stretch before thresholds are chosen: also how often bytes occur at each level. */
+INLINE void choose_levels(const uint8_t *data, size_t n, const Prices *prices, Periods periods, size_t stretch,
+                          Encoder *e, int avx2) {
+    Division *d = &e->division;
+    look_up(data, n, prices, e->prices, avx2);
+    choose_columns(e->prices, n, prices->variance, periods, d, stretch);
+    expand_columns(d->columns[stretch], d->periods[stretch], n, e->of);
+    choose_rows(e->prices, e->of, n, prices->mean, d->rows[stretch], avx2);
+    for (size_t at = 0; at < n; at += ROW)
+        place(data + at, e->of + at, smaller(ROW, n - at), d->rows[stretch][at / ROW], e->places + at);
+    for (size_t i = 0; i < n; i++) e->counts[e->places[i]]++;
+}
+
+/* -------------------------------------------------------------------------------------------------- thresholds */
+
+/* Those by which the halves of bytes take fewest bits: the fewest of the first levels in t tables are, of all
+ * levels at which the last of these may begin, the fewest of those before in t - 1 tables and its own. */
+INLINE void choose_thresholds(const uint32_t *counts, uint8_t *thresholds) {
+    uint32_t below[LEVELS + 1][2 * 16] = {{0}};
+    uint64_t fewest[TABLES][LEVELS + 1];
+    uint8_t begins[TABLES][LEVELS + 1];
+    for (int end = 1; end <= LEVELS; end++) {
+        memcpy(below[end], below[end - 1], sizeof *below);
+        for (int s = 0; s < SYMBOLS; s++) {
+            below[end][s & 15] += counts[(end - 1) * SYMBOLS + s];
+            below[end][16 + (s >> 4)] += counts[(end - 1) * SYMBOLS + s];
+        }
+    }
+    for (int end = 0; end <= LEVELS; end++)
+        for (int begin = 0; begin <= end; begin++) {
+            uint32_t within[2 * 16];
+            for (int s = 0; s < 2 * 16; s++) within[s] = below[end][s] - below[begin][s];
+            uint64_t bits = entropy_of(within, 16) + entropy_of(within + 16, 16);
+            for (int t = 0; t < TABLES; t++) {
+                uint64_t all = bits + (t ? fewest[t - 1][begin] : 0);
+                if (begin && (!t || all >= fewest[t][end])) continue;
+                fewest[t][end] = all;
+                begins[t][end] = (uint8_t)begin;
+            }
+        }
+    for (int t = TABLES - 1, end = LEVELS; t; t--) thresholds[t - 1] = (uint8_t)(end = begins[t][end]);
+}
+
+/* The table of each byte of a stretch. */
+INLINE void divide(const Division *d, size_t stretch, size_t n, uint8_t *table_of) {
     uint8_t first = d->thresholds[0], second = d->thresholds[1], third = d->thresholds[2];
+    expand_columns(d->columns[stretch], d->periods[stretch], n, table_of);
     for (size_t at = 0; at < n; at += ROW) {
-        uint8_t level = d->rows[at / STRETCH][at % STRETCH / ROW], *of = d->table_of + at;
+        uint8_t level = d->rows[stretch][at / ROW], *of = table_of + at;
         size_t width = smaller(ROW, n - at);
         for (size_t i = 0; i < width; i++) {
             uint8_t x = (uint8_t)(of[i] + level);
@@ -71,39 +148,24 @@ INLINE void divide(Division *d, size_t n) {
     }
 }
 
-/* About as many bytes to each of the tables; of every eighth row. */
-static void choose_thresholds(Division *d, size_t n) {
-    size_t bytes[LEVELS] = {0}, seen = 0, before = 0;
-    for (size_t at = 0; at < n; at += 8 * ROW) {
-        size_t level = d->rows[at / STRETCH][at % STRETCH / ROW], end = smaller(n, at + ROW);
-        for (size_t i = at; i < end; i++) bytes[d->table_of[i] + level]++;
-        seen += end - at;
-    }
-    for (size_t level = 0, t = 0; t < TABLES - 1; level++) {
-        if (level < LEVELS) before += bytes[level];
-        while (t < TABLES - 1 && (level + 1 >= LEVELS || TABLES * before >= (t + 1) * seen))
-            d->thresholds[t++] = (uint8_t)(level + 1);
-    }
-}
+/* --------------------------------------------------------------------------------------------------- the stream */
 
-static uint8_t *write_bits(const uint8_t *values, size_t count, unsigned bits, uint8_t *out) {
-    uint32_t buffer = 0;
-    unsigned filled = 0;
-    for (size_t i = 0; i < count; i++) {
-        buffer |= (uint32_t)values[i] << filled;
-        for (filled += bits; filled >= 8; filled -= 8, buffer >>= 8) *out++ = (uint8_t)buffer;
+/* Eight levels in three bytes; the last are filled up with levels of 0. */
+static uint8_t *write_levels(const uint8_t *levels, size_t count, uint8_t *out) {
+    for (size_t i = 0; i < count; i += 8, out += 3) {
+        uint32_t eight = 0;
+        for (size_t k = 0; k < smaller(8, count - i); k++) eight |= (uint32_t)levels[i + k] << 3 * k;
+        out[0] = (uint8_t)eight, out[1] = (uint8_t)(eight >> 8), out[2] = (uint8_t)(eight >> 16);
     }
-    if (filled) *out++ = (uint8_t)buffer;
     return out;
 }
 
-static const uint8_t *read_bits(uint8_t *values, size_t count, unsigned bits, const uint8_t *in, const uint8_t *end) {
-    if ((size_t)(end - in) < (count * bits + 7) / 8) return NULL;
-    uint32_t buffer = 0;
-    unsigned filled = 0;
-    for (size_t i = 0; i < count; i++, buffer >>= bits, filled -= bits) {
-        if (filled < bits) buffer |= (uint32_t)*in++ << filled, filled += 8;
-        values[i] = (uint8_t)(buffer & ((1u << bits) - 1));
+/* `levels` has room for a multiple of eight. */
+static const uint8_t *read_levels(uint8_t *levels, size_t count, const uint8_t *in, const uint8_t *end) {
+    if ((size_t)(end - in) < (count + 7) / 8 * 3) return NULL;
+    for (size_t i = 0; i < count; i += 8, in += 3) {
+        uint32_t eight = in[0] | (uint32_t)in[1] << 8 | (uint32_t)in[2] << 16;
+        for (size_t k = 0; k < 8; k++) levels[i + k] = eight >> 3 * k & 7;
     }
     return in;
 }
@@ -115,8 +177,8 @@ static uint8_t *write_division(const Division *d, size_t n, uint8_t *out) {
     out += TABLES - 1;
     for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++) {
         memcpy(out, &d->periods[stretch], 2);
-        out = write_bits(d->columns[stretch], d->periods[stretch], COLUMN_BITS, out + 2);
-        out = write_bits(d->rows[stretch], rows_in(smaller(STRETCH, n - at)), ROW_BITS, out);
+        out = write_levels(d->columns[stretch], d->periods[stretch], out + 2);
+        out = write_levels(d->rows[stretch], rows_in(smaller(STRETCH, n - at)), out);
     }
     return out;
 }
@@ -127,14 +189,11 @@ static const uint8_t *read_division(Division *d, size_t n, const uint8_t *in, co
     memcpy(d->thresholds, in, TABLES - 1);
     in += TABLES - 1;
     for (size_t at = 0, stretch = 0; at < n; at += STRETCH, stretch++) {
-        size_t m = smaller(STRETCH, n - at);
         if (end - in < 2) return NULL;
         memcpy(&d->periods[stretch], in, 2);
         if (!d->periods[stretch] || d->periods[stretch] > LONGEST_PERIOD) return NULL;
-        if (!(in = read_bits(d->columns[stretch], d->periods[stretch], COLUMN_BITS, in + 2, end))) return NULL;
-        if (!(in = read_bits(d->rows[stretch], rows_in(m), ROW_BITS, in, end))) return NULL;
-        expand_columns(d, stretch, d->table_of + at, m);
+        if (!(in = read_levels(d->columns[stretch], d->periods[stretch], in + 2, end))) return NULL;
+        if (!(in = read_levels(d->rows[stretch], rows_in(smaller(STRETCH, n - at)), in, end))) return NULL;
     }
-    divide(d, n);
     return in;
 }

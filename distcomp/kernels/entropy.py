@@ -1,9 +1,9 @@
 """A lossless stage for the bytes of a payload: fewer where some bytes are more frequent than others.
 
-``huffman`` is the coder in ``_entropy.c`` (Huffman, "A method for the construction of minimum-redundancy
-codes", 1952): four streams that are decoded side by side, and up to four codes for each 512 KiB, between
-which the columns of a matrix and stretches of its rows are divided by the size of their gradients. A byte
-takes a bit at least, unless it is the only one; repetitions are not looked for, for packed codes have none.
+``ans`` is the coder in ``_entropy.c`` (Duda, "Asymmetric numeral systems", 2013): frequent bytes take a
+fraction of a bit, 32 states are decoded side by side, and there are up to four tables for each 512 KiB,
+between which the columns of a matrix and stretches of its rows are divided by the size of their gradients.
+Repetitions are not looked for, for packed codes have none.
 ``zstd`` is Zstandard at its fastest level, an extra. Either way a stream is at most :func:`most_bytes` long.
 """
 
@@ -20,11 +20,11 @@ from distcomp.errors import DistcompError
 from distcomp.kernels.tables import check_tensor
 
 BLOCK = 1 << 19
-"""Bytes that share codes."""
+"""Bytes that share tables."""
 STRETCH = 1 << 14
 """Bytes whose columns are of one period."""
 LONGEST_PERIOD = 1024
-CODERS = ("huffman", "zstd")
+CODERS = ("ans", "zstd")
 LEVEL = 1
 """Of zstd: what higher levels search for, repetitions, packed codes do not have."""
 
@@ -34,10 +34,10 @@ def most_bytes(numel: int) -> int:
     return numel + 4 * -(-numel // BLOCK) + 1
 
 
-def encode(data: Tensor, coder: str = "huffman", periods: Sequence[int] = ()) -> Tensor:
+def encode(data: Tensor, coder: str = "ans", periods: Sequence[int] = ()) -> Tensor:
     """The stream (uint8, on the CPU) of ``data`` (uint8, 1-D, contiguous, on the CPU).
 
-    ``periods``: after how many bytes the rows of what was packed may repeat; ``huffman`` finds out which of
+    ``periods``: after how many bytes the rows of what was packed may repeat; ``ans`` finds out which of
     them pays, stretch by stretch, and leaves out those above :data:`LONGEST_PERIOD`.
 
     Raises DistcompError for a coder that is not installed.
@@ -53,13 +53,12 @@ def encode(data: Tensor, coder: str = "huffman", periods: Sequence[int] = ()) ->
     at = data.data_ptr(), out.data_ptr(), lengths.data_ptr(), rows.data_ptr()
     sizes = data.numel(), out.numel(), blocks, rows.numel()
     _shared(lambda first, count: extension.entropy_encode(*at, sizes, first, count), blocks)
-    stretches = [
-        out[block * BLOCK : block * BLOCK + (length >> 1)] for block, length in enumerate(lengths.tolist())
-    ]
-    return torch.cat([lengths.view(torch.uint8), *stretches])
+    ends = [min(data.numel(), (block + 1) * BLOCK) for block in range(blocks)]
+    coded = [out[end - (length >> 1) : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
+    return torch.cat([lengths.view(torch.uint8), *coded])
 
 
-def decode(coded: Tensor, numel: int, coder: str = "huffman") -> Tensor:
+def decode(coded: Tensor, numel: int, coder: str = "ans") -> Tensor:
     """The ``numel`` bytes (uint8, on the CPU) that :func:`encode` was given.
 
     Raises DistcompError for a stream that is not of so many bytes; never reads or writes beyond a buffer.
@@ -90,7 +89,7 @@ def _extension() -> Any:
         return import_module("distcomp.kernels._cpu")
     except ImportError as error:
         raise DistcompError(
-            f"the coder huffman is part of the C kernels, which are not available ({error}); build them, or "
+            f"the coder ans is part of the C kernels, which are not available ({error}); build them, or "
             "take zstd"
         ) from error
 
@@ -107,7 +106,7 @@ def _zstandard() -> Any:
         return import_module("zstandard")
     except ImportError as error:
         raise DistcompError(
-            "the coder zstd needs the package zstandard; pip install 'distcomp[zstd]', or take huffman"
+            "the coder zstd needs the package zstandard; pip install 'distcomp[zstd]', or take ans"
         ) from error
 
 

@@ -39,9 +39,9 @@ class Lossless(Method):
 
         s_i = |encode(payload_i)|, exchanged first;    then encode(payload_i), of s_i bytes;    decode(...)
 
-    Estimate, contribution and state are ``inner``'s, bit for bit. ``entropy``: ``huffman``, a coder in C
-    with up to four codes for each 512 KiB of a payload, between which the columns and rows of weight matrices
-    are divided (:mod:`distcomp.kernels.entropy`), or ``zstd`` (Zstandard, level 1, an extra). Only
+    Estimate, contribution and state are ``inner``'s, bit for bit. ``entropy``: ``ans``, a coder in C
+    with up to four tables for each 512 KiB of a payload, between which the columns and rows of weight
+    matrices are divided (:mod:`distcomp.kernels.entropy`), or ``zstd`` (Zstandard, level 1, an extra). Only
     what is gathered, or sent from each to each, in payloads of 1 KiB and more is coded; sums on the wire and
     short payloads go as they are. ``x``: float32 ``[layout.numel]``.
 
@@ -50,15 +50,15 @@ class Lossless(Method):
     longer. :meth:`payload_bytes` is the most that can be, not what is sent, which depends on the data. Each
     coded exchange waits for one more latency.
 
-    Source: Huffman, "A method for the construction of minimum-redundancy codes", 1952; for gradients' codes:
-    Alistarh et al., "QSGD", NeurIPS 2017 (Elias codes). We differ: frequencies are measured, of bytes that
+    Source: Duda, "Asymmetric numeral systems", 2013; for gradients' codes: Alistarh et al., "QSGD", NeurIPS
+    2017 (Elias codes). We differ: frequencies are measured, of bytes that
     hold several codes.
 
     Raises DistcompError for an unknown coder, and, when it begins, for one that is not installed.
     """
 
     inner: Method
-    entropy: str = "huffman"
+    entropy: str = "ans"
 
     bytes_are_bound = True
 
@@ -312,7 +312,7 @@ INNER = qsgd()
 
 
 @register(
-    paper="Huffman, Minimum-redundancy codes, 1952; for gradients: Alistarh et al., QSGD, NeurIPS 2017",
+    paper="Duda, Asymmetric numeral systems, 2013; for gradients: Alistarh et al., QSGD, NeurIPS 2017",
     wire="inner's, times what its codes can be coded to, and 40 (n-1) for the sizes of each exchange",
     summable=False,
     biased=False,
@@ -320,10 +320,10 @@ INNER = qsgd()
     limitations="on a fast network, where coding takes longer than it saves; behind methods that sum on the "
     "wire, for which it does nothing",
 )
-def lossless(inner: Method | str = INNER, entropy: str = "huffman") -> Method:
+def lossless(inner: Method | str = INNER, entropy: str = "ans") -> Method:
     """Code the payloads of another method without loss: the same numbers, bit for bit, in fewer bytes.
 
-    ``inner`` is a method or the text of one (``"qsgd:bits=2"``); ``entropy``: ``huffman`` or ``zstd``. See
+    ``inner`` is a method or the text of one (``"qsgd:bits=2"``); ``entropy``: ``ans`` or ``zstd``. See
     :class:`distcomp.methods.Lossless`.
     """
     return Lossless(method_of(inner), entropy)
