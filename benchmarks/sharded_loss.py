@@ -7,12 +7,14 @@ Two ranks, an unshaped network (the loss does not depend on its speed). *Pairs o
 and optimizer of examples/digits.py at a width of 256, each linear layer a group. *Bytes of text*: those of
 examples/bytes_lm.py, each block a group, the rest in the root's. Each rank has data of its own. Settings
 are paired by seed. Two controls should be worse: weights in two bits without differences, and gradients in
-one bit without a residual. The test loss is that of the weights that are trained; beside it that of the
+one bit without a residual. Where two things are rounded at once, each is by itself in two more rows. The test
+loss is that of the weights that are trained; beside it that of the
 weights that the setting computes with.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -39,6 +41,13 @@ SETTINGS: dict[str, tuple[str, str | None] | None] = {
     "control: 2-bit weights": ("identity", "quantize:bits=2"),
     "control: 1-bit gradients without residual": ("qsgd:bits=1,error_feedback=False", None),
 }
+
+APART: dict[str, tuple[str, str | None] | None] = {
+    "4-bit gradients": ("qsgd:bits=4", None),
+    "4-bit differences": ("identity", "difference:compressor=(qsgd:bits=4)"),
+}
+OF_APART = " | apart"
+"""What "4-bit differences, 4-bit gradients" is made of, each by itself."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,7 @@ def rank_main(settings: Any) -> dict[str, Any]:
     """All settings of one task and seed, one after the other."""
     rows = {
         name: trained(settings["task"], setting, settings["seed"], settings["steps"])
-        for name, setting in SETTINGS.items()
+        for name, setting in (APART if settings["apart"] else SETTINGS).items()
     }
     return {"rows": rows}
 
@@ -143,9 +152,15 @@ def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, 
     """By task: mean and spread over the seeds that are there, and the difference to plain, seed by seed."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for task in TASKS:
-        seeds = [cell["rows"] for label, cell in cells.items() if label.startswith(task)]
+        labels = [f"{task} | seed {seed}" for seed in range(SEEDS)]
+        seeds = [
+            cells[label]["rows"] | cells.get(label + OF_APART, {"rows": {}})["rows"]
+            for label in labels
+            if label in cells
+        ]
+        names = [name for name in (*SETTINGS, *APART) if all(name in rows for rows in seeds)]
         if len(seeds) > 1:
-            table[task] = {name: _row(seeds, name) for name in SETTINGS}
+            table[task] = {name: _row(seeds, name) for name in names}
     return table
 
 
@@ -168,13 +183,13 @@ def main() -> None:
     show_only = shows_only(__doc__)
     about = {"ranks": RANKS, "steps": STEPS, "seeds": SEEDS, "width": WIDTH, "batch": BATCH, "texts": TEXTS}
     cells = Cells("sharded_loss", about)
-    for seed in range(0 if show_only else SEEDS):
-        for task in TASKS:
-            settings = {"task": task, "seed": seed, "steps": STEPS}
-            cells.get(
-                f"{task} | seed {seed}",
-                lambda told=settings: on_network("sharded_loss", RANKS, "unshaped", told),
-            )
+    runs = itertools.product((False, True), range(0 if show_only else SEEDS), TASKS)
+    for apart, seed, task in runs:
+        settings = {"task": task, "seed": seed, "steps": STEPS, "apart": apart}
+        cells.get(
+            f"{task} | seed {seed}{OF_APART if apart else ''}",
+            lambda told=settings: on_network("sharded_loss", RANKS, "unshaped", told),
+        )
     cells.document["table"] = tabulate(cells.document["cells"])
     cells.write()
     for task, rows in cells.document["table"].items():
