@@ -7,9 +7,9 @@ Two ranks, an unshaped network (the loss does not depend on its speed). *Pairs o
 and optimizer of examples/digits.py at a width of 256, each linear layer a group. *Bytes of text*: those of
 examples/bytes_lm.py, each block a group, the rest in the root's. Each rank has data of its own. Settings
 are paired by seed. Two controls should be worse: weights in two bits without differences, and gradients in
-one bit without a residual. Where two things are rounded at once, each is by itself in two more rows. The test
-loss is that of the weights that are trained; beside it that of the
-weights that the setting computes with.
+one bit without a residual. Where two things are rounded at once, each is by itself in two more rows. The
+test loss is that of the weights that are trained; beside it that of the weights that the setting computes
+with.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ APART: dict[str, tuple[str, str | None] | None] = {
     "4-bit gradients": ("qsgd:bits=4", None),
     "4-bit differences": ("identity", "difference:compressor=(qsgd:bits=4)"),
 }
-OF_APART = " | apart"
 """What "4-bit differences, 4-bit gradients" is made of, each by itself."""
+OF_APART = " | apart"
 
 
 @dataclass(frozen=True)
