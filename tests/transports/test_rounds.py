@@ -1,4 +1,4 @@
-"""Rounds of workers in threads of one process: who takes part, and that a round counts for all or for none."""
+"""Rounds of workers in threads of one process: who takes part, and whether a round counts."""
 
 from __future__ import annotations
 
