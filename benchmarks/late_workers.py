@@ -6,6 +6,7 @@ ended in an applied contribution, in its round or carried into the next one. Wai
 and steps that were dropped or died with their worker are not in it.
 
 python -m benchmarks.late_workers                 # every simulated cell that is missing
+python -m benchmarks.late_workers --account       # goodput alone, over more rounds
 python -m benchmarks.late_workers --hosts         # the four hosts
 """
 
@@ -88,6 +89,30 @@ def simulated(slow: str, failing: str, seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
+LONG = 100
+"""Rounds of the account alone."""
+
+
+def accounted(slow: str, failing: str, seed: int = 0) -> dict[str, Any]:
+    """As :func:`simulated`, over more rounds, of the clock and the account alone: nobody trains."""
+    from distcomp.advice import RoundsSimulation, task_of
+    from distcomp.methods import parse
+    from distcomp.network import Fabric
+
+    task = task_of(EXAMPLES / "digits.py", ["--width", str(WIDTH)])
+    method = parse(METHOD.format(period=PERIOD, failing=failing))
+    fabric = Fabric.uniform(WORKERS, *NETWORK)
+    one = RoundsSimulation(task, method, fabric, scenario(slow, seed), seed, trains=False)
+    for _ in range(LONG):
+        one.round()
+    account = one.account
+    return {
+        "slow": slow, "on_failure": failing, "goodput": one.goodput, "virtual_s": one.now_s,
+        "contributions": account.contributions, "carried": account.carried, "dropped": account.dropped,
+        "died": account.died, "joined": account.joined, "mean_members": sum(account.members) / LONG,
+    }  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------- four emulated hosts
 
 HOSTS, LINK, PORT = 5, "100mbit", 29_517
@@ -134,6 +159,8 @@ def worker(settings: dict[str, Any]) -> None:
         stats = handle.stats()
         if stats["rounds"] > held:
             held = stats["rounds"]
+            if stats["worker"] not in stats["workers"]:
+                continue  # it came late to this one, and its model carries what it learnt
             weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
             said = {
                 "host": host, "round": held, "workers": stats["workers"], "steps": steps,
@@ -235,6 +262,7 @@ class _Hosts:
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--hosts", action="store_true", help="the four emulated hosts")
+    parser.add_argument("--account", action="store_true", help="goodput alone, over more rounds")
     parser.add_argument("--cell", choices=list(CELLS), help="this one alone")
     wanted = parser.parse_args()
     plan = {
@@ -244,6 +272,10 @@ def main() -> None:
     }  # fmt: skip
     if wanted.hosts:
         write("late_hosts", hosts())
+        return
+    if wanted.account:
+        found = {name: accounted(*cell) for name, cell in CELLS.items()}
+        write("late_account", {"plan": {**plan, "rounds": LONG}, "cells": found})
         return
     cells = Cells("late_workers", plan)
     for name in [wanted.cell] if wanted.cell else CELLS:

@@ -242,28 +242,33 @@ def relatives() -> str:
 
 def late_workers() -> str:
     """A row per cell: what was slow, what was done about it, what became of the seconds, and the loss."""
-    found = result("late_workers")
-    cells = found["cells"]
-    base = cells["no faults"]["test_loss"]
-    rows = [
-        [
-            name,
-            f"`{cell['on_failure'].replace('grace_s=1e+09', 'grace_s=forever')}`",
-            f"{100 * cell['goodput']:.1f} %",
-            f"{cell['virtual_s'] / 3600:.2f} h",
-            f"{cell['test_loss']:.3f} ({100 * cell['test_loss'] / base - 100:+.1f} %)",
-            f"{cell['carried']}, {cell['dropped']}",
-            f"{cell['died']}, {cell['joined']}",
-        ]
-        for name, cell in cells.items()
-    ]
-    plan = found["plan"]
+    account, trained = result("late_account"), result("late_workers")
+    base = trained["cells"]["no faults"]["test_loss"]
+    rows = []
+    for name, cell in account["cells"].items():
+        with_loss = trained["cells"].get(name)
+        loss = f"{with_loss['test_loss']:.3f}" if with_loss else "–"
+        apart = f" ({100 * with_loss['test_loss'] / base - 100:+.1f} %)" if with_loss else ""
+        rows.append(
+            [
+                name,
+                f"`{cell['on_failure'].replace('grace_s=1e+09', 'grace_s=forever')}`",
+                f"{100 * cell['goodput']:.1f} %",
+                f"{cell['virtual_s'] / account['plan']['rounds']:.0f} s",
+                f"{cell['mean_members']:.0f}",
+                f"{cell['carried']:,}, {cell['dropped']:,}",
+                f"{cell['died']:,}, {cell['joined']:,}",
+                loss + apart,
+            ]
+        )
+    plan = account["plan"]
     head = [
-        f"{plan['workers']:,} workers, {plan['rounds']} rounds of {plan['period']} steps",
-        "`on_failure`", "goodput", "virtual time", "test loss (against no faults)", "carried, dropped",
-        "died, joined",
+        f"{plan['workers']:,} workers, {plan['rounds']} rounds of {plan['period']} steps", "`on_failure`",
+        "goodput", "a round takes", "members", "carried, dropped", "died, joined",
+        f"test loss after {trained['plan']['rounds']} rounds (against no faults)",
     ]  # fmt: skip
-    return f"{markdown(head, rows)}\n\n{source(found, 'late_workers.py')}"
+    about = f"{source(account, 'late_workers.py --account')}\nLosses: {source(trained, 'late_workers.py')}"
+    return f"{markdown(head, rows)}\n\n{about}"
 
 
 def late_hosts() -> str:
@@ -287,7 +292,7 @@ def late_hosts() -> str:
 
 
 BLOCKS = {
-    "late-workers": Block(late_workers, "late_workers"),
+    "late-workers": Block(late_workers, "late_workers", "late_account"),
     "late-hosts": Block(late_hosts, "late_hosts"),
     "relatives": Block(relatives, "relatives"),
     "topologies": Block(topologies),

@@ -32,6 +32,7 @@ from distcomp.layout import Layout
 from distcomp.methods.base import State
 from distcomp.network.fabric import Fabric
 from distcomp.randomness import Key
+from distcomp.runtime.channel import TRUE, Answer
 from distcomp.runtime.driver import in_lock_step
 from distcomp.runtime.lockstep import Lockstep
 
@@ -77,14 +78,21 @@ class RoundsSimulation:
     """``fabric.ranks`` workers that train ``task`` by ``periodic``, of which some are late, die and join.
 
     The inner optimizer is SGD, with momentum or without; a newcomer begins with none. What compressing, and
-    handing over to a newcomer, take is not on the clock.
+    handing over to a newcomer, take is not on the clock. Without ``trains`` the clock and the account alone
+    run, which depend on no number: hours of a thousand workers in seconds.
 
     Raises DistcompError for an averaging that stops when a worker dies, one of several fragments or an
     overlap, another optimizer, and racks.
     """
 
     def __init__(
-        self, task: TrainingTask, periodic: Periodic, fabric: Fabric, scenario: Scenario, seed: int = 0
+        self,
+        task: TrainingTask,
+        periodic: Periodic,
+        fabric: Fabric,
+        scenario: Scenario,
+        seed: int = 0,
+        trains: bool = True,
     ) -> None:
         if periodic.lateness is None or periodic.fragments > 1 or periodic.overlap or fabric.racks:
             raise DistcompError(
@@ -96,6 +104,8 @@ class RoundsSimulation:
         self.account = Account()
         self.now_s = 0.0
         self.rounds = 0
+        self._trains = trains
+        self._priced = cache(self._price)
         self._period = _fixed(periodic.period)
         self._fabric, self._scenario, self._seed = fabric, scenario, seed
         self._inner = _Inner(task, self.layout, self.size)
@@ -130,8 +140,11 @@ class RoundsSimulation:
     def round(self) -> None:
         """Hold the next outer round, and let who took part begin anew."""
         closed_s, members = self._called()
-        models = self._models({worker: self._stints[worker] for worker in members})
-        exchanged_s = self._exchange(members, models)
+        if self._trains:
+            models = self._models({worker: self._stints[worker] for worker in members})
+            exchanged_s = self._exchange(members, models)
+        else:
+            exchanged_s = self._priced(len(members))
         account = self.account
         account.members.append(len(members))
         account.contributions += len(members)
@@ -258,6 +271,18 @@ class RoundsSimulation:
                 for worker, stint in stints.items()
             }
         )
+
+    def _price(self, members: int) -> float:
+        """The virtual seconds of an exchange among the first so many, whatever they bring."""
+        context = AveragingContext(0, members, self.layout, self.rounds, Key.of(self._seed))
+        state = self.periodic.joined(self._common, self._own[0])
+        aggregation = replace(self._fragment, state=state).aggregation(self.anchor, context)
+        clock = VirtualClock(replace(self._fabric, rates_bps=self._fabric.rates_bps[:members]), Scenario())
+        request = aggregation.ask(None)
+        while request is not None:
+            clock.exchange([request] * members)
+            request = aggregation.ask(Answer(request.made_up(0, members), TRUE))
+        return float(clock.now_s.max())
 
     def _fresh(self) -> State:
         context = AveragingContext(0, self.size, self.layout, 0, Key.of(self._seed))

@@ -110,7 +110,7 @@ class RoundSync(ParameterSync):
         self._latest = self._handover(self._rounds.number)
 
     def report(self) -> dict[str, Any]:
-        about = {"worker": self._rounds.mesh.me, "workers": sorted(self._rounds.expected)}
+        about = {"worker": self._rounds.mesh.me, "workers": list(self._rounds.members)}
         lost = {"lost": sorted(self._rounds.lost)} if self._rounds.lost else {}
         return {**super().report(), **about, "rounds": self._rounds.number, **lost}
 

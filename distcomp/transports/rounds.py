@@ -60,7 +60,8 @@ class Round:
 class OuterRounds:
     """Worker ``mesh.me``'s side. Rounds are numbered alike on all who take part; ``number``: the last one.
 
-    ``expected``: who took part in it. ``lost``: why others are not expected.
+    ``members``: who took part in it; ``expected``: who is waited for in the next. ``lost``: why others are
+    not.
     """
 
     store: Store
@@ -71,6 +72,7 @@ class OuterRounds:
     expected: set[int]
     number: int = 0
     lost: dict[int, str] = field(default_factory=dict)
+    members: tuple[int, ...] = ()
     _line: tuple[tuple[int, ...], MemberLine] | None = None
     _said: dict[int, str] = field(default_factory=dict)
     """To which round others have said that they come, as far as this worker has read it."""
@@ -125,7 +127,8 @@ class OuterRounds:
 
     def come_to(self, number: int) -> None:
         """Take part from round ``number`` on; the others learn to wait for this worker."""
-        self.number, self.expected = number - 1, {*self.latest()[1], self.mesh.me}
+        self.number, self.members = number - 1, self.latest()[1]
+        self.expected = {*self.members, self.mesh.me}
         self._hang_up()
         self._set(f"at/{self.mesh.me}", str(number))
 
@@ -254,7 +257,7 @@ class OuterRounds:
             )
         for worker in held.members:
             self.lost.pop(worker, None)
-        self.number, self.expected = held.number, set(held.members)
+        self.number, self.members, self.expected = held.number, held.members, set(held.members)
         if held.members[0] == self.mesh.me:
             self._set("latest", json.dumps([held.number, held.members]))
             self._forget(held.number - 2, held.members)

@@ -135,6 +135,22 @@ def test_workers_die_and_are_replaced() -> None:
     assert torch.isfinite(one.anchor).all()
 
 
+@pytest.mark.parametrize("sent", ["identity", "qsgd:bits=4", "topk:ratio=0.1"])
+def test_seconds_without_training_are_those_with_it(sent: str) -> None:
+    method = parse(f"diloco:period={PERIOD},compressor=({sent}),on_failure=(continue:quorum=3,grace_s=1)")
+    often = Scenario(1.0, straggler_chance=0.1, straggler_factor=5.0, failures_per_hour=0.9, replaced_s=9.0)
+    fabric = Fabric.uniform(6, "10mbit", "5ms")
+    both = [
+        RoundsSimulation(training_task(), method, fabric, often, trains=trains) for trains in (True, False)
+    ]
+    for _ in range(6):
+        for one in both:
+            one.round()
+    assert both[0].now_s == both[1].now_s
+    assert both[0].account == both[1].account
+    assert not torch.equal(both[0].anchor, both[1].anchor)
+
+
 def test_fewer_than_the_quorum_and_what_is_not_simulated_are_told() -> None:
     dying = Scenario(compute_s=3600.0, failures_per_hour=0.999999, replaced_s=float("inf"))
     one = simulated("continue:quorum=4", scenario=dying)
