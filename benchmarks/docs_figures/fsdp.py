@@ -74,6 +74,24 @@ def _relative(row: dict[str, float], plain: float) -> str:
     return f"{100 * mean:+.1f} % ± {100 * spread:.1f}"
 
 
+def feedback() -> str:
+    """One bit with and without a residual, at three learning rates."""
+    found = result("feedback_adam")
+    rows = []
+    for key, row in found["table"].items():
+        optimizer, method = key.split(" | ")
+        rows.append(
+            [
+                optimizer,
+                f"`{method}`",
+                ", ".join(f"{rate}: {loss:.2f}" for rate, loss in row["by_rate"].items()),
+                str(row["seeds"]),
+            ]
+        )
+    head = ["optimizer", "gradients", "test loss by learning rate", "seeds"]
+    return f"{markdown(head, rows)}\n\n{source(found, 'feedback_adam.py')}"
+
+
 def predictions() -> str:
     """Predicted and measured steps."""
     found = result("sharded_advice")
@@ -114,6 +132,7 @@ BLOCKS = {
     "sharded_bytes": Block(bytes_sent, "sharded_bytes"),
     "sharded_time": Block(times, "sharded_time_1gbit", key="table"),
     "sharded_loss": Block(losses, "sharded_loss", key="table"),
+    "feedback": Block(feedback, "feedback_adam", key="table"),
     "sharded_advice": Block(predictions, "sharded_advice", key="table"),
     "sharded_audit": Block(audited, "sharded_audit"),
 }
