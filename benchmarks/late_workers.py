@@ -188,7 +188,7 @@ def hosts() -> dict[str, Any]:
         running.kill(HOSTS - 2)
         running.until(lambda: _held(said, 0) >= JOINS_AFTER)
         running.start(HOSTS - 1)
-        running.until(lambda: len([one for one in said if one["host"] == HOSTS - 1]) >= TOGETHER)
+        running.until(lambda: len([one for one in said if one["host"] == HOSTS - 1]) >= TOGETHER // 2)
         last = _held(said, HOSTS - 1)
         running.until(lambda: all(_held(said, host) >= last for host in (0, 1, 2)))
         running.close()
