@@ -118,11 +118,11 @@ DDP = Row("identity", CONTROL)
 ROWS: tuple[Row, ...] = (
     DDP,
     Row(NEVER, CONTROL),
-    Row(ALONE, CONTROL),
     Row("diloco:period=50", RARE, OUTER),
     Row("demo:k=16,values=onebit", EVERY_STEP, DECAYS, "SGD", 2e-3),
     Row("sparse_loco:period=25", RARE, SPARSE),
     Row("qsgd:bits=4", EVERY_STEP),
+    Row(ALONE, CONTROL),
     Row("diloco:period=50,compressor=qsgd:bits=1", RARE, OUTER),
     Row("topk:ratio=0.005,values=int4", EVERY_STEP),
     Row("diloco:period=200,compressor=qsgd:bits=4", RARE, OUTER),
@@ -153,7 +153,7 @@ ROWS: tuple[Row, ...] = (
 )  # fmt: skip
 """In order of what they are worth to the questions: a study that is stopped has the first ones."""
 TRAINED: tuple[str, ...] = (
-    NEVER, ALONE, "diloco:period=50", "sparse_loco:period=25", "diloco:period=50,compressor=qsgd:bits=1",
+    NEVER, "diloco:period=50", "sparse_loco:period=25", "diloco:period=50,compressor=qsgd:bits=1", ALONE,
     "diloco:period=200,compressor=qsgd:bits=4", "local_sgd:period=50", "streaming_diloco:period=50",
     "pqasgd:period=50,bits=2", "sparse_loco:period=50", "diloco:period=200",
 )  # fmt: skip

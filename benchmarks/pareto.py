@@ -13,7 +13,7 @@ the loss at those lengths says how many steps a row needs for DDP's final loss (
 
 Each row is tuned by one rule, in runs of 600 steps with a seed of their own, from scratch: the learning rate
 is doubled or halved until both neighbours are worse, with the row's first setting; then its settings are
-compared at that rate, in runs of 2,000 steps: an outer momentum of 0.9 needs dozens of exchanges. Controls
+compared at that rate, in runs of 1,000 steps, which hold more exchanges for an outer momentum. Controls
 are tuned alike. What is tested is the mean of all workers' models; where they differ at the end, one float32
 average is counted. "no communication" tests the workers' own models, and has the mean of their losses.
 """
@@ -43,7 +43,7 @@ from distcomp.methods.base import all_reduce_bytes
 WORKERS, BATCH, STEPS, SEEDS = 8, 2, 4000, 3
 QUARTER, LONGER, WITHIN = STEPS // 4, (4200, 4800), 1.04
 WARM_UP, COOL_DOWN, BEGUN = 100, 0.2, STEPS // 5
-TUNING_STEPS, SETTING_STEPS, TUNING_SEED, MOVES = 600, 2000, 100, 4
+TUNING_STEPS, SETTING_STEPS, TUNING_SEED, MOVES = 600, 1000, 100, 4
 REGIMES = {"scratch": 10, "trained": 6, "apart": 0}
 """And how many of the rows of each come before the rest of any."""
 

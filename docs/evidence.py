@@ -98,7 +98,7 @@ def _pareto(path: Path) -> Iterator[tuple[str, Row]]:
     }
     for regime, told in regimes.items():
         where = f"test loss of a language model{told}, {plan['workers']} workers, {plan['steps']} steps"
-        for row in found["tables"][regime].values():
+        for row in found.get("tables", {}).get(regime, {}).values():
             if "spec" in row and row.get("times_fewer_bytes") and row["spec"] != "identity":
                 text = f"{row['relative_loss'] - 1:+.1%} against DDP, "
                 text += f"{row['times_fewer_bytes']:,.0f} × fewer bytes"
