@@ -121,6 +121,43 @@ def _target(target: str, regime: str, family: str, fewest: float) -> list[str]:
     return [target, _word(bool(met)), named(name, rows[name]), fewer, percent(rows[name]), steps(rows[name])]
 
 
+AT_LEAST = (4, 10, 30, 85, 300, 1000)
+"""Times fewer bytes: the lines of the table that chooses."""
+
+
+def choose() -> str:
+    """The lowest loss for at least so many times fewer bytes, in each regime; controls are no choice."""
+    lines = []
+    for fewest in AT_LEAST:
+        found = [_lowest(regime, fewest) for regime in ("scratch", "trained", "apart")]
+        lines.append([f"{fewest:,} ×", *found])
+    return markdown(["at least", "from scratch", "from a trained model", "packages of its own"], lines)
+
+
+def _lowest(regime: str, fewest: float) -> str:
+    rows = {
+        name: row
+        for name, row in result("pareto")["tables"][regime].items()
+        if row["family"] != "control" and (row.get("times_fewer_bytes") or 0) >= fewest
+    }
+    if not rows:
+        return "not measured yet"
+    name, row = min(rows.items(), key=lambda one: one[1]["relative_loss"])
+    return f"{named(name, row)}: {percent(row)}, {row['seeds']} seed{'s' * (row['seeds'] > 1)}"
+
+
+def progress() -> str:
+    """How much of the study is there."""
+    tables = result("pareto")["tables"]
+    told = []
+    for regime, rows in tables.items():
+        seeds = [row["seeds"] for row in rows.values()]
+        told.append(
+            f"{regime}: {len(seeds)} rows" + (f" of {min(seeds)} to {max(seeds)} seeds" if seeds else "")
+        )
+    return f"Measured so far: {'; '.join(told)}."
+
+
 def _word(met: bool) -> str:
     return "**met**" if met else "**missed**"
 
@@ -170,6 +207,8 @@ def _name_points(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
 
 BLOCKS = {
     "targets": Block(targets, "pareto", key="tables"),
+    "choose": Block(choose, "pareto", key="tables"),
+    "progress": Block(progress, "pareto", key="tables"),
     "scratch": Block(of_regime("scratch"), "pareto", key="tables"),
     "trained": Block(of_regime("trained"), "pareto", key="tables"),
     "apart": Block(of_regime("apart"), "pareto", key="tables"),
