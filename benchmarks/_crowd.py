@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -41,6 +43,9 @@ class Task:
     batches: Callable[[int, int], Iterator[Batch]]
     """``(workers, seed)`` -> inputs and targets, each with a row per worker"""
     test: Batch
+    stacked: Callable[[Tensor, Layout, Tensor], Tensor] | None = None
+    """``(models, layout, inputs)``, a row per worker in each -> scores; None: the network, mapped over
+    rows"""
 
 
 @dataclass(frozen=True)
@@ -83,19 +88,31 @@ class Gradients:
 
 
 class Oversubscription:
-    """A task's workers, all alike at first, and what carries their gradients or models."""
+    """A task's workers, all alike at first, and what carries their gradients or models.
 
-    def __init__(self, task: Task, plan: Plan, carrier: Averaging | MultiLevel | Method) -> None:
+    ``after``: workers that agree, whose models, optimizer and steps are gone on from.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        plan: Plan,
+        carrier: Averaging | MultiLevel | Method,
+        after: Oversubscription | None = None,
+    ) -> None:
         torch.manual_seed(plan.seed)
-        self.task, self.plan = task, plan
+        self.task, self.plan, self.steps = task, plan, after.steps if after else 0
         self.net = task.network()
         weights = Weights(self.net)
         self.layout = weights.layout
-        start = weights.read(self.layout)
+        start = after.models.detach()[0] if after else weights.read(self.layout)
         self.models = start.repeat(plan.workers, 1).requires_grad_()
         self.optimizer = plan.optimizer([self.models])
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, plan.rate)
-        self.batches = task.batches(plan.workers, plan.seed)
+        if after:
+            self.optimizer.state[self.models] = deepcopy(after.optimizer.state[after.models])
+        # The schedule is told the steps of the whole run; LambdaLR counts from here.
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda _: plan.rate(self.steps))
+        self.batches = islice(task.batches(plan.workers, plan.seed), self.steps, None)
         self.gradients = self.workers = None
         if isinstance(carrier, Method):
             self.gradients = Gradients(carrier, plan.workers, self.layout, plan.seed)
@@ -106,8 +123,8 @@ class Oversubscription:
     def step(self) -> bool:
         """One iteration of all workers; False where a gradient is not finite any more."""
         inputs, targets = next(self.batches)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernel knows no vmap
-            scores = vmap(self._call)(self.models, inputs).flatten(0, 1)
+        self.steps += 1
+        scores = self._scores(self.models, inputs).flatten(0, 1)
         loss = self.plan.workers * self.task.loss(scores, targets.flatten(0, 1))
         (gradients,) = torch.autograd.grad(loss, self.models)
         if not math.isfinite(gradients.sum()):
@@ -124,6 +141,14 @@ class Oversubscription:
             }
             self.workers.step()
         return True
+
+    def _scores(self, models: Tensor, inputs: Tensor) -> Tensor:
+        """Of every worker's model (a row of ``models``) for its own inputs."""
+        if self.task.stacked:
+            return self.task.stacked(models, self.layout, inputs)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernel knows no vmap
+            scores: Tensor = vmap(self._call)(models, inputs)
+        return scores
 
     def _call(self, flat: Tensor, inputs: Tensor) -> Tensor:
         named = {param.name: piece.view(param.shape) for param, piece in self.layout.pieces(flat)}

@@ -90,12 +90,19 @@ def _peers(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _pareto(path: Path) -> Iterator[tuple[str, Row]]:
     found = json.loads(path.read_text())
-    where = (
-        f"test loss of a language model, {found['plan']['workers']} workers, {found['plan']['steps']} steps"
-    )
-    for spec, row in found["methods"].items():
-        text = f"{row['relative_loss'] - 1:+.1%} against DDP, {row['times_fewer_bytes']:.0f} × fewer bytes"
-        yield from _told(spec, where, text, path)
+    plan = found["plan"]
+    regimes = {
+        "scratch": "",
+        "trained": " from a trained model",
+        "apart": " with packages of its own for each",
+    }
+    for regime, told in regimes.items():
+        where = f"test loss of a language model{told}, {plan['workers']} workers, {plan['steps']} steps"
+        for row in found.get("tables", {}).get(regime, {}).values():
+            if "spec" in row and row.get("times_fewer_bytes") and row["spec"] != "identity":
+                text = f"{row['relative_loss'] - 1:+.1%} against DDP, "
+                text += f"{row['times_fewer_bytes']:,.0f} × fewer bytes"
+                yield from _told(row["spec"], f"{where} with {row['inner']} inside", text, path)
 
 
 def _relatives(path: Path) -> Iterator[tuple[str, Row]]:

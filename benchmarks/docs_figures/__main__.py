@@ -29,6 +29,7 @@ from benchmarks.docs_figures import (
     formats,
     fsdp,
     measured,
+    pareto,
     precision,
     pruning,
     rebuild,
@@ -43,6 +44,7 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "measured": [(ROOT / "README.md", measured.README), (DOCS / "measured.md", measured.BLOCKS)],
     "advice": [(DOCS / "advice.md", advice.BLOCKS)],
     "averaging": [(DOCS / "averaging.md", averaging.BLOCKS)],
+    "pareto": [(DOCS / "pareto.md", pareto.BLOCKS)],
     "distill": [(DOCS / "distill.md", distill.BLOCKS)],
     "faults": [(DOCS / "faults.md", faults.BLOCKS)],
     "fsdp": [(DOCS / "fsdp.md", fsdp.BLOCKS)],
@@ -82,9 +84,10 @@ def main() -> None:
     for name in wanted:
         for page, blocks in PAGES[name]:
             write_blocks(page, blocks)
-    if "averaging" in wanted:
-        for name, draw in averaging.FIGURES.items():
-            save(draw(), name)
+    for page, figures in {"averaging": averaging.FIGURES, "pareto": pareto.FIGURES}.items():
+        if page in wanted:
+            for name, draw in figures.items():
+                save(draw(), name)
 
 
 if __name__ == "__main__":

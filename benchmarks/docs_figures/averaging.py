@@ -5,14 +5,12 @@ The topologies are drawn, and their spectral gaps computed, from distcomp.averag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
 from benchmarks._tables import Block, markdown, measured, result, source
 from distcomp.averaging.topology import TOPOLOGIES, Topology, resolve
@@ -114,60 +112,6 @@ def draw_speed() -> Figure:
     axis.minorticks_off()
     axis.legend(fontsize=7, frameon=False)
     return figure
-
-
-def pareto() -> str:
-    found = result("pareto")
-    rows = [
-        [
-            f"`{name}`",
-            f"{row['times_fewer_bytes']:,.0f} ×",
-            _losses(row),
-            f"{100 * row['relative_loss'] - 100:+.1f} %",
-        ]
-        if "mean" in row
-        else [f"`{name}`", "", "diverges", ""]
-        for name, row in found["methods"].items()
-    ]
-    head = ["", "fewer bytes than DDP", "test loss (range, seeds)", "against DDP, same seeds"]
-    return f"{markdown(head, rows)}\n\n{source(found, 'pareto.py')}"
-
-
-def draw_pareto() -> Figure:
-    found = {name: row for name, row in result("pareto")["methods"].items() if "mean" in row}
-    figure, axis = plt.subplots(figsize=(7, 4.2))
-    axis.axhspan(*found["DDP fp32"]["range"], color="grey", alpha=0.2, linewidth=0)
-    axis.set_xscale("log")
-    axis.margins(x=0.1, y=0.1)
-    axis.set(xlabel="bytes sent per worker in the whole run", ylabel="test loss, nats per byte")
-    points = {}
-    for name, row in found.items():
-        if name.startswith("model quantized"):
-            continue
-        low, high = row["range"]
-        error = [[row["mean"] - low], [high - row["mean"]]]
-        axis.errorbar(
-            row["sent_bytes"], row["mean"], yerr=error, fmt="o", markersize=4, capsize=2, color="#4477aa"
-        )
-        points[name.replace("period=", "").replace("compressor=", "")] = (row["sent_bytes"], row["mean"])
-    figure.tight_layout(h_pad=1.5)  # as it is saved: places are measured below
-    _name_points(axis, points)
-    return figure
-
-
-def _name_points(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Names beside points, on the side where there is room, each moved up until it covers no other."""
-    axis.figure.canvas.draw()
-    placed: list[Bbox] = []
-    for name, point in sorted(points.items(), key=lambda one: one[1][1]):
-        across = axis.transAxes.inverted().transform(axis.transData.transform(point))[0]
-        side, shift = ("right", -5) if across > 0.6 else ("left", 5)
-        text = axis.annotate(
-            name, point, xytext=(shift, 0), textcoords="offset points", fontsize=6, ha=side, va="center"
-        )
-        while any(text.get_window_extent().overlaps(other) for other in placed):
-            text.xyann = (shift, text.xyann[1] + 1)
-        placed.append(text.get_window_extent())
 
 
 NETWORKS = {"averaging_time_10mbit": "10 Mbit/s", "averaging_time_100mbit_20ms": "100 Mbit/s and 20 ms"}
@@ -300,7 +244,6 @@ BLOCKS = {
     "pqasgd-loss": Block(pqasgd_loss, "pqasgd"),
     "pqasgd-language": Block(lambda: pqasgd_loss("language"), "pqasgd"),
     "pqasgd-speed": Block(pqasgd_speed, "pqasgd"),
-    "pareto": Block(pareto, "pareto"),
     "seconds": Block(seconds, next(iter(NETWORKS))),
     "sizes": Block(sizes, "averaging_sizes"),
     "drift": Block(drift, "gossip_drift"),
@@ -309,5 +252,4 @@ BLOCKS = {
 FIGURES: dict[str, Callable[[], Figure]] = {
     "topologies": draw_topologies,
     "pqasgd_speed": draw_speed,
-    "pareto": draw_pareto,
 }
