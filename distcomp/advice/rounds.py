@@ -96,7 +96,8 @@ class RoundsSimulation:
     ) -> None:
         if periodic.lateness is None or periodic.fragments > 1 or periodic.overlap or fabric.racks:
             raise DistcompError(
-                "rounds are simulated of on_failure='continue', one fragment, no overlap and no racks"
+                "rounds are simulated of on_failure='continue', one fragment, no overlap and no racks; give such "
+                "a method and network, or take distcomp.advice.Simulation"
             )
         scenario.check(fabric.ranks)
         self.task, self.periodic, self.lateness = task, periodic, periodic.lateness
@@ -317,7 +318,7 @@ class _Inner:
     """SGD of many workers at once, each with momentum of its own."""
 
     def __init__(self, task: TrainingTask, layout: Layout, size: int) -> None:
-        parameter = nn.Parameter(torch.zeros(1))
+        parameter = nn.Parameter(torch.zeros(1, dtype=torch.float32))
         optimizer = task.optimizer([parameter])
         if not isinstance(optimizer, SGD) or optimizer.param_groups[0]["dampening"]:
             raise DistcompError(
@@ -328,7 +329,7 @@ class _Inner:
         self._rates: list[float] = []
         self._optimizer = optimizer
         self._task, self._layout, self._size = task, layout, size
-        self._momentum = torch.zeros(size, layout.numel)
+        self._momentum = torch.zeros(size, layout.numel, dtype=torch.float32)
         self._gradient = vmap(grad(partial(loss_at, task)), randomness="different", chunk_size=AT_ONCE)
 
     def forget(self, worker: int) -> None:
@@ -349,10 +350,14 @@ class _Inner:
         self._momentum[workers] = momentum
         return dict(zip(workers, models.unbind(), strict=True))
 
+    def _rates_of(self, now: Mapping[int, int]) -> Tensor:
+        """Each worker's learning rate, a row."""
+        return torch.tensor([self._rate(step) for step in now.values()], dtype=torch.float32)[:, None]
+
     @torch.no_grad()
     def _step(self, models: Tensor, momentum: Tensor, now: Mapping[int, int]) -> None:
         """One step of each, in place."""
-        group, rates = self._group, torch.tensor([self._rate(step) for step in now.values()])[:, None]
+        group, rates = self._group, self._rates_of(now)
         gradient = self._gradients(models, now) + group["weight_decay"] * models
         momentum.mul_(group["momentum"]).add_(gradient)
         direction = gradient + group["momentum"] * momentum if group["nesterov"] else momentum

@@ -22,7 +22,7 @@ from distcomp.runtime.driver import Exchange
 
 
 @dataclass(frozen=True)
-class Held:
+class FrozenShards:
     """What is kept of the frozen weights of one flat buffer."""
 
     layout: Layout
@@ -37,7 +37,7 @@ class FrozenWeights:
     def __init__(self, compressor: Compressor, size: int) -> None:
         self._how = Gather(compressor, reuse=True)
         self._size = size
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, FrozenShards] = {}
 
     def gather(
         self,
@@ -58,7 +58,7 @@ class FrozenWeights:
             result = done.result()
             if not done.finite:
                 return result.estimate
-            held = self._held[name] = Held(layout, own.clone(), result.state)
+            held = self._held[name] = FrozenShards(layout, own.clone(), result.state)
         elif not torch.equal(held.own, own):
             raise DistcompError(
                 f"frozen weights of {name} ({layout.names[0]}, ...) changed since they were gathered, and "
@@ -78,7 +78,7 @@ class FrozenWeights:
         )
 
 
-def joined(flat: Tensor, layout: Layout, chosen: Layout) -> Tensor:
+def selected(flat: Tensor, layout: Layout, chosen: Layout) -> Tensor:
     """What a flat buffer of ``layout`` holds of ``chosen``'s parameters, one behind the other."""
     pieces = {param.name: piece for param, piece in layout.pieces(flat)}
     return torch.cat([pieces[name] for name in chosen.names])

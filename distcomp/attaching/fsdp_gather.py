@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distcomp.attaching.frozen import FrozenWeights, interleaved, joined
+from distcomp.attaching.frozen import FrozenWeights, interleaved, selected
 from distcomp.attaching.session import Session
 from distcomp.attaching.slices import slices_of
 from distcomp.errors import DistcompError
@@ -146,9 +146,9 @@ class WeightGathers:
             return self._gathered(name, shard, layout, step)
         still = layout.select(lambda param: param.name in frozen)
         moving = layout.select(lambda param: param.name not in frozen)
-        parts = [(still, self._frozen.gather(name, joined(shard, layout, still), still, self._once))]
+        parts = [(still, self._frozen.gather(name, selected(shard, layout, still), still, self._once))]
         if moving.slices:
-            parts.append((moving, self._gathered(name, joined(shard, layout, moving), moving, step)))
+            parts.append((moving, self._gathered(name, selected(shard, layout, moving), moving, step)))
         return interleaved(parts, layout, self._session.size)
 
     def _gathered(self, name: str, shard: Tensor, layout: Layout, step: int) -> Tensor:

@@ -71,7 +71,10 @@ class MeetingPlace:
                 silent,
             )
         except RuntimeError as error:
-            raise PeerLost(f"{silent} ({str(error).splitlines()[0][:200]})") from error
+            raise PeerLost(
+                f"{silent} ({str(error).splitlines()[0][:200]}); give the MASTER_ADDR:MASTER_PORT of those who "
+                "began, from where it can be reached"
+            ) from error
         token = _awaited(root, _pointer(group, name), timeout_s, f"nobody holds rounds at {address}")
         store = PrefixStore(f"distcomp/rounds/{token}", root)
         theirs = json.loads(ask_store(lambda: store.get("settings")))
@@ -126,7 +129,10 @@ def _awaited(store: Store, key: str, timeout_s: float, sentence: str) -> str:
 
     with suppress(RuntimeError):
         return bounded(read, timeout_s + 1.0, sentence).decode()
-    raise PeerLost(f"{sentence} within timeout_s={timeout_s:g}")
+    raise PeerLost(
+        f"{sentence} within timeout_s={timeout_s:g}; attach the founders first, with on_failure='continue' and "
+        "the same model and method"
+    )
 
 
 def _parsed(address: str) -> tuple[str, int]:

@@ -118,7 +118,7 @@ class Periodic(Averaging):
         self._refuse(
             self.optimizer_state == "average" or self.gradients_until > 0,
             "on_failure='continue' goes with an optimizer's state that is kept or reset, and without steps "
-            "in which gradients are averaged",
+            "in which gradients are averaged; set optimizer_state=keep or reset and gradients_until=0",
         )
         self._refuse(
             self.overlap * self.fragments >= extremes(self.period)[0],
