@@ -123,7 +123,7 @@ def test_a_demo_installs_what_it_needs_and_no_more() -> None:
 
 def test_the_methods_that_commands_on_the_pages_name_can_be_asked_for() -> None:
     named = []
-    for page in [*WRITTEN, *(ROOT / "launchers").rglob("*.md"), *(ROOT / "src").rglob("*.md")]:
+    for page in [*WRITTEN, *(ROOT / "launchers").rglob("*.md"), *(ROOT / "distcomp").rglob("*.md")]:
         text = page.read_text()
         # what the page itself has made before
         begun = re.findall(r"(?:distcomp new \w+ |register(?:_compressor)?\(\")(\w+)", text)
