@@ -153,20 +153,24 @@ def main() -> None:
     parser.add_argument("--cuda", action="store_true", help="take CUDA's build where there is no other")
     wanted = parser.parse_args()
     path = RESULTS / "install_matrix.json"
-    before = json.loads(path.read_text()) if path.exists() else {"rows": [], "not_run": {}}
-    rows = {(one["python"][:4], one["asked"]): one for one in before["rows"]}
-    there = interpreters(wanted.python)
+    there, failed = interpreters(wanted.python), 0
     missing = {f"Python {one}": "this machine has none" for one in wanted.python if one not in there}
     with tempfile.TemporaryDirectory() as name:
         wheel = wanted.wheel or build(environment(Path(name) / "builder"), Path(name) / "dist")["wheel"]
         for version, interpreter in there.items():
             for torch in wanted.torch:
                 print(f"Python {version}, torch {torch}", file=sys.stderr)
-                rows[version, torch] = row(interpreter, wheel, torch, wanted.tests, wanted.cuda)
+                new = row(interpreter, wheel, torch, wanted.tests, wanted.cuda)
+                # read late, so that rows that another run has written meanwhile stay
+                before = json.loads(path.read_text()) if path.exists() else {"rows": [], "not_run": {}}
+                rows = {(one["python"][:4], one["asked"]): one for one in before["rows"]} | {
+                    (version, torch): new
+                }
+                failed += new["failed"]
                 result = {"what": "tests against the installed wheel", "rows": list(rows.values()),
                           "not_run": before["not_run"] | missing}  # fmt: skip
                 print(write("install_matrix", result))
-    if any(one["failed"] for one in rows.values()):
+    if failed:
         sys.exit("some failed; the result file says which")
 
 

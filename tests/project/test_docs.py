@@ -149,3 +149,15 @@ def test_a_measured_row_is_what_the_result_file_says(catalogue: ModuleType) -> N
     assert "step_time_100mbit.json" in row
     unmeasured = catalogue.page(METHODS["sparta"], [])
     assert unmeasured.endswith(catalogue.NOTHING + "\n")
+
+
+def test_every_peer_has_a_source() -> None:
+    """What the page says of a library is said on a page of its own, or measured below."""
+    page = (ROOT / "docs" / "peers.md").read_text()
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
+    peers = rows[1 : rows.index("distcomp")]
+    assert len(peers) >= 8
+    (sources,) = re.findall(r"^Where it is said: (.*?)\n\n", page, flags=re.DOTALL | re.MULTILINE)
+    for peer in peers:
+        (told,) = [one for one in re.split(r";\s", sources) if one.startswith((peer[:7], f"[{peer[:7]}"))]
+        assert "](https://" in told, peer
