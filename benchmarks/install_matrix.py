@@ -126,30 +126,39 @@ def row(interpreter: str, wheel: Path, asked: str, tests: list[str], cuda: bool)
         work = Path(name)
         call([interpreter, "-m", "venv", "--without-pip", work / "venv"])
         python = work / "venv" / "bin" / "python"
-        version = call([python, "-c", "import platform; print(platform.python_version())"]).strip()
         found = planned(python, wanted_build(asked, cuda))
         if not found or (not cuda and any(name.startswith(("nvidia", "cuda")) for name in found)):
+            version = call([python, "-c", "import platform; print(platform.python_version())"]).strip()
             pip(python, "install", "--quiet", "--no-deps", wheel)
             tried = call([python, ROOT / "scripts" / "try_wheel.py"], cwd=work).splitlines()
             what = f"scripts/try_wheel.py without PyTorch: of {asked} there is no CPU build here"
             counts = {"passed": len(tried), "skipped": 0, "failed": 0}
             return {"python": version, "torch": None, "asked": asked, "what": what, "tried": tried, **counts}
         pip(python, "install", "--quiet", *index(), f"torch=={found['torch']}")
-        pip(python, "install", "--quiet", *NEEDS, f"{wheel}[zstd]")  # lossless:entropy=zstd is a method
-        where = call([python, "-c", "import distcomp; print(distcomp.__file__)"], cwd=work).strip()
-        torch = call([python, "-c", "import torch; print(torch.__version__)"], cwd=work).strip()
-        assert where.startswith(str(work)), where
-        ran = ", ".join(re.sub(r"^tests/|\.py$", "", test.partition("::")[0]) for test in tests)
-        row = {"python": version, "torch": torch, "asked": asked, "what": ran}
-        return row | tested(python, tests, work)
+        return told_by(python, wheel, asked, tests, work)
+
+
+def told_by(python: Path, wheel: Path, asked: str, tests: list[str], work: Path) -> dict[str, Any]:
+    """The row of an environment that holds PyTorch: the wheel put in, and the tests."""
+    pip(python, "install", "--quiet", *NEEDS, f"{wheel}[zstd]")  # lossless:entropy=zstd is a method
+    versions = (
+        "import platform as p, torch, distcomp as d; print(p.python_version(), torch.__version__, d.__file__)"
+    )
+    version, torch, where = call([python, "-c", versions], cwd=work).split()
+    assert where.startswith(str(python.parents[1])), where
+    ran = ", ".join(re.sub(r"^tests/|\.py$", "", test.partition("::")[0]) for test in tests)
+    return {"python": version, "torch": torch, "asked": asked, "what": ran} | tested(python, tests, work)
 
 
 def main() -> None:
     parser = arguments_of(__doc__)
-    parser.add_argument("--torch", nargs="+", default=["2.8.*", "2.13.0", "2.*"], help="as pip takes them")
+    parser.add_argument("--torch", nargs="+", default=["2.12.*", "2.13.0", "2.*"], help="as pip takes them")
     parser.add_argument("--python", nargs="+", default=list(PYTHONS))
     parser.add_argument("--wheel", type=Path, help="one that was built already")
     parser.add_argument("--tests", nargs="+", default=list(TESTS))
+    parser.add_argument(
+        "--environment", type=Path, help="one that holds that PyTorch, instead of an empty one"
+    )
     parser.add_argument("--cuda", action="store_true", help="take CUDA's build where there is no other")
     wanted = parser.parse_args()
     path = RESULTS / "install_matrix.json"
@@ -160,7 +169,12 @@ def main() -> None:
         for version, interpreter in there.items():
             for torch in wanted.torch:
                 print(f"Python {version}, torch {torch}", file=sys.stderr)
-                new = row(interpreter, wheel, torch, wanted.tests, wanted.cuda)
+                if wanted.environment:
+                    with tempfile.TemporaryDirectory() as work:
+                        python = wanted.environment.absolute() / "bin" / "python"
+                        new = told_by(python, wheel, torch, wanted.tests, Path(work))
+                else:
+                    new = row(interpreter, wheel, torch, wanted.tests, wanted.cuda)
                 # read late, so that rows that another run has written meanwhile stay
                 before = json.loads(path.read_text()) if path.exists() else {"rows": [], "not_run": {}}
                 rows = {(one["python"][:4], one["asked"]): one for one in before["rows"]} | {
