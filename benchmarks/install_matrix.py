@@ -1,11 +1,12 @@
 """Which versions of Python and PyTorch does the installed wheel work with?
 
-python -m benchmarks.install_matrix [--torch 2.13.0 ...] [--python 3.11 ...] [--tests PATH ...]
+python -m benchmarks.install_matrix [--torch 2.13.0 ...] [--python 3.11 ...] [--tests PATH ...] [--cuda]
 
 For each Python there is and each PyTorch asked for: an empty environment, the wheel (built from the sdist),
 PyTorch from ``TORCH_INDEX`` or the package index, and the tests against the installed wheel, from a folder
 that does not hold the sources. Where no CPU build of that PyTorch is to be had for a Python,
-``scripts/try_wheel.py`` runs there without PyTorch, and the row says so. Writes results/install_matrix.json:
+``scripts/try_wheel.py`` runs there without PyTorch, and the row says so; with ``--cuda`` the CUDA build is
+installed instead (gigabytes), and the same tests run on the CPU. Writes results/install_matrix.json:
 passed, skipped and why, failed; rows that are not run again stay.
 """
 
@@ -63,16 +64,21 @@ def index() -> list[str]:
     return ["--index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
 
 
-def planned(python: Path, torch: str) -> dict[str, str]:
-    """Name -> version of what pip would install for a PyTorch; empty where there is no CPU build.
+def wanted_build(asked: str, cuda: bool) -> str:
+    """The version of PyTorch to ask pip for; "" where only CUDA's builds could match and none is wanted.
 
     On x86-64 the package index has CUDA's builds, of gigabytes, and pip downloads a wheel to read what it
     needs: there only ``+cpu`` is asked for, which TORCH_INDEX, or a folder of wheels, has.
     """
-    if platform.machine() == "x86_64" and not index():
-        if "*" in torch:
-            return {}
-        torch = f"{torch}+cpu"
+    if cuda or platform.machine() != "x86_64" or index():
+        return asked
+    return "" if "*" in asked else f"{asked}+cpu"
+
+
+def planned(python: Path, torch: str) -> dict[str, str]:
+    """Name -> version of what pip would install for a PyTorch; empty where it has none."""
+    if not torch:
+        return {}
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--dry-run", "--quiet"]
     command += ["--report", "-", *index(), f"torch=={torch}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -114,51 +120,71 @@ def tested(python: Path, tests: list[str], work: Path) -> dict[str, Any]:
     return told
 
 
-def row(interpreter: str, wheel: Path, asked: str, tests: list[str]) -> dict[str, Any]:
+def row(interpreter: str, wheel: Path, asked: str, tests: list[str], cuda: bool) -> dict[str, Any]:
     """One environment, made, used and thrown away."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         call([interpreter, "-m", "venv", "--without-pip", work / "venv"])
         python = work / "venv" / "bin" / "python"
-        version = call([python, "-c", "import platform; print(platform.python_version())"]).strip()
-        found = planned(python, asked)
-        if not found or any(name.startswith(("nvidia", "cuda")) for name in found):
+        found = planned(python, wanted_build(asked, cuda))
+        if not found or (not cuda and any(name.startswith(("nvidia", "cuda")) for name in found)):
+            version = call([python, "-c", "import platform; print(platform.python_version())"]).strip()
             pip(python, "install", "--quiet", "--no-deps", wheel)
             tried = call([python, ROOT / "scripts" / "try_wheel.py"], cwd=work).splitlines()
             what = f"scripts/try_wheel.py without PyTorch: of {asked} there is no CPU build here"
             counts = {"passed": len(tried), "skipped": 0, "failed": 0}
             return {"python": version, "torch": None, "asked": asked, "what": what, "tried": tried, **counts}
         pip(python, "install", "--quiet", *index(), f"torch=={found['torch']}")
-        pip(python, "install", "--quiet", *NEEDS, wheel)
-        where = call([python, "-c", "import distcomp; print(distcomp.__file__)"], cwd=work).strip()
-        assert where.startswith(str(work)), where
-        ran = ", ".join(re.sub(r"^tests/|\.py$", "", test.partition("::")[0]) for test in tests)
-        row = {"python": version, "torch": found["torch"], "asked": asked, "what": ran}
-        return row | tested(python, tests, work)
+        return told_by(python, wheel, asked, tests, work)
+
+
+def told_by(python: Path, wheel: Path, asked: str, tests: list[str], work: Path) -> dict[str, Any]:
+    """The row of an environment that holds PyTorch: the wheel put in, and the tests."""
+    pip(python, "install", "--quiet", *NEEDS, f"{wheel}[zstd]")  # lossless:entropy=zstd is a method
+    versions = (
+        "import platform as p, torch, distcomp as d; print(p.python_version(), torch.__version__, d.__file__)"
+    )
+    version, torch, where = call([python, "-c", versions], cwd=work).split()
+    assert where.startswith(str(python.parents[1])), where
+    ran = ", ".join(re.sub(r"^tests/|\.py$", "", test.partition("::")[0]) for test in tests)
+    return {"python": version, "torch": torch, "asked": asked, "what": ran} | tested(python, tests, work)
 
 
 def main() -> None:
     parser = arguments_of(__doc__)
-    parser.add_argument("--torch", nargs="+", default=["2.8.*", "2.13.0", "2.*"], help="as pip takes them")
+    parser.add_argument("--torch", nargs="+", default=["2.12.*", "2.13.0", "2.*"], help="as pip takes them")
     parser.add_argument("--python", nargs="+", default=list(PYTHONS))
     parser.add_argument("--wheel", type=Path, help="one that was built already")
     parser.add_argument("--tests", nargs="+", default=list(TESTS))
+    parser.add_argument(
+        "--environment", type=Path, help="one that holds that PyTorch, instead of an empty one"
+    )
+    parser.add_argument("--cuda", action="store_true", help="take CUDA's build where there is no other")
     wanted = parser.parse_args()
     path = RESULTS / "install_matrix.json"
-    before = json.loads(path.read_text()) if path.exists() else {"rows": [], "not_run": {}}
-    rows = {(one["python"][:4], one["asked"]): one for one in before["rows"]}
-    there = interpreters(wanted.python)
+    there, failed = interpreters(wanted.python), 0
     missing = {f"Python {one}": "this machine has none" for one in wanted.python if one not in there}
     with tempfile.TemporaryDirectory() as name:
         wheel = wanted.wheel or build(environment(Path(name) / "builder"), Path(name) / "dist")["wheel"]
         for version, interpreter in there.items():
             for torch in wanted.torch:
                 print(f"Python {version}, torch {torch}", file=sys.stderr)
-                rows[version, torch] = row(interpreter, wheel, torch, wanted.tests)
+                if wanted.environment:
+                    with tempfile.TemporaryDirectory() as work:
+                        python = wanted.environment.absolute() / "bin" / "python"
+                        new = told_by(python, wheel, torch, wanted.tests, Path(work))
+                else:
+                    new = row(interpreter, wheel, torch, wanted.tests, wanted.cuda)
+                # read late, so that rows that another run has written meanwhile stay
+                before = json.loads(path.read_text()) if path.exists() else {"rows": [], "not_run": {}}
+                rows = {(one["python"][:4], one["asked"]): one for one in before["rows"]} | {
+                    (version, torch): new
+                }
+                failed += new["failed"]
                 result = {"what": "tests against the installed wheel", "rows": list(rows.values()),
                           "not_run": before["not_run"] | missing}  # fmt: skip
                 print(write("install_matrix", result))
-    if any(one["failed"] for one in rows.values()):
+    if failed:
         sys.exit("some failed; the result file says which")
 
 

@@ -224,10 +224,8 @@ def next_group_named(name: str) -> Iterator[None]:
 
 
 def _param_groups(state: Any) -> list[Any]:
-    """Before PyTorch 2.11 a state had at most one."""
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    """One for each mesh that parameters of the module are sharded over."""
+    return list(state._fsdp_param_groups)
 
 
 def timeout_of(group: Any) -> timedelta | None:

@@ -20,8 +20,8 @@ MODULES = (
     "active", "errors", "horovod", "layout", "payload", "randomness", "recording", "schedule",
     "integrations.accelerate", "integrations.aim", "integrations.fabric", "integrations.files",
     "integrations.fsdp2", "integrations.lightning", "integrations.mlflow", "integrations.prometheus",
-    "integrations.ray", "integrations.tensorboard", "integrations.trackio", "integrations.transformers",
-    "integrations.wandb",
+    "integrations.ray", "integrations.tensorboard", "integrations.torchtitan", "integrations.trackio",
+    "integrations.transformers", "integrations.wandb",
 )  # fmt: skip
 """Modules without ``__all__`` that the pages tell people to import. Some need a library that is not there."""
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import settings
+
 import distcomp
 
 SOURCES = Path(distcomp.__file__).parent
 
-GIVE = "give a value that the sentence allows; the reference has the usual one"
+GIVE = "‹the settings that the sentence names, and their defaults›"
 AGAIN = "the file did not arrive as it was written: copy it again, and compare its checksum with the source's"
 KEY = "send the update again; if it stays so, the receiver goes on with the next key frame (`ask_for_key()`)"
 
@@ -38,13 +40,19 @@ REMEDIES = {
     "codistill exchanges predictions of examples": "pass `shared=examples`, the same on every rank",
     "the optimizer steps but no gradient went": "call the attached model; `no_sync()` is for the "
     "micro-batches before the last",
-    "--ranks-here is 1 or more": GIVE,
-    "--ranks and --steps are 1 or more": GIVE,
-    "--steps and --eval-every are 1 or more": GIVE,
-    "--dct takes clusters": GIVE,
+    "--ranks-here is 1 or more": "say how many of the ranks run on this machine, or leave it out",
+    "--ranks and --steps are 1 or more": "two ranks and three steps tell it: `--ranks 2 --steps 3`",
+    "--steps and --eval-every are 1 or more": "leave `--eval-every` out, or give whole numbers above 0",
+    "--price-hour, --price-gb and --watts": "give the number without its unit: `--price-hour 2.5`",
+    "--dct takes clusters": "give three numbers between commas: `--dct 16,0.5,32`",
+    "AccNet filters images": "give images of one channel: `x.flatten(0, 1).unsqueeze(1)`",
+    "MEC takes one group": "keep `Conv2d` for that layer: name only others to `swap`",
+    "Winograd's convolution is": "keep `Conv2d` for that layer: name only others to `swap`",
+    "a schedule's values must be finite": "correct the schedule's begin and end: neither is nan nor infinite",
+    "a schedule's shape is": "take `step`, `linear` or another of the list",
     "say how many there are": "add the option that the sentence names",
     "probe runs on every rank": "start it as the sentence says",
-    "--largest is above": GIVE,
+    "--largest is above": "leave `--largest` out, or give megabytes: `--largest 8000000`",
     "‹heads› heads and the end of the network": "give one weight for each head and one for the end",
     "a bottleneck of": "give a rank in the range, or leave it out",
     "known logits have no features": "give the teacher itself in the place of its logits, or a loss of "
@@ -174,10 +182,20 @@ def remedy(one: Sentence) -> str:
         return what
     for begin, what in REMEDIES.items():
         if told.startswith(begin):
-            return what
+            return _specific(one, what)
     return next(
-        (what for room, says, what in PATTERNS if one.file.startswith(room) and says.search(told)), ""
+        (
+            _specific(one, what)
+            for room, says, what in PATTERNS
+            if one.file.startswith(room) and says.search(told)
+        ),
+        "",
     )
+
+
+def _specific(one: Sentence, what: str) -> str:
+    """In the place of :data:`GIVE`: which setting it is, and what it usually is."""
+    return settings.remedy(one.file, one.line, one.text) if what is GIVE else what
 
 
 def unused() -> list[str]:

@@ -73,7 +73,7 @@ class Cluster:
     def results(self, job: Callable[..., Any], *arguments: Any, without: int | None = None) -> list[Any]:
         """As :meth:`run`, but a rank that raised or died gives a Failure; nobody waits for rank
         ``without``."""
-        port = _free_port()
+        port = free_port()
         for pipe in self.pipes:
             pipe.send((job, arguments, port))
         answers: list[Any] = [Failure("hung")] * self.size
@@ -152,7 +152,7 @@ _PORTS = range(20000, 32000)
 _next_port = itertools.count(random.Random(os.getpid()).randrange(len(_PORTS)))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     while True:
         port = _PORTS[next(_next_port) % len(_PORTS)]
         with socket.socket() as probe, contextlib.suppress(OSError):

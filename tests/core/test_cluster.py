@@ -20,11 +20,11 @@ def test_a_rank_begins_with_all_that_it_would_import(cluster):
 
 
 def test_a_port_that_somebody_holds_is_passed_over(monkeypatch):
-    held = ranks._free_port()
+    held = ranks.free_port()
     monkeypatch.setattr(ranks, "_next_port", itertools.count(ranks._PORTS.index(held)))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", held))
-        assert ranks._free_port() != held
+        assert ranks.free_port() != held
 
 
 def test_a_forked_program_tells_its_status_and_what_it_wrote(tmp_path):

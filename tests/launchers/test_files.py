@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +83,39 @@ def test_the_trainjob_names_the_runtime_that_starts_torchrun() -> None:
     spec = manifest("trainjob.yaml")["spec"]
     assert spec["runtimeRef"] == {"name": "torch-distributed"}
     assert spec["trainer"]["command"][0] == "torchrun"
+
+
+SKY = """
+import sys, sky
+from sky.skylet import constants
+task = sky.Task.from_yaml(sys.argv[1])
+(resources,) = task.resources
+print(task.num_nodes, resources.cpus, resources.memory, *sorted(task.envs))
+print(*[value for name, value in vars(constants).items() if isinstance(value, str)], sep="\\n")
+"""
+
+
+def read_by_skypilot(task: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    """What SkyPilot's own reader makes of a task; it keeps files in the home of its user."""
+    command = [sys.executable, "-c", SKY, str(task)]
+    environment = {**os.environ, "HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("sky") is None, reason="SkyPilot is not installed; pip install skypilot"
+)
+def test_skypilot_reads_its_task(tmp_path: Path) -> None:
+    """Every variable that its commands ask for is its own or SkyPilot's; a misspelt key is refused."""
+    told = (LAUNCHERS / "skypilot" / "train.yaml").read_text()
+    done = read_by_skypilot(LAUNCHERS / "skypilot" / "train.yaml", tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, *names = done.stdout.splitlines()
+    assert first == "4 8+ 32+ METHOD RANKS SCRIPT"
+    asked = set(re.findall(r"\$\{?([A-Z_]+)", yaml.safe_load(told)["run"]))
+    assert asked - {"METHOD", "RANKS", "SCRIPT"} <= set(names)
+    assert "SKYPILOT_NODE_RANK" in asked
+    (tmp_path / "misspelt.yaml").write_text(told.replace("num_nodes", "num_node"))
+    done = read_by_skypilot(tmp_path / "misspelt.yaml", tmp_path)
+    assert done.returncode != 0
+    assert "num_node" in done.stderr

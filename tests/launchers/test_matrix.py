@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+
+from tests.cluster import free_port
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ROOT / "launchers"
@@ -144,6 +148,55 @@ def test_horovodrun(wanted: dict[str, torch.Tensor], tmp_path: Path) -> None:
 def test_ray(wanted: dict[str, torch.Tensor], tmp_path: Path) -> None:
     ray = [sys.executable, str(LAUNCHERS / "ray" / "train.py"), "--workers", "2"]
     check(train([*ray, *SCRIPT], tmp_path / "w.pt"), wanted)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("submitit") is None, reason="submitit is not installed; pip install submitit"
+)
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+def test_submitit(cluster: str, wanted: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """Its own executors: here, and as a batch script with stand-ins for sbatch, srun and sacct."""
+    shown, log = tmp_path / "shown.sh", tmp_path / "batch.log"
+    job = "SLURM_JOB_ID=7 SLURM_NTASKS=2 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_JOB_NODELIST=localhost"
+    stand_ins = {
+        "srun": SRUN.replace("do shift;", "do [[ $1 == --output || $1 == --error ]] && shift; shift;"),
+        "sbatch": f"#!/bin/sh\ncp $1 {shown}\n{job} sh $1 >{log} 2>&1 &\necho Submitted batch job 7\n",
+        "sacct": "#!/bin/sh\necho 'JobID|State|NodeList|'\necho '7|RUNNING|localhost|'\n",
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    options = [
+        "--cluster",
+        cluster,
+        "--tasks-per-node",
+        "2",
+        "--minutes",
+        "5",
+        "--logs",
+        str(tmp_path / "logs"),
+    ]
+    options += ["--slurm", "partition=long"] if cluster == "slurm" else []
+    command = [sys.executable, str(LAUNCHERS / "submitit" / "submit.py"), *options]
+    check(train([*command, *SCRIPT], tmp_path / "w.pt", PATH=path), wanted)
+    if cluster == "slurm":
+        flags = set(re.findall(r"^#SBATCH --(.*)$", shown.read_text(), re.MULTILINE))
+        assert {"nodes=1", "ntasks-per-node=2", "time=5", "partition=long"} <= flags
+
+
+def test_skypilot(wanted: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """The task's own commands on one node, with the variables that SkyPilot sets."""
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    torchrun.chmod(0o755)
+    task = yaml.safe_load((LAUNCHERS / "skypilot" / "train.yaml").read_text())
+    given = task["envs"] | {"SCRIPT": SCRIPT[0], "RANKS": "2"}
+    given |= {"SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "127.0.0.1\n"}
+    given["PATH"] = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    # the file's script takes no arguments
+    run = task["run"].replace('"$SCRIPT"', '"$SCRIPT" "$@"').replace("29500", str(free_port()))
+    check(train(["bash", "-c", run, "task", *SCRIPT[1:]], tmp_path / "w.pt", **given), wanted)
 
 
 @nightly

@@ -123,7 +123,7 @@ def test_a_demo_installs_what_it_needs_and_no_more() -> None:
 
 def test_the_methods_that_commands_on_the_pages_name_can_be_asked_for() -> None:
     named = []
-    for page in [*WRITTEN, *(ROOT / "launchers").rglob("*.md"), *(ROOT / "src").rglob("*.md")]:
+    for page in [*WRITTEN, *(ROOT / "launchers").rglob("*.md"), *(ROOT / "distcomp").rglob("*.md")]:
         text = page.read_text()
         # what the page itself has made before
         begun = re.findall(r"(?:distcomp new \w+ |register(?:_compressor)?\(\")(\w+)", text)
@@ -149,3 +149,15 @@ def test_a_measured_row_is_what_the_result_file_says(catalogue: ModuleType) -> N
     assert "step_time_100mbit.json" in row
     unmeasured = catalogue.page(METHODS["sparta"], [])
     assert unmeasured.endswith(catalogue.NOTHING + "\n")
+
+
+def test_every_peer_has_a_source() -> None:
+    """What the page says of a library is said on a page of its own, or measured below."""
+    page = (ROOT / "docs" / "peers.md").read_text()
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
+    peers = rows[1 : rows.index("distcomp")]
+    assert len(peers) >= 8
+    (sources,) = re.findall(r"^Where it is said: (.*?)\n\n", page, flags=re.DOTALL | re.MULTILINE)
+    for peer in peers:
+        (told,) = [one for one in re.split(r";\s", sources) if one.startswith((peer[:7], f"[{peer[:7]}"))]
+        assert "](https://" in told, peer

@@ -96,6 +96,19 @@ def test_an_error_without_a_remedy_would_be_found(docs: dict[str, ModuleType]) -
     assert sentences.remedy(sentences.Sentence("here.py", 1, "DistcompError", "wrong; mend it")) == "mend it"
 
 
+def test_a_refused_setting_is_told_with_its_default_and_its_values(docs: dict[str, ModuleType]) -> None:
+    """Read from the code, so that a default that changes changes the page."""
+    sentences = docs["sentences"]
+    said = {one.text: sentences.remedy(one) for one in sentences.sentences()}
+    assert [text for text, what in said.items() if sentences.GIVE in what] == []
+    (kinds,) = (what for text, what in said.items() if text.startswith("ENet's bottlenecks are"))
+    assert kinds == "change `kind` (usually `'regular'`); ‹KINDS› is `regular`, `dilated`, `asymmetric`"
+    (outer,) = (what for text, what in said.items() if text.startswith("an outer optimizer has lr > 0"))
+    assert outer == "change `lr` (usually `1.0`) or `momentum` (usually `0.0`)"
+    (drawn,) = (what for text, what in said.items() if text.startswith("a paraphraser has at least"))
+    assert drawn == "change `channels` or `factors`"  # which have no default
+
+
 @pytest.mark.timeout(900)
 def test_the_tutorial_prints_what_it_says(docs: dict[str, ModuleType]) -> None:
     path = ROOT / "docs" / "tutorial.ipynb"
