@@ -96,8 +96,8 @@ class RoundsSimulation:
     ) -> None:
         if periodic.lateness is None or periodic.fragments > 1 or periodic.overlap or fabric.racks:
             raise DistcompError(
-                "rounds are simulated of on_failure='continue', one fragment, no overlap and no racks; give such "
-                "a method and network, or take distcomp.advice.Simulation"
+                "rounds are simulated of on_failure='continue', one fragment, no overlap and no racks; give "
+                "such a method and network, or take distcomp.advice.Simulation"
             )
         scenario.check(fabric.ranks)
         self.task, self.periodic, self.lateness = task, periodic, periodic.lateness

@@ -72,8 +72,8 @@ class MeetingPlace:
             )
         except RuntimeError as error:
             raise PeerLost(
-                f"{silent} ({str(error).splitlines()[0][:200]}); give the MASTER_ADDR:MASTER_PORT of those who "
-                "began, from where it can be reached"
+                f"{silent} ({str(error).splitlines()[0][:200]}); give the MASTER_ADDR:MASTER_PORT of those "
+                "who began, from where it can be reached"
             ) from error
         token = _awaited(root, _pointer(group, name), timeout_s, f"nobody holds rounds at {address}")
         store = PrefixStore(f"distcomp/rounds/{token}", root)
@@ -130,8 +130,8 @@ def _awaited(store: Store, key: str, timeout_s: float, sentence: str) -> str:
     with suppress(RuntimeError):
         return bounded(read, timeout_s + 1.0, sentence).decode()
     raise PeerLost(
-        f"{sentence} within timeout_s={timeout_s:g}; attach the founders first, with on_failure='continue' and "
-        "the same model and method"
+        f"{sentence} within timeout_s={timeout_s:g}; attach the founders first, with on_failure='continue' "
+        "and the same model and method"
     )
 
 
