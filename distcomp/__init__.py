@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from distcomp.attaching.audit import audit as audit
     from distcomp.attaching.handle import Handle as Handle
     from distcomp.attaching.handle import attach as attach
+    from distcomp.attaching.target import Replicas as Replicas
     from distcomp.averaging.recipes import choco as choco
     from distcomp.averaging.recipes import dcd as dcd
     from distcomp.averaging.recipes import diloco as diloco
@@ -73,9 +74,9 @@ if TYPE_CHECKING:
     from distcomp.transports.rendezvous import init_process_group as init_process_group
 
 __all__ = [
-    "CorruptPayload", "DistcompError", "Handle", "Mismatch", "PeerLost", "SettingsMismatch", "allocate",
-    "attach", "audit", "bf16", "choco", "codistill", "dcd", "demo", "dgc", "diloco", "dpsgd", "ef21",
-    "ef_signsgd", "fixed_point", "fp16", "gradiveq", "identity", "init_process_group", "local_sgd",
+    "CorruptPayload", "DistcompError", "Handle", "Mismatch", "PeerLost", "Replicas", "SettingsMismatch",
+    "allocate", "attach", "audit", "bf16", "choco", "codistill", "dcd", "demo", "dgc", "diloco", "dpsgd",
+    "ef21", "ef_signsgd", "fixed_point", "fp16", "gradiveq", "identity", "init_process_group", "local_sgd",
     "masked", "natural", "onebit_adam", "parse", "post_local_sgd", "powersgd", "qsgd", "random_k",
     "register", "sparse_loco", "streaming_diloco", "topk", "two_level", "warmup",
 ]  # fmt: skip
@@ -101,6 +102,7 @@ _SOURCES = (
     "distcomp.methods",
     "distcomp.averaging",
     "distcomp.attaching.handle",
+    "distcomp.attaching.target",
     "distcomp.transports.rendezvous",
 )
 """Where the other names are, the lighter modules first."""

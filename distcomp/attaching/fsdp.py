@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.fsdp_gather import PREFIX, WeightGathers, gather_units
-from distcomp.attaching.fsdp_rows import ParameterBuffer, padded_shards, parameter_buffers
+from distcomp.attaching.fsdp_reduction import Among, Groups, Reduction
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
@@ -34,16 +34,11 @@ from distcomp.attaching.target import Target, is_sharded
 from distcomp.averaging.base import Averaging, MultiLevel
 from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError
-from distcomp.layout import Layout
 from distcomp.methods.base import ByParameter, Method
-from distcomp.methods.reduce_scatter import owned_layout, to_shards
-from distcomp.methods.row_owners import needs_parameters, to_row_owners
 from distcomp.methods.weight_gather import WeightGather, parse_weight_gather
 from distcomp.private_torch import FSDPGroup, fsdp_divide_factor, fsdp_group
-from distcomp.runtime.aggregation import Aggregation
-from distcomp.runtime.driver import commit, context_of, exchange
+from distcomp.runtime.driver import all_finite, commit
 from distcomp.runtime.pipeline import Timeline
-from distcomp.runtime.states import States
 from distcomp.training import TrainingClock
 
 if TYPE_CHECKING:  # takes seconds to import, and who is attached to has imported it
@@ -54,7 +49,8 @@ class Unit:
     """The reductions of one FSDP module: by what is attached, or as FSDP does them.
 
     FSDP takes these two calls and has no public way to give them back, so they stay, once and for ever. With
-    ``replicas``, reduce-scatters remain FSDP's own and what they leave is averaged over the replicas.
+    ``replicas``, what reduce-scatters leave is averaged over those; they remain FSDP's own unless a method is
+    attached for them, too.
     """
 
     def __init__(self, name: str, module: FSDPModule, replicas: dist.ProcessGroup | None) -> None:
@@ -85,13 +81,13 @@ class Unit:
         async_op: bool = False,
     ) -> dist.Work | None:
         """FSDP's reduce-scatter."""
-        if self.attached is None or self.replicas is not None:
+        if self.attached is None or not self.attached.reduces_inside:
             work: dist.Work | None = dist.reduce_scatter_tensor(
                 output_tensor, input_tensor, op, group, async_op
             )
             return work
         factor = _factor(op, dist.get_world_size(group))
-        output_tensor.copy_(self.attached.reduce(self.name, input_tensor) * factor)
+        output_tensor.copy_(self.attached.reduce_inside(self.name, input_tensor) * factor)
         return None
 
     def after(self, output: Tensor) -> None:
@@ -105,7 +101,7 @@ class Unit:
             output.mul_(1.0 / size)
             dist.all_reduce(output, group=self.replicas)
         else:
-            output.copy_(self.attached.reduce(self.name, output))
+            output.copy_(self.attached.reduce_across(self.name, output))
         module = self._module()
         if module is not None and fsdp_divide_factor(module) is not None:
             output.mul_(float(size))
@@ -171,6 +167,32 @@ def units_of(
     return units
 
 
+INSIDE = "inside/"
+"""Begins the names under which a checkpoint keeps what is owed inside, where another method acts across
+replicas."""
+
+
+def _reductions(
+    target: Target, groups: Groups, method: Method, session: Session
+) -> tuple[Reduction | None, Reduction | None]:
+    """Who reduces inside, among those who hold the model together, and across replicas: None is FSDP's own
+    reduce-scatter, or nobody."""
+    assert target.shards is not None
+    count = dist.get_world_size(target.shards)
+    if target.replicas is None:
+        among = Among.all_of(session)
+        return Reduction(method, target.module, groups, among, count, across=False), None
+    if target.inside is None:
+        among = Among.all_of(session)
+        return None, Reduction(method, target.module, groups, among, count, across=True)
+    within = Among.members_of(target.shards)
+    across = Among.members_of(target.replicas)
+    return (
+        Reduction(target.inside, target.module, groups, within, count, across=False),
+        Reduction(method, target.module, groups, across, count, across=True),
+    )
+
+
 class FSDPSync(Sync):
     """Carries the buffers of each backward through ``method``, one after the other.
 
@@ -194,24 +216,18 @@ class FSDPSync(Sync):
         self._model = target.module
         self._seed = seed
         self._scaler = scaler
-        self._across = target.replicas is not None
         assert target.shards is not None
         self._shards = target.shards
         groups = groups_of(target.module)
-        self._whole: dict[str, ParameterBuffer] = {}
-        self._known: dict[str, Layout] = {}
-        count = dist.get_world_size(target.shards)
-        if needs_parameters(method) and self._across:
-            self._known = padded_shards(target.module, groups, count)
-        elif needs_parameters(method):
-            self._whole = parameter_buffers(target.module, groups, count)
-        self._talks = method if self._across else to_row_owners(method) if self._whole else to_shards(method)
-        self._states = States(self._talks)
+        self._inside, self._across = _reductions(target, groups, method, session)
+        self._reductions = [one for one in (self._inside, self._across) if one is not None]
         self._sent_before: int | None = None
         self._begin_iteration()
         self._units = units_of(groups, target.replicas)
         self._weights = (
-            WeightGathers(target.module, groups, weights, session, self.executor, seed) if weights else None
+            WeightGathers(target.module, groups, weights, self._inside.among, self.executor, seed)
+            if weights is not None and self._inside is not None
+            else None
         )
         self._gather_units = gather_units(groups) if weights else []
         if target.replicas is not None:
@@ -231,37 +247,44 @@ class FSDPSync(Sync):
             self.error = error
             raise
 
-    def reduce(self, name: str, buffer: Tensor) -> Tensor:
-        """The estimate of a buffer's mean (float32): this rank's piece, or all of it across replicas."""
+    @property
+    def reduces_inside(self) -> bool:
+        """Whether reduce-scatters are ours."""
+        return self._inside is not None
+
+    def reduce_inside(self, name: str, buffer: Tensor) -> Tensor:
+        """The estimate of a buffer's mean over those who hold the model together (float32): this rank's
+        piece."""
+        return self._reduced(self._inside, name, buffer)
+
+    def reduce_across(self, name: str, piece: Tensor) -> Tensor:
+        """The estimate of a piece's mean over the replicas (float32)."""
+        return self._reduced(self._across, name, piece)
+
+    def _reduced(self, reduction: Reduction | None, name: str, buffer: Tensor) -> Tensor:
         if self.error is not None:
             raise self.error
+        assert reduction is not None
         try:
-            return self._reduce(name, buffer)
+            return self._reduce(reduction, name, buffer)
         except BaseException as error:
             self.error = error
             raise
 
     @torch.no_grad()
-    def _reduce(self, name: str, buffer: Tensor) -> Tensor:
+    def _reduce(self, reduction: Reduction, name: str, buffer: Tensor) -> Tensor:
         self._exchange_begins()
         self.clock.exchange_begins()
         self._ready_s = time.perf_counter()
-        layout, whole = self._layout(name, buffer.numel()), self._whole.get(name)
         scale = (
             self._scaler.scale(torch.ones((), device=buffer.device, dtype=torch.float32))
             if self._scaler is not None
             else None
         )
         x = buffer.float() if scale is None else buffer.float() / scale
-        x = x if whole is None else whole.parameters(x)
-        context = context_of(self._session.channel, layout, self.iterations, self._seed)
-        agreed = exchange(
-            self._talks, x, self._states.of(layout, buffer.device), context, self.executor(buffer.device)
-        )
-        self._talked.append(agreed.aggregation)
+        agreed = reduction.begun(name, x, self.iterations, self._seed, self.executor(buffer.device))
         self._timeline.spans += agreed.timeline.spans
-        estimate = agreed.result().estimate
-        estimate = estimate if whole is None else whole.piece(estimate, self._session.rank)
+        estimate = reduction.ended(name, agreed)
         return estimate if scale is None else estimate * scale
 
     def _exchange_begins(self) -> None:
@@ -269,42 +292,31 @@ class FSDPSync(Sync):
         if self._sent_before is None:
             self._sent_before = self._session.ledger.total_bytes
 
-    def _layout(self, name: str, numel: int) -> Layout:
-        if name not in self._known:
-            owners = 1 if self._across else self._session.size
-            whole = self._whole.get(name)
-            self._known[name] = whole.layout if whole is not None else owned_layout(name, numel, owners)
-        known = self._known[name]
-        expected = self._whole[name].numel if name in self._whole else known.numel
-        if expected != numel:
-            raise DistcompError(
-                f"the buffer of {name} held {expected} elements and now holds {numel}: some parameters "
-                "had no gradient, and nothing tells which; call "
-                "model.set_reduce_scatter_unused_params(True) on every FSDP module"
-            )
-        return known
-
     def _begin_iteration(self) -> None:
-        self._talked: list[Aggregation] = []
+        for reduction in self._reductions:
+            reduction.talked = []
         self._timeline = Timeline()
         self._ready_s = 0.0
         self._sent_before = None
 
     def forward_begins(self) -> None:
         """What a backward that broke off has left is no part of the next iteration."""
-        if self._talked:
+        if self.under_way:
             self._begin_iteration()
 
     @property
     def under_way(self) -> bool:
-        return bool(self._talked)
+        return any(reduction.talked for reduction in self._reductions)
 
     @torch.no_grad()
     def backward_ended(self) -> None:
         """Keep the new states if every rank was finite in every buffer."""
         if self.error is not None:
             return
-        commit(self._states, self._talked, self._everywhere)
+        talked = [aggregation for reduction in self._reductions for aggregation in reduction.talked]
+        finite = self._everywhere(all_finite(talked))
+        for reduction in self._reductions:
+            commit(reduction.states, reduction.talked, lambda _: finite)
         sent = self._session.ledger.total_bytes - (self._sent_before or 0)
         self.last = Iteration(self.iterations, self._timeline, self._ready_s, sent)
         self.iterations += 1
@@ -312,7 +324,7 @@ class FSDPSync(Sync):
 
     def _everywhere(self, finite: Tensor) -> Tensor:
         """Whether all ranks were finite."""
-        return finite_in_all_shards(finite, self._shards) if self._across else finite
+        return finite if self._across is None else finite_in_all_shards(finite, self._shards)
 
     def close(self) -> None:
         """From now on FSDP reduces as before; replicas are averaged in the gradients' own type."""
@@ -339,7 +351,7 @@ class FSDPSync(Sync):
         """What this rank keeps between steps, and in how many pieces a buffer is owned."""
         held_bytes = self._weights.state_bytes if self._weights is not None else 0
         return {
-            "state_bytes": self._states.held_bytes + held_bytes,
+            "state_bytes": sum(one.states.held_bytes for one in self._reductions) + held_bytes,
             "shards": dist.get_world_size(self._shards),
         }
 
@@ -349,8 +361,7 @@ class FSDPSync(Sync):
             "iterations": self.iterations,
             "seed": self._seed,
             "shards": dist.get_world_size(self._shards),
-            "state": self._states.by_parameter()
-            | (self._weights.state_dict() if self._weights is not None else {}),
+            "state": self._owed() | (self._weights.state_dict() if self._weights is not None else {}),
         }
 
     def expected_state(self, saved: Mapping[str, Any]) -> None:
@@ -360,7 +371,8 @@ class FSDPSync(Sync):
 
         What buffers hold is known when FSDP first reduces one; another shape is refused then.
         """
-        if _owed(saved["state"]) and not self._whole and not self._is_of_these_shards(saved):
+        by_parameter = self._across is None and self._inside is not None and self._inside.whole
+        if _owed(saved["state"]) and not by_parameter and not self._is_of_these_shards(saved):
             shards, size = dist.get_world_size(self._shards), dist.get_world_size()
             raise DistcompError(
                 f"the checkpoint is of {saved['world_size']} ranks and {saved.get('shards', 'no')} shards, "
@@ -371,9 +383,25 @@ class FSDPSync(Sync):
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.idle()
         self.iterations, self._seed = saved["iterations"], saved["seed"]
-        self._states.load(_owed(saved["state"]))
+        owed = _owed(saved["state"])
+        inside = {name.removeprefix(INSIDE): one for name, one in owed.items() if name.startswith(INSIDE)}
+        other = {name: one for name, one in owed.items() if not name.startswith(INSIDE)}
+        for reduction in self._reductions:
+            reduction.states.load(inside if self._is_beside(reduction) else other)
         if self._weights is not None:
             self._weights.load_state_dict(saved["state"], self._is_of_these_shards(saved))
+
+    def _owed(self) -> dict[str, dict[str, Tensor]]:
+        """What the methods keep, by parameter."""
+        return {
+            (INSIDE if self._is_beside(reduction) else "") + name: leaves
+            for reduction in self._reductions
+            for name, leaves in reduction.states.by_parameter().items()
+        }
+
+    def _is_beside(self, reduction: Reduction) -> bool:
+        """Whether it is the one inside, beside another one across replicas."""
+        return reduction is self._inside and self._across is not None
 
     def _is_of_these_shards(self, saved: Mapping[str, Any]) -> bool:
         here = (dist.get_world_size(self._shards), dist.get_world_size())
@@ -402,6 +430,11 @@ def refuse_sharded(method: Method | Averaging | MultiLevel | str, target: Target
         )
     if isinstance(method, Method):
         return
+    if target.inside is not None:
+        raise DistcompError(
+            f"{method} averages models across replicas, and gradients inside are FSDP's own; give replicas= "
+            "the group alone"
+        )
     refuse_averaging_shards(method, target)
     if any(module in _UNITS and _UNITS[module].replicas is not None for module in target.module.modules()):
         raise DistcompError(
@@ -411,7 +444,7 @@ def refuse_sharded(method: Method | Averaging | MultiLevel | str, target: Target
 
 
 def weight_gather_of(
-    weights: WeightGather | Compressor | Method | str | None, target: Target, replicas: object
+    weights: WeightGather | Compressor | Method | str | None, target: Target
 ) -> WeightGather | None:
     """How weights are gathered. Raises DistcompError where there are no gathers to compress, or ranks that no
     line joins."""
@@ -422,9 +455,10 @@ def weight_gather_of(
             f"weights= says how an FSDP2 model gathers its shards, and {type(target.module).__name__} has "
             "none; leave it out, or wrap the model with fully_shard"
         )
-    if replicas is not None:
+    if target.replicas is not None and target.inside is None:
         raise DistcompError(
             "with replicas= the attached line joins those who hold the same shard, and weights are gathered "
-            "among those who hold the others; leave weights= or replicas= out"
+            "among those who hold the others; leave weights= out, or say how gradients are reduced among "
+            "them, too: replicas=distcomp.Replicas(mesh['replicate'], inside='qsgd:bits=8')"
         )
     return parse_weight_gather(weights)

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distcomp.attaching.frozen import FrozenWeights, interleaved, selected
-from distcomp.attaching.session import Session
+from distcomp.attaching.fsdp_reduction import Among
 from distcomp.attaching.slices import slices_of
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods.base import State
 from distcomp.methods.weight_gather import TypedGather, WeightGather
 from distcomp.private_torch import NO_BACKWARD, FSDPGroup, backward_number
-from distcomp.runtime.driver import Exchange, context_of, exchange
+from distcomp.runtime.driver import Exchange
 from distcomp.runtime.executor import Executor
 
 if TYPE_CHECKING:  # takes seconds to import, and who is attached to has imported it
@@ -120,19 +120,17 @@ class WeightGathers:
         model: nn.Module,
         groups: Mapping[FSDPGroup, tuple[str, nn.Module]],
         how: WeightGather,
-        session: Session,
+        among: Among,
         executor: Callable[[torch.device], Executor],
         seed: int,
     ) -> None:
         self._how = how
-        self._session = session
+        self._among = among
         self._executor = executor
         self._seed = seed
         self._members = {name: group.members for group, (name, _) in groups.items()}
-        self._layouts = {
-            name: shard_layout(model, group, session.size) for group, (name, _) in groups.items()
-        }
-        self._frozen = FrozenWeights(how.compressor, session.size)
+        self._layouts = {name: shard_layout(model, group, among.size) for group, (name, _) in groups.items()}
+        self._frozen = FrozenWeights(how.compressor, among.size)
         self._states: dict[str, State] = {}
         self._loaded: dict[str, Tensor] = {}
         self._types: dict[str, torch.dtype] = {}
@@ -149,18 +147,17 @@ class WeightGathers:
         parts = [(still, self._frozen.gather(name, selected(shard, layout, still), still, self._once))]
         if moving.slices:
             parts.append((moving, self._gathered(name, selected(shard, layout, moving), moving, step)))
-        return interleaved(parts, layout, self._session.size)
+        return interleaved(parts, layout, self._among.size)
 
     def _gathered(self, name: str, shard: Tensor, layout: Layout, step: int) -> Tensor:
-        state, size = self._states.get(name) or self._restored(layout), self._session.size
+        state, size = self._states.get(name) or self._restored(layout), self._among.size
         if backward_number() != NO_BACKWARD:
             kept = self._how.again(state, layout, size, shard.dtype)
             if kept is not None:
                 return kept
-        context = context_of(self._session.channel, layout, step, self._seed)
         x = shard.to(torch.float32, copy=True)  # FSDP gathers into the memory that the shard lies in
-        gather = TypedGather(self._how, shard.dtype)
-        done = exchange(gather, x, state, context, self._executor(shard.device))
+        gather, about = TypedGather(self._how, shard.dtype), (layout, step, self._seed)
+        done = self._among.exchange(gather, x, state, about, self._executor(shard.device))
         result = done.result()
         if done.finite or not state:
             self._states[name] = result.state
@@ -168,8 +165,7 @@ class WeightGathers:
 
     def _once(self, gather: TypedGather, own: Tensor, layout: Layout) -> Exchange:
         """Gather weights that stay what they are: in every run alike, whenever it begins."""
-        context = context_of(self._session.channel, layout, 0, self._seed)
-        return exchange(gather, own, {}, context, self._executor(own.device))
+        return self._among.exchange(gather, own, {}, (layout, 0, self._seed), self._executor(own.device))
 
     def _frozen_names(self, name: str, layout: Layout) -> frozenset[str]:
         """The parameters of a flat buffer that are not trained now."""
@@ -201,7 +197,7 @@ class WeightGathers:
     def state_bytes(self) -> int:
         """Bytes kept of the flat buffers that have been gathered."""
         return self._frozen.state_bytes + sum(
-            self._how.state_bytes(self._moving(name), self._session.size, dtype)
+            self._how.state_bytes(self._moving(name), self._among.size, dtype)
             for name, dtype in self._types.items()
         )
 
@@ -218,7 +214,7 @@ class WeightGathers:
         saved: dict[str, dict[str, Tensor]] = {}
         for name, layout in self._layouts.items():
             state = self._states.get(name) or self._restored(layout)
-            own = self._how.saved(state, self._session.rank, self._session.size)
+            own = self._how.saved(state, self._among.rank, self._among.size)
             if own is not None:
                 saved |= {PREFIX + param.name: {"held": piece.clone()} for param, piece in layout.pieces(own)}
         return saved

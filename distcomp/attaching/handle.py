@@ -33,7 +33,7 @@ from distcomp.attaching.requested import record_attached
 from distcomp.attaching.rounds import RoundSync
 from distcomp.attaching.session import Meeting, Session
 from distcomp.attaching.settings import details_of, examples_of, settings_of
-from distcomp.attaching.target import Replicas, Target, refuse_reduced
+from distcomp.attaching.target import AcrossReplicas, Target, refuse_reduced
 from distcomp.attaching.watch import Sink, Watch
 from distcomp.averaging.base import Averaging
 from distcomp.averaging.codistill import Codistillation
@@ -56,7 +56,7 @@ def attach(
     scaler: Scaler | None = None,
     seed: int = 0,
     timeout_s: float | None = None,
-    replicas: Replicas | None = None,
+    replicas: AcrossReplicas | None = None,
     weights: WeightGather | Compressor | Method | str | None = None,
     shared: Tensor | None = None,
     join: str | None = None,
@@ -77,7 +77,8 @@ def attach(
         timeout_s: how long to wait for a peer before naming it and giving up, and so how long a rank may
             compute alone; None: the timeout of the model's process group (over Gloo usually 30 minutes).
         replicas: of an FSDP model sharded over one dimension of a mesh: those that hold the same shard (a
-            process group, or the mesh's other dimension), across whom gradients or models are averaged.
+            process group, or the mesh's other dimension), across whom gradients or models are averaged;
+            :class:`distcomp.Replicas` says how gradients are reduced inside, too.
         weights: of an FSDP2 model: how its weights are gathered, such as ``"qsgd:bits=8"`` or
             ``"difference:compressor=(qsgd:bits=4)"`` (:mod:`distcomp.methods.weight_gather`); None: as they
             are. Changes the weights that are computed with, never those that are trained.
@@ -98,7 +99,7 @@ def attach(
         chosen = chosen_method(method)
         edges = _check(target, chosen, optimizer)
         examples = examples_of(target, chosen, shared)
-        gathered = weight_gather_of(weights, target, replicas)
+        gathered = weight_gather_of(weights, target)
         dispatcher = dispatcher_of(target.ddp) if target.ddp is not None else None
     settings = settings_of(target, chosen, optimizer, seed) | {"weights": repr(gathered)} | examples
     session = Session.open(meeting, settings, details_of(target, chosen), edges)

@@ -25,6 +25,7 @@ def settings_of(
         "find_unused_parameters": str(getattr(ddp, "find_unused_parameters", None)),
         "static_graph": str(getattr(ddp, "static_graph", None)),
         "replicas": str(target.replicas is not None),
+        "inside": repr(target.inside),
         "optimizer": type(optimizer).__name__,
         "distcomp": __version__,
     }

@@ -4,22 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distcomp.errors import DistcompError
+from distcomp.methods import Method, parse
 from distcomp.private_torch import inside_compiled
 from distcomp.runtime.saved_state import Place
 
 if TYPE_CHECKING:  # takes seconds to import, and who has a mesh has imported it
     from torch.distributed.device_mesh import DeviceMesh
 
-Replicas: TypeAlias = "dist.ProcessGroup | DeviceMesh"
-"""Those who hold the same shard: a group, or a mesh of one dimension."""
+
+@dataclass(frozen=True)
+class Replicas:
+    """Those who hold the same shard of an FSDP2 model, ``ranks`` (a process group, or a mesh of one
+    dimension), where gradients are reduced by the method ``inside``, too, among those who hold a model
+    together: cheap bits inside, few bits across.
+
+    ::
+
+        distcomp.attach(model, optimizer, "qsgd:bits=1", weights="qsgd:bits=8",
+                        replicas=distcomp.Replicas(mesh["replicate"], inside="qsgd:bits=8"))
+
+    Raises DistcompError for a method that is none of gradients.
+    """
+
+    ranks: dist.ProcessGroup | DeviceMesh
+    inside: Method | str
+
+    def __post_init__(self) -> None:
+        method = parse(self.inside) if isinstance(self.inside, str) else self.inside
+        if not isinstance(method, Method):
+            raise DistcompError(
+                f"inside={self.inside!r} is no method of gradients, which are what those who hold a model "
+                "together reduce; give one such as 'qsgd:bits=8' or 'identity'"
+            )
+        object.__setattr__(self, "inside", method)
+
+
+AcrossReplicas: TypeAlias = "dist.ProcessGroup | DeviceMesh | Replicas"
+"""Those who hold the same shard: a group, a mesh of one dimension, or more than that."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +64,19 @@ class Target:
     """The ranks that an FSDP model is sharded over."""
     replicas: dist.ProcessGroup | None = None
     """Across which a method exchanges an FSDP model's shards: the replicas of a hybrid mesh."""
+    inside: Method | None = None
+    """What reduces gradients among the shards, beside the method across replicas."""
 
     @staticmethod
-    def of(model: nn.Module, replicas: Replicas | None = None) -> Target:
+    def of(model: nn.Module, replicas: AcrossReplicas | None = None) -> Target:
         """Looks under torch.compile's wrapper. A plain module exchanges over the default process group, an
         FSDP model over its mesh, or across ``replicas``, a group or a mesh of one dimension.
 
         Raises DistcompError where that group does not exist, or where ``replicas`` mean nothing.
         """
         inner = inside_compiled(model)
+        if isinstance(replicas, Replicas):
+            return Target.of(model, replicas.ranks).with_inside(cast("Method", replicas.inside))
         if replicas is not None and not isinstance(replicas, dist.ProcessGroup):
             replicas = _group_of(replicas)
         if is_sharded(inner):
@@ -73,6 +106,22 @@ class Target:
         """The names that DistributedDataParallel was told to leave alone: each rank's own."""
         own = {name for name, parameter in self.module.named_parameters() if is_of_rank(parameter)}
         return ignored_by(self.ddp) | own
+
+    def with_inside(self, method: Method) -> Target:
+        """Where ``method`` reduces gradients inside: all ranks of the job exchange with each other.
+
+        Raises DistcompError where those are more than the replicas of all shards.
+        """
+        assert self.shards is not None
+        assert self.replicas is not None
+        count = dist.get_world_size(self.shards) * dist.get_world_size(self.replicas)
+        if count != dist.get_world_size():
+            raise DistcompError(
+                f"{dist.get_world_size(self.replicas)} replicas of {dist.get_world_size(self.shards)} shards "
+                f"are not all {dist.get_world_size()} ranks of the job, which exchange where gradients are "
+                "reduced inside and across; give replicas= the group alone, or start the job with those ranks"
+            )
+        return replace(self, group=self.everyone, inside=method)
 
     @property
     def everyone(self) -> dist.ProcessGroup:

@@ -83,11 +83,17 @@ def commit(
     ``agreed`` makes one answer of this rank's where not all ranks took part in the same exchanges.
     """
     everything = list(aggregations)
-    finite = TRUE
-    for aggregation in everything:
-        finite = aggregation.finite & finite.to(aggregation.finite.device)
+    finite = all_finite(everything)
     # All buckets or none: half an iteration's residuals would go with no gradient that was applied.
     finite = agreed(finite)
     for aggregation in everything:
         kept = select(finite, aggregation.finished().state, aggregation.before)
         states.commit(aggregation.layout, kept)
+
+
+def all_finite(aggregations: Iterable[Aggregation]) -> Tensor:
+    """Whether every rank was finite in each of them (bool)."""
+    finite = TRUE
+    for aggregation in aggregations:
+        finite = aggregation.finite & finite.to(aggregation.finite.device)
+    return finite
