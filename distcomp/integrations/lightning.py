@@ -1,7 +1,5 @@
-"""Lightning: a callback that attaches when training starts and detaches at its end.
-
-Lightning's own ``ddp_comm_hook`` is registered on CUDA only; this works on the CPU, too.
-"""
+"""Lightning: a callback that attaches when training starts and detaches at its end, on the CPU, too, where
+Lightning's own ``ddp_comm_hook`` is not registered."""
 
 from __future__ import annotations
 
