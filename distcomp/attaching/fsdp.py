@@ -32,10 +32,9 @@ from distcomp.attaching.shards import finite_in_all_shards, refuse_averaging_sha
 from distcomp.attaching.slices import local
 from distcomp.attaching.target import Target, is_sharded
 from distcomp.averaging.base import Averaging, MultiLevel
-from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError
 from distcomp.methods.base import ByParameter, Method
-from distcomp.methods.weight_gather import WeightGather, parse_weight_gather
+from distcomp.methods.weight_gather import WeightGather
 from distcomp.private_torch import FSDPGroup, fsdp_divide_factor, fsdp_group
 from distcomp.runtime.driver import all_finite, commit
 from distcomp.runtime.pipeline import Timeline
@@ -441,24 +440,3 @@ def refuse_sharded(method: Method | Averaging | MultiLevel | str, target: Target
             "the gradients of this FSDP model were averaged across replicas before, which FSDP cannot "
             "forget; wrap the model again, then attach"
         )
-
-
-def weight_gather_of(
-    weights: WeightGather | Compressor | Method | str | None, target: Target
-) -> WeightGather | None:
-    """How weights are gathered. Raises DistcompError where there are no gathers to compress, or ranks that no
-    line joins."""
-    if weights is None:
-        return None
-    if target.shards is None:
-        raise DistcompError(
-            f"weights= says how an FSDP2 model gathers its shards, and {type(target.module).__name__} has "
-            "none; leave it out, or wrap the model with fully_shard"
-        )
-    if target.replicas is not None and target.inside is None:
-        raise DistcompError(
-            "with replicas= the attached line joins those who hold the same shard, and weights are gathered "
-            "among those who hold the others; leave weights= out, or say how gradients are reduced among "
-            "them, too: replicas=distcomp.Replicas(mesh['replicate'], inside='qsgd:bits=8')"
-        )
-    return parse_weight_gather(weights)

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from distcomp.attaching.frozen import FrozenWeights, interleaved, selected
 from distcomp.attaching.fsdp_reduction import Among
 from distcomp.attaching.slices import slices_of
+from distcomp.attaching.target import Target
+from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, ParamSlice
-from distcomp.methods.base import State
-from distcomp.methods.weight_gather import TypedGather, WeightGather
+from distcomp.methods.base import Method, State
+from distcomp.methods.weight_gather import TypedGather, WeightGather, parse_weight_gather
 from distcomp.private_torch import NO_BACKWARD, FSDPGroup, backward_number
 from distcomp.runtime.driver import Exchange
 from distcomp.runtime.executor import Executor
@@ -234,3 +236,24 @@ class WeightGathers:
             )
             return
         self._loaded = {name: value.reshape(-1) for name, value in held.items()}
+
+
+def weight_gather_of(
+    weights: WeightGather | Compressor | Method | str | None, target: Target
+) -> WeightGather | None:
+    """How weights are gathered. Raises DistcompError where there are no gathers to compress, or ranks that no
+    line joins."""
+    if weights is None:
+        return None
+    if target.shards is None:
+        raise DistcompError(
+            f"weights= says how an FSDP2 model gathers its shards, and {type(target.module).__name__} has "
+            "none; leave it out, or wrap the model with fully_shard"
+        )
+    if target.replicas is not None and target.inside is None:
+        raise DistcompError(
+            "with replicas= the attached line joins those who hold the same shard, and weights are gathered "
+            "among those who hold the others; leave weights= out, or say how gradients are reduced among "
+            "them, too: replicas=distcomp.Replicas(mesh['replicate'], inside='qsgd:bits=8')"
+        )
+    return parse_weight_gather(weights)

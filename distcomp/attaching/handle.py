@@ -23,7 +23,8 @@ from distcomp.attaching.builtin_hooks import BuiltinHookSync
 from distcomp.attaching.chosen import Chosen, chosen_method, refuse
 from distcomp.attaching.ddp import GradientSync
 from distcomp.attaching.exchanges import PREFIX, TensorExchanges, checked_exchanges
-from distcomp.attaching.fsdp import FSDPSync, weight_gather_of
+from distcomp.attaching.fsdp import FSDPSync
+from distcomp.attaching.fsdp_gather import weight_gather_of
 from distcomp.attaching.gather import to_first
 from distcomp.attaching.hook_dispatcher import HookDispatcher, dispatcher_of
 from distcomp.attaching.meeting_place import MeetingPlace, place_of
