@@ -46,7 +46,7 @@ def local_sgd(
 
     ``optimizer_state`` at an exchange: ``keep``, ``reset`` or ``average`` it. ``buffers`` (BatchNorm):
     ``average`` or ``keep``. ``on_failure``: when a worker dies or is late, ``stop``, or ``continue`` without
-    it, with settings of :class:`~distcomp.averaging.lateness.Lateness`: ``continue:quorum=3,grace_s=30``.
+    it, with settings of ``distcomp.averaging.lateness.Lateness``: ``continue:quorum=3,grace_s=30``.
     """
     return Periodic(
         period=varying(period), optimizer_state=optimizer_state, buffers=buffers, on_failure=on_failure
@@ -177,7 +177,7 @@ def diloco(
     paper) is yours. ``compressor``: what the outer gradient goes through. ``optimizer_state``: ``keep`` (the
     paper's), ``reset`` or ``average`` the inner one's; ``buffers``: ``average`` or ``keep`` them.
     ``on_failure``: when a worker dies or is late, ``stop``, or ``continue`` without it, with settings of
-    :class:`~distcomp.averaging.lateness.Lateness`: ``continue:quorum=3,grace_s=30``.
+    ``distcomp.averaging.lateness.Lateness``: ``continue:quorum=3,grace_s=30``.
     """
     return Periodic(
         sent_through(compressor),
