@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from distcomp.attaching.bucket import Scaler
 from distcomp.attaching.fsdp_gather import PREFIX, WeightGathers, gather_units
-from distcomp.attaching.fsdp_reduction import Among, Groups, Reduction
+from distcomp.attaching.fsdp_reduction import Among, BufferGroups, BufferReduction
 from distcomp.attaching.protocol import Sync
 from distcomp.attaching.record import Iteration
 from distcomp.attaching.session import Session
@@ -36,7 +36,7 @@ from distcomp.errors import DistcompError
 from distcomp.methods.base import ByParameter, Method
 from distcomp.methods.weight_gather import WeightGather
 from distcomp.private_torch import FSDPGroup, fsdp_divide_factor, fsdp_group
-from distcomp.runtime.driver import all_finite, commit
+from distcomp.runtime.driver import commit, finite_in_each
 from distcomp.runtime.pipeline import Timeline
 from distcomp.training import TrainingClock
 
@@ -172,23 +172,23 @@ replicas."""
 
 
 def _reductions(
-    target: Target, groups: Groups, method: Method, session: Session
-) -> tuple[Reduction | None, Reduction | None]:
+    target: Target, groups: BufferGroups, method: Method, session: Session
+) -> tuple[BufferReduction | None, BufferReduction | None]:
     """Who reduces inside, among those who hold the model together, and across replicas: None is FSDP's own
     reduce-scatter, or nobody."""
     assert target.shards is not None
     count = dist.get_world_size(target.shards)
     if target.replicas is None:
         among = Among.all_of(session)
-        return Reduction(method, target.module, groups, among, count, across=False), None
+        return BufferReduction(method, target.module, groups, among, count, across=False), None
     if target.inside is None:
         among = Among.all_of(session)
-        return None, Reduction(method, target.module, groups, among, count, across=True)
+        return None, BufferReduction(method, target.module, groups, among, count, across=True)
     within = Among.members_of(target.shards)
     across = Among.members_of(target.replicas)
     return (
-        Reduction(target.inside, target.module, groups, within, count, across=False),
-        Reduction(method, target.module, groups, across, count, across=True),
+        BufferReduction(target.inside, target.module, groups, within, count, across=False),
+        BufferReduction(method, target.module, groups, across, count, across=True),
     )
 
 
@@ -223,10 +223,9 @@ class FSDPSync(Sync):
         self._sent_before: int | None = None
         self._begin_iteration()
         self._units = units_of(groups, target.replicas)
+        among = self._inside.among if self._inside is not None else Among.all_of(session)
         self._weights = (
-            WeightGathers(target.module, groups, weights, self._inside.among, self.executor, seed)
-            if weights is not None and self._inside is not None
-            else None
+            WeightGathers(target.module, groups, weights, among, self.executor, seed) if weights else None
         )
         self._gather_units = gather_units(groups) if weights else []
         if target.replicas is not None:
@@ -260,7 +259,7 @@ class FSDPSync(Sync):
         """The estimate of a piece's mean over the replicas (float32)."""
         return self._reduced(self._across, name, piece)
 
-    def _reduced(self, reduction: Reduction | None, name: str, buffer: Tensor) -> Tensor:
+    def _reduced(self, reduction: BufferReduction | None, name: str, buffer: Tensor) -> Tensor:
         if self.error is not None:
             raise self.error
         assert reduction is not None
@@ -271,7 +270,7 @@ class FSDPSync(Sync):
             raise
 
     @torch.no_grad()
-    def _reduce(self, reduction: Reduction, name: str, buffer: Tensor) -> Tensor:
+    def _reduce(self, reduction: BufferReduction, name: str, buffer: Tensor) -> Tensor:
         self._exchange_begins()
         self.clock.exchange_begins()
         self._ready_s = time.perf_counter()
@@ -313,7 +312,7 @@ class FSDPSync(Sync):
         if self.error is not None:
             return
         talked = [aggregation for reduction in self._reductions for aggregation in reduction.talked]
-        finite = self._everywhere(all_finite(talked))
+        finite = self._everywhere(finite_in_each(talked))
         for reduction in self._reductions:
             commit(reduction.states, reduction.talked, lambda _: finite)
         sent = self._session.ledger.total_bytes - (self._sent_before or 0)
@@ -398,7 +397,7 @@ class FSDPSync(Sync):
             for name, leaves in reduction.states.by_parameter().items()
         }
 
-    def _is_beside(self, reduction: Reduction) -> bool:
+    def _is_beside(self, reduction: BufferReduction) -> bool:
         """Whether it is the one inside, beside another one across replicas."""
         return reduction is self._inside and self._across is not None
 

@@ -250,7 +250,7 @@ def weight_gather_of(
             f"weights= says how an FSDP2 model gathers its shards, and {type(target.module).__name__} has "
             "none; leave it out, or wrap the model with fully_shard"
         )
-    if target.replicas is not None and target.inside is None:
+    if target.inside is None and target.replicas not in (None, target.shards):
         raise DistcompError(
             "with replicas= the attached line joins those who hold the same shard, and weights are gathered "
             "among those who hold the others; leave weights= out, or say how gradients are reduced among "

@@ -24,7 +24,7 @@ from distcomp.runtime.driver import Exchange, exchange
 from distcomp.runtime.executor import Executor
 from distcomp.runtime.states import States
 
-Groups = Mapping[FSDPGroup, tuple[str, nn.Module]]
+BufferGroups = Mapping[FSDPGroup, tuple[str, nn.Module]]
 """Each flat buffer of a model, and the name and module it is known by."""
 
 
@@ -71,12 +71,12 @@ class Within:
         return within(self.group, self.method.aggregate(x, state, context))
 
 
-class Reduction:
+class BufferReduction:
     """How ``method`` reduces the flat buffers of a model's gradients among ``among``: each piece to its owner
     or, ``across``, what a rank owns with those who own the same."""
 
     def __init__(
-        self, method: Method, model: nn.Module, groups: Groups, among: Among, shards: int, across: bool
+        self, method: Method, model: nn.Module, groups: BufferGroups, among: Among, shards: int, across: bool
     ) -> None:
         self.among, self._owners = among, 1 if across else among.size
         self.whole: dict[str, ParameterBuffer] = {}

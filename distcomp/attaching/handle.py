@@ -77,9 +77,8 @@ def attach(
         seed: of all random rounding; must be the same on every rank.
         timeout_s: how long to wait for a peer before naming it and giving up, and so how long a rank may
             compute alone; None: the timeout of the model's process group (over Gloo usually 30 minutes).
-        replicas: of an FSDP model sharded over one dimension of a mesh: those that hold the same shard (a
-            process group, or the mesh's other dimension), across whom gradients or models are averaged;
-            :class:`distcomp.Replicas` says how gradients are reduced inside, too.
+        replicas: of a sharded FSDP model: those that hold the same shard (a group, the mesh's other
+            dimension, or :class:`distcomp.Replicas`), across whom gradients or models are averaged.
         weights: of an FSDP2 model: how its weights are gathered, such as ``"qsgd:bits=8"`` or
             ``"difference:compressor=(qsgd:bits=4)"`` (:mod:`distcomp.methods.weight_gather`); None: as they
             are. Changes the weights that are computed with, never those that are trained.

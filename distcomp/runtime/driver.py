@@ -83,7 +83,7 @@ def commit(
     ``agreed`` makes one answer of this rank's where not all ranks took part in the same exchanges.
     """
     everything = list(aggregations)
-    finite = all_finite(everything)
+    finite = finite_in_each(everything)
     # All buckets or none: half an iteration's residuals would go with no gradient that was applied.
     finite = agreed(finite)
     for aggregation in everything:
@@ -91,7 +91,7 @@ def commit(
         states.commit(aggregation.layout, kept)
 
 
-def all_finite(aggregations: Iterable[Aggregation]) -> Tensor:
+def finite_in_each(aggregations: Iterable[Aggregation]) -> Tensor:
     """Whether every rank was finite in each of them (bool)."""
     finite = TRUE
     for aggregation in aggregations:
