@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch.distributed as dist
 from torch import nn
@@ -34,7 +34,7 @@ class Replicas:
     Raises DistcompError for a method that is none of gradients.
     """
 
-    ranks: dist.ProcessGroup | DeviceMesh
+    ranks: Any
     inside: Method | str
 
     def __post_init__(self) -> None:
