@@ -207,6 +207,11 @@ def is_sharded(module: nn.Module) -> bool:
 
 def _group_of(replicas: DeviceMesh) -> dist.ProcessGroup:
     """The process group of a mesh of one dimension."""
+    if not hasattr(replicas, "get_group"):
+        raise DistcompError(
+            f"replicas= is a {type(replicas).__name__}; give a process group, or the mesh's dimension along "
+            "which ranks hold the same shard: mesh['replicate']"
+        )
     if replicas.ndim != 1:
         raise DistcompError(
             f"replicas= is a mesh of {replicas.ndim} dimensions; name the one along which ranks hold the "

@@ -103,7 +103,7 @@ def test_bytes_and_budgets_on_a_page_are_those_of_their_files(catalogue: ModuleT
     off = budget["paired_difference_mean"] / budget["uniform"][budget["best uniform"]]["mean"]
     assert f"| {off:+.1%} ± " in pages["methods/allocate.md"]
     assert "gradiveq_loss.json" in pages["methods/gradiveq.md"]
-    assert "pareto.json" in pages["methods/diloco.md"]
+    assert "pareto.json" in pages["methods/sparse_loco.md"]
 
 
 def test_no_page_asks_another_host_for_its_mathematics() -> None:

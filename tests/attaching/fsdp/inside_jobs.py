@@ -113,5 +113,6 @@ def refusals(rank: int, size: int) -> list[str]:
     attach("identity", lambda: distcomp.Replicas(mesh["replicate"], "diloco"))
     attach("identity", lambda: mesh["replicate"], weights="bf16")
     attach("identity", lambda: distcomp.Replicas(mesh["replicate"], f"qsgd:bits={4 + 4 * (rank == 3)}"))
+    attach("identity", lambda: distcomp.Replicas("replicate", "identity"))
     dist.barrier()
     return told

@@ -68,6 +68,7 @@ def test_what_cannot_be_is_refused_on_every_rank(cluster):
         "inside='diloco' is no method of gradients",
         "replicas=distcomp.Replicas(mesh['replicate'], inside='qsgd:bits=8')",
         "SettingsMismatch",
+        "replicas= is a str",
     )
     for told in cluster(4).run(jobs.refusals):
         assert len(told) == len(words)
