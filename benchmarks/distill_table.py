@@ -245,7 +245,8 @@ SHIFTED = {
 def steps_of(rows: Rows, epochs: int, seed: int) -> Any:
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        yield from torch.randperm(len(rows[0]), generator=order).split(64)
+        batches = torch.randperm(len(rows[0]), generator=order).split(64)
+        yield from (batch for batch in batches if len(batch) > 1)  # ONE's gate normalizes over a batch
 
 
 def stepped(
