@@ -1,4 +1,4 @@
-"""What setup.cfg cannot declare: the C extension, without which distcomp still installs (and says so), and
+"""What setup.cfg cannot declare: the C extensions, without which distcomp still installs (and says so), and
 that Windows is none of its systems."""
 
 import sys
@@ -59,7 +59,16 @@ setup(
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,
             optional=True,
-        )
+        ),
+        Extension(
+            "distcomp.transports._sockets",
+            sources=["distcomp/transports/_sockets.c"],
+            extra_compile_args=["-O2", "-g0", "-pthread"],
+            extra_link_args=["-pthread"],
+            define_macros=[("Py_LIMITED_API", "0x030B0000")],
+            py_limited_api=True,
+            optional=True,
+        ),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -14,7 +14,7 @@ extras=${extras:-$everything}
 say() { printf '%s: %s\n' "${0##*/}" "$1" >&2; }
 
 # What the environment was made from. A change of any of it calls for another installation.
-recipe() { cat setup.cfg setup.py pyproject.toml scripts/_venv.sh distcomp/kernels/_*.[ch] | sha256sum; }
+recipe() { cat setup.cfg setup.py pyproject.toml scripts/_venv.sh distcomp/{kernels,transports}/_*.[ch] | sha256sum; }
 
 make_venv() {
     local python=${PYTHON:-python3}

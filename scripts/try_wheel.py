@@ -22,6 +22,8 @@ def main():
     spec = importlib.util.spec_from_file_location("_cpu", extension)
     kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
+    (sockets,) = (Path(distcomp.__file__).parent / "transports").glob("_sockets*.so")
+    assert "abi3" in sockets.name, sockets
     print(f"kernels: {extension.name}, {sum(not name.startswith('_') for name in dir(kernels))} functions")
 
     from distcomp.network import Fabric

@@ -96,7 +96,11 @@ class Session:
         heartbeat = Heartbeat(meeting.store, rank, size, meeting.name, timeout_s=timeout_s)
         try:
             number, group = _named(heartbeat, timeout_s, lambda: pool.take(parent, everyone, timeout_s))
-            transport: Carrier = carrier_of(group, heartbeat, timeout_s)
+            # an edge that breaks must not take the others with it: they stay beside Gloo's connections
+            place = None if edges else meeting.store
+            transport: Carrier = _named(
+                heartbeat, timeout_s, lambda: carrier_of(group, heartbeat, timeout_s, place)
+            )
             if edges and not isinstance(transport, MPITransport):  # mpirun ends every rank when one dies
                 plain = transport
                 transport = _named(

@@ -14,7 +14,9 @@ from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.mpi.group import MpiGroup
 from distcomp.transports.mpi.transport import MPITransport
 from distcomp.transports.pair import Couple
+from distcomp.transports.sockets import connected
 from distcomp.transports.torchdist import TorchDist
+from distcomp.transports.types import Store
 
 mpi.register()  # where torch was told to load no extension by itself (TORCH_DEVICE_BACKEND_AUTOLOAD=0)
 
@@ -50,12 +52,22 @@ def pair_of(
 
 
 def carrier_of(
-    group: dist.ProcessGroup, heartbeat: Heartbeat, timeout_s: float
+    group: dist.ProcessGroup, heartbeat: Heartbeat, timeout_s: float, store: Store | None
 ) -> GlooP2P | MPITransport | TorchDist:
-    """The transport that is quickest over the group's backend."""
+    """The transport that is quickest over the group's backend. ``store``: where its ranks may meet, for
+    connections beside the backend's own.
+
+    Raises PeerLost where a rank does not come to meet.
+    """
     if isinstance(group, MpiGroup):
         return MPITransport(group.comm, heartbeat, timeout_s)
-    return (GlooP2P if dist.get_backend(group) == "gloo" else TorchDist)(group, heartbeat, timeout_s)
+    if dist.get_backend(group) != "gloo":
+        return TorchDist(group, heartbeat, timeout_s)
+    return (
+        GlooP2P(group, heartbeat, timeout_s)
+        if store is None
+        else connected(group, heartbeat, timeout_s, store)
+    )
 
 
 def patience_s(group: dist.ProcessGroup) -> float:

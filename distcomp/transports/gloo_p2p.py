@@ -58,7 +58,7 @@ class GlooP2P:
     def close(self) -> None:
         """Nothing to close: groups are kept for who comes next."""
 
-    def all_reduce(self, x: Tensor, group: Group | None) -> GlooMessages:
+    def all_reduce(self, x: Tensor, group: Group | None) -> Pending:
         nbytes, count = x.numel() * x.element_size(), len(self._members(group))
         if not is_summed_directly(nbytes, count):
             among = self._groups.of(group)
@@ -66,13 +66,12 @@ class GlooP2P:
                 [lambda: dist.all_reduce(x, group=among, async_op=True)], [], lambda: x
             )
         everyone = self.all_gather(x.reshape(-1).view(torch.uint8), [nbytes] * count, group)
-        everyone.result = _sum_in_order(everyone.result(), x)
-        return everyone
+        return Then(everyone, lambda buffers: _sum_in_order(buffers, x))
 
-    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> GlooMessages:
+    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> Pending:
         return self.all_to_all([wire] * len(sizes), sizes, group)
 
-    def all_to_all(self, wires: Sequence[Tensor], sizes: Sequence[int], group: Group | None) -> GlooMessages:
+    def all_to_all(self, wires: Sequence[Tensor], sizes: Sequence[int], group: Group | None) -> Pending:
         """What goes to the next rank and comes from the last one first, then from one further off; one's own
         buffer is itself."""
         members, among = self._members(group), self._groups.of(group)
@@ -93,7 +92,7 @@ class GlooP2P:
 
     def neighbor_exchange(
         self, wires: Sequence[Tensor], neighbors: Sequence[int], sizes: Sequence[int], group: Group | None
-    ) -> GlooMessages:
+    ) -> Pending:
         members, among = self._members(group), self._groups.of(group)
         places = [members.index(neighbor) for neighbor in neighbors]
         received = [torch.empty(size, dtype=torch.uint8) for size in sizes]
@@ -128,10 +127,29 @@ class GlooP2P:
         return GlooMessages(works, result, self._heartbeat, self._patience, begin_s)
 
 
-def _sum_in_order(buffers: list[Tensor], like: Tensor) -> Callable[[], Tensor]:
+def _sum_in_order(buffers: list[Tensor], like: Tensor) -> Tensor:
     """Added in rank order, so that every rank holds the same bits."""
+    return in_rank_order([buffer.view(like.dtype).view_as(like) for buffer in buffers])
 
-    return lambda: in_rank_order([buffer.view(like.dtype).view_as(like) for buffer in buffers])
+
+@dataclass
+class Then:
+    """A request under way, and what is made of its answer."""
+
+    request: Pending
+    make: Callable[[Any], Any]
+
+    @property
+    def started_s(self) -> float:
+        return self.request.started_s
+
+    @property
+    def finished_s(self) -> float:
+        return self.request.finished_s
+
+    def wait(self) -> Any:
+        """Raises PeerLost, naming the rank, when a peer dies or does not answer within the timeout."""
+        return self.make(self.request.wait())
 
 
 @dataclass

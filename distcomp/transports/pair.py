@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
 
 from distcomp.collectives import Group, Pending, Primitives, Request
-from distcomp.transports.gloo_p2p import GlooP2P
+from distcomp.transports.gloo_p2p import GlooP2P, Then
 from distcomp.transports.mpi.transport import MPITransport
 
 
@@ -35,24 +34,4 @@ class Couple:
         """As :meth:`distcomp.collectives.Primitives.all_to_all`."""
         there, own = 1 - self.rank, wires[self.rank]
         message = self._whole.neighbor_exchange([wires[there]], [self._other], [sizes[there]], None)
-        return Both(message, lambda received: [received[0], own] if there == 0 else [own, received[0]])
-
-
-@dataclass
-class Both:
-    """A message under way, whose answer stands beside one's own."""
-
-    message: Pending
-    beside: Callable[[Any], list[Tensor]]
-
-    @property
-    def started_s(self) -> float:
-        return self.message.started_s
-
-    @property
-    def finished_s(self) -> float:
-        return self.message.finished_s
-
-    def wait(self) -> list[Tensor]:
-        """Raises PeerLost, naming the rank, when the peer dies or does not answer within the timeout."""
-        return self.beside(self.message.wait())
+        return Then(message, lambda received: [received[0], own] if there == 0 else [own, received[0]])

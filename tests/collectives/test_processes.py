@@ -1,4 +1,5 @@
-"""The same script over Gloo, between real processes: point to point, and by torch's own collectives."""
+"""The same script over Gloo, between real processes: point to point, over sockets, and by torch's own
+collectives."""
 
 from __future__ import annotations
 
@@ -13,12 +14,20 @@ from distcomp.collectives import ReduceScatter, Rounds
 from distcomp.methods import StepContext
 from distcomp.transports.gloo_p2p import GlooP2P
 from distcomp.transports.heartbeat import Heartbeat
+from distcomp.transports.sockets import SocketP2P, connected
 from distcomp.transports.torchdist import TorchDist
 from tests.collectives import script
 from tests.collectives.toys import Maximum
 from tests.lockstep import together
 
-CARRIERS = {"direct": GlooP2P, "torchdist": TorchDist}
+
+def over_sockets(group: Any, heartbeat: Heartbeat, timeout_s: float) -> GlooP2P:
+    transport = connected(group, heartbeat, timeout_s, group.get_group_store())
+    assert isinstance(transport, SocketP2P)
+    return transport
+
+
+CARRIERS = {"direct": GlooP2P, "sockets": over_sockets, "torchdist": TorchDist}
 
 
 def carried(rank: int, size: int, name: str, lines: Any, spoilt: int | None = None) -> Any:
