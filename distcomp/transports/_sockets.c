@@ -24,7 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define LOW_WATER (64 * 1024)
+#define LOW_WATER (16 * 1024) /* a quarter of the least window: at the window itself senders were stopped again and again */
 #define LOOK_MS 1000      /* so often what has come is looked at although it is less than was waited for */
 #define MOST_AT_ONCE (1 << 20) /* bytes of one connection before the others have their turn */
 #define SLICE_S 0.5       /* of a wait, after which Python hears of signals */
