@@ -2,8 +2,8 @@
 
 Gloo's thread wakes for every packet or two: at 100 Mbit/s that cost a rank three quarters of the CPU time of
 an exchange. ``_sockets.c`` has one thread too, and the kernel wakes it for 16 kB or the rest of a message. A
-message goes from the payload's memory to the kernel and from the kernel to where it is wanted. What is summed
-without headers, and what is broadcast, is left to Gloo.
+message goes from the payload's memory to the kernel and from the kernel to where it is wanted. Large sums
+and broadcasts are left to Gloo.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import socket
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distcomp.collectives import Group
+from distcomp.collectives import Group, Pending, in_rank_order, is_summed_directly
 from distcomp.errors import DistcompError
 from distcomp.transports.board import addresses, listen, reach
 from distcomp.transports.gloo_p2p import GlooP2P
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 MOST_RANKS = 64
 """Beyond, each rank would hold too many connections: Gloo carries all."""
+LARGEST_SUM_BYTES = 1 << 20
+"""A sum beyond it goes on while nobody waits for it: Gloo's thread adds, this one only carries."""
 GLOO, SOCKETS = "gloo", "sockets"
 CARRIER = "DISTCOMP_CARRIER"
 """The variable that chooses: ``sockets`` (default), or ``gloo`` for everything."""
@@ -83,6 +85,25 @@ class SocketP2P(GlooP2P):
     def close(self) -> None:
         """End the thread, and close every connection."""
         self._ended()
+
+    def all_reduce(self, x: Tensor, group: Group | None) -> Pending:
+        """In rank order on every rank: a small tensor by everyone, a larger one piece by piece; the largest
+        around Gloo's ring."""
+        nbytes, count = x.numel() * x.element_size(), len(self._members(group))
+        if is_summed_directly(nbytes, count) or not count < x.numel() or nbytes > LARGEST_SUM_BYTES:
+            return super().all_reduce(x, group)
+        pieces = [piece.contiguous().view(torch.uint8) for piece in x.reshape(-1).tensor_split(count)]
+        here = self._members(group).index(self.rank)
+        terms = self.all_to_all(pieces, [pieces[here].numel()] * count, group)
+
+        def gathered() -> Messages:
+            total = in_rank_order([term.view(x.dtype) for term in terms.wait()])
+            return self.all_gather(total.view(torch.uint8), [piece.numel() for piece in pieces], group)
+
+        return PiecewiseSum(terms, gathered, x)
+
+    def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> Messages:
+        return self.all_to_all([wire] * len(sizes), sizes, group)
 
     def all_to_all(self, wires: Sequence[Tensor], sizes: Sequence[int], group: Group | None) -> Messages:
         """What goes to the next rank and comes from the last one first, then from one further off; one's own
@@ -156,6 +177,21 @@ class Messages:
         self._transport.settle(self)
         self.finished_s = time.perf_counter()
         return self._received
+
+
+class PiecewiseSum:
+    """A sum of which each rank makes a piece: its terms are under way, and whoever waits first sends the
+    totals."""
+
+    def __init__(self, terms: Messages, gather: Callable[[], Messages], x: Tensor) -> None:
+        self.started_s, self.finished_s = terms.started_s, 0.0
+        self._gather, self._x = gather, x
+
+    def wait(self) -> Tensor:
+        """Raises PeerLost, naming the rank, when a peer dies or does not answer within the timeout."""
+        totals = self._gather().wait()
+        self.finished_s = time.perf_counter()
+        return torch.cat([total.view(self._x.dtype) for total in totals]).view_as(self._x)
 
 
 def _lines(messages: list[tuple[int, Tensor]]) -> tuple[Line, ...]:
