@@ -7,6 +7,7 @@ from distcomp.collectives.all_reduce import (
     all_reduce_sent_bytes,
     in_rank_order,
     is_summed_directly,
+    is_summed_in_pieces,
 )
 from distcomp.collectives.all_to_all import AllToAll
 from distcomp.collectives.base import (
@@ -45,6 +46,7 @@ __all__ = [
     "all_reduce_sent_bytes",
     "in_rank_order",
     "is_summed_directly",
+    "is_summed_in_pieces",
     "once",
     "partitioned",
     "partitioned_bytes",

@@ -16,6 +16,9 @@ from distcomp.payload import Part, Parts, Payload
 
 DIRECT_BYTES = 8192
 """A tensor up to this size is summed by sending it to everyone: its cost is hops, not bytes."""
+PIECES_BYTES = 1 << 20
+"""Up to here each rank adds a piece and sends it to everyone: two hops. A larger sum goes around a ring, on
+which a backend's own thread adds while nobody waits."""
 DIRECT_MEMBERS = 8
 """With more members, the copies cost more than a ring's hops."""
 
@@ -66,7 +69,9 @@ class AllReduce(Request):
     def hops(self, size: int) -> int:
         """The steps of a ring, or one."""
         members = len(self.members(size))
-        return 1 if is_summed_directly(self.nbytes, members) else 2 * (members - 1)
+        if is_summed_directly(self.nbytes, members):
+            return 1
+        return 2 if is_summed_in_pieces(self.nbytes, members) else 2 * (members - 1)
 
     def drive(self, line: Primitives) -> Pending:
         return line.all_reduce(self.x, self.group)
@@ -103,6 +108,11 @@ class AllReduce(Request):
 def is_summed_directly(nbytes: float, members: int) -> bool:
     """Whether a sum of this size is carried in one hop, by everyone to everyone, instead of around a ring."""
     return nbytes <= DIRECT_BYTES and members <= DIRECT_MEMBERS
+
+
+def is_summed_in_pieces(nbytes: float, members: int) -> bool:
+    """Whether each rank adds one piece of a sum of this size, where a transport can."""
+    return nbytes <= PIECES_BYTES and not is_summed_directly(nbytes, members)
 
 
 def all_reduce_sent_bytes(nbytes: float, members: int) -> int:

@@ -10,18 +10,19 @@ crosses it at its own rate; the exchange is over when the busiest link is::
 (:mod:`distcomp.network.framing`). ``message`` is the host's work to send and receive one,
 ``Host.message_s``, of which a rank has so many one behind the other.
 
-=========================  =====================================  ============  ========  ================
-exchange                   bytes sent per rank, payload P         hops          messages  of
-=========================  =====================================  ============  ========  ================
-:func:`ring_all_reduce`    2 (n-1)/n P                            2 (n-1)       2 (n-1)   a large sum
-:func:`direct_all_reduce`  (n-1) P                                1             n-1       a small sum
-:func:`ring_all_gather`    (n-1) P                                n-1           n-1       shards to all
-:func:`all_gather`         (n-1) P                                1             n-1       payloads to all
-:func:`all_to_all`         (n-1)/n P                              1             n-1       chunks to owners
-:func:`neighbor_exchange`  degree P                               1             degree    neighbours
-:func:`uneven_all_to_all`  what each sends to each                1             the most  uneven parts
-:func:`broadcast`          P at the source, (n-1)/n P on average  ceil(log2 n)  as hops   one to all
-=========================  =====================================  ============  ========  ================
+============================  =====================================  ============  ========  ================
+exchange                      bytes sent per rank, payload P         hops          messages  of
+============================  =====================================  ============  ========  ================
+:func:`ring_all_reduce`       2 (n-1)/n P                            2 (n-1)       2 (n-1)   a large sum
+:func:`piecewise_all_reduce`  2 (n-1)/n P                            2             2 (n-1)   a sum of some kB
+:func:`direct_all_reduce`     (n-1) P                                1             n-1       a small sum
+:func:`ring_all_gather`       (n-1) P                                n-1           n-1       shards to all
+:func:`all_gather`            (n-1) P                                1             n-1       payloads to all
+:func:`all_to_all`            (n-1)/n P                              1             n-1       chunks to owners
+:func:`neighbor_exchange`     degree P                               1             degree    neighbours
+:func:`uneven_all_to_all`     what each sends to each                1             the most  uneven parts
+:func:`broadcast`             P at the source, (n-1)/n P on average  ceil(log2 n)  as hops   one to all
+============================  =====================================  ============  ========  ================
 
 Assumed: TCP shares links without loss and without waste; a rank sends and receives at once; ranks of a rack
 share nothing but its uplink; there is no other traffic. Where ranks share a machine, its cores carry the
@@ -292,6 +293,16 @@ def ring_all_reduce(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad
 def direct_all_reduce(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
     """A sum of ``nbytes`` that everybody sends to everybody."""
     return all_gather_load([nbytes] * len(group), group, fabric)
+
+
+def piecewise_all_reduce(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
+    """A sum of ``nbytes`` of which every member adds one piece and sends it to everybody."""
+    n = len(group)
+    if n == 1:
+        return ExchangeLoad()
+    pieces = np.full(n, nbytes / n)
+    load = among(np.ones(n), pieces, group, fabric) + among(pieces, np.ones(n), group, fabric)
+    return ExchangeLoad((load,), 2, farthest_s(group, fabric), 2 * (n - 1))
 
 
 def all_gather_load(payload_bytes: Sequence[float], group: Group, fabric: Fabric) -> ExchangeLoad:

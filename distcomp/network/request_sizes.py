@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from distcomp.collectives import Group, Request, is_summed_directly
+from distcomp.collectives import Group, Request, is_summed_directly, is_summed_in_pieces
 from distcomp.errors import DistcompError
 from distcomp.network.fabric import Fabric
 from distcomp.network.framing import window_bytes
@@ -18,6 +18,7 @@ from distcomp.network.model import (
     broadcast_load,
     direct_all_reduce,
     neighbor_exchange,
+    piecewise_all_reduce,
     ring_all_gather,
     ring_all_reduce,
     together,
@@ -79,9 +80,10 @@ class RequestSizes:
     def _within(self, group: Group, fabric: Fabric) -> ExchangeLoad:
         size = self.sizes[0]
         if self.kind == "all_reduce":
-            return (direct_all_reduce if is_summed_directly(size, len(group)) else ring_all_reduce)(
-                size, group, fabric
-            )
+            if is_summed_directly(size, len(group)):
+                return direct_all_reduce(size, group, fabric)
+            pieces = is_summed_in_pieces(size, len(group))
+            return (piecewise_all_reduce if pieces else ring_all_reduce)(size, group, fabric)
         if self.kind == "ring_all_reduce":
             return ring_all_reduce(size, group, fabric)
         if self.kind in ("ring_all_gather", "ring_reduce_scatter"):
@@ -110,23 +112,24 @@ class RequestSizes:
         return self.kind.startswith("ring")
 
     def announced_s(self, transfer_s: float, fabric: Fabric, emulated: bool) -> float:
-        """What Gloo adds to an exchange that has the network to itself and takes ``transfer_s``.
+        """What Gloo adds to a ring that has the network to itself and takes ``transfer_s``.
 
         A message is sent when its receiver's word has come that there is room for it. Where the receiver has
         begun to send itself, that word stands behind the message that is under way on its link, on an
-        emulated network behind a window of it at most. Around a ring most words are sent ahead. Between two
+        emulated network behind a window of it at most; around a ring most words are sent ahead. Between two
         ranks the word comes over the very connection that the shards cross, behind the first half of the
-        receiver's own.
+        receiver's own. Payloads need no word.
         """
-        if self.kind in ("ring_all_gather", "all_gather") and self._members(fabric.ranks) == 2:
+        if not self.in_a_ring:
+            return 0.0
+        members = self._members(fabric.ranks)
+        if self.kind == "ring_all_gather" and members == 2:
             return transfer_s / 2
         slowest_bps = min(fabric.rates_bps)
         if not emulated or math.isinf(slowest_bps):
             return 0.0
-        message_bytes, late = max([nbytes for _, _, nbytes in self.messages] or self.sizes), 1.0
-        if self.in_a_ring:
-            message_bytes, late = message_bytes / self._members(fabric.ranks), LATE_IN_A_RING
-        return late * 8 * min(message_bytes, window_bytes(slowest_bps, fabric.delay_s)) / slowest_bps
+        window = min(self.sizes[0] / members, window_bytes(slowest_bps, fabric.delay_s))
+        return LATE_IN_A_RING * 8 * window / slowest_bps
 
     def _members(self, ranks: int) -> int:
         return len(self.groups[0]) if self.groups else ranks

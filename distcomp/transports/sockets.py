@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distcomp.collectives import Group, Pending, in_rank_order, is_summed_directly
+from distcomp.collectives import Group, Pending, in_rank_order, is_summed_in_pieces
 from distcomp.errors import DistcompError
 from distcomp.transports.board import addresses, listen, reach
 from distcomp.transports.gloo_p2p import GlooP2P
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 MOST_RANKS = 64
 """Beyond, each rank would hold too many connections: Gloo carries all."""
-LARGEST_SUM_BYTES = 1 << 20
-"""A sum beyond it goes on while nobody waits for it: Gloo's thread adds, this one only carries."""
 GLOO, SOCKETS = "gloo", "sockets"
 CARRIER = "DISTCOMP_CARRIER"
 """The variable that chooses: ``sockets`` (default), or ``gloo`` for everything."""
@@ -90,7 +88,7 @@ class SocketP2P(GlooP2P):
         """In rank order on every rank: a small tensor by everyone, a larger one piece by piece; the largest
         around Gloo's ring."""
         nbytes, count = x.numel() * x.element_size(), len(self._members(group))
-        if is_summed_directly(nbytes, count) or not count < x.numel() or nbytes > LARGEST_SUM_BYTES:
+        if not is_summed_in_pieces(nbytes, count) or x.numel() < count:
             return super().all_reduce(x, group)
         pieces = [piece.contiguous().view(torch.uint8) for piece in x.reshape(-1).tensor_split(count)]
         here = self._members(group).index(self.rank)
