@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -297,6 +298,8 @@ class IterationRun:
         if bucket.scale is not None:
             x = x / bucket.scale
         context = context_of(sync.channel, bucket.layout, sync.iterations, sync.seed, bucket.observed)
+        if sync.exchanged.may_overwrite and not sync.looks_closer:
+            context = replace(context, overwrite=True)
         aggregation = Aggregation(sync.exchanged, x, sync.states.of(bucket.layout, x.device), context)
 
         def done() -> None:

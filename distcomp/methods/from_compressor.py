@@ -80,8 +80,12 @@ class AllReduceMean(Method):
     def propagates_nonfinite(self) -> bool:  # type: ignore[override]
         return self.compressor.propagates_nonfinite
 
+    @property
+    def may_overwrite(self) -> bool:  # type: ignore[override]
+        return isinstance(self.compressor, Identity)
+
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        scaled = x * (1.0 / context.size)
+        scaled = torch.mul(x, 1.0 / context.size, out=x if context.overwrite else None)
         if isinstance(self.compressor, Identity):
             # No payload is made: x / n is what is summed, and what DistributedDataParallel sums.
             total = yield AllReduce(scaled)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from distcomp.collectives import AllReduce
 from distcomp.compressors import Compressor, Quantize
 from distcomp.layout import Layout
 from distcomp.methods import ErrorFeedback, Method, from_compressor, parse
-from distcomp.methods.base import State
+from distcomp.methods.base import State, StepContext
 from distcomp.randomness import Key
 from tests.lockstep import World, converse
 from tests.methods.numpy_qsgd import Quantizer, gather, scatter_reduce, with_feedback
@@ -170,3 +171,23 @@ def test_what_rounding_the_sum_of_narrow_values_takes_away_is_owed(text: str, va
     given = torch.stack(round_.contributions()).double().sum(0)
     missed = (given - size * round_.estimate.double()).norm() / torch.stack(xs).double().norm()
     assert missed < 1e-6
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_the_caller_needs_no_more_is_summed_where_it_lies(overwrite: bool) -> None:
+    """And what it needs is not touched."""
+    x = buffers(1, 0)[0]
+    before = x.clone()
+    context = StepContext(0, 4, LAYOUT, 0, Key.of(1, 0), overwrite=overwrite)
+    request = next(parse("identity").aggregate(x, {}, context))
+    assert isinstance(request, AllReduce)
+    assert (request.x.data_ptr() == x.data_ptr()) is overwrite
+    assert torch.equal(request.x, before * 0.25)
+    assert overwrite or torch.equal(x, before)
+
+
+def test_only_a_method_without_a_payload_overwrites() -> None:
+    """One that is inside another keeps what that one still needs."""
+    texts = ("identity", "bf16", "qsgd:bits=4", "ef21:compressor=identity", "powersgd:rank=1", "lossless")
+    assert [text for text in texts if parse(text).may_overwrite] == ["identity"]
+    assert not ErrorFeedback(parse("identity")).may_overwrite
