@@ -3,11 +3,12 @@ a thread wakes.
 
     python -m benchmarks.exchange_profile        # writes results/exchange_profile.json
 
-Four ranks, a gradient of about 17 MB in four buckets; each rate in turn. All is CPU time of one rank (the
-mean over ranks) and one exchange: of the thread that carries the exchange, by phase (encode, recode and
-decode are a method's arithmetic; ``wait`` is what asking for the end of a request costs), of that thread
-outside of phases (Python, DDP, starting requests), and of the transport's own threads, with the share that
-they spend in the kernel. ``wakes`` are voluntary context switches of the transport's threads.
+Four ranks, a gradient of about 17 MB in four buckets; each rate in turn, each over Gloo's connections and
+over distcomp's own. All is CPU time of one rank (the mean over ranks) and one step: of the thread that
+carries the exchange, by phase (encode, recode and decode are a method's arithmetic; ``wait`` is what asking
+for the end of a request costs), of Python's threads outside of phases (forward, backward, the optimizer,
+starting requests), and of the transport's own threads, with the share that they spend in the kernel.
+``wakes`` are voluntary context switches of the transport's threads.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ import distcomp
 from benchmarks._common import arguments_of, gathered, on_network, start, write
 from benchmarks.step_time import model
 from distcomp.runtime import pipeline
+from distcomp.transports.sockets import CARRIER, GLOO, SOCKETS
 
 METHODS = (
-    "identity", "qsgd:bits=8", "qsgd:bits=4", "qsgd:bits=1", "powersgd:rank=4", "gradiveq", "topk:ratio=0.01",
-    "pqasgd:period=1,bits=4", "choco",
+    "qsgd:bits=1", "powersgd:rank=4", "topk:ratio=0.01", "qsgd:bits=4", "gradiveq:learn=1,compressed=400",
+    "pqasgd:period=1,bits=4", "choco", "qsgd:bits=8", "identity",
 )  # fmt: skip
+AT_10_MBIT = METHODS[:4]
+"""The others' steps take many seconds there."""
 RATES = ("10mbit", "100mbit", "1gbit", "unshaped")
 TICKS = 100
 """Of a second, in which the kernel tells a thread's user and system time."""
@@ -137,19 +141,20 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rates", nargs="*", default=list(RATES))
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--methods", nargs="*")
     arguments = parser.parse_args()
-    rates = {}
+    rates: dict[str, dict[str, Any]] = {}
     for rate in arguments.rates:
-        settings = {"methods": arguments.methods, "steps": arguments.steps}
-        rates[rate] = on_network("exchange_profile", arguments.ranks, rate, settings)["methods"]
-        for method, found in rates[rate].items():
-            shown = " ".join(
-                f"{name} {1e3 * value:.1f}"
-                for name, value in found.items()
-                if name not in ("wakes", "payload_bytes")
-            )
-            print(f"{rate:<9}{method:<24}{shown} ms, {found['wakes']:.0f} wakes", file=sys.stderr)
+        methods = arguments.methods or (AT_10_MBIT if rate == "10mbit" else METHODS)
+        settings = {"methods": methods, "steps": arguments.steps}
+        rates[rate] = {}
+        for carrier in (GLOO, SOCKETS):
+            told = on_network("exchange_profile", arguments.ranks, rate, settings, env={CARRIER: carrier})
+            rates[rate][carrier] = told["methods"]
+            for method, found in told["methods"].items():
+                times = {name: value for name, value in found.items() if name not in NO_TIMES}
+                shown = " ".join(f"{name} {1e3 * value:.1f}" for name, value in times.items())
+                print(f"{rate} {carrier} {method}: {shown} ms, {found['wakes']:.0f} wakes", file=sys.stderr)
     write("exchange_profile", {"ranks": arguments.ranks, "steps": arguments.steps, "rates": rates})
 
 
