@@ -50,6 +50,8 @@ METHODS = {
     "CHOCO 4 bits": "choco:compressor=qsgd:bits=4",
     "PQASGD (8,8)": "pqasgd:period=8,bits=8",
     "PQASGD (16,4)": "pqasgd:period=16,bits=4",
+    "PQASGD (16,2)": "pqasgd:period=16,bits=2",
+    "PQASGD (32,4)": "pqasgd:period=32,bits=4",
     "DiLoCo 50": "diloco:period=50",
 }
 ALONE = "local_sgd:period=1000000"
