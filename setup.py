@@ -27,6 +27,7 @@ setup(
                     "_minifloat",
                     "_rotation",
                     "_rows",
+                    "_twolevel",
                     "_twomeans",
                     "_words",
                 )
@@ -50,6 +51,7 @@ setup(
                 "distcomp/kernels/_rows.h",
                 "distcomp/kernels/_inside.h",
                 "distcomp/kernels/_integers.h",
+                "distcomp/kernels/_twolevel.h",
                 "distcomp/kernels/_twomeans.h",
                 "distcomp/kernels/_variants.h",
                 "distcomp/kernels/_words.h",

@@ -16,8 +16,10 @@ from distcomp.compressors.base import register_compressor
 from distcomp.compressors.block_float import BlockFloat, nearest_error, rounding_variance
 from distcomp.errors import DistcompError
 from distcomp.kernels import minifloat as kernel
+from distcomp.kernels import two_level
 from distcomp.kernels.minifloat import E2M1, E4M3, E5M2, Minifloat, Spans
 from distcomp.kernels.rotation import SIDE
+from distcomp.kernels.two_level import BlockGroups
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
 
@@ -280,44 +282,20 @@ class NVFP4(BlockFloat):
         groups = layout.block_count(self.group)
         return (Part("scales", torch.float32, groups), Part("block_scales", torch.uint8, rows))
 
-    def _group_of_block(self, layout: Layout, device: torch.device) -> Tensor:
-        """int64 ``[blocks]``: the group that each block is in."""
-        return layout.remember((self, "groups", device), lambda: self._numbered(layout).to(device))
+    def _groups(self, layout: Layout) -> BlockGroups:
+        def made() -> BlockGroups:
+            blocks = tuple(-(-param.numel // self.span) for param in layout.slices)
+            return BlockGroups(blocks, self.group // self.span)
 
-    def _numbered(self, layout: Layout) -> Tensor:
-        numbers, first = [torch.empty(0, dtype=torch.int64)], 0
-        for param in layout.slices:
-            blocks = -(-param.numel // self.span)
-            numbers.append(torch.arange(blocks) // (self.group // self.span) + first)
-            first += -(-param.numel // self.group)
-        return torch.cat(numbers)
+        return layout.remember((self, "groups"), made)
 
     def write_scales(self, maxima: Tensor, payload: Payload, layout: Layout) -> Tensor:
-        group = self._group_of_block(layout, maxima.device)
-        largest = torch.zeros(len(payload["scales"]), dtype=torch.int32, device=maxima.device)
-        # As integers: the order in which a scatter comes by changes nothing, and a NaN is the largest.
-        largest = largest.scatter_reduce(0, group, maxima.view(torch.int32), "amax").view(torch.float32)
-        largest = torch.where(largest < SMALLEST_MAXIMUM, 0.0, largest)
-        outer = payload["scales"].copy_(largest / torch.full_like(largest, E4M3.largest * E2M1.largest))
-        given = torch.where(outer > 0, outer, 1.0)
-        ratio = maxima / torch.full_like(maxima, E2M1.largest) / given[group]
-        inner = self._rounded(ratio.clamp(2.0**-6, E4M3.largest))
-        payload["block_scales"].copy_(inner.view(torch.uint8))
-        usable = (outer > 0) & outer.isfinite()
-        inverses = (1 / given)[group] / inner.float()
-        return torch.where(usable[group], inverses, 0.0)
-
-    def _rounded(self, ratio: Tensor) -> Tensor:
-        """As e4m3: to the nearest, or up."""
-        nearest = ratio.to(torch.float8_e4m3fn)
-        if self.rounding == "nearest":
-            return nearest
-        below = (nearest.float() < ratio).to(torch.uint8)
-        return (nearest.view(torch.uint8) + below).view(torch.float8_e4m3fn)
+        scales, codes = payload["scales"], payload["block_scales"]
+        up = self.rounding == "stochastic"
+        return two_level.write_scales(maxima, scales, codes, self._groups(layout), SMALLEST_MAXIMUM, up)
 
     def units(self, payload: Payload, layout: Layout) -> Tensor:
-        outer, inner = payload["scales"], payload["block_scales"].view(torch.float8_e4m3fn).float()
-        return outer[self._group_of_block(layout, outer.device)] * inner
+        return two_level.units(payload["scales"], payload["block_scales"], self._groups(layout))
 
     def _floor(self, numel: int) -> float:
         """What blocks below the smallest scale may err by, relative to the group's square: half of their

@@ -18,6 +18,7 @@
 #include "_rotation.h"
 #include "_rows.h"
 #include "_select.h"
+#include "_twolevel.h"
 #include "_twomeans.h"
 #include "_words.h"
 
@@ -364,6 +365,10 @@ static PyMethodDef methods[] = {
     {"dct", py_dct, METH_VARARGS,
      "kind (the largest, put, all), x, values, places, sizes of the three, table, lines, factors, how many, sign"},
     {"rotate", py_rotate, METH_VARARGS, "x, its size, table, lines, keys, how many, back"},
+    {"two_level_scales", py_two_level_scales, METH_VARARGS,
+     "maxima, scales, codes, inverses, (blocks, groups), table, parameters, per, (outer, inner, least), up"},
+    {"two_level_units", py_two_level_units, METH_VARARGS,
+     "scales, codes, units, (blocks, groups), table, parameters, per"},
     {"two_means", py_two_means, METH_VARARGS, "x, scales, sizes of the two, table, lines"},
     {"put_two_means", py_put_two_means, METH_VARARGS, "out, codes, scales, sizes of the three, table, lines, sign"},
     {"grid_encode", py_grid_encode, METH_VARARGS, "x, codes, sizes of the two, table, lines, keys, spacing, bits"},

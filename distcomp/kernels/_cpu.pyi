@@ -162,6 +162,22 @@ def lowrank(
 def use(name: str, /) -> None: ...
 def instruction_set() -> str: ...
 def rotate(x: int, size: int, table: int, lines: int, keys: int, keys_size: int, back: bool, /) -> None: ...
+def two_level_scales(
+    maxima: int,
+    scales: int,
+    codes: int,
+    inverses: int,
+    sizes: tuple[int, int],
+    table: int,
+    parameters: int,
+    per: int,
+    constants: tuple[float, float, float],
+    up: bool,
+    /,
+) -> None: ...
+def two_level_units(
+    scales: int, codes: int, units: int, sizes: tuple[int, int], table: int, parameters: int, per: int, /
+) -> None: ...
 def two_means(x: int, scales: int, sizes: tuple[int, int], table: int, lines: int, /) -> None: ...
 def put_two_means(
     out: int, codes: int, scales: int, sizes: tuple[int, int, int], table: int, lines: int, sign: int, /

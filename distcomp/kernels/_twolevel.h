@@ -1,0 +1,6 @@
+/* Scales of two levels, for _cpu.c: Python's side of _twolevel.c. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+PyObject *py_two_level_scales(PyObject *self, PyObject *args);
+PyObject *py_two_level_units(PyObject *self, PyObject *args);
