@@ -10,6 +10,8 @@ writes the same bytes: both are :func:`distcomp.files.container.compress`.
 from __future__ import annotations
 
 import copy
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -89,12 +91,18 @@ def soft(data: Task, net: nn.Module) -> State:
 
 
 def main() -> None:
-    arguments_of(__doc__).parse_args()
+    parser = arguments_of(__doc__)
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stop after so many; a later call goes on"
+    )
+    until = time.monotonic() + parser.parse_args().seconds
     torch.set_num_threads(1)
     plan = {"steps": STEPS["shifted"], "task": "shifted digits", "reduced": "3 seeds of 5"}
     cells = Cells("structured_files", plan)
     for seed in range(SEEDS):
         for network in MAKERS:
+            if time.monotonic() > until:
+                return
             cells.get(f"{network} | {seed}", lambda n=network, s=seed: cell(n, s))
 
 

@@ -283,7 +283,8 @@ def splitnet(
     with p the softmax of learned assignments, for the inputs of the first of ``layers`` and the outputs of
     each (the last's are classes). ``layers`` follow each other. ``until``: over how many iterations the
     softmax is cooled and disjointness ramped up. Start from a trained dense model. After the cut a layer has
-    about ``1/groups`` of its numbers, and what a group computes is no other's affair.
+    about ``1/groups`` of its numbers, and what a group computes is no other's affair:
+    ``distcomp.conditional.spread_groups`` lets each rank hold its groups alone.
 
     Wire: nothing for the assignments; they are a function of weights, which all ranks have alike.
 
