@@ -11,7 +11,6 @@ thread, the median of 15.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks._common import Cells, arguments_of, median
+from benchmarks._common import Cells, arguments_of, mean_and_spread, median
 from benchmarks._places import example
 from distcomp import structured
 
@@ -94,10 +93,7 @@ def main() -> None:
     for name in names:
         rows = [done[f"{name} | {seed}"] for seed in range(SEEDS) if f"{name} | {seed}" in done]
         if rows:
-            accuracies = [row["accuracy"] for row in rows]
-            spread = statistics.stdev(accuracies) if len(rows) > 1 else None
-            accuracy = {"mean": statistics.mean(accuracies), "spread": spread, "seeds": len(rows)}
-            table[name] = {**rows[0], "accuracy": accuracy}
+            table[name] = {**rows[0], "accuracy": mean_and_spread([row["accuracy"] for row in rows])}
     cells.document["table"] = table
     cells.write()
     print("done" if all(key in done for key, _, _ in planned) else "to be continued")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks import _structured_tasks as tasks
-from benchmarks._common import Cells, arguments_of
+from benchmarks._common import Cells, arguments_of, mean_and_spread
 from benchmarks._structured_tasks import (
     HIDDEN,
     NETWORKS,
@@ -50,6 +49,11 @@ def circulant(block: int | None, signs: bool = False, layer: str | None = None) 
     )
 
 
+def flipped(first: bool, second: bool) -> Change:
+    """Both layers circulant, with a sign flip before one of them."""
+    return lambda net, task: circulant(None, second, "2")(circulant(None, first, "0")(net, task), task)
+
+
 def hashed(compression: float, domain: str = "space", shape: tuple[float, float] = (1, 1)) -> Change:
     return lambda net, task: structured.hashed(
         net, compression, domain=domain, shape=shape, layers=HIDDEN[task], start="variance"
@@ -72,6 +76,8 @@ STRUCTURES: dict[str, dict[str, Change]] = {
             for place, layer in (("first", "0"), ("second", "2"))
             for signs in (True, False)
         },
+        "circulant, signs in the first layer": flipped(True, False),
+        "circulant, signs in the second layer": flipped(False, True),
     },
     "shifted": {
         **{f"block-circulant, b = {b}": circulant(b) for b in (4, 8, 16)},
@@ -352,14 +358,6 @@ CLAIMS: dict[str, Callable[[int], dict[str, Any]]] = {
     "sparse bases": sparse_bases,
     "one-shot Tucker-2 of a longer trained base": longer_tucker,
 }
-
-
-def mean_and_spread(values: list[float]) -> dict[str, Any]:
-    return {
-        "mean": statistics.mean(values),
-        "spread": statistics.stdev(values) if len(values) > 1 else None,
-        "seeds": len(values),
-    }
 
 
 def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:

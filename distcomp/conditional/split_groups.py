@@ -254,7 +254,7 @@ def _cut_layers(module: nn.Module) -> tuple[tuple[str, ...], int]:
             "of them: distcomp.structured.splitnet(model, layers, groups)"
         )
     if any(isinstance(cut, OwnBlocks) for cut in cuts.values()):
-        raise DistcompError(f"the groups of {next(iter(cuts))} are spread over ranks already")
+        raise DistcompError(f"the groups of {next(iter(cuts))} are spread over ranks already; do it once")
     return tuple(cuts), counts.pop()
 
 
