@@ -72,7 +72,7 @@ def oracle(link: Structure, theta: np.ndarray) -> np.ndarray:
         c = theta.reshape(*link.blocks, link.block, *link.shape[2:])
         return oracles.block_circulant(c, out, inputs, link.signs.double().numpy())
     assert isinstance(link, Hashed)
-    return oracles.hashed(theta, link.bucket.numpy(), link.sign.double().numpy(), bool(link.kernel))
+    return oracles.hashed(theta.ravel(), link.bucket.numpy(), link.sign.double().numpy(), bool(link.kernel))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -243,6 +243,11 @@ def test_bits_are_the_bytes_of_a_file(kind, shape) -> None:
         assert not any(key.endswith("seed") for key in state)
     dense = sum(size.dense_bytes for size in sizes(compress(state, 1)))
     assert bits(layer, "weight") == 8 * dense + bits_beside
+
+
+@pytest.mark.parametrize(("kind", "shape"), PAIRS)
+def test_what_is_stored_is_no_vector_which_methods_would_leave_as_it_is(kind, shape) -> None:
+    assert all(theta.dim() >= 2 for theta in theta_of(made(kind, shape), drawn(0, *shape)))
 
 
 @pytest.mark.parametrize("kind", ALL)
