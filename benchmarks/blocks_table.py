@@ -66,6 +66,16 @@ def step_s(name: str) -> float:
     return median(times)
 
 
+def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """By network: parameters, multiplications, accuracy over the seeds that are there."""
+    table = {}
+    for name in example("architectures").NETWORKS:
+        rows = [cells[f"{name} | {seed}"] for seed in range(SEEDS) if f"{name} | {seed}" in cells]
+        if rows:
+            table[name] = {**rows[0], "accuracy": mean_and_spread([row["accuracy"] for row in rows])}
+    return table
+
+
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument(
@@ -89,12 +99,7 @@ def main() -> None:
             break
         cells.get(key, lambda n=name, s=seed: cell(n, s))
     done = cells.document["cells"]
-    table = {}
-    for name in names:
-        rows = [done[f"{name} | {seed}"] for seed in range(SEEDS) if f"{name} | {seed}" in done]
-        if rows:
-            table[name] = {**rows[0], "accuracy": mean_and_spread([row["accuracy"] for row in rows])}
-    cells.document["table"] = table
+    cells.document["table"] = tabulate(done)
     cells.write()
     print("done" if all(key in done for key, _, _ in planned) else "to be continued")
 
