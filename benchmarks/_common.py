@@ -131,6 +131,15 @@ def median(values: Sequence[float]) -> float:
     return float(statistics.median(values))
 
 
+def mean_and_spread(values: Sequence[float]) -> dict[str, Any]:
+    """Over seeds; no spread of one."""
+    return {
+        "mean": statistics.mean(values),
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "seeds": len(values),
+    }
+
+
 class Cells:
     """Results by key in one JSON file, written after each: a study that is stopped goes on where it was.
 

@@ -1,4 +1,5 @@
-"""Two tasks on which structures differ: pairs of digits, and one digit somewhere on a noisy canvas."""
+"""Tasks on which structures differ: pairs of digits, one digit somewhere on a noisy canvas, two worlds of
+classes."""
 
 from __future__ import annotations
 
@@ -15,9 +16,12 @@ from benchmarks._places import example
 BATCH = 64
 STEPS = {"pairs": 700, "shifted": 400}
 TUNING = {"pairs": 250, "shifted": 150}
+WORLD_STEPS = (700, 700, 250)
+"""Dense, while groups are learned, after the cut."""
 """Of fine-tuning, at half of the rate."""
 RATE = 2e-3
 CANVAS = 12
+WORLD_NOISE = 1.0
 
 
 class Task:
@@ -34,6 +38,8 @@ class Task:
         if self.name == "pairs":
             pairs: tuple[Tensor, Tensor] = self._digits.pairs(*data, count, draw)
             return pairs
+        if self.name == "worlds":
+            return worlds(*data, count, draw)
         return shifted(*data, count, draw)
 
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -58,10 +64,24 @@ def shifted(images: Tensor, labels: Tensor, count: int, draw: torch.Generator) -
     return canvas[:, None], labels[which]
 
 
-def mlp(width: int = 256) -> nn.Sequential:
+def worlds(images: Tensor, labels: Tensor, count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``[count, 128]``: a digit on the left (classes 0 to 9) or on the right (10 to 19), under noise; what is
+    on the other side is noise alone."""
+    which = torch.randint(len(images), (count,), generator=draw)
+    side = torch.randint(2, (count,), generator=draw)
+    both = WORLD_NOISE * torch.randn(count, 2, 64, generator=draw)
+    both[torch.arange(count), side] += images[which].view(count, 64)
+    return both.flatten(1), labels[which] + 10 * side
+
+
+def mlp(width: int = 256, classes: int = 10) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(128, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
+        nn.Linear(128, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes)
     )  # fmt: skip
+
+
+def two_worlds(width: int = 64) -> nn.Sequential:
+    return mlp(width, 20)
 
 
 def cnn(width: int = 32) -> nn.Sequential:
@@ -73,7 +93,7 @@ def cnn(width: int = 32) -> nn.Sequential:
     )  # fmt: skip
 
 
-NETWORKS: dict[str, Callable[..., nn.Sequential]] = {"pairs": mlp, "shifted": cnn}
+NETWORKS: dict[str, Callable[..., nn.Sequential]] = {"pairs": mlp, "shifted": cnn, "worlds": two_worlds}
 HIDDEN: dict[str, list[str]] = {"pairs": ["0", "2"], "shifted": ["3"]}
 """The layers that get structures."""
 

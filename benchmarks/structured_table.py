@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks import _structured_tasks as tasks
-from benchmarks._common import Cells, arguments_of
+from benchmarks._common import Cells, arguments_of, mean_and_spread
 from benchmarks._structured_tasks import (
     HIDDEN,
     NETWORKS,
@@ -32,7 +31,7 @@ from benchmarks._structured_tasks import (
     numbers,
     trained,
 )
-from distcomp import structured
+from distcomp import pruning, structured
 from distcomp.files.container import compress
 from distcomp.parametrize import chain
 from distcomp.pruning import plain_state
@@ -44,10 +43,15 @@ PLAIN = "plain, width "
 Change = Callable[[nn.Module, str], nn.Module]
 
 
-def circulant(block: int | None, signs: bool = False) -> Change:
+def circulant(block: int | None, signs: bool = False, layer: str | None = None) -> Change:
     return lambda net, task: structured.circulant(
-        net, block, signs=signs, layers=HIDDEN[task], start="variance", fft=False
+        net, block, signs=signs, layers=HIDDEN[task] if layer is None else layer, start="variance", fft=False
     )
+
+
+def flipped(first: bool, second: bool) -> Change:
+    """Both layers circulant, with a sign flip before one of them."""
+    return lambda net, task: circulant(None, second, "2")(circulant(None, first, "0")(net, task), task)
 
 
 def hashed(compression: float, domain: str = "space", shape: tuple[float, float] = (1, 1)) -> Change:
@@ -67,6 +71,13 @@ STRUCTURES: dict[str, dict[str, Change]] = {
         **{f"low rank, r = {r}": low_rank(r) for r in (27, 14, 7)},
         "circulant projections": circulant(None, signs=True),
         "circulant, no signs": circulant(None),
+        **{
+            f"circulant{', signs' if signs else ''}, {place} layer alone": circulant(None, signs, layer)
+            for place, layer in (("first", "0"), ("second", "2"))
+            for signs in (True, False)
+        },
+        "circulant, signs in the first layer": flipped(True, False),
+        "circulant, signs in the second layer": flipped(False, True),
     },
     "shifted": {
         **{f"block-circulant, b = {b}": circulant(b) for b in (4, 8, 16)},
@@ -181,7 +192,8 @@ def error_reconstruction(seed: int) -> dict[str, Any]:
 
 
 def forced(seed: int) -> dict[str, Any]:
-    """SGD with a force between filters: accuracy, components for 95 % of the energy, accuracy at rank 6."""
+    """SGD with a force between filters: accuracy, components for 95 % of the energy, accuracy at rank 6, and
+    when that is trained on."""
     rows: dict[str, Any] = {}
     for strength in (0.0, 0.01, 0.03):
         data, net = Task("shifted", seed), fresh("shifted", seed)
@@ -190,6 +202,8 @@ def forced(seed: int) -> dict[str, Any]:
         values = torch.linalg.svdvals(net[3].weight.detach().flatten(1))
         row = {"accuracy": data.accuracy(net), "components": structured.chosen_rank(values, 32, 400, 0.95)}
         row["rank 6"] = data.accuracy(structured.low_rank(net, 6, layers="3", kind="svd"))
+        trained(data, net, TUNING["shifted"], 0.01, sgd=True)
+        row["rank 6, trained on"] = data.accuracy(net)
         rows[f"{strength:g}"] = row
     return rows
 
@@ -217,21 +231,133 @@ def soft_shared(seed: int) -> dict[str, Any]:
     return rows
 
 
+def longer_tucker(seed: int) -> dict[str, Any]:
+    """The same as one-shot Tucker-2, of a base that was trained three times as long; and fine-tuned three
+    times as long."""
+    rows: dict[str, Any] = {}
+    data, net = Task("shifted", seed), fresh("shifted", seed)
+    trained(data, net, 3 * STEPS["shifted"])
+    rows["dense"], start = data.accuracy(net), data.draw.get_state()
+    small = structured.low_rank(copy.deepcopy(net), "evbmf", layers="3")
+    rows |= {"after decomposition": data.accuracy(small), "parameters": numbers(small)}
+    (link,) = chain(small, "3.weight")
+    assert isinstance(link, Tucker2)
+    rows["ranks"] = list(link.ranks)
+    scratch = structured.low_rank(fresh("shifted", seed), link.ranks, layers="3")
+    again = Task("shifted", seed)
+    trained(again, scratch, 3 * STEPS["shifted"])
+    begun = again.draw.get_state()
+    for name, steps in (("", TUNING["shifted"]), (", three times as long", 3 * TUNING["shifted"])):
+        data.draw.set_state(start)
+        pupil = copy.deepcopy(small)
+        trained(data, pupil, steps, RATE / 2)
+        rows[f"fine-tuned{name}"] = data.accuracy(pupil)
+        again.draw.set_state(begun)
+        pupil = copy.deepcopy(scratch)
+        trained(again, pupil, steps, RATE / 2)
+        rows[f"same shape from scratch{name}"] = again.accuracy(pupil)
+    return rows
+
+
+def sparse_bases(seed: int) -> dict[str, Any]:
+    """Zeros and accuracy of Liu's sparse coefficients, beside pruning the weight itself to as many zeros."""
+    data, net, rows = base("shifted", seed)
+    start = data.draw.get_state()
+    for strength in (1.0, 3.0):
+        data.draw.set_state(start)
+        pupil = copy.deepcopy(net)
+        driver = structured.sparse_convolution(pupil, strength, layers="3")
+        trained(data, pupil, STEPS["shifted"], RATE / 2)
+        zeros = driver.freeze()
+        trained(data, pupil, TUNING["shifted"], RATE / 4)
+        rows[f"{strength:g}"] = {
+            "nonzero": 1 - zeros,
+            "accuracy": data.accuracy(pupil),
+            "accuracy, pruned to as many": pruned_to(zeros, data, net, start),
+        }
+    return rows
+
+
+def pruned_to(zeros: float, data: Task, net: nn.Module, start: torch.Tensor) -> float:
+    """Of the trained network, its second convolution pruned by magnitude while it trains on, as long."""
+    data.draw.set_state(start)
+    pupil, steps, pruners = copy.deepcopy(net), STEPS["shifted"], []
+    trained(data, pupil, steps, RATE / 2, lambda optimizer: pruners.append(
+        pruning.gradual(pupil, optimizer, zeros, end=steps // 2, every=10, names=["3.weight"])
+    ))  # fmt: skip
+    pruners[0].settle()
+    trained(data, pupil, TUNING["shifted"], RATE / 4)
+    return data.accuracy(pupil)
+
+
+SIDE = torch.arange(20) // 10
+"""Of each class of the two worlds."""
+
+
+def found_share(found: torch.Tensor, true: torch.Tensor) -> float:
+    """How many features are in their group; groups have no order."""
+    right = float((found == true).float().mean())
+    return max(right, 1 - right)
+
+
+def splitnet(seed: int) -> dict[str, Any]:
+    """Two worlds: SplitNet's groups and its cut trained on, beside the cut that is true, one at random, and
+    the plain narrower network, each trained as long."""
+    dense, learning, tuning = tasks.WORLD_STEPS
+    data, net = Task("worlds", seed), fresh("worlds", seed)
+    trained(data, net, dense)
+    rows = {"dense": data.accuracy(net)}
+    driver = trained(data, net, learning, RATE / 2, lambda _: structured.splitnet(
+        net, ["0", "2", "4"], 2, until=learning * 5 // 7
+    ))  # fmt: skip
+    inputs, *_, classes = driver.assignments
+    rows["dense, while learning groups"] = data.accuracy(net)
+    rows["classes in their group"] = found_share(classes, SIDE)
+    rows["pixels in their group"] = found_share(inputs, torch.arange(128) // 64)
+    driver.finish()
+    rows |= {"after the cut": data.accuracy(net), "parameters": numbers(net)}
+    trained(data, net, tuning, RATE)
+    rows["trained on"] = data.accuracy(net)
+    half, pixels = torch.arange(64) // 32, torch.arange(128) // 64
+    draw = torch.Generator().manual_seed(seed)
+    mixed, any_side = pixels[torch.randperm(128, generator=draw)], SIDE[torch.randperm(20, generator=draw)]
+    groups = {"true groups": (pixels, half, half, SIDE), "random groups": (mixed, half, half, any_side)}
+    for name, given in groups.items():
+        rows[f"accuracy of {name}"] = controlled(seed, cut_into(fresh("worlds", seed), given))
+    width = narrow_width("worlds", int(rows["parameters"]))
+    torch.manual_seed(seed)
+    narrow = NETWORKS["worlds"](width)
+    return rows | {"plain parameters": numbers(narrow), "plain": controlled(seed, narrow)}
+
+
+def cut_into(net: nn.Module, groups: tuple[torch.Tensor, ...]) -> nn.Module:
+    """Groups of the inputs, and of each layer's outputs."""
+    for layer, inputs, outputs in zip(("0", "2", "4"), groups, groups[1:], strict=False):
+        structured.install_structures(
+            net, layer, lambda _, w, o=outputs, i=inputs: structured.BlockDiagonal(o, i, 2), "nearest"
+        )
+    return net
+
+
+def controlled(seed: int, net: nn.Module) -> float:
+    """Trained from scratch, as long as SplitNet in all."""
+    dense, learning, tuning = tasks.WORLD_STEPS
+    data = Task("worlds", seed)
+    trained(data, net, dense + learning)
+    trained(data, net, tuning, RATE / 2)
+    return data.accuracy(net)
+
+
 CLAIMS: dict[str, Callable[[int], dict[str, Any]]] = {
     "LC": learning_compression,
     "one-shot Tucker-2": one_shot_tucker,
     "global error reconstruction": error_reconstruction,
     "force regularization": forced,
     "soft weight-sharing": soft_shared,
+    "SplitNet": splitnet,
+    "sparse bases": sparse_bases,
+    "one-shot Tucker-2 of a longer trained base": longer_tucker,
 }
-
-
-def mean_and_spread(values: list[float]) -> dict[str, Any]:
-    return {
-        "mean": statistics.mean(values),
-        "spread": statistics.stdev(values) if len(values) > 1 else None,
-        "seeds": len(values),
-    }
 
 
 def tabulate(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks._common import mean_and_spread
 from benchmarks._tables import Block, markdown, result, source
 
 
@@ -49,8 +50,7 @@ def structures() -> str:
 def claims() -> str:
     """The means of each claim's rows over the seeds that are there."""
     found, parts = result("structured_table"), []
-    for claim in ("LC", "one-shot Tucker-2", "global error reconstruction", "force regularization",
-                  "soft weight-sharing"):  # fmt: skip
+    for claim in CLAIMS:
         cells = [cell for key, cell in found["cells"].items() if key.startswith(f"{claim} | ")]
         if cells:
             lines = [[row, text] for row, text in _means(cells)]
@@ -58,9 +58,13 @@ def claims() -> str:
     return "\n\n".join([*parts, source(found, "structured_table.py")])
 
 
+CLAIMS = (
+    "LC", "one-shot Tucker-2", "one-shot Tucker-2 of a longer trained base", "global error reconstruction",
+    "force regularization", "soft weight-sharing", "SplitNet", "sparse bases",
+)  # fmt: skip
 SHARES = (
     "dense", "compressed", "LC", "after", "fine", "same", "SVD", "reconstructed", "trained", "soft", "pruned",
-    "accuracy", "rank 6", "nonzero",
+    "accuracy", "rank 6", "nonzero", "classes", "pixels", "plain",
 )  # fmt: skip
 
 
@@ -73,13 +77,14 @@ def _means(cells: list[dict[str, Any]]) -> Iterable[tuple[str, str]]:
         elif isinstance(value, list):
             yield key, "; ".join(", ".join(map(str, one)) for one in values)
         else:
-            spread = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
-            share = key.startswith(SHARES) and "gap" not in key
+            digits = ",.0f" if statistics.mean(values) >= 1000 else ".3g"
+            spread = f" ± {statistics.stdev(values):{digits}}" if len(set(values)) > 1 else ""
+            share = key.startswith(SHARES) and "gap" not in key and "parameters" not in key
             if share:
                 spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
                 yield key, f"{100 * statistics.mean(values):.1f} %{spread}"
             else:
-                yield key, f"{statistics.mean(values):,.4g}{spread}"
+                yield key, f"{statistics.mean(values):{digits}}{spread}"
 
 
 def codecs() -> str:
@@ -91,7 +96,7 @@ def codecs() -> str:
             row["method"],
             f"{row['parameters']:,}",
             f"{8 * row['bytes_per_step'] / 1000:,.1f}",
-            f"{100 * statistics.mean(row['accuracy']):.1f}",
+            percent(mean_and_spread(row["accuracy"])),
             str(len(row["accuracy"])),
         ]
         for row in found["rows"].values()
@@ -134,20 +139,21 @@ def speed() -> str:
 
 
 def at_rest() -> str:
-    """Files of one trained network, by way of packing."""
-    found, lines = result("structured_files"), []
-    for name in dict.fromkeys(row for cell in found["cells"].values() for row in cell):
-        cells = [cell[name] for cell in found["cells"].values() if name in cell]
-        lines.append(
+    """Files of trained networks, by way of packing."""
+    found, parts = result("structured_files"), []
+    for network in dict.fromkeys(key.partition(" | ")[0] for key in found["cells"]):
+        cells = [cell for key, cell in found["cells"].items() if key.startswith(f"{network} | ")]
+        lines = [
             [
                 name,
-                f"{statistics.mean(cell['times_smaller'] for cell in cells):.1f} ×",
-                f"{100 * statistics.mean(cell['accuracy'] for cell in cells):.1f}",
+                f"{statistics.mean(cell[name]['times_smaller'] for cell in cells):.1f} ×",
+                percent(mean_and_spread([cell[name]["accuracy"] for cell in cells])),
                 str(len(cells)),
             ]
-        )
-    head = ["", "smaller", "accuracy, %", "seeds"]
-    return f"{markdown(head, lines)}\n\n{source(found, 'structured_files.py')}"
+            for name in cells[0]
+        ]
+        parts.append(markdown([network, "smaller", "accuracy, %", "seeds"], lines))
+    return "\n\n".join([*parts, source(found, "structured_files.py")])
 
 
 def block_rows() -> str:

@@ -146,8 +146,10 @@ class Target:
 
     @property
     def shapes_digest(self) -> str:
-        """Names, shapes and types of all parameters, in short."""
-        shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in self.module.named_parameters()]
+        """Names, shapes and types of all parameters that ranks have alike, in short: what is each rank's own
+        (experts, groups) has other shapes on another, and its checkpoint names its parts itself."""
+        alike = [(name, p) for name, p in self.module.named_parameters() if not is_of_rank(p)]
+        shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in alike]
         digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
         return f"{len(shapes)} tensors, digest {digest}"
 

@@ -15,6 +15,7 @@ from distcomp.conditional.experts import (
 from distcomp.conditional.gating import NoisyTopKGate
 from distcomp.conditional.halting import SpatialHalting
 from distcomp.conditional.policy import BlockPolicy, PolicyLosses
+from distcomp.conditional.split_groups import merge_groups, spread_groups
 from distcomp.conditional.stages import GatedStage, rate_loss, taken_shares
 from distcomp.conditional.switch import LayerSwitch
 from distcomp.conditional.units import UnitDropout
@@ -40,8 +41,10 @@ __all__ = [
     "freeze_layers",
     "keep_experts_local",
     "load_expert_optimizer_state",
+    "merge_groups",
     "rate_loss",
     "sample_layers",
+    "spread_groups",
     "stochastic_depth",
     "taken_shares",
 ]

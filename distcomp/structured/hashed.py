@@ -23,10 +23,11 @@ class Hashed(Seeded):
         V[o, i, j] = s(o, i, j) w[h(o, i, j)],    h within the buckets of the band j1 + j2 + ...
         W[o, i]    = D^T V[o, i] D                D: the orthonormal DCT-II along each dimension of the kernel
 
-    ``w``: ``[budget]``. Bands get buckets in proportion to their coefficients times
-    ``u^(a-1) (1-u)^(b-1)``, u the frequency's place in (0, 1): ``shape=(1, 1)`` for equal shares, ``(1,
-    2.5)`` for more at low frequencies. Hash and sign come from the seed and are not stored. Where a weight
-    has no kernel (a dense layer), or with ``domain="space"``, all of it is one band and D is 1: HashedNets.
+    ``w``: ``[1, budget]``, a row, as methods leave vectors alone. Bands get buckets in proportion to their
+    coefficients times ``u^(a-1) (1-u)^(b-1)``, u the frequency's place in (0, 1): ``shape=(1, 1)`` for equal
+    shares, ``(1, 2.5)`` for more at low frequencies. Hash and sign come from the seed and are not stored.
+    Where a weight has no kernel (a dense layer), or with ``domain="space"``, all of it is one band and D is
+    1: HashedNets.
 
     Source: Chen et al., Compressing neural networks with the hashing trick, ICML 2015, and FreshNets, KDD
     2016. We differ: a seeded generator is the hash; u is the middle of a band, so that no band's share is
@@ -82,7 +83,7 @@ class Hashed(Seeded):
 
     def decode(self, w: Tensor) -> Tensor:
         """The weight: looked up, signed, and transformed back."""
-        return self._transformed(w[self.bucket] * self.sign.to(w.dtype), back=True)
+        return self._transformed(w[0][self.bucket] * self.sign.to(w.dtype), back=True)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The mean of each bucket's coefficients, signs undone: the nearest, as the transform is a
@@ -90,7 +91,7 @@ class Hashed(Seeded):
         coefficients = self._transformed(weight.double(), back=False) * self.sign
         sums = torch.zeros(sum(self.sizes), dtype=torch.float64, device=weight.device)
         sums.index_add_(0, self.bucket.flatten(), coefficients.flatten())
-        return (sums / self._members()).to(weight.dtype)
+        return (sums / self._members()).to(weight.dtype)[None]
 
     def fresh(self, *theta: Tensor) -> Tensors:
         """The mean of m independent numbers has 1/m of their variance."""

@@ -39,20 +39,25 @@ class BlockDiagonal(Structure):
                     "into fewer groups"
                 )
 
+    @property
+    def held(self) -> Sequence[int]:
+        """The groups whose blocks are here, in theta's order."""
+        return range(self.groups)
+
     def _members(self, group: int) -> tuple[Tensor, Tensor]:
         return (self.outputs == group).nonzero().squeeze(1), (self.inputs == group).nonzero().squeeze(1)
 
     def decode(self, *theta: Tensor) -> Tensor:
         """The weight, zeros and all."""
         weight = theta[0].new_zeros(len(self.outputs), len(self.inputs), *theta[0].shape[2:])
-        for group, block in enumerate(theta):
+        for group, block in zip(self.held, theta, strict=True):
             rows, columns = self._members(group)
             weight = weight.index_put((rows[:, None], columns[None]), block)
         return weight
 
     def right_inverse(self, weight: Tensor) -> Tensors:
         """What lies within the groups."""
-        members = [self._members(group) for group in range(self.groups)]
+        members = [self._members(group) for group in self.held]
         return tuple(weight[rows[:, None], columns[None]] for rows, columns in members)
 
     def storage(self, below: Storage, weight: Tensors) -> Storage:
@@ -62,24 +67,28 @@ class BlockDiagonal(Structure):
     def compute(self, layer: nn.Module, x: Tensor, *theta: Tensor) -> Tensor | None:
         if not plain_geometry(layer):
             return None
-        rows, parts = [], []
         dim = -1 if isinstance(layer, nn.Linear) else x.dim() - theta[0].dim() + 1
-        for group, block in enumerate(theta):
+        rows, parts = [], []
+        for group, block in zip(self.held, theta, strict=True):
             outputs, inputs = self._members(group)
             mine = x.index_select(dim, inputs)
             rows.append(outputs)
             parts.append(mine @ block.T if isinstance(layer, nn.Linear) else convolved(mine, block, layer))
-        y = torch.cat(parts, dim).index_select(dim, torch.cat(rows).argsort())
+        y = self._in_place(torch.cat(parts, dim), torch.cat(rows), dim)
         bias: Any = layer.bias
         if bias is None:
             return y
         return torch.add(y, bias.view(-1, *(1 for _ in theta[0].shape[2:])))
 
+    def _in_place(self, y: Tensor, rows: Tensor, dim: int) -> Tensor:
+        """Outputs that were computed group by group, at the places of their features."""
+        return y.index_select(dim, rows.argsort())
+
     def multiplications(self, layer: nn.Module, positions: int) -> int | None:
         if not plain_geometry(layer):
             return None
         taps = int(layer.weight[0, 0].numel())  # type: ignore[index]
-        sizes = [self._members(group) for group in range(self.groups)]
+        sizes = [self._members(group) for group in self.held]
         return sum(len(rows) * len(columns) for rows, columns in sizes) * taps * positions
 
 
@@ -274,7 +283,8 @@ def splitnet(
     with p the softmax of learned assignments, for the inputs of the first of ``layers`` and the outputs of
     each (the last's are classes). ``layers`` follow each other. ``until``: over how many iterations the
     softmax is cooled and disjointness ramped up. Start from a trained dense model. After the cut a layer has
-    about ``1/groups`` of its numbers, and what a group computes is no other's affair.
+    about ``1/groups`` of its numbers, and what a group computes is no other's affair:
+    ``distcomp.conditional.spread_groups`` lets each rank hold its groups alone.
 
     Wire: nothing for the assignments; they are a function of weights, which all ranks have alike.
 

@@ -28,15 +28,21 @@ def test_replicas_of_every_structure_stay_identical(cluster, method) -> None:
             assert declared < gradient_bytes  # headers and scales weigh much in tensors as small as these
 
 
-def test_four_ranks_agree_too(cluster) -> None:
-    first, *others = cluster(4).run(jobs.replicas, "qsgd:bits=4")
+@pytest.mark.parametrize("method", ["qsgd:bits=4", "powersgd", "pqasgd:period=2"])
+def test_four_ranks_agree_too(cluster, method) -> None:
+    first, *others = cluster(4).run(jobs.replicas, method)
     for name, (stored, computed, *_) in first.items():
         assert all(other[name][0] == stored and other[name][1] == computed for other in others)
 
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("circulant", "qsgd:bits=1"), ("low rank", "powersgd"), ("hashed", "pqasgd:period=2")],
+    [
+        ("circulant", "qsgd:bits=1"),
+        ("low rank", "powersgd"),
+        ("hashed", "pqasgd:period=2"),
+        ("split", "qsgd:bits=4"),
+    ],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(cluster, name, method) -> None:
     whole = cluster(2).run(jobs.resumed, name, method, 0)

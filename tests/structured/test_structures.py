@@ -72,7 +72,7 @@ def oracle(link: Structure, theta: np.ndarray) -> np.ndarray:
         c = theta.reshape(*link.blocks, link.block, *link.shape[2:])
         return oracles.block_circulant(c, out, inputs, link.signs.double().numpy())
     assert isinstance(link, Hashed)
-    return oracles.hashed(theta, link.bucket.numpy(), link.sign.double().numpy(), bool(link.kernel))
+    return oracles.hashed(theta.ravel(), link.bucket.numpy(), link.sign.double().numpy(), bool(link.kernel))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -153,7 +153,7 @@ def test_two_bases_hold_a_convolution_exactly(shape) -> None:
     torch.testing.assert_close(channels.T @ channels, torch.eye(shape[1], dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("kind", "shape"), [pair for pair in PAIRS if len(pair[1]) in (2, 4)])
+@pytest.mark.parametrize(("kind", "shape"), PAIRS)
 def test_gradients_are_derivatives(kind, shape) -> None:
     link = made(kind, shape)
     theta = [tensor.clone().requires_grad_() for tensor in theta_of(link, drawn(0, *shape))]
@@ -245,11 +245,17 @@ def test_bits_are_the_bytes_of_a_file(kind, shape) -> None:
     assert bits(layer, "weight") == 8 * dense + bits_beside
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ALL if kind != "basis"])
+@pytest.mark.parametrize(("kind", "shape"), PAIRS)
+def test_what_is_stored_is_no_vector_which_methods_would_leave_as_it_is(kind, shape) -> None:
+    assert all(theta.dim() >= 2 for theta in theta_of(made(kind, shape), drawn(0, *shape)))
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_quantizers_and_masks_stand_on_it(kind) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
-    dense_layer, shape = ("0", (8, 3, 3, 3)) if kind in ("tucker2", "cp") else ("3", (10, 128))
+    convolved = kind in ("tucker2", "cp", "basis")
+    dense_layer, shape = ("0", (8, 3, 3, 3)) if convolved else ("3", (10, 128))
     structured.install_structures(net, dense_layer, lambda *_: made(kind, shape))
     precision.gradual(net, None, "Q2.4", skip=())
     mask = pruning.Mask(net.get_submodule(dense_layer).weight)
