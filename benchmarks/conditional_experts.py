@@ -172,6 +172,10 @@ def rank_main(settings: dict[str, Any]) -> dict[str, Any]:
     return study_rank(settings) if "names" in settings else link_rank(settings)
 
 
+def studied_apart(settings: dict[str, Any]) -> dict[str, Any]:
+    return on_fabric("conditional_experts", Fabric.uniform(2), settings)
+
+
 def known(codec: str) -> bool:
     """Whether there is such a codec here."""
     try:
@@ -185,6 +189,7 @@ def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--links", action="store_true")
     parser.add_argument("--study", action="store_true")
+    parser.add_argument("--more", action="store_true", help="of the study, rows that its cells lack")
     wanted = parser.parse_args()
     cells = Cells("conditional_experts", PLAN)
     if wanted.links:
@@ -199,15 +204,17 @@ def main() -> None:
                     name: compute_s[name] + predicted_s(*split(name), rate) for name in cell["step_s"]
                 }
                 cells.write()
-    if wanted.study:
+    if wanted.study or wanted.more:
         names = [row for row in ROWS if known(row)]
         names += ["no balancing", "dense, as many products", "dense, as many parameters"]
         for seed in range(SEEDS):
+            if not wanted.study and f"study|{seed}" not in cells.document["cells"]:
+                continue
             settings = {"names": names, "seed": seed}
-            cells.get(
-                f"study|{seed}",
-                lambda settings=settings: on_fabric("conditional_experts", Fabric.uniform(2), settings),
-            )
+            cell = cells.get(f"study|{seed}", lambda settings=settings: studied_apart(settings))
+            missing = {"names": [row for row in names if row not in cell["rows"]], "seed": seed}
+            if missing["names"]:  # a codec that came later: those of the cell stay as they are
+                cells.get(f"study, more|{seed}", lambda missing=missing: studied_apart(missing))
 
 
 def split(name: str) -> tuple[str, str, int]:
