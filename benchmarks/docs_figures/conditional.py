@@ -91,8 +91,10 @@ def experts() -> str:
 
 def rows() -> str:
     found = result("conditional_experts")
-    seeds = [cell["rows"] for key, cell in found["cells"].items() if key.startswith("study|")]
-    of = {name: [rows_of[name] for rows_of in seeds] for name in seeds[0]}
+    of: dict[str, list[dict[str, Any]]] = {}
+    for key, cell in found["cells"].items():
+        for name, row in cell["rows"].items() if key.startswith("study") else ():
+            of.setdefault(name, []).append(row)
     whole = statistics.fmean(row["row_bytes"] for row in of["bf16"])
     lines = []
     for name, own in of.items():
