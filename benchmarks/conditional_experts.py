@@ -3,10 +3,12 @@
     python -m benchmarks.conditional_experts --links    # step times on emulated links, and predicted
     python -m benchmarks.conditional_experts --study    # test loss by codec of rows, five seeds
 
-``--links`` (cells ``own links``; those called ``links`` were measured when DistributedDataParallel still
-reduced spread experts, too, where the mixture is the whole model): eight experts of 128 x 256, two of them for each token, on two ranks; the break-even is at 1,024
+``--links``: eight experts of 128 x 256, two of them for each token, on two ranks; the break-even is at 1,024
 tokens of a rank and step. What is predicted is the step as it was on an unshaped link, and the seconds that
-the network model gives for the bytes. ``--study``: eight clusters, each with a linear classifier of its own.
+the network model gives for the bytes. Cells are called ``own links``: in those called ``links``
+DistributedDataParallel reduced the experts that were spread, too.
+
+``--study``: eight clusters, each with a linear classifier of its own.
 Controls: a dense network with the same products for each token, and one with as many parameters; the mixture
 without balancing.
 """
@@ -173,10 +175,6 @@ def rank_main(settings: dict[str, Any]) -> dict[str, Any]:
     return study_rank(settings) if "names" in settings else link_rank(settings)
 
 
-def studied_apart(settings: dict[str, Any]) -> dict[str, Any]:
-    return on_fabric("conditional_experts", Fabric.uniform(2), settings)
-
-
 def known(codec: str) -> bool:
     """Whether there is such a codec here."""
     try:
@@ -190,7 +188,6 @@ def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--links", action="store_true")
     parser.add_argument("--study", action="store_true")
-    parser.add_argument("--more", action="store_true", help="of the study, rows that its cells lack")
     wanted = parser.parse_args()
     cells = Cells("conditional_experts", PLAN)
     if wanted.links:
@@ -205,17 +202,15 @@ def main() -> None:
                     name: compute_s[name] + predicted_s(*split(name), rate) for name in cell["step_s"]
                 }
                 cells.write()
-    if wanted.study or wanted.more:
+    if wanted.study:
         names = [row for row in ROWS if known(row)]
         names += ["no balancing", "dense, as many products", "dense, as many parameters"]
         for seed in range(SEEDS):
-            if not wanted.study and f"study|{seed}" not in cells.document["cells"]:
-                continue
             settings = {"names": names, "seed": seed}
-            cell = cells.get(f"study|{seed}", lambda settings=settings: studied_apart(settings))
-            missing = {"names": [row for row in names if row not in cell["rows"]], "seed": seed}
-            if missing["names"]:  # a codec that came later: those of the cell stay as they are
-                cells.get(f"study, more|{seed}", lambda missing=missing: studied_apart(missing))
+            cells.get(
+                f"study|{seed}",
+                lambda settings=settings: on_fabric("conditional_experts", Fabric.uniform(2), settings),
+            )
 
 
 def split(name: str) -> tuple[str, str, int]:
