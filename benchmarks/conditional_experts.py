@@ -5,7 +5,10 @@
 
 ``--links``: eight experts of 128 x 256, two of them for each token, on two ranks; the break-even is at 1,024
 tokens of a rank and step. What is predicted is the step as it was on an unshaped link, and the seconds that
-the network model gives for the bytes. ``--study``: eight clusters, each with a linear classifier of its own.
+the network model gives for the bytes. Cells are called ``own links``: in those called ``links``
+DistributedDataParallel reduced the experts that were spread, too.
+
+``--study``: eight clusters, each with a linear classifier of its own.
 Controls: a dense network with the same products for each token, and one with as many parameters; the mixture
 without balancing.
 """
@@ -191,10 +194,10 @@ def main() -> None:
         for rate in RATES:
             fabric = Fabric.uniform(2) if rate == "unshaped" else Fabric.uniform(2, rate)
             cell = cells.get(
-                f"links|{rate}", lambda fabric=fabric: on_fabric("conditional_experts", fabric, {})
+                f"own links|{rate}", lambda fabric=fabric: on_fabric("conditional_experts", fabric, {})
             )
             if rate != "unshaped" and "predicted_s" not in cell:
-                compute_s = cells.document["cells"]["links|unshaped"]["step_s"]
+                compute_s = cells.document["cells"]["own links|unshaped"]["step_s"]
                 cell["predicted_s"] = {
                     name: compute_s[name] + predicted_s(*split(name), rate) for name in cell["step_s"]
                 }

@@ -252,9 +252,13 @@ def steps_in_backward(parameter: Any) -> bool:
 
 def ddp_ignores(model: nn.Module, names: Iterable[str]) -> None:
     """Tell DistributedDataParallel, before it is made, which parameters it leaves alone: it reads this
-    attribute, and no public call sets it."""
+    attribute, and no public call sets it.
+
+    Its reducer asks for ``{module}.{name}``, which of the model's own parameters is ``.{name}``; all else
+    that it does asks for the name alone."""
     known = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    model._ddp_params_and_buffers_to_ignore = list(dict.fromkeys([*known, *names]))  # type: ignore[assignment]
+    told = [form for name in names for form in ((name,) if "." in name else (name, f".{name}"))]
+    model._ddp_params_and_buffers_to_ignore = list(dict.fromkeys([*known, *told]))  # type: ignore[assignment]
 
 
 def storage_is_shared(storage: torch.UntypedStorage) -> bool:

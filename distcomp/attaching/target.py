@@ -184,9 +184,10 @@ def refuse_reduced(target: Target) -> None:
     """Raise DistcompError for a parameter of this rank's own that DistributedDataParallel reduces."""
     if target.ddp is None:
         return
-    told = ignored_by(target.ddp)
+    told = getattr(target.ddp, "parameters_to_ignore", None) or ()
     for name, parameter in target.module.named_parameters():
-        if is_of_rank(parameter) and name not in told:
+        asked = name if "." in name else f".{name}"  # by the reducer, see ignored_by
+        if is_of_rank(parameter) and asked not in told:
             raise DistcompError(
                 f"{name} is this rank's own and DistributedDataParallel reduces it; call "
                 "distcomp.conditional.keep_experts_local(model) before it"

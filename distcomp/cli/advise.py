@@ -19,6 +19,7 @@ from distcomp.errors import DistcompError, require
 
 if TYPE_CHECKING:
     from distcomp.advice.advise import Advice, AdviceRow
+    from distcomp.advice.mixtures import MixtureAdvice
 
 DESCRIPTION = """\
 Time a few real steps of SCRIPT on this machine, and what each method does with
@@ -54,6 +55,11 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--memory", metavar="SIZE", help="of each rank, such as 16GB: what does not fit is refused"
     )
+    parser.add_argument(
+        "--mixture", metavar="TEXT", action="append", default=[],
+        help="a mixture of experts that is no MixtureOfExperts of distcomp's (which are found): "
+        "parameters=*.experts.*,tokens=256,width=128,hidden=256,experts=8,k=2",
+    )  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="FILE", help="step time against bandwidth (.svg, .png)")
     parser.add_argument("--model", type=Path, required=True, metavar="SCRIPT", help="what is trained")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="what the script is given")
@@ -64,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, predict, recommend."""
     from distcomp.advice.advise import advise
     from distcomp.advice.memory import parse_size
+    from distcomp.advice.mixtures import Mixture, advise_experts, mixtures_seen
     from distcomp.advice.script import defines, observe_script
     from distcomp.advice.task import NAME, task_of
     from distcomp.network.model import ALONE, Host
@@ -79,17 +86,24 @@ def run(arguments: argparse.Namespace) -> int:
     script, given = existing(arguments.model), [one for one in arguments.arguments if one != "--"]
     has_task = defines(script, NAME)
     _tell(f"reading {script}" if has_task else f"running some steps of {script}")
-    trained = task_of(script, given) if has_task else observe_script(script, given)
+    named = [Mixture.parse(text) for text in arguments.mixture]
+    with mixtures_seen() as seen:
+        trained = task_of(script, given) if has_task else observe_script(script, given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     host = Host(arguments.ranks_here, cores) if arguments.ranks_here > 1 else ALONE
     advice = advise(trained, fabric, methods, host, _tell, arguments.shards, memory_bytes)
+    compared = ("ddp", advice.rows[0].method) if advice.baseline == "ddp" else ()
+    experts = advise_experts(trained, fabric, named or seen, list(dict.fromkeys(compared)), host)
     _done()
     if arguments.plot is not None:
         plot(advice, arguments.plot)
     if arguments.json:
-        print(json.dumps(advice.as_json(), indent=2))
+        told = {**advice.as_json(), **({"experts": experts.as_json()} if experts is not None else {})}
+        print(json.dumps(told, indent=2))
         return 0
     show(advice)
+    if experts is not None:
+        show_experts(experts)
     return 0
 
 
@@ -119,6 +133,19 @@ def show(advice: Advice) -> None:
     print(fitted(head, [_cells(row, shown, row.method == advice.baseline) for row in advice.rows]))
     for refused in advice.refused:
         print(f"\n{sentence(refused.sentence)}")
+    print(f"\n{sentence(advice.sentence)}")
+
+
+def show_experts(advice: MixtureAdvice) -> None:
+    """Print the ways to hold experts, and the sentence."""
+    from distcomp.advice.advise import milliseconds
+
+    print(f"\n{len(advice.mixtures)} mixture{'s' if len(advice.mixtures) > 1 else ''} of experts:\n")
+    cells = [
+        [row.held, row.method, row.rows or "-", milliseconds(row.step_s), f"{row.sent_bytes / 1e3:,.0f} kB"]
+        for row in advice.rows
+    ]
+    print(fitted(["experts", "gradients by", "rows by", "step", "sent"], cells))
     print(f"\n{sentence(advice.sentence)}")
 
 

@@ -10,7 +10,7 @@ import torch
 from distcomp.calls.codec import CodecLike, codec_for
 from distcomp.methods.registry import compressor_of
 from distcomp.network import Fabric
-from distcomp.network.model import all_to_all_load, ring_all_reduce
+from distcomp.network.model import all_gather_load, all_to_all_load, ring_all_reduce
 from distcomp.payload import HEADER, Part, wire_bytes
 
 COMPARED_BYTES = wire_bytes((Part("digest", torch.int64, 1),))
@@ -80,11 +80,25 @@ def count_call_bytes(experts_here: int, ranks: int) -> int:
     return call_bytes([payload] * (ranks - 1), 2 * ranks)
 
 
+SMALL_EXCHANGES = 15
+"""Of a step, one behind the other, beside those of rows: before each of its seven calls (counts, four of
+rows, balance forward and backward) ranks compare what they ask, before five of them their sizes; and counts
+and balance themselves are small."""
+
+
+def step_bytes(shape: MixtureShape, codec: CodecLike) -> float:
+    """Bytes of rows that a rank sends in a step, where tokens are spread evenly; without what is compared."""
+    return shape.row_values * bits_per_value(codec, shape.width) / 8
+
+
 def expert_parallel_s(shape: MixtureShape, codec: CodecLike, fabric: Fabric) -> float:
-    """Seconds that the rows of a step take on a network, there and back, forward and backward."""
-    each = shape.row_values / 4 / max(1, shape.ranks - 1) * bits_per_value(codec, shape.width) / 8
-    load = all_to_all_load([each] * shape.ranks, tuple(range(shape.ranks)), fabric)
-    return 4 * load.cost(fabric).seconds
+    """Seconds that the rows of a step take on a network, there and back, forward and backward, and the small
+    exchanges around them."""
+    ranks = tuple(range(shape.ranks))
+    each = step_bytes(shape, codec) / 4 / max(1, shape.ranks - 1)
+    rows = all_to_all_load([each] * shape.ranks, ranks, fabric)
+    small = all_gather_load([COMPARED_BYTES] * shape.ranks, ranks, fabric)
+    return 4 * rows.cost(fabric).seconds + SMALL_EXCHANGES * small.cost(fabric).seconds
 
 
 def data_parallel_s(shape: MixtureShape, method: CodecLike, fabric: Fabric) -> float:

@@ -177,6 +177,7 @@ class LayerSwitch(Listener):
 
     # -------------------------------------------------------------------------------------------- the layers
 
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def call(
         self, name: str, layer: nn.Module, run: Callable[..., Any], x: Any, *rest: Any, **options: Any
     ) -> Any:
@@ -316,6 +317,8 @@ _SWITCHED: dict[type[nn.Module], type[nn.Module]] = {}
 def _switched(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a kind of layers, always the same one, whose call asks the switch."""
 
+    # torch.compile leaves the switch's decision to Python: traced, each iteration's would be compiled anew.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def call(self: nn.Module, *arguments: Any, **options: Any) -> Any:
         run = partial(kind.__call__, self)
         known = self.__dict__.get("_distcomp_switch")

@@ -174,11 +174,20 @@ def exchange_active(
     )
 
 
+class Compared(AllGather):
+    """An all-gather of digests. What is compared follows at once: in its turn it would wait until the next
+    bucket is ready, and a bucket would no longer be on the wire while backward goes on."""
+
+    @property
+    def leads(self) -> bool:
+        return True
+
+
 def compared(active: ActiveSet, context: StepContext) -> Rounds[None]:
     """Raise Mismatch on every rank, naming those that differ from rank 0, unless all have one active set."""
     payload = Payload.empty(DIGEST)
     payload["active"].fill_(active.digest)
-    payloads: list[Payload] = yield AllGather(payload)
+    payloads: list[Payload] = yield Compared(payload)
     digests = [int(each["active"]) for each in payloads]
     odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if odd:

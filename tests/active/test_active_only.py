@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import distcomp
 from distcomp.active import ActiveParameters, ActiveSet, Frozen, Intersection, Planned
+from distcomp.advice.profile import _Echo
 from distcomp.attaching.observed import pruners_of
 from distcomp.attaching.slices import slices_of
 from distcomp.compressors import Quantize, TopK
@@ -21,6 +22,10 @@ from distcomp.methods import METHODS, ActiveOnly, ErrorFeedback, StepContext, fr
 from distcomp.methods.active_only import UNUSED_HERE, UsedOnly
 from distcomp.methods.powersgd import PowerSGD
 from distcomp.randomness import Key
+from distcomp.runtime.aggregation import Aggregation
+from distcomp.runtime.channel import Channel
+from distcomp.runtime.ledger import Ledger
+from distcomp.runtime.pipeline import Drive
 from tests.buffers import ORDINARY, alike, draw, tensors
 from tests.lockstep import converse
 
@@ -178,6 +183,31 @@ def test_who_differs_is_named_on_every_rank():
     seen = [{"frozen": frozenset(names)} for names in ((), (), ("fc.bias",))]
     with pytest.raises(Mismatch, match="of rank 2 differ from those of rank 0 in step 4"):
         converse(method, draw(3), [method.init(ORDINARY)] * 3, step=4, observed=seen)
+
+
+class Asked(_Echo):
+    """What was asked of the network, in order."""
+
+    def __init__(self):
+        super().__init__(0, 2)
+        self.kinds = []
+
+    def start(self, request):
+        self.kinds.append(type(request).__name__)
+        self.exchange = len(self.kinds)
+        return super().start(request)
+
+
+def test_what_is_compared_is_followed_at_once():
+    """A bucket goes out while backward goes on, and does not wait until the next one is ready."""
+    asked, method = Asked(), ActiveOnly(distcomp.parse("identity"), Frozen())
+    drive = Drive(Channel(asked, 0, Ledger()))
+    context = StepContext(0, 2, ORDINARY, 0, Key.of(0))
+    drive.add(Aggregation(method, draw(1)[0], method.init(ORDINARY), context))
+    assert asked.kinds == ["Compared", "AllReduce"]
+    drive.add(Aggregation(method, draw(1)[0], method.init(ORDINARY), context))
+    drive.end()
+    assert asked.kinds == ["Compared", "AllReduce"] * 2
 
 
 @settings(max_examples=12)

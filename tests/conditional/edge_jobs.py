@@ -168,10 +168,29 @@ def clipped(rank: int, size: int) -> tuple[float, float, bool]:
     return far, abs(float(norm - wanted)), not torch.equal(*parts)
 
 
-def forgotten(rank: int, size: int) -> str:
+def outermost(rank: int, size: int) -> tuple[bool, bool]:
+    """DistributedDataParallel around a mixture itself: are the experts' gradients those of no wrapper, bit
+    for bit, and the gate's another, the mean over the ranks?"""
+    x = torch.randn(12, 16, generator=torch.Generator().manual_seed(rank))
+    gradients = []
+    for wrapped in (True, False):
+        moe = MixtureOfExperts(16, 32, 4, parallel=dist.group.WORLD)
+        model: nn.Module = moe
+        if wrapped:
+            keep_experts_local(moe)
+            model = DistributedDataParallel(moe)
+            distcomp.attach(model, None, "identity").detach()  # takes it for told
+        (model(x).square().mean() + moe.balance_loss).backward()
+        gradients.append([getattr(moe, name).grad for name in TENSORS] + [moe.gate.clean.grad])
+    calls.disconnect(dist.group.WORLD)
+    same = list(map(torch.equal, *gradients))
+    return all(same[:-1]), same[-1]
+
+
+def forgotten(rank: int, size: int, outside: bool) -> str:
     """DistributedDataParallel around experts that nobody told it to leave alone."""
     moe = MixtureOfExperts(8, 16, 4, parallel=dist.group.WORLD)
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), moe))
+    model = DistributedDataParallel(moe if outside else nn.Sequential(nn.Linear(8, 8), moe))
     try:
         distcomp.attach(model, None, "identity").detach()
     except distcomp.DistcompError as error:

@@ -262,3 +262,23 @@ def killed(rank: int, size: int) -> str:
     finally:
         calls.disconnect()
     return "nothing"
+
+
+UNEVEN = (24, 0, 7, 16)
+"""Tokens of each rank: many, none, an odd number, as elsewhere."""
+
+
+def uneven(rank: int, size: int, capacity: float | None) -> dict[str, Any]:
+    """Ranks with other numbers of tokens, spread and, of this rank's tokens, in one process."""
+    found: dict[str, Any] = {}
+    for kind, options in (("spread", {"parallel": dist.group.WORLD}), ("alone", {})):
+        moe = mixture("one", capacity=capacity, importance_weight=0.0, load_weight=0.0, **options)
+        x = tokens_of(rank, count=UNEVEN[rank]).requires_grad_()
+        out = moe(x)
+        (out.sin() * x).sum().backward()
+        found[kind] = {
+            "out": out.detach(), "x": x.grad, "up": moe.up.grad, "dropped": moe.routing.dropped,
+            "own": list(moe.own),
+        }  # fmt: skip
+    calls.disconnect()
+    return found

@@ -141,8 +141,15 @@ def test_gradients_of_spread_experts_are_clipped_as_in_one_process(cluster):
 
 
 def test_experts_that_ddp_would_reduce_are_named(cluster):
-    for words in cluster(2).run(edge_jobs.forgotten):
-        assert words.startswith("1.up is this rank's own and DistributedDataParallel reduces it")
+    for name, outside in (("1.up", False), ("up", True)):
+        for words in cluster(2).run(edge_jobs.forgotten, outside):
+            assert words.startswith(f"{name} is this rank's own and DistributedDataParallel reduces it")
+
+
+def test_a_mixture_that_is_the_whole_model_keeps_its_experts(cluster):
+    for experts_alike, gate_alike in cluster(2).run(edge_jobs.outermost):
+        assert experts_alike
+        assert not gate_alike
 
 
 # -------------------------------------------------------------------------- what examples decide

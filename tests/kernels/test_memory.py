@@ -70,3 +70,14 @@ def test_sizes_do_not_meet_and_small_ones_are_not_kept() -> None:
     memory.give_back()
     memory.empty(NUMEL - 1)
     assert not memory._storages
+
+
+def test_sizes_that_change_do_not_pile_up() -> None:
+    """What is active is another number of elements in each step, of up to as many as there are subsets."""
+    most_bytes = 0
+    for numel in range(NUMEL, 2 * NUMEL, 997):
+        assert memory.empty(numel).shape == (numel,)
+        most_bytes = 4 * numel
+    kept = [storage.nbytes() for storages in memory._storages.values() for storage in storages]
+    assert len(kept) <= 9
+    assert max(kept) <= most_bytes * 9 / 8
