@@ -98,7 +98,7 @@ def cell(method: str, workers: int, seed: int) -> dict[str, Any]:
 
 
 def simulated(training: TrainingTask, method: str, workers: int, seed: int, steps: int) -> dict[str, Any]:
-    """A run in lock-step on the emulated network: the last metrics, and a curve of (step, seconds, metrics)."""
+    """A run in lock-step on the emulated network: the last metrics, and a curve."""
     setting = Setting(Fabric.uniform(workers, "1mbit", "50ms"), Scenario(0.020), seed=seed)
     simulation = Simulation(training, distcomp.parse(method), setting)
     curve = []

@@ -6,8 +6,8 @@
 
 Bytes of Python's standard library (:mod:`benchmarks._library_lm`, its transformer of 82,944 parameters), each
 worker with packages of its own: 16 KiB of them, which it reads six times; or an equal share of everything,
-of which it reads little. Every tenth module is for the test, every tenth of the others is shared: text that no
-worker has among its own. Lock-step and clock as in :mod:`benchmarks.codistill`.
+of which it reads little. Every tenth module is for the test, every tenth of the others is shared: text that
+no worker has among its own. Lock-step and clock as in :mod:`benchmarks.codistill`.
 
 A prediction of one text is 64 rows of 256 logits: 16 texts, drawn anew for each exchange, are three times as
 many numbers as the model has, four are fewer. Text is its own label: "alone, reads the shared text" trains on
