@@ -156,14 +156,11 @@ def main() -> None:
     torch.set_num_threads(1)
     study, begin_s = Cells("codistill_lm", PLAN), time.perf_counter()
     groups = [(own, workers) for own, (counts, _) in OWN.items() for workers in counts]
-    # little text first: what it shows does not show where every worker has plenty
-    ordered = sorted(
-        itertools.product(range(SEEDS), groups, METHODS), key=lambda cell: len(OWN[cell[1][0]][0]) == 1
-    )
-    for seed, (own, workers), name in ordered:
-        if wanted.show or time.perf_counter() - begin_s > wanted.seconds:
-            break
-        study.get(f"{own} | {name} | {workers} | {seed}", lambda: cell(own, name, workers, seed))  # noqa: B023
+    for own, (counts, _) in OWN.items():
+        for seed, workers, name in itertools.product(range(SEEDS), counts, METHODS):
+            if wanted.show or time.perf_counter() - begin_s > wanted.seconds:
+                break
+            study.get(f"{own} | {name} | {workers} | {seed}", lambda: cell(own, name, workers, seed))  # noqa: B023
     for own, workers in groups:
         print(table(study.document["cells"], own, workers), end="\n\n")
 
