@@ -157,6 +157,26 @@ def first_stage(rank: int, size: int, how: str) -> tuple[float, int, int, Tensor
     return sent, below, teach.iterations, found, sum(p.requires_grad for p in student.parameters())
 
 
+def dropped(rank: int, size: int, how: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Statistics of an ensemble of branches, and of a branch alone, after two steps of each."""
+
+    def after(model: nn.Module, loss: Any) -> dict[str, Any]:
+        wrapping = wrapped_whole(model, how, size)
+        optimizer = torch.optim.SGD(wrapping.parameters(), 0.05)
+        with distcomp.attach(wrapping, optimizer, "identity") as handle:
+            for step in range(2):
+                x, y = rows(8, seed=10 * rank + step)
+                optimizer.zero_grad()
+                loss(wrapping(x), y).backward()
+                optimizer.step()
+            return handle.stats()
+
+    torch.manual_seed(0)
+    one = distill.OnTheFlyEnsemble(nn.Linear(6, 80), nn.Linear(80, 40), 80, 3)
+    alone = nn.Sequential(nn.Linear(6, 80), nn.Linear(80, 40))
+    return after(one, distill.ensemble_loss), after(alone, nn.functional.cross_entropy)
+
+
 def late_heads(rank: int, size: int) -> str:
     student = DistributedDataParallel(mlp(8))
     loss = distill.fitnet_hint("1", "3", nn.Linear(8, 16))

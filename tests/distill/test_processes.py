@@ -54,5 +54,14 @@ def test_the_first_stage_of_a_hint_sends_the_lower_half_alone(cluster, how):
     assert torch.equal(found[0][3], found[1][3])
 
 
+@BOTH
+def test_statistics_say_by_how_much_dropped_branches_raise_the_wire(cluster, how):
+    for ensemble, alone in cluster(2).run(jobs.dropped, how):
+        assert "training_factor" not in alone
+        raised = ensemble["payload_bytes"] / alone["payload_bytes"]
+        assert raised == pytest.approx(ensemble["training_factor"], rel=0.02)
+        assert raised > 2
+
+
 def test_heads_that_nobody_would_reduce_are_refused(cluster):
     assert all("wrapped already" in told for told in cluster(2).run(jobs.late_heads))
