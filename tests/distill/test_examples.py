@@ -50,7 +50,8 @@ def test_it_trains_on_an_emulated_network(script: str, method: str, told: str, t
         "emulate", "--no-packets", "--ranks", "2", "--method", method, "-o", "out",
         str(ROOT / "examples" / name), "--steps", "30", *arguments, where=tmp_path,
     )  # fmt: skip
-    run = recording.read_run(tmp_path / "out")
+    (directory,) = recording.find_runs([tmp_path / "out"])
+    run = recording.read_run(directory)
     (last,) = [record for record in run.of_kind("metric") if record["step"] == 30]
     assert last["test_loss"] < 2.5
     assert sorted(run.ranks) == [0, 1]
