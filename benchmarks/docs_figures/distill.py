@@ -33,7 +33,7 @@ HELPS = (
         "nothing but the rows that the teacher learnt from",
         "pairs",
         ("Hinton, T = 4", "mimicking"),
-        ("hard labels", "label smoothing 0.1", "Hinton, an untrained teacher"),
+        ("hard labels", "hard labels, twice as long", "label smoothing 0.1", "Hinton, an untrained teacher"),
     ),
     (
         "a thin deep student",
@@ -51,13 +51,13 @@ HELPS = (
             "factors, beta 50",
             "Hinton, T = 4",
         ),
-        ("hard labels", "attention of an untrained teacher, beta 30"),
+        ("hard labels", "hard labels, twice as long", "attention of an untrained teacher, beta 30"),
     ),
     (
         "no teacher, but room to train several networks at once",
         "online",
         ("ONE, one branch kept", "mutual learning, one of three kept"),
-        ("one network", "branches on a stem, no distilling"),
+        ("one network", "one network, twice as long", "branches on a stem, no distilling"),
     ),
     (
         "100 labels and nothing else",
@@ -148,9 +148,9 @@ def packets() -> str:
     parts = [codistill_network.table(found["cells"], workers) for workers in measured]
     if not measured:
         return "Not measured yet."
-    (how, *_), delay = next(iter(found["cells"].values()))["network"][:2], found["plan"]["delay"]
-    told = f"{how}; {delay} one way, which distcomp's transport adds where the kernel has no netem. A number per seed."
-    return "\n\n".join([*parts, f"{source(found, 'codistill_network.py')} Emulated: {told}"])
+    how, delay = next(iter(found["cells"].values()))["network"][:2]
+    told = f"Emulated: {how.partition(': ')[2]}; {delay}. A number per seed."
+    return "\n\n".join([*parts, f"{source(found, 'codistill_network.py')} {told}"])
 
 
 def regimes() -> str:
