@@ -63,6 +63,19 @@ def trained(rank: int, size: int, how: str, directory: str) -> dict[str, Any]:
         }
 
 
+def averaged(rank: int, size: int) -> dict[str, Any]:
+    """Four steps with a teacher, models averaged after every two."""
+    model = mlp(8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    teach = distill.Distill(model, mlp(64, seed=1), distill.hinton(2, 0.7))
+    handle = distcomp.attach(model, optimizer, "local_sgd:period=2")
+    run(teach, optimizer, rank, range(4))
+    names = {name for part in handle.state_dict().values() for name in part["state"]}
+    handle.detach()
+    sent_bytes = handle.stats()["payload_bytes"]
+    return {"weights": weights(model), "sent_bytes": sent_bytes, "names": names}
+
+
 def run(teach: distill.Distill, optimizer: torch.optim.Optimizer, rank: int, steps: range) -> None:
     for step in steps:
         x, y, keys = batch_of(rank, step)

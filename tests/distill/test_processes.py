@@ -28,6 +28,14 @@ def test_the_teacher_is_sent_averaged_and_saved_nowhere(cluster, how, tmp_path):
     assert first["last"] != second["last"]  # each learnt from its own examples, and from noise of its own
 
 
+def test_the_teacher_is_in_no_average_of_models(cluster):
+    first, second = cluster(2).run(jobs.averaged)
+    assert torch.equal(first["weights"], second["weights"])
+    taught = sum(p.numel() for p in jobs.mlp(64).parameters())
+    assert 0 < first["sent_bytes"] < 4 * taught  # one average of the teacher would be as much
+    assert not any("teacher" in name for name in first["names"])
+
+
 @BOTH
 def test_resume_is_bit_equal_with_cached_logits(cluster, how, tmp_path):
     for whole, resumed in cluster(2).run(jobs.resumed, how, str(tmp_path)):
