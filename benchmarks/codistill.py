@@ -94,14 +94,20 @@ def cell(method: str, workers: int, seed: int) -> dict[str, Any]:
     """The last metrics, bytes per worker and a curve of (step, seconds, loss, accuracy)."""
     if method == "one worker":
         method, workers = ALONE, 1
+    return simulated(task(seed), method, workers, seed, STEPS)
+
+
+def simulated(training: TrainingTask, method: str, workers: int, seed: int, steps: int) -> dict[str, Any]:
+    """A run in lock-step on the emulated network: the last metrics, and a curve."""
     setting = Setting(Fabric.uniform(workers, "1mbit", "50ms"), Scenario(0.020), seed=seed)
-    simulation = Simulation(task(seed), distcomp.parse(method), setting)
+    simulation = Simulation(training, distcomp.parse(method), setting)
     curve = []
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         simulation.step()
         if step % EVERY == 0:
             found = simulation.evaluate()
-            curve.append([step, found["seconds"], found["test_loss"], found["test_accuracy"]])
+            metrics = [found[name] for name in ("test_loss", "test_accuracy") if name in found]
+            curve.append([step, found["seconds"], *metrics])
     return {**found, "curve": curve}
 
 
@@ -115,7 +121,7 @@ def complete_seeds(cells: Mapping[str, Any], workers: int) -> list[int]:
 
 def seconds_to(curve: list[list[float]], loss: float) -> float:
     """When a test loss was first reached; infinity where it was not."""
-    return next((seconds for _, seconds, reached, _ in curve if reached <= loss), math.inf)
+    return next((seconds for _, seconds, reached, *_ in curve if reached <= loss), math.inf)
 
 
 def table(cells: Mapping[str, Any], workers: int) -> str:

@@ -7,6 +7,7 @@ of what all predict::
 
     torchrun --nproc-per-node 2 examples/codistill.py
     distcomp emulate --ranks 2 --rate 1mbit --delay 50ms --methods codistill:period=50 examples/codistill.py
+    distcomp simulate --workers 16 --rate 1mbit --delay 50ms --method codistill examples/codistill.py
 
 Other methods need networks that are alike: ``--widths same`` with ``--method local_sgd``, for instance.
 """
@@ -14,6 +15,7 @@ Other methods need networks that are alike: ``--widths same`` with ``--method lo
 import argparse
 import os
 import time
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from torch.nn.functional import cross_entropy
 
 import distcomp
 from distcomp import distill
+from distcomp.advice import TrainingTask
 
 HELD_OUT, UNLABELLED, SHARED_PAIRS = 397, 300, 2000
 
@@ -46,6 +49,7 @@ def pairs(images, labels, count, seed):
     return torch.cat([images[left], images[right]], dim=1), (labels[left] + labels[right]) % 10
 
 
+@cache
 def data(rank, workers):
     """This worker's labelled images; the shared pairs, without labels; the test's pairs."""
     images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
@@ -67,6 +71,30 @@ def network(width):
 def evaluate(net, inputs, labels):
     scores = net(inputs)
     return cross_entropy(scores, labels).item(), (scores.argmax(1) == labels).float().mean().item()
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, 0.1, momentum=0.9)
+
+
+def training_task(arguments):
+    """The same training for `distcomp advise` and `distcomp simulate`, with networks of one width."""
+    wanted = options(arguments)
+
+    def batch(worker, workers, step):
+        own, _, _ = data(worker, workers)
+        return pairs(*own, wanted.batch, (wanted.seed * workers + worker) * 1_000_003 + step)
+
+    _, shared, test = data(0, 1)
+    torch.manual_seed(wanted.seed)
+    return TrainingTask(
+        model=network(96),
+        batch=batch,
+        loss=cross_entropy,
+        optimizer=sgd,
+        evaluate=lambda model: dict(zip(("test_loss", "test_accuracy"), evaluate(model, *test), strict=True)),
+        shared=shared,
+    )
 
 
 def into_one(logits, shared, steps, seed):
@@ -92,7 +120,7 @@ def main():
 
     torch.manual_seed(wanted.seed * workers + rank)
     model = network(96 + 32 * rank if wanted.widths == "own" else 96)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    optimizer = sgd(model.parameters())
     handle = distcomp.attach(model, optimizer, wanted.method, shared=shared, seed=wanted.seed)
 
     train_s = 0.0

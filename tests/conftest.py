@@ -67,6 +67,7 @@ def _variables() -> dict[str, str]:
 
 
 BUILT_ELSEWHERE = {
+    "tests/distill/test_torchdistill.py": "torchdistill asks for torchvision, which CPU builds of torch lack",
     "tests/horovod_job/test_horovod.py": "Horovod is built by scripts/test-horovod",
     "tests/integrations/test_ray.py": "Ray is installed by its users",
     "tests/integrations/test_trackers.py": "trackers are installed by scripts/test-trackers",

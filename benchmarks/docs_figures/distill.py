@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks import codistill as codistillation
-from benchmarks import distill_table
+from benchmarks import codistill_lm, codistill_network, distill_regimes, distill_table
 from benchmarks._tables import Block, markdown, result, source
 
 HELPS = (
@@ -33,7 +33,7 @@ HELPS = (
         "nothing but the rows that the teacher learnt from",
         "pairs",
         ("Hinton, T = 4", "mimicking"),
-        ("hard labels", "label smoothing 0.1", "Hinton, an untrained teacher"),
+        ("hard labels", "hard labels, twice as long", "label smoothing 0.1", "Hinton, an untrained teacher"),
     ),
     (
         "a thin deep student",
@@ -51,13 +51,13 @@ HELPS = (
             "factors, beta 50",
             "Hinton, T = 4",
         ),
-        ("hard labels", "attention of an untrained teacher, beta 30"),
+        ("hard labels", "hard labels, twice as long", "attention of an untrained teacher, beta 30"),
     ),
     (
         "no teacher, but room to train several networks at once",
         "online",
         ("ONE, one branch kept", "mutual learning, one of three kept"),
-        ("one network", "branches on a stem, no distilling"),
+        ("one network", "one network, twice as long", "branches on a stem, no distilling"),
     ),
     (
         "100 labels and nothing else",
@@ -127,8 +127,52 @@ def predictions() -> str:
     return "\n\n".join([*tables, f"{source(found, 'codistill.py')} {NOTE}"])
 
 
+def language() -> str:
+    """Exchanged predictions of a language model: tables that have a complete seed."""
+    found = result("codistill_lm")
+    groups = [(own, workers) for own, (counts, _) in codistill_lm.OWN.items() for workers in counts]
+    measured = [group for group in groups if codistill_lm.complete_seeds(found["cells"], *group)]
+    parts = [codistill_lm.table(found["cells"], *group) for group in measured]
+    missing = [f"{workers} workers, {own}" for own, workers in groups if (own, workers) not in measured]
+    if missing:
+        parts.append(
+            f"Written down in `benchmarks/codistill_lm.py` and not measured yet: {'; '.join(missing)}."
+        )
+    return "\n\n".join([*parts, f"{source(found, 'codistill_lm.py')} {NOTE}"])
+
+
+def packets() -> str:
+    """Seconds on an emulated network."""
+    found = result("codistill_network")
+    measured = [w for w in codistill_network.WORKERS if codistill_network.complete_seeds(found["cells"], w)]
+    parts = [codistill_network.table(found["cells"], workers) for workers in measured]
+    if not measured:
+        return "Not measured yet."
+    how, delay = next(iter(found["cells"].values()))["network"][:2]
+    told = f"Emulated: {how.partition(': ')[2]}; {delay}. A number per seed."
+    return "\n\n".join([*parts, f"{source(found, 'codistill_network.py')} {told}"])
+
+
+def regimes() -> str:
+    """KDGAN and Apprentice elsewhere."""
+    found = result("distill_regimes")
+    parts = []
+    for name, rows in distill_regimes.TABLES.items():
+        seeds = distill_regimes.complete_seeds(found["cells"], name)
+        scores = {
+            row: 100 * torch.tensor([found["cells"][f"{name} | {row} | {s}"]["accuracy"] for s in seeds])
+            for row in rows
+        }
+        head = [f"{name}, {len(seeds)} seeds", "test accuracy"]
+        parts.append(markdown(head, [[r, f"{s.mean():.1f} ± {s.std():.1f} %"] for r, s in scores.items()]))
+    return "\n\n".join([*parts, f"{source(found, 'distill_regimes.py')} {NOTE}"])
+
+
 BLOCKS = {
     "helps": Block(helps, "distill_table"),
     "teachers": Block(teachers, "distill_table"),
     "codistillation": Block(predictions, "codistill"),
+    "language": Block(language, "codistill_lm"),
+    "packets": Block(packets, "codistill_network"),
+    "regimes": Block(regimes, "distill_regimes"),
 }

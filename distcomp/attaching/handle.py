@@ -40,6 +40,7 @@ from distcomp.averaging.base import Averaging
 from distcomp.averaging.codistill import Codistillation
 from distcomp.averaging.periodic import Periodic
 from distcomp.compressors.base import Compressor
+from distcomp.distill.kept import summary
 from distcomp.errors import DistcompError, PeerLost
 from distcomp.methods import Method
 from distcomp.methods.base import ByParameter
@@ -190,11 +191,16 @@ class Handle:
 
     def stats(self) -> dict[str, Any]:
         """Iterations, bytes sent by this rank (in all, by kind, in the last iteration), where the last one's
-        time went, and ``state_bytes``: what the method keeps in memory on this rank."""
+        time went, and ``state_bytes``: what the method keeps in memory on this rank. ``training_factor``: how
+        many parameters are trained for each one that is kept, where some are dropped after training
+        (:func:`distcomp.distill.summary`)."""
         self._sync.idle()
         report = self._sync.report()
         if self._pruners:
             report |= {"sparsity": {name: s for one in self._pruners for name, s in one.sparsity.items()}}
+        factor = summary(self._target.module).factor
+        if factor > 1:
+            report |= {"training_factor": factor}
         return {"method": self.method, "iterations": self._sync.iterations, **self._watch.totals(), **report}
 
     def log(self, **fields: Any) -> None:

@@ -13,6 +13,7 @@ from distcomp.distill.cache import LogitCache, digest_of
 from distcomp.distill.factors import Paraphraser, Translator, train_paraphraser
 from distcomp.distill.hints import features_of, freeze_above, linear_bottleneck, regressor, standardisation
 from distcomp.distill.kdgan import KDGAN, GameTerms, LabelDiscriminator
+from distcomp.distill.kept import TrainingSummary, TrainsMore, summary
 from distcomp.distill.objectives import (
     Lesson,
     Objective,
@@ -63,6 +64,8 @@ __all__ = [
     "SeveralTeachers",
     "Teacher",
     "TeacherAndApprentice",
+    "TrainingSummary",
+    "TrainsMore",
     "Translator",
     "apprentice",
     "attention",
@@ -84,6 +87,7 @@ __all__ = [
     "regressor",
     "remove_heads",
     "standardisation",
+    "summary",
     "train_paraphraser",
     "training_factor",
 ]

@@ -55,7 +55,7 @@ def joint_loss(
 class TeacherAndApprentice(nn.Module):
     """Scheme A's two networks as one module; ``forward(batch)`` gives the logits of both.
 
-    Training sends both (:func:`distcomp.distill.training_factor`); ``apprentice`` is kept.
+    Training sends both (:func:`distcomp.distill.summary` says how much more); ``apprentice`` is kept.
     """
 
     def __init__(self, teacher: nn.Module, apprentice: nn.Module, converter: Converter | None = None) -> None:
@@ -66,6 +66,10 @@ class TeacherAndApprentice(nn.Module):
     def forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """(teacher's logits, apprentice's logits)."""
         return self.teacher(batch), self.apprentice(batch)
+
+    def kept_after_training(self) -> tuple[nn.Module, ...]:
+        """The apprentice."""
+        return (self.apprentice,)
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,10 @@ class KDGAN(nn.Module):
         teacher = teacher + self.gamma * softened_kl(zt, zc.detach().softmax(-1), 1.0)
         return GameTerms(classifier, teacher, self._told_apart(batch, labels, samples, shares))
 
+    def kept_after_training(self) -> tuple[nn.Module, ...]:
+        """The classifier."""
+        return (self.classifier,)
+
     def _judged(self, batch: Tensor, label: Tensor) -> Tensor:
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         score: Tensor = functional_call(self.discriminator, frozen, (batch, label))

@@ -1,7 +1,7 @@
 """Networks that teach each other while they learn: deep mutual learning, and ONE's branches on one stem.
 
 Both train more than is kept at the end, and a wire method sends all that is trained:
-:func:`training_factor` says by how much.
+:func:`distcomp.distill.summary`, and ``training_factor`` of the handle's ``stats()``, say by how much.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class MutualLearners(nn.Module):
     def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
         """The logits of each, ``[batch, classes]``."""
         return tuple(network(batch) for network in self.networks)
+
+    def kept_after_training(self) -> tuple[nn.Module, ...]:
+        """The first network."""
+        return (self.networks[0],)
 
 
 def mutual_loss(logits: Sequence[Tensor], labels: Tensor, weight: float = 1.0) -> Tensor:
@@ -102,6 +106,10 @@ class OnTheFlyEnsemble(nn.Module):
     def export(self, branch: int = 0) -> nn.Sequential:
         """The network that is kept: no larger than one that was trained alone."""
         return nn.Sequential(self.stem, self.branches[branch])
+
+    def kept_after_training(self) -> tuple[nn.Module, ...]:
+        """The stem and a branch."""
+        return self.stem, self.branches[0]
 
 
 def ensemble_loss(

@@ -63,6 +63,19 @@ def trained(rank: int, size: int, how: str, directory: str) -> dict[str, Any]:
         }
 
 
+def averaged(rank: int, size: int) -> dict[str, Any]:
+    """Four steps with a teacher, models averaged after every two."""
+    model = mlp(8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    teach = distill.Distill(model, mlp(64, seed=1), distill.hinton(2, 0.7))
+    handle = distcomp.attach(model, optimizer, "local_sgd:period=2")
+    run(teach, optimizer, rank, range(4))
+    names = {name for part in handle.state_dict().values() for name in part["state"]}
+    handle.detach()
+    sent_bytes = handle.stats()["payload_bytes"]
+    return {"weights": weights(model), "sent_bytes": sent_bytes, "names": names}
+
+
 def run(teach: distill.Distill, optimizer: torch.optim.Optimizer, rank: int, steps: range) -> None:
     for step in steps:
         x, y, keys = batch_of(rank, step)
@@ -155,6 +168,26 @@ def first_stage(rank: int, size: int, how: str) -> tuple[float, int, int, Tensor
     teach.remove()
     thaw()
     return sent, below, teach.iterations, found, sum(p.requires_grad for p in student.parameters())
+
+
+def dropped(rank: int, size: int, how: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Statistics of an ensemble of branches, and of a branch alone, after two steps of each."""
+
+    def after(model: nn.Module, loss: Any) -> dict[str, Any]:
+        wrapping = wrapped_whole(model, how, size)
+        optimizer = torch.optim.SGD(wrapping.parameters(), 0.05)
+        with distcomp.attach(wrapping, optimizer, "identity") as handle:
+            for step in range(2):
+                x, y = rows(8, seed=10 * rank + step)
+                optimizer.zero_grad()
+                loss(wrapping(x), y).backward()
+                optimizer.step()
+            return handle.stats()
+
+    torch.manual_seed(0)
+    one = distill.OnTheFlyEnsemble(nn.Linear(6, 80), nn.Linear(80, 40), 80, 3)
+    alone = nn.Sequential(nn.Linear(6, 80), nn.Linear(80, 40))
+    return after(one, distill.ensemble_loss), after(alone, nn.functional.cross_entropy)
 
 
 def late_heads(rank: int, size: int) -> str:

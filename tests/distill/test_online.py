@@ -168,6 +168,38 @@ def test_the_apprentices_three_schemes_train_few_bits():
     assert len(tuned[2].weight.unique()) <= 3
 
 
+def both_heads(student):
+    loss = distill.fitnet_hint("1", "1", nn.Linear(8, 12))
+    distill.install_heads(student, loss.heads())
+    return student
+
+
+@pytest.mark.parametrize(
+    ("make", "trained", "kept"),
+    [
+        (lambda: distill.MutualLearners([nn.Linear(6, 4), nn.Linear(6, 5)]), 28 + 35, 28),
+        (
+            lambda: distill.OnTheFlyEnsemble(nn.Linear(6, 8), nn.Linear(8, 4), 8, 3),
+            56 + 3 * 36 + (27 + 6),
+            56 + 36,
+        ),
+        (
+            lambda: distill.KDGAN(nn.Linear(6, 4), nn.Linear(6, 5), distill.LabelDiscriminator(6, 4, 2)),
+            28 + 35 + (22 + 3),
+            28,
+        ),
+        (lambda: distill.TeacherAndApprentice(nn.Linear(6, 5), nn.Linear(6, 4)), 35 + 28, 28),
+        (lambda: both_heads(mlp(8)), 56 + 72 + 36 + 108, 56 + 72 + 36),
+        (lambda: mlp(8), 164, 164),
+    ],
+    ids=["mutual", "one", "kdgan", "apprentice", "heads", "plain"],
+)
+def test_what_is_trained_and_dropped_is_told(make, trained, kept):
+    said = distill.summary(make())
+    assert (said.trained, said.kept) == (trained, kept)
+    assert f"{trained / kept:.2f} times" in str(said)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

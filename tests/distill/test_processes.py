@@ -28,6 +28,14 @@ def test_the_teacher_is_sent_averaged_and_saved_nowhere(cluster, how, tmp_path):
     assert first["last"] != second["last"]  # each learnt from its own examples, and from noise of its own
 
 
+def test_the_teacher_is_in_no_average_of_models(cluster):
+    first, second = cluster(2).run(jobs.averaged)
+    assert torch.equal(first["weights"], second["weights"])
+    taught = sum(p.numel() for p in jobs.mlp(64).parameters())
+    assert 0 < first["sent_bytes"] < 4 * taught  # one average of the teacher would be as much
+    assert not any("teacher" in name for name in first["names"])
+
+
 @BOTH
 def test_resume_is_bit_equal_with_cached_logits(cluster, how, tmp_path):
     for whole, resumed in cluster(2).run(jobs.resumed, how, str(tmp_path)):
@@ -52,6 +60,15 @@ def test_the_first_stage_of_a_hint_sends_the_lower_half_alone(cluster, how):
         assert iterations == 4
         assert thawed == 6
     assert torch.equal(found[0][3], found[1][3])
+
+
+@BOTH
+def test_statistics_say_by_how_much_dropped_branches_raise_the_wire(cluster, how):
+    for ensemble, alone in cluster(2).run(jobs.dropped, how):
+        assert "training_factor" not in alone
+        raised = ensemble["payload_bytes"] / alone["payload_bytes"]
+        assert raised == pytest.approx(ensemble["training_factor"], rel=0.02)
+        assert raised > 2
 
 
 def test_heads_that_nobody_would_reduce_are_refused(cluster):
