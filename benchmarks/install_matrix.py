@@ -40,7 +40,7 @@ TESTS = (
     "tests/core/test_private_torch.py",
     "tests/project/test_docs.py::test_snippets_run[docs/start.md:1]",
 )
-"""Conformance, kernels, DDP, checkpoints, FSDP2, private names of PyTorch, the script of the five-minute page."""
+"""Conformance, kernels, DDP, checkpoints, FSDP2, PyTorch's private names, the five-minute page's script."""
 NEEDS = ("pytest", "pytest-timeout", "hypothesis", "numpy", "scipy")
 
 
@@ -88,6 +88,11 @@ def planned(python: Path, torch: str) -> dict[str, str]:
     return {one["metadata"]["name"].lower(): one["metadata"]["version"] for one in found}
 
 
+def plain_environment() -> dict[str, str]:
+    """Without what would put the sources before the installed wheel."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def tested(python: Path, tests: list[str], work: Path) -> dict[str, Any]:
     """What pytest said, from a folder with the tests and without the sources.
 
@@ -118,9 +123,10 @@ def counted(python: Path, place: Path, *arguments: str) -> dict[str, Any]:
     """Passed, skipped and why, failed and which."""
     report = place / "report.xml"
     report.unlink(missing_ok=True)
-    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [str(python), "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
-    done = subprocess.run(command, cwd=place, env=plain, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=place, env=plain_environment(), capture_output=True, text=True, check=False
+    )
     if not report.exists():
         sys.exit(f"pytest did not run:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     cases = list(ElementTree.parse(report).iter("testcase"))
@@ -159,7 +165,7 @@ def told_by(python: Path, wheel: Path, asked: str, tests: list[str], work: Path)
     versions = (
         "import platform as p, torch, distcomp as d; print(p.python_version(), torch.__version__, d.__file__)"
     )
-    version, torch, where = call([python, "-c", versions], cwd=work).split()
+    version, torch, where = call([python, "-c", versions], cwd=work, env=plain_environment()).split()
     assert where.startswith(str(python.parents[1])), where
     ran = ", ".join(re.sub(r"^tests/|\.py$", "", test.partition("::")[0]) for test in tests)
     return {"python": version, "torch": torch, "asked": asked, "what": ran} | tested(python, tests, work)
