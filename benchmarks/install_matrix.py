@@ -167,7 +167,7 @@ def told_by(python: Path, wheel: Path, asked: str, tests: list[str], work: Path)
     )
     version, torch, where = call([python, "-c", versions], cwd=work, env=plain_environment()).split()
     assert where.startswith(str(python.parents[1])), where
-    ran = ", ".join(re.sub(r"^tests/|\.py$", "", test.partition("::")[0]) for test in tests)
+    ran = ", ".join(dict.fromkeys(re.sub(r"^tests/|\.py$", "", test.partition("::")[0]) for test in tests))
     return {"python": version, "torch": torch, "asked": asked, "what": ran} | tested(python, tests, work)
 
 

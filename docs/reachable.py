@@ -24,8 +24,8 @@ def rewrite(_app, _page, _template, context, _doctree):
 
 
 def _breaking(cell):
-    """A method's text in a table may break behind its commas and colons, not within its words."""
-    return TEXT.sub(lambda found: re.sub(r"([,:])(?=\w)", r"\1<wbr>", found[0]), cell)
+    """A method's text in a table may break behind a comma, a colon and an underscore, not within a word."""
+    return TEXT.sub(lambda found: re.sub(r"([,:_])(?=\w)", r"\1<wbr>", found[0]), cell)
 
 
 def _in_spans(signature):
