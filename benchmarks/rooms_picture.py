@@ -18,8 +18,8 @@ from html import escape
 
 from benchmarks._common import arguments_of
 from benchmarks._places import ROOT
+from benchmarks._source import Package, circles, edges
 from benchmarks._tables import fill, markdown
-from benchmarks.code_figures import Package, circles, edges
 
 FIGURE = ROOT / "docs" / "figures" / "rooms.svg"
 PAGE = ROOT / "docs" / "decisions" / "rooms.md"

@@ -130,13 +130,29 @@ def fsdp_caller() -> FSDPCaller | None:
     while frame is not None:
         caller: Any = frame.f_locals.get("self") if frame.f_code.co_filename.endswith(_FSDP_FILE) else None
         if type(caller).__name__ == "FSDPParamGroup":
-            policy = caller.mp_policy
-            return FSDPCaller(caller._module_fqn or "root", policy.param_dtype, policy.reduce_dtype)
+            return FSDPCaller(caller._module_fqn or "root", *_types_asked_for(caller))
         frame = frame.f_back
     return None
 
 
 _FSDP_FILE = "_fsdp_param_group.py"
+
+
+def _types_asked_for(group: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """The policy's types of weights and of gradients; None where it leaves them, or parameters differ.
+
+    A group has one policy up to 2.14, where gradients follow the weights' type. Since 2.15 each parameter has
+    one, and gradients follow the parameter itself.
+    """
+    if hasattr(group, "mp_policy"):
+        policy = group.mp_policy
+        return policy.param_dtype, policy.reduce_dtype or policy.param_dtype
+    policies = [parameter.mp_policy for parameter in group.fsdp_params]
+    computed, reduced = {one.param_dtype for one in policies}, {one.reduce_dtype for one in policies}
+    return (
+        computed.pop() if len(computed) == 1 else None,
+        reduced.pop() if len(reduced) == 1 else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -194,9 +210,15 @@ def _fsdp_exchange(kind: str, params: Any, device: torch.device) -> FSDPExchange
             FSDPParameter(param._param_fqn or info.param_name, info.module, tuple(param._orig_size))
             for param, info in zip(params, own, strict=True)
         ),
-        computed if kind == "gather" else first.reduce_dtype or computed,
+        computed if kind == "gather" else _reduced_in(first, computed),
         device,
     )
+
+
+def _reduced_in(parameter: Any, computed: torch.dtype) -> torch.dtype:
+    """The type of a parameter's gradients where FSDP2 reduces them: since 2.15 it says so itself."""
+    told: torch.dtype | None = getattr(parameter, "unsharded_grad_dtype", None)
+    return told or parameter.reduce_dtype or computed
 
 
 def process_group(name: str) -> Any:

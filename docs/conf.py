@@ -15,6 +15,7 @@ sys.path.insert(0, str(HERE))
 
 import catalogue  # noqa: E402
 import notebook  # noqa: E402
+import reachable  # noqa: E402
 import reference  # noqa: E402
 import sentences  # noqa: E402
 
@@ -41,6 +42,8 @@ html_title = f"distcomp {__version__}"
 html_static_path = ["static"]
 html_extra_path = ["../llms.txt"]
 html_css_files = ["narrow.css"]
+html_js_files = ["reachable.js"]
+html_theme_options = {"top_of_page_buttons": []}  # a page's source is where the project is
 
 
 def setup(app):
@@ -49,6 +52,7 @@ def setup(app):
         app.connect("builder-inited", lambda _, write=pages.write: write(HERE))
     app.connect("autodoc-process-docstring", docstring)
     app.connect("missing-reference", named_otherwise)
+    app.connect("html-page-context", reachable.rewrite)
 
 
 def docstring(_app, _what, _name, _thing, _options, lines):

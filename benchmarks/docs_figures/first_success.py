@@ -1,4 +1,4 @@
-"""docs/decisions/first-success.md: a stranger's ways, timed, and the report's page in a browser."""
+"""docs/decisions/first-success.md: a stranger's ways, timed, the report's page and the docs in a browser."""
 
 from __future__ import annotations
 
@@ -60,4 +60,25 @@ def opened() -> str:
     return f"{markdown(head, rows)}\n\n{said} {source(found, 'report_page.py')}"
 
 
-BLOCKS = {"paths": Block(paths, "newcomer", key="paths"), "opened": Block(opened, "report_axe")}
+def docs() -> str:
+    """What axe-core found on pages of the docs, at both widths, light and dark."""
+    found = result("docs_axe")
+    rows = [
+        [
+            f"`{page}`",
+            str(sum(len(look["violations"]) for look in looks)),
+            str(max(look["passes"] for look in looks)),
+            str(sum(len(look["requests"]) for look in looks)),
+        ]
+        for page, looks in found["pages"].items()
+    ]
+    head = ["page", "axe violations, four looks", "axe rules passed", "requests"]
+    said = f"{found['browser'].replace('Chrome/', 'Chromium ')} with axe-core {found['axe']}."
+    return f"{markdown(head, rows)}\n\n{said} {source(found, 'docs_pages.py')}"
+
+
+BLOCKS = {
+    "paths": Block(paths, "newcomer", key="paths"),
+    "opened": Block(opened, "report_axe"),
+    "docs": Block(docs, "docs_axe"),
+}

@@ -55,6 +55,18 @@ def matrix(found: Found) -> Iterator[str]:
     yield f"Measured at commit {found['commit']} by `benchmarks/install_matrix.py`."
 
 
+def libraries(found: Found) -> Iterator[str]:
+    body = []
+    for name, row in found["libraries"].items():
+        why = "; ".join(row["skipped"])
+        skipped = f"; not run: {why}" if why else ""
+        counts = f"{row['passed']} passed, {len(row['failed'])} failed{skipped}"
+        body.append([name, row["version"], row["judge"], counts])
+    yield from table(["library", "version", "who judges what", "tests"], body)
+    yield ""
+    yield f"Measured at commit {found['commit']} by `benchmarks/libraries.py`."
+
+
 def trackers(found: Found) -> Iterator[str]:
     body = [
         [
@@ -71,5 +83,8 @@ def trackers(found: Found) -> Iterator[str]:
 
 
 CHOOSE: dict[str, Block] = {"choose": block(choose, "peers")}
-MATRIX: dict[str, Block] = {"matrix": block(matrix, "install_matrix")}
+MATRIX: dict[str, Block] = {
+    "matrix": block(matrix, "install_matrix"),
+    "libraries": block(libraries, "libraries"),
+}
 TRACKERS: dict[str, Block] = {"trackers": block(trackers, "trackers")}

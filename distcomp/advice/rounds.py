@@ -82,7 +82,7 @@ class RoundsSimulation:
     run, which depend on no number: hours of a thousand workers in seconds.
 
     Raises DistcompError for an averaging that stops when a worker dies, one of several fragments or an
-    overlap, another optimizer, and racks.
+    overlap, another optimizer, racks, and a scenario whose links fail.
     """
 
     def __init__(
@@ -97,7 +97,12 @@ class RoundsSimulation:
         if periodic.lateness is None or periodic.fragments > 1 or periodic.overlap or fabric.racks:
             raise DistcompError(
                 "rounds are simulated of on_failure='continue', one fragment, no overlap and no racks; give "
-                "such a method and network, or take distcomp.advice.Simulation"
+                "such a method and network, or leave on_failure and [failures] out: nobody is late then"
+            )
+        if scenario.down:
+            raise DistcompError(
+                "links do not fail where rounds are simulated, workers do; give [failures] for [[down]], or "
+                "leave on_failure out"
             )
         scenario.check(fabric.ranks)
         self.task, self.periodic, self.lateness = task, periodic, periodic.lateness
@@ -105,6 +110,8 @@ class RoundsSimulation:
         self.account = Account()
         self.now_s = 0.0
         self.rounds = 0
+        self.sent_bytes = 0.0
+        """Per worker, on average, so far; counted where they train."""
         self._trains = trains
         self._priced = cache(self._price)
         self._period = _fixed(periodic.period)
@@ -134,9 +141,23 @@ class RoundsSimulation:
         """The share of all worker-seconds so far that ended in an applied contribution."""
         return self.account.applied_s / (self.size * self.now_s)
 
+    @property
+    def steps(self) -> int:
+        """Iterations of who was never late, so far."""
+        return self.rounds * self._period
+
     def evaluate(self) -> dict[str, float]:
         """The metrics of the anchor."""
         return evaluated(self.task, self.layout, self.anchor)
+
+    def told(self) -> dict[str, float]:
+        """Virtual seconds, bytes sent per worker, goodput, and what became of the workers so far."""
+        account = self.account
+        return {
+            "seconds": self.now_s, "sent_bytes": self.sent_bytes, "goodput": self.goodput,
+            "members": account.members[-1] if account.members else 0, "carried": account.carried,
+            "dropped": account.dropped, "died": account.died, "joined": account.joined,
+        }  # fmt: skip
 
     def round(self) -> None:
         """Hold the next outer round, and let who took part begin anew."""
@@ -306,6 +327,7 @@ class RoundsSimulation:
         net.listen = clock.exchange
         with torch.no_grad():
             results = in_lock_step(net, aggregations)
+        self.sent_bytes += sum(ledger.total_bytes for ledger in net.ledgers) / self.size
         self._common = self.periodic.common(results[0].state)
         for worker, result in zip(members, results, strict=True):
             self._own[worker] = result.state

@@ -71,8 +71,9 @@ class Setting:
 class Simulation:
     """``setting.fabric.ranks`` workers that train ``training_task`` by ``method``.
 
-    Raises DistcompError for a model with buffers that training changes, and for an optimizer that does not
-    treat every element alone.
+    Raises DistcompError for a model with buffers that training changes, for an optimizer that does not
+    treat every element alone, and for a scenario in which workers die
+    (:class:`~distcomp.advice.rounds.RoundsSimulation`).
     """
 
     def __init__(
@@ -80,6 +81,11 @@ class Simulation:
     ) -> None:
         size = setting.fabric.ranks
         setting.scenario.check(size)
+        if setting.scenario.failures_per_hour:
+            raise DistcompError(
+                "workers die in this scenario, which only outer rounds survive; give an averaging such as "
+                "diloco:on_failure=continue, or leave [failures] out"
+            )
         self.training_task, self.method, self.size = training_task, method, size
         self.clock = VirtualClock(setting.fabric, setting.scenario, setting.host)
         self.steps = 0

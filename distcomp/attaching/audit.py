@@ -102,7 +102,7 @@ def _collective(kind: str, sent: Any, group: dist.ProcessGroup) -> Collective | 
     role, asked = "other", None
     if caller is not None:
         role = "weights" if kind == "all_gather" else "gradients"
-        asked = caller.param_dtype if role == "weights" else caller.reduce_dtype or caller.param_dtype
+        asked = caller.param_dtype if role == "weights" else caller.reduce_dtype
     elif kind in ("all_reduce", "reduce_scatter") and backward_number() != NO_BACKWARD:
         role = "gradients"
     return Collective(

@@ -7,8 +7,9 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distcomp import recording
 from distcomp.cli import methods as catalogue
@@ -17,12 +18,17 @@ from distcomp.cli.plugins import add_import, import_plugins
 from distcomp.cli.run import existing, new_directory
 from distcomp.errors import DistcompError
 
+if TYPE_CHECKING:
+    from distcomp.advice import RoundsSimulation, Setting, Simulation, TrainingTask
+
 DESCRIPTION = """\
 Train what SCRIPT's training_task() describes with many workers in one
 process, in lock-step: real numerics, virtual time. Seconds are those that the
 network model predicts for the fabric; computing takes what the scenario says.
 With --sharded all workers hold one model together, as with FSDP2: --weights
 says how they gather it, for instance qsgd:bits=8.
+Averaging with on_failure=continue (diloco:on_failure=continue) is simulated
+round by round: who is late, dies or joins, by the scenario, and the goodput.
 """
 
 
@@ -52,7 +58,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, print, record."""
-    from distcomp.advice import Scenario, Setting, Simulation, task_of
+    from distcomp.advice import Scenario, Setting, task_of
     from distcomp.methods.weight_gather import parse_weight_gather
     from distcomp.network import parse_time
 
@@ -71,16 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise DistcompError("--weights says how shards are gathered; give --sharded as well")
     weights = parse_weight_gather(arguments.weights) if arguments.weights else None
     setting = Setting(fabric, scenario, seed=arguments.seed, sharded=arguments.sharded, weights=weights)
-    simulation = Simulation(training_task, method, setting)
+    simulation = _simulation(training_task, method, setting)
     recorder = _recorder(arguments, fabric.ranks)
     about = f"{fabric.ranks} workers of {simulation.layout.numel:,} parameters, {arguments.method}: simulated"
     print(about, file=sys.stderr if arguments.json else sys.stdout)
     begin_s = time.perf_counter()
-    for step in range(1, arguments.steps + 1):
-        simulation.step()
-        if step % arguments.eval_every and step != arguments.steps:
-            continue
-        found = simulation.evaluate()
+    for found in _evaluations(simulation, arguments.steps, arguments.eval_every):
+        step = simulation.steps
         if recorder is not None:
             recorder.metric(step=step, train_s=found["seconds"], **found)
         real_s = time.perf_counter() - begin_s
@@ -91,6 +94,34 @@ def run(arguments: argparse.Namespace) -> int:
     if recorder is not None:
         recorder.close()
     return 0
+
+
+def _simulation(task: TrainingTask, method: Any, setting: Setting) -> Simulation | RoundsSimulation:
+    """Step by step; round by round where a method goes on without who is late or dies."""
+    from distcomp.advice import RoundsSimulation, Simulation
+    from distcomp.averaging.periodic import Periodic
+
+    if not isinstance(method, Periodic) or method.lateness is None:
+        return Simulation(task, method, setting)
+    if setting.sharded:
+        raise DistcompError("outer rounds are held by whole models; leave --sharded out, or on_failure")
+    return RoundsSimulation(task, method, setting.fabric, setting.scenario, setting.seed)
+
+
+def _evaluations(
+    simulation: Simulation | RoundsSimulation, steps: int, every: int
+) -> Iterator[dict[str, float]]:
+    """Train for so many steps; what is found each time that so many are done. Rounds are held whole."""
+    from distcomp.advice import Simulation
+
+    while (before := simulation.steps) < steps:
+        if isinstance(simulation, Simulation):
+            simulation.step()
+        else:
+            simulation.round()
+        if simulation.steps // every > before // every or simulation.steps >= steps:
+            met = {} if isinstance(simulation, Simulation) else simulation.told()
+            yield {**simulation.evaluate(), **met}
 
 
 def _method(text: str) -> Any:

@@ -22,7 +22,13 @@ class Alone:
         self._kept: dict[str, Any] = {}
 
     def stats(self) -> dict[str, Any]:
-        return {"method": "none", "iterations": 0, "payload_bytes": 0, "payload_by_kind": {}}
+        return {
+            "method": "none",
+            "iterations": 0,
+            "payload_bytes": 0,
+            "payload_by_kind": {},
+            "state_bytes": 0,
+        }
 
     def log(self, **fields: Any) -> None:
         """There is no record of what sends nothing."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from distcomp.advice import RoundsSimulation, Scenario, Setting, Simulation
-from distcomp.advice.scenario import Slow
+from distcomp import cli
+from distcomp.advice import RoundsSimulation, Scenario, Setting, Simulation, task_of
+from distcomp.advice.scenario import Down, Slow
 from distcomp.errors import DistcompError
 from distcomp.methods import parse
 from distcomp.network.fabric import Fabric
-from tests.advice.test_simulate import training_task
+from tests.advice.test_simulate import SCRIPT, training_task
 
 PERIOD = 4
 
@@ -40,6 +43,7 @@ def test_without_faults_it_is_the_simulation_of_all() -> None:
             every.step()
     torch.testing.assert_close(rounds.anchor, every.models[0])
     assert rounds.now_s == pytest.approx(every.seconds)
+    assert rounds.sent_bytes == every.sent_bytes > 0
     assert rounds.goodput == pytest.approx(1.0)
     assert rounds.account.members == [4, 4, 4]
 
@@ -164,3 +168,62 @@ def test_fewer_than_the_quorum_and_what_is_not_simulated_are_told() -> None:
     assert "of at least 4 workers (the quorum) come to outer round" in told
     with pytest.raises(DistcompError, match="simulated of on_failure='continue'"):
         RoundsSimulation(training_task(), parse("diloco"), Fabric.uniform(2), Scenario())
+
+
+FAILING = """
+compute = "60s"
+
+[failures]
+per_hour = 0.9
+replaced = "300s"
+"""
+
+
+def test_the_command_holds_rounds_where_workers_may_die(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it prints is what the simulation says, at the rounds that end in or after the steps asked for."""
+    script, scenario = tmp_path / "script.py", tmp_path / "scenario.toml"
+    script.write_text(SCRIPT)
+    scenario.write_text(FAILING)
+    method = "diloco:period=4,on_failure=(continue:quorum=2,grace_s=30)"
+    given = ["simulate", "--workers", "6", "--method", method, "--scenario", str(scenario), "--json"]
+    asked = ["--steps", "30", "--eval-every", "8", "-o", str(tmp_path / "run"), str(script), "7"]
+    assert cli.main([*given, *asked]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    one = RoundsSimulation(
+        task_of(script, ["7"]), parse(method), Fabric.uniform(6, "10gbit"), Scenario.from_toml(scenario)
+    )
+    expected = []
+    for round_ in range(1, 9):
+        one.round()
+        if round_ % 2 == 0:
+            expected.append({"step": 4 * round_, **one.evaluate(), **one.told()})
+    assert told == expected
+    assert told[-1]["step"] == 32
+    assert told[-1]["died"] == one.account.died > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "word"),
+    [
+        ("qsgd:bits=4", [], "only outer rounds survive"),
+        ("diloco", [], "diloco:on_failure=continue"),
+        ("diloco:on_failure=continue", ["--sharded"], "leave --sharded out"),
+        ("streaming_diloco:on_failure=continue", [], "leave on_failure"),
+    ],
+)
+def test_the_command_says_what_cannot_be_simulated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, more: list[str], word: str
+) -> None:
+    script, scenario = tmp_path / "script.py", tmp_path / "scenario.toml"
+    script.write_text(SCRIPT)
+    scenario.write_text(FAILING)
+    given = ["simulate", "--workers", "4", "--method", method, "--scenario", str(scenario), *more]
+    assert cli.main([*given, str(script), "7"]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_links_that_fail_are_refused_in_rounds() -> None:
+    with pytest.raises(DistcompError, match=r"give \[failures\] for \[\[down\]\]"):
+        simulated(scenario=Scenario(1.0, down=(Down((1,), 0.0, 9.0),)))

@@ -28,7 +28,7 @@ SPECS = [
     *(name for name in METHODS if name not in OF_EXAMPLES),
     "residuals in bf16", "residuals in int8", "warmup:inner=(topk:ratio=0.1),steps=3",
     "two_level:nodes=((0,),(1,)),across=(qsgd:bits=2)", "choco:topology=complete", "ddp", "torch:fp16",
-    "torch:powersgd:rank=2",
+    "torch:powersgd:rank=2", "diloco:on_failure=continue",
 ]  # fmt: skip
 
 
@@ -45,7 +45,9 @@ def kept(rank: int, size: int, specs: list[str]) -> dict[str, int | str]:
         # PyTorch's PowerSGD sums several buckets in no agreed order, and residuals of 8 bits have a header in
         # each: they get one.
         one = spec in ("torch:powersgd:rank=2", "residuals in int8")
-        model = jobs.wrap(jobs.network(), bucket_cap_mb=25 if one else 0.004)
+        model: nn.Module = jobs.network()
+        if "on_failure" not in spec:  # DDP stops when a rank dies
+            model = jobs.wrap(model, bucket_cap_mb=25 if one else 0.004)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

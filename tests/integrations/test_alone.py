@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from distcomp.integrations.alone import Alone
+
 pytestmark = pytest.mark.timeout(900)
 
 TRAINERS = {
@@ -64,3 +66,8 @@ def test_a_single_process_trains_and_is_told_that_it_sends_nothing(trainer: str,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "one process trains alone, so that nothing is sent" in done.stderr
+
+
+def test_it_says_that_nothing_is_sent_and_kept() -> None:
+    stats = Alone().stats()
+    assert (stats["payload_bytes"], stats["state_bytes"]) == (0, 0)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks._source import Package, circles, edges
 from benchmarks.code_figures import PAGE as REBUILD
-from benchmarks.code_figures import Package, circles, edges, page_table, two_meanings
+from benchmarks.code_figures import page_table, two_meanings
 from benchmarks.rooms_picture import FIGURE, PAGE, House, drawn_edges, house, layers, reduced, table
 
 ROOT = Path(__file__).parents[2]
