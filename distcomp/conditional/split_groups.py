@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distcomp.attaching.slices import NORMS
 from distcomp.attaching.target import OF_RANK
 from distcomp.calls import all_gather
 from distcomp.calls.line import line_of
@@ -23,10 +24,7 @@ from distcomp.pruning.masks import unwrapped
 from distcomp.structured import BlockDiagonal
 from distcomp.transports.types import ProcessGroup
 
-MIXING = (
-    nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm, nn.Softmax, nn.LogSoftmax,
-    nn.modules.batchnorm._NormBase,
-)  # fmt: skip
+MIXING = (*NORMS, nn.Softmax, nn.LogSoftmax)
 """What makes of a feature something that depends on features of other groups, or counts them in a buffer."""
 
 
