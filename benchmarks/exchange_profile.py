@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
 from benchmarks._common import arguments_of, gathered, on_network, start, write
@@ -90,9 +91,8 @@ def python_threads() -> set[int]:
     return {one.native_id for one in threading.enumerate() if one.native_id is not None}
 
 
-def measure(method: str, steps: int) -> Found:
+def measure(ddp: DistributedDataParallel, method: str, steps: int) -> Found:
     """Means over steps of this rank."""
-    ddp = model()
     optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
     x = torch.randn(1, ddp.module[0].in_features)
     phases: Found = {}
@@ -124,7 +124,8 @@ def step(ddp: Any, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
 
 
 def rank_main(settings: Any) -> dict[str, Any]:
-    ranks = gathered({method: measure(method, settings["steps"]) for method in settings["methods"]})
+    ddp = model()  # once: DDP sends all parameters, which takes half a minute at 10 Mbit/s
+    ranks = gathered({method: measure(ddp, method, settings["steps"]) for method in settings["methods"]})
 
     def mean(method: str, name: str) -> float:
         return sum(rank[method].get(name, 0.0) for rank in ranks) / len(ranks)
