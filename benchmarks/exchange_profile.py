@@ -31,7 +31,7 @@ from distcomp.runtime import pipeline
 from distcomp.transports.sockets import CARRIER, GLOO, SOCKETS
 
 METHODS = (
-    "qsgd:bits=1", "powersgd:rank=4", "topk:ratio=0.01", "qsgd:bits=4", "gradiveq:learn=1,compressed=400",
+    "qsgd:bits=1", "powersgd:rank=4", "topk:ratio=0.01", "qsgd:bits=4", "gradiveq:learn=5,compressed=400",
     "pqasgd:period=1,bits=4", "choco", "qsgd:bits=8", "identity",
 )  # fmt: skip
 AT_10_MBIT = METHODS[:4]
@@ -97,7 +97,7 @@ def measure(ddp: DistributedDataParallel, method: str, steps: int) -> Found:
     x = torch.randn(1, ddp.module[0].in_features)
     phases: Found = {}
     with distcomp.attach(ddp, optimizer, method) as handle:
-        for _ in range(2):  # bases and residuals are there afterwards
+        for _ in range(6):  # bases and residuals are there afterwards
             step(ddp, optimizer, x)
         dist.barrier()
         restore, before, begin_s = phase_cpu(phases), threads(), time.perf_counter()
