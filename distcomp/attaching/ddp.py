@@ -209,7 +209,8 @@ class GradientSync(Sync):
         if self.under_way:
             early = DistcompError("the method was detached before the backward had ended")
             driver.abandon(early)
-            self.session.leave_note(str(early))
+            if self.error is None:  # else the others know why
+                self.session.leave_note(str(early))
         driver.close()
 
     def _stop(self, error: DistcompError) -> DistcompError:
