@@ -152,12 +152,37 @@ def codecs() -> str:
     return f"{markdown(['compressor', *head], rows)}\n\n{about}"
 
 
+def profile() -> str:
+    """CPU time of a step by phase, and of what carries it over both carriers."""
+    found = result("exchange_profile")
+    rows = [
+        [
+            rate,
+            f"`{method}`",
+            *(f"{1e3 * own[phase]:.0f}" if phase in own else "" for phase in ("encode", "recode", "decode")),
+            f"{1e3 * gloo['carrier']:.0f}",
+            f"{1e3 * own['carrier']:.0f}",
+            f"{gloo['wakes']:,.0f}",
+            f"{own['wakes']:,.0f}",
+        ]
+        for rate, carriers in found["rates"].items()
+        for method, own in carriers["sockets"].items()
+        for gloo in [carriers["gloo"][method]]
+    ]
+    head = [
+        "network", "method", "encode", "recode", "decode", "carried by Gloo", "by distcomp", "wakes of Gloo",
+        "of distcomp",
+    ]  # fmt: skip
+    return f"{markdown(head, rows)}\n\n{source(found, 'exchange_profile.py')}"
+
+
 README: dict[str, Block] = {"measured": Block(readme, "step_time_100mbit", "overhead", "digit_pairs")}
 
 BLOCKS: dict[str, Block] = {
     "exchanges": Block(lambda: exchanges("100mbit"), "step_time_100mbit"),
     "exchanges 1gbit": Block(lambda: exchanges("1gbit"), "step_time_1gbit"),
     "bounds": Block(bounds, "step_bounds_100mbit"),
+    "profile": Block(profile, "exchange_profile"),
     "losses": Block(losses, "digit_pairs"),
     "codecs": Block(codecs, "compressors"),
 }
