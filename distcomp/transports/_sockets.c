@@ -63,6 +63,7 @@ typedef struct Waiter {
 
 typedef struct {
     int size, stop, wakes[2];
+    pid_t process; /* a fork has no thread to end, and its parent's connections are not its own */
     Peer *peers;
     Waiter *waiters;
     pthread_mutex_t lock;
@@ -235,6 +236,7 @@ static Mesh *mesh_of(PyObject *capsule) {
 }
 
 static void stop(Mesh *mesh) {
+    if (mesh->process != getpid()) return;
     pthread_mutex_lock(&mesh->lock);
     int stopped = mesh->stop;
     mesh->stop = 1;
@@ -286,6 +288,7 @@ static PyObject *py_open(PyObject *self, PyObject *args) {
     if (!mesh || !peers) goto no_memory;
     mesh->size = (int)PyTuple_Size(descriptors);
     mesh->peers = peers;
+    mesh->process = getpid();
     for (int i = 0; i < mesh->size; i++) {
         long fd = PyLong_AsLong(PyTuple_GetItem(descriptors, i));
         if (fd == -1 && PyErr_Occurred()) goto failed;

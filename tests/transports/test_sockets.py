@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
 import threading
@@ -157,6 +158,22 @@ def test_a_closed_mesh_takes_nothing_and_can_be_closed_again() -> None:
         carrier.close(pair.meshes[0])
         with pytest.raises(RuntimeError, match="the connections were closed"):
             pair.exchange(0, [], [torch.zeros(1, dtype=torch.uint8)])
+
+
+def test_a_fork_leaves_the_connections_to_its_parent() -> None:
+    """It has no thread to end; the wait for it is bounded by the alarm."""
+    sent, came = random_bytes(1000, 0), torch.zeros(1000, dtype=torch.uint8)
+    with Pair() as pair:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            carrier.close(pair.meshes[0])
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        marks = pair.exchange(1, [], [came])
+        pair.exchange(0, [sent], [])
+        assert carrier.wait(pair.meshes[1], marks, 20.0)[0] == DONE
+    assert torch.equal(sent, came)
 
 
 def test_a_connection_that_does_not_exist_is_refused() -> None:
