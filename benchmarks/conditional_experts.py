@@ -5,8 +5,7 @@
 
 ``--links``: eight experts of 128 x 256, two of them for each token, on two ranks; the break-even is at 1,024
 tokens of a rank and step. What is predicted is the step as it was on an unshaped link, and the seconds that
-the network model gives for the bytes. Cells are called ``own links``: in those called ``links``
-DistributedDataParallel reduced the experts that were spread, too.
+the network model gives for the bytes.
 
 ``--study``: eight clusters, each with a linear classifier of its own.
 Controls: a dense network with the same products for each token, and one with as many parameters; the mixture

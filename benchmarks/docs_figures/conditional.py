@@ -67,11 +67,9 @@ def experts() -> str:
     found = result("conditional_experts")
     lines = []
     for rate in ("100mbit", "1gbit"):
-        cell = found["cells"].get(f"own links|{rate}", found["cells"][f"links|{rate}"])
-        reduced = f"own links|{rate}" not in found["cells"]
+        cell = found["cells"][f"own links|{rate}"]
         for name, measured_s in cell["step_s"].items():
             kind, codec, tokens = name.split("|")
-            kind += ", and reduced" if reduced and kind == "expert-parallel" else ""
             predicted_s = cell["predicted_s"][name]
             off = predicted_s / measured_s - 1
             lines.append(

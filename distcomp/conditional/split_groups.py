@@ -101,7 +101,7 @@ class OwnBias(Parametrization):
 
 
 @dataclass
-class Spread:
+class SpreadGroups:
     """Where groups are: what :func:`spread_groups` returns."""
 
     model: nn.Module
@@ -145,7 +145,7 @@ class _Gathered(torch.autograd.Function):
     """``[features, ...]`` of every rank's own features. Backward: one's own, times the number of ranks."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, seen: Tensor, outputs: Tensor, spread: Spread) -> Tensor:
+    def forward(ctx: Any, own: Tensor, seen: Tensor, outputs: Tensor, spread: SpreadGroups) -> Tensor:
         owners = owner_of(outputs, spread.groups, spread.ranks)
         counts = [int((owners == rank).sum()) for rank in range(spread.ranks)]
         mine = (owners == _rank(spread)).nonzero().squeeze(1)
@@ -169,7 +169,7 @@ class _Gathered(torch.autograd.Function):
         return own, None, None, None
 
 
-def _rank(spread: Spread) -> int:
+def _rank(spread: SpreadGroups) -> int:
     return spread.own.start // (spread.groups // spread.ranks)
 
 
@@ -183,7 +183,7 @@ def _check_same(seen: Tensor, everyone: Sequence[Tensor]) -> None:
             )
 
 
-def spread_groups(model: nn.Module, parallel: ProcessGroup | None = None) -> Spread:
+def spread_groups(model: nn.Module, parallel: ProcessGroup | None = None) -> SpreadGroups:
     """Let each rank hold its groups of a model that :func:`distcomp.structured.splitnet` has cut, and no
     other.
 
@@ -229,7 +229,7 @@ def spread_groups(model: nn.Module, parallel: ProcessGroup | None = None) -> Spr
     _check_between(module, layers)
     each = groups // session.size
     own = range(session.rank * each, (session.rank + 1) * each)
-    spread = Spread(module, layers, groups, own, parallel, session.size)
+    spread = SpreadGroups(module, layers, groups, own, parallel, session.size)
     for layer in layers:
         _hold(spread, layer)
     module.get_submodule(layers[0]).register_forward_pre_hook(spread.see)
@@ -272,7 +272,7 @@ def _check_between(module: nn.Module, layers: tuple[str, ...]) -> None:
 
 
 @torch.no_grad()
-def _hold(spread: Spread, layer: str) -> None:
+def _hold(spread: SpreadGroups, layer: str) -> None:
     """Put this rank's blocks and bias in the place of all groups'."""
     module, weight = spread.model.get_submodule(layer), f"{layer}.weight"
     cut = _cut_of(spread.model, layer)
@@ -294,7 +294,7 @@ def _hold(spread: Spread, layer: str) -> None:
 # --------------------------------------------------------------------- checkpoints: groups go by their number
 
 
-def _keys(prefix: str, layer: str, spread: Spread) -> tuple[list[str], list[str], str]:
+def _keys(prefix: str, layer: str, spread: SpreadGroups) -> tuple[list[str], list[str], str]:
     """The blocks as they are called here and in the cut model, and the bias of this rank."""
     path = f"{prefix}{layer}.parametrizations"
     here = ["original"] if len(spread.own) == 1 else [f"original{place}" for place in range(len(spread.own))]
@@ -309,7 +309,7 @@ def group_bias(prefix: str, layer: str, group: int) -> str:
 
 
 def _by_group(
-    spread: Spread, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object
+    spread: SpreadGroups, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object
 ) -> None:
     """A saved rank names the groups that it has."""
     for layer in spread.layers:
@@ -322,13 +322,13 @@ def _by_group(
             state.update({group_bias(prefix, layer, g): own[groups == g] for g in spread.own})
 
 
-def _groups_of_bias(spread: Spread, layer: str) -> Tensor:
+def _groups_of_bias(spread: SpreadGroups, layer: str) -> Tensor:
     (link,) = chain(spread.model, f"{layer}.bias")
     assert isinstance(link, OwnBias)
     return link.outputs[link.rows]
 
 
-def _own_part(spread: Spread, module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+def _own_part(spread: SpreadGroups, module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
     """Take this rank's groups of a rank's part, of all parts together, or of the cut model's state."""
     for layer in spread.layers:
         here, there, bias = _keys(prefix, layer, spread)

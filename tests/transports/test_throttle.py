@@ -56,13 +56,17 @@ def test_two_requests_under_way_take_as_long_as_their_bytes_together(clock, monk
     assert second.started_s == 100.0
 
 
-def test_a_ring_pays_the_delay_of_each_of_its_steps_and_a_small_sum_one(clock, monkeypatch):
+def test_a_ring_pays_the_delay_of_each_of_its_steps_a_sum_in_pieces_two_and_a_small_one_one(
+    clock, monkeypatch
+):
     monkeypatch.setenv("DISTCOMP_DELAY_S", "1")
     transport = throttled(Instant(clock), SlowLink.from_env())
-    transport.start(AllReduce(torch.zeros(100_000))).wait()
+    transport.start(AllReduce(torch.zeros(1_000_000))).wait()
     assert clock.s == 106.0
+    transport.start(AllReduce(torch.zeros(100_000))).wait()
+    assert clock.s == 108.0
     transport.start(AllReduce(torch.zeros(4))).wait()
-    assert clock.s == 107.0
+    assert clock.s == 109.0
 
 
 def test_without_a_word_in_the_environment_nothing_is_held_back(clock):
