@@ -328,7 +328,9 @@ def _groups_of_bias(spread: SpreadGroups, layer: str) -> Tensor:
     return link.outputs[link.rows]
 
 
-def _own_part(spread: SpreadGroups, module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+def _own_part(
+    spread: SpreadGroups, module: nn.Module, state: dict[str, Any], prefix: str, *rest: object
+) -> None:
     """Take this rank's groups of a rank's part, of all parts together, or of the cut model's state."""
     for layer in spread.layers:
         here, there, bias = _keys(prefix, layer, spread)
