@@ -8,6 +8,7 @@ wanted. Large sums and broadcasts are left to Gloo.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -45,6 +46,8 @@ _HELLO_BYTES = 4
 _CONNECT_S = 10.0
 _DONE, _LATE, _BROKEN = range(3)
 _CLOSED, _OTHER_LENGTH = -1, -2
+_CUT = (_CLOSED, 0, errno.ECONNRESET, errno.EPIPE)
+"""Ways in which a connection ends with the process, or the wait, at its other end."""
 
 
 def wanted() -> bool:
@@ -207,8 +210,9 @@ def _complaint(state: int, peer: int, why: int, told: int) -> str:
         return f"no message from or to rank {peer} in time"
     if why == _OTHER_LENGTH:
         return f"rank {peer} sent a message of {told} bytes where another length was expected"
-    reason = "it was closed" if why in (_CLOSED, 0) else os.strerror(why)
-    return f"the connection with rank {peer} broke: {reason}"
+    if why in _CUT:
+        return "a connection was closed"  # by whom is said by the boards, in the same words to all
+    return f"the connection with rank {peer} broke: {os.strerror(why)}"
 
 
 # ------------------------------------------------------------------------------------------------- connecting
