@@ -4,22 +4,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "_cpu.h"
 #include "_inside.h"
 #include "_twolevel.h"
 
 #define MOST 0x7E /* the code of 448, e4m3's largest number */
-
-static uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-static float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
 
 /* A number from 2^-6 to 448 as e4m3, where all exponents are normal: to the nearest, ties to even; or up. */
 static uint8_t e4m3_of(float ratio, int up) {

@@ -51,11 +51,11 @@ _CUT = (_CLOSED, 0, errno.ECONNRESET, errno.EPIPE)
 
 
 def wanted() -> bool:
-    """Whether this rank may use sockets. Raises DistcompError where the variable says something else."""
+    """Whether this rank is to use sockets. Raises DistcompError where the variable says something else."""
     chosen = os.environ.get(CARRIER, SOCKETS)
     if chosen not in (GLOO, SOCKETS):
         raise DistcompError(f"{CARRIER}={chosen[:40]} is neither {SOCKETS} nor {GLOO}; correct or unset it")
-    return chosen == SOCKETS and _extension() is not None
+    return chosen == SOCKETS
 
 
 def _extension() -> Any:
@@ -226,17 +226,19 @@ def connected(group: dist.ProcessGroup, heartbeat: Heartbeat, timeout_s: float, 
     gloo = GlooP2P(group, heartbeat, timeout_s)
     if not 1 < gloo.size <= MOST_RANKS:
         return gloo
-    failure, connections = "", dict[int, socket.socket]()
+    connections: dict[int, socket.socket] = {}
     with listen() as listener:
         card = {"hosts": addresses(store), "port": listener.getsockname()[1], "token": secrets.token_hex(16)}
+        if _extension() is None:
+            card = {
+                "failure": "its installation has no C extension; install distcomp where there is a compiler"
+            }
         cards = _told(gloo, card if wanted() else {})
         if not all(cards):
             return gloo
-        try:
-            _connect(gloo.rank, cards, listener, connections)
-        except (OSError, DistcompError) as error:
-            failure = f"rank {gloo.rank}: {error}"[:500]
-    failures = [said["failure"] for said in _told(gloo, {"failure": failure}) if said["failure"]]
+        if not any("failure" in card for card in cards):
+            cards = _told(gloo, {"failure": _failure(gloo.rank, cards, listener, connections)})
+    failures = [f"rank {rank}: {card['failure']}" for rank, card in enumerate(cards) if card.get("failure")]
     if failures:
         for connection in connections.values():
             connection.close()
@@ -247,6 +249,20 @@ def connected(group: dist.ProcessGroup, heartbeat: Heartbeat, timeout_s: float, 
         return gloo
     lines = [connections[rank].detach() if rank in connections else -1 for rank in range(gloo.size)]
     return SocketP2P(group, heartbeat, timeout_s, lines)
+
+
+def _failure(
+    rank: int,
+    cards: Sequence[dict[str, Any]],
+    listener: socket.socket,
+    connections: dict[int, socket.socket],
+) -> str:
+    """Why this rank is not connected with all others; empty where it is."""
+    try:
+        _connect(rank, cards, listener, connections)
+    except (OSError, DistcompError) as error:
+        return str(error)[:500]
+    return ""
 
 
 def _told(gloo: GlooP2P, card: dict[str, Any]) -> list[dict[str, Any]]:

@@ -261,6 +261,22 @@ def test_a_rank_that_reaches_nobody_is_named_on_all_and_gloo_carries(cluster, mo
         assert "DISTCOMP_CARRIER=gloo" in sentence
 
 
+def without_extension(rank: int, size: int) -> tuple[str, list[str]]:
+    extension = sockets._extension
+    if rank == 1:
+        sockets._extension = lambda: None
+    try:
+        return carrier_of_a_job(rank, size, "sockets", False)
+    finally:
+        sockets._extension = extension
+
+
+def test_a_rank_without_the_extension_is_named_on_all(cluster) -> None:
+    for name, (sentence,) in cluster(2).run(without_extension):
+        assert name == "GlooP2P"
+        assert "rank 1: its installation has no C extension" in sentence
+
+
 def test_a_choice_that_is_none_is_refused(monkeypatch) -> None:
     monkeypatch.setenv(sockets.CARRIER, "pigeons")
     with pytest.raises(distcomp.DistcompError, match="DISTCOMP_CARRIER=pigeons is neither sockets nor gloo"):
