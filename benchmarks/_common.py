@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,16 @@ def shows_only(doc: str | None) -> bool:
     parser.add_argument("--show", action="store_true", help="print the tables and train nothing")
     show: bool = parser.parse_args().show
     return show
+
+
+def no_more_cells(doc: str | None) -> Callable[[], bool]:
+    """Whether a study that goes on where it stopped is to begin no further cell: asked to print its tables,
+    or its seconds are over."""
+    parser = arguments_of(doc)
+    parser.add_argument("--show", action="store_true", help="print the tables and train nothing")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no cell later than this")
+    wanted, begin_s = parser.parse_args(), time.perf_counter()
+    return lambda: wanted.show or time.perf_counter() - begin_s > wanted.seconds
 
 
 def median(values: Sequence[float]) -> float:

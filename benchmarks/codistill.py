@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import distcomp
-from benchmarks._common import Cells, arguments_of
+from benchmarks._common import Cells, no_more_cells
 from distcomp.advice import Scenario, Setting, Simulation, TrainingTask
 from distcomp.network import Fabric
 
@@ -151,14 +150,11 @@ def table(cells: Mapping[str, Any], workers: int) -> str:
 
 
 def main() -> None:
-    parser = arguments_of(__doc__)
-    parser.add_argument("--show", action="store_true", help="print the tables and train nothing")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no cell later than this")
-    wanted = parser.parse_args()
+    over = no_more_cells(__doc__)
     torch.set_num_threads(1)
-    study, begin_s = Cells("codistill", PLAN), time.perf_counter()
+    study = Cells("codistill", PLAN)
     for seed, workers, (name, method) in itertools.product(range(SEEDS), WORKERS, METHODS.items()):
-        if wanted.show or time.perf_counter() - begin_s > wanted.seconds:
+        if over():
             break
         if method == "one worker" and workers != WORKERS[0]:
             continue  # it is the same one

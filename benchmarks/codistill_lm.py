@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks._common import Cells, arguments_of
+from benchmarks._common import Cells, no_more_cells
 from benchmarks._library_lm import Draws, Reader, apart, fingerprint, library, loss_of
 from benchmarks.codistill import ALONE, seconds_to, simulated
 from distcomp.advice import TrainingTask
@@ -149,16 +148,13 @@ def table(cells: Mapping[str, Any], own: str, workers: int) -> str:
 
 
 def main() -> None:
-    parser = arguments_of(__doc__)
-    parser.add_argument("--show", action="store_true", help="print the tables and train nothing")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no cell later than this")
-    wanted = parser.parse_args()
+    over = no_more_cells(__doc__)
     torch.set_num_threads(1)
-    study, begin_s = Cells("codistill_lm", PLAN), time.perf_counter()
+    study = Cells("codistill_lm", PLAN)
     groups = [(own, workers) for own, (counts, _) in OWN.items() for workers in counts]
     for own, (counts, _) in OWN.items():
         for seed, workers, name in itertools.product(range(SEEDS), counts, METHODS):
-            if wanted.show or time.perf_counter() - begin_s > wanted.seconds:
+            if over():
                 break
             study.get(f"{own} | {name} | {workers} | {seed}", lambda: cell(own, name, workers, seed))  # noqa: B023
     for own, workers in groups:

@@ -33,7 +33,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import distcomp
 from benchmarks import codistill
-from benchmarks._common import Cells, arguments_of, gathered, on_network, start
+from benchmarks._common import Cells, gathered, no_more_cells, on_network, start
 from benchmarks._tables import markdown
 from distcomp.averaging.codistill import Codistillation
 
@@ -170,14 +170,11 @@ def _told(seconds: list[float]) -> str:
 
 
 def main() -> None:
-    parser = arguments_of(__doc__)
-    parser.add_argument("--show", action="store_true", help="print the tables and train nothing")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no cell later than this")
-    wanted = parser.parse_args()
+    over = no_more_cells(__doc__)
     torch.set_num_threads(1)
-    study, begin_s = Cells("codistill_network", PLAN), time.perf_counter()
+    study = Cells("codistill_network", PLAN)
     for seed, workers, (name, method) in itertools.product(range(SEEDS), WORKERS, METHODS.items()):
-        if wanted.show or time.perf_counter() - begin_s > wanted.seconds:
+        if over():
             break
         study.get(f"{name} | {workers} | {seed}", lambda: cell(method, workers, seed))  # noqa: B023
     for workers in WORKERS:

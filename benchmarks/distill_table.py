@@ -12,8 +12,6 @@ Digits of scikit-learn: plain (64 pixels), pairs (two beside each other, the las
 from __future__ import annotations
 
 import itertools
-import math
-import time
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks._common import Cells, arguments_of
+from benchmarks._common import Cells, no_more_cells
 from benchmarks._distill_online import ONLINE, Cell, stepped, steps_of
 from benchmarks._distill_tasks import Data, Rows, accuracy, cnn, digits, mlp, pairs, shifted, train
 from distcomp import distill, precision
@@ -358,18 +356,15 @@ def table(cells: Mapping[str, Any], name: str) -> str:
 
 
 def main() -> None:
-    parser = arguments_of(__doc__)
-    parser.add_argument("--show", action="store_true", help="print the tables and train nothing")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no cell later than this")
-    wanted = parser.parse_args()
+    over = no_more_cells(__doc__)
     torch.set_num_threads(1)
-    study, begin_s = Cells("distill_table", PLAN), time.perf_counter()
+    study = Cells("distill_table", PLAN)
     # tables of small dense networks first: a convolution takes as long as ten of their cells
     for convolutions, seed in itertools.product((False, True), range(SEEDS)):
         rows = [(n, row, cell) for n, cells in TABLES.items() for row, cell in cells.items()]
         rows = [each for each in rows if (each[0] in ("shifted", "online")) is convolutions]
         for name, row, cell in rows:
-            if wanted.show or time.perf_counter() - begin_s > wanted.seconds:
+            if over():
                 break
             study.get(f"{name} | {row} | {seed}", lambda: {"accuracy": cell(seed)})  # noqa: B023
     for name in TABLES:
