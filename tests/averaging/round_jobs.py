@@ -80,6 +80,10 @@ class Worker:
         self.handle.state_dict()  # makes the exchange of this step now
         self.anchors[self.fragment.exchanges] = digest(self.common)
 
+    def waits(self, grace_s: float) -> None:
+        """From now on a round waits so long for who has not come."""
+        self.handle._sync._rounds.grace_s = grace_s
+
     @property
     def common(self) -> list[Tensor]:
         """Anchors and the outer optimizer's state."""
@@ -134,8 +138,12 @@ def killed_and_joined(rank: int, size: int, spec: Any, dies: int, at: int) -> di
     return found
 
 
-def late(rank: int, size: int, spec: Any, misses: int) -> dict[str, Any]:
-    """The last rank comes to its second outer round when the others have held ``misses`` without it."""
+def late(rank: int, size: int, spec: Any, misses: int, grace_s: float) -> dict[str, Any]:
+    """The last rank comes to its second outer round when the others have held ``misses`` without it.
+
+    They hold these with a window of ``grace_s`` and then stand still until it has caught up, so that what
+    comes next does not hang on how fast a rank is.
+    """
     place, late = Place(rank, size), size - 1
     worker = Worker(rank, spec)
     with warnings.catch_warnings(record=True) as caught:
@@ -145,19 +153,21 @@ def late(rank: int, size: int, spec: Any, misses: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if rank == late:
             worker.model.zero_grad()
-            place.store.wait([f"held {1 + misses}"])
+            place.store.wait([f"held by {other}" for other in range(late)])
             train(worker.model, worker.optimizer, rank, 1, start=worker.steps)
             found["own"], found["old"] = _weights(worker), worker.common[0].clone()
             worker.handle.state_dict()
             found["own now"], found["anchor"] = _weights(worker), worker.common[0].clone()
-            place.store.set("last", str(worker.iterations + 3 * PERIOD))
-        last = None
-        while last is None or worker.iterations < last:
+            place.store.set("caught up", "yes")
+        else:
+            worker.waits(grace_s)
+            while worker.handle.stats()["rounds"] < 1 + misses:
+                worker.step()
+            worker.waits(60.0)
+            place.store.set(f"held by {rank}", "yes")
+            place.store.wait(["caught up"])
+        while worker.iterations < (4 + misses) * PERIOD:
             worker.step()
-            if rank == 0:
-                place.store.set(f"held {worker.handle.stats()['rounds']}", "yes")
-            if place.store.check(["last"]):
-                last = int(place.store.get("last"))
         found |= worker.found()
     found["said"] = [str(one.message) for one in caught if "worker" in str(one.message)]
     place.leave(size)

@@ -80,8 +80,8 @@ def test_one_dies_and_another_joins_and_no_outer_step_is_lost(spec: str, five: C
 def test_what_a_late_worker_learnt_is_carried_one_round_and_no_further(
     misses: int, cluster: Callable[[int], Cluster]
 ) -> None:
-    spec = "diloco:period=4,outer_lr=0.5,outer_momentum=0.5,buffers=keep,on_failure=(continue:grace_s=0.5)"
-    found = cluster(3).run(jobs.late, spec, misses)
+    spec = "diloco:period=4,outer_lr=0.5,outer_momentum=0.5,buffers=keep,on_failure=(continue:quorum=2)"
+    found = cluster(3).run(jobs.late, spec, misses, 0.5)
     late = found[2]
     learnt = late["own"] - late["old"]
     assert learnt.norm() > 0
