@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distcomp.advice.overlap import gradient_step
-from distcomp.advice.predict import Machine
+from distcomp.advice.predict import Machine, around_a_ring
 from distcomp.advice.profile import ProfiledExchange, profiles_of
 from distcomp.attaching.handle import attach
 from distcomp.attaching.observe import observe, timed
@@ -42,7 +42,7 @@ REPEATS = 5
 class Zeros(Method):
     """Asks for zeros, twice, and leaves every rank's ``x`` as it is: an exchange and nothing else.
 
-    ``around``: as a sum of ``nbytes`` around a ring; else ``nbytes`` from everyone to everyone.
+    ``around``: as a sum of ``nbytes`` around the backend's ring; else ``nbytes`` from everyone to everyone.
     """
 
     nbytes: int
@@ -52,14 +52,14 @@ class Zeros(Method):
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         for _ in range(ROUNDS):
             if self.around:
-                yield AllReduce(torch.zeros(self.nbytes // 4, dtype=torch.float32))
+                yield AllReduce(torch.zeros(self.nbytes, dtype=torch.uint8))  # no transport adds these itself
             else:
                 yield AllGather(self._payload())
         return AggregateResult(x, lambda: x, state)
 
     def payload_bytes(self, layout: Layout, size: int, step: int) -> int:
         if self.around:
-            return ROUNDS * all_reduce_sent_bytes(self.nbytes // 4 * 4, size)
+            return ROUNDS * all_reduce_sent_bytes(self.nbytes, size)
         return ROUNDS * (size - 1) * wire_bytes(self._payload().parts)
 
     def _payload(self) -> Payload:
@@ -99,7 +99,11 @@ def _excess(
 ) -> Overhead:
     layouts = machine.observed.layouts
     exchanges = ROUNDS * len(layouts)
-    profiles = [profiles_of(method, layouts, fabric.ranks) for method in methods]
+    profiles = [
+        around_a_ring(profile) if method.around else profile
+        for method in methods
+        for profile in [profiles_of(method, layouts, fabric.ranks)]
+    ]
     steps_s, core_s = [], []
     for method, profile in zip(methods, profiles, strict=True):
         with attach(ddp, method=method):

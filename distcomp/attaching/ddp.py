@@ -300,7 +300,7 @@ class IterationRun:
             x = x / bucket.scale
         context = context_of(sync.channel, bucket.layout, sync.iterations, sync.seed, bucket.observed)
         if sync.exchanged.may_overwrite and not sync.looks_closer:
-            context = replace(context, overwrite=True)
+            context = replace(context, out=x)
         aggregation = Aggregation(sync.exchanged, x, sync.states.of(bucket.layout, x.device), context)
 
         def done() -> None:

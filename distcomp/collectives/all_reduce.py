@@ -16,9 +16,11 @@ from distcomp.payload import Part, Parts, Payload
 
 DIRECT_BYTES = 8192
 """A tensor up to this size is summed by sending it to everyone: its cost is hops, not bytes."""
-PIECES_BYTES = 1 << 20
-"""Up to here each rank adds a piece and sends it to everyone: two hops. A larger sum goes around a ring, on
-which a backend's own thread adds while nobody waits."""
+PIECES_BYTES = 64 << 20
+"""Up to here each rank adds a piece and sends it to everyone: two hops, and memory for the others' terms. A
+larger sum goes around a ring."""
+PIECES_MEMBERS = 64
+"""With more members, each would hold too many connections."""
 DIRECT_MEMBERS = 8
 """With more members, the copies cost more than a ring's hops."""
 
@@ -112,7 +114,8 @@ def is_summed_directly(nbytes: float, members: int) -> bool:
 
 def is_summed_in_pieces(nbytes: float, members: int) -> bool:
     """Whether each rank adds one piece of a sum of this size, where a transport can."""
-    return nbytes <= PIECES_BYTES and not is_summed_directly(nbytes, members)
+    fits = nbytes <= PIECES_BYTES and members <= PIECES_MEMBERS
+    return fits and not is_summed_directly(nbytes, members)
 
 
 def all_reduce_sent_bytes(nbytes: float, members: int) -> int:

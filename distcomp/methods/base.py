@@ -67,9 +67,9 @@ class StepContext:
     better than the others may stay with it."""
     residual: Tensor | None = field(default=None, kw_only=True, repr=False, compare=False)
     """What is to be added to ``x`` (float32, as long), for a method that ``adds_residual``."""
-    overwrite: bool = field(default=False, kw_only=True, repr=False, compare=False)
-    """The caller needs neither ``x`` nor this rank's contribution any more; said to a method that
-    ``may_overwrite``, and not to those inside it."""
+    out: Tensor | None = field(default=None, kw_only=True, repr=False, compare=False)
+    """Memory as long as ``x``, and mostly ``x`` itself, where the estimate may lie: the caller needs neither
+    what is in it nor this rank's contribution any more. Told to a method that ``may_overwrite``."""
     observed: Observed = field(default_factory=dict, kw_only=True, repr=False, compare=False)
     """What the training loop has observed by this step, equal on all ranks (:mod:`distcomp.active`)."""
 
@@ -124,8 +124,7 @@ class Method(Written, ABC):
     pass in which they encode."""
 
     may_overwrite: bool = False
-    """Whether it can use ``x`` as its buffer, where ``context.overwrite`` says that the caller needs it no
-    more."""
+    """Whether it can leave the estimate in ``context.out``, where the caller gives that."""
 
     bytes_are_bound: bool = False
     """Whether :meth:`payload_bytes` is the most that is sent, where what is sent depends on the data."""

@@ -63,6 +63,10 @@ class ErrorFeedback(Method):
                     f"{name} lies above 0 and at most at 1, not {value}; 1 is plain error feedback"
                 )
 
+    @property
+    def may_overwrite(self) -> bool:  # type: ignore[override]
+        return self.inner.may_overwrite
+
     def init(self, layout: Layout) -> State:
         nothing = torch.zeros(layout.numel, dtype=torch.float32)
         return {

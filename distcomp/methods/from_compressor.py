@@ -85,7 +85,7 @@ class AllReduceMean(Method):
         return isinstance(self.compressor, Identity)
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        scaled = torch.mul(x, 1.0 / context.size, out=x if context.overwrite else None)
+        scaled = torch.mul(x, 1.0 / context.size, out=context.out)
         if isinstance(self.compressor, Identity):
             # No payload is made: x / n is what is summed, and what DistributedDataParallel sums.
             total = yield AllReduce(scaled)
@@ -122,6 +122,7 @@ class AllGatherMean(Method):
     """
 
     adds_residual = True
+    may_overwrite = True
 
     compressor: Compressor
 
@@ -136,7 +137,9 @@ class AllGatherMean(Method):
             own = self.compressor.encode_owing(x, context.residual, owed, context.layout, key)
         payloads: list[Payload] = yield AllGather(own)
         about = (self.compressor, context.layout)
-        estimate = once(payloads, about, lambda: mean_of(self.compressor, payloads, context.layout))
+        estimate = once(
+            payloads, about, lambda: mean_of(self.compressor, payloads, context.layout, out=context.out)
+        )
         return AggregateResult(
             estimate,
             lambda: self.compressor.decode(own, context.layout),
@@ -183,6 +186,7 @@ class ReduceScatterMean(Method):
     """
 
     adds_residual = True
+    may_overwrite = True
 
     compressor: Compressor
     second: Compressor | None = None
@@ -204,7 +208,9 @@ class ReduceScatterMean(Method):
         # owners.
         answer = second.encode(chunk_mean, mine, context.shared.fold("reduce"))
         answers: list[Payload] = yield AllGather(answer, parts=tuple(second.parts(chunk) for chunk in chunks))
-        estimate = once(answers, (second, context.layout), lambda: _decoded(second, answers, chunks, x))
+        estimate = once(
+            answers, (second, context.layout), lambda: _decoded(second, answers, chunks, x, out=context.out)
+        )
 
         def subtract_contribution_(given: Tensor) -> None:
             views = chunk_views(given, chunks)
@@ -287,6 +293,7 @@ class Auto(Method):
     """
 
     adds_residual = True
+    may_overwrite = True
 
     compressor: Compressor
 
@@ -361,10 +368,11 @@ def _decoded(
     like: Tensor,
     own: Tensor | None = None,
     rank: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The flat buffer whose chunks the payloads decode to; the chunk of ``rank`` is ``own`` where that is
     given."""
-    buffer = memory.empty(like.numel(), like.device)
+    buffer = memory.empty(like.numel(), like.device) if out is None else out
     for index, (view, chunk, payload) in enumerate(
         zip(chunk_views(buffer, chunks), chunks, payloads, strict=True)
     ):
@@ -381,10 +389,11 @@ def mean_of(
     layout: Layout,
     own: Tensor | None = None,
     rank: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The mean of what the payloads decode to, added in the order given; that of ``rank`` is ``own`` where
     that is given."""
-    out = memory.empty(layout.numel, payloads[0].wire.device)
+    out = memory.empty(layout.numel, payloads[0].wire.device) if out is None else out
     for index, payload in enumerate(payloads):
         if own is not None and index == rank:
             torch.add(own, out if index else 0.0, out=out)

@@ -68,6 +68,7 @@ class PowerSGD(Method):
     one_round: bool = False
 
     needs = frozenset({SHAPES})
+    may_overwrite = True
 
     def __post_init__(self) -> None:
         if extremes(self.rank)[0] < 1:
@@ -116,7 +117,7 @@ class PowerSGD(Method):
         q_own = lowrank.each_times_columns(p, x, plan.products)
         _, q_mean = yield from _means(x[:0], q_own, context)
         return AggregateResult(
-            plan.together(x, plain_mean, p, q_mean),
+            plan.together(x, plain_mean, p, q_mean, context.out),
             # The rank's own Q, not the mean's: what this rank's residual keeps is its own error alone.
             lambda: plan.together(x, plain, p, q_own),
             {**state, "q": plan.kept(state["q"], "q", q_mean)},
@@ -137,7 +138,7 @@ class PowerSGD(Method):
             return (free, fixed) if even else (fixed, free)
 
         return AggregateResult(
-            plan.together(x, plain_mean, *ordered(factor_mean)),
+            plan.together(x, plain_mean, *ordered(factor_mean), context.out),
             lambda: plan.together(x, plain, *ordered(own)),
             {**state, made: plan.kept(state[made], made, factor_mean)},
             lambda given: plan.subtract_contribution(given, *ordered(own)),
@@ -211,9 +212,12 @@ class _Plan:
         move(x, out, self.plain)
         return out
 
-    def together(self, like: Tensor, plain: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    def together(
+        self, like: Tensor, plain: Tensor, p: Tensor, q: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """The flat buffer of what went plainly and of the products ``P Q^T``."""
-        out = memory.empty(like.numel(), like.device)
+        if out is None:
+            out = memory.empty(like.numel(), like.device)
         move(plain, out, self.plain.back)
         lowrank.each_outer(p, q, out, self.products)
         return out

@@ -13,8 +13,8 @@ crosses it at its own rate; the exchange is over when the busiest link is::
 ============================  =====================================  ============  ========  ================
 exchange                      bytes sent per rank, payload P         hops          messages  of
 ============================  =====================================  ============  ========  ================
-:func:`ring_all_reduce`       2 (n-1)/n P                            2 (n-1)       2 (n-1)   a large sum
-:func:`piecewise_all_reduce`  2 (n-1)/n P                            2             2 (n-1)   a sum of some kB
+:func:`ring_all_reduce`       2 (n-1)/n P                            2 (n-1)       2 (n-1)   a huge sum
+:func:`piecewise_all_reduce`  2 (n-1)/n P                            2             2 (n-1)   a sum
 :func:`direct_all_reduce`     (n-1) P                                1             n-1       a small sum
 :func:`ring_all_gather`       (n-1) P                                n-1           n-1       shards to all
 :func:`all_gather`            (n-1) P                                1             n-1       payloads to all

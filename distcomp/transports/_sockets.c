@@ -7,6 +7,10 @@
  * A receiver sleeps until SO_RCVLOWAT bytes have come, the rest of the message or LOW_WATER of it: on a link of
  * 100 Mbit/s it would be woken for every packet otherwise, and waking costs more than the packet.
  *
+ * A sum over ranks is two messages for each pair and direction: the terms of the receiver's piece, and the total of
+ * the sender's, which waits in its queue until the thread has added it. Both are posted together, so the order stays
+ * the same at both ends, and nobody has to wait in between.
+ *
  * Buffers belong to Python, which keeps them until their messages are through or the mesh is closed.
  */
 #define _GNU_SOURCE
@@ -36,10 +40,23 @@ enum { SENDING, RECEIVING };
 enum { DONE, LATE, BROKEN };
 enum { CLOSED = -1, OTHER_LENGTH = -2 }; /* beside errno, what can break a connection */
 
+/* The piece of a sum over ranks that this rank adds. */
+typedef struct Sum {
+    int kind, count; /* of what, and how many terms */
+    int messages;    /* that still point here */
+    int missing;     /* terms that have not come */
+    int added;
+    size_t numel;
+    uint8_t *total; /* where this rank's term lies, and then the sum */
+    struct Sum *next;
+    const uint8_t *terms[]; /* in rank order */
+} Sum;
+
 typedef struct Message {
     uint8_t *data;
     uint64_t length, header; /* header: what is sent first, or has come first */
     size_t moved;            /* bytes, the header's among them */
+    Sum *sum;                /* of which it is a term that comes, or the total that goes */
     struct Message *next;
 } Message;
 
@@ -65,6 +82,7 @@ typedef struct {
     int size, stop, wakes[2];
     pid_t process; /* a fork has no thread to end, and its parent's connections are not its own */
     Peer *peers;
+    Sum *sums; /* that are not added yet */
     Waiter *waiters;
     pthread_mutex_t lock;
     pthread_t thread;
@@ -88,8 +106,12 @@ static void drop(Queue *q) {
     Message *m = q->first;
     q->first = m->next;
     if (!q->first) q->last = NULL;
+    if (m->sum && --m->sum->messages == 0) free(m->sum);
     free(m);
 }
+
+/* Whether a queue waits for a total that is not added yet. */
+static int is_held(const Queue *q) { return q->first && q->first->sum && !q->first->sum->added; }
 
 /* Have the kernel wake us when the rest of the message is there, or LOW_WATER of it. */
 static void set_low_water(Peer *p) {
@@ -106,7 +128,7 @@ static int move(Peer *p, int direction) {
     Queue *q = &p->queues[direction];
     size_t total = 0;
     int ended = 0;
-    while (q->first && !p->broken && total < MOST_AT_ONCE) {
+    while (q->first && !p->broken && total < MOST_AT_ONCE && !(direction == SENDING && is_held(q))) {
         Message *m = q->first;
         struct iovec at[2];
         struct msghdr message = {.msg_iov = at, .msg_iovlen = (size_t)pieces(m, at)};
@@ -126,6 +148,7 @@ static int move(Peer *p, int direction) {
             return 1;
         }
         if (m->moved == whole(m)) {
+            if (m->sum && direction == RECEIVING) m->sum->missing--;
             drop(q);
             q->finished++;
             ended = 1;
@@ -138,13 +161,13 @@ static int move(Peer *p, int direction) {
 }
 
 /* Put a message at the end of its queue, and begin with it where it is the first. Which one it is, counted from 1. */
-static uint64_t post(Mesh *mesh, Peer *p, int direction, uint8_t *data, uint64_t length) {
+static uint64_t post(Mesh *mesh, Peer *p, int direction, uint8_t *data, uint64_t length, Sum *sum) {
     Message *m = malloc(sizeof *m);
     pthread_mutex_lock(&mesh->lock);
     Queue *q = &p->queues[direction];
     uint64_t number = ++q->posted;
     if (m) {
-        *m = (Message){data, length, direction == SENDING ? length : 0, 0, NULL};
+        *m = (Message){data, length, direction == SENDING ? length : 0, 0, sum, NULL};
         if (q->last) q->last->next = m;
         else q->first = m;
         q->last = m;
@@ -155,6 +178,74 @@ static uint64_t post(Mesh *mesh, Peer *p, int direction, uint8_t *data, uint64_t
     }
     pthread_mutex_unlock(&mesh->lock);
     return number;
+}
+
+/* ----------------------------------------------------------------------------------------------------------- sums */
+
+#define BLOCK 1024 /* elements that are added while they lie in the first cache */
+
+#define PLUS(a, b) ((a) + (b))
+
+/* The sum of two bfloat16, to the nearest, of two equally near to the even one; what is no number stays none. */
+static inline uint16_t plus_bf16(uint16_t a, uint16_t b) {
+    uint32_t x = (uint32_t)a << 16, y = (uint32_t)b << 16, bits;
+    float left, right;
+    memcpy(&left, &x, sizeof left);
+    memcpy(&right, &y, sizeof right);
+    left += right;
+    memcpy(&bits, &left, sizeof bits);
+    uint16_t rounded = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return left != left ? (uint16_t)0x7fc0 : rounded;
+}
+
+/* ((x0 + x1) + x2) + ..., whoever adds: other bits would be another model. */
+#define ADDER(name, type, plus)                                                                  \
+    static void name(const Sum *s) {                                                             \
+        type block[BLOCK];                                                                       \
+        for (size_t at = 0; at < s->numel; at += BLOCK) {                                        \
+            size_t count = s->numel - at < BLOCK ? s->numel - at : BLOCK;                        \
+            memcpy(block, (const type *)(const void *)s->terms[0] + at, count * sizeof(type));   \
+            for (int i = 1; i < s->count; i++) {                                                 \
+                const type *term = (const type *)(const void *)s->terms[i] + at;                 \
+                for (size_t j = 0; j < count; j++) block[j] = plus(block[j], term[j]);           \
+            }                                                                                    \
+            memcpy((type *)(void *)s->total + at, block, count * sizeof(type));                  \
+        }                                                                                        \
+    }
+ADDER(add_float, float, PLUS)
+ADDER(add_double, double, PLUS)
+ADDER(add_int, uint32_t, PLUS) /* signed ones wrap around alike */
+ADDER(add_long, uint64_t, PLUS)
+ADDER(add_bf16, uint16_t, plus_bf16)
+
+static const struct {
+    char name;
+    size_t bytes;
+    void (*add)(const Sum *);
+} KINDS[] = {{'f', 4, add_float}, {'d', 8, add_double}, {'i', 4, add_int}, {'q', 8, add_long}, {'b', 2, add_bf16}};
+enum { KIND_COUNT = sizeof KINDS / sizeof KINDS[0] };
+
+/* Take the first sum off whose terms are all there. */
+static Sum *ripe(Mesh *mesh) {
+    for (Sum **link = &mesh->sums; *link; link = &(*link)->next) {
+        Sum *s = *link;
+        if (s->missing) continue;
+        *link = s->next;
+        return s;
+    }
+    return NULL;
+}
+
+/* Add what can be added; from then on the totals can be sent. The lock is open meanwhile, so that nobody is kept
+ * waiting: this thread alone touches terms that have come. */
+static void add_ripe(Mesh *mesh) {
+    Sum *s;
+    while (!mesh->stop && (s = ripe(mesh))) {
+        pthread_mutex_unlock(&mesh->lock);
+        KINDS[s->kind].add(s);
+        pthread_mutex_lock(&mesh->lock);
+        s->added = 1;
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------------ the thread */
@@ -182,7 +273,7 @@ static int watch(const Mesh *mesh, struct pollfd *watched) {
     watched[0] = (struct pollfd){mesh->wakes[0], POLLIN, 0};
     for (int i = 0; i < mesh->size; i++) {
         const Peer *p = &mesh->peers[i];
-        int events = (p->queues[RECEIVING].first ? POLLIN : 0) | (p->queues[SENDING].first ? POLLOUT : 0);
+        int events = (p->queues[RECEIVING].first ? POLLIN : 0) | (p->queues[SENDING].first && !is_held(&p->queues[SENDING]) ? POLLOUT : 0);
         /* one that has nothing to do is not watched: its end would be told again and again */
         watched[1 + i] = (struct pollfd){p->fd < 0 || p->broken || !events ? -1 : p->fd, (short)events, 0};
     }
@@ -210,6 +301,7 @@ static void *run(void *given) {
             if (events & (POLLOUT | POLLERR | POLLHUP)) ended |= move(p, SENDING);
             if (events & (POLLIN | POLLERR | POLLHUP) || !ready) ended |= move(p, RECEIVING);
         }
+        add_ripe(mesh);
         if (ended) wake_waiters(mesh);
     }
     pthread_mutex_unlock(&mesh->lock);
@@ -347,7 +439,7 @@ static PyObject *py_exchange(PyObject *self, PyObject *args) {
             Peer *p = peer_of(mesh, PyTuple_GetItem(lists[direction], i), &data, &length);
             if (!p) goto failed;
             Py_BEGIN_ALLOW_THREADS
-            number = post(mesh, p, direction, data, length);
+            number = post(mesh, p, direction, data, length, NULL);
             Py_END_ALLOW_THREADS
             PyObject *mark = Py_BuildValue("niK", (Py_ssize_t)(p - mesh->peers), direction, (unsigned long long)number);
             if (!mark || PyTuple_SetItem(marks, at, mark)) goto failed;
@@ -357,6 +449,131 @@ static PyObject *py_exchange(PyObject *self, PyObject *args) {
 failed:
     Py_DECREF(marks);
     return NULL;
+}
+
+/* Where the pieces of a tensor lie that ``count`` ranks add: as even as can be, the first ones longer. */
+static size_t begin_of(size_t numel, int count, int piece) {
+    size_t rest = numel % (size_t)count, at = (size_t)piece;
+    return at * (numel / (size_t)count) + (at < rest ? at : rest);
+}
+
+/* The members' connections, in rank order; -1 where this rank is. 0 with an error where they are none. */
+static int members_of(const Mesh *mesh, PyObject *list, int *members, int here) {
+    for (int i = 0; i < (int)PyTuple_Size(list); i++) {
+        long peer = PyLong_AsLong(PyTuple_GetItem(list, i));
+        if (peer == -1 && PyErr_Occurred()) return 0;
+        if (i != here && (peer < 0 || peer >= mesh->size || mesh->peers[peer].fd < 0))
+            return PyErr_Format(PyExc_ValueError, "there is no connection %ld", peer), 0;
+        members[i] = i == here ? -1 : (int)peer;
+    }
+    return 1;
+}
+
+#define PARTS 2
+#define UNDIVIDED (256 * 1024) /* bytes of a sum that is not cut into parts */
+
+/* A tensor, or a part of it, and the piece of it that this rank adds. */
+typedef struct {
+    Sum *sum;
+    uint8_t *data;
+    size_t numel;
+} Part;
+
+/* Lay out one part, with scratch for the others' terms; 0 without memory. */
+static int lay_out(Part *part, int kind, int count, int here, uint8_t **scratch) {
+    size_t bytes = KINDS[kind].bytes, begin = begin_of(part->numel, count, here);
+    Sum *s = part->sum = malloc(sizeof *s + (size_t)count * sizeof *s->terms);
+    if (!s) return 0;
+    *s = (Sum){.kind = kind, .count = count, .messages = 2 * (count - 1), .missing = count - 1,
+               .numel = begin_of(part->numel, count, here + 1) - begin, .total = part->data + begin * bytes};
+    for (int i = 0; i < count; i++) {
+        s->terms[i] = i == here ? s->total : *scratch;
+        if (i != here) *scratch += s->numel * bytes;
+    }
+    return 1;
+}
+
+/* Post one message of every pair for a part: its terms, or its totals. The numbers, [member][direction]. */
+static void post_part(Mesh *mesh, const Part *part, const int *members, int here, int totals, uint64_t (*numbers)[2]) {
+    Sum *s = part->sum;
+    size_t bytes = KINDS[s->kind].bytes;
+    for (int shift = 1; shift < s->count; shift++)
+        for (int direction = RECEIVING; direction >= SENDING; direction--) {
+            int step = direction == SENDING ? shift : s->count - shift, member = (here + step) % s->count;
+            int mine = (direction == SENDING) == totals, piece = mine ? here : member;
+            size_t at = begin_of(part->numel, s->count, piece);
+            uint64_t length = (begin_of(part->numel, s->count, piece + 1) - at) * bytes;
+            uint8_t *where = part->data + at * bytes;
+            if (direction == RECEIVING && !totals) where = (uint8_t *)(uintptr_t)s->terms[member];
+            numbers[member][direction] =
+                post(mesh, &mesh->peers[members[member]], direction, where, length, mine ? s : NULL);
+        }
+}
+
+/* Post a sum. The second part's terms are on their way while the last of the first part's come. */
+static void post_sum(Mesh *mesh, Part *parts, int count, const int *members, int here, uint64_t (*numbers)[2]) {
+    pthread_mutex_lock(&mesh->lock);
+    for (int i = 0; i < count; i++) {
+        parts[i].sum->next = mesh->sums;
+        mesh->sums = parts[i].sum;
+    }
+    pthread_mutex_unlock(&mesh->lock);
+    for (int totals = 0; totals < 2; totals++)
+        for (int i = 0; i < count; i++) post_part(mesh, &parts[i], members, here, totals, numbers);
+}
+
+/* Begin the sum of a tensor over members, in place; marks to wait for. Scratch holds the others' terms: for each
+ * part as many elements as the longest piece of it, from each. */
+static PyObject *py_sum(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *capsule, *list, *marks = NULL;
+    int here, name, kind = 0;
+    unsigned long long address, scratch;
+    Py_ssize_t numel;
+    if (!PyArg_ParseTuple(args, "OO!iCKnK", &capsule, &PyTuple_Type, &list, &here, &name, &address, &numel, &scratch))
+        return NULL;
+    Mesh *mesh = mesh_of(capsule);
+    if (!mesh) return NULL;
+    int count = (int)PyTuple_Size(list), laid = 0;
+    while (kind < KIND_COUNT && KINDS[kind].name != name) kind++;
+    if (kind == KIND_COUNT || count < 2 || here < 0 || here >= count || numel < 0)
+        return PyErr_Format(PyExc_ValueError, "no sum of such a type, or over such members"), NULL;
+    size_t bytes = KINDS[kind].bytes, whole_bytes = (size_t)numel * bytes, at = 0;
+    int wanted = whole_bytes > UNDIVIDED ? PARTS : 1;
+    Part parts[PARTS];
+    uint8_t *next = (uint8_t *)(uintptr_t)scratch;
+    int *members = malloc((size_t)count * sizeof *members);
+    uint64_t (*numbers)[2] = malloc((size_t)count * sizeof *numbers);
+    marks = PyTuple_New(2 * (count - 1));
+    if (!members || !numbers || !marks) goto no_memory;
+    if (!members_of(mesh, list, members, here)) goto failed;
+    for (; laid < wanted; laid++) {
+        size_t end = begin_of((size_t)numel, wanted, laid + 1);
+        parts[laid] = (Part){NULL, (uint8_t *)(uintptr_t)address + at * bytes, end - at};
+        at = end;
+        if (!lay_out(&parts[laid], kind, count, here, &next)) goto no_memory;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    post_sum(mesh, parts, wanted, members, here, numbers);
+    Py_END_ALLOW_THREADS
+    laid = 0; /* their messages own them */
+    wake(mesh);
+    for (int i = 0, mark_at = 0; i < count; i++)
+        for (int direction = SENDING; i != here && direction <= RECEIVING; direction++, mark_at++) {
+            unsigned long long number = numbers[i][direction];
+            PyObject *mark = Py_BuildValue("niK", (Py_ssize_t)members[i], direction, number);
+            if (!mark || PyTuple_SetItem(marks, mark_at, mark)) goto failed;
+        }
+    goto end;
+no_memory:
+    PyErr_NoMemory();
+failed:
+    Py_CLEAR(marks);
+    while (laid) free(parts[--laid].sum);
+end:
+    free(members);
+    free(numbers);
+    return marks;
 }
 
 /* Sleep until woken; whether the seconds are over. By a clock that nobody sets. */
@@ -456,6 +673,7 @@ static PyObject *py_close(PyObject *self, PyObject *capsule) {
 static PyMethodDef methods[] = {
     {"open", py_open, METH_VARARGS, "A mesh over connected sockets, one for each rank (-1: none), which it owns."},
     {"exchange", py_exchange, METH_VARARGS, "Post (peer, address, bytes) to send and to receive; marks to wait for."},
+    {"sum", py_sum, METH_VARARGS, "Begin the sum of a tensor over members, in place; marks to wait for."},
     {"wait", py_wait, METH_VARARGS, "Wait for marks: state, peer, why, length."},
     {"close", py_close, METH_O, "End the thread, and close the connections."},
     {NULL, NULL, 0, NULL},

@@ -3,7 +3,7 @@
 Gloo's thread wakes for every packet or two, which costs more than the packets: at 100 Mbit/s as much CPU time
 as quantizing to four bits. ``_sockets.c`` has one thread too, and the kernel wakes it for 16 kB or the rest
 of a message. A message goes from the payload's memory to the kernel and from the kernel to where it is
-wanted. Large sums and broadcasts are left to Gloo.
+wanted. Sums are added by that thread, too. Sums of more than 64 MB and broadcasts are left to Gloo.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -25,22 +25,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distcomp.collectives import Group, Pending, in_rank_order, is_summed_in_pieces
+from distcomp.collectives import Group, Pending, is_summed_in_pieces
+from distcomp.collectives.all_reduce import PIECES_MEMBERS
 from distcomp.errors import DistcompError
 from distcomp.transports.board import addresses, listen, reach
-from distcomp.transports.gloo_p2p import GlooP2P
+from distcomp.transports.gloo_p2p import GlooP2P, Then
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.types import Store
 
 if TYPE_CHECKING:
     from distcomp.transports._sockets import Line, Mark, Mesh
 
-MOST_RANKS = 64
+MOST_RANKS = PIECES_MEMBERS
 """Beyond, each rank would hold too many connections: Gloo carries all."""
 GLOO, SOCKETS = "gloo", "sockets"
 CARRIER = "DISTCOMP_CARRIER"
 """The variable that chooses: ``sockets`` (default), or ``gloo`` for everything."""
 
+_ADDED = {torch.float32: "f", torch.float64: "d", torch.int32: "i", torch.int64: "q", torch.bfloat16: "b"}
+"""The types that the thread adds, and what it calls them."""
+_PARTS = 2
+"""In so many parts a sum is cut, at most; of each, a piece may be one element longer than another."""
 _CARD_BYTES = 1024
 _HELLO_BYTES = 4
 _CONNECT_S = 10.0
@@ -88,20 +93,20 @@ class SocketP2P(GlooP2P):
         self._ended()
 
     def all_reduce(self, x: Tensor, group: Group | None) -> Pending:
-        """In rank order on every rank: a small tensor by everyone, a larger one piece by piece; the largest
-        around Gloo's ring."""
-        nbytes, count = x.numel() * x.element_size(), len(self._members(group))
-        if not is_summed_in_pieces(nbytes, count) or x.numel() < count:
+        """In rank order on every rank: a small tensor by everyone, a larger one piece by piece, which the
+        thread adds; the largest, and types that it does not add, around Gloo's ring."""
+        nbytes, members = x.numel() * x.element_size(), self._members(group)
+        kind = _ADDED.get(x.dtype)
+        if kind is None or x.is_cuda or not is_summed_in_pieces(nbytes, len(members)):
             return super().all_reduce(x, group)
-        pieces = [piece.contiguous().view(torch.uint8) for piece in x.reshape(-1).tensor_split(count)]
-        here = self._members(group).index(self.rank)
-        terms = self.all_to_all(pieces, [pieces[here].numel()] * count, group)
-
-        def gathered() -> Messages:
-            total = in_rank_order([term.view(x.dtype) for term in terms.wait()])
-            return self.all_gather(total.view(torch.uint8), [piece.numel() for piece in pieces], group)
-
-        return PiecewiseSum(terms, gathered, x)
+        begin_s = time.perf_counter()
+        x, here = x.contiguous(), members.index(self.rank)
+        others = len(members) - 1
+        scratch = x.new_empty(others * (x.numel() // len(members) + _PARTS))
+        marks = self._sockets.sum(
+            self._mesh, members, here, kind, x.data_ptr(), x.numel(), scratch.data_ptr()
+        )
+        return Then(self._kept_until_through(marks, [x, scratch], [x], begin_s), lambda totals: totals[0])
 
     def all_gather(self, wire: Tensor, sizes: Sequence[int], group: Group | None) -> Messages:
         return self.all_to_all([wire] * len(sizes), sizes, group)
@@ -136,7 +141,12 @@ class SocketP2P(GlooP2P):
         begin_s = time.perf_counter()
         sends = [(peer, wire.cpu().contiguous()) for peer, wire in sends]
         marks = self._sockets.exchange(self._mesh, _lines(sends), _lines(receives))
-        messages = Messages(self, marks, [wire for _, wire in sends], received, begin_s)
+        return self._kept_until_through(marks, [wire for _, wire in sends], received, begin_s)
+
+    def _kept_until_through(
+        self, marks: tuple[Mark, ...], sent: list[Tensor], received: list[Tensor], begin_s: float
+    ) -> Messages:
+        messages = Messages(self, marks, sent, received, begin_s)
         self._kept.add(messages)
         return messages
 
@@ -178,21 +188,6 @@ class Messages:
         self._transport.settle(self)
         self.finished_s = time.perf_counter()
         return self._received
-
-
-class PiecewiseSum:
-    """A sum of which each rank makes a piece: its terms are under way, and whoever waits first sends the
-    totals."""
-
-    def __init__(self, terms: Messages, gather: Callable[[], Messages], x: Tensor) -> None:
-        self.started_s, self.finished_s = terms.started_s, 0.0
-        self._gather, self._x = gather, x
-
-    def wait(self) -> Tensor:
-        """Raises PeerLost, naming the rank, when a peer dies or does not answer within the timeout."""
-        totals = self._gather().wait()
-        self.finished_s = time.perf_counter()
-        return torch.cat([total.view(self._x.dtype) for total in totals]).view_as(self._x)
 
 
 def _lines(messages: list[tuple[int, Tensor]]) -> tuple[Line, ...]:

@@ -102,7 +102,7 @@ def test_what_a_late_worker_learnt_is_carried_one_round_and_no_further(
 
 
 def test_fewer_than_the_quorum_are_one_clear_error(four: Cluster) -> None:
-    spec = "diloco:period=4,on_failure=(continue:quorum=3,grace_s=1)"
+    spec = "diloco:period=4,on_failure=(continue:quorum=3)"
     found = four.results(jobs.too_few, spec, 4.0)
     for told in found[:2]:
         assert told == (

@@ -13,8 +13,11 @@ from distcomp.collectives import AllReduce
 from distcomp.compressors import Compressor, Quantize
 from distcomp.layout import Layout
 from distcomp.methods import ErrorFeedback, Method, from_compressor, parse
-from distcomp.methods.base import State, StepContext
+from distcomp.methods.base import State, StepContext, map_state
 from distcomp.randomness import Key
+from distcomp.runtime.aggregation import Aggregation
+from distcomp.runtime.driver import in_lock_step
+from distcomp.runtime.lockstep import Lockstep
 from tests.lockstep import World, converse
 from tests.methods.numpy_qsgd import Quantizer, gather, scatter_reduce, with_feedback
 
@@ -178,7 +181,7 @@ def test_what_the_caller_needs_no_more_is_summed_where_it_lies(overwrite: bool) 
     """And what it needs is not touched."""
     x = buffers(1, 0)[0]
     before = x.clone()
-    context = StepContext(0, 4, LAYOUT, 0, Key.of(1, 0), overwrite=overwrite)
+    context = StepContext(0, 4, LAYOUT, 0, Key.of(1, 0), out=x if overwrite else None)
     request = next(parse("identity").aggregate(x, {}, context))
     assert isinstance(request, AllReduce)
     assert (request.x.data_ptr() == x.data_ptr()) is overwrite
@@ -186,8 +189,57 @@ def test_what_the_caller_needs_no_more_is_summed_where_it_lies(overwrite: bool) 
     assert overwrite or torch.equal(x, before)
 
 
-def test_only_a_method_without_a_payload_overwrites() -> None:
-    """One that is inside another keeps what that one still needs."""
-    texts = ("identity", "bf16", "qsgd:bits=4", "ef21:compressor=identity", "powersgd:rank=1", "lossless")
-    assert [text for text in texts if parse(text).may_overwrite] == ["identity"]
-    assert not ErrorFeedback(parse("identity")).may_overwrite
+def twice(
+    method: Method, size: int, given: bool
+) -> tuple[list[torch.Tensor], list[State], list[torch.Tensor]]:
+    """Estimates, states and what is left in the buffers after two steps."""
+    states: list[State] = [method.init(LAYOUT)] * size
+    net, estimates = Lockstep(size), []
+    for step in range(2):
+        xs = buffers(size, step)
+        contexts = [
+            StepContext(rank, size, LAYOUT, step, Key.of(1, step), out=x if given else None)
+            for rank, x in enumerate(xs)
+        ]
+        begun = zip(xs, states, contexts, strict=True)
+        results = in_lock_step(net, [Aggregation(method, x, state, context) for x, state, context in begun])
+        states = [result.state for result in results]
+        estimates += [result.estimate.clone() for result in results]
+    return estimates, states, xs
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "identity", "qsgd:bits=4", "qsgd:bits=1", "qsgd:bits=4,pattern=all_gather", "powersgd:rank=1",
+        "powersgd:rank=1,one_round=True", "powersgd:rank=1,error_feedback=False",
+    ],
+)  # fmt: skip
+def test_an_estimate_in_the_place_of_what_came_in_changes_no_number(text: str, size: int) -> None:
+    """Nor what is owed."""
+    method = parse(text)
+    (plain, owed, kept), (placed, still_owed, left) = (twice(method, size, given) for given in (False, True))
+    assert method.may_overwrite
+    assert all(torch.equal(one, other) for one, other in zip(plain, placed, strict=True))
+    for one, other in zip(owed, still_owed, strict=True):
+        assert flat(one) == flat(other)
+    assert all(torch.equal(x, before) for x, before in zip(kept, buffers(size, 1), strict=True))
+    if text != "identity":  # its place is the transport's affair
+        assert torch.equal(left[0], placed[-size])
+
+
+def flat(state: State) -> list[tuple[str, list[float]]]:
+    found: list[tuple[str, list[float]]] = []
+    map_state(
+        state,
+        lambda path, leaf: found.append((path, leaf.data.reshape(-1).tolist())),
+        lambda path, leaf: found.extend((f"{path}/{name}", one.tolist()) for name, one in leaf.items()),
+    )
+    return found
+
+
+def test_a_method_around_others_is_not_given_what_they_would_overwrite() -> None:
+    """They have buffers of another length, or keep what it still needs."""
+    for text in ("ef21:compressor=identity", "topk:ratio=0.1", "gradiveq", "warmup:inner=identity,steps=2"):
+        assert not parse(text).may_overwrite, text

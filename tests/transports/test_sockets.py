@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -283,6 +284,93 @@ def test_a_choice_that_is_none_is_refused(monkeypatch) -> None:
         sockets.wanted()
 
 
+# ------------------------------------------------------------------------------------------------ sums
+
+
+class Ring:
+    """Ranks of one process, each connected with each."""
+
+    def __init__(self, size: int) -> None:
+        lines = [[-1] * size for _ in range(size)]
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            for i, j in itertools.combinations(range(size), 2):
+                lines[i][j] = socket.create_connection(listener.getsockname()).detach()
+                lines[j][i] = listener.accept()[0].detach()
+        self.meshes = [carrier.open(tuple(mine)) for mine in lines]
+
+    def __enter__(self) -> Ring:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for mesh in self.meshes:
+            carrier.close(mesh)
+
+    def sum(self, rank: int, members: tuple[int, ...], x: torch.Tensor) -> tuple[tuple, torch.Tensor]:
+        """Marks, and what must be kept until they are through."""
+        scratch = torch.full(((len(members) - 1) * (x.numel() // len(members) + 2),), 7).to(x.dtype)
+        kind, here = sockets._ADDED[x.dtype], members.index(rank)
+        mesh = self.meshes[rank]
+        return carrier.sum(mesh, members, here, kind, x.data_ptr(), x.numel(), scratch.data_ptr()), scratch
+
+
+sizes = st.sampled_from([0, 1, 2, 3, 1_000, 65_536, 65_537, 200_001])
+kinds = st.sampled_from(list(sockets._ADDED))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(sizes, kinds), min_size=1, max_size=4), st.data())
+def test_sums_under_way_together_are_each_in_rank_order(asked, data) -> None:
+    """Of all ranks or of some, with messages between them, whoever is ahead of whom."""
+    everyone, two = (0, 1, 2), (0, 2)
+    draws = torch.Generator().manual_seed(1)
+    terms = [[(100 * torch.randn(n, generator=draws)).to(kind) for _ in everyone] for n, kind in asked]
+    among = [data.draw(st.sampled_from([everyone, two])) for _ in asked]
+    expected = [
+        in_rank_order([term[rank] for rank in members]) for term, members in zip(terms, among, strict=True)
+    ]
+    note, came = random_bytes(300, 5), torch.zeros(300, dtype=torch.uint8)
+    steps = [0, None, *range(1, len(asked))]  # None: rank 0 sends rank 2 the note
+    turns = data.draw(st.permutations([rank for rank in everyone for _ in steps]))
+    with Ring(3) as ring:
+        marks, kept, begun = [[], [], []], [], [iter(steps) for _ in everyone]
+        for rank in turns:
+            step = next(begun[rank])
+            if step is not None and rank in among[step]:
+                got, scratch = ring.sum(rank, among[step], terms[step][rank])
+                marks[rank] += got
+                kept.append(scratch)
+            elif step is None and rank == 0:
+                marks[0] += carrier.exchange(ring.meshes[0], ((2, note.data_ptr(), 300),), ())
+            elif step is None and rank == 2:
+                marks[2] += carrier.exchange(ring.meshes[2], (), ((0, came.data_ptr(), 300),))
+        for rank in everyone:
+            assert carrier.wait(ring.meshes[rank], tuple(marks[rank]), 30.0)[0] == DONE
+    assert torch.equal(came, note)
+    for total, term, members in zip(expected, terms, among, strict=True):
+        assert all(torch.equal(term[rank], total) for rank in members)
+
+
+def test_a_sum_that_lacks_a_term_ends_with_whom_it_lacks() -> None:
+    x = [torch.ones(90_000) for _ in range(3)]
+    with Ring(3) as ring:
+        marks, kept = ring.sum(0, (0, 1, 2), x[0])
+        others = ring.sum(1, (0, 1, 2), x[1])
+        assert carrier.wait(ring.meshes[0], marks, 0.2)[:2] == (LATE, 2)
+        carrier.close(ring.meshes[2])
+        assert carrier.wait(ring.meshes[0], marks, 30.0)[:2] == (BROKEN, 2)
+        assert carrier.wait(ring.meshes[1], others[0], 30.0)[:2] == (BROKEN, 2)
+        del kept
+
+
+@pytest.mark.parametrize(
+    ("members", "here", "kind"), [((0,), 0, "f"), ((0, 1), 2, "f"), ((0, 1), 0, "x"), ((0, 3), 0, "f")]
+)
+def test_a_sum_of_nothing_that_is_there_is_refused(members, here: int, kind: str) -> None:
+    x = torch.zeros(10)
+    with Ring(2) as ring, pytest.raises(ValueError, match=r"no (sum|connection)"):
+        carrier.sum(ring.meshes[0], members, here, kind, x.data_ptr(), 10, x.data_ptr())
+
+
 # ------------------------------------------------------------------------------------------------ in a job
 
 
@@ -319,7 +407,7 @@ def sums(rank: int, size: int, numel: int, dtype: torch.dtype) -> bool:
         heartbeat.close()
 
 
-@pytest.mark.parametrize("numel", [1, 5_000, 50_003])
+@pytest.mark.parametrize("numel", [1, 5_000, 150_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_a_sum_is_in_rank_order(numel: int, dtype: torch.dtype, cluster) -> None:
     assert all(cluster(3).run(sums, numel, dtype))

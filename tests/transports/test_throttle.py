@@ -61,7 +61,7 @@ def test_a_ring_pays_the_delay_of_each_of_its_steps_a_sum_in_pieces_two_and_a_sm
 ):
     monkeypatch.setenv("DISTCOMP_DELAY_S", "1")
     transport = throttled(Instant(clock), SlowLink.from_env())
-    transport.start(AllReduce(torch.zeros(1_000_000))).wait()
+    transport.start(AllReduce(torch.zeros(20_000_000))).wait()
     assert clock.s == 106.0
     transport.start(AllReduce(torch.zeros(100_000))).wait()
     assert clock.s == 108.0
