@@ -55,7 +55,10 @@ METHODS = {
     "top-k 1 %": "topk:ratio=0.01",
     "PowerSGD": "powersgd:rank=2",
     "PowerSGD, after two steps in full": "warmup:inner=(powersgd:rank=2),steps=2",
+    "PowerSGD rank 3": "powersgd:rank=3",
+    "PowerSGD rank 3 in bf16": "powersgd:rank=3,values=bf16",
     "PowerSGD rank 4": "powersgd:rank=4",
+    "PowerSGD rank 4 in bf16": "powersgd:rank=4,values=bf16",
     "PowerSGD, one round": "powersgd:rank=2,one_round=True",
     "GradiVeQ, PowerSGD where it does not apply": (
         "gradiveq:learn=20,compressed=80,others=(powersgd:rank=2)"

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from distcomp.collectives import Rounds
+from distcomp.collectives import AllReduce, Rounds
 from distcomp.errors import DistcompError
 from distcomp.kernels import lowrank, memory
 from distcomp.kernels.pieces import Moves, move
@@ -22,11 +22,13 @@ from distcomp.methods.base import (
     State,
     StepContext,
     all_reduce_bytes,
-    mean,
 )
 from distcomp.methods.feedback import ErrorFeedback
 from distcomp.methods.registry import register
 from distcomp.schedule import Schedule, extremes, varying, whole
+
+VALUES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What factors, and all that is not compressed, may be sent in."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class PowerSGD(Method):
     On the wire, per flat buffer: ``2 (n-1)/n 4r(a+b)`` bytes summed over matrices (``one_round``: ``4ra`` and
     ``4rb`` in turn).
 
+    ``values="bf16"`` sends all of it in bfloat16, half of the bytes. What is summed is ``round(x_i / n)``,
+    and the contribution is made of what was rounded, so that error feedback owes what rounding took. What the
+    sum itself rounds on its way nobody owes.
+
     A column of Q that is zero (in the first step, after a gradient that was zero, where ``rank`` has grown)
     is drawn anew from the key that all ranks share. ``rank`` may be a Schedule.
 
@@ -66,6 +72,7 @@ class PowerSGD(Method):
     rank: int | Schedule = 4
     min_compression: float = 2.0
     one_round: bool = False
+    values: str = "fp32"
 
     needs = frozenset({SHAPES})
     may_overwrite = True
@@ -73,6 +80,10 @@ class PowerSGD(Method):
     def __post_init__(self) -> None:
         if extremes(self.rank)[0] < 1:
             raise DistcompError(f"powersgd needs a rank of 1 or more, not {self.rank}; 4 is a good start")
+        if self.values not in VALUES:
+            raise DistcompError(
+                f"powersgd sends values in {' or '.join(VALUES)}, not {self.values!r}; choose one of them"
+            )
         if self.min_compression < 0:
             raise DistcompError(
                 f"min_compression is a ratio of sizes, not {self.min_compression}; 0 compresses always"
@@ -108,14 +119,15 @@ class PowerSGD(Method):
     ) -> Rounds[AggregateResult]:
         # Orthonormal, where the paper leaves Q as it is: float32 holds a span best by an orthonormal basis.
         q = plan.starts(state["q"], "q", context)
-        plain = plan.plain_of(x)
-        plain_mean, p = yield from _means(plain, lowrank.each_times_rows(q, x, plan.products), context)
+        plain = self._rounded(plan.plain_of(x), context.size)
+        p_own = self._rounded(lowrank.each_times_rows(q, x, plan.products), context.size)
+        plain_mean, p = yield from self._means(plain, p_own, context)
         # Every rank does this to the same bits, so that P need not be sent a second time.
         p = plan.orthonormal(p, "p")
 
         # Q is left as it is, unlike P: the estimate is P Q^T, so Q carries the singular values.
-        q_own = lowrank.each_times_columns(p, x, plan.products)
-        _, q_mean = yield from _means(x[:0], q_own, context)
+        q_own = self._rounded(lowrank.each_times_columns(p, x, plan.products), context.size)
+        _, q_mean = yield from self._means(x[:0], q_own, context)
         return AggregateResult(
             plan.together(x, plain_mean, p, q_mean, context.out),
             # The rank's own Q, not the mean's: what this rank's residual keeps is its own error alone.
@@ -131,8 +143,9 @@ class PowerSGD(Method):
         given, made = ("q", "p") if even else ("p", "q")
         fixed = plan.starts(state[given], given, context)
         times = lowrank.each_times_rows if even else lowrank.each_times_columns
-        own, plain = times(fixed, x, plan.products), plan.plain_of(x)
-        plain_mean, factor_mean = yield from _means(plain, own, context)
+        own = self._rounded(times(fixed, x, plan.products), context.size)
+        plain = self._rounded(plan.plain_of(x), context.size)
+        plain_mean, factor_mean = yield from self._means(plain, own, context)
 
         def ordered(free: Tensor) -> tuple[Tensor, Tensor]:
             return (free, fixed) if even else (fixed, free)
@@ -144,6 +157,24 @@ class PowerSGD(Method):
             lambda given: plan.subtract_contribution(given, *ordered(own)),
         )
 
+    def _rounded(self, own: Tensor, size: int) -> Tensor:
+        """What of this rank's values is summed, n times: they are rounded when they are divided by n."""
+        if self.values == "fp32":
+            return own
+        return (own * (1.0 / size)).to(VALUES[self.values]).float().mul_(size)
+
+    def _means(self, plain: Tensor, factors: Tensor, context: StepContext) -> Rounds[tuple[Tensor, Tensor]]:
+        """The means of both, by one all-reduce.
+
+        Factors get memory of their own: a product's last bits depend on how its operands are aligned.
+        """
+        if plain.numel() + factors.numel() == 0:
+            return plain, factors
+        sent = torch.cat([plain, factors]) * (1.0 / context.size)
+        total: Tensor = yield AllReduce(sent.to(VALUES[self.values]))
+        total = total.float()
+        return total[: plain.numel()], total[plain.numel() :].clone()
+
     def _ranks(self, layout: Layout, step: int) -> dict[str, int]:
         return _worth(layout, whole(self.rank, step), self.min_compression)
 
@@ -154,7 +185,8 @@ class PowerSGD(Method):
         p, q = (sum(rank * sides[name][side] for name, rank in ranks.items()) for side in (0, 1))
         if self.one_round:
             p, q = (q, 0) if step % 2 else (p, 0)
-        return all_reduce_bytes(4 * (plain + p), size) + all_reduce_bytes(4 * q, size)
+        each = VALUES[self.values].itemsize
+        return all_reduce_bytes(each * (plain + p), size) + all_reduce_bytes(each * q, size)
 
 
 @lru_cache(maxsize=256)
@@ -306,17 +338,6 @@ def _enliven(rows: Tensor, names: tuple[str, ...], context: StepContext) -> None
         rows[i] = torch.where(alive[i], rows[i], noise.to(rows.device, non_blocking=True))
 
 
-def _means(plain: Tensor, factors: Tensor, context: StepContext) -> Rounds[tuple[Tensor, Tensor]]:
-    """The means of both, by one all-reduce.
-
-    Factors get memory of their own: a product's last bits depend on how its operands are aligned.
-    """
-    if plain.numel() + factors.numel() == 0:
-        return plain, factors
-    total = yield from mean(torch.cat([plain, factors]), context)
-    return total[: plain.numel()], total[plain.numel() :].clone()
-
-
 def _sides(param: ParamSlice) -> tuple[int, int]:
     """Rows and columns: convolutions (out, in, height, width) have one row per output channel."""
     return param.shape[0], param.numel // param.shape[0]
@@ -333,7 +354,8 @@ def _is_matrix(param: ParamSlice) -> bool:
 
 @register(
     paper="Vogels, Karimireddy & Jaggi, PowerSGD, NeurIPS 2019; one round: epfml/powersgd",
-    wire="2 (n-1)/n 4r(a+b) per matrix of a rows and b columns, r = rank; half of that with one_round",
+    wire="2 (n-1)/n 4r(a+b) per matrix of a rows and b columns, r = rank; half of that with one_round, and "
+    "with values=bf16",
     summable=True,
     biased=True,
     deviations="Q is made orthonormal before use; a column that is zero is drawn anew; each rank owes "
@@ -346,14 +368,17 @@ def powersgd(
     rank: int | str | Schedule = 4,
     min_compression: float = 2.0,
     one_round: bool = False,
+    values: str = "fp32",
     error_feedback: bool = True,
 ) -> Method:
     """Send each matrix as the product of two thin ones; warm start makes the steps a power iteration.
 
     See :class:`distcomp.methods.PowerSGD`. ``rank`` is a number or a schedule (``"8 -> 4 @ 1000"``);
     ``min_compression``: a matrix that would not shrink by this factor is sent as it is; ``one_round`` sends
-    one factor per step instead of both; ``error_feedback=False`` forgets what was not sent.
+    one factor per step instead of both; ``values="bf16"`` sends half of the bytes; ``error_feedback=False``
+    forgets what was not sent.
     """
     number = varying(rank)
-    method = PowerSGD(number if isinstance(number, Schedule) else round(number), min_compression, one_round)
+    most = number if isinstance(number, Schedule) else round(number)
+    method = PowerSGD(most, min_compression, one_round, values)
     return ErrorFeedback(method) if error_feedback else method

@@ -141,6 +141,48 @@ def test_two_rounds_however_many_matrices_and_bytes_by_the_formula() -> None:
     assert method.payload_bytes(NET, 4, 0) == sent
 
 
+def bf16(values: np.ndarray) -> np.ndarray:
+    """To the nearest bfloat16, of two equally near to the even one."""
+    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
+    return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def paper_in_bf16(ms: list[np.ndarray], q: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """As :func:`paper`, with factors that are rounded before they are summed, and at each addition."""
+    n = len(ms)
+
+    def summed(terms: list[np.ndarray]) -> np.ndarray:
+        total = terms[0]
+        for term in terms[1:]:
+            total = bf16(total + term)
+        return total
+
+    p, _ = np.linalg.qr(summed([bf16(m @ q / n) for m in ms]))
+    qs = [bf16(m.T @ p / n) for m in ms]
+    return p @ summed(qs).T, [n * p @ one.T for one in qs], summed(qs)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_factors_in_bfloat16_are_half_the_bytes_and_what_rounding_took_is_owed(size: int) -> None:
+    method, exact = PowerSGD(2, 0, values="bf16"), PowerSGD(2, 0)
+    xs, bias = draw(size, NET), slice(24 * 18, 24 * 18 + 18)
+    round_, unrounded = once(method, xs, NET), once(exact, xs, NET)
+    ms = [matrices(x)["fc"] for x in xs]
+    start, _ = np.linalg.qr(first_q("fc", 2, 18))
+    estimate, shares, _ = paper_in_bf16(ms, start)
+    found = matrices(round_.estimate)["fc"]
+    largest = np.abs(estimate).max()
+    np.testing.assert_allclose(found, estimate, atol=2e-3 * largest)
+    assert np.abs(found - matrices(unrounded.estimate)["fc"]).max() > 1e-4 * largest
+    for x, share, contribution in zip(xs, shares, round_.contributions(), strict=True):
+        np.testing.assert_allclose(matrices(contribution)["fc"], share, atol=2e-3 * largest)
+        rounded = size * bf16(x[bias].numpy() / np.float32(size))
+        np.testing.assert_allclose(contribution[bias].numpy(), rounded, rtol=1e-6)
+    assert round_.sent_bytes == [unrounded.sent_bytes[0] // 2] * size
+    assert method.payload_bytes(NET, size, 0) == round_.sent_bytes[0]
+
+
 def test_equal_shapes_in_other_buckets_change_no_bit() -> None:
     layout = Layout.of([("a", (37, 41)), ("b", (5,)), ("c", (37, 41)), ("d", (37, 41))])
     for rank in (1, 2, 3):
@@ -168,7 +210,12 @@ def test_with_error_feedback_nothing_is_lost_and_without_it_much_is() -> None:
 
 def test_what_it_cannot_do_is_refused() -> None:
     piece = Layout((ParamSlice("w", (8, 8), 0, 32),))
-    for refused in (lambda: PowerSGD(0), lambda: PowerSGD(2, -1.0), lambda: PowerSGD(2).init(piece)):
+    for refused in (
+        lambda: PowerSGD(0),
+        lambda: PowerSGD(2, -1.0),
+        lambda: PowerSGD(2, values="fp16"),
+        lambda: PowerSGD(2).init(piece),
+    ):
         with pytest.raises(DistcompError):
             refused()
     assert isinstance(powersgd(), ErrorFeedback)
