@@ -152,6 +152,25 @@ def codecs() -> str:
     return f"{markdown(['compressor', *head], rows)}\n\n{about}"
 
 
+def attached() -> str:
+    """Steps with a method attached over the same without, where the network costs nothing."""
+    found = result("overhead")
+    rows = [
+        [
+            ranks,
+            f"`{method}`",
+            f"{1e3 * row['bare_s']:.0f} ms",
+            f"{1e3 * row['step_s']:.0f} ms",
+            f"{row['ratio']:.3f}",
+            f"{row['cpu']:.3f}",
+        ]
+        for ranks, methods in found["by_ranks"].items()
+        for method, row in methods.items()
+    ]
+    head = ["ranks", "attached", "step without", "step with", "time, pair by pair", "CPU time, pair by pair"]
+    return f"{markdown(head, rows)}\n\n{source(found, 'overhead.py')}"
+
+
 def profile() -> str:
     """CPU time of a step by phase, and of what carries it over both carriers."""
     found = result("exchange_profile")
@@ -182,6 +201,7 @@ BLOCKS: dict[str, Block] = {
     "exchanges": Block(lambda: exchanges("100mbit"), "step_time_100mbit"),
     "exchanges 1gbit": Block(lambda: exchanges("1gbit"), "step_time_1gbit"),
     "bounds": Block(bounds, "step_bounds_100mbit"),
+    "attached": Block(attached, "overhead"),
     "profile": Block(profile, "exchange_profile"),
     "losses": Block(losses, "digit_pairs"),
     "codecs": Block(codecs, "compressors"),
