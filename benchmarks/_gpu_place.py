@@ -1,4 +1,4 @@
-"""Where a part of :mod:`benchmarks.gpu` runs: on GPUs, or on a CPU that rehearses it; and ranks on one host."""
+"""Where a part of :mod:`benchmarks.gpu` runs: on GPUs, or on a CPU that rehearses it; and its ranks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Training on GPUs, for :mod:`benchmarks.gpu`: what every rank does, and what is asked of it.
 
-    python -m benchmarks._gpu_training      # a rank, started by benchmarks._gpu_place.on_ranks
+python -m benchmarks._gpu_training      # a rank, started by benchmarks._gpu_place.on_ranks
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -40,19 +41,21 @@ Settings = dict[str, Any]
 Job = Callable[[Settings, torch.device], dict[str, Any]]
 
 
-# --------------------------------------------------------------------------------------------- what is trained
+# -------------------------------------------------------------------------------------------- what is trained
 
 
 def network(width: int) -> nn.Sequential:
     """The same weights wherever it is made."""
     torch.manual_seed(0)
     sizes = [INPUTS, width, width, width]
-    hidden = [(nn.Linear(one, other), nn.GELU()) for one, other in zip(sizes[:-1], sizes[1:], strict=True)]
+    hidden = [(nn.Linear(one, other), nn.GELU()) for one, other in itertools.pairwise(sizes)]
     return nn.Sequential(*(part for pair in hidden for part in pair), nn.Linear(width, CLASSES))
 
 
+@functools.cache
 def batch(step: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Each rank's own, the same on every device: which of the first ten inputs is the largest?"""
+    """Each rank's own, the same on every device: which of the first ten inputs is the largest? Kept, for the
+    copy to a device is waited for."""
     draw = torch.Generator().manual_seed(1000 * dist.get_rank() + step)
     x = torch.randn(BATCH, INPUTS, generator=draw)
     return x.to(device), x[:, :CLASSES].argmax(1).to(device)
@@ -86,16 +89,23 @@ def arrived_s(device: torch.device) -> float:
 
 
 def trained(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, device: torch.device
+    model: nn.Module, device: torch.device, method: str, steps: int, **options: Any
 ) -> dict[str, Any]:
-    """The losses, what a step took after the first few, and the digest of the weights on every rank."""
+    """A run: its losses, what a step took after the first few, what was sent, and, when the method has been
+    detached, the digest of the weights."""
+    optimizer = sgd(model)
+    handle = None if method == BARE else distcomp.attach(model, optimizer, method, **options)
     losses, begin_s = [], 0.0
     for step in range(steps):
         if step == WARM_STEPS:
             begin_s = arrived_s(device)
         losses.append(step_of(model, optimizer, step, device))
     step_s = (arrived_s(device) - begin_s) / (steps - WARM_STEPS)
-    return {"losses": torch.stack(losses).tolist(), "step_s": step_s, "digest": digest_of(model)}
+    row: dict[str, Any] = {"losses": torch.stack(losses).tolist(), "step_s": step_s}
+    if handle is not None:
+        row["payload_bytes"] = handle.stats()["payload_bytes"]
+        handle.detach()
+    return {**row, "digest": digest_of(model)}
 
 
 def digest_of(model: nn.Module) -> str:
@@ -107,21 +117,6 @@ def digest_of(model: nn.Module) -> str:
     return total.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def attached(
-    model: nn.Module, optimizer: torch.optim.Optimizer, method: str, **options: Any
-) -> Iterator[dict[str, Any]]:
-    """What the method counted stands in the row that is yielded, afterwards."""
-    row: dict[str, Any] = {}
-    if method == BARE:
-        yield row
-        return
-    handle = distcomp.attach(model, optimizer, method, **options)
-    yield row
-    row["payload_bytes"] = handle.stats()["payload_bytes"]
-    handle.detach()
-
-
 # ------------------------------------------------------------------------------------------------------- jobs
 
 
@@ -130,10 +125,7 @@ def ddp(settings: Settings, device: torch.device) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for method in settings["methods"]:
         model = wrapped(network(settings["width"]).to(device), device)
-        optimizer = sgd(model)
-        with attached(model, optimizer, method) as row:
-            found = trained(model, optimizer, settings["steps"], device)
-        rows[method] = {**found, **row}
+        rows[method] = trained(model, device, method, settings["steps"])
     return rows
 
 
@@ -159,11 +151,8 @@ def fsdp2(settings: Settings, device: torch.device) -> dict[str, Any]:
             if isinstance(part, nn.Linear):
                 fully_shard(part, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        optimizer = sgd(model)
-        options = {} if weights is None else {"weights": weights}
-        with attached(model, optimizer, method, **options) as row:
-            found = trained(model, optimizer, settings["steps"], device)
-        rows[method if weights is None else f"{method}, weights {weights}"] = {**found, **row}
+        name = method if weights is None else f"{method}, weights {weights}"
+        rows[name] = trained(model, device, method, settings["steps"], weights=weights)
     return rows
 
 
@@ -178,10 +167,7 @@ def graphs(settings: Settings, device: torch.device) -> dict[str, Any]:
                 # 11: as PyTorch's notes on CUDA graphs ask for where DDP is wrapped around
                 module = torch.cuda.make_graphed_callables(module, (example,), num_warmup_iters=11)
             model = wrapped(module, device)
-            optimizer = sgd(model)
-            with attached(model, optimizer, method) as row:
-                found = trained(model, optimizer, settings["steps"], device)
-            rows[f"{method}, {name}"] = {**found, **row}
+            rows[f"{method}, {name}"] = trained(model, device, method, settings["steps"])
     return rows
 
 
@@ -223,10 +209,9 @@ def streams(settings: Settings, device: torch.device) -> dict[str, Any]:
             model: nn.Module = network(settings["width"]).to(device)
             if settings["gradients"][method]:
                 model = wrapped(model, device)
-            optimizer = sgd(model)
-            with load() as done, attached(model, optimizer, method) as row:
-                found = trained(model, optimizer, settings["steps"], device)
-            rows[f"{method}, {name}"] = {**found, **row, **({} if done is None else done)}
+            with load() as done:
+                row = trained(model, device, method, settings["steps"])
+            rows[f"{method}, {name}"] = {**row, **(done or {})}
     return rows
 
 
@@ -269,10 +254,12 @@ def waits(settings: Settings, device: torch.device) -> dict[str, Any]:
         model = wrapped(network(settings["width"]).to(device), device)
         optimizer = sgd(model)
         step = functools.partial(step_of, model, optimizer, WARM_STEPS, device)
-        with attached(model, optimizer, method):
-            for _ in range(WARM_STEPS):
-                step()
-            rows[method] = {"a step": counted_waits(step, device), "where": places_of_waits(step, device)}
+        handle = None if method == BARE else distcomp.attach(model, optimizer, method)
+        for _ in range(WARM_STEPS):
+            step()
+        rows[method] = {"a step": counted_waits(step, device), "where": places_of_waits(step, device)}
+        if handle is not None:
+            handle.detach()
     return rows
 
 
@@ -298,7 +285,8 @@ def places_of_waits(step: Callable[[], object], device: torch.device) -> dict[st
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    places = (f"{one.filename.removeprefix(f'{ROOT}/')}:{one.lineno}" for one in caught)
+    told = (one for one in caught if "synchronizing CUDA operation" in str(one.message))
+    places = (f"{one.filename.removeprefix(f'{ROOT}/')}:{one.lineno}" for one in told)
     return dict(collections.Counter(places).most_common(8))
 
 
@@ -315,7 +303,7 @@ def main() -> None:
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
-    dist.init_process_group(settings["backend"], device_id=device if settings["backend"] == "nccl" else None)
+    dist.init_process_group(settings["backend"])
     rows = JOBS[settings["job"]](settings, device)
     Path(settings["answers"], f"answer-{rank}").write_text(json.dumps(rows))
     dist.destroy_process_group()
