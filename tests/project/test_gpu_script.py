@@ -12,10 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks._gpu_kernels import same_bits
+from benchmarks import _gpu_place, gpu
+from benchmarks._gpu_kernels import bandwidth_part, same_bits
 from benchmarks._gpu_parts import TOLERANCE, farthest, judged, told, under_load
-from benchmarks._gpu_place import Place
+from benchmarks._gpu_place import Place, RankFailed, on_ranks
+from benchmarks._gpu_training import READS, counted_waits
+from benchmarks.compressors import SUBJECTS
+from distcomp.compressors import Identity
+from distcomp.layout import Layout
+from distcomp.payload import Payload
+from distcomp.randomness import Key
 from tests.project.pages import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -151,6 +157,12 @@ def test_two_ranks_on_one_device_are_told_in_words() -> None:
     assert told([row(), {"refused": "RuntimeError: no"}]) == "RuntimeError: no"
 
 
+def test_a_number_that_python_reads_counts_as_a_wait() -> None:
+    x, device = torch.ones(3), torch.device("cpu")
+    assert counted_waits(lambda: x.sum(), device) == {}
+    assert counted_waits(lambda: (x.sum().item(), bool(x[0] > 0)), device) == {READS: 2}
+
+
 def test_bits_and_distances() -> None:
     x = torch.tensor([0.0, float("nan"), 1e-45])
     assert same_bits(x, x.clone())
@@ -160,13 +172,44 @@ def test_bits_and_distances() -> None:
     assert farthest([float("nan")], [1.0]) == float("inf")
 
 
+def test_every_codec_is_timed_both_ways() -> None:
+    found = bandwidth_part(Place(rehearsal=True))
+    assert found["ok"]
+    assert set(found["rows"]) == set(SUBJECTS)
+    for way in ("encode", "decode"):
+        assert all(one[way]["copies"] > 0 and one[way]["tb_s"] > 0 for one in found["rows"].values())
+
+
+def test_a_codec_that_fails_is_named_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Identity):
+        def encode(self, x: torch.Tensor, layout: Layout, key: Key) -> Payload:
+            raise ValueError("no such element")
+
+    monkeypatch.setitem(SUBJECTS, "bf16", Broken())
+    found = bandwidth_part(Place(rehearsal=True))
+    assert not found["ok"]
+    assert [name for name, one in found["rows"].items() if "failed" in one] == ["bf16"]
+    assert found["rows"]["bf16"] == {"failed": "ValueError: no such element"}
+
+
 @pytest.mark.timeout(600)
-def test_codecs_and_a_part_with_ranks_are_rehearsed_and_write_no_result() -> None:
+def test_ranks_are_rehearsed_and_write_no_result() -> None:
     result = ROOT / "benchmarks" / "results" / "gpu.json"
     before = result.read_bytes() if result.exists() else None
-    done = script("bandwidth", "graphs", "--rehearse", limit_s=560)
+    done = script("graphs", "--rehearse", limit_s=560)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "gpu.sh: all went well: bandwidth graphs" in done.stdout
+    assert "gpu.sh: all went well: graphs" in done.stdout
     assert '"bits equal": true' in done.stdout
     assert "a CPU has no CUDA graphs" in done.stdout
     assert (result.read_bytes() if result.exists() else None) == before
+
+
+def test_a_rank_that_fails_is_named_in_its_own_words() -> None:
+    with pytest.raises(RankFailed, match=r"ddp: rank [01] ended with 1: .*KeyError: 'methods'"):
+        on_ranks("ddp", 2, "cpu", "gloo", {"limit_s": 250.0})
+
+
+def test_ranks_that_do_not_end_are_named_and_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu_place, "rank_command", lambda name: ["sleep", "600"])
+    with pytest.raises(RankFailed, match=r"ddp: rank 0 had not ended after 0\.1 s: it said nothing"):
+        on_ranks("ddp", 2, "cpu", "gloo", {"limit_s": 0.1})
