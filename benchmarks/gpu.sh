@@ -45,12 +45,18 @@ if ! timeout 120 "$python" -m benchmarks.gpu about "${options[@]}"; then
     exit 2
 fi
 
+# timeout has a process group of its own, with every rank of a part in it: it hears of an interruption from here.
+running=
+trap '[[ -z $running ]] || kill "$running" 2>/dev/null; exit 130' INT TERM
+
 failed=()
 for part in "${parts[@]}"; do
     limit=${LIMIT_S:-$((longer * limits[$part]))}
     echo "== $part, at most $limit s"
     begin=$SECONDS
-    timeout --kill-after=10 "$limit" "$python" -m benchmarks.gpu "$part" "${options[@]}"
+    timeout --kill-after=10 "$limit" "$python" -m benchmarks.gpu "$part" "${options[@]}" &
+    running=$!
+    wait "$running"
     status=$?
     case $status in
         0) echo "== $part: well, after $((SECONDS - begin)) s" ;;

@@ -65,6 +65,16 @@ def test_a_part_that_does_not_end_is_named_and_the_others_run(tmp_path: Path) ->
     assert "ran graphs" in done.stdout
 
 
+def test_who_interrupts_the_script_leaves_nothing_running(tmp_path: Path) -> None:
+    told = {**os.environ, **stand_in(tmp_path, endless="ddp")}
+    with subprocess.Popen([SCRIPT, "ddp"], env=told, stdout=subprocess.PIPE, text=True) as begun:
+        assert begun.stdout is not None
+        assert any(line == "ran ddp\n" for line in begun.stdout)
+        begun.terminate()
+        begun.communicate(timeout=120)  # ends when nobody holds the pipe any more
+    assert begun.returncode == 130
+
+
 def test_all_went_well_is_status_0(tmp_path: Path) -> None:
     done = script("ddp", "--rehearse", **stand_in(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
