@@ -36,6 +36,7 @@ INPUTS, CLASSES, BATCH = 64, 10, 64
 BARE = "bare"
 """Neither attached nor compressed: torch's own."""
 WARM_STEPS = 3
+RATE = 0.2
 
 Settings = dict[str, Any]
 Job = Callable[[Settings, torch.device], dict[str, Any]]
@@ -53,16 +54,16 @@ def network(width: int) -> nn.Sequential:
 
 
 @functools.cache
-def batch(step: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Each rank's own, the same on every device: which of the first ten inputs is the largest? Kept, for the
+def batch(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each rank's one, the same on every device: which of the first ten inputs is the largest? Kept, for the
     copy to a device is waited for."""
-    draw = torch.Generator().manual_seed(1000 * dist.get_rank() + step)
+    draw = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(BATCH, INPUTS, generator=draw)
     return x.to(device), x[:, :CLASSES].argmax(1).to(device)
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
 
 
 def wrapped(module: nn.Module, device: torch.device) -> DistributedDataParallel:
@@ -71,9 +72,9 @@ def wrapped(module: nn.Module, device: torch.device) -> DistributedDataParallel:
     return DistributedDataParallel(module, device_ids=ids, bucket_cap_mb=1)
 
 
-def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, device: torch.device) -> Tensor:
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor:
     """The loss, on the device: nothing here waits for it."""
-    x, y = batch(step, device)
+    x, y = batch(device)
     optimizer.zero_grad()
     loss = nn.functional.cross_entropy(model(x), y)
     loss.backward()
@@ -99,7 +100,7 @@ def trained(
     for step in range(steps):
         if step == WARM_STEPS:
             begin_s = arrived_s(device)
-        losses.append(step_of(model, optimizer, step, device))
+        losses.append(step_of(model, optimizer, device))
     step_s = (arrived_s(device) - begin_s) / (steps - WARM_STEPS)
     row: dict[str, Any] = {"losses": torch.stack(losses).tolist(), "step_s": step_s}
     if handle is not None:
@@ -179,7 +180,7 @@ def capture(settings: Settings, device: torch.device) -> dict[str, Any]:
     model = wrapped(network(settings["width"]).to(device), device)
     optimizer = sgd(model)
     handle = distcomp.attach(model, optimizer, settings["method"])
-    x, y = batch(0, device)
+    x, y = batch(device)
 
     def gradients() -> Tensor:
         optimizer.zero_grad(set_to_none=False)
@@ -253,7 +254,7 @@ def waits(settings: Settings, device: torch.device) -> dict[str, Any]:
     for method in settings["methods"]:
         model = wrapped(network(settings["width"]).to(device), device)
         optimizer = sgd(model)
-        step = functools.partial(step_of, model, optimizer, WARM_STEPS, device)
+        step = functools.partial(step_of, model, optimizer, device)
         handle = None if method == BARE else distcomp.attach(model, optimizer, method)
         for _ in range(WARM_STEPS):
             step()
