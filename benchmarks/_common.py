@@ -112,10 +112,10 @@ def gathered(mine: Any) -> list[Any]:
     return everyone
 
 
-def write(name: str, result: Mapping[str, Any], seed: int = 0) -> Path:
+def write(name: str, result: Mapping[str, Any], seed: int = 0, folder: Path = RESULTS) -> Path:
     """``benchmarks/results/<name>.json``: the result, and host, torch, commit, seed and date."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     about = surroundings(ROOT)
     path.write_text(json.dumps({"seed": seed, **about, **result}, indent=1, sort_keys=False) + "\n")
     return path

@@ -17,6 +17,7 @@ PYTHON = sorted((ROOT / "distcomp").rglob("*.py"))
 SCRIPTS = [
     *sorted(path for path in (ROOT / "scripts").iterdir() if path.suffix != ".py"),
     ROOT / ".ci" / "run",
+    *sorted((ROOT / "benchmarks").glob("*.sh")),
     *sorted((ROOT / "launchers").rglob("*.sh")),
     *sorted((ROOT / "launchers").rglob("*.sbatch")),
 ]
