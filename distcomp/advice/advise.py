@@ -190,7 +190,7 @@ def _buckets(advice: Advice, machine: Machine, tell: Callable[[str], object]) ->
     ):
         return None
     tell(f"comparing bucket sizes of {best.method}")
-    return advise_buckets(best.method, machine, advice.fabric, advice.noise, best.prediction.step_s)
+    return advise_buckets(best.method, machine, advice.fabric, best.prediction.step_s)
 
 
 Steps = ObservedSteps | ObservedShardedSteps

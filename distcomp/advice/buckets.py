@@ -64,6 +64,7 @@ class BucketAdvice:
     default: bool
     """Whether those are the default's."""
     noise: float = 0.0
+    """By what share two predictions of them differ, whose exchanges were timed apart."""
 
     @property
     def best(self) -> BucketRow:
@@ -112,15 +113,13 @@ def _buckets(row: BucketRow) -> str:
     return f"{row.buckets} bucket{'s' if row.buckets > 1 else ''}"
 
 
-def advise_buckets(
-    method: str, machine: Machine, fabric: Fabric, noise: float = 0.0, now_s: float | None = None
-) -> BucketAdvice:
+def advise_buckets(method: str, machine: Machine, fabric: Fabric, now_s: float | None = None) -> BucketAdvice:
     """Predict ``method`` with buckets of every size, timing its exchanges of each here.
 
     ``machine``: as :func:`~distcomp.advice.calibrate` measured it among these ranks, or another with what an
     exchange takes of a core (``Host.exchange_s``): without, many small buckets would seem to be free.
-    ``noise``: by what share two measurements differ. ``now_s``: what is predicted of the buckets that the
-    model has, where that is known.
+    ``now_s``: what was predicted of the buckets that the model has, where that is known. They are timed again
+    in any case: by what the two differ is the noise.
 
     Raises DistcompError for a sharded model, for steps that were not watched gradient by gradient, and for a
     method that exchanges whole models.
@@ -136,11 +135,13 @@ def advise_buckets(
         return predict(Rehearsals(method, plan.layouts).among(fabric.ranks), there, fabric).step_s
 
     plans, own = bucket_plans(observed), BucketPlan(None, observed.layouts, observed.ready_s)
+    again_s = step_s(own)
     now = BucketRow(None, len(own.layouts), step_s(own) if now_s is None else now_s)
     rows = tuple(
         BucketRow(plan.cap_mb, len(plan.layouts), now.step_s if plan.layouts == own.layouts else step_s(plan))
         for plan in plans
     )
+    noise = abs(again_s / now.step_s - 1)
     return BucketAdvice(method, rows, now, own.layouts == plans[0].layouts, noise)
 
 
