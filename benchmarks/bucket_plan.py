@@ -144,8 +144,8 @@ def rows_of(raw: dict[str, Any]) -> dict[str, Any]:
 
 def chosen(cap_mb: float | None, sizes: dict[str, Any]) -> float:
     """What a step in the advised buckets took, over one in the default's."""
-    (advised_s,) = (one["measured_s"] for one in sizes.values() if one["cap_mb"] == cap_mb)
-    return advised_s / sizes["default"]["measured_s"]
+    advised_s = next(one["measured_s"] for one in sizes.values() if one["cap_mb"] == cap_mb)
+    return float(advised_s / sizes["default"]["measured_s"])
 
 
 def cell(delay: str, turns: int, steps: int) -> dict[str, Any]:
@@ -162,8 +162,9 @@ def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--delays", nargs="*", default=DELAYS)
     arguments = parser.parse_args()
-    cells = [cell(delay, arguments.turns, arguments.steps) for delay in DELAYS]
+    cells = [cell(delay, arguments.turns, arguments.steps) for delay in arguments.delays]
     about = {"ranks": RANKS, "rate": RATE, "gradient_bytes": 4 * LAYERS * SIDE * (SIDE + 1)}
     path = write("bucket_plan", {"what": __doc__.splitlines()[0], **about, "cells": cells})
     print(json.dumps(cells, indent=1))
