@@ -67,8 +67,38 @@ def check() -> str:
     return f"{markdown(head, rows)}\n\n{source(found, 'advice_check.py')}"
 
 
+def buckets() -> str:
+    """Every bucket size, measured and predicted, and what was advised."""
+    found = result("bucket_plan")
+    sizes = list(found["cells"][0]["methods"]["qsgd:bits=4"]["sizes"])
+    head = ["delay", "method", *(f"{one} MB" if one != "default" else one for one in sizes), "advised"]
+    rows = [
+        [cell["delay"], f"`{method}`", *map(_measured, row["sizes"].values()), _advised(row)]
+        for cell in found["cells"]
+        for method, row in cell["methods"].items()
+    ]
+    said = (
+        f"Milliseconds of a step on {found['ranks']} ranks at 100 Mbit/s: measured (predicted after "
+        f"`calibrate`, predicted as by `advise`), of {found['gradient_bytes'] / 1e6:.0f} MB of gradients in "
+        "layers of 1 MB; and the size advised after `calibrate`, with what a step took in it over the "
+        "default's."
+    )
+    return f"{markdown(head, rows)}\n\n{said}\n\n{source(found, 'bucket_plan.py')}"
+
+
+def _measured(row: dict[str, Any]) -> str:
+    measured, predicted, advised = (1e3 * row[f"{name}_s"] for name in ("measured", "predicted", "advised"))
+    return f"{measured:.0f} ({predicted:.0f}, {advised:.0f})"
+
+
+def _advised(row: dict[str, Any]) -> str:
+    cap_mb, over = row["calibrated"]["cap_mb"], row["calibrated"]["over_default"]
+    return "default" if cap_mb is None else f"{cap_mb:g} MB: {over:.2f}"
+
+
 BLOCKS = {
     "model_error": Block(errors, "model_error"),
     "simulate_scale": Block(scale, "simulate_scale"),
     "advice_check": Block(check, "advice_check"),
+    "bucket_plan": Block(buckets, "bucket_plan"),
 }

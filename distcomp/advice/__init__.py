@@ -1,5 +1,6 @@
 """Will this help me? Predict a method's step time, advise, and train a thousand workers in one process."""
 
+from distcomp.advice.buckets import BucketAdvice, advise_buckets
 from distcomp.advice.calibrate import calibrate
 from distcomp.advice.mixtures import Mixture, MixtureAdvice, advise_experts, mixtures_seen
 from distcomp.advice.predict import Machine, Prediction, predict, profile_method
@@ -9,6 +10,7 @@ from distcomp.advice.simulate import Setting, Simulation
 from distcomp.advice.task import TrainingTask, task_of
 
 __all__ = [
+    "BucketAdvice",
     "Machine",
     "Mixture",
     "MixtureAdvice",
@@ -18,6 +20,7 @@ __all__ = [
     "Setting",
     "Simulation",
     "TrainingTask",
+    "advise_buckets",
     "advise_experts",
     "calibrate",
     "mixtures_seen",

@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 
+from distcomp.advice.buckets import BucketAdvice, advise_buckets
 from distcomp.advice.memory import NotFitting, format_size, state_bytes
-from distcomp.advice.predict import Machine, Prediction, SharedCost, predict
+from distcomp.advice.overlap import EXCHANGE_CORE_S
+from distcomp.advice.predict import Machine, Prediction, SharedCost, exchanges_buckets, predict
 from distcomp.advice.profile import clock
 from distcomp.advice.scale import Rehearsals, ShardedRehearsals
 from distcomp.advice.script import ObservedTwice
 from distcomp.advice.sharded import ACROSS, PLAIN, SETTINGS, Placement
 from distcomp.advice.task import TrainingTask
+from distcomp.advice.words import WORTH, milliseconds
 from distcomp.attaching.observe import ObservedSteps, observe_alone
 from distcomp.attaching.observe_shards import ObservedShardedSteps, observe_shards_alone
 from distcomp.errors import DistcompError
@@ -31,8 +34,6 @@ METHODS = (
     "lossless:inner=(qsgd:bits=4)",
 )  # fmt: skip
 BASELINES = {"ddp": "plain DDP", PLAIN: "plain FSDP2"}
-WORTH = 1.05
-"""A method that is not by so much faster than plain DDP, or FSDP2, is not worth what it does to gradients."""
 
 SLOWEST_BPS, FASTEST_BPS, PER_DECADE = 1e6, 1e12, 10
 SCALES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -66,6 +67,8 @@ class Advice:
     baseline: str = "ddp"
     refused: tuple[NotFitting, ...] = ()
     """What does not fit in the memory that was given."""
+    buckets: BucketAdvice | None = None
+    """In which buckets the recommended method would exchange; None where it has none."""
 
     @property
     def best(self) -> AdviceRow:
@@ -105,6 +108,7 @@ class Advice:
             "compute_s": self.compute_s, "parameters": self.parameters, "methods": rows,
             "curves": self.curves, "noise": self.noise,
             "refused": [{**asdict(one), "sentence": one.sentence} for one in self.refused],
+            "buckets": self.buckets.as_json() if self.buckets is not None else None,
         }  # fmt: skip
 
 
@@ -136,8 +140,7 @@ def advise(
         Placement.of(fabric.ranks, shards)
     shards = None if shards == fabric.ranks else shards
     compared, refused = _fitting(_compared(methods, first, shards), first, fabric.ranks, memory_bytes)
-    machine = Machine(first, host, host.oversubscription)
-    second = Machine(again, host, host.oversubscription)
+    machine, second = _machine(first, host), _machine(again, host)
     rehearsals, repeated, rows = [], [], []
     for at, method in enumerate(compared, start=1):
         tell(f"[{at}/{len(compared)}] timing {method}")
@@ -156,7 +159,7 @@ def advise(
         rehearsed.method: [(bps, _at_rate(rehearsed, machine, fabric, bps)) for bps in rates]
         for rehearsed in rehearsals
     }
-    return Advice(
+    advice = Advice(
         tuple(sorted(rows, key=lambda row: row.prediction.step_s)),
         fabric,
         machine.timing.step_s,
@@ -166,6 +169,28 @@ def advise(
         baseline.method,
         refused,
     )
+    return replace(advice, buckets=_buckets(advice, machine, tell))
+
+
+def _machine(observed: Steps, host: Host) -> Machine:
+    """What was observed on this machine, alone. What an exchange takes was not: it is known of others. (A
+    sharded step counts it by itself.)"""
+    if isinstance(observed, ObservedSteps):
+        host = replace(host, exchange_s=EXCHANGE_CORE_S)
+    return Machine(observed, host, host.oversubscription)
+
+
+def _buckets(advice: Advice, machine: Machine, tell: Callable[[str], object]) -> BucketAdvice | None:
+    """Of the recommended method, if gradients leave in buckets."""
+    observed, best = machine.observed, advice.best
+    if (
+        not isinstance(observed, ObservedSteps)
+        or not observed.gradients
+        or not exchanges_buckets(best.method)
+    ):
+        return None
+    tell(f"comparing bucket sizes of {best.method}")
+    return advise_buckets(best.method, machine, advice.fabric, best.prediction.step_s)
 
 
 Steps = ObservedSteps | ObservedShardedSteps
@@ -265,12 +290,6 @@ def _shared_cost(training_task: TrainingTask, repeats: int = 5) -> SharedCost | 
         steps_s.append((clock() - middle_s) / len(examples))
     forward_s, step_s = (statistics.median(times_s[2:]) for times_s in (forwards_s, steps_s))
     return SharedCost(outputs[:1], len(training_task.shared), forward_s, step_s)
-
-
-def milliseconds(time_s: float) -> str:
-    """Three digits, never in powers of ten."""
-    value = 1e3 * time_s
-    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def _row(

@@ -113,7 +113,8 @@ def _costs(profiles: Sequence[ProfiledExchange], fabric: Fabric, host: Host) -> 
 
 EXCHANGE_CORE_S = 1.3e-3
 """Of a core, to begin and to end an exchange, however small and whatever the network: the median over all
-cells of ``benchmarks/results/model_error.json``. Beside a backward it is hidden, and a sharded step waits."""
+cells of ``benchmarks/results/model_error.json``. Where nothing was measured among the ranks, buckets count it
+(``Host.exchange_s``), and a sharded step waits for it."""
 HOOKED_CORE_S = 2.0e-3
 """The same of an exchange that FSDP asks us for, in the place of its own collective: fitted to the steps at
 1 Gbit/s of four ranks in ``benchmarks/results/sharded_advice.json``."""

@@ -74,6 +74,11 @@ class Prediction(StepTime):
     sent_bytes: float = field(default=0.0)
 
 
+def exchanges_buckets(method: str) -> bool:
+    """Whether a method exchanges gradients, bucket by bucket, and not models after a step."""
+    return method in PREDICTED_HOOKS or isinstance(parse(method), Method)
+
+
 def profile_method(
     method: str, layouts: Sequence[Layout], ranks: int, shared: SharedCost | None = None
 ) -> ProfiledMethod:

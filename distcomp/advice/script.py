@@ -6,7 +6,6 @@ from __future__ import annotations
 import ast
 import os
 import runpy
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -24,7 +23,7 @@ from torch.optim.optimizer import (
 
 from distcomp.advice.profile import clock
 from distcomp.attaching.hook_dispatcher import dispatcher_of
-from distcomp.attaching.observe import WARM_UP, ObservedSteps, Watcher
+from distcomp.attaching.observe import WARM_UP, ObservedSteps, WatchedBuckets, Watcher
 from distcomp.attaching.observe_shards import (
     ObservedShardedSteps,
     ShardWatcher,
@@ -97,7 +96,7 @@ def observe_script(script: Path, arguments: Sequence[str]) -> ObservedTwice:
         steps = observer.sharded[WARM_UP:]
         return observed_shards(steps[: REPEATS // 2]), observed_shards(steps[REPEATS // 2 :])
     timed = observer.steps[WARM_UP:]
-    return _observed(timed[: REPEATS // 2]), _observed(timed[REPEATS // 2 :])
+    return observer.means(timed[: REPEATS // 2]), observer.means(timed[REPEATS // 2 :])
 
 
 class _Enough(BaseException):
@@ -109,7 +108,7 @@ class _Observer:
     that steps on it."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[float, list[tuple[Any, float]]]] = []
+        self.steps: list[WatchedBuckets] = []
         self.sharded: list[WatchedStep] = []
         self._began_s = self._stepping_s = 0.0
         self._watcher: Watcher | None = None
@@ -120,6 +119,16 @@ class _Observer:
     def taken(self) -> int:
         """Steps of either kind."""
         return len(self.steps) + len(self.sharded)
+
+    def means(self, steps: Sequence[WatchedBuckets]) -> ObservedSteps:
+        """Over some of the steps. Raises DistcompError where their buckets differ."""
+        layouts = steps[0].layouts
+        if self._watcher is None or not layouts or any(one.layouts != layouts for one in steps):
+            raise DistcompError(
+                "the gradients of a step do not come in the same buckets each time, so that there is no step "
+                "to predict; let every step be one backward through the whole model"
+            )
+        return self._watcher.means(steps)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -161,13 +170,12 @@ class _Observer:
         if not self._steps_on_it(optimizer):
             return
         end_s = clock()
-        watched = self._shards.seen if self._watcher is None else self._watcher.seen
-        seen: list[tuple[Any, float]] = [(what, moment_s - self._began_s) for what, moment_s in watched]
         if self._watcher is None:
-            self.sharded.append(WatchedStep(tuple(seen), end_s - self._began_s, end_s - self._stepping_s))
+            seen = tuple((what, moment_s - self._began_s) for what, moment_s in self._shards.seen)
+            self.sharded.append(WatchedStep(seen, end_s - self._began_s, end_s - self._stepping_s))
+            self._shards.seen.clear()
         else:
-            self.steps.append((end_s - self._began_s, seen))
-        watched.clear()
+            self.steps.append(self._watcher.take(self._began_s, end_s))
         if self.taken == WARM_UP + REPEATS:
             raise _Enough
         self._began_s = clock()
@@ -210,16 +218,3 @@ def _as_main(script: Path, arguments: Sequence[str]) -> Iterator[None]:
             yield
         finally:
             sys.argv, sys.path[:] = argv, path
-
-
-def _observed(steps: Sequence[tuple[float, list[tuple[Any, float]]]]) -> ObservedSteps:
-    layouts = tuple(layout for layout, _ in steps[0][1])
-    if not layouts or any(tuple(layout for layout, _ in seen) != layouts for _, seen in steps):
-        raise DistcompError(
-            "the gradients of a step do not come in the same buckets each time, so that there is no step to "
-            "predict; let every step be one backward through the whole model"
-        )
-    ready_s = zip(*([moment_s for _, moment_s in seen] for _, seen in steps), strict=True)
-    return ObservedSteps(
-        layouts, tuple(map(statistics.fmean, ready_s)), statistics.fmean(s for s, _ in steps)
-    )

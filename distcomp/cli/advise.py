@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Time a few real steps of SCRIPT on this machine, and what each method does with
 its gradients; predict step times on the network that the options describe;
-recommend a method, or plain DDP. SCRIPT is any training loop with a
-DistributedDataParallel or FSDP2 model, which is run as the only rank and
-stopped after some steps, or defines training_task() as examples/digits.py does.
+recommend a method, or plain DDP, and how large DDP's buckets should be. SCRIPT
+is any training loop with a DistributedDataParallel or FSDP2 model, which is run
+as the only rank and stopped after some steps, or defines training_task() as
+examples/digits.py does.
 
 A sharded model is compared with plain FSDP2 (fsdp2), and methods may say how
 weights are gathered: --methods "qsgd:bits=4 weights=qsgd:bits=8; identity".
@@ -122,7 +123,7 @@ def _check(method: str) -> None:
 
 def show(advice: Advice) -> None:
     """Print what was measured, the table, and the sentence."""
-    from distcomp.advice.advise import milliseconds
+    from distcomp.advice.words import milliseconds
 
     print(f"{advice.parameters:,} parameters, a step computes {milliseconds(advice.compute_s)} here;")
     print(f"predicted for {advice.fabric.ranks} ranks, fastest first;")
@@ -134,11 +135,13 @@ def show(advice: Advice) -> None:
     for refused in advice.refused:
         print(f"\n{sentence(refused.sentence)}")
     print(f"\n{sentence(advice.sentence)}")
+    if advice.buckets is not None:
+        print(f"\n{sentence(advice.buckets.sentence)}")
 
 
 def show_experts(advice: MixtureAdvice) -> None:
     """Print the ways to hold experts, and the sentence."""
-    from distcomp.advice.advise import milliseconds
+    from distcomp.advice.words import milliseconds
 
     print(f"\n{len(advice.mixtures)} mixture{'s' if len(advice.mixtures) > 1 else ''} of experts:\n")
     cells = [
@@ -163,7 +166,7 @@ def _done() -> None:
 
 
 def _cells(row: AdviceRow, shown: list[int], is_baseline: bool) -> list[str]:
-    from distcomp.advice.advise import WORTH, milliseconds
+    from distcomp.advice.words import WORTH, milliseconds
 
     even = "-" if is_baseline else _rate(row.break_even_bps)
     if not is_baseline and math.isinf(row.break_even_bps) and row.speed_up < WORTH:

@@ -72,9 +72,9 @@ class Overhead:
 class Host:
     """What ranks that share a machine share: ``cores`` for all ``ranks`` on it.
 
-    ``message_s`` and ``byte_s``: of a core, to send and receive a message, and a byte of it. ``direct`` and
-    ``around``, where :mod:`distcomp.advice.calibrate` measured them, are what direct exchanges and rings
-    really took, and stand for both.
+    Of a core: ``exchange_s`` to begin and end an exchange, ``message_s`` and ``byte_s`` to send and receive a
+    message, and a byte of it. ``direct`` and ``around``, where :mod:`distcomp.advice.calibrate` measured
+    them, are what direct exchanges and rings really took, and stand for all three.
     """
 
     ranks: int = 1
@@ -83,6 +83,7 @@ class Host:
     byte_s: float = 0.0
     direct: Overhead | None = None
     around: Overhead | None = None
+    exchange_s: float = 0.0
 
     @property
     def oversubscription(self) -> float:
@@ -159,7 +160,8 @@ class ExchangeLoad:
         overhead = host.around if self.around else host.direct
         if overhead is None:
             hops_s += self.messages * host.message_s * host.oversubscription
-            core_s = self.messages * host.message_s + self.sent_bytes * host.byte_s
+            began_s = host.exchange_s if self.messages else 0.0
+            core_s = began_s + self.messages * host.message_s + self.sent_bytes * host.byte_s
         else:
             late_s = self.hops * overhead.hop_s(self.sent_bytes)
             core_s = overhead.carried_s(self.sent_bytes)
