@@ -34,6 +34,7 @@ from distcomp import calls
 from distcomp.advice.calibrate import calibrate
 from distcomp.advice.predict import predict, profile_method
 from distcomp.advice.waiting import waiting_step_s
+from distcomp.attaching.observe import timed
 from distcomp.attaching.observe_waits import Wait, WaitingStep, observe_waits
 from distcomp.conditional import MixtureOfExperts, balance_loss, keep_experts_local
 from distcomp.network import Fabric, parse_rate
@@ -44,14 +45,14 @@ WIDTH, HIDDEN, EXPERTS, K = 128, 256, 8, 2
 TOKENS = (256, 4096)
 RATES = ("unshaped", "1gbit", "100mbit")
 CODECS = ("identity", "qsgd:bits=8")
-STEPS, ROUNDS = 15, 3
+STEPS, ROUNDS = {256: 61, 4096: 21}, 3
 SIZES = (1 << 10, 16 << 10, 128 << 10, 512 << 10, 1 << 20, 2 << 20)
 ROWS = ("identity", "bf16", "qsgd:bits=8", "qsgd:bits=4", "mxfp8")
 SEEDS, TRAIN_STEPS, BATCH, LR = 5, 300, 128, 5e-3
 STUDY_HIDDEN = 32
 PLAN = {
-    "width": WIDTH, "hidden": HIDDEN, "experts": EXPERTS, "k": K, "tokens": list(TOKENS), "steps": STEPS,
-    "rounds": ROUNDS, "seeds": SEEDS, "train_steps": TRAIN_STEPS, "batch": BATCH, "lr": LR,
+    "width": WIDTH, "hidden": HIDDEN, "experts": EXPERTS, "k": K, "tokens": list(TOKENS),
+    "steps": list(STEPS.values()), "rounds": ROUNDS, "seeds": SEEDS, "train_steps": TRAIN_STEPS, "batch": BATCH, "lr": LR,
     "study_hidden": STUDY_HIDDEN, "ranks": 2,
 }  # fmt: skip
 
@@ -100,10 +101,10 @@ def link_rank(settings: dict[str, Any]) -> dict[str, Any]:
             for spread in (False, True):
                 name = f"{'expert' if spread else 'data'}-parallel|{codec}|{tokens}"
                 with stepping(spread, codec, tokens) as step:
-                    seen = observe_waits(step, STEPS)
-                found["step_s"][name] = seen.step_s
-                if spread and settings["rate"] == "unshaped":
-                    found["waits"][name] = [written(wait) for wait in seen.waits]
+                    found["step_s"][name], _ = timed(step, STEPS[tokens])
+                    if spread and settings["rate"] == "unshaped":
+                        seen = observe_waits(step, STEPS[tokens])
+                        found["waits"][name] = [written(wait) for wait in seen.waits]
     calls.disconnect()
     return found
 
