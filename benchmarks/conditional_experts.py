@@ -52,8 +52,8 @@ SEEDS, TRAIN_STEPS, BATCH, LR = 5, 300, 128, 5e-3
 STUDY_HIDDEN = 32
 PLAN = {
     "width": WIDTH, "hidden": HIDDEN, "experts": EXPERTS, "k": K, "tokens": list(TOKENS),
-    "steps": list(STEPS.values()), "rounds": ROUNDS, "seeds": SEEDS, "train_steps": TRAIN_STEPS, "batch": BATCH, "lr": LR,
-    "study_hidden": STUDY_HIDDEN, "ranks": 2,
+    "steps": list(STEPS.values()), "rounds": ROUNDS, "seeds": SEEDS,
+    "train_steps": TRAIN_STEPS, "batch": BATCH, "lr": LR, "study_hidden": STUDY_HIDDEN, "ranks": 2,
 }  # fmt: skip
 
 

@@ -52,13 +52,12 @@ def words_of(rank: int, step: int) -> Tensor:
     return (first + torch.arange(12)) % WORDS  # each word follows the one before it
 
 
-def trained_by_hand(model: nn.Module, size: int, steps: int) -> list[float]:
+def train_by_hand(model: nn.Module, size: int, steps: int) -> None:
     """One process, the mean loss over the ranks, SGD with momentum for the factor whose turn it is."""
     factors = {
         kind: [p for name, p in model.named_parameters() if f".{kind}." in name] for kind in ("down", "up")
     }
     momentum = {p: torch.zeros_like(p) for part in factors.values() for p in part}
-    losses = []
     for step in range(steps):
         model.zero_grad()
         loss = torch.stack(
@@ -69,16 +68,14 @@ def trained_by_hand(model: nn.Module, size: int, steps: int) -> list[float]:
             for parameter in factors["down" if step % 2 == 0 else "up"]:
                 momentum[parameter].mul_(0.9).add_(parameter.grad)
                 parameter -= 0.5 * momentum[parameter]
-        losses.append(loss.item())
-    return losses
 
 
 def adapters(rank: int, size: int, method: str, steps: int) -> dict[str, Any]:
-    """Factors take turns: distance from one process, bytes of each step, what moved in each, losses."""
+    """Factors take turns: distance from one process, bytes of each step, what moved in each."""
     model = language_model()
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     oracle = copy.deepcopy(model)
-    losses = trained_by_hand(oracle, size, steps)
+    train_by_hand(oracle, size, steps)
     ddp = DistributedDataParallel(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, 0.5, momentum=0.9)
@@ -101,7 +98,7 @@ def adapters(rank: int, size: int, method: str, steps: int) -> dict[str, Any]:
     distance = max((parameters[name] - wanted[name]).abs().max().item() for name in parameters)
     kept = all(torch.equal(parameters[name], old) for name, old in frozen.items())
     return {
-        "distance": distance, "alike": alike(model), "sent": sent, "moved": moved, "losses": losses,
+        "distance": distance, "alike": alike(model), "sent": sent, "moved": moved,
         "frozen kept": kept, "trained": sum(p.numel() for p in trained),
     }  # fmt: skip
 

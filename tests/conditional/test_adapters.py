@@ -23,7 +23,6 @@ def test_factors_of_adapters_take_turns_and_only_they_are_sent(cluster, method):
         assert found["frozen kept"]
         assert found["alike"]
         assert (0 if method == "identity" else 1e-7) <= found["distance"] < near
-        assert found["losses"][-1] < found["losses"][0]
         half = found["trained"] / 2 * bits / 8
         for nbytes in found["sent"]:
             assert half < nbytes < 1.02 * half + SMALL
