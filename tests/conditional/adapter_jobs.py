@@ -14,7 +14,7 @@ from distcomp.conditional import UnitDropout, alternate_layers
 from tests.conditional.depth_jobs import alike
 
 RANK, WORDS = 4, 48
-TURNS = ("*.down", "*.up")
+TURNS = tuple(f"model.layers.*.self_attn.*.{factor}" for factor in ("down", "up"))
 
 
 class Adapter(nn.Module):
