@@ -4,8 +4,10 @@
     python -m benchmarks.conditional_experts --study    # test loss by codec of rows, five seeds
 
 ``--links``: eight experts of 128 x 256, two of them for each token, on two ranks; the break-even is at 1,024
-tokens of a rank and step. What is predicted is the step as it was on an unshaped link, and the seconds that
-the network model gives for the bytes.
+tokens of a rank and step. What is predicted with all experts on each rank starts from zeros that are sent on
+the same ranks (``distcomp.advice.calibrate``); with experts spread over the ranks, from the same steps on an
+unshaped link, and from nothing else but the link's rate (``distcomp.advice.waiting``). The links take turns,
+and medians over the rounds count.
 
 ``--study``: eight clusters, each with a linear classifier of its own.
 Controls: a dense network with the same products for each token, and one with as many parameters; the mixture
@@ -14,7 +16,9 @@ without balancing.
 
 from __future__ import annotations
 
-import time
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,69 +31,144 @@ import distcomp
 from benchmarks._common import Cells, arguments_of, gathered, median, on_fabric, start
 from benchmarks._conditional_tasks import clustered
 from distcomp import calls
+from distcomp.advice.calibrate import calibrate
+from distcomp.advice.predict import predict, profile_method
+from distcomp.advice.waiting import waiting_step_s
+from distcomp.attaching.observe import timed
+from distcomp.attaching.observe_waits import Wait, WaitingStep, observe_waits
 from distcomp.conditional import MixtureOfExperts, balance_loss, keep_experts_local
-from distcomp.conditional.expert_traffic import MixtureShape, data_parallel_s, expert_parallel_s
-from distcomp.network import Fabric
+from distcomp.network import Fabric, parse_rate
+from distcomp.network.request_sizes import RequestSizes
+from distcomp.network.shape import burst_bytes
 
 WIDTH, HIDDEN, EXPERTS, K = 128, 256, 8, 2
 TOKENS = (256, 4096)
 RATES = ("unshaped", "1gbit", "100mbit")
 CODECS = ("identity", "qsgd:bits=8")
-STEPS = 11
+STEPS, ROUNDS = {256: 61, 4096: 21}, 3
+SIZES = (1 << 10, 16 << 10, 128 << 10, 512 << 10, 1 << 20, 2 << 20)
 ROWS = ("identity", "bf16", "qsgd:bits=8", "qsgd:bits=4", "mxfp8")
 SEEDS, TRAIN_STEPS, BATCH, LR = 5, 300, 128, 5e-3
 STUDY_HIDDEN = 32
 PLAN = {
-    "width": WIDTH, "hidden": HIDDEN, "experts": EXPERTS, "k": K, "tokens": list(TOKENS), "steps": STEPS,
-    "seeds": SEEDS, "train_steps": TRAIN_STEPS, "batch": BATCH, "lr": LR, "study_hidden": STUDY_HIDDEN,
-    "ranks": 2,
+    "width": WIDTH, "hidden": HIDDEN, "experts": EXPERTS, "k": K, "tokens": list(TOKENS),
+    "steps": list(STEPS.values()), "rounds": ROUNDS, "seeds": SEEDS,
+    "train_steps": TRAIN_STEPS, "batch": BATCH, "lr": LR, "study_hidden": STUDY_HIDDEN, "ranks": 2,
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------------- the links
 
 
-def step_times(spread: bool, codec: str, tokens: int) -> list[float]:
-    """Seconds of steps of one mixture; the first is a warm-up."""
-    torch.manual_seed(0)
+@contextmanager
+def stepping(spread: bool, codec: str, tokens: int) -> Iterator[Callable[[], None]]:
+    """A step of one mixture, whose tokens need gradients as in the middle of a network; its model and
+    optimizer are attached until the end."""
     options: dict[str, Any] = {"parallel": dist.group.WORLD, "wire": codec} if spread else {}
+    model, step = made(tokens, options)
+    with distcomp.attach(model, method="identity" if spread else codec):
+        yield step
+
+
+def made(tokens: int, options: dict[str, Any]) -> tuple[DistributedDataParallel, Callable[[], None]]:
+    """One mixture and its step."""
+    torch.manual_seed(0)
     moe = MixtureOfExperts(WIDTH, HIDDEN, EXPERTS, K, **options)
     with torch.no_grad():
         moe.gate.clean.normal_(generator=torch.Generator().manual_seed(1))
     keep_experts_local(moe)
     model = DistributedDataParallel(moe)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank()))
-    times = []
-    with distcomp.attach(model, optimizer, "identity" if spread else codec):
-        for _ in range(STEPS + 1):
-            dist.barrier()
-            began_s = time.perf_counter()
-            optimizer.zero_grad()
-            (model(x).square().mean() + moe.balance_loss).backward()
-            optimizer.step()
-            dist.barrier()
-            times.append(time.perf_counter() - began_s)
-    return times[1:]
+    x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank())).requires_grad_()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        (model(x).square().mean() + moe.balance_loss).backward()
+        optimizer.step()
+
+    return model, step
 
 
 def link_rank(settings: dict[str, Any]) -> dict[str, Any]:
-    """All kinds of steps on one link, in turn."""
-    found: dict[str, float] = {}
+    """All kinds of steps on one link, in turn; what is predicted of them comes first."""
+    found: dict[str, dict[str, Any]] = {"step_s": {}, "waits": {}, "predicted_s": {}}
     for tokens in TOKENS:
+        if settings["rate"] != "unshaped":
+            for codec, seconds in foretold(tokens, settings["rate"]).items():
+                found["predicted_s"][f"data-parallel|{codec}|{tokens}"] = seconds
         for codec in CODECS:
             for spread in (False, True):
-                kind = "expert-parallel" if spread else "data-parallel"
-                found[f"{kind}|{codec}|{tokens}"] = median(step_times(spread, codec, tokens))
+                name = f"{'expert' if spread else 'data'}-parallel|{codec}|{tokens}"
+                with stepping(spread, codec, tokens) as step:
+                    found["step_s"][name], _ = timed(step, STEPS[tokens])
+                    if spread and settings["rate"] == "unshaped":
+                        seen = observe_waits(step, STEPS[tokens])
+                        found["waits"][name] = [written(wait) for wait in seen.waits]
     calls.disconnect()
-    return {"step_s": found}
+    return found
 
 
-def predicted_s(kind: str, codec: str, tokens: int, rate: str) -> float:
-    """Seconds on the wire."""
-    shape = MixtureShape(tokens, WIDTH, HIDDEN, EXPERTS, K, ranks=2)
-    seconds_of = expert_parallel_s if kind == "expert-parallel" else data_parallel_s
-    return seconds_of(shape, codec, Fabric.uniform(2, rate))
+def foretold(tokens: int, rate: str) -> dict[str, float]:
+    """Seconds of a step with all experts on each rank, by codec of gradients."""
+    model, step = made(tokens, {})
+    fabric = Fabric.uniform(2, rate)
+    machine = calibrate(model, step, fabric, SIZES, len(os.sched_getaffinity(0)))
+    layouts = machine.observed.layouts
+    return {codec: predict(profile_method(codec, layouts, 2), machine, fabric).step_s for codec in CODECS}
+
+
+def written(wait: Wait) -> dict[str, Any]:
+    """As JSON holds it."""
+    ask = wait.ask
+    about = {"kind": ask.kind, "sizes": ask.sizes, "messages": ask.messages}
+    return {**about, "after_s": wait.after_s, "took_s": wait.took_s}
+
+
+def read(cell: dict[str, Any]) -> Wait:
+    """What :func:`written` wrote."""
+    messages = tuple(tuple(one) for one in cell["messages"])
+    ask = RequestSizes(cell["kind"], tuple(cell["sizes"]), messages=messages)
+    return Wait(ask, cell["after_s"], cell["took_s"])
+
+
+def chained_s(unshaped: dict[str, Any], name: str, rate: str) -> float:
+    """Seconds of a step with experts spread over ranks, from the same step on an unshaped link."""
+    step = WaitingStep(unshaped["step_s"][name], tuple(map(read, unshaped["waits"][name])))
+    bps = parse_rate(rate)
+    return waiting_step_s(step, Fabric.uniform(2, rate), burst_s=8 * burst_bytes(bps) / bps)
+
+
+def links(cells: Cells) -> None:
+    """Every round on every link; then medians, and what was predicted."""
+    rounds: dict[str, list[dict[str, Any]]] = {rate: [] for rate in RATES}
+    for turn in range(ROUNDS):
+        for rate in RATES:
+            fabric = Fabric.uniform(2) if rate == "unshaped" else Fabric.uniform(2, rate)
+            rounds[rate].append(
+                cells.get(
+                    f"round {turn}|{rate}",
+                    lambda fabric=fabric, rate=rate: on_fabric("conditional_experts", fabric, {"rate": rate}),
+                )
+            )
+    for rate in RATES[1:]:
+        of_rate = rounds[rate]
+        predicted = {
+            name: median(
+                [
+                    one["predicted_s"][name] if name.startswith("data") else chained_s(plain, name, rate)
+                    for one, plain in zip(of_rate, rounds["unshaped"], strict=True)
+                ]
+            )
+            for name in of_rate[0]["step_s"]
+        }
+        measured = {name: median([one["step_s"][name] for one in of_rate]) for name in predicted}
+        cells.document["cells"][f"links|{rate}"] = {"step_s": measured, "predicted_s": predicted}
+        for name, seconds in predicted.items():
+            print(
+                f"{rate} {name:<34}{seconds:9.4f}{measured[name]:9.4f} s{seconds / measured[name] - 1:+8.1%}"
+            )
+    cells.write()
 
 
 # ---------------------------------------------------------------------- the study
@@ -190,17 +269,7 @@ def main() -> None:
     wanted = parser.parse_args()
     cells = Cells("conditional_experts", PLAN)
     if wanted.links:
-        for rate in RATES:
-            fabric = Fabric.uniform(2) if rate == "unshaped" else Fabric.uniform(2, rate)
-            cell = cells.get(
-                f"own links|{rate}", lambda fabric=fabric: on_fabric("conditional_experts", fabric, {})
-            )
-            if rate != "unshaped" and "predicted_s" not in cell:
-                compute_s = cells.document["cells"]["own links|unshaped"]["step_s"]
-                cell["predicted_s"] = {
-                    name: compute_s[name] + predicted_s(*split(name), rate) for name in cell["step_s"]
-                }
-                cells.write()
+        links(cells)
     if wanted.study:
         names = [row for row in ROWS if known(row)]
         names += ["no balancing", "dense, as many products", "dense, as many parameters"]
@@ -210,11 +279,6 @@ def main() -> None:
                 f"study|{seed}",
                 lambda settings=settings: on_fabric("conditional_experts", Fabric.uniform(2), settings),
             )
-
-
-def split(name: str) -> tuple[str, str, int]:
-    kind, codec, tokens = name.split("|")
-    return kind, codec, int(tokens)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def experts() -> str:
     found = result("conditional_experts")
     lines = []
     for rate in ("100mbit", "1gbit"):
-        cell = found["cells"][f"own links|{rate}"]
+        cell = found["cells"][f"links|{rate}"]
         for name, measured_s in cell["step_s"].items():
             kind, codec, tokens = name.split("|")
             predicted_s = cell["predicted_s"][name]

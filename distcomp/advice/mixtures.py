@@ -29,9 +29,11 @@ from distcomp.advice.profile import clock
 from distcomp.advice.scale import Rehearsals
 from distcomp.advice.script import ObservedTwice
 from distcomp.advice.task import TrainingTask
+from distcomp.advice.waiting import waiting_step_s
 from distcomp.attaching.observe import ObservedSteps, observe_alone
+from distcomp.attaching.observe_waits import Wait, WaitingStep
 from distcomp.calls.codec import codec_for
-from distcomp.conditional.expert_traffic import MixtureShape, expert_parallel_s, step_bytes
+from distcomp.conditional.expert_traffic import MixtureShape, step_bytes, step_calls
 from distcomp.conditional.experts import TENSORS, MixtureOfExperts
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, ParamSlice
@@ -213,10 +215,11 @@ def _rows(method: str, mixtures: Sequence[Mixture], machine: Machine, fabric: Fa
     if any(one.shape.experts % fabric.ranks for one in mixtures):
         return
     for codec in ROWS:
-        on_wire_s = sum(expert_parallel_s(one.shape, codec, fabric) for one in mixtures)
         coding_s = sum(coded_s(one.shape, codec) for one in mixtures) * machine.slowness
+        waits = [Wait(ask) for one in mixtures for ask in step_calls(one.shape, codec)]
+        step = WaitingStep(rest.step_s + coding_s, tuple(waits))
         rows = sum(step_bytes(one.shape, codec) for one in mixtures)
-        step_s = rest.step_s + on_wire_s + coding_s
+        step_s = waiting_step_s(step, fabric, machine.host)
         yield MixtureRow("spread", method, codec, step_s, rest.sent_bytes + rows, rows)
 
 

@@ -10,6 +10,7 @@ from distcomp.calls.collectives import (
 from distcomp.calls.differentiable import gather_rows, route_rows
 from distcomp.calls.line import connect, disconnect, sent_bytes
 from distcomp.calls.messages import recv, send
+from distcomp.calls.row_counts import exchange_counts
 from distcomp.calls.stages import PackedStage, StageEdge
 from distcomp.calls.work import Work
 
@@ -23,6 +24,7 @@ __all__ = [
     "broadcast",
     "connect",
     "disconnect",
+    "exchange_counts",
     "gather_rows",
     "recv",
     "reduce_scatter",

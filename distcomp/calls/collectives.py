@@ -1,7 +1,10 @@
 """torch.distributed's collectives, with a codec.
 
 Outputs are written in place. Each call first compares, on all ranks, what is asked (a digest of 8 bytes and a
-header): ranks that call differently all raise Mismatch, in the same words. A codec is a text, a compressor or
+header): ranks that call differently all raise Mismatch, in the same words. With ``agreed=True`` nothing is
+compared: the caller knows that the ranks have told each other what they are about to do
+(:func:`distcomp.calls.exchange_counts`); where they do something else all the same, a message of another
+length than is expected, or none in time, is PeerLost. A codec is a text, a compressor or
 a method made of one; ``identity`` sends any dtype bit for bit. With another one, floating-point tensors are
 float32 inside, every rank receives the same bits, the sender of a tensor too, and a NaN or an infinity on any
 rank makes the whole answer NaN on every rank.
@@ -80,6 +83,7 @@ def reduce_scatter(
     op: str = "sum",
     group: ProcessGroup | None = None,
     async_op: bool = False,
+    agreed: bool = False,
 ) -> Work | None:
     """``output <- sum_j inputs_j[own rank]`` (or the mean): each rank receives its piece of the sum.
 
@@ -104,7 +108,7 @@ def reduce_scatter(
 
     words = f"reduce_scatter into {in_words(output)} by {codec!s}, op={op}"
     x = watched(pieces, codec_.exact)
-    return begin(line, Call(words, asked, codec_.exact), x, [output], async_op)
+    return begin(line, Call(words, asked, codec_.exact, agreed=agreed), x, [output], async_op)
 
 
 def all_gather(
@@ -114,6 +118,7 @@ def all_gather(
     *,
     group: ProcessGroup | None = None,
     async_op: bool = False,
+    agreed: bool = False,
 ) -> Work | None:
     """``outputs[j] <- tensor_j``: every rank's tensor, on every rank.
 
@@ -134,7 +139,7 @@ def all_gather(
 
     words = f"all_gather of {in_words(tensor)} by {codec!s}"
     x = watched([tensor], codec_.exact)
-    return begin(line, Call(words, asked, codec_.exact), x, pieces, async_op)
+    return begin(line, Call(words, asked, codec_.exact, agreed=agreed), x, pieces, async_op)
 
 
 def all_to_all(
@@ -144,11 +149,12 @@ def all_to_all(
     *,
     group: ProcessGroup | None = None,
     async_op: bool = False,
+    agreed: bool = False,
 ) -> Work | None:
     """``outputs[j] <- inputs_j[own rank]``: send the j-th tensor to rank j. Shapes may differ, and be empty.
 
     One's own goes through the codec, too. On the wire: a payload to every other rank, and all sizes
-    (16 bytes for each rank, to every rank), which are compared before anything is sent.
+    (16 bytes for each rank, to every rank), which are compared before anything is sent, unless ``agreed``.
 
     Raises Mismatch on every rank where one expects another size than is sent, DistcompError, PeerLost.
     """
@@ -165,7 +171,8 @@ def all_to_all(
     sizes = [one.numel() for one in (*inputs, *outputs)]
 
     def asked(context: StepContext) -> Rounds[Tensor]:
-        _check_sizes((yield from numbers_of_all(sizes, inputs[0].device)).tolist())
+        if not agreed:
+            _check_sizes((yield from numbers_of_all(sizes, inputs[0].device)).tolist())
         parts = tuple(codec_.parts(tuple(output.shape)) for output in outputs)
         received: list[Payload] = yield AllToAll(_encoded(codec_, inputs, context), parts)
         pairs = zip(received, outputs, strict=True)
@@ -173,7 +180,7 @@ def all_to_all(
 
     words = f"all_to_all of {inputs[0].dtype} by {codec!s}"
     x = watched(inputs, codec_.exact)
-    return begin(line, Call(words, asked, codec_.exact), x, outputs, async_op)
+    return begin(line, Call(words, asked, codec_.exact, agreed=agreed), x, outputs, async_op)
 
 
 def broadcast(

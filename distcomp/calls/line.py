@@ -38,20 +38,22 @@ class Call:
     """One call as an exchange: first the ranks compare what they ask.
 
     ``exact``: what is not finite arrives by itself. ``ranks``: of a message, who sends it and to whom (global
-    ranks); None for all.
+    ranks); None for all. ``agreed``: the ranks have compared it already.
     """
 
     words: str
     asked: Asked
     exact: bool
     ranks: tuple[int, int] | None = None
+    agreed: bool = False
 
     @property
     def propagates_nonfinite(self) -> bool:
         return self.exact
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        yield from unanimous(self.words, REMEDY, x.device, self.ranks)
+        if not self.agreed:
+            yield from unanimous(self.words, REMEDY, x.device, self.ranks)
         answer = yield from self.asked(context)
         return AggregateResult(answer, lambda: answer, state)
 

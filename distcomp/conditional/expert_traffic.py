@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from distcomp.calls.codec import CodecLike, codec_for
+from distcomp.calls.row_counts import count_parts
 from distcomp.methods.registry import compressor_of
-from distcomp.network import Fabric
-from distcomp.network.model import all_gather_load, all_to_all_load, ring_all_reduce
+from distcomp.network.request_sizes import RequestSizes
 from distcomp.payload import HEADER, Part, wire_bytes
-
-COMPARED_BYTES = wire_bytes((Part("digest", torch.int64, 1),))
-"""What ranks compare before each call, to every other rank."""
 
 
 @dataclass(frozen=True)
@@ -58,53 +56,45 @@ def bits_per_value(codec: CodecLike, width: int) -> float:
     return 8 * (wire_bytes(parts) - HEADER.size) / (rows * width)
 
 
-def call_bytes(payloads: Sequence[int], numbers: int = 0) -> int:
-    """What a rank sends in a call: what ranks compare, ``numbers`` of 8 bytes that they tell each other, and
-    the payloads."""
-    others = len(payloads)
-    told = wire_bytes((Part("digest", torch.int64, numbers),)) if numbers else 0
-    return others * (COMPARED_BYTES + told) + sum(payloads)
-
-
 def row_call_bytes(rows: Sequence[int], width: int, codec: CodecLike) -> int:
-    """What a rank sends to route ``rows[j]`` rows of float32 to each other rank: a payload each, and all
-    sizes."""
+    """What a rank sends to route ``rows[j]`` rows of float32 to each other rank: a payload each."""
     known = codec_for(codec, torch.float32)
-    payloads = [wire_bytes(known.parts((count, width))) for count in rows]
-    return call_bytes(payloads, 2 * (len(rows) + 1))
+    return sum(wire_bytes(known.parts((count, width))) for count in rows)
 
 
 def count_call_bytes(experts_here: int, ranks: int) -> int:
     """What a rank sends to tell every other how many rows its experts will get."""
-    payload = wire_bytes((Part("values", torch.int64, experts_here),))
-    return call_bytes([payload] * (ranks - 1), 2 * ranks)
+    return (ranks - 1) * wire_bytes(count_parts(experts_here))
 
 
-SMALL_EXCHANGES = 15
-"""Of a step, one behind the other, beside those of rows: before each of its seven calls (counts, four of
-rows, balance forward and backward) ranks compare what they ask, before five of them their sizes; and counts
-and balance themselves are small."""
+def balance_call_bytes(experts: int, ranks: int) -> int:
+    """What a rank sends to add importance and load over the ranks; as much again in the backward."""
+    return (ranks - 1) * wire_bytes((Part("values", torch.float32, 2 * experts),))
+
+
+SMALL_CALLS = 3
+"""Of a step, beside the four that route rows: counts, and balance forward and backward."""
+
+
+def step_calls(shape: MixtureShape, codec: CodecLike) -> tuple[RequestSizes, ...]:
+    """What the ranks ask of each other in a step, in order, where tokens are spread evenly and need
+    gradients: computing waits for each.
+
+    Forward counts, balance, rows there and back; backward rows there and back, balance.
+    """
+    ranks, others = shape.ranks, max(1, shape.ranks - 1)
+    rows = RequestSizes(
+        "all_to_all",
+        (row_call_bytes([math.ceil(shape.tokens * shape.k / ranks)], shape.width, codec),) * ranks,
+    )
+    counts = RequestSizes("all_to_all", (count_call_bytes(shape.experts // ranks, ranks) / others,) * ranks)
+    balance = RequestSizes("all_to_all", (balance_call_bytes(shape.experts, ranks) / others,) * ranks)
+    return (counts, balance, rows, rows, rows, rows, balance)
 
 
 def step_bytes(shape: MixtureShape, codec: CodecLike) -> float:
     """Bytes of rows that a rank sends in a step, where tokens are spread evenly; without what is compared."""
     return shape.row_values * bits_per_value(codec, shape.width) / 8
-
-
-def expert_parallel_s(shape: MixtureShape, codec: CodecLike, fabric: Fabric) -> float:
-    """Seconds that the rows of a step take on a network, there and back, forward and backward, and the small
-    exchanges around them."""
-    ranks = tuple(range(shape.ranks))
-    each = step_bytes(shape, codec) / 4 / max(1, shape.ranks - 1)
-    rows = all_to_all_load([each] * shape.ranks, ranks, fabric)
-    small = all_gather_load([COMPARED_BYTES] * shape.ranks, ranks, fabric)
-    return 4 * rows.cost(fabric).seconds + SMALL_EXCHANGES * small.cost(fabric).seconds
-
-
-def data_parallel_s(shape: MixtureShape, method: CodecLike, fabric: Fabric) -> float:
-    """Seconds that the experts' gradients of a step take on a network, all-reduced by a codec."""
-    nbytes = shape.expert_values * bits_per_value(method, shape.width) / 8
-    return ring_all_reduce(nbytes, tuple(range(shape.ranks)), fabric).cost(fabric).seconds
 
 
 def traffic_summary(shape: MixtureShape, codec: CodecLike, gradient_codec: CodecLike = "identity") -> str:

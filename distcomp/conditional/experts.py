@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distcomp.attaching.target import OF_RANK
-from distcomp.calls import all_reduce, all_to_all, gather_rows, route_rows
+from distcomp.calls import all_reduce, exchange_counts, gather_rows, route_rows
 from distcomp.calls.codec import CodecLike, codec_for
 from distcomp.calls.line import line_of
 from distcomp.conditional.expert_traffic import MixtureShape, traffic_summary
@@ -132,10 +133,14 @@ class MixtureOfExperts(nn.Module):
         """``x``: ``[..., width]``; the answer has its shape."""
         tokens = x.reshape(-1, self.width)
         gates: Gates = self.gate(tokens)
-        self.balance_loss = self._balance(gates)
         pairs, counts = self._sorted(gates)
+        received = self._told(counts, tokens) if self.ranks > 1 else counts
+        self.balance_loss = self._balance(gates)
         rows = tokens[pairs // self.k]
-        answered = self._expert_parallel(rows, counts) if self.ranks > 1 else self._run(rows, counts, 1)
+        if self.ranks > 1:
+            answered = self._expert_parallel(rows, counts, received)
+        else:
+            answered = self._run(rows, counts, 1)
         weights = gates.weights.reshape(-1)[pairs, None]
         # Each pair has a place of its own, so the sum over a token's k experts is always in the same order.
         answers = torch.zeros(gates.chosen.numel(), self.width, dtype=answered.dtype, device=x.device)
@@ -170,29 +175,37 @@ class MixtureOfExperts(nn.Module):
             answers.append(torch.addmm(down_bias[expert], hidden, down[expert]))
         return torch.cat(answers)
 
-    def _expert_parallel(self, rows: Tensor, counts: Tensor) -> Tensor:
+    def _told(self, counts: Tensor, tokens: Tensor) -> Tensor:
+        """How many rows each rank will send to each expert here, ``[ranks, experts here]``; and all ranks are
+        about to do the same with them."""
+        words = (
+            f"a mixture of {self.experts} experts of {self.width} x {self.hidden}, rows of {tokens.dtype} by "
+            f"{self.wire!s}, back by {self.options.backward_wire or self.wire!s}, gradients "
+            f"{torch.is_grad_enabled()}, of tokens {tokens.requires_grad}"
+        )
+        return exchange_counts(counts.view(self.ranks, -1), words, group=self.parallel)
+
+    def _expert_parallel(self, rows: Tensor, counts: Tensor, received: Tensor) -> Tensor:
         """Rows to where their experts live, and their answers back."""
         backward = self.options.backward_wire or self.wire
         here = len(self.own)
-        received = torch.empty(self.ranks, here, dtype=torch.int64)
-        all_to_all(list(received), list(counts.cpu().view(self.ranks, here)), group=self.parallel)
+        route = partial(route_rows, codec=self.wire, backward=backward, group=self.parallel, agreed=True)
         to_ranks, from_ranks = counts.view(self.ranks, here).sum(1).tolist(), received.sum(1).tolist()
-        routed = route_rows(rows, to_ranks, from_ranks, self.wire, backward=backward, group=self.parallel)
+        routed = route(rows, to_ranks, from_ranks)
         # They come by (source, expert); each expert wants its own together, in the order of the sources.
         expert = torch.arange(here).repeat(self.ranks).repeat_interleave(received.reshape(-1))
         order = torch.argsort(expert, stable=True).to(rows.device)
         answered = self._run(routed[order], received, self.ranks)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return route_rows(
-            answered[back], from_ranks, to_ranks, self.wire, backward=backward, group=self.parallel
-        )
+        return route(answered[back], from_ranks, to_ranks)
 
     def _balance(self, gates: Gates) -> Tensor:
         """The balancing loss, of importance and load summed over the ranks."""
         sums = torch.stack([gates.importance, gates.load]).float()
         group = self.options.balance if self.options.balance is not None else self.parallel
         if group is not None and torch.is_grad_enabled():
-            sums = gather_rows(sums[None], group=group).sum(0)
+            agreed = self.ranks > 1 and self.options.balance is None  # _told has compared it
+            sums = gather_rows(sums[None], group=group, agreed=agreed).sum(0)
         importance, load = squared_variation(sums[0]), squared_variation(sums[1])
         return self.options.importance_weight * importance + self.options.load_weight * load
 

@@ -262,7 +262,7 @@ def layers_named(model: nn.Module, patterns: str | Iterable[str]) -> tuple[str, 
         matched = [name for name in names if _matches(name, pattern)]
         if not matched:
             raise DistcompError(
-                f"no module is called {pattern!r}; the model has {', '.join(names[:8])}"
+                f"no module is called {pattern!r} (* is one level); the model has {', '.join(names[:8])}"
                 f"{', ...' if len(names) > 8 else ''}"
             )
         chosen += matched

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distcomp import kernels
-from distcomp.collectives import Pending, Request
+from distcomp.collectives import Pending, Request, Traffic
 from distcomp.payload import Parts, Payload, PayloadHeader, check_header, wire_bytes, write_header
 from distcomp.runtime.ledger import Ledger
 
@@ -36,6 +38,31 @@ class Answer:
 
     value: Any
     finite: Tensor
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A request that was carried: this rank's messages (to, bytes), where ranks send different sizes; what it
+    puts on a network otherwise; and when it began and was over (``time.perf_counter``)."""
+
+    messages: tuple[tuple[int, int], ...]
+    traffic: Traffic
+    started_s: float
+    finished_s: float
+
+
+_WATCHERS: list[list[Carried]] = []
+
+
+@contextmanager
+def watch_requests() -> Iterator[list[Carried]]:
+    """Until it ends, every request of this process is noted when it has been waited for."""
+    seen: list[Carried] = []
+    _WATCHERS.append(seen)
+    try:
+        yield seen
+    finally:
+        _WATCHERS[:] = [watcher for watcher in _WATCHERS if watcher is not seen]
 
 
 class Channel:
@@ -89,6 +116,16 @@ class OpenRequest:
         assert self._pending is not None
         self._waited = self._pending.wait()
         self.started_s, self.finished_s = self._pending.started_s, self._pending.finished_s
+        for watcher in _WATCHERS:
+            watcher.append(self.carried())
+
+    def carried(self) -> Carried:
+        """What was sent, to whom and when, once it has been waited for."""
+        transport, request = self._channel.transport, self._request
+        return Carried(
+            tuple(request.messages(transport.rank, transport.size)),
+            request.traffic(transport.size), self.started_s, self.finished_s,
+        )  # fmt: skip
 
     def open(self, watch: bool) -> Answer:
         """Check and unpack. ``watch``: look for non-finite values in sums, too (payloads announce theirs)."""

@@ -58,8 +58,24 @@ def unanimous(
     ``names``: what ranks are called in the message, where they are not numbered from 0. On the wire: a digest
     of 8 bytes and its header to every other rank; the words where they differ.
     """
-    digest = int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")
-    digests = (yield from numbers_of_all([digest], device))[:, 0].tolist()
+    digests = (yield from numbers_of_all([digest_of(words)], device))[:, 0].tolist()
+    yield from same_words(digests, words, remedy, device, names)
+
+
+def digest_of(words: str) -> int:
+    """A number of 56 bits."""
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")
+
+
+def same_words(
+    digests: Sequence[int],
+    words: str,
+    remedy: str,
+    device: torch.device,
+    names: Sequence[int] | None = None,
+) -> Rounds[None]:
+    """Raise Mismatch, as :func:`unanimous`, where the ranks' digests differ. On the wire: nothing; the words
+    where they differ."""
     odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if not odd:
         return

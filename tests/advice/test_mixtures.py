@@ -13,9 +13,11 @@ from torch.nn.functional import mse_loss
 from distcomp import cli
 from distcomp.advice import Mixture, TrainingTask, advise_experts
 from distcomp.advice.mixtures import coded_s, with_experts, without_experts
+from distcomp.advice.waiting import waiting_step_s
 from distcomp.attaching.observe import ObservedSteps
+from distcomp.attaching.observe_waits import Wait, WaitingStep
 from distcomp.conditional import MixtureOfExperts
-from distcomp.conditional.expert_traffic import SMALL_EXCHANGES, MixtureShape, expert_parallel_s
+from distcomp.conditional.expert_traffic import SMALL_CALLS, MixtureShape, step_calls
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout
 from distcomp.network import Fabric
@@ -60,8 +62,9 @@ def test_few_tokens_are_sent_and_many_are_not() -> None:
 
 def test_a_slow_answer_costs_each_small_exchange() -> None:
     shape = MixtureShape(64, WIDTH, HIDDEN, EXPERTS, 2, 2)
-    near, far = (expert_parallel_s(shape, "identity", Fabric.uniform(2, "1gbit", d)) for d in ("0ms", "5ms"))
-    assert far - near == pytest.approx((SMALL_EXCHANGES + 4) * 5e-3)
+    step = WaitingStep(0.0, tuple(Wait(ask) for ask in step_calls(shape, "identity")))
+    near, far = (waiting_step_s(step, Fabric.uniform(2, "1gbit", d)) for d in ("0ms", "5ms"))
+    assert far - near == pytest.approx((SMALL_CALLS + 4) * 5e-3)
 
 
 def test_buckets_with_and_without_the_experts() -> None:

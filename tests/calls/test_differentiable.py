@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import distcomp
 from distcomp import calls
+from tests.cluster import Cluster
 
 
 def rows_of(rank, count=4):
@@ -91,3 +93,80 @@ def checked(rank, size):
 
 def test_gradcheck(cluster):
     assert cluster(1).run(checked) == [(True, True)]
+
+
+# --------------------------------------------------------------------------------- what is compared only once
+
+
+def told(rank, size, odd):
+    """Counts that each rank tells each other; the words in which an odd rank is named; bytes; and rows that
+    go on by what was agreed."""
+    counts = torch.tensor([[10 * rank + to, 7] for to in range(size)])
+    before = sum(calls.sent_bytes().values())
+    try:
+        received = calls.exchange_counts(counts, f"rows by {'bf16' if rank == odd else 'identity'}")
+        said = ""
+    except distcomp.Mismatch as error:
+        received, said = torch.zeros(0), str(error)
+    sent = sum(calls.sent_bytes().values()) - before
+    rows = torch.full((size, 3), float(rank), requires_grad=True)
+    before = sum(calls.sent_bytes().values())
+    routed = calls.route_rows(rows, [1] * size, [1] * size, agreed=True)
+    gathered = calls.gather_rows(rows, agreed=True)
+    (routed.sum() + gathered.sum()).backward()
+    agreed = sum(calls.sent_bytes().values()) - before
+    calls.disconnect()
+    return {
+        "received": received.tolist(), "said": said, "sent": sent, "agreed": agreed,
+        "routed": routed[:, 0].tolist(), "gradient": rows.grad.tolist(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_counts_arrive_with_what_is_compared(cluster, size):
+    for rank, found in enumerate(cluster(size).run(told, -1)):
+        assert found["received"] == [[10 * source + rank, 7] for source in range(size)]
+        assert found["sent"] == (size - 1) * (32 + 8 + 2 * 4)
+        # There and back, gathered and their gradients: a header and the rows to every other rank.
+        row = 32 + 16  # 12 bytes, in multiples of 8
+        rows = 32 + 40 if size == 3 else 32 + 24
+        assert found["agreed"] == (size - 1) * (2 * row + 2 * rows)
+        assert found["routed"] == [float(source) for source in range(size)]
+        assert found["gradient"] == [[1.0 + size] * 3] * size
+
+
+def test_who_is_about_to_do_something_else_is_named_by_every_rank(cluster):
+    answers = cluster(3).run(told, 1)
+    assert {found["said"] for found in answers} == {
+        "ranks ask to exchange different things: rank 0 rows by identity, rank 1 rows by bf16; call it on "
+        "every rank alike"
+    }
+
+
+def wrong_counts(rank, size):
+    """Rank 0 sends a row more than rank 1 was told to expect."""
+    calls.connect(timeout_s=4)
+    found = []
+    for counts in (torch.ones(size + 1, 2), torch.full((size, 2), 2**31)):
+        try:
+            calls.exchange_counts(counts, "rows")
+        except distcomp.DistcompError as error:
+            found.append(str(error))
+    rows = torch.ones(2 + (rank == 0), 4)
+    try:
+        calls.route_rows(rows, [1, 1 + (rank == 0)], [1, 1], agreed=True)
+    except distcomp.PeerLost as error:
+        found.append(type(error).__name__ + f" {error}")
+    calls.disconnect()
+    return found
+
+
+def test_rows_that_nobody_agreed_on_end_the_call():
+    ranks = Cluster(2)
+    try:
+        answers = ranks.run(wrong_counts)
+    finally:
+        ranks.close()
+    for found in answers:
+        assert len([one for one in found if one.startswith("counts of rows are [2 ranks")]) == 2
+    assert answers[1][-1].startswith("PeerLost")

@@ -20,8 +20,7 @@ from distcomp.conditional import (
     keep_experts_local,
     load_expert_optimizer_state,
 )
-from distcomp.conditional.expert_traffic import call_bytes, count_call_bytes, row_call_bytes
-from distcomp.payload import Part, wire_bytes
+from distcomp.conditional.expert_traffic import balance_call_bytes, count_call_bytes, row_call_bytes
 
 WIDTH, HIDDEN, EXPERTS, TOKENS = 16, 32, 8, 16
 
@@ -121,8 +120,7 @@ def counted(rank: int, size: int, wire: str) -> tuple[int, int]:
     due = count_call_bytes(each, size)
     for rows in (to, received, to, received):  # out, back, and the gradients of both
         due += row_call_bytes([rows[other] for other in others], WIDTH, wire)
-    sums = wire_bytes((Part("values", torch.float32, 2 * EXPERTS),))
-    due += call_bytes([sums] * (size - 1))  # importance and load
+    due += balance_call_bytes(EXPERTS, size)
     calls.disconnect()
     return sent, due
 

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 import distcomp
 from distcomp.conditional import MixtureOfExperts, NoisyTopKGate, balance_loss
-from distcomp.conditional.expert_traffic import MixtureShape, bits_per_value
+from distcomp.conditional.expert_traffic import (
+    MixtureShape,
+    balance_call_bytes,
+    bits_per_value,
+    count_call_bytes,
+    row_call_bytes,
+)
 from distcomp.conditional.gating import capacity_of, squared_variation
 from tests.cluster import Cluster
 from tests.conditional import expert_jobs as jobs
@@ -196,6 +202,20 @@ def test_bytes_are_those_of_the_formula(cluster, wire):
     for size in (2, 4):
         for sent, due in cluster(size).run(jobs.counted, wire):
             assert sent == due
+
+
+def test_what_ranks_tell_each_other_is_small_beside_rows():
+    """A first layer's step of 128 tokens of 16 numbers, two experts each, half of them on the other rank:
+    counts and what is compared, balance both ways, rows there, back, and their gradients back."""
+
+    def of(codec):
+        told = count_call_bytes(4, 2) + 2 * balance_call_bytes(8, 2)
+        return told + 3 * row_call_bytes([128], 16, codec)
+
+    headers = 6 * 32
+    assert of("identity") == 3 * 128 * 16 * 4 + headers + 8 + 4 * 4 + 2 * 16 * 4
+    assert of("mxfp8") < 0.53 * of("bf16")
+    assert of("qsgd:bits=8") < 0.28 * of("identity")
 
 
 def test_rows_of_few_bits_are_near_and_unbiased(cluster):
