@@ -29,7 +29,9 @@ import distcomp
 from benchmarks._common import Cells, arguments_of, gathered, median, on_network, start, write
 from benchmarks._crowd import Oversubscription, Plan, Task, rows, train, warm_up_then_cosine
 from benchmarks._places import RESULTS, example
-from distcomp.methods.slices import Slicing, Subspace, relative_loss, to_coefficients, to_slices
+from distcomp.kernels.subspace import Sliced
+from distcomp.layout import ParamSlice
+from distcomp.methods.slices import FILTER, PLACE, Slicing, Subspace, mixed, sampled
 
 WORKERS, BATCH, RATE = 6, 8, 0.05
 LEARN, LATER = 60, (30, 120)
@@ -127,43 +129,59 @@ def structure() -> dict[str, Any]:
     warm, last = 100, LEARN + LATER[-1]
     layout, seen = recorded(warm + last)
     seen = seen[warm:]
-    slicing, subspace = Slicing(), Subspace(ratio=8.0, loss=0.01)
+    subspaces = {FILTER: Subspace(ratio=24.0), PLACE: Subspace(ratio=8.0)}
     generator = torch.Generator().manual_seed(0)
     rows = {}
     for param, at in zip(layout.slices, layout.offsets, strict=True):
-        k = slicing.length(param)
-        if k is None or param.numel < 2000:
+        if Slicing().length(param) is None or param.numel < 2000:
             continue
-        series = [to_slices(one[at : at + param.numel], param, k) for one in seen]
+        series = [one[at : at + param.numel] for one in seen]
         noise = [torch.randn(s.shape, generator=generator) * s.std() for s in series]
-        basis, mean, dims = found(series, subspace)
-        random = torch.linalg.qr(torch.randn(k, dims, generator=generator)).Q.T.unsqueeze(0).contiguous()
-        noise_basis, noise_mean, noise_dims = found(noise, replace(subspace, loss=0.0))
-        zero_basis, zero_mean, _ = found(series, replace(subspace, centred=False))
-        rows[param.name] = {
-            "shape": list(param.shape), "K": k, "d": dims, "ratio": k / dims,
-            "PCA": losses(series, basis, mean),
-            "PCA around zero": losses(series, zero_basis, zero_mean),
-            "random basis": losses(series, random, mean),
-            "noise": {"d": noise_dims, **losses(noise, noise_basis, noise_mean)},
-        }  # fmt: skip
+        rows[param.name] = {"shape": list(param.shape)} | {
+            along: subspaces_of(param, along, subspace, series, noise)
+            for along, subspace in subspaces.items()
+        }
     return {"steps_before": warm, "learn": LEARN, "later": list(LATER), "layers": rows}
 
 
-def found(series: list[Tensor], subspace: Subspace) -> tuple[Tensor, Tensor, int]:
+def subspaces_of(
+    param: ParamSlice, along: str, subspace: Subspace, series: list[Tensor], noise: list[Tensor]
+) -> dict[str, Any]:
+    """What a basis of slices along filters or places misses, and what two controls miss."""
+    slicing = Slicing(along=along)
+    most = subspace.most(slicing.length(param) or 0, LEARN)
+    one = slicing.sliced(param, 0, most, most)
+    basis, mean = found(series, one, subspace)
+    random = torch.linalg.qr(torch.randn(one.k, len(basis), generator=torch.Generator().manual_seed(0))).Q.T
+    noise_basis, noise_mean = found(noise, one, replace(subspace, loss=0.0))
+    zero_basis, zero_mean = found(series, one, replace(subspace, centred=False))
+    return {
+        "K": one.k, "d": len(basis), "ratio": one.k / len(basis), "coefficients": one.slices * len(basis),
+        "PCA": losses(series, one, basis, mean),
+        "PCA around zero": losses(series, one, zero_basis, zero_mean),
+        "random basis": losses(series, one, random, mean),
+        "noise": {"d": len(noise_basis), **losses(noise, one, noise_basis, noise_mean)},
+    }  # fmt: skip
+
+
+def found(series: list[Tensor], one: Sliced, subspace: Subspace) -> tuple[Tensor, Tensor]:
     """Basis and means from the first gradients of a series."""
-    from distcomp.methods.slices import mixed
-
-    first = torch.stack([slices[:1] for slices in series[:LEARN]], dim=1).flatten(2)
-    mixture, dims = subspace.find(first)
     mean = torch.stack(series[:LEARN]).mean(0) * subspace.centred
-    return mixed(mixture, first)[:, :dims], mean, dims
+    samples = torch.stack(
+        [one.view(g - mean)[sampled(one, age)].reshape(one.bases, one.k) for age, g in enumerate(series[:LEARN])],
+        dim=1,
+    )
+    mixture, dims = subspace.find(samples)
+    return mixed(mixture, samples, subspace.bits)[0, :dims].float(), mean
 
 
-def losses(series: list[Tensor], basis: Tensor, mean: Tensor) -> dict[str, float]:
+def losses(series: list[Tensor], one: Sliced, basis: Tensor, mean: Tensor) -> dict[str, float]:
+    def of(g: Tensor) -> float:
+        slices = one.view(g - mean).reshape(one.slices, one.k)
+        return float((slices - slices @ basis.T @ basis).norm() / g.norm())
+
     def over(part: list[Tensor]) -> float:
-        each = [relative_loss(s, to_coefficients(s, basis, mean).reshape(-1), mean) for s in part]
-        return statistics.mean(each)
+        return statistics.mean(of(g) for g in part)
 
     near, far = LATER
     return {
