@@ -87,6 +87,11 @@ static void places_of(const Line *line, size_t begin, size_t count, size_t *plac
 /* A block of each of some slices, zeros behind their last elements. */
 static void gather_block(const Line *line, const float *x, size_t begin, size_t slices, float *tile) {
     size_t left = (size_t)(line->units * line->run) - begin, count = left < BLOCK ? left : BLOCK, place[BLOCK];
+    if (line->units == 1 && count == BLOCK) { /* a slice in one run: no places to look up */
+        for (x += begin; slices; slices--, x += line->run, tile += SPAN)
+            for (size_t i = 0; i < LANES; i++) tile[i] = x[2 * i], tile[LANES + i] = x[2 * i + 1];
+        return;
+    }
     places_of(line, begin, count, place);
     for (size_t s = 0; s < slices; s++, x += line->run, tile += SPAN) {
         if (count == BLOCK) {
@@ -141,6 +146,17 @@ static void scatter_block(const Call *call, const Line *line, size_t begin, size
                           size_t slices) {
     size_t place[BLOCK], from = (size_t)line->at + shift;
     const float *values = call->tile;
+    if (line->units == 1 && count == BLOCK) {
+        for (from += begin; slices; slices--, from += (size_t)line->run, values += BLOCK) {
+            const float *mean = call->mean + from;
+            float *out = call->out + from;
+            for (size_t i = 0; i < LANES; i++) {
+                out[2 * i] = values[i] + mean[2 * i];
+                out[2 * i + 1] = values[LANES + i] + mean[2 * i + 1];
+            }
+        }
+        return;
+    }
     places_of(line, begin, count, place);
     for (size_t s = 0; s < slices; s++, from += (size_t)line->run, values += BLOCK) {
         const float *mean = call->mean + from;

@@ -45,6 +45,9 @@ from distcomp.methods.slices import (
 )
 from distcomp.payload import Part, Parts, Payload, body_bytes, wire_bytes
 
+UNSEEN = {16: 2.0**-8, 32: 0.0}
+"""The part of a gradient's energy that is not seen to be lost, for a basis' bits: rows that are rounded are
+orthonormal to so much."""
 VOTES, REST = "votes", "rest"
 """What rides behind the coefficients: votes, a slice of their own (exact), and what is not sliced."""
 
@@ -281,7 +284,7 @@ class GradiVeQ(Method):
         coefficients = project(x, bases, offsets, known)  # U^T g - U^T mu
         votes, reference = x[:0], state["reference"]
         if self.cycle.retrain:
-            losses = _relative_losses(x, mean, coefficients, known)
+            losses = _relative_losses(x, mean, coefficients, known, UNSEEN[self.subspace.bits])
             votes, reference = self._judge(losses, state, layout)
         sent = _coefficients(layout.names, tuple(known.sizes), len(votes), rest.numel())
         # The mean of votes of 0 and 1 is the share of ranks that vote: no round of its own.
@@ -377,13 +380,13 @@ def _samples(flat: Tensor, one: Sliced, age: int) -> Tensor:
     return torch.stack([slices[row] for row in sampled(one, age)]).view(one.bases, one.k)
 
 
-def _relative_losses(x: Tensor, mean: Tensor, coefficients: Tensor, known: Known) -> Tensor:
+def _relative_losses(x: Tensor, mean: Tensor, coefficients: Tensor, known: Known, unseen: float) -> Tensor:
     """``|g - (U c + mu)| / |g|`` of each layer, without the product: ``|U c| = |c|`` where U is orthonormal,
-    so that what is lost is what is left of the square."""
+    so that what is lost is what is left of the square. Below ``unseen`` of it, that is rounding."""
     whole, centred = squares(x, mean, known.pieces).unbind(1)
     kept = squares(coefficients, coefficients, known.runs)[:, 0]
-    lost = (centred - kept).clamp(min=0.0)
-    return (lost / torch.where(whole > 0, whole, 1.0)).sqrt()
+    lost = (centred - kept) / torch.where(whole > 0, whole, 1.0)
+    return lost.clamp(min=unseen).sqrt()
 
 
 def _row(age: int) -> str:
