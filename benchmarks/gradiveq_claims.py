@@ -2,7 +2,7 @@
 
     python -m benchmarks.gradiveq_claims structure    # do gradients lie in a subspace? against two controls
     python -m benchmarks.gradiveq_claims loss         # test loss, five seeds, against no compression; resumes
-    python -m benchmarks.gradiveq_claims link         # aggregation time, 6 ranks at 100 Mbit/s, one run
+    python -m benchmarks.gradiveq_claims link         # aggregation time at 100 Mbit/s: 2, 3, 4 and 6 ranks
 
 Each call adds its part to results/gradiveq_claims.json. A ResNet-style net with 3x3 convolutions of 16 to 64
 channels on pairs of digits, six workers, as in the paper, which trains ResNet-32 on CIFAR-100 for 45,000
@@ -168,7 +168,10 @@ def found(series: list[Tensor], one: Sliced, subspace: Subspace) -> tuple[Tensor
     """Basis and means from the first gradients of a series."""
     mean = torch.stack(series[:LEARN]).mean(0) * subspace.centred
     samples = torch.stack(
-        [one.view(g - mean)[sampled(one, age)].reshape(one.bases, one.k) for age, g in enumerate(series[:LEARN])],
+        [
+            one.view(g - mean)[sampled(one, age)].reshape(one.bases, one.k)
+            for age, g in enumerate(series[:LEARN])
+        ],
         dim=1,
     )
     mixture, dims = subspace.find(samples)
@@ -229,6 +232,7 @@ def test_losses() -> dict[str, Any]:
 
 BLOCKS = 5
 """Residual blocks per stage: the paper's ResNet-32."""
+RANKS = (2, 3, 4, WORKERS)
 
 
 def rank_main(settings: Any) -> dict[str, Any]:
@@ -266,8 +270,14 @@ def meet(gradient: Tensor) -> None:
 
 
 def link() -> dict[str, Any]:
-    """Aggregation time of each phase against float32's, and of a whole cycle."""
-    raw = on_network("gradiveq_claims", WORKERS, "100mbit", {})
+    """Aggregation time of each phase against float32's, and of a whole cycle: of the paper's six ranks, and of
+    fewer, for which a machine may have a core each."""
+    each = {ranks: _link_of(ranks) for ranks in RANKS}
+    return {**each[WORKERS], "ranks": {ranks: one for ranks, one in each.items() if ranks != WORKERS}}
+
+
+def _link_of(ranks: int) -> dict[str, Any]:
+    raw = on_network("gradiveq_claims", ranks, "100mbit", {})
     plain = raw["found"]["ddp"]["exchange_s"][3:]
     ours = raw["found"][CYCLE]["exchange_s"]
     learning, last_learning, compressed = ours[3 : LEARNING - 1], ours[LEARNING - 1], ours[LEARNING + 1 :]

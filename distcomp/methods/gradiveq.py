@@ -14,8 +14,8 @@ from torch import Tensor
 from distcomp.collectives import Broadcast, Rounds
 from distcomp.compressors import Cast, Identity, Quantize
 from distcomp.errors import DistcompError
-from distcomp.kernels.subspace import Known, Sliced, project, restore, squares
-from distcomp.layout import FlatBuffer, Layout, ParamSlice
+from distcomp.kernels.subspace import Known, Sliced, project, restore
+from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import (
     SHAPES,
     AggregateResult,
@@ -41,13 +41,11 @@ from distcomp.methods.slices import (
     Subspace,
     Unsliced,
     mixed,
-    sampled,
+    relative_losses,
+    samples_of,
 )
 from distcomp.payload import Part, Parts, Payload, body_bytes, wire_bytes
 
-UNSEEN = {16: 2.0**-8, 32: 0.0}
-"""The part of a gradient's energy that is not seen to be lost, for a basis' bits: rows that are rounded are
-orthonormal to so much."""
 VOTES, REST = "votes", "rest"
 """What rides behind the coefficients: votes, a slice of their own (exact), and what is not sliced."""
 
@@ -72,12 +70,14 @@ class GradiVeQ(Method):
     On the wire: ``plain``'s bytes while it learns; then those of ``coefficients`` for ``d/K`` as many
     elements; at the end of learning ``8 d_max learn`` bytes per basis, from rank 0 in a tree.
     ``payload_bytes`` takes d at its most. What is no convolution, or too wide, goes in float32: behind the
-    coefficients where these are float32, otherwise in an all-reduce of its own. Memory: ``learn + d_max``
-    slices per basis and two elements per element.
+    coefficients where these are float32, otherwise in an all-reduce of its own. Memory: ``learn + d_max/2``
+    slices per basis, and two elements per element.
 
     Source: Yu et al., "GradiVeQ", NeurIPS 2018. We differ: eigenvectors are rank 0's, for they differ from
     machine to machine, as a mixture of the samples, which all ranks hold to the same bit (K/learn times
-    smaller than U); d is chosen on held-out gradients (in-sample energy flatters: noise reaches the paper's
+    smaller than U), and U is rounded to bfloat16, which halves what a step reads (``c`` and ``U c`` are of
+    the rounded U, so that the contributions still sum to n times the estimate); it is found from all slices in
+    turn, not from the first; slices may be filters; d is chosen on held-out gradients (in-sample energy flatters: noise reaches the paper's
     bound); every slice has its own mean; the rule for learning anew is spelled out (the paper names it
     only); any ``plain`` method may carry the learning phase and any stateless one the coefficients. Without
     error feedback what lies outside of the subspace stays at the means for a whole cycle, as in the paper.
@@ -206,7 +206,7 @@ class GradiVeQ(Method):
                 total[one.at : one.at + one.numel] = estimate[one.at : one.at + one.numel]
             if samples[_row(age)] is state["samples"][_row(age)]:
                 samples[_row(age)] = PerParameter(samples[_row(age)])
-            samples[_row(age)][name] = _samples(estimate, one, age)
+            samples[_row(age)][name] = samples_of(estimate, one, age)
         new = {
             **state,
             "plain": result.state,
@@ -253,7 +253,7 @@ class GradiVeQ(Method):
     def _centred_samples(self, state: State, name: str, one: Sliced, mean: Tensor) -> Tensor:
         """``[B, T, K]``: what is remembered of a layer, minus the means of its slices."""
         rows = [
-            state["samples"][_row(age)][name] - _samples(mean, one, age) for age in range(self.cycle.learn)
+            state["samples"][_row(age)][name] - samples_of(mean, one, age) for age in range(self.cycle.learn)
         ]
         return torch.stack(rows, dim=1)
 
@@ -284,7 +284,7 @@ class GradiVeQ(Method):
         coefficients = project(x, bases, offsets, known)  # U^T g - U^T mu
         votes, reference = x[:0], state["reference"]
         if self.cycle.retrain:
-            losses = _relative_losses(x, mean, coefficients, known, UNSEEN[self.subspace.bits])
+            losses = relative_losses(x, mean, coefficients, known, self.subspace.bits)
             votes, reference = self._judge(losses, state, layout)
         sent = _coefficients(layout.names, tuple(known.sizes), len(votes), rest.numel())
         # The mean of votes of 0 and 1 is the share of ranks that vote: no round of its own.
@@ -313,9 +313,12 @@ class GradiVeQ(Method):
     def _judge(self, losses: Tensor, state: State, layout: Layout) -> tuple[Tensor, PerParameter]:
         """This rank's votes for learning anew; what it compares with is gathered in the first steps."""
         reference = torch.stack([state["reference"][name] for name in layout.names])
-        losses, watching = losses.to(reference), torch.tensor(
-            [age - self.cycle.learn < self.cycle.watch for age in _ages(state, layout)]
-        ).to(reference)
+        losses, watching = (
+            losses.to(reference),
+            torch.tensor([age - self.cycle.learn < self.cycle.watch for age in _ages(state, layout)]).to(
+                reference
+            ),
+        )
         total, count = reference.unbind(1)
         votes = (losses * count > self.cycle.retrain * total) * (1 - watching)
         # A sum and a count: their mean.
@@ -374,21 +377,6 @@ def _per_layer(before: PerParameter, layout: Layout, numbers: list[int]) -> PerP
     return PerParameter(zip(layout.names, each, strict=True))
 
 
-def _samples(flat: Tensor, one: Sliced, age: int) -> Tensor:
-    """``[B, K]``: the slices that a learning step remembers."""
-    slices = one.view(flat)
-    return torch.stack([slices[row] for row in sampled(one, age)]).view(one.bases, one.k)
-
-
-def _relative_losses(x: Tensor, mean: Tensor, coefficients: Tensor, known: Known, unseen: float) -> Tensor:
-    """``|g - (U c + mu)| / |g|`` of each layer, without the product: ``|U c| = |c|`` where U is orthonormal,
-    so that what is lost is what is left of the square. Below ``unseen`` of it, that is rounding."""
-    whole, centred = squares(x, mean, known.pieces).unbind(1)
-    kept = squares(coefficients, coefficients, known.runs)[:, 0]
-    lost = (centred - kept) / torch.where(whole > 0, whole, 1.0)
-    return lost.clamp(min=unseen).sqrt()
-
-
 def _row(age: int) -> str:
     return f"{age:04}"
 
@@ -445,7 +433,8 @@ def gradiveq(
     growth of the loss at which most ranks cut a cycle short (0: never); ``error_feedback``: owe what was
     not sent; ``others``: how all that is no convolution, or one whose slices are over 4096 elements, is
     sent (``"powersgd"``); ``slices``: each a ``filter``, or all filters' elements at a ``place`` (the
-    paper's, with ``ratio=8``); ``basis_bits``: 16 or 32. The paper begins after 2500 plain steps: ``warmup("gradiveq", 2500)``.
+    paper's, with ``ratio=8``); ``basis_bits``: 16 or 32. The paper begins after 2500 plain steps:
+    ``warmup("gradiveq", 2500)``.
     """
     if mean not in ("pca", "zero"):
         raise DistcompError(f"gradiveq takes the mean pca or zero, not {mean!r}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distcomp.errors import DistcompError
-from distcomp.kernels.subspace import Sliced
+from distcomp.kernels.subspace import Known, Sliced, squares
 from distcomp.layout import ParamSlice
 from distcomp.methods.base import SHAPES
 from distcomp.methods.partition import Rule
@@ -59,8 +59,8 @@ class Slicing:
     """A convolution's gradient (F filters of D x H x W) as slices of K elements.
 
     ``along="place"``, as in the paper: all filters and depths at some neighbouring places. K is a multiple of
-    ``F D`` that divides the whole: the largest up to ``aim``, or ``F D`` itself where that is larger. ``along=
-    "filter"``: each filter is a slice of ``K = D H W``, whose basis is then one of the convolution's inputs;
+    ``F D`` that divides the whole: the largest up to ``aim``, or ``F D`` itself where that is larger. ``along="filter"``:
+    each filter is a slice of ``K = D H W``, whose basis is then one of the convolution's inputs;
     one of a single place (1 x 1) is sliced as in the paper. The order of elements within a slice is the one
     in which they lie: a basis does not care.
 
@@ -137,6 +137,26 @@ class Unsliced(Rule):
             )
         return self.slicing.length(param) is None
 
+
+def samples_of(flat: Tensor, one: Sliced, age: int) -> Tensor:
+    """``[B, K]``: the slices that a learning step remembers."""
+    slices = one.view(flat)
+    return torch.stack([slices[row] for row in sampled(one, age)]).view(one.bases, one.k)
+
+
+def relative_losses(x: Tensor, mean: Tensor, coefficients: Tensor, known: Known, bits: int) -> Tensor:
+    """``|g - (U c + mu)| / |g|`` of each layer, without the product: ``|U c| = |c|`` where U is orthonormal,
+    so that what is lost is what is left of the square. What is less than rounding a basis
+    to ``bits`` is not seen."""
+    whole, centred = squares(x, mean, known.pieces).unbind(1)
+    kept = squares(coefficients, coefficients, known.runs)[:, 0]
+    lost = (centred - kept) / torch.where(whole > 0, whole, 1.0)
+    return lost.clamp(min=UNSEEN[bits]).sqrt()
+
+
+UNSEEN = {16: 2.0**-8, 32: 0.0}
+"""The part of a gradient's energy that is not seen to be lost, for a basis' bits: rounded rows are orthonormal to
+so much."""
 
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 """What a basis' numbers may be."""

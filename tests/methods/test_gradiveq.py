@@ -146,7 +146,9 @@ def test_slices_share_bases_as_they_are_told(reuse: int, bases: int) -> None:
     estimate = paper_slices(rounds[13].estimate, "two", 24)
     for base in range(bases):  # each from its own slices in turn
         own = list(range(base * share, min(9, (base + 1) * share)))
-        first = np.stack([learnt[step][own[step % len(own)]] - mu[own[step % len(own)]] for step in range(10)])
+        first = np.stack(
+            [learnt[step][own[step % len(own)]] - mu[own[step % len(own)]] for step in range(10)]
+        )
         u = np.linalg.svd(first)[2][:dims]
         used = found[base, :dims].numpy()
         np.testing.assert_allclose(used.T @ used, u.T @ u, atol=1e-3)
@@ -245,9 +247,7 @@ def test_it_learns_anew_when_most_ranks_see_their_loss_grow(
     bits: int, turned: int, learns_anew: bool
 ) -> None:
     """After ten compressed steps some ranks' gradients leave the subspace for another."""
-    method = gradiveq(
-        ratio=4, learn=10, compressed=60, plain_bits=32, coefficient_bits=bits, slices="place"
-    )
+    method = gradiveq(ratio=4, learn=10, compressed=60, plain_bits=32, coefficient_bits=bits, slices="place")
     states = [method.init(NET)] * 3
     for step in range(40):
         xs = gradients(step)
