@@ -74,14 +74,12 @@ class GradiVeQ(Method):
     slices per basis, and two elements per element.
 
     Source: Yu et al., "GradiVeQ", NeurIPS 2018. We differ: eigenvectors are rank 0's, for they differ from
-    machine to machine, as a mixture of the samples, which all ranks hold to the same bit (K/learn times
-    smaller than U), and U is rounded to bfloat16, which halves what a step reads (``c`` and ``U c`` are of
-    the rounded U, so that the contributions still sum to n times the estimate); it is found from all slices in
-    turn, not from the first; slices may be filters; d is chosen on held-out gradients (in-sample energy flatters: noise reaches the paper's
-    bound); every slice has its own mean; the rule for learning anew is spelled out (the paper names it
-    only); any ``plain`` method may carry the learning phase and any stateless one the coefficients. Without
-    error feedback what lies outside of the subspace stays at the means for a whole cycle, as in the paper.
-    Applied to convolutions only, as there.
+    machine to machine, as a mixture of the samples, which all ranks hold to the same bit; U is rounded to
+    bfloat16, and coefficients, estimate and contribution are those of the rounded U; it is found from all
+    slices in turn, each minus its own mean; slices may be filters; d is chosen on held-out gradients
+    (in-sample energy flatters: noise reaches the paper's bound); the rule for learning anew is spelled out;
+    any ``plain`` method may carry the learning phase and any stateless one the coefficients. Without error
+    feedback what lies outside of the subspace stays at the means for a whole cycle, as in the paper.
 
     Raises DistcompError for ``coefficients`` that keep a state, and for convolutions that arrive in pieces.
     """

@@ -58,11 +58,11 @@ PLACE, FILTER = "place", "filter"
 class Slicing:
     """A convolution's gradient (F filters of D x H x W) as slices of K elements.
 
-    ``along="place"``, as in the paper: all filters and depths at some neighbouring places. K is a multiple of
-    ``F D`` that divides the whole: the largest up to ``aim``, or ``F D`` itself where that is larger. ``along="filter"``:
-    each filter is a slice of ``K = D H W``, whose basis is then one of the convolution's inputs;
-    one of a single place (1 x 1) is sliced as in the paper. The order of elements within a slice is the one
-    in which they lie: a basis does not care.
+    ``along="place"``, as in the paper: all filters and depths at some neighbouring places. K is a multiple
+    of ``F D`` that divides the whole: the largest up to ``aim``, or ``F D`` itself where that is larger.
+    ``along="filter"``: each filter is a slice of ``K = D H W``, whose basis is then one of the convolution's
+    inputs; one of a single place (1 x 1) is sliced as in the paper. The order of elements within a slice is
+    the one in which they lie: a basis does not care.
 
     A layer with K (``F D``, along places) beyond ``cap`` is not sliced: its basis would be too large to find
     and to keep. At most ``reuse`` neighbouring slices share a basis; 0: all of a layer do. It is found from
@@ -155,8 +155,8 @@ def relative_losses(x: Tensor, mean: Tensor, coefficients: Tensor, known: Known,
 
 
 UNSEEN = {16: 2.0**-8, 32: 0.0}
-"""The part of a gradient's energy that is not seen to be lost, for a basis' bits: rounded rows are orthonormal to
-so much."""
+"""The part of a gradient's energy that is not seen to be lost, for a basis' bits: rounded rows are
+orthonormal to so much."""
 
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 """What a basis' numbers may be."""
