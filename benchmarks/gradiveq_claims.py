@@ -270,8 +270,10 @@ def meet(gradient: Tensor) -> None:
 
 
 def link() -> dict[str, Any]:
-    """Aggregation time of each phase against float32's, and of a whole cycle: of the paper's six ranks, and of
-    fewer, for which a machine may have a core each."""
+    """Aggregation time of each phase against float32's, and of a whole cycle.
+
+    Of six ranks, as in the paper, and of fewer, for which a machine may have a core each.
+    """
     each = {ranks: _link_of(ranks) for ranks in RANKS}
     return {**each[WORKERS], "ranks": {ranks: one for ranks, one in each.items() if ranks != WORKERS}}
 

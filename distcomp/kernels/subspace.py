@@ -123,8 +123,10 @@ class Known:
 
 
 def project(x: Tensor, bases: Sequence[Tensor], offsets: Sequence[Tensor], known: Known) -> Tensor:
-    """``U^T g - offset`` of each slice g: the coefficients of all, from the flat buffer ``x``; ``offsets`` are
-    ``[slices, most]``."""
+    """``U^T g - offset`` of each slice g: the coefficients of all, from the flat buffer ``x``.
+
+    ``offsets`` are ``[slices, most]``.
+    """
     _check(x, known, bases, offsets)
     if not _served(x, bases):
         parts = [
@@ -206,7 +208,7 @@ def _check(x: Tensor, known: Known, bases: Sequence[Tensor], offsets: Sequence[T
 
 
 def _shared(rows: Tensor, one: Sliced) -> Tensor:
-    """``[slices, ...]`` as ``[B, share, ...]``: the rows that share a basis together, zeros after the last."""
+    """``[slices, ...]`` as ``[B, share, ...]``: rows that share a basis together, zeros after the last."""
     missing = one.bases * one.share - len(rows)
     if missing:
         rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
