@@ -2,7 +2,7 @@
 
     python -m benchmarks.gradiveq_claims structure    # do gradients lie in a subspace? against two controls
     python -m benchmarks.gradiveq_claims loss         # test loss, five seeds, against no compression; resumes
-    python -m benchmarks.gradiveq_claims link         # aggregation time, 6 ranks at 100 Mbit/s, one run
+    python -m benchmarks.gradiveq_claims link         # aggregation time at 100 Mbit/s: 2, 3, 4 and 6 ranks
 
 Each call adds its part to results/gradiveq_claims.json. A ResNet-style net with 3x3 convolutions of 16 to 64
 channels on pairs of digits, six workers, as in the paper, which trains ResNet-32 on CIFAR-100 for 45,000
@@ -29,7 +29,9 @@ import distcomp
 from benchmarks._common import Cells, arguments_of, gathered, median, on_network, start, write
 from benchmarks._crowd import Oversubscription, Plan, Task, rows, train, warm_up_then_cosine
 from benchmarks._places import RESULTS, example
-from distcomp.methods.slices import Slicing, Subspace, relative_loss, to_coefficients, to_slices
+from distcomp.kernels.subspace import Sliced
+from distcomp.layout import ParamSlice
+from distcomp.methods.slices import FILTER, PLACE, Slicing, Subspace, mixed, sampled
 
 WORKERS, BATCH, RATE = 6, 8, 0.05
 LEARN, LATER = 60, (30, 120)
@@ -127,43 +129,62 @@ def structure() -> dict[str, Any]:
     warm, last = 100, LEARN + LATER[-1]
     layout, seen = recorded(warm + last)
     seen = seen[warm:]
-    slicing, subspace = Slicing(), Subspace(ratio=8.0, loss=0.01)
+    subspaces = {FILTER: Subspace(ratio=24.0), PLACE: Subspace(ratio=8.0)}
     generator = torch.Generator().manual_seed(0)
     rows = {}
     for param, at in zip(layout.slices, layout.offsets, strict=True):
-        k = slicing.length(param)
-        if k is None or param.numel < 2000:
+        if Slicing().length(param) is None or param.numel < 2000:
             continue
-        series = [to_slices(one[at : at + param.numel], param, k) for one in seen]
+        series = [one[at : at + param.numel] for one in seen]
         noise = [torch.randn(s.shape, generator=generator) * s.std() for s in series]
-        basis, mean, dims = found(series, subspace)
-        random = torch.linalg.qr(torch.randn(k, dims, generator=generator)).Q.T.unsqueeze(0).contiguous()
-        noise_basis, noise_mean, noise_dims = found(noise, replace(subspace, loss=0.0))
-        zero_basis, zero_mean, _ = found(series, replace(subspace, centred=False))
-        rows[param.name] = {
-            "shape": list(param.shape), "K": k, "d": dims, "ratio": k / dims,
-            "PCA": losses(series, basis, mean),
-            "PCA around zero": losses(series, zero_basis, zero_mean),
-            "random basis": losses(series, random, mean),
-            "noise": {"d": noise_dims, **losses(noise, noise_basis, noise_mean)},
-        }  # fmt: skip
+        rows[param.name] = {"shape": list(param.shape)} | {
+            along: subspaces_of(param, along, subspace, series, noise)
+            for along, subspace in subspaces.items()
+        }
     return {"steps_before": warm, "learn": LEARN, "later": list(LATER), "layers": rows}
 
 
-def found(series: list[Tensor], subspace: Subspace) -> tuple[Tensor, Tensor, int]:
+def subspaces_of(
+    param: ParamSlice, along: str, subspace: Subspace, series: list[Tensor], noise: list[Tensor]
+) -> dict[str, Any]:
+    """What a basis of slices along filters or places misses, and what two controls miss."""
+    slicing = Slicing(along=along)
+    most = subspace.most(slicing.length(param) or 0, LEARN)
+    one = slicing.sliced(param, 0, most, most)
+    basis, mean = found(series, one, subspace)
+    random = torch.linalg.qr(torch.randn(one.k, len(basis), generator=torch.Generator().manual_seed(0))).Q.T
+    noise_basis, noise_mean = found(noise, one, replace(subspace, loss=0.0))
+    zero_basis, zero_mean = found(series, one, replace(subspace, centred=False))
+    return {
+        "K": one.k, "d": len(basis), "ratio": one.k / len(basis), "coefficients": one.slices * len(basis),
+        "PCA": losses(series, one, basis, mean),
+        "PCA around zero": losses(series, one, zero_basis, zero_mean),
+        "random basis": losses(series, one, random, mean),
+        "noise": {"d": len(noise_basis), **losses(noise, one, noise_basis, noise_mean)},
+    }  # fmt: skip
+
+
+def found(series: list[Tensor], one: Sliced, subspace: Subspace) -> tuple[Tensor, Tensor]:
     """Basis and means from the first gradients of a series."""
-    from distcomp.methods.slices import mixed
-
-    first = torch.stack([slices[:1] for slices in series[:LEARN]], dim=1).flatten(2)
-    mixture, dims = subspace.find(first)
     mean = torch.stack(series[:LEARN]).mean(0) * subspace.centred
-    return mixed(mixture, first)[:, :dims], mean, dims
+    samples = torch.stack(
+        [
+            one.view(g - mean)[sampled(one, age)].reshape(one.bases, one.k)
+            for age, g in enumerate(series[:LEARN])
+        ],
+        dim=1,
+    )
+    mixture, dims = subspace.find(samples)
+    return mixed(mixture, samples, subspace.bits)[0, :dims].float(), mean
 
 
-def losses(series: list[Tensor], basis: Tensor, mean: Tensor) -> dict[str, float]:
+def losses(series: list[Tensor], one: Sliced, basis: Tensor, mean: Tensor) -> dict[str, float]:
+    def of(g: Tensor) -> float:
+        slices = one.view(g - mean).reshape(one.slices, one.k)
+        return float((slices - slices @ basis.T @ basis).norm() / g.norm())
+
     def over(part: list[Tensor]) -> float:
-        each = [relative_loss(s, to_coefficients(s, basis, mean).reshape(-1), mean) for s in part]
-        return statistics.mean(each)
+        return statistics.mean(of(g) for g in part)
 
     near, far = LATER
     return {
@@ -211,6 +232,7 @@ def test_losses() -> dict[str, Any]:
 
 BLOCKS = 5
 """Residual blocks per stage: the paper's ResNet-32."""
+RANKS = (2, 3, 4, WORKERS)
 
 
 def rank_main(settings: Any) -> dict[str, Any]:
@@ -248,8 +270,16 @@ def meet(gradient: Tensor) -> None:
 
 
 def link() -> dict[str, Any]:
-    """Aggregation time of each phase against float32's, and of a whole cycle."""
-    raw = on_network("gradiveq_claims", WORKERS, "100mbit", {})
+    """Aggregation time of each phase against float32's, and of a whole cycle.
+
+    Of six ranks, as in the paper, and of fewer, for which a machine may have a core each.
+    """
+    each = {ranks: _link_of(ranks) for ranks in RANKS}
+    return {**each[WORKERS], "ranks": {ranks: one for ranks, one in each.items() if ranks != WORKERS}}
+
+
+def _link_of(ranks: int) -> dict[str, Any]:
+    raw = on_network("gradiveq_claims", ranks, "100mbit", {})
     plain = raw["found"]["ddp"]["exchange_s"][3:]
     ours = raw["found"][CYCLE]["exchange_s"]
     learning, last_learning, compressed = ours[3 : LEARNING - 1], ours[LEARNING - 1], ours[LEARNING + 1 :]

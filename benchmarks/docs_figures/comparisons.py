@@ -84,30 +84,33 @@ def gradiveq(found: Found) -> Iterator[str]:
 
 def _structure(layers: Found) -> Iterator[str]:
     head = [
-        "layer", "shape", "K", "d (K/d)", "in sample", "held out", "later",
+        "layer", "shape", "slices along", "K", "d (K/d)", "coefficients", "in sample", "held out", "later",
         "random basis, held out", "noise, in sample", "noise, held out",
     ]  # fmt: skip
     body = []
-    for name, row in layers.items():
-        pca, random, noise = row["PCA"], row["random basis"], row["noise"]
-        numbers = [pca["in_sample"], pca["held_out"], pca["held_out_later"]]
-        numbers += [random["held_out"], noise["in_sample"], noise["held_out"]]
-        shape = "x".join(map(str, row["shape"]))
-        dims = f"{row['d']} ({row['ratio']:.0f})"
-        body.append([f"`{name}`", shape, str(row["K"]), dims, *(f"{one:.2f}" for one in numbers)])
+    for name, layer in layers.items():
+        for along in ("filter", "place"):
+            row = layer[along]
+            pca, random, noise = row["PCA"], row["random basis"], row["noise"]
+            numbers = [pca["in_sample"], pca["held_out"], pca["held_out_later"]]
+            numbers += [random["held_out"], noise["in_sample"], noise["held_out"]]
+            shape, dims = "x".join(map(str, layer["shape"])), f"{row['d']} ({row['ratio']:.0f})"
+            cells = [f"`{name}`", shape, along, str(row["K"]), dims, str(row["coefficients"])]
+            body.append([*cells, *(f"{one:.2f}" for one in numbers)])
     yield from table(head, body)
     yield ""
 
 
 def _link(link: Found) -> Iterator[str]:
-    ms = {key: f"{1000 * link[key]:.0f} ms" for key in link if key.endswith("_s")}
-    yield (
-        f"Aggregation on 6 ranks at 100 Mbit/s, {link['parameters']:,} parameters, `{link['cycle']}`: "
-        f"float32 {ms['float32_s']}, learning {ms['learning_s']}, finding the bases "
-        f"{ms['finding_the_bases_s']} once a cycle, compressed {ms['compressed_s']}: "
-        f"{link['compressed_phase_times_faster']:.1f} x faster in the compressed phase, "
-        f"{link['whole_cycle_times_faster']:.1f} x over a whole cycle."
-    )
+    columns = ("float32_s", "learning_s", "finding_the_bases_s", "compressed_s")
+    body = []
+    for ranks, row in [*link.get("ranks", {}).items(), (6, link)]:
+        faster = [f"{row[f'{what}_times_faster']:.1f} x" for what in ("compressed_phase", "whole_cycle")]
+        body.append([str(ranks), *(f"{1000 * row[one]:.0f} ms" for one in columns), *faster])
+    head = ["ranks", "float32", "learning", "finding the bases, once a cycle", "compressed"]
+    yield f"Aggregation at 100 Mbit/s, {link['parameters']:,} parameters, `{link['cycle']}`:"
+    yield ""
+    yield from table([*head, "compressed phase", "whole cycle"], body)
     yield ""
 
 

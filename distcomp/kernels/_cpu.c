@@ -18,6 +18,7 @@
 #include "_rotation.h"
 #include "_rows.h"
 #include "_select.h"
+#include "_subspace.h"
 #include "_twolevel.h"
 #include "_twomeans.h"
 #include "_words.h"
@@ -374,6 +375,11 @@ static PyMethodDef methods[] = {
     {"grid_encode", py_grid_encode, METH_VARARGS, "x, codes, sizes of the two, table, lines, keys, spacing, bits"},
     {"grid_decode", py_grid_decode, METH_VARARGS, "out, codes, sizes of the two, spacing, bits, sign"},
     {"pack_integers", py_pack_integers, METH_VARARGS, "integers, codes, sizes of the two, bits, whether to unpack"},
+    {"subspace_project", py_subspace_project, METH_VARARGS,
+     "x, 0, coefficients, table, lines, addresses of bases, of offsets, sizes of x and coefficients"},
+    {"subspace_restore", py_subspace_restore, METH_VARARGS,
+     "coefficients, mean, out, table, lines, addresses of bases, 0, sizes of out and coefficients"},
+    {"squares", py_squares, METH_VARARGS, "x, mean, out, table, pieces, size of x"},
     {"use", py_use, METH_VARARGS, "choose an instruction set by name: generic, avx2 or avx512"},
     {"instruction_set", py_instruction_set, METH_NOARGS, "the one in use"},
     {NULL, NULL, 0, NULL},

@@ -210,3 +210,26 @@ def dct(
     sign: int,
     /,
 ) -> None: ...
+def subspace_project(
+    x: int,
+    unused: int,
+    coefficients: int,
+    table: int,
+    lines: int,
+    bases: int,
+    offsets: int,
+    sizes: tuple[int, int],
+    /,
+) -> None: ...
+def subspace_restore(
+    coefficients: int,
+    mean: int,
+    out: int,
+    table: int,
+    lines: int,
+    bases: int,
+    unused: int,
+    sizes: tuple[int, int],
+    /,
+) -> None: ...
+def squares(x: int, mean: int, out: int, table: int, pieces: int, size: int, /) -> None: ...

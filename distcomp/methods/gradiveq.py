@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor
 from distcomp.collectives import Broadcast, Rounds
 from distcomp.compressors import Cast, Identity, Quantize
 from distcomp.errors import DistcompError
-from distcomp.layout import Layout, ParamSlice
+from distcomp.kernels.subspace import Known, Sliced, project, restore
+from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import (
     SHAPES,
     AggregateResult,
@@ -32,16 +34,15 @@ from distcomp.methods.partition import Partition, merge, sides, split
 from distcomp.methods.registry import method_of, register
 from distcomp.methods.scheduled import EXACT
 from distcomp.methods.slices import (
+    DTYPES,
+    FILTER,
     Cycle,
     Slicing,
     Subspace,
     Unsliced,
-    from_coefficients,
-    from_slices,
     mixed,
-    relative_loss,
-    to_coefficients,
-    to_slices,
+    relative_losses,
+    samples_of,
 )
 from distcomp.payload import Part, Parts, Payload, body_bytes, wire_bytes
 
@@ -69,16 +70,16 @@ class GradiVeQ(Method):
     On the wire: ``plain``'s bytes while it learns; then those of ``coefficients`` for ``d/K`` as many
     elements; at the end of learning ``8 d_max learn`` bytes per basis, from rank 0 in a tree.
     ``payload_bytes`` takes d at its most. What is no convolution, or too wide, goes in float32: behind the
-    coefficients where these are float32, otherwise in an all-reduce of its own. Memory: ``learn + d_max``
-    slices per basis and two elements per element.
+    coefficients where these are float32, otherwise in an all-reduce of its own. Memory: ``learn + d_max/2``
+    slices per basis, and two elements per element.
 
     Source: Yu et al., "GradiVeQ", NeurIPS 2018. We differ: eigenvectors are rank 0's, for they differ from
-    machine to machine, as a mixture of the samples, which all ranks hold to the same bit (K/learn times
-    smaller than U); d is chosen on held-out gradients (in-sample energy flatters: noise reaches the paper's
-    bound); every slice has its own mean; the rule for learning anew is spelled out (the paper names it
-    only); any ``plain`` method may carry the learning phase and any stateless one the coefficients. Without
-    error feedback what lies outside of the subspace stays at the means for a whole cycle, as in the paper.
-    Applied to convolutions only, as there.
+    machine to machine, as a mixture of the samples, which all ranks hold to the same bit; U is rounded to
+    bfloat16, and coefficients, estimate and contribution are those of the rounded U; it is found from all
+    slices in turn, each minus its own mean; slices may be filters; d is chosen on held-out gradients
+    (in-sample energy flatters: noise reaches the paper's bound); the rule for learning anew is spelled out;
+    any ``plain`` method may carry the learning phase and any stateless one the coefficients. Without error
+    feedback what lies outside of the subspace stays at the means for a whole cycle, as in the paper.
 
     Raises DistcompError for ``coefficients`` that keep a state, and for convolutions that arrive in pieces.
     """
@@ -104,28 +105,32 @@ class GradiVeQ(Method):
     def assumed_state(self, layout: Layout, step: int) -> State:
         """As if no layer had begun anew before its time, and every basis were as large as it may be."""
         _, layout = sides(self._unsliced, layout).layouts
-        shapes = {param.name: self._shape(param) for param in layout.slices}
+        known = zip(layout.names, self._slices(layout), strict=True)
+        sliced, age = dict(known), step % self.cycle.length
 
-        def each(*shape_of: str) -> PerParameter:
+        def numbers(of: Callable[[Sliced], int]) -> PerParameter:
             return PerParameter(
-                {
-                    name: torch.zeros([shape[axis] for axis in shape_of], dtype=torch.float32)
-                    for name, shape in shapes.items()
-                }
+                {name: torch.tensor(of(one), dtype=torch.int64) for name, one in sliced.items()}
             )
 
-        age = step % self.cycle.length
-        known = {name: shape["most"] * (age >= self.cycle.learn) for name, shape in shapes.items()}
+        def each(of: Callable[[Sliced], tuple[int, ...]], dtype: torch.dtype) -> PerParameter:
+            return PerParameter({name: torch.zeros(of(one), dtype=dtype) for name, one in sliced.items()})
+
+        def flat() -> FlatBuffer:
+            return FlatBuffer(torch.zeros(layout.numel, dtype=torch.float32), layout)
+
         return {
-            "age": PerParameter({name: torch.tensor(age, dtype=torch.int64) for name in shapes}),
-            "dims": PerParameter(
-                {name: torch.tensor(dims, dtype=torch.int64) for name, dims in known.items()}
-            ),
-            "basis": each("bases", "most", "k"),
-            "mean": each("slices", "k"),
-            "total": each("slices", "k"),
-            "samples": {_row(age): each("bases", "k") for age in range(self.cycle.learn)},
-            "reference": PerParameter({name: torch.zeros(2, dtype=torch.float32) for name in shapes}),
+            "age": numbers(lambda _: age),
+            "dims": numbers(lambda one: one.most * (age >= self.cycle.learn)),
+            "basis": each(lambda one: (one.bases, one.most, one.k), DTYPES[self.subspace.bits]),
+            "offset": each(lambda one: (one.slices, one.most), torch.float32),
+            "mean": flat(),
+            "total": flat(),
+            "samples": {
+                _row(row): each(lambda one: (one.bases, one.k), torch.float32)
+                for row in range(self.cycle.learn)
+            },
+            "reference": each(lambda _: (2,), torch.float32),
             "plain": self.plain.init(layout),
         }
 
@@ -133,14 +138,26 @@ class GradiVeQ(Method):
     def _unsliced(self) -> Unsliced:
         return Unsliced(slicing=self.slicing)
 
-    def _shape(self, param: ParamSlice) -> dict[str, int]:
-        bases, _, k = self.slicing.shape(param)
-        return {
-            "bases": bases,
-            "slices": param.numel // k,
-            "k": k,
-            "most": self.subspace.most(k, self.cycle.learn),
-        }
+    def _slices(self, layout: Layout) -> tuple[Sliced, ...]:
+        """Where each layer's slices lie, with as many directions as there may be."""
+        return layout.remember(("slices", self.slicing, self.subspace, self.cycle), lambda: self._cut(layout))
+
+    def _cut(self, layout: Layout) -> tuple[Sliced, ...]:
+        each = []
+        for param, at in zip(layout.slices, layout.offsets, strict=True):
+            most = self.subspace.most(self.slicing.length(param) or 0, self.cycle.learn)
+            each.append(self.slicing.sliced(param, at, most, most))
+        return tuple(each)
+
+    def _known(self, layout: Layout, state: State) -> Known:
+        """The same with the directions in use: made once in a cycle."""
+        dims = tuple(torch.stack([state["dims"][name] for name in layout.names]).tolist())
+        last = layout.remember(("known", self.slicing, self.subspace, self.cycle), dict[Any, Known])
+        if dims not in last:
+            last.clear()
+            slices = zip(self._slices(layout), dims, strict=True)
+            last[dims] = Known(tuple(replace(one, dims=own) for one, own in slices))
+        return last[dims]
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         others, sliced = sides(self._unsliced, context.layout).layouts
@@ -163,12 +180,13 @@ class GradiVeQ(Method):
 
     def _rides(self, state: State, sliced: Layout) -> bool:
         """Whether one float32 all-reduce carries everything."""
-        ages = [int(state["age"][name]) for name in sliced.names]
-        return self.coefficients == EXACT and min(ages) >= self.cycle.learn
+        return self.coefficients == EXACT and min(_ages(state, sliced)) >= self.cycle.learn
 
     def _convolutions(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        learning = frozenset(n for n in context.layout.names if int(state["age"][n]) < self.cycle.learn)
-        if len(learning) == len(context.layout.names):
+        names = context.layout.names
+        ages = zip(names, _ages(state, context.layout), strict=True)
+        learning = frozenset(name for name, age in ages if age < self.cycle.learn)
+        if len(learning) == len(names):
             return (yield from self._learn(x, state, context))
         if not learning:
             return (yield from self._compressed(x, state, context, x[:0]))[0]
@@ -177,57 +195,76 @@ class GradiVeQ(Method):
     def _learn(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         """Send plainly; remember what came of it; at the end of the phase, find the bases."""
         result = yield from self.plain.aggregate(x, state["plain"], context)
-        total, ages = PerParameter(state["total"]), PerParameter(state["age"])
-        samples = {row: PerParameter(leaf) for row, leaf in state["samples"].items()}
-        due = []
-        for param, piece in context.layout.pieces(result.estimate):
-            name, age = param.name, int(ages[param.name])
-            _, share, k = self.slicing.shape(param)
-            slices = to_slices(piece, param, k)
-            samples[_row(age)][name] = slices[::share].clone()
-            total[name] = slices + total[name] if age else slices  # a new cycle forgets the last one's
-            ages[name] = ages[name] + 1
-            if age + 1 == self.cycle.learn:
-                due.append(param)
-        new = {**state, "plain": result.state, "total": total, "samples": samples, "age": ages}
+        layout, estimate = context.layout, result.estimate
+        ages, slices = _ages(state, layout), self._slices(layout)
+        total = state["total"].data + estimate
+        samples = {**state["samples"]}
+        for name, one, age in zip(layout.names, slices, ages, strict=True):
+            if age == 0:  # a new cycle forgets the last one's
+                total[one.at : one.at + one.numel] = estimate[one.at : one.at + one.numel]
+            if samples[_row(age)] is state["samples"][_row(age)]:
+                samples[_row(age)] = PerParameter(samples[_row(age)])
+            samples[_row(age)][name] = samples_of(estimate, one, age)
+        new = {
+            **state,
+            "plain": result.state,
+            "total": FlatBuffer(total, layout),
+            "samples": samples,
+            "age": _per_layer(state["age"], layout, [age + 1 for age in ages]),
+        }
+        due = tuple(i for i, age in enumerate(ages) if age + 1 == self.cycle.learn)
         if due:
-            new = yield from self._bases_found(new, tuple(due), context)
+            new = yield from self._bases_found(new, due, context)
         return replace(result, state=new)
 
     def _bases_found(
-        self, state: dict[str, Any], due: tuple[ParamSlice, ...], context: StepContext
+        self, state: dict[str, Any], due: tuple[int, ...], context: StepContext
     ) -> Rounds[dict[str, Any]]:
         """Bases and means of the layers whose learning is over, by the mixtures that rank 0 broadcasts."""
-        rows = range(self.cycle.learn)
-        samples = [torch.stack([state["samples"][_row(age)][s.name] for age in rows], dim=1) for s in due]
-        payload = Payload.empty(self._parts(due), samples[0].device)
+        names, slices = context.layout.names, self._slices(context.layout)
+        mean = state["mean"].data.clone()
+        for one in (slices[i] for i in due):
+            own = state["total"].data[one.at : one.at + one.numel]
+            mean[one.at : one.at + one.numel] = own * (self.subspace.centred / self.cycle.learn)
+        samples = [self._centred_samples(state, names[i], slices[i], mean) for i in due]
+        layers = [slices[i] for i in due]
+        payload = Payload.empty(self._parts(layers), mean.device)
         # Rank 0 alone: eigenvectors differ from machine to machine, in sign at the least.
         if context.rank == 0:
-            for own, mixture, dims in zip(samples, *self._views(payload, due), strict=True):
+            for own, mixture, dims in zip(samples, *self._views(payload, layers), strict=True):
                 own_mixture, count = self.subspace.find(own)
                 mixture.copy_(own_mixture)
                 dims.fill_(count)
         answer: Payload = yield Broadcast(payload, source=0)
-        new = {key: PerParameter(state[key]) for key in ("basis", "mean", "dims", "reference")}
-        for param, own, mixture, dims in zip(due, samples, *self._views(answer, due), strict=True):
-            name = param.name
-            new["basis"][name] = mixed(mixture, own)
-            new["mean"][name] = state["total"][name] * (self.subspace.centred / self.cycle.learn)
+        new = {key: PerParameter(state[key]) for key in ("basis", "offset", "dims", "reference")}
+        for i, own, mixture, dims in zip(due, samples, *self._views(answer, layers), strict=True):
+            name, one = names[i], slices[i]
+            basis = mixed(mixture, own, self.subspace.bits)
+            new["basis"][name] = basis
+            nothing = [torch.zeros_like(state["offset"][name])]
+            of_means = project(mean, [basis], nothing, Known((one,)))
+            new["offset"][name] = of_means.view(one.slices, one.most)
             new["dims"][name] = dims.long()
             new["reference"][name] = torch.zeros_like(state["reference"][name])
-        return {**state, **new}
+        return {**state, **new, "mean": FlatBuffer(mean, context.layout)}
 
-    def _mixtures(self, due: tuple[ParamSlice, ...]) -> list[tuple[int, int, int]]:
-        shapes = [self._shape(param) for param in due]
-        return [(shape["bases"], shape["most"], self.cycle.learn) for shape in shapes]
+    def _centred_samples(self, state: State, name: str, one: Sliced, mean: Tensor) -> Tensor:
+        """``[B, T, K]``: what is remembered of a layer, minus the means of its slices."""
+        rows = [
+            state["samples"][_row(age)][name] - samples_of(mean, one, age) for age in range(self.cycle.learn)
+        ]
+        return torch.stack(rows, dim=1)
 
-    def _parts(self, due: tuple[ParamSlice, ...]) -> Parts:
-        values = sum(math.prod(shape) for shape in self._mixtures(due))
-        return (Part("values", torch.float64, values), Part("indices", torch.int32, len(due)))
+    def _mixtures(self, layers: Sequence[Sliced]) -> list[tuple[int, int, int]]:
+        return [(one.bases, one.most, self.cycle.learn) for one in layers]
 
-    def _views(self, payload: Payload, due: tuple[ParamSlice, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    def _parts(self, layers: Sequence[Sliced]) -> Parts:
+        values = sum(math.prod(shape) for shape in self._mixtures(layers))
+        return (Part("values", torch.float64, values), Part("indices", torch.int32, len(layers)))
+
+    def _views(self, payload: Payload, layers: Sequence[Sliced]) -> tuple[list[Tensor], list[Tensor]]:
         """The mixture and d of each layer, as they lie in a payload."""
-        shapes = self._mixtures(due)
+        shapes = self._mixtures(layers)
         flat = torch.split(payload["values"], [math.prod(shape) for shape in shapes])
         return [values.view(shape) for values, shape in zip(flat, shapes, strict=True)], list(
             payload["indices"]
@@ -238,39 +275,53 @@ class GradiVeQ(Method):
     ) -> Rounds[tuple[AggregateResult, Tensor]]:
         """Send coefficients, behind them a vote of each layer for learning anew, and behind these what rides;
         the mean of that beside the result."""
-        known = [_Known.of(param, state) for param in context.layout.slices]
-        coefficients, votes = [], []
-        reference, ages = PerParameter(state["reference"]), PerParameter(state["age"])
-        for layer, (param, piece) in zip(known, context.layout.pieces(x), strict=True):
-            slices = to_slices(piece, param, layer.mean.shape[1])
-            coefficients.append(to_coefficients(slices, layer.basis, layer.mean).reshape(-1))
-            if self.cycle.retrain:
-                loss = relative_loss(slices, coefficients[-1], layer.mean)
-                vote, reference[param.name] = self._judge(loss, ages[param.name], reference[param.name])
-                votes.append(vote)
-        sizes = tuple(c.numel() for c in coefficients)
-        layout = _coefficients(context.layout.names, sizes, len(votes), rest.numel())
+        layout = context.layout
+        known, mean = self._known(layout, state), state["mean"].data
+        bases = [state["basis"][name] for name in layout.names]
+        offsets = [state["offset"][name] for name in layout.names]
+        coefficients = project(x, bases, offsets, known)  # U^T g - U^T mu
+        votes, reference = x[:0], state["reference"]
+        if self.cycle.retrain:
+            losses = relative_losses(x, mean, coefficients, known, self.subspace.bits)
+            votes, reference = self._judge(losses, state, layout)
+        sent = _coefficients(layout.names, tuple(known.sizes), len(votes), rest.numel())
         # The mean of votes of 0 and 1 is the share of ranks that vote: no round of its own.
-        own = torch.cat([*coefficients, x.new_tensor(votes), rest])
-        result = yield from self.coefficients.aggregate(own, {}, replace(context, layout=layout))
+        own = torch.cat([coefficients, votes.to(x), rest])
+        result = yield from self.coefficients.aggregate(own, {}, replace(context, layout=sent))
         agreed = result.estimate[: own.numel() - rest.numel()]
-        anew = agreed[agreed.numel() - len(votes) :].tolist() or [0.0] * len(known)
-        for layer, share in zip(known, anew, strict=True):
-            # Most ranks for it: age 0, so that the layer learns from the next step on.
-            ages[layer.param.name] = (ages[layer.param.name] + 1) % self.cycle.length * (share <= 0.5)
+        shares = agreed[known.numel :].tolist() or [0.0] * len(bases)
+        # Most ranks for it: age 0, so that the layer learns from the next step on.
+        ages = [
+            (age + 1) % self.cycle.length * (share <= 0.5)
+            for age, share in zip(_ages(state, layout), shares, strict=True)
+        ]
+
+        def restored(coefficients: Tensor) -> Tensor:
+            out = torch.empty_like(x)
+            restore(coefficients, bases, mean, out, known)
+            return out
+
         compressed = AggregateResult(
-            _restored(agreed, known, x),
-            lambda: _restored(result.contribution(), known, x),
-            {**state, "age": ages, "reference": reference},
+            restored(agreed),
+            lambda: restored(result.contribution()),
+            {**state, "age": _per_layer(state["age"], layout, ages), "reference": reference},
         )
         return compressed, result.estimate[agreed.numel() :]
 
-    def _judge(self, loss: float, age: Tensor, reference: Tensor) -> tuple[float, Tensor]:
-        """This rank's vote for learning anew; what it compares with is gathered in the first steps."""
-        if int(age) - self.cycle.learn < self.cycle.watch:
-            return 0.0, reference + reference.new_tensor([loss, 1.0])  # a sum and a count: their mean
-        total, count = reference.tolist()
-        return float(loss * count > self.cycle.retrain * total), reference
+    def _judge(self, losses: Tensor, state: State, layout: Layout) -> tuple[Tensor, PerParameter]:
+        """This rank's votes for learning anew; what it compares with is gathered in the first steps."""
+        reference = torch.stack([state["reference"][name] for name in layout.names])
+        losses, watching = (
+            losses.to(reference),
+            torch.tensor([age - self.cycle.learn < self.cycle.watch for age in _ages(state, layout)]).to(
+                reference
+            ),
+        )
+        total, count = reference.unbind(1)
+        votes = (losses * count > self.cycle.retrain * total) * (1 - watching)
+        # A sum and a count: their mean.
+        gathered = reference + watching.unsqueeze(1) * torch.stack([losses, torch.ones_like(losses)], dim=1)
+        return votes, PerParameter(zip(layout.names, gathered.unbind(0), strict=True))
 
     def _some_learn(
         self, x: Tensor, state: State, context: StepContext, learning: frozenset[str]
@@ -300,44 +351,28 @@ class GradiVeQ(Method):
         age = step % self.cycle.length
         others_bytes = all_reduce_bytes(4 * others.numel, size) if others.slices else 0
         if age >= self.cycle.learn and layout.slices:
-            most = {s.name: self._shape(s)["slices"] * self._shape(s)["most"] for s in layout.slices}
+            most = Known(self._slices(layout)).sizes
             votes = len(most) if self.cycle.retrain else 0
             riding = others.numel if self.coefficients == EXACT else 0
-            sent = _coefficients(tuple(most), tuple(most.values()), votes, riding)
+            sent = _coefficients(layout.names, tuple(most), votes, riding)
             return self.coefficients.payload_bytes(sent, size, step) + (0 if riding else others_bytes)
         plain = others_bytes + (self.plain.payload_bytes(layout, size, step) if layout.slices else 0)
         if age + 1 < self.cycle.learn or not layout.slices:
             return plain
-        parts, tree = self._parts(layout.slices), (size - 1) / size
+        parts, tree = self._parts(self._slices(layout)), (size - 1) / size
         header = wire_bytes(parts) - body_bytes(parts)
         return plain + round(header * tree) + sum(round(part.nbytes * tree) for part in parts)
 
 
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """What all ranks know of a layer while it is compressed."""
-
-    param: ParamSlice
-    basis: Tensor
-    mean: Tensor
-
-    @staticmethod
-    def of(param: ParamSlice, state: State) -> _Known:
-        dims = int(state["dims"][param.name])
-        return _Known(param, state["basis"][param.name][:, :dims], state["mean"][param.name])
+def _ages(state: State, layout: Layout) -> list[int]:
+    ages: list[int] = torch.stack([state["age"][name] for name in layout.names]).tolist()
+    return ages
 
 
-def _restored(coefficients: Tensor, known: list[_Known], like: Tensor) -> Tensor:
-    """The flat buffer that coefficients stand for."""
-    out = torch.empty_like(like)
-    layout = Layout(tuple(layer.param for layer in known))
-    at = 0
-    for layer, (param, piece) in zip(known, layout.pieces(out), strict=True):
-        slices, dims = layer.mean.shape[0], layer.basis.shape[1]
-        own = coefficients[at : at + slices * dims].view(slices, dims)
-        from_slices(from_coefficients(own, layer.basis, layer.mean), param, piece)
-        at += slices * dims
-    return out
+def _per_layer(before: PerParameter, layout: Layout, numbers: list[int]) -> PerParameter:
+    """A number for each layer, of the kind there was before."""
+    each = before[layout.names[0]].new_tensor(numbers).unbind(0)
+    return PerParameter(zip(layout.names, each, strict=True))
 
 
 def _row(age: int) -> str:
@@ -368,13 +403,14 @@ def _method_of_width(bits: int, what: str) -> Method:
     wire="learning 2 (n-1)/n d plain_bits/8; compressed 2 (n-1)/n 4d/ratio at most; bases once a cycle",
     summable=True,
     biased=True,
-    deviations="rank 0 broadcasts the basis; its size is chosen on held-out gradients; a mean for "
-    "every slice; the rule for learning anew is spelled out",
+    deviations="slices along filters unless asked for places; rank 0 broadcasts the basis, in bfloat16, "
+    "found from all slices in turn, its size chosen on held-out gradients; a mean for every slice; the rule "
+    "for learning anew is spelled out",
     limitations="where gradients do not stay in a subspace, as in wide dense layers; its bases cost "
     "seconds of computing",
 )
 def gradiveq(
-    ratio: float = 8.0,
+    ratio: float = 24.0,
     loss: float = 0.01,
     learn: int = 100,
     compressed: int = 400,
@@ -384,6 +420,8 @@ def gradiveq(
     retrain: float = 1.5,
     error_feedback: bool = False,
     others: Method | str = EXACT,
+    slices: str = FILTER,
+    basis_bits: int = 16,
 ) -> Method:
     """Send convolutions by their gradients' coefficients in a subspace found in earlier gradients.
 
@@ -391,16 +429,20 @@ def gradiveq(
     energy that may be lost for fewer; ``learn`` steps at ``plain_bits`` and ``compressed`` ones at
     ``coefficient_bits`` make a cycle; ``mean``: ``pca`` or ``zero`` for what lies outside; ``retrain``:
     growth of the loss at which most ranks cut a cycle short (0: never); ``error_feedback``: owe what was
-    not sent; ``others``: how all that is no convolution, or one of over 4096 filters times depth, is
-    sent (``"powersgd"``). The paper begins after 2500 plain steps: ``warmup("gradiveq", 2500)``.
+    not sent; ``others``: how all that is no convolution, or one whose slices are over 4096 elements, is
+    sent (``"powersgd"``); ``slices``: each a ``filter``, or all filters' elements at a ``place`` (the
+    paper's, with ``ratio=8``); ``basis_bits``: 16 or 32. The paper begins after 2500 plain steps:
+    ``warmup("gradiveq", 2500)``.
     """
     if mean not in ("pca", "zero"):
         raise DistcompError(f"gradiveq takes the mean pca or zero, not {mean!r}")
+    slicing = Slicing(along=slices)
     method = GradiVeQ(
-        subspace=Subspace(ratio, loss, centred=mean == "pca"),
+        slicing,
+        Subspace(ratio, loss, mean == "pca", basis_bits),
         cycle=Cycle(learn, compressed, retrain),
         plain=_method_of_width(plain_bits, "plain_bits"),
         coefficients=_method_of_width(coefficient_bits, "coefficient_bits"),
     )
     whole: Method = ErrorFeedback(method) if error_feedback else method
-    return whole if others == EXACT else Partition(Unsliced(), method_of(others), whole)
+    return whole if others == EXACT else Partition(Unsliced(slicing=slicing), method_of(others), whole)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distcomp.errors import DistcompError
+from distcomp.kernels.subspace import Known, Sliced, squares
 from distcomp.layout import ParamSlice
 from distcomp.methods.base import SHAPES
 from distcomp.methods.partition import Rule
@@ -49,22 +50,31 @@ class Cycle:
         return max(1, min(20, self.compressed // 5))
 
 
+PLACE, FILTER = "place", "filter"
+"""What a slice is: all filters at some places, as in the paper; or one filter."""
+
+
 @dataclass(frozen=True)
 class Slicing:
-    """A convolution's gradient (F filters of D x H x W) as slices of K consecutive elements.
+    """A convolution's gradient (F filters of D x H x W) as slices of K elements.
 
-    The F filters' elements at one place lie side by side, then come depth, width and height. K is a
-    multiple of ``F D`` that divides the whole: the largest up to ``aim``, or ``F D`` itself where that is
-    larger. A layer with ``F D > cap`` is not sliced: its basis would be too large to find and to keep.
+    ``along="place"``, as in the paper: all filters and depths at some neighbouring places. K is a multiple
+    of ``F D`` that divides the whole: the largest up to ``aim``, or ``F D`` itself where that is larger.
+    ``along="filter"``: each filter is a slice of ``K = D H W``, whose basis is then one of the convolution's
+    inputs; one of a single place (1 x 1) is sliced as in the paper. The order of elements within a slice is
+    the one in which they lie: a basis does not care.
 
-    At most ``reuse`` slices share a basis, which is found from the first of them; 0: all of a layer do.
+    A layer with K (``F D``, along places) beyond ``cap`` is not sliced: its basis would be too large to find
+    and to keep. At most ``reuse`` neighbouring slices share a basis; 0: all of a layer do. It is found from
+    all of them, one after the other (the paper: from the first one).
 
-    Raises DistcompError for an ``aim`` outside 1..cap, or a negative ``reuse``.
+    Raises DistcompError for an ``aim`` outside 1..cap, a negative ``reuse``, or another ``along``.
     """
 
     aim: int = 1024
     cap: int = 4096
     reuse: int = 0
+    along: str = PLACE
 
     def __post_init__(self) -> None:
         if not 1 <= self.aim <= self.cap:
@@ -75,6 +85,8 @@ class Slicing:
             raise DistcompError(
                 f"reuse counts the slices that share a basis, not {self.reuse}; 0 is all of a layer"
             )
+        if self.along not in (PLACE, FILTER):
+            raise DistcompError(f"slices lie along {PLACE} or {FILTER}, not {self.along!r}")
 
     def length(self, param: ParamSlice) -> int | None:
         """K; None for what is no convolution, or too wide."""
@@ -82,19 +94,29 @@ class Slicing:
             return None
         filters, depth, height, width = param.shape
         unit, places = filters * depth, height * width
+        if self.along == FILTER and places > 1:
+            return depth * places if depth * places <= self.cap else None
         if unit > self.cap:
             return None
         return unit * max(
             j for j in range(1, places + 1) if places % j == 0 and (j == 1 or j * unit <= self.aim)
         )
 
-    def shape(self, param: ParamSlice) -> tuple[int, int, int]:
-        """Bases of a layer, slices that share one, and K."""
+    def sliced(self, param: ParamSlice, at: int, most: int, dims: int) -> Sliced:
+        """Where the slices lie in a flat buffer in which the gradient begins at ``at``."""
         k = self.length(param)
         assert k is not None
+        filters, depth, height, width = param.shape
         slices = param.numel // k
+        units = 1 if self.along == FILTER and height * width > 1 else filters * depth
         bases = -(-slices // self.reuse) if self.reuse else 1
-        return bases, -(-slices // bases), k
+        return Sliced(at, units, slices, k // units, bases, most, dims)
+
+
+def sampled(one: Sliced, age: int) -> list[int]:
+    """For each basis, the slice that is its sample in the learning step ``age``: each in its turn."""
+    firsts = range(0, one.slices, one.share)
+    return [first + age % min(one.share, one.slices - first) for first in firsts]
 
 
 @dataclass(frozen=True)
@@ -116,48 +138,28 @@ class Unsliced(Rule):
         return self.slicing.length(param) is None
 
 
-def to_slices(piece: Tensor, param: ParamSlice, k: int) -> Tensor:
-    """``[slices, K]`` in memory of its own, from a gradient that lies in a flat buffer."""
-    moved = piece.view(param.shape).permute(2, 3, 1, 0)
-    return moved.clone(memory_format=torch.contiguous_format).view(-1, k)
+def samples_of(flat: Tensor, one: Sliced, age: int) -> Tensor:
+    """``[B, K]``: the slices that a learning step remembers."""
+    slices = one.view(flat)
+    return torch.stack([slices[row] for row in sampled(one, age)]).view(one.bases, one.k)
 
 
-def from_slices(slices: Tensor, param: ParamSlice, out: Tensor) -> None:
-    """Put slices back to where they lie in a flat buffer."""
-    filters, depth, height, width = param.shape
-    out.view(param.shape).copy_(slices.view(height, width, depth, filters).permute(3, 2, 0, 1))
+def relative_losses(x: Tensor, mean: Tensor, coefficients: Tensor, known: Known, bits: int) -> Tensor:
+    """``|g - (U c + mu)| / |g|`` of each layer, without the product: ``|U c| = |c|`` where U is orthonormal,
+    so that what is lost is what is left of the square. What is less than rounding a basis
+    to ``bits`` is not seen."""
+    whole, centred = squares(x, mean, known.pieces).unbind(1)
+    kept = squares(coefficients, coefficients, known.runs)[:, 0]
+    lost = (centred - kept) / torch.where(whole > 0, whole, 1.0)
+    return lost.clamp(min=UNSEEN[bits]).sqrt()
 
 
-def to_coefficients(slices: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
-    """``c = U^T (g - mu)``: ``[S, d]`` for slices ``[S, K]`` and bases ``[B, d, K]`` of neighbouring slices.
+UNSEEN = {16: 2.0**-8, 32: 0.0}
+"""The part of a gradient's energy that is not seen to be lost, for a basis' bits: rounded rows are
+orthonormal to so much."""
 
-    Linear in (g, mu): what the ranks' parts compress to adds up to what their sum compresses to.
-    """
-    return torch.bmm(_shared(slices - mean, basis), basis.mT).flatten(0, 1)[: slices.shape[0]]
-
-
-def from_coefficients(coefficients: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
-    """``U c + mu``: ``[S, K]``."""
-    return torch.bmm(_shared(coefficients, basis), basis).flatten(0, 1)[: mean.shape[0]] + mean
-
-
-def relative_loss(slices: Tensor, coefficients: Tensor, mean: Tensor) -> float:
-    """``|g - (U c + mu)| / |g|``, without the product: U is orthonormal."""
-    whole, centred, kept = (
-        float(torch.linalg.vector_norm(values)) for values in (slices, slices - mean, coefficients)
-    )
-    # Of an orthonormal basis |U c| = |c|: what is lost is what is left of the square.
-    return max(centred**2 - kept**2, 0.0) ** 0.5 / whole if whole else 0.0
-
-
-def _shared(rows: Tensor, basis: Tensor) -> Tensor:
-    """``[S, ...]`` as ``[B, S/B, ...]``: the rows that share a basis together, zeros after the last."""
-    bases = basis.shape[0]
-    share = -(-rows.shape[0] // bases)
-    missing = bases * share - rows.shape[0]
-    if missing:
-        rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
-    return rows.view(bases, share, -1)
+DTYPES = {16: torch.bfloat16, 32: torch.float32}
+"""What a basis' numbers may be."""
 
 
 @dataclass(frozen=True)
@@ -166,16 +168,20 @@ class Subspace:
 
     ``ratio``: at most ``K / ratio`` coefficients per slice. ``loss``: as few of them as stay within this much
     (of the energy, 0.01 is 1 %) of the best that so many can do, on gradients that the basis was not found
-    from. ``centred``: samples minus their mean; otherwise around zero.
+    from. ``centred``: samples minus their mean; otherwise around zero. ``bits``: of a basis' numbers, 16
+    (bfloat16: half of what compressing reads; what is sent is the coefficients of the rounded basis) or 32.
 
-    Raises DistcompError for a ratio below 1 or a loss outside [0, 1).
+    Raises DistcompError for a ratio below 1, a loss outside [0, 1), or other bits.
     """
 
     ratio: float = 8.0
     loss: float = 0.01
     centred: bool = True
+    bits: int = 16
 
     def __post_init__(self) -> None:
+        if self.bits not in DTYPES:
+            raise DistcompError(f"a basis has numbers of 16 bits (bfloat16) or 32, not {self.bits}")
         if self.ratio < 1 or not 0 <= self.loss < 1:
             raise DistcompError(
                 f"ratio={self.ratio} must be 1 or more and loss={self.loss} in [0, 1); "
@@ -191,28 +197,22 @@ class Subspace:
         layer.
 
         d is chosen with bases of the first four fifths, by their loss on the last fifth; the mixture returned
-        is that of all samples.
+        is that of all samples. All of it is in terms of the samples' inner products, T x T of them.
         """
         # An eigensolver refuses a NaN, and a step that has one is skipped in any case.
         samples = torch.nan_to_num(samples.double(), 0.0, 0.0, 0.0)
         count, k = samples.shape[1:]
-        most = self.most(k, count)
-        first_fifths, last_fifth = (
-            samples[:, : count - held_out(count)],
-            samples[:, count - held_out(count) :],
-        )
-        basis = torch.bmm(self._mixture(first_fifths, most), first_fifths)
-        centred = last_fifth - first_fifths.mean(1, keepdim=True) if self.centred else last_fifth
-        left = centred.square().sum() - torch.bmm(centred, basis.mT).square().sum((0, 1)).cumsum(0)
-        enough = left <= left[-1] + self.loss * last_fifth.square().sum()
-        return self._mixture(samples, most), int(enough.int().argmax()) + 1
+        most, products = self.most(k, count), torch.bmm(samples, samples.mT)
+        return principal(products, most), self._enough(products, most)
 
-    def _mixture(self, samples: Tensor, most: int) -> Tensor:
-        """``principal`` of what is left when the mean is taken off, in terms of the samples themselves."""
-        if not self.centred:
-            return principal(samples, most)
-        rows = principal(samples - samples.mean(1, keepdim=True), most)
-        return rows - rows.mean(-1, keepdim=True)
+    def _enough(self, products: Tensor, most: int) -> int:
+        """d, from the inner products ``[B, T, T]`` of samples."""
+        first = products.shape[1] - held_out(products.shape[1])
+        basis = principal(products[:, :first, :first], most)
+        kept = torch.bmm(products[:, first:, :first], basis.mT).square().sum((0, 1))
+        whole = products.diagonal(dim1=1, dim2=2)[:, first:].sum()
+        losses = whole - kept.cumsum(0)
+        return int((losses <= losses[-1] + self.loss * whole).int().argmax()) + 1
 
 
 def held_out(samples: int) -> int:
@@ -220,25 +220,26 @@ def held_out(samples: int) -> int:
     return max(1, samples // 5)
 
 
-def mixed(mixture: Tensor, samples: Tensor) -> Tensor:
+def mixed(mixture: Tensor, samples: Tensor, bits: int) -> Tensor:
     """The bases ``[B, d_max, K]`` that a mixture ``[B, d_max, T]`` makes of samples ``[B, T, K]``."""
-    return torch.bmm(mixture, samples.double()).float()
+    return torch.bmm(mixture, samples.double()).to(DTYPES[bits])
 
 
-def principal(samples: Tensor, most: int) -> Tensor:
-    """Mixtures ``[B, most, T]`` of samples ``[B, T, K]`` (float64) into their leading principal directions.
+def principal(products: Tensor, most: int) -> Tensor:
+    """Mixtures ``[B, most, T]`` of samples into their leading principal directions, from the samples' inner
+    products ``X X^T``, ``[B, T, T]`` (float64).
 
-    ``principal(X) X`` has orthonormal rows. By the eigenvectors of the T x T matrix of inner products: T is a
-    hundred where K is thousands. Where the samples span less, zeros follow.
+    ``principal(X X^T) X`` has orthonormal rows. T is a hundred where K is thousands. Where the samples span
+    less, zeros follow.
     """
-    # Scaled by the largest magnitude: squares of small gradients would underflow, even in float64.
-    largest = samples.abs().amax((1, 2), keepdim=True)
+    # Scaled by the largest: an eigensolver is exact to its rounding of that.
+    largest = products.abs().amax((1, 2), keepdim=True)
     scale = torch.where(largest > 0, largest, 1.0)
-    values, vectors = torch.linalg.eigh(torch.bmm(samples / scale, samples.mT / scale))
+    values, vectors = torch.linalg.eigh(products / scale)
     values, vectors = values[:, -most:].flip(-1), vectors[..., -most:].flip(-1)
     real = values > SMALLEST * values[:, :1].clamp(min=1e-300)
     factors = torch.where(real, values.clamp(min=1e-300).rsqrt(), 0.0)
-    mixture: Tensor = factors.unsqueeze(-1) * vectors.mT / scale
+    mixture: Tensor = factors.unsqueeze(-1) * vectors.mT / scale.sqrt()
     return mixture
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distcomp.errors import DistcompError
+from distcomp.kernels.subspace import Known, Sliced, project, restore
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods import (
     Cycle,
@@ -22,7 +23,7 @@ from distcomp.methods import (
     parse,
 )
 from distcomp.methods.base import cut_state, join_state
-from distcomp.methods.slices import from_coefficients, mixed, principal, to_coefficients, to_slices
+from distcomp.methods.slices import mixed, principal, sampled
 from tests.buffers import alike, by_name, draw
 from tests.lockstep import Round, converse
 
@@ -44,7 +45,7 @@ def gradients(
 
 
 def directions(samples: torch.Tensor, most: int) -> torch.Tensor:
-    return torch.bmm(principal(samples, most), samples)
+    return torch.bmm(principal(torch.bmm(samples, samples.mT), most), samples)
 
 
 def run(method: Method, steps: int, layout: Layout = NET, size: int = 3) -> list[Round]:
@@ -69,28 +70,29 @@ def paper_slices(x: torch.Tensor, name: str, k: int, layout: Layout = NET) -> np
 
 
 def paper_cycle(means: list[np.ndarray], loss: float, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """From the slices of each learning step: U (rows) and the means, with d chosen on the last fifth."""
-    samples = np.stack([slices[0] for slices in means])
+    """From the slices of each learning step, one of them a step in its turn: U (rows) and the means, with d
+    chosen on the last fifth."""
+    mu = np.mean(means, axis=0)
+    samples = np.stack([(slices - mu)[step % len(mu)] for step, slices in enumerate(means)])
     split = len(samples) - len(samples) // 5
     early, late = samples[:split], samples[split:]
-    directions = np.linalg.svd(early - early.mean(0))[2][:most]
+    directions = np.linalg.svd(early)[2][:most]
     losses = [
-        np.linalg.norm((late - early.mean(0)) @ (np.eye(late.shape[1]) - directions[:d].T @ directions[:d]))
-        ** 2
+        np.linalg.norm(late @ (np.eye(late.shape[1]) - directions[:d].T @ directions[:d])) ** 2
         for d in range(1, most + 1)
     ]
     allowed = losses[-1] + loss * np.linalg.norm(late) ** 2
     d = 1 + next(i for i, one in enumerate(losses) if one <= allowed)
-    return np.linalg.svd(samples - samples.mean(0))[2][:d], np.mean(means, axis=0)
+    return np.linalg.svd(samples)[2][:d], mu
 
 
 @pytest.mark.parametrize(("name", "k"), [("one", 36), ("two", 24)])
 def test_it_is_the_papers_algorithm(name: str, k: int) -> None:
-    method = GradiVeQ(Slicing(aim=36), Subspace(ratio=4), SHORT, plain=identity())
+    method = GradiVeQ(Slicing(aim=36), Subspace(ratio=4, bits=32), SHORT, plain=identity())
     rounds = run(method, 16)
     means = [torch.stack(gradients(step)).mean(0) for step in range(16)]
     u, mu = paper_cycle([paper_slices(mean, name, k) for mean in means[:10]], 0.01, min(k // 4, 7))
-    assert len(u) == int(rounds[9].states[0]["dims"][name]) == 3
+    assert len(u) == int(rounds[9].states[0]["dims"][name])
     for step in range(16):
         expected = paper_slices(means[step], name, k)
         if step >= 10:
@@ -105,18 +107,19 @@ def test_what_the_parts_compress_to_adds_up_to_what_the_sum_compresses_to(
     size: int, slices: int, bases: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    bases = min(bases, slices)
-    parts = torch.randn(size, slices, 12, generator=generator, dtype=torch.float64)
-    mean = torch.randn(slices, 12, generator=generator, dtype=torch.float64)
-    basis = directions(torch.randn(bases, 9, 12, generator=generator, dtype=torch.float64), 4)
-    summed = sum(to_coefficients(part, basis, mean / size) for part in parts)
-    torch.testing.assert_close(summed, to_coefficients(parts.sum(0), basis, mean), atol=1e-12, rtol=1e-12)
+    known = Known((Sliced(0, 4, slices, 3, min(bases, slices), 4, 3),))
+    parts = torch.randn(size, known.end, generator=generator)
+    basis = torch.randn(min(bases, slices), 4, 12, generator=generator).bfloat16()
+    offset = torch.randn(slices, 4, generator=generator)
+    summed = sum(project(part, [basis], [offset / size], known) for part in parts)
+    whole = project(parts.sum(0), [basis], [offset], known)
+    torch.testing.assert_close(summed, whole, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mean", ["pca", "zero"])
 def test_with_as_many_coefficients_as_elements_it_is_the_exact_mean(mean: str) -> None:
     layout = Layout.of([("w", (2, 3, 3, 3))])
-    everything = Subspace(ratio=1, loss=0, centred=mean == "pca")
+    everything = Subspace(ratio=1, loss=0, centred=mean == "pca", bits=32)
     method = GradiVeQ(Slicing(aim=6), everything, Cycle(12, 6, 0), plain=identity())
     for step, round_ in enumerate(run(method, 18, layout)):
         exact = torch.stack(gradients(step, layout=layout)).mean(0)
@@ -128,33 +131,74 @@ def test_with_as_many_coefficients_as_elements_it_is_the_exact_mean(mean: str) -
 @pytest.mark.parametrize(("reuse", "bases"), [(0, 1), (1, 9), (2, 5), (4, 3)])
 def test_slices_share_bases_as_they_are_told(reuse: int, bases: int) -> None:
     slicing = Slicing(aim=24, reuse=reuse)
-    method = GradiVeQ(slicing, Subspace(ratio=4), SHORT, plain=identity())
+    method = GradiVeQ(slicing, Subspace(ratio=4, bits=32), SHORT, plain=identity())
     rounds = run(method, 14)
     state = rounds[-1].states[0]
-    assert state["basis"]["two"].shape == (bases, 6, 24)
-    for basis in state["basis"]["two"].double():
+    found = in_papers_order(state["basis"]["two"], (6, 4, 3, 3))
+    assert found.shape == (bases, 6, 24)
+    for basis in found:
         torch.testing.assert_close(basis @ basis.T, torch.eye(6, dtype=torch.float64), atol=1e-5, rtol=0)
     for step in range(10, 14):
         check_law(rounds[step])
     learnt = [paper_slices(torch.stack(gradients(step)).mean(0), "two", 24) for step in range(10)]
-    for base in range(bases):  # each from its own first slice
-        first = np.stack([slices[base * -(-9 // bases)] for slices in learnt])
-        u, found = (
-            np.linalg.svd(first - first.mean(0))[2][:3],
-            state["basis"]["two"][base, :3].double().numpy(),
+    dims, share, mu = int(state["dims"]["two"]), -(-9 // bases), np.mean(learnt, axis=0)
+    slices = paper_slices(torch.stack(gradients(13)).mean(0), "two", 24)
+    estimate = paper_slices(rounds[13].estimate, "two", 24)
+    for base in range(bases):  # each from its own slices in turn
+        own = list(range(base * share, min(9, (base + 1) * share)))
+        first = np.stack(
+            [learnt[step][own[step % len(own)]] - mu[own[step % len(own)]] for step in range(10)]
         )
-        np.testing.assert_allclose(found.T @ found, u.T @ u, atol=1e-4)
-    dims = int(state["dims"]["two"])
-    mean = torch.stack(gradients(13)).mean(0)
-    slices = paper_slices(mean, "two", 24)
-    share = -(-9 // bases)
-    for m in range(9):
-        u, mu = (
-            state["basis"]["two"][m // share, :dims].double().numpy(),
-            state["mean"]["two"][m].double().numpy(),
-        )
-        found = paper_slices(rounds[13].estimate, "two", 24)[m]
-        np.testing.assert_allclose(found, (slices[m] - mu) @ u.T @ u + mu, atol=1e-4)
+        u = np.linalg.svd(first)[2][:dims]
+        used = found[base, :dims].numpy()
+        np.testing.assert_allclose(used.T @ used, u.T @ u, atol=1e-3)
+        for m in own:
+            np.testing.assert_allclose(estimate[m], (slices[m] - mu[m]) @ u.T @ u + mu[m], atol=1e-3)
+
+
+def in_papers_order(basis: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """``[B, most, K]`` with filters fastest, then depth, then places."""
+    filters, depth = shape[:2]
+    cut = basis.double().view(*basis.shape[:2], filters, depth, -1)
+    return cut.permute(0, 1, 4, 3, 2).flatten(2)
+
+
+@pytest.mark.parametrize("along", ["filter", "place"])
+def test_a_basis_of_half_the_bits_is_as_good_as_the_papers(along: str) -> None:
+    """U is rounded to 8 bits of mantissa, and all else is float32: the estimate is that of the rounded U."""
+    method = GradiVeQ(Slicing(aim=36, along=along), Subspace(ratio=4), SHORT, plain=identity())
+    rounds = run(method, 16)
+    state = rounds[9].states[0]
+    means = [torch.stack(gradients(step)).mean(0) for step in range(16)]
+    mu = torch.stack(means[:10]).mean(0)
+    torch.testing.assert_close(state["mean"].data, mu, atol=1e-6, rtol=1e-5)
+    for step in range(10, 16):
+        check_law(rounds[step])
+        for param, at in zip(NET.slices, NET.offsets, strict=True):
+            most, dims = state["basis"][param.name].shape[1], int(state["dims"][param.name])
+            one = method.slicing.sliced(param, at, most, dims)
+            u = state["basis"][param.name][0, :dims].double().numpy()
+            assert np.abs(u @ u.T - np.eye(dims)).max() < 0.02
+            g = one.view(means[step] - mu).reshape(one.slices, one.k).double().numpy()
+            expected = torch.from_numpy(g @ u.T @ u).float().view(one.slices, one.units, one.run)
+            found = one.view(rounds[step].estimate)
+            torch.testing.assert_close(found, expected + one.view(mu), atol=2e-5, rtol=1e-4)
+
+
+def test_a_filter_is_a_slice_of_its_own() -> None:
+    """K = D H W for filters of several places; a 1 x 1 convolution is sliced as in the paper."""
+    slicing = Slicing(along="filter")
+
+    def cut(*shape: int) -> tuple[int, int, int]:
+        one = slicing.sliced(Layout.of([("w", shape)]).slices[0], 0, 1, 1)
+        return one.units, one.slices, one.run
+
+    assert cut(16, 8, 3, 3) == (1, 16, 72)
+    assert cut(64, 32, 1, 1) == (2048, 1, 1)
+    flat = torch.arange(2 * 3 * 9.0)
+    one = slicing.sliced(Layout.of([("w", (2, 3, 3, 3))]).slices[0], 0, 1, 1)
+    assert torch.equal(one.view(flat)[1].reshape(-1), flat.view(2, 27)[1])
+    assert [sampled(one, age) for age in range(3)] == [[0], [1], [0]]
 
 
 def test_the_means_are_dropped_or_kept_for_what_lies_outside() -> None:
@@ -203,7 +247,7 @@ def test_it_learns_anew_when_most_ranks_see_their_loss_grow(
     bits: int, turned: int, learns_anew: bool
 ) -> None:
     """After ten compressed steps some ranks' gradients leave the subspace for another."""
-    method = gradiveq(ratio=4, learn=10, compressed=60, plain_bits=32, coefficient_bits=bits)
+    method = gradiveq(ratio=4, learn=10, compressed=60, plain_bits=32, coefficient_bits=bits, slices="place")
     states = [method.init(NET)] * 3
     for step in range(40):
         xs = gradients(step)
@@ -277,7 +321,7 @@ def test_slices_are_long_but_no_longer_than_they_should_be() -> None:
 
 
 def test_others_go_their_own_way() -> None:
-    layout = Layout.of([("wide", (128, 64, 3, 3)), ("conv", (4, 3, 3, 3)), ("fc", (30, 20))])
+    layout = Layout.of([("wide", (8, 512, 3, 3)), ("conv", (4, 3, 3, 3)), ("fc", (30, 20))])
     exact = converse(gradiveq(learn=5), draw(2, layout), [gradiveq(learn=5).init(layout)] * 2, layout)
     mean = torch.stack(draw(2, layout)).mean(0)
     for name, found in by_name(exact.estimate, layout).items():
@@ -295,6 +339,9 @@ def test_what_it_cannot_do_is_refused() -> None:
         lambda: Subspace(loss=1.0),
         lambda: Slicing(aim=9000),
         lambda: Slicing(reuse=-1),
+        lambda: Slicing(along="depth"),
+        lambda: Subspace(bits=8),
+        lambda: gradiveq(slices="depth"),
         lambda: gradiveq(plain_bits=1),
         lambda: gradiveq(mean="median"),
         lambda: GradiVeQ(coefficients=parse("qsgd:bits=1")),
@@ -344,15 +391,20 @@ def held_out_loss(
     grads: list[torch.Tensor], learn: int, basis: torch.Tensor | None = None
 ) -> tuple[float, int]:
     """The relative error of gradients after those that were learnt from, in the subspace (or another)."""
-    param = ParamSlice("w", (16, 16, 3, 3), 0, 2304)
-    slices = torch.stack([to_slices(grad, param, 768) for grad in grads])
-    mixture, dims = Subspace(ratio=8).find(slices[:learn, 0].unsqueeze(0))
-    used = mixed(mixture, slices[:learn, 0].unsqueeze(0))[:, :dims] if basis is None else basis[:, :dims]
-    mean = slices[:learn].mean(0)
-    back = torch.stack(
-        [from_coefficients(to_coefficients(one, used, mean), used, mean) for one in slices[learn:]]
+    known = Known((Sliced(0, 256, 3, 3, 1, 96, 96),))
+    (one,) = known.each
+    mean = torch.stack(grads[:learn]).mean(0)
+    samples = torch.stack(
+        [one.view(g - mean)[sampled(one, age)].reshape(1, 768) for age, g in enumerate(grads[:learn])], dim=1
     )
-    return float((back - slices[learn:]).norm() / slices[learn:].norm()), dims
+    mixture, dims = Subspace(ratio=8).find(samples)
+    used = mixed(mixture, samples, 16) if basis is None else basis.bfloat16()
+    cut = Known((Sliced(0, 256, 3, 3, 1, used.shape[1], dims),))
+    nothing = [torch.zeros(3, used.shape[1])]
+    back = torch.empty(len(grads) - learn, 2304)
+    for g, out in zip(grads[learn:], back, strict=True):
+        restore(project(g - mean, [used], nothing, cut), [used], mean, out, cut)
+    return float((back - torch.stack(grads[learn:])).norm() / torch.stack(grads[learn:]).norm()), dims
 
 
 def test_subspaces_hold_gradients_to_come_better_than_noise_or_chance() -> None:
