@@ -36,7 +36,7 @@ from benchmarks import _library_lm
 from benchmarks._common import Cells, shows_only
 from benchmarks._crowd import Oversubscription, Plan, Task
 from benchmarks._library_lm import library_model
-from benchmarks._pareto_rows import ALONE, APART, DDP, INNER, RARE, ROWS, TRAINED, Row
+from benchmarks._pareto_rows import ALONE, APART, DDP, INNER, ONLY_APART, RARE, ROWS, TRAINED, Row
 from benchmarks._pareto_table import table, verdicts
 from distcomp.methods.base import all_reduce_bytes
 
@@ -209,13 +209,10 @@ def study(cells: Cells) -> None:
 
 def plan() -> Iterator[tuple[str, Row, int]]:
     """Every cell but those of tuning, in order: a seed of everything, then another; a row from scratch and,
-    where it is asked for, from a trained model."""
+    where it is asked for, from a trained model and with packages of each worker's own."""
     for seed in range(SEEDS):
-        for row in ROWS:
-            yield "scratch", row, seed
-            if row in rows_of("trained"):
-                yield "trained", row, seed
-        yield from (("apart", row, seed) for row in rows_of("apart"))
+        for row in (*ROWS, *ONLY_APART):
+            yield from ((regime, row, seed) for regime in REGIMES if row in rows_of(regime))
 
 
 def parent_of(regime: str) -> str:
@@ -225,8 +222,10 @@ def parent_of(regime: str) -> str:
 
 def rows_of(regime: str) -> tuple[Row, ...]:
     """A regime's rows, in the order of :data:`ROWS`."""
-    named = {"scratch": None, "trained": TRAINED, "apart": APART}[regime]
-    return ROWS if named is None else tuple(row for row in ROWS if row.spec in named and row.inner == "AdamW")
+    if regime == "scratch":
+        return ROWS
+    named, besides = (APART, ONLY_APART) if regime == "apart" else (TRAINED, ())
+    return (*(row for row in ROWS if row.spec in named and row.inner == "AdamW"), *besides)
 
 
 def tabulate(cells: dict[str, Found]) -> dict[str, dict[str, Found]]:
