@@ -6,8 +6,8 @@
 Writes results/claims_revisited.json. Eight workers in lock-step unless a run says otherwise; rates go up over
 a tenth of the steps and down in a half cosine. Two tasks:
 
-*text*: the language model of pareto.py (82,944 parameters), from where DDP brings it in 400 steps of four
-texts per worker; then 400 steps with 1, 4 or 16 texts per worker, one seed. Is an exchange every 25 steps
+*text*: the language model of pareto.py (82,944 parameters), from where DDP brings it in 400 steps of two
+texts per worker; then 400 steps with 1 to 8 texts per worker, one seed. Is an exchange every 25 steps
 worse than DDP because a worker's own batch is small? The gap to DDP with as many texts, each row at the
 better of two learning rates; beside it two controls, both from one run without any exchange, and the gradient
 noise scale (McCandlish et al., 2018): the batch in which noise and gradient are as large.
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import _pareto_rows, decentralized_table, relatives
+from benchmarks import _library_lm, _pareto_rows, decentralized_table, relatives
 from benchmarks._common import Cells, no_more_cells
 from benchmarks._crowd import Oversubscription, Plan, Task, digit_pairs, summary, warm_up_then_cosine
 from benchmarks._library_lm import library_model, loss_of, stacked
@@ -37,14 +37,14 @@ from distcomp.methods import Method, parse
 
 WORKERS, SEEDS = 8, 3
 NEVER = "no exchange"
-BATCHES, TEXT_STEPS, PERIOD = (1, 4, 16), 400, 25
-BEGUN, BEGUN_BATCH, BEGUN_RATE = 400, 4, 8e-3
+BATCHES, TEXT_STEPS, PERIOD = (1, 2, 4, 8), 400, 25
+BEGUN, BEGUN_BATCH, BEGUN_RATE = 400, 2, 8e-3
 OUTER = "outer_lr=0.8,outer_momentum=0.6"
 DDP, DILOCO = "identity", f"diloco:period={PERIOD},{OUTER}"
 ONE_BIT, DEMO = f"{DILOCO},compressor=qsgd:bits=1", "demo:k=16,values=onebit,decay=0.99"
 TEXT_RATES = {DDP: (8e-3, 4e-3), DEMO: (4e-3, 2e-3)}
 """The first is the rate that pareto.py found with two texts per worker; (0.004, 0.008) for all others."""
-NOISE_AT, NOISE_BATCH, NOISE_DRAWS = (400, 600, 800), 16, 16
+NOISE_AT, NOISE_BATCH, NOISE_DRAWS = (400, 600, 800), 8, 16
 
 Found = dict[str, Any]
 
@@ -108,7 +108,7 @@ HALF = "outer_momentum=0.5"
 DION_RATES = (0.1, 0.3)
 
 STUDY: dict[str, tuple[Run, ...]] = {
-    "batch": tuple(text(carrier, batch)[0] for batch in (1, 16, 4) for carrier in (DDP, DILOCO, NEVER)),
+    "batch": tuple(text(carrier, batch)[0] for batch in (1, 8, 4, 2) for carrier in (DDP, DILOCO, NEVER)),
     "eager": (
         adamw(DDP, 200), adamw(f"diloco:period=10,{HALF}", 200), adamw(f"{EAGER},{HALF}", 200),
         adamw(f"{EAGER},{QUARTER}", 200), adamw(f"diloco:period=10,{QUARTER}", 200),
@@ -119,10 +119,13 @@ STUDY: dict[str, tuple[Run, ...]] = {
         for rate in FINE
         for carrier in (f"diloco:period=10,{HALF}", f"pulseloco:period=10,{HALF}", NEVER)
     ),
-    "dion": tuple(
-        Run(f"dion:rank={rank}", "SGD 0", rate, 200) for rank in (4, 16, 64) for rate in DION_RATES
+    "dion": (
+        muon(DDP, 200),
+        *(Run(f"dion:rank={rank}", "SGD 0", rate, 200) for rank in (4, 16, 64) for rate in DION_RATES),
     ),
-    "dcd": tuple(gossip("DCD | random 10%", 400, rate) for rate in (0.6, 2.0)),
+    "dcd": (
+        gossip(DDP, 400, 0.02), *(gossip("DCD | random 10%", 400, rate) for rate in (0.2, 0.6, 2.0)),
+    ),
     "long": (
         adamw(DDP, LONG), adamw(f"diloco:period=10,{HALF}", LONG), adamw("diloco:period=10", LONG),
         adamw("noloco:period=10", LONG), adamw(NEVER, LONG), adamw(f"{EAGER},{HALF}", LONG),
@@ -211,7 +214,7 @@ def found(run: Run) -> Found:
 
 
 def noise() -> Found:
-    """The gradient noise scale, in texts, along DDP's training with four texts per worker.
+    """The gradient noise scale, in texts, along DDP's training with two texts per worker.
 
     From gradients ``g`` of one worker's batch (``B`` texts) and ``G`` of all (``8 B``), several times at the
     same model: ``S / |T|^2`` with ``|T|^2 = (8 |G|^2 - |g|^2) / 7`` and ``S = (|g|^2 - |G|^2) / (7 / 8 B)``.
@@ -288,14 +291,14 @@ def main() -> None:
     over = no_more_cells(__doc__)
     torch.set_num_threads(1)
     about = {
-        "workers": WORKERS, "seeds": SEEDS, "batches": list(BATCHES),
-        "text_steps": TEXT_STEPS, "begun": BEGUN,
+        "workers": WORKERS, "text": _library_lm.fingerprint(),
+        "begun": f"{BEGUN} steps of {BEGUN_BATCH} texts per worker, rate {BEGUN_RATE:g}",
     }  # fmt: skip
     cells = Cells("claims_revisited", about)
     for run in (replace(run, seed=seed) for seed in range(SEEDS) for runs in STUDY.values() for run in runs):
         if not over() and not (run.batch and run.seed):
             cells.get(run.key, lambda run=run: found(run))  # type: ignore[misc]
-            if run.batch == BATCHES[1]:  # the last of the first claim's
+            if run.batch == BEGUN_BATCH:  # the last of the first claim's
                 cells.get(NOISE, noise)
     cells.document["tables"] = tabulate(cells.document["cells"])
     cells.write()

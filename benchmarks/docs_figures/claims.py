@@ -1,0 +1,112 @@
+"""Claims of papers put once more: a table in docs/averaging.md; in docs/pareto.md the gap to DDP against the
+batch of a worker, as a table and as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from benchmarks._tables import Block, markdown, result, source
+from benchmarks.claims_revisited import ALONE, AT_THE_END, DDP, DEMO, DILOCO, ONE_BIT, STUDY, Run
+
+SCRIPT = "claims_revisited.py"
+QUESTIONS = {
+    "eager": "eager updates, two workers or eight, and smaller outer steps",
+    "long": "100 exchanges in the place of 20",
+    "muon": "two bits, 100 exchanges in the place of 20",
+    "pulse": "small learning rates, from a trained model",
+    "dion": "rank and rate",
+    "dcd": "a rate that makes up for what DCD leaves out",
+    "choco": "four times as many steps",
+    "ecd": "four times as many steps",
+    "pqasgd": "four times as many steps",
+}
+"""What was asked, claim by claim."""
+STYLES = {
+    ALONE: ("no communication", "#888888", ":"),
+    AT_THE_END: ("one average at the end", "#888888", "--"),
+    DILOCO: ("DiLoCo, every 25 steps", "#cc6677", "-"),
+    ONE_BIT: ("the same in 1 bit", "#cc6677", "--"),
+    DEMO: ("DeMo, 1 bit, every step", "#4477aa", "-"),
+}
+
+
+def claims() -> str:
+    """A row per run, claim by claim; losses against the claim's first run of as many workers."""
+    found, lines = result("claims_revisited"), []
+    for claim, question in QUESTIONS.items():
+        rows = found["tables"].get(claim, {})
+        for run in STUDY[claim]:
+            if run.key in rows:
+                lines.append([question, *_line(run, rows[run.key], rows[_base(claim, run).key])])
+                question = ""
+    loss = ["test loss (range, seeds)", "accuracy", "loss against the first", "bytes"]
+    head = ["", "", "rate", "workers, steps", *loss]
+    return f"{markdown(head, lines)}\n\n{source(found, SCRIPT)}"
+
+
+def _base(claim: str, run: Run) -> Run:
+    """Of the runs with as many workers, and in fine-tuning as high a rate, the first."""
+    alike = (one for one in STUDY[claim] if one.workers == run.workers)
+    return next(one for one in alike if not run.before or one.rate == run.rate)
+
+
+def _line(run: Run, row: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    name = "averaged gradients" if run.carrier == DDP else run.carrier
+    name = f"`{name}`" if ":" in name else name.replace(" | ", ", ")
+    about = [f"{name}, {run.inner}", f"{run.rate:g}", f"{run.workers}, {run.steps}"]
+    if "mean" not in row:
+        return [*about, "diverges", "", "", ""]
+    low, high = row["range"]
+    lost = f", {row['diverged']} diverge" if row["diverged"] else ""
+    loss = f"{row['mean']:.3f} ({low:.3f}–{high:.3f}, {row['seeds']}{lost})"
+    off = f"{100 * row['mean'] / base['mean'] - 100:+.1f} %" if "mean" in base else ""
+    fewer = f"{base['sent_bytes'] / row['sent_bytes']:,.1f} × fewer" if row["sent_bytes"] else "nothing"
+    return [*about, loss, f"{100 * row['test_accuracy']:.1f} %", off, fewer]
+
+
+def batch() -> str:
+    """The gap to DDP with as many texts per worker, and the noise scale below."""
+    found = result("claims_revisited")
+    table = found["tables"]["batch"]
+    sizes = list(table[DDP])
+    lines = [["DDP fp32: test loss", *(f"{table[DDP][size]['test_loss']:.4f}" for size in sizes)]]
+    for name, (label, _, _) in STYLES.items():
+        if name in table:
+            lines.append([label, *(_gap(table[name].get(size)) for size in sizes)])
+    noise = found["tables"].get("noise", {})
+    scales = ", ".join(f"{scale:.0f} after {at} steps" for at, scale in noise.items())
+    told = f"\n\nGradient noise scale along DDP's training, in texts: {scales}." if scales else ""
+    head = ["texts per worker and step", *sizes]
+    return f"{markdown(head, lines)}{told}\n\n{source(found, SCRIPT)}"
+
+
+def _gap(row: dict[str, Any] | None) -> str:
+    return f"{100 * row['relative_loss'] - 100:+.1f} %" if row else ""
+
+
+def draw_batch() -> Figure:
+    """Per cent above DDP with as many texts, against texts per worker."""
+    figure, axis = plt.subplots(figsize=(5.5, 3.6))
+    table = result("claims_revisited")["tables"]["batch"]
+    for name, (label, color, style) in STYLES.items():
+        points = {int(size): 100 * row["relative_loss"] - 100 for size, row in table.get(name, {}).items()}
+        if points:
+            along = {"marker": "o", "markersize": 4, "color": color, "label": label}
+            axis.plot(list(points), list(points.values()), style, **along)
+    sizes = [int(size) for size in table[DDP]]
+    axis.set_xscale("log", base=2)
+    axis.axhline(0, color="black", linewidth=0.5)
+    axis.set(xlabel="texts of 64 bytes per worker and step", ylabel="test loss against DDP, per cent higher",
+             xticks=sizes, xticklabels=map(str, sizes))  # fmt: skip
+    axis.minorticks_off()
+    axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+CLAIMS = {"claims": Block(claims, "claims_revisited", key="tables")}
+BATCH = {"batch": Block(batch, "claims_revisited", key="tables")}
+FIGURES: dict[str, Callable[[], Figure]] = {"batch": draw_batch}
