@@ -26,6 +26,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import _library_lm, _pareto_rows, decentralized_table, relatives
 from benchmarks._common import Cells, no_more_cells
@@ -108,11 +109,14 @@ HALF = "outer_momentum=0.5"
 DION_RATES = (0.1, 0.3)
 
 STUDY: dict[str, tuple[Run, ...]] = {
-    "batch": tuple(text(carrier, batch)[0] for batch in (1, 8, 4, 2) for carrier in (DDP, DILOCO, NEVER)),
+    "batch": tuple(text(carrier, batch)[0] for batch in (1, 8) for carrier in (DDP, DILOCO, NEVER)),
     "eager": (
         adamw(DDP, 200), adamw(f"diloco:period=10,{HALF}", 200), adamw(f"{EAGER},{HALF}", 200),
         adamw(f"{EAGER},{QUARTER}", 200), adamw(f"diloco:period=10,{QUARTER}", 200),
         adamw(DDP, 200, 2), adamw(f"diloco:period=10,{HALF}", 200, 2), adamw(f"{EAGER},{HALF}", 200, 2),
+    ),
+    "dcd": (
+        gossip(DDP, 400, 0.02), *(gossip("DCD | random 10%", 400, rate) for rate in (0.2, 0.6, 2.0)),
     ),
     "pulse": tuple(
         tuned_on(rate, carrier)
@@ -123,13 +127,11 @@ STUDY: dict[str, tuple[Run, ...]] = {
         muon(DDP, 200),
         *(Run(f"dion:rank={rank}", "SGD 0", rate, 200) for rank in (4, 16, 64) for rate in DION_RATES),
     ),
-    "dcd": (
-        gossip(DDP, 400, 0.02), *(gossip("DCD | random 10%", 400, rate) for rate in (0.2, 0.6, 2.0)),
-    ),
     "long": (
         adamw(DDP, LONG), adamw(f"diloco:period=10,{HALF}", LONG), adamw("diloco:period=10", LONG),
         adamw("noloco:period=10", LONG), adamw(NEVER, LONG), adamw(f"{EAGER},{HALF}", LONG),
     ),
+    "batch, between": tuple(text(carrier, batch)[0] for batch in (4, 2) for carrier in (DDP, DILOCO, NEVER)),
     "muon": (
         muon(DDP, LONG), muon(f"muloco:period=10,{HALF}", LONG), muon(f"diloco:period=10,{HALF}", LONG),
     ),
@@ -214,31 +216,36 @@ def found(run: Run) -> Found:
 
 
 def noise() -> Found:
-    """The gradient noise scale, in texts, along DDP's training with two texts per worker.
-
-    From gradients ``g`` of one worker's batch (``B`` texts) and ``G`` of all (``8 B``), several times at the
-    same model: ``S / |T|^2`` with ``|T|^2 = (8 |G|^2 - |g|^2) / 7`` and ``S = (|g|^2 - |G|^2) / (7 / 8 B)``.
-
-    Source: McCandlish et al., "An empirical model of large-batch training", 2018, appendix A.
-    """
-    run = text(DDP, BEGUN_BATCH)[-1]
+    """The gradient noise scale, in texts, along DDP's training with two texts per worker."""
+    run = text(DDP, BEGUN_BATCH)[0]
     crowd, draws = crowd_of(run), task(NOISE_BATCH).batches(WORKERS, run.seed + 1)
     scales = {}
     for at in NOISE_AT:
         while crowd.steps < at:
             crowd.step()
-        one = every = 0.0
+        many = []
         for _ in range(NOISE_DRAWS):
             inputs, targets = next(draws)
             scores = stacked(crowd.models, crowd.layout, inputs)
             loss = WORKERS * loss_of(scores.flatten(0, 1), targets.flatten(0, 1))
-            (gradients,) = torch.autograd.grad(loss, crowd.models)
-            one += float(gradients.square().sum(1).mean()) / NOISE_DRAWS
-            every += float(gradients.mean(0).square().sum()) / NOISE_DRAWS
-        signal = (WORKERS * every - one) / (WORKERS - 1)
-        spread = (one - every) / (1 / NOISE_BATCH - 1 / (WORKERS * NOISE_BATCH))
-        scales[str(at)] = spread / signal
+            many.append(torch.autograd.grad(loss, crowd.models)[0])
+        scales[str(at)] = noise_scale(many, NOISE_BATCH)
     return {"noise_scale_texts": scales}
+
+
+def noise_scale(many: list[Tensor], batch: int) -> float:
+    """The batch in which the noise of a gradient is as large as the gradient.
+
+    ``many``: gradients of ``n`` workers at one model, ``[n, numel]``, of ``batch`` examples each. With ``g``
+    one of them and ``G`` their mean: ``S / |T|^2``, where ``|T|^2 = (n |G|^2 - |g|^2) / (n - 1)`` is without
+    bias the true gradient's square, and ``S = batch n (|g|^2 - |G|^2) / (n - 1)`` one example's variance.
+
+    Source: McCandlish et al., "An empirical model of large-batch training", 2018, appendix A.
+    """
+    workers = len(many[0])
+    one = statistics.mean(float(each.square().sum(1).mean()) for each in many)
+    every = statistics.mean(float(each.mean(0).square().sum()) for each in many)
+    return batch * workers * (one - every) / (workers * every - one)
 
 
 NOISE = "text | gradient noise scale"
@@ -298,7 +305,7 @@ def main() -> None:
     for run in (replace(run, seed=seed) for seed in range(SEEDS) for runs in STUDY.values() for run in runs):
         if not over() and not (run.batch and run.seed):
             cells.get(run.key, lambda run=run: found(run))  # type: ignore[misc]
-            if run.batch == BEGUN_BATCH:  # the last of the first claim's
+            if run == STUDY["batch"][-1]:
                 cells.get(NOISE, noise)
     cells.document["tables"] = tabulate(cells.document["cells"])
     cells.write()
