@@ -186,7 +186,7 @@ def study(cells: Cells) -> None:
             def make() -> Found:
                 return Training("scratch", row, setting, rate, TUNING_SEED).end(steps)
 
-            return _loss(cells.get(_tuning(row, setting, rate, steps), make))
+            return _loss(cells.get(tuning_name(row, setting, rate, steps), make))
 
         return tune(row, loss)
 
@@ -233,7 +233,9 @@ def tabulate(cells: dict[str, Found]) -> dict[str, dict[str, Found]]:
 
     def chosen(row: Row) -> tuple[float, str] | None:
         try:
-            return tune(row, lambda steps, rate, setting: _loss(cells[_tuning(row, setting, rate, steps)]))
+            return tune(
+                row, lambda steps, rate, setting: _loss(cells[tuning_name(row, setting, rate, steps)])
+            )
         except KeyError:
             return None
 
@@ -257,7 +259,8 @@ def tabulate(cells: dict[str, Found]) -> dict[str, dict[str, Found]]:
     return tables
 
 
-def _tuning(row: Row, setting: str, rate: float, steps: int) -> str:
+def tuning_name(row: Row, setting: str, rate: float, steps: int) -> str:
+    """The cell of a run that tunes a row."""
     regime = "tuning" if steps == TUNING_STEPS else f"tuning, {steps} steps"
     return _name(regime, row, setting, rate, TUNING_SEED)
 

@@ -45,7 +45,7 @@ PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "measured": [(ROOT / "README.md", measured.README), (DOCS / "measured.md", measured.BLOCKS)],
     "advice": [(DOCS / "advice.md", advice.BLOCKS)],
     "averaging": [(DOCS / "averaging.md", averaging.BLOCKS | claims.CLAIMS)],
-    "pareto": [(DOCS / "pareto.md", pareto.BLOCKS | claims.BATCH)],
+    "pareto": [(DOCS / "pareto.md", pareto.BLOCKS | claims.GAPS)],
     "distill": [(DOCS / "distill.md", distill.BLOCKS)],
     "faults": [(DOCS / "faults.md", faults.BLOCKS)],
     "fsdp": [(DOCS / "fsdp.md", fsdp.BLOCKS)],

@@ -1,16 +1,19 @@
 """Claims of papers put once more: a table in docs/averaging.md; in docs/pareto.md the gap to DDP against the
-batch of a worker, as a table and as a figure."""
+batch of a worker and the length of a run, as tables and as a figure."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from benchmarks._pareto_rows import QUARTER, ROWS
 from benchmarks._tables import Block, markdown, result, source
 from benchmarks.claims_revisited import ALONE, AT_THE_END, DDP, DEMO, DILOCO, ONE_BIT, STUDY, Run
+from benchmarks.pareto import SETTING_STEPS, STEPS, tuning_name
 
 SCRIPT = "claims_revisited.py"
 QUESTIONS = {
@@ -88,25 +91,68 @@ def _gap(row: dict[str, Any] | None) -> str:
     return f"{100 * row['relative_loss'] - 100:+.1f} %" if row else ""
 
 
-def draw_batch() -> Figure:
-    """Per cent above DDP with as many texts, against texts per worker."""
-    figure, axis = plt.subplots(figsize=(5.5, 3.6))
+def lengths() -> dict[str, tuple[float, float]]:
+    """By row of pareto.py that was tuned over 1,000 steps: per cent above DDP after those, and after 4,000.
+
+    The former has the seed that tunes, and is against DDP after as many steps of the first seed.
+    """
+    cells, table = result("pareto")["cells"], result("pareto")["tables"]["scratch"]
+    quarter = table[QUARTER]["mean"]
+    found = {}
+    for row in ROWS:
+        there = table.get(row.name, {})
+        setting = there.get("spec", "")[len(row.spec) + 1 :]
+        short = (
+            cells.get(tuning_name(row, setting, there["rate"], SETTING_STEPS)) if "mean" in there else None
+        )
+        if short and "test_loss" in short:
+            found[there["spec"]] = (
+                100 * short["test_loss"] / quarter - 100,
+                100 * there["relative_loss"] - 100,
+            )
+    return found
+
+
+def length() -> str:
+    """The gaps, and the power of the steps with which they fall."""
+    lines = []
+    for spec, (short, long) in sorted(lengths().items(), key=lambda one: one[1][1]):
+        power = math.log(short / long) / math.log(STEPS / SETTING_STEPS)
+        lines.append([f"`{spec}`", f"{short:+.1f} %", f"{long:+.1f} %", f"{power:.2f}"])
+    head = ["", f"{SETTING_STEPS:,} steps", f"{STEPS:,} steps", "falls as steps to the power of minus"]
+    return f"{markdown(head, lines)}\n\n{source(result('pareto'), 'pareto.py')}"
+
+
+def draw_gaps() -> Figure:
+    """Per cent above DDP: against texts per worker, and against steps."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.6), sharey=True)
     table = result("claims_revisited")["tables"]["batch"]
     for name, (label, color, style) in STYLES.items():
         points = {int(size): 100 * row["relative_loss"] - 100 for size, row in table.get(name, {}).items()}
         if points:
             along = {"marker": "o", "markersize": 4, "color": color, "label": label}
-            axis.plot(list(points), list(points.values()), style, **along)
+            left.plot(list(points), list(points.values()), style, **along)
     sizes = [int(size) for size in table[DDP]]
-    axis.set_xscale("log", base=2)
-    axis.axhline(0, color="black", linewidth=0.5)
-    axis.set(xlabel="texts of 64 bytes per worker and step", ylabel="test loss against DDP, per cent higher",
-             xticks=sizes, xticklabels=map(str, sizes))  # fmt: skip
-    axis.minorticks_off()
-    axis.legend(fontsize=7, frameon=False)
+    for spec, gaps in lengths().items():
+        color = "#4477aa" if spec.startswith("demo") else "#cc6677"
+        right.plot((SETTING_STEPS, STEPS), gaps, "-o", markersize=4, color=color)
+        right.annotate(spec.partition(",outer")[0], (STEPS, gaps[1]), xytext=(5, 0),
+                       textcoords="offset points", fontsize=5, va="center")  # fmt: skip
+    left.set_xscale("log", base=2)
+    left.set(xlabel="texts of 64 bytes per worker and step", xticks=sizes, xticklabels=map(str, sizes),
+             ylabel="test loss against DDP, per cent higher")  # fmt: skip
+    right.set(xscale="log", xlabel="steps from scratch", xlim=(900, 20_000), xticks=(SETTING_STEPS, STEPS),
+              xticklabels=(f"{SETTING_STEPS:,}", f"{STEPS:,}"))  # fmt: skip
+    for axis in (left, right):
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+    left.legend(fontsize=7, frameon=False)
     return figure
 
 
 CLAIMS = {"claims": Block(claims, "claims_revisited", key="tables")}
-BATCH = {"batch": Block(batch, "claims_revisited", key="tables")}
-FIGURES: dict[str, Callable[[], Figure]] = {"batch": draw_batch}
+GAPS = {
+    "batch": Block(batch, "claims_revisited", key="tables"),
+    "length": Block(length, "pareto", key="tables"),
+}
+FIGURES: dict[str, Callable[[], Figure]] = {"gaps": draw_gaps}
