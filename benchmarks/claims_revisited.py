@@ -9,8 +9,9 @@ a tenth of the steps and down in a half cosine. Two tasks:
 *text*: the language model of pareto.py (82,944 parameters), from where DDP brings it in 400 steps of two
 texts per worker; then 400 steps with 1 to 8 texts per worker, one seed. Is an exchange every 25 steps
 worse than DDP because a worker's own batch is small? The gap to DDP with as many texts, each row at the
-better of two learning rates; beside it two controls, both from one run without any exchange, and the gradient
-noise scale (McCandlish et al., 2018): the batch in which noise and gradient are as large.
+better of the learning rates that are there (of two, where the study went on to its end); beside it two
+controls, both from one run without any exchange, and the gradient noise scale (McCandlish et al., 2018): the
+batch in which noise and gradient are as large.
 
 *digits*: the digit pairs of relatives.py and decentralized_table.py, with their optimizers and rates, where
 an explanation had no experiment: more steps, fewer workers, another rate or rank. Three seeds.
@@ -109,7 +110,10 @@ HALF = "outer_momentum=0.5"
 DION_RATES = (0.1, 0.3)
 
 STUDY: dict[str, tuple[Run, ...]] = {
-    "batch": tuple(text(carrier, batch)[0] for batch in (1, 8) for carrier in (DDP, DILOCO, NEVER)),
+    "batch": (
+        *(text(carrier, batch)[0] for batch in (1, 8) for carrier in (DDP, DILOCO, NEVER)),
+        text(DILOCO, 8)[1], text(DILOCO, 1)[1],
+    ),
     "eager": (
         adamw(DDP, 200), adamw(f"diloco:period=10,{HALF}", 200), adamw(f"{EAGER},{HALF}", 200),
         adamw(f"{EAGER},{QUARTER}", 200), adamw(f"diloco:period=10,{QUARTER}", 200),
