@@ -160,6 +160,25 @@ TRAINED: tuple[str, ...] = (
 """Those that also begin from a trained model."""
 APART: tuple[str, ...] = (
     "identity", NEVER, ALONE, "local_sgd:period=10", "diloco:period=50", "choco", "local_sgd:period=50",
-    "noloco:period=50",
+    "noloco:period=50", "des_loc:period=50", "sparse_loco:period=25",
 )  # fmt: skip
 """Those that are also run where every worker has packages of its own."""
+PAIRED, UNCORRECTED = (
+    "noloco:period=50,outer_lr=1.0,gamma=1.0,outer_momentum=0",
+    "noloco:period=50,gamma=0.001",
+)
+ONLY_APART: tuple[Row, ...] = (
+    Row("dpsgd:compressor=(qsgd:bits=4)", GOSSIP),
+    Row(PAIRED, GOSSIP),
+    Row(UNCORRECTED, GOSSIP),
+    Row("dpsgd", GOSSIP),
+)
+"""Those that are run there alone: methods without what their papers add to them."""
+CORRECTIONS: tuple[tuple[str, str, str], ...] = (
+    ("choco", "dpsgd:compressor=(qsgd:bits=4)", "differences to public copies in the place of models"),
+    ("noloco:period=50", UNCORRECTED, "the term that pulls the slow weights of a pair together"),
+    ("noloco:period=50", PAIRED, "the outer optimizer"),
+    ("diloco:period=50", "local_sgd:period=50", "the outer optimizer"),
+    ("des_loc:period=50", "local_sgd:period=50", "the average of Adam's moments"),
+)
+"""A method, the same without what corrects it, and what that is."""

@@ -36,7 +36,7 @@ from benchmarks import _library_lm
 from benchmarks._common import Cells, shows_only
 from benchmarks._crowd import Oversubscription, Plan, Task
 from benchmarks._library_lm import library_model
-from benchmarks._pareto_rows import ALONE, APART, DDP, INNER, RARE, ROWS, TRAINED, Row
+from benchmarks._pareto_rows import ALONE, APART, DDP, INNER, ONLY_APART, RARE, ROWS, TRAINED, Row
 from benchmarks._pareto_table import table, verdicts
 from distcomp.methods.base import all_reduce_bytes
 
@@ -186,7 +186,7 @@ def study(cells: Cells) -> None:
             def make() -> Found:
                 return Training("scratch", row, setting, rate, TUNING_SEED).end(steps)
 
-            return _loss(cells.get(_tuning(row, setting, rate, steps), make))
+            return _loss(cells.get(tuning_name(row, setting, rate, steps), make))
 
         return tune(row, loss)
 
@@ -209,13 +209,10 @@ def study(cells: Cells) -> None:
 
 def plan() -> Iterator[tuple[str, Row, int]]:
     """Every cell but those of tuning, in order: a seed of everything, then another; a row from scratch and,
-    where it is asked for, from a trained model."""
+    where it is asked for, from a trained model and with packages of each worker's own."""
     for seed in range(SEEDS):
-        for row in ROWS:
-            yield "scratch", row, seed
-            if row in rows_of("trained"):
-                yield "trained", row, seed
-        yield from (("apart", row, seed) for row in rows_of("apart"))
+        for row in (*ROWS, *ONLY_APART):
+            yield from ((regime, row, seed) for regime in REGIMES if row in rows_of(regime))
 
 
 def parent_of(regime: str) -> str:
@@ -225,8 +222,10 @@ def parent_of(regime: str) -> str:
 
 def rows_of(regime: str) -> tuple[Row, ...]:
     """A regime's rows, in the order of :data:`ROWS`."""
-    named = {"scratch": None, "trained": TRAINED, "apart": APART}[regime]
-    return ROWS if named is None else tuple(row for row in ROWS if row.spec in named and row.inner == "AdamW")
+    if regime == "scratch":
+        return ROWS
+    named, besides = (APART, ONLY_APART) if regime == "apart" else (TRAINED, ())
+    return (*(row for row in ROWS if row.spec in named and row.inner == "AdamW"), *besides)
 
 
 def tabulate(cells: dict[str, Found]) -> dict[str, dict[str, Found]]:
@@ -234,7 +233,9 @@ def tabulate(cells: dict[str, Found]) -> dict[str, dict[str, Found]]:
 
     def chosen(row: Row) -> tuple[float, str] | None:
         try:
-            return tune(row, lambda steps, rate, setting: _loss(cells[_tuning(row, setting, rate, steps)]))
+            return tune(
+                row, lambda steps, rate, setting: _loss(cells[tuning_name(row, setting, rate, steps)])
+            )
         except KeyError:
             return None
 
@@ -258,7 +259,8 @@ def tabulate(cells: dict[str, Found]) -> dict[str, dict[str, Found]]:
     return tables
 
 
-def _tuning(row: Row, setting: str, rate: float, steps: int) -> str:
+def tuning_name(row: Row, setting: str, rate: float, steps: int) -> str:
+    """The cell of a run that tunes a row."""
     regime = "tuning" if steps == TUNING_STEPS else f"tuning, {steps} steps"
     return _name(regime, row, setting, rate, TUNING_SEED)
 

@@ -21,6 +21,7 @@ from benchmarks._tables import Block, write_blocks
 from benchmarks.docs_figures import (
     advice,
     averaging,
+    claims,
     comparisons,
     conditional,
     distill,
@@ -43,8 +44,8 @@ DOCS = ROOT / "docs"
 PAGES: dict[str, list[tuple[Path, dict[str, Block]]]] = {
     "measured": [(ROOT / "README.md", measured.README), (DOCS / "measured.md", measured.BLOCKS)],
     "advice": [(DOCS / "advice.md", advice.BLOCKS)],
-    "averaging": [(DOCS / "averaging.md", averaging.BLOCKS)],
-    "pareto": [(DOCS / "pareto.md", pareto.BLOCKS)],
+    "averaging": [(DOCS / "averaging.md", averaging.BLOCKS | claims.CLAIMS)],
+    "pareto": [(DOCS / "pareto.md", pareto.BLOCKS | claims.GAPS)],
     "distill": [(DOCS / "distill.md", distill.BLOCKS)],
     "faults": [(DOCS / "faults.md", faults.BLOCKS)],
     "fsdp": [(DOCS / "fsdp.md", fsdp.BLOCKS)],
@@ -84,7 +85,8 @@ def main() -> None:
     for name in wanted:
         for page, blocks in PAGES[name]:
             write_blocks(page, blocks)
-    for page, figures in {"averaging": averaging.FIGURES, "pareto": pareto.FIGURES}.items():
+    drawn = {"averaging": averaging.FIGURES, "pareto": pareto.FIGURES | claims.FIGURES}
+    for page, figures in drawn.items():
         if page in wanted:
             for name, draw in figures.items():
                 save(draw(), name)

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from benchmarks._pareto_rows import CORRECTIONS
 from benchmarks._tables import Block, markdown, result, source
 
 Row = dict[str, Any]
@@ -77,14 +78,35 @@ def of_regime(regime: str) -> Callable[[], str]:
     return lambda: f"{table(regime)}\n\n{source(result('pareto'), 'pareto.py')}"
 
 
-def best(regime: str, family: str, fewest: float) -> tuple[str, Row] | None:
-    """Of a family, the lowest loss among those that send so many times fewer bytes at least."""
-    rows = {
-        name: row
-        for name, row in result("pareto")["tables"].get(regime, {}).items()
-        if row["family"] == family and row.get("times_fewer_bytes") and row["times_fewer_bytes"] >= fewest
-    }
-    return min(rows.items(), key=lambda one: one[1]["relative_loss"], default=None)
+def ranked() -> str:
+    """Methods where data is apart, whatever their family, the lowest loss first; then controls."""
+    rows = result("pareto")["tables"]["apart"]
+    methods = sorted(
+        (item for item in rows.items() if item[1]["family"] != "control"),
+        key=lambda item: item[1].get("relative_loss", float("inf")),
+    )
+    controls = sorted((item for item in rows.items() if item[1]["family"] == "control"), key=_order)
+    lines = [
+        [str(place), row["family"], *_line(name, row, False)] for place, (name, row) in enumerate(methods, 1)
+    ]
+    lines += [["", "control", *_line(name, row, False)] for name, row in controls]
+    head = ["rank", "", "", "rate", "fewer bytes than DDP", "test loss, seeds", "against DDP"]
+    more = "more steps to its loss"
+    return f"{markdown([*head, more], lines)}\n\n{source(result('pareto'), 'pareto.py')}"
+
+
+def corrections() -> str:
+    """Each method beside itself without what corrects it."""
+    rows = result("pareto")["tables"]["apart"]
+
+    def told(name: str) -> list[str]:
+        row = rows.get(name)
+        if row is None:
+            return [f"`{name}`", "not measured yet"]
+        return [f"`{name}`", percent(row) if "relative" in row else "diverges"]
+
+    lines = [[by, *told(corrected), *told(plain)] for corrected, plain, by in CORRECTIONS]
+    return markdown(["what corrects", "with it", "against DDP", "without it", "against DDP"], lines)
 
 
 def targets() -> str:
@@ -211,7 +233,8 @@ BLOCKS = {
     "progress": Block(progress, "pareto", key="tables"),
     "scratch": Block(of_regime("scratch"), "pareto", key="tables"),
     "trained": Block(of_regime("trained"), "pareto", key="tables"),
-    "apart": Block(of_regime("apart"), "pareto", key="tables"),
+    "apart": Block(ranked, "pareto", key="tables"),
+    "corrections": Block(corrections, "pareto", key="tables"),
 }
 
 FIGURES: dict[str, Callable[[], Figure]] = {"pareto": draw}

@@ -126,6 +126,10 @@ def test_bytes_on_the_wire_are_degree_times_payload(cluster: Clusters) -> None:
         "noloco",
         "sgp",
         "ad-psgd",
+        "muloco",
+        "eager",
+        "pulseloco",
+        "des-loc",
     ],
 )
 def test_a_resumed_run_goes_on_bit_for_bit(name: str, cluster: Clusters) -> None:

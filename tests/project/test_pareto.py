@@ -22,7 +22,18 @@ from benchmarks._library_lm import (
     loss_of,
     stacked,
 )
-from benchmarks._pareto_rows import ALONE, CONTROL, DDP, NEVER, RARE, ROWS, Row
+from benchmarks._pareto_rows import (
+    ALONE,
+    APART,
+    CONTROL,
+    CORRECTIONS,
+    DDP,
+    NEVER,
+    ONLY_APART,
+    RARE,
+    ROWS,
+    Row,
+)
 from benchmarks._pareto_table import line, more_steps, table, verdicts
 from benchmarks.pareto import Training, WarmUpStableDecay, tune
 from distcomp.attaching.weights import Weights
@@ -127,6 +138,19 @@ def test_the_rate_goes_up_stays_and_falls_to_nothing() -> None:
     assert rate(800) == 1
     assert rate(900) == pytest.approx(0.5)
     assert rate(1000) == 0
+
+
+def test_each_regime_has_the_rows_that_it_names_and_each_correction_its_pair() -> None:
+    named = {row.spec for row in pareto.rows_of("apart")}
+    assert named == {*APART, *(row.spec for row in ONLY_APART)}
+    assert named.isdisjoint(row.spec for row in ONLY_APART if row in pareto.rows_of("scratch"))
+    assert all({corrected, plain} <= named for corrected, plain, _ in CORRECTIONS)
+    planned = list(pareto.plan())
+    assert len(planned) == len(set(planned))
+    for regime in pareto.REGIMES:
+        rows = [row for there, row, seed in planned if (there, seed) == (regime, 0)]
+        assert rows == [*pareto.rows_of(regime)]
+        assert regime == "trained" or rows[0] == DDP  # the others are held against it
 
 
 def test_what_fails_in_the_copy_fails_here() -> None:
