@@ -133,7 +133,7 @@ class PowerSGD(Method):
             # The rank's own Q, not the mean's: what this rank's residual keeps is its own error alone.
             lambda: plan.together(x, plain, p, q_own),
             {**state, "q": plan.kept(state["q"], "q", q_mean)},
-            lambda given: plan.subtract_contribution(given, p, q_own),
+            lambda given: plan.subtract_contribution(given, plain, p, q_own),
         )
 
     def _one_round(
@@ -154,7 +154,7 @@ class PowerSGD(Method):
             plan.together(x, plain_mean, *ordered(factor_mean), context.out),
             lambda: plan.together(x, plain, *ordered(own)),
             {**state, made: plan.kept(state[made], made, factor_mean)},
-            lambda given: plan.subtract_contribution(given, *ordered(own)),
+            lambda given: plan.subtract_contribution(given, plain, *ordered(own)),
         )
 
     def _rounded(self, own: Tensor, size: int) -> Tensor:
@@ -254,11 +254,9 @@ class _Plan:
         lowrank.each_outer(p, q, out, self.products)
         return out
 
-    def subtract_contribution(self, given: Tensor, p: Tensor, q: Tensor) -> None:
-        """Take the contribution off a flat buffer: the products, and all of what went plainly."""
-        move(
-            torch.zeros(self.plain.ends[1], device=given.device, dtype=torch.float32), given, self.plain.back
-        )
+    def subtract_contribution(self, given: Tensor, plain: Tensor, p: Tensor, q: Tensor) -> None:
+        """Take the contribution off a flat buffer: the products, and what went plainly."""
+        move(self.plain_of(given).sub_(plain), given, self.plain.back)
         lowrank.each_subtract_outer(p, q, given, self.products)
 
     def kept(self, old: PerParameter, side: str, factors: Tensor) -> PerParameter:
