@@ -114,9 +114,15 @@ def counted(rank, size):
 
 def test_a_step_is_observed_by_the_clock_that_was_given(cluster):
     for observed in cluster(2).run(counted):
-        buckets = len(observed.layouts)
-        assert observed.ready_s == tuple(float(1 + index) for index in range(buckets))
-        assert observed.step_s == buckets + 1
+        # read when each gradient is there, and then when their bucket is
+        ready_s = tuple(itertools.accumulate(len(layout.slices) + 1 for layout in observed.layouts))
+        assert len(ready_s) > 1
+        assert observed.ready_s == ready_s
+        assert observed.step_s == ready_s[-1] + 1
+        gradients = iter(observed.gradients)
+        for layout, at_s in zip(observed.layouts, ready_s, strict=True):
+            moments_s = sorted(next(gradients).ready_s for _ in layout.slices)
+            assert moments_s == [at_s - back for back in range(len(moments_s), 0, -1)]
 
 
 def test_a_method_of_zeros_keeps_no_state():
