@@ -12,7 +12,7 @@ import torch.distributed as dist
 from distcomp.attaching.observe import WARM_UP
 from distcomp.errors import DistcompError
 from distcomp.network.request_sizes import RequestSizes
-from distcomp.runtime.channel import Carried, watch_requests
+from distcomp.runtime.channel import CarriedRequest, watch_requests
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class OneStep:
 
     begin_s: float
     end_s: float
-    carried: tuple[Carried, ...]
+    carried: tuple[CarriedRequest, ...]
 
 
 def observe_waits(step: Callable[[], object], repeats: int = 11) -> WaitingStep:
@@ -89,7 +89,7 @@ def _wait(by_step: Sequence[Sequence[OneStep]], place: int) -> Wait:
     return Wait(_middle(asks), statistics.median(after_s), statistics.median(took_s))
 
 
-def _ask(of_ranks: Sequence[Carried]) -> RequestSizes:
+def _ask(of_ranks: Sequence[CarriedRequest]) -> RequestSizes:
     """What all ranks asked of each other."""
     messages = tuple(
         (rank, to, float(nbytes)) for rank, one in enumerate(of_ranks) for to, nbytes in one.messages

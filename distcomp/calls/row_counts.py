@@ -11,7 +11,7 @@ from distcomp.collectives import AllToAll, Rounds
 from distcomp.errors import DistcompError
 from distcomp.methods.base import StepContext
 from distcomp.payload import Part, Parts, Payload
-from distcomp.runtime.unanimous import digest_of, same_words
+from distcomp.runtime.unanimous import digest_of_words, same_words
 from distcomp.transports.types import ProcessGroup
 
 MOST_ROWS = 2**31 - 1
@@ -56,6 +56,6 @@ def exchange_counts(counts: Tensor, words: str, *, group: ProcessGroup | None = 
 
 def _payload(parts: Parts, words: str, counts: Tensor) -> Payload:
     payload = Payload.empty(parts)
-    payload["digest"].fill_(digest_of(words))
+    payload["digest"].fill_(digest_of_words(words))
     payload["counts"].copy_(counts)
     return payload

@@ -3,8 +3,8 @@
 A matrix float32 ``[units, slices, run]`` holds slice s as its elements ``[:, s, :]``: ``K = units run`` of
 them, read where they lie. Bases are bfloat16 ``[B, most, K]``, each for the next ``ceil(slices / B)`` slices;
 everything else is float32. What :func:`restore` writes, which all ranks must agree on, has the same bits with
-the C extension, whatever its instruction set, and without; :func:`project` is a rank's own matter. Bases of
-float32, and other devices, are left to torch's products.
+the C extension, whatever its instruction set, and without; :func:`project_slices` is a rank's own matter.
+Bases of float32, and other devices, are left to torch's products.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Known:
         return array("Q", [begins[i] + steps[i] * basis for i, basis, _ in self._groups])
 
 
-def project(x: Tensor, bases: Sequence[Tensor], offsets: Sequence[Tensor], known: Known) -> Tensor:
+def project_slices(x: Tensor, bases: Sequence[Tensor], offsets: Sequence[Tensor], known: Known) -> Tensor:
     """``U^T g - offset`` of each slice g: the coefficients of all, from the flat buffer ``x``.
 
     ``offsets`` are ``[slices, most]``.
@@ -170,7 +170,7 @@ def restore(coefficients: Tensor, bases: Sequence[Tensor], mean: Tensor, out: Te
     _cpu.subspace_restore(*tensors, *known.lines(), of_bases.buffer_info()[0], 0, sizes)
 
 
-def squares(x: Tensor, mean: Tensor, pieces: Tensor) -> Tensor:
+def squared_distances(x: Tensor, mean: Tensor, pieces: Tensor) -> Tensor:
     """``|x|^2`` and ``|x - mean|^2`` of each piece, ``(at, numel)``: float64 ``[pieces, 2]`` on the CPU."""
     check_tensor("means", mean, torch.float32, x.numel())
     if not _served(x):

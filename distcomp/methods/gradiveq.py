@@ -14,7 +14,7 @@ from torch import Tensor
 from distcomp.collectives import Broadcast, Rounds
 from distcomp.compressors import Cast, Identity, Quantize
 from distcomp.errors import DistcompError
-from distcomp.kernels.subspace import Known, Sliced, project, restore
+from distcomp.kernels.subspace import Known, Sliced, project_slices, restore
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import (
     SHAPES,
@@ -35,7 +35,6 @@ from distcomp.methods.registry import method_of, register
 from distcomp.methods.scheduled import EXACT
 from distcomp.methods.slices import (
     DTYPES,
-    FILTER,
     Cycle,
     Slicing,
     Subspace,
@@ -242,7 +241,7 @@ class GradiVeQ(Method):
             basis = mixed(mixture, own, self.subspace.bits)
             new["basis"][name] = basis
             nothing = [torch.zeros_like(state["offset"][name])]
-            of_means = project(mean, [basis], nothing, Known((one,)))
+            of_means = project_slices(mean, [basis], nothing, Known((one,)))
             new["offset"][name] = of_means.view(one.slices, one.most)
             new["dims"][name] = dims.long()
             new["reference"][name] = torch.zeros_like(state["reference"][name])
@@ -279,7 +278,7 @@ class GradiVeQ(Method):
         known, mean = self._known(layout, state), state["mean"].data
         bases = [state["basis"][name] for name in layout.names]
         offsets = [state["offset"][name] for name in layout.names]
-        coefficients = project(x, bases, offsets, known)  # U^T g - U^T mu
+        coefficients = project_slices(x, bases, offsets, known)  # U^T g - U^T mu
         votes, reference = x[:0], state["reference"]
         if self.cycle.retrain:
             losses = relative_losses(x, mean, coefficients, known, self.subspace.bits)
@@ -311,12 +310,8 @@ class GradiVeQ(Method):
     def _judge(self, losses: Tensor, state: State, layout: Layout) -> tuple[Tensor, PerParameter]:
         """This rank's votes for learning anew; what it compares with is gathered in the first steps."""
         reference = torch.stack([state["reference"][name] for name in layout.names])
-        losses, watching = (
-            losses.to(reference),
-            torch.tensor([age - self.cycle.learn < self.cycle.watch for age in _ages(state, layout)]).to(
-                reference
-            ),
-        )
+        watched = [float(age - self.cycle.learn < self.cycle.watch) for age in _ages(state, layout)]
+        losses, watching = losses.to(reference), torch.tensor(watched, dtype=torch.float32).to(reference)
         total, count = reference.unbind(1)
         votes = (losses * count > self.cycle.retrain * total) * (1 - watching)
         # A sum and a count: their mean.
@@ -420,8 +415,6 @@ def gradiveq(
     retrain: float = 1.5,
     error_feedback: bool = False,
     others: Method | str = EXACT,
-    slices: str = FILTER,
-    basis_bits: int = 16,
 ) -> Method:
     """Send convolutions by their gradients' coefficients in a subspace found in earlier gradients.
 
@@ -430,19 +423,18 @@ def gradiveq(
     ``coefficient_bits`` make a cycle; ``mean``: ``pca`` or ``zero`` for what lies outside; ``retrain``:
     growth of the loss at which most ranks cut a cycle short (0: never); ``error_feedback``: owe what was
     not sent; ``others``: how all that is no convolution, or one whose slices are over 4096 elements, is
-    sent (``"powersgd"``); ``slices``: each a ``filter``, or all filters' elements at a ``place`` (the
-    paper's, with ``ratio=8``); ``basis_bits``: 16 or 32. The paper begins after 2500 plain steps:
+    sent (``"powersgd"``). Slices are filters; the paper's are all filters' elements at a place:
+    ``GradiVeQ(Slicing(along="place"), Subspace(8))``. It begins after 2500 plain steps:
     ``warmup("gradiveq", 2500)``.
     """
     if mean not in ("pca", "zero"):
         raise DistcompError(f"gradiveq takes the mean pca or zero, not {mean!r}")
-    slicing = Slicing(along=slices)
     method = GradiVeQ(
-        slicing,
-        Subspace(ratio, loss, mean == "pca", basis_bits),
+        Slicing(),
+        Subspace(ratio, loss, mean == "pca"),
         cycle=Cycle(learn, compressed, retrain),
         plain=_method_of_width(plain_bits, "plain_bits"),
         coefficients=_method_of_width(coefficient_bits, "coefficient_bits"),
     )
     whole: Method = ErrorFeedback(method) if error_feedback else method
-    return whole if others == EXACT else Partition(Unsliced(slicing=slicing), method_of(others), whole)
+    return whole if others == EXACT else Partition(Unsliced(), method_of(others), whole)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distcomp.errors import DistcompError
-from distcomp.kernels.subspace import Known, Sliced, squares
+from distcomp.kernels.subspace import Known, Sliced, squared_distances
 from distcomp.layout import ParamSlice
 from distcomp.methods.base import SHAPES
 from distcomp.methods.partition import Rule
@@ -148,8 +148,8 @@ def relative_losses(x: Tensor, mean: Tensor, coefficients: Tensor, known: Known,
     """``|g - (U c + mu)| / |g|`` of each layer, without the product: ``|U c| = |c|`` where U is orthonormal,
     so that what is lost is what is left of the square. What is less than rounding a basis
     to ``bits`` is not seen."""
-    whole, centred = squares(x, mean, known.pieces).unbind(1)
-    kept = squares(coefficients, coefficients, known.runs)[:, 0]
+    whole, centred = squared_distances(x, mean, known.pieces).unbind(1)
+    kept = squared_distances(coefficients, coefficients, known.runs)[:, 0]
     lost = (centred - kept) / torch.where(whole > 0, whole, 1.0)
     return lost.clamp(min=UNSEEN[bits]).sqrt()
 

@@ -41,7 +41,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Carried:
+class CarriedRequest:
     """A request that was carried: this rank's messages (to, bytes), where ranks send different sizes; what it
     puts on a network otherwise; and when it began and was over (``time.perf_counter``)."""
 
@@ -51,13 +51,13 @@ class Carried:
     finished_s: float
 
 
-_WATCHERS: list[list[Carried]] = []
+_WATCHERS: list[list[CarriedRequest]] = []
 
 
 @contextmanager
-def watch_requests() -> Iterator[list[Carried]]:
+def watch_requests() -> Iterator[list[CarriedRequest]]:
     """Until it ends, every request of this process is noted when it has been waited for."""
-    seen: list[Carried] = []
+    seen: list[CarriedRequest] = []
     _WATCHERS.append(seen)
     try:
         yield seen
@@ -119,10 +119,10 @@ class OpenRequest:
         for watcher in _WATCHERS:
             watcher.append(self.carried())
 
-    def carried(self) -> Carried:
+    def carried(self) -> CarriedRequest:
         """What was sent, to whom and when, once it has been waited for."""
         transport, request = self._channel.transport, self._request
-        return Carried(
+        return CarriedRequest(
             tuple(request.messages(transport.rank, transport.size)),
             request.traffic(transport.size), self.started_s, self.finished_s,
         )  # fmt: skip

@@ -58,11 +58,11 @@ def unanimous(
     ``names``: what ranks are called in the message, where they are not numbered from 0. On the wire: a digest
     of 8 bytes and its header to every other rank; the words where they differ.
     """
-    digests = (yield from numbers_of_all([digest_of(words)], device))[:, 0].tolist()
+    digests = (yield from numbers_of_all([digest_of_words(words)], device))[:, 0].tolist()
     yield from same_words(digests, words, remedy, device, names)
 
 
-def digest_of(words: str) -> int:
+def digest_of_words(words: str) -> int:
     """A number of 56 bits."""
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")
 

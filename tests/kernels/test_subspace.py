@@ -53,7 +53,7 @@ def exact(case: Case) -> tuple[Tensor, Tensor]:
 def both(case: Case) -> tuple[Tensor, Tensor]:
     known, x, mean, bases, offsets = case
     out = torch.zeros_like(x)
-    coefficients = subspace.project(x, bases, offsets, known)
+    coefficients = subspace.project_slices(x, bases, offsets, known)
     subspace.restore(coefficients, bases, mean, out, known)
     return coefficients, out
 
@@ -96,7 +96,7 @@ def test_the_bits_do_not_depend_on_by_whom(instruction_sets: list[str], case: Ca
 @given(cases())
 def test_squares_are_added_up_piece_by_piece(case: Case) -> None:
     known, x, mean, _, _ = case
-    found = subspace.squares(x, mean, known.pieces)
+    found = subspace.squared_distances(x, mean, known.pieces)
     for one, (whole, centred) in zip(known.each, found.tolist(), strict=True):
         own, means = (values[one.at : one.at + one.numel].double() for values in (x, mean))
         assert whole == pytest.approx(float(own.square().sum()), rel=1e-5)
@@ -107,12 +107,12 @@ def test_what_does_not_fit_is_refused() -> None:
     known = Known((Sliced(0, 2, 3, 4, 1, 2, 2),))
     x, basis, offset = torch.zeros(24), torch.zeros(1, 2, 8).bfloat16(), torch.zeros(3, 2)
     for bad in (
-        lambda: subspace.project(x[:20], [basis], [offset], known),
-        lambda: subspace.project(x, [basis[:, :, :7]], [offset], known),
-        lambda: subspace.project(x, [basis], [offset[:2]], known),
-        lambda: subspace.project(x, [basis.half()], [offset], known),
+        lambda: subspace.project_slices(x[:20], [basis], [offset], known),
+        lambda: subspace.project_slices(x, [basis[:, :, :7]], [offset], known),
+        lambda: subspace.project_slices(x, [basis], [offset[:2]], known),
+        lambda: subspace.project_slices(x, [basis.half()], [offset], known),
         lambda: subspace.restore(torch.zeros(5), [basis], x, torch.zeros(24), known),
-        lambda: subspace.squares(x, x[:20], known.pieces),
+        lambda: subspace.squared_distances(x, x[:20], known.pieces),
     ):
         with pytest.raises(DistcompError):
             bad()

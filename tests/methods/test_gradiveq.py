@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distcomp.errors import DistcompError
-from distcomp.kernels.subspace import Known, Sliced, project, restore
+from distcomp.kernels.subspace import Known, Sliced, project_slices, restore
 from distcomp.layout import Layout, ParamSlice
 from distcomp.methods import (
     Cycle,
@@ -111,8 +111,8 @@ def test_what_the_parts_compress_to_adds_up_to_what_the_sum_compresses_to(
     parts = torch.randn(size, known.end, generator=generator)
     basis = torch.randn(min(bases, slices), 4, 12, generator=generator).bfloat16()
     offset = torch.randn(slices, 4, generator=generator)
-    summed = sum(project(part, [basis], [offset / size], known) for part in parts)
-    whole = project(parts.sum(0), [basis], [offset], known)
+    summed = sum(project_slices(part, [basis], [offset / size], known) for part in parts)
+    whole = project_slices(parts.sum(0), [basis], [offset], known)
     torch.testing.assert_close(summed, whole, atol=1e-4, rtol=1e-5)
 
 
@@ -247,7 +247,8 @@ def test_it_learns_anew_when_most_ranks_see_their_loss_grow(
     bits: int, turned: int, learns_anew: bool
 ) -> None:
     """After ten compressed steps some ranks' gradients leave the subspace for another."""
-    method = gradiveq(ratio=4, learn=10, compressed=60, plain_bits=32, coefficient_bits=bits, slices="place")
+    sent = gradiveq(coefficient_bits=bits).coefficients
+    method = GradiVeQ(Slicing(along="place"), Subspace(4), Cycle(10, 60), identity(), sent)
     states = [method.init(NET)] * 3
     for step in range(40):
         xs = gradients(step)
@@ -403,7 +404,7 @@ def held_out_loss(
     nothing = [torch.zeros(3, used.shape[1])]
     back = torch.empty(len(grads) - learn, 2304)
     for g, out in zip(grads[learn:], back, strict=True):
-        restore(project(g - mean, [used], nothing, cut), [used], mean, out, cut)
+        restore(project_slices(g - mean, [used], nothing, cut), [used], mean, out, cut)
     return float((back - torch.stack(grads[learn:])).norm() / torch.stack(grads[learn:]).norm()), dims
 
 
