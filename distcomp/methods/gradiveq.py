@@ -35,6 +35,7 @@ from distcomp.methods.registry import method_of, register
 from distcomp.methods.scheduled import EXACT
 from distcomp.methods.slices import (
     DTYPES,
+    FILTER,
     Cycle,
     Slicing,
     Subspace,
@@ -424,17 +425,18 @@ def gradiveq(
     growth of the loss at which most ranks cut a cycle short (0: never); ``error_feedback``: owe what was
     not sent; ``others``: how all that is no convolution, or one whose slices are over 4096 elements, is
     sent (``"powersgd"``). Slices are filters; the paper's are all filters' elements at a place:
-    ``GradiVeQ(Slicing(along="place"), Subspace(8))``. It begins after 2500 plain steps:
+    ``GradiVeQ(Slicing(), Subspace(8))``. It begins after 2500 plain steps:
     ``warmup("gradiveq", 2500)``.
     """
     if mean not in ("pca", "zero"):
         raise DistcompError(f"gradiveq takes the mean pca or zero, not {mean!r}")
+    slicing = Slicing(along=FILTER)
     method = GradiVeQ(
-        Slicing(),
+        slicing,
         Subspace(ratio, loss, mean == "pca"),
         cycle=Cycle(learn, compressed, retrain),
         plain=_method_of_width(plain_bits, "plain_bits"),
         coefficients=_method_of_width(coefficient_bits, "coefficient_bits"),
     )
     whole: Method = ErrorFeedback(method) if error_feedback else method
-    return whole if others == EXACT else Partition(Unsliced(), method_of(others), whole)
+    return whole if others == EXACT else Partition(Unsliced(slicing=slicing), method_of(others), whole)

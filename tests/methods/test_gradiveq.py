@@ -342,7 +342,6 @@ def test_what_it_cannot_do_is_refused() -> None:
         lambda: Slicing(reuse=-1),
         lambda: Slicing(along="depth"),
         lambda: Subspace(bits=8),
-        lambda: gradiveq(slices="depth"),
         lambda: gradiveq(plain_bits=1),
         lambda: gradiveq(mean="median"),
         lambda: GradiVeQ(coefficients=parse("qsgd:bits=1")),
