@@ -132,7 +132,7 @@ def _budgets(path: Path) -> Iterator[tuple[str, Row]]:
 def _gradiveq(path: Path) -> Iterator[tuple[str, Row]]:
     found = json.loads(path.read_text())
     spec, cells = found["plan"]["method"], found["cells"]
-    seeds = [key.partition(" | ")[2] for key in cells if key.startswith("float32")]
+    seeds = [key.partition(" | ")[2] for key in cells if key.startswith(spec)]
     mine, plain = ([cells[f"{name} | {seed}"] for seed in seeds] for name in (spec, "float32"))
     off = fmean(one["test_loss"] for one in mine) / fmean(one["test_loss"] for one in plain) - 1
     fewer = fmean(one["sent_bytes"] for one in plain) / fmean(one["sent_bytes"] for one in mine)
