@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -197,13 +198,13 @@ def losses(series: list[Tensor], one: Sliced, basis: Tensor, mean: Tensor) -> di
 # ----------------------------------------------------------------------------------------------- loss
 
 
-def test_losses() -> dict[str, Any]:
+def test_losses(seeds: int) -> dict[str, Any]:
     """Test loss over seeds, uncompressed and compressed, everything else the same."""
     settings = {"workers": WORKERS, "batch": BATCH, "rate": RATE, "steps": STEPS, "method": TRAINED}
     cells = Cells("gradiveq_loss", settings)
     arms = {"float32": distcomp.identity(), TRAINED: distcomp.parse(TRAINED)}
     rows: dict[str, Any] = {}
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         for name, method in arms.items():
             make: Callable[[], dict[str, Any]] = lambda seed=seed, method=method: train(  # noqa: E731
                 task(), plan(seed), method
@@ -296,17 +297,20 @@ def _link_of(ranks: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {"structure": structure, "loss": test_losses, "link": link}
+PARTS = ("structure", "loss", "link")
 
 
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="these alone")
-    parts = parser.parse_args().parts or list(PARTS)
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="of the losses, for now")
+    arguments = parser.parse_args()
+    parts = arguments.parts or list(PARTS)
+    make = {"structure": structure, "loss": partial(test_losses, arguments.seeds), "link": link}
     torch.set_num_threads(1)
     path = RESULTS / "gradiveq_claims.json"
     for name in parts:
-        part = PARTS[name]()
+        part = make[name]()
         kept = json.loads(path.read_text()) if path.exists() else {}
         write("gradiveq_claims", {one: kept[one] for one in PARTS if one in kept} | {name: part})
         print(f"{name}: written to {path}", file=sys.stderr)
