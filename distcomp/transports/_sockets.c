@@ -493,16 +493,18 @@ static int lay_out(Part *part, int kind, int count, int here, uint8_t **scratch)
     return 1;
 }
 
-/* Post one message of every pair for a part: its terms, or its totals. The numbers, [member][direction]. */
+/* Post one message of every pair for a part: its terms, or its totals. The numbers, [member][direction]. The sum may
+ * be over, and gone, as soon as its last message is posted. */
 static void post_part(Mesh *mesh, const Part *part, const int *members, int here, int totals, uint64_t (*numbers)[2]) {
     Sum *s = part->sum;
-    size_t bytes = KINDS[s->kind].bytes;
-    for (int shift = 1; shift < s->count; shift++)
+    const int count = s->count;
+    const size_t bytes = KINDS[s->kind].bytes;
+    for (int shift = 1; shift < count; shift++)
         for (int direction = RECEIVING; direction >= SENDING; direction--) {
-            int step = direction == SENDING ? shift : s->count - shift, member = (here + step) % s->count;
+            int step = direction == SENDING ? shift : count - shift, member = (here + step) % count;
             int mine = (direction == SENDING) == totals, piece = mine ? here : member;
-            size_t at = begin_of(part->numel, s->count, piece);
-            uint64_t length = (begin_of(part->numel, s->count, piece + 1) - at) * bytes;
+            size_t at = begin_of(part->numel, count, piece);
+            uint64_t length = (begin_of(part->numel, count, piece + 1) - at) * bytes;
             uint8_t *where = part->data + at * bytes;
             if (direction == RECEIVING && !totals) where = (uint8_t *)(uintptr_t)s->terms[member];
             numbers[member][direction] =
