@@ -301,8 +301,8 @@ static void *run(void *given) {
             if (events & (POLLOUT | POLLERR | POLLHUP)) ended |= move(p, SENDING);
             if (events & (POLLIN | POLLERR | POLLHUP) || !ready) ended |= move(p, RECEIVING);
         }
-        add_ripe(mesh);
         if (ended) wake_waiters(mesh);
+        add_ripe(mesh);
     }
     pthread_mutex_unlock(&mesh->lock);
     free(watched);

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -43,20 +41,6 @@ def test_products_are_right(case: tuple[Tensor, Tensor, Tensor]) -> None:
     for found, right, most in zip(everything(*case), exact, bound, strict=True):
         assert found.dtype == torch.float32
         assert ((found - right).abs() <= 1e-7 * 70 * most).all()
-
-
-@pytest.fixture(scope="module")
-def instruction_sets() -> Iterator[list[str]]:
-    usual, found = _cpu.instruction_set(), []
-    for name in ("generic", "avx2", "avx512"):
-        try:
-            _cpu.use(name)
-        except ValueError:
-            continue
-        found.append(name)
-    _cpu.use(usual)
-    yield found
-    _cpu.use(usual)
 
 
 @given(products(), st.integers(0, 3))

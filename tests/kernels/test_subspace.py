@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -62,20 +60,6 @@ def both(case: Case) -> tuple[Tensor, Tensor]:
 def test_projections_are_right(case: Case) -> None:
     for found, right in zip(both(case), exact(case), strict=True):
         assert (found - right).abs().max() <= 1e-5 * right.abs().max() + 1e-5
-
-
-@pytest.fixture(scope="module")
-def instruction_sets() -> Iterator[list[str]]:
-    usual, found = _cpu.instruction_set(), []
-    for name in ("generic", "avx2", "avx512"):
-        try:
-            _cpu.use(name)
-        except ValueError:
-            continue
-        found.append(name)
-    _cpu.use(usual)
-    yield found
-    _cpu.use(usual)
 
 
 @given(cases())
