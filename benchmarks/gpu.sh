@@ -46,8 +46,8 @@ if ! timeout 120 "$python" -m benchmarks.gpu about "${options[@]}"; then
 fi
 
 # timeout has a process group of its own, with every rank of a part in it: it hears of an interruption from here.
-running=
-trap '[[ -z $running ]] || kill "$running" 2>/dev/null; exit 130' INT TERM
+# Bash's own list of jobs names it from the moment it is begun; a variable set after that would be a moment late.
+trap 'kill $(jobs -p) 2>/dev/null; exit 130' INT TERM
 
 failed=()
 for part in "${parts[@]}"; do
@@ -55,8 +55,7 @@ for part in "${parts[@]}"; do
     echo "== $part, at most $limit s"
     begin=$SECONDS
     timeout --kill-after=10 "$limit" "$python" -m benchmarks.gpu "$part" "${options[@]}" &
-    running=$!
-    wait "$running"
+    wait "$!"
     status=$?
     case $status in
         0) echo "== $part: well, after $((SECONDS - begin)) s" ;;
