@@ -12,6 +12,7 @@ in the environment, ``DISTCOMP_IMPORT``, several with commas between.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -35,10 +36,17 @@ def load_plugins() -> None:
 
     Raises DistcompError for one that cannot be imported.
     """
-    for entry in metadata.entry_points(group=GROUP):
+    for entry in _installed(tuple(sys.path)):
         _import(entry.value.partition(":")[0], f"the entry point {entry.name} of {GROUP}")
     for named in filter(None, (part.strip() for part in os.environ.get(IMPORT, "").split(","))):
         _import(named, IMPORT)
+
+
+@functools.cache
+def _installed(path: tuple[str, ...]) -> tuple[metadata.EntryPoint, ...]:
+    """Looked for once on each path: opening the metadata of every package takes milliseconds, and a name that
+    is in one table alone is looked up in both, also in each call that names a codec."""
+    return tuple(metadata.entry_points(group=GROUP))
 
 
 def lookup(table: Mapping[str, Found], name: str) -> Found | None:

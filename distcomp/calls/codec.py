@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -87,11 +88,17 @@ def codec_for(chosen: CodecLike, dtype: torch.dtype) -> Codec:
     Raises DistcompError for a method that is more than a compressor, and for whole numbers, which only
     ``identity`` keeps.
     """
-    compressor = compressor_of(chosen)
+    compressor = _compressor_named(chosen) if isinstance(chosen, str) else compressor_of(chosen)
     if isinstance(compressor, Identity):
         return Exact(dtype)
     check_lossy(compressor, dtype)
     return Lossy(compressor, dtype.is_complex)
+
+
+@functools.lru_cache(maxsize=64)
+def _compressor_named(text: str) -> Compressor:
+    """Read once: a loop gives the same few texts in every call, and compressors are values without a state."""
+    return compressor_of(text)
 
 
 def check_lossy(chosen: CodecLike, dtype: torch.dtype) -> None:
