@@ -6,8 +6,9 @@
 ``--links``: eight experts of 128 x 256, two of them for each token, on two ranks; the break-even is at 1,024
 tokens of a rank and step. What is predicted with all experts on each rank starts from zeros that are sent on
 the same ranks (``distcomp.advice.calibrate``); with experts spread over the ranks, from the same steps on an
-unshaped link, and from nothing else but the link's rate (``distcomp.advice.waiting``). The links take turns,
-and the fastest round counts (what else a machine does only adds).
+unshaped link, and from nothing else but the link's rate (``distcomp.advice.waiting``). Each
+rank keeps to a core of its own. The links take turns, and the fastest round counts (what else a machine does
+only adds).
 
 ``--study``: eight clusters, each with a linear classifier of its own.
 Controls: a dense network with the same products for each token, and one with as many parameters; the mixture
@@ -47,6 +48,7 @@ RATES = ("unshaped", "1gbit", "100mbit")
 CODECS = ("identity", "qsgd:bits=8")
 KINDS = tuple((codec, spread) for codec in CODECS for spread in (False, True))
 STEPS, WARM_UP, ROUNDS = {256: 61, 4096: 21}, 5, 3
+CORES = sorted(os.sched_getaffinity(0))
 SIZES = (1 << 10, 16 << 10, 128 << 10, 512 << 10, 1 << 20, 2 << 20)
 ROWS = ("identity", "bf16", "qsgd:bits=8", "qsgd:bits=4", "mxfp8")
 SEEDS, TRAIN_STEPS, BATCH, LR = 5, 300, 128, 5e-3
@@ -91,8 +93,17 @@ def made(tokens: int, options: dict[str, Any]) -> tuple[DistributedDataParallel,
     return model, step
 
 
+def keep_to_one_core() -> None:
+    """All threads of this rank on a core of its own, as far as there are cores: after a wait the system wakes
+    two ranks on one core as it happens, and their step takes up to twice as long."""
+    core = CORES[dist.get_rank() % len(CORES)]
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), {core})
+
+
 def link_rank(settings: dict[str, Any]) -> dict[str, Any]:
     """All kinds of steps on one link, in turn; what is predicted of them comes first."""
+    keep_to_one_core()
     found: dict[str, dict[str, Any]] = {"step_s": {}, "waits": {}, "predicted_s": {}}
     for tokens in TOKENS:
         if settings["rate"] != "unshaped":
@@ -116,7 +127,7 @@ def foretold(tokens: int, rate: str) -> dict[str, float]:
     """Seconds of a step with all experts on each rank, by codec of gradients."""
     model, step = made(tokens, {})
     fabric = Fabric.uniform(2, rate)
-    machine = calibrate(model, step, fabric, SIZES, len(os.sched_getaffinity(0)))
+    machine = calibrate(model, step, fabric, SIZES, len(CORES))
     layouts = machine.observed.layouts
     return {codec: predict(profile_method(codec, layouts, 2), machine, fabric).step_s for codec in CODECS}
 
