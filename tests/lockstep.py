@@ -34,6 +34,7 @@ class Recorded(Method):
         self.inner = inner
         self.asked = asked
         self.propagates_nonfinite = inner.propagates_nonfinite
+        self.sums_nonfinite = inner.sums_nonfinite
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
         aggregation = self.inner.aggregate(x, state, context)

@@ -97,7 +97,7 @@ def codec_for(chosen: CodecLike, dtype: torch.dtype) -> Codec:
 
 @functools.lru_cache(maxsize=64)
 def _compressor_named(text: str) -> Compressor:
-    """Read once: a loop gives the same few texts in every call, and compressors are values without a state."""
+    """Read once: a loop gives the same few texts in every call, and compressors have no state."""
     return compressor_of(text)
 
 

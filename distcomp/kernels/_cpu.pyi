@@ -76,6 +76,7 @@ def lowrank_pieces(
     pieces: int,
     subtract: bool,
     sizes: tuple[int, int, int, int],
+    residual_and_sum: tuple[int, int] = ...,
     /,
 ) -> None: ...
 def all_finite(x: int, numel: int, exponent: int, /) -> bool: ...
@@ -157,6 +158,7 @@ def lowrank(
     out_stride: int,
     subtract: bool,
     sizes: tuple[int, int, int, int],
+    residual_and_sum: tuple[int, int] = ...,
     /,
 ) -> None: ...
 def use(name: str, /) -> None: ...

@@ -24,6 +24,8 @@ typedef struct {
     size_t a, b, rank;
     size_t p_stride, stride, out_stride; /* from a row of p, of M, of out to the next */
     int subtract;
+    const float *residual; /* where it is given, M is m + residual, */
+    float *sum;            /* and is left here, too */
 } Product;
 
 typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -108,18 +110,39 @@ BODY void dots(const Product *x, size_t i, size_t k, size_t rows, const size_t f
         }
 }
 
-/* All rows with `factors` of the factor's rows, from k on. */
-BODY void dots_of_all(const Product *x, size_t k, const size_t factors) {
-    size_t i = 0;
-    for (; i + BLOCK / factors <= x->a; i += BLOCK / factors) dots(x, i, k, BLOCK / factors, factors);
-    if (i < x->a) dots(x, i, k, x->a - i, factors);
+/* The rows from i to end with `factors` of the factor's rows, from k on. */
+BODY void dots_of_all(const Product *x, size_t i, size_t end, size_t k, const size_t factors) {
+    for (; i + BLOCK / factors <= end; i += BLOCK / factors) dots(x, i, k, BLOCK / factors, factors);
+    if (i < end) dots(x, i, k, end - i, factors);
+}
+
+/* Some rows with all of the factor's: what is read of M once is still near when it is read again. */
+BODY void times_some_rows(const Product *x, size_t i, size_t end) {
+    size_t k = 0;
+    for (; k + FACTORS <= x->rank; k += FACTORS) dots_of_all(x, i, end, k, FACTORS);
+    for (; k + 2 <= x->rank; k += 2) dots_of_all(x, i, end, k, 2);
+    if (k < x->rank) dots_of_all(x, i, end, k, 1);
+}
+
+BODY void add_residual(const Product *x, size_t i, size_t end, float *to) {
+    const float *m = x->m + i * x->stride, *residual = x->residual + i * x->stride;
+    const size_t size = (end - i) * x->stride;
+    size_t j = 0;
+    for (; j + LANES <= size; j += LANES) store(to + j, load(m + j) + load(residual + j));
+    for (; j < size; j++) to[j] = m[j] + residual[j];
 }
 
 BODY void times_rows_body(const Product *x) {
-    size_t k = 0;
-    for (; k + FACTORS <= x->rank; k += FACTORS) dots_of_all(x, k, FACTORS);
-    for (; k + 2 <= x->rank; k += 2) dots_of_all(x, k, 2);
-    if (k < x->rank) dots_of_all(x, k, 1);
+    for (size_t i = 0; i < x->a; i += BLOCK) {
+        size_t end = x->a - i < BLOCK ? x->a : i + BLOCK;
+        if (!x->residual) times_some_rows(x, i, end);
+        else {
+            Product added = *x;
+            added.m = x->sum;
+            add_residual(x, i, end, x->sum + i * x->stride);
+            times_some_rows(&added, i, end);
+        }
+    }
 }
 
 /* out[k][j] += sum over a few rows i of p[k][i] m[i][j], row after row, for the columns from j to end. */
@@ -277,11 +300,13 @@ PyObject *py_lowrank(PyObject *self, PyObject *args) {
     const char *name;
     unsigned long long p, q, m, out;
     Py_ssize_t a, b, rank, p_stride, stride, out_stride;
+    unsigned long long residual = 0, sum = 0; /* as long as m */
     int subtract;
     Kind kind;
     Sizes sizes;
-    if (!PyArg_ParseTuple(args, "sKKKKnnnnnnp(nnnn)", &name, &p, &q, &m, &out, &a, &b, &rank, &p_stride, &stride,
-                          &out_stride, &subtract, &sizes.p, &sizes.q, &sizes.m, &sizes.out) ||
+    if (!PyArg_ParseTuple(args, "sKKKKnnnnnnp(nnnn)|(KK)", &name, &p, &q, &m, &out, &a, &b, &rank, &p_stride,
+                          &stride, &out_stride, &subtract, &sizes.p, &sizes.q, &sizes.m, &sizes.out, &residual,
+                          &sum) ||
         !kind_named(name, &kind))
         return NULL;
     if (!product_is_inside(&kind, a, b, rank, p_stride, stride, out_stride, sizes))
@@ -291,7 +316,7 @@ PyObject *py_lowrank(PyObject *self, PyObject *args) {
         .p = (const float *)(uintptr_t)p, .q = (const float *)(uintptr_t)q, .m = (const float *)(uintptr_t)m,
         .out = (float *)(uintptr_t)out, .a = (size_t)a, .b = (size_t)b, .rank = (size_t)rank,
         .p_stride = (size_t)p_stride, .stride = (size_t)stride, .out_stride = (size_t)out_stride,
-        .subtract = subtract};
+        .subtract = subtract, .residual = (const float *)(uintptr_t)residual, .sum = (float *)(uintptr_t)sum};
     Py_BEGIN_ALLOW_THREADS
     run_product(&kind, &x);
     Py_END_ALLOW_THREADS
@@ -316,13 +341,13 @@ static int line_is_inside(const Kind *kind, const Line *line, const Sizes *all) 
 PyObject *py_lowrank_pieces(PyObject *self, PyObject *args) {
     (void)self;
     const char *name;
-    unsigned long long p, q, m, out, table;
+    unsigned long long p, q, m, out, table, residual = 0, sum = 0; /* the last two as long as m */
     Py_ssize_t pieces;
     int subtract;
     Kind kind;
     Sizes sizes;
-    if (!PyArg_ParseTuple(args, "sKKKKKnp(nnnn)", &name, &p, &q, &m, &out, &table, &pieces, &subtract, &sizes.p,
-                          &sizes.q, &sizes.m, &sizes.out) ||
+    if (!PyArg_ParseTuple(args, "sKKKKKnp(nnnn)|(KK)", &name, &p, &q, &m, &out, &table, &pieces, &subtract,
+                          &sizes.p, &sizes.q, &sizes.m, &sizes.out, &residual, &sum) ||
         !kind_named(name, &kind))
         return NULL;
     const Line *line = (const Line *)(uintptr_t)table;
@@ -334,7 +359,9 @@ PyObject *py_lowrank_pieces(PyObject *self, PyObject *args) {
             .p = (const float *)(uintptr_t)p + line->p, .q = (const float *)(uintptr_t)q + line->q,
             .m = (const float *)(uintptr_t)m + line->m, .out = (float *)(uintptr_t)out + line->out,
             .a = (size_t)line->a, .b = (size_t)line->b, .rank = (size_t)line->rank, .p_stride = (size_t)line->a,
-            .stride = (size_t)line->b, .out_stride = (size_t)out_stride_of(&kind, line), .subtract = subtract};
+            .stride = (size_t)line->b, .out_stride = (size_t)out_stride_of(&kind, line), .subtract = subtract,
+            .residual = residual ? (const float *)(uintptr_t)residual + line->m : NULL,
+            .sum = sum ? (float *)(uintptr_t)sum + line->m : NULL};
         run_product(&kind, &x);
     }
     Py_END_ALLOW_THREADS

@@ -23,23 +23,31 @@ from distcomp.kernels.dispatch import backend
 from distcomp.kernels.tables import lines_of
 
 FEW = 8
+Adding = tuple[Tensor, Tensor]
 ALIGNED_BYTES = 64
 
 
-def times_rows(q: Tensor, matrix: Tensor) -> Tensor:
-    """``q M^T``, ``[rank, a]``."""
+def times_rows(q: Tensor, matrix: Tensor, adding: Adding | None = None) -> Tensor:
+    """``q M^T``, ``[rank, a]``.
+
+    With ``adding``, a residual and memory for a sum, each shaped as the matrix, ``M`` is matrix plus residual,
+    and is left in the sum: added in the pass in which it is multiplied."""
     _check(q, matrix.shape[1], "q", matrix)
-    cpu = _extension(q, matrix)
+    cpu = _extension(q, matrix, *(adding or ()))
     if cpu is None:
+        if adding is not None:
+            matrix = torch.add(matrix, adding[0], out=adding[1])
         return q @ _aligned(matrix).T
     (a, b), rank = matrix.shape, len(q)
     out = torch.empty(rank, a, dtype=torch.float32)
     q_at, m_at, out_at = q.data_ptr(), matrix.data_ptr(), out.data_ptr()
+    added_at = _addresses(adding)
 
     def run(start: int, count: int) -> None:
         at = (0, q_at, m_at + 4 * b * start, out_at + 4 * start)
         sizes = (0, q.numel(), matrix.numel() - b * start, out.numel() - start)
-        cpu._cpu.lowrank("rows", *at, count, b, rank, 0, b, a, False, sizes)
+        residual_at, sum_at = (one and one + 4 * b * start for one in added_at)
+        cpu._cpu.lowrank("rows", *at, count, b, rank, 0, b, a, False, sizes, (residual_at, sum_at))
 
     cpu.shared(run, a, 1, 4 * b)
     return out
@@ -115,7 +123,7 @@ def _outer(cpu: Any, p: Tensor, q: Tensor, out: Tensor, subtract: bool) -> None:
 
 
 SMALL = 1 << 18
-"""Elements: a larger matrix is a call of its own, which several threads may share."""
+"""Elements: where there are several threads, a larger matrix is a call of its own, which they share."""
 LINE_BYTES = 56
 
 
@@ -150,9 +158,14 @@ class Products:
         }
 
     @cached_property
-    def small(self) -> bool:
-        """Whether C may do all of them in one call."""
-        return all(1 <= rank <= FEW and a * b <= SMALL for rank, a, b, _ in self.each)
+    def few(self) -> bool:
+        """Whether C does all of them."""
+        return all(1 <= rank <= FEW for rank, _, _, _ in self.each)
+
+    @cached_property
+    def largest(self) -> int:
+        """Elements of the largest matrix."""
+        return max((a * b for _, a, b, _ in self.each), default=0)
 
     def table(self, kind: str) -> Tensor:
         """What C reads: rank, a, b, and where p, q, m and out begin."""
@@ -181,14 +194,20 @@ class Products:
         return torch.stack([rank, a, b, p, q, torch.zeros_like(at), at], 1).contiguous()
 
 
-def each_times_rows(q: Tensor, x: Tensor, products: Products) -> Tensor:
-    """:func:`times_rows` of each matrix in the flat buffer ``x``: all factors p, laid end to end."""
-    if _in_one_call(products, q=q, m=x):
+def each_times_rows(q: Tensor, x: Tensor, products: Products, adding: Adding | None = None) -> Tensor:
+    """:func:`times_rows` of each matrix in the flat buffer ``x``: all factors p, laid end to end.
+
+    With ``adding``, a residual and memory for a sum, both as long as ``x``, of each matrix of their sum, which
+    is left there; what lies between matrices is left alone."""
+    if _in_one_call(products, q=q, m=x, **dict(zip(("m, residual", "m, sum"), adding or (), strict=False))):
         out = torch.empty(products.numels["p"], dtype=torch.float32)
-        _run("rows", products, q=q, m=x, out=out)
+        _run("rows", products, q=q, m=x, out=out, adding=adding)
         return out
-    pairs = zip(products.views(q, "q"), products.matrices(x), strict=True)
-    return _flat([times_rows(factor.clone(), matrix) for factor, matrix in pairs], x)
+    added: list[Adding | None] = [None] * len(products.each)
+    if adding is not None:
+        added = list(zip(*map(products.matrices, adding), strict=True))
+    each = zip(products.views(q, "q"), products.matrices(x), added, strict=True)
+    return _flat([times_rows(factor.clone(), matrix, more) for factor, matrix, more in each], x)
 
 
 def each_times_columns(p: Tensor, x: Tensor, products: Products) -> Tensor:
@@ -227,8 +246,8 @@ def _flat(factors: list[Tensor], like: Tensor) -> Tensor:
 def _in_one_call(products: Products, **tensors: Tensor) -> bool:
     """Whether C serves these; refuses what has other sizes than the products say."""
     for name, one in tensors.items():
-        wanted = products.numels[name]
-        if one.numel() < wanted or (name != "m" and one.numel() != wanted):
+        wanted = products.numels[name[0]]
+        if one.numel() < wanted or (name[0] != "m" and one.numel() != wanted):
             raise DistcompError(
                 f"{name} of {len(products.each)} products has {one.numel()} elements and not {wanted}; it "
                 "is of another layout"
@@ -237,10 +256,14 @@ def _in_one_call(products: Products, **tensors: Tensor) -> bool:
         one.device.type == "cpu" and one.dtype == torch.float32 and one.is_contiguous()
         for one in tensors.values()
     )
-    return plain and products.small and backend("cpu") == "cpu"
+    alone = products.largest > SMALL and torch.get_num_threads() > 1
+    return plain and products.few and not alone and backend("cpu") == "cpu"
 
 
-def _run(kind: str, products: Products, out: Tensor, subtract: bool = False, **given: Tensor) -> None:
+def _run(
+    kind: str, products: Products, out: Tensor, subtract: bool = False, adding: Adding | None = None,
+    **given: Tensor,
+) -> None:  # fmt: skip
     cpu = import_module("distcomp.kernels.cpu")
     lines, number = lines_of(products.table(kind), LINE_BYTES)
     tensors = [given.get(name) for name in ("p", "q", "m")] + [out]
@@ -248,20 +271,26 @@ def _run(kind: str, products: Products, out: Tensor, subtract: bool = False, **g
     sizes = tuple(0 if one is None else one.numel() for one in tensors)
 
     def run(start: int, count: int) -> None:
-        cpu._cpu.lowrank_pieces(kind, *at, lines + LINE_BYTES * start, count, subtract, sizes)
+        table = lines + LINE_BYTES * start
+        cpu._cpu.lowrank_pieces(kind, *at, table, count, subtract, sizes, _addresses(adding))
 
     if number:
         cpu.shared(run, number, 1, 4 * products.numels["m"] // number)
 
 
-def _few(factor: Tensor, matrix: Tensor) -> bool:
-    plain = all(one.device.type == "cpu" and one.dtype == torch.float32 for one in (factor, matrix))
-    return plain and 1 <= len(factor) <= FEW and factor.is_contiguous() and matrix.is_contiguous()
+def _addresses(adding: Adding | None) -> tuple[int, int]:
+    return (0, 0) if adding is None else (adding[0].data_ptr(), adding[1].data_ptr())
 
 
-def _extension(factor: Tensor, matrix: Tensor) -> Any:
+def _few(factor: Tensor, *matrices: Tensor) -> bool:
+    every = (factor, *matrices)
+    plain = all(one.device.type == "cpu" and one.dtype == torch.float32 for one in every)
+    return plain and 1 <= len(factor) <= FEW and all(one.is_contiguous() for one in every)
+
+
+def _extension(factor: Tensor, *matrices: Tensor) -> Any:
     """:mod:`distcomp.kernels.cpu`, where it serves these, else None."""
-    served = _few(factor, matrix) and backend("cpu") == "cpu"
+    served = _few(factor, *matrices) and backend("cpu") == "cpu"
     return import_module("distcomp.kernels.cpu") if served else None
 
 

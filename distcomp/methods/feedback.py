@@ -67,6 +67,10 @@ class ErrorFeedback(Method):
     def may_overwrite(self) -> bool:  # type: ignore[override]
         return self.inner.may_overwrite
 
+    @property
+    def sums_nonfinite(self) -> bool:  # type: ignore[override]
+        return self.inner.sums_nonfinite  # of x and a residual that is finite
+
     def init(self, layout: Layout) -> State:
         nothing = torch.zeros(layout.numel, dtype=torch.float32)
         return {

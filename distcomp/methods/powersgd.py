@@ -31,6 +31,10 @@ VALUES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What factors, and all that is not compressed, may be sent in."""
 
 
+Sent = tuple[Tensor, Tensor, Tensor]
+"""Of a flat buffer: what goes as it is, all factors P and all Q."""
+
+
 @dataclass(frozen=True)
 class PowerSGD(Method):
     """Send each matrix as the product of two thin ones; warm start makes the steps a power iteration.
@@ -76,6 +80,8 @@ class PowerSGD(Method):
 
     needs = frozenset({SHAPES})
     may_overwrite = True
+    adds_residual = True
+    sums_nonfinite = True  # also times 0: each value of a matrix is in a sum of P, or of Q, or goes as it is
 
     def __post_init__(self) -> None:
         if extremes(self.rank)[0] < 1:
@@ -119,22 +125,18 @@ class PowerSGD(Method):
     ) -> Rounds[AggregateResult]:
         # Orthonormal, where the paper leaves Q as it is: float32 holds a span best by an orthonormal basis.
         q = plan.starts(state["q"], "q", context)
-        plain = self._rounded(plan.plain_of(x), context.size)
-        p_own = self._rounded(lowrank.each_times_rows(q, x, plan.products), context.size)
+        m, plain, p_own = plan.times_rows(q, x, context.residual)
+        plain, p_own = (self._rounded(own, context.size) for own in (plain, p_own))
         plain_mean, p = yield from self._means(plain, p_own, context)
         # Every rank does this to the same bits, so that P need not be sent a second time.
         p = plan.orthonormal(p, "p")
 
         # Q is left as it is, unlike P: the estimate is P Q^T, so Q carries the singular values.
-        q_own = self._rounded(lowrank.each_times_columns(p, x, plan.products), context.size)
+        q_own = self._rounded(lowrank.each_times_columns(p, m, plan.products), context.size)
         _, q_mean = yield from self._means(x[:0], q_own, context)
-        return AggregateResult(
-            plan.together(x, plain_mean, p, q_mean, context.out),
-            # The rank's own Q, not the mean's: what this rank's residual keeps is its own error alone.
-            lambda: plan.together(x, plain, p, q_own),
-            {**state, "q": plan.kept(state["q"], "q", q_mean)},
-            lambda given: plan.subtract_contribution(given, plain, p, q_own),
-        )
+        new = {**state, "q": plan.kept(state["q"], "q", q_mean)}
+        # The rank's own Q, not the mean's: what this rank's residual keeps is its own error alone.
+        return plan.result(x, m, (plain_mean, p, q_mean), (plain, p, q_own), new, context)
 
     def _one_round(
         self, x: Tensor, plan: _Plan, state: State, context: StepContext
@@ -142,20 +144,13 @@ class PowerSGD(Method):
         even = context.step % 2 == 0
         given, made = ("q", "p") if even else ("p", "q")
         fixed = plan.starts(state[given], given, context)
-        times = lowrank.each_times_rows if even else lowrank.each_times_columns
-        own = self._rounded(times(fixed, x, plan.products), context.size)
-        plain = self._rounded(plan.plain_of(x), context.size)
-        plain_mean, factor_mean = yield from self._means(plain, own, context)
-
-        def ordered(free: Tensor) -> tuple[Tensor, Tensor]:
-            return (free, fixed) if even else (fixed, free)
-
-        return AggregateResult(
-            plan.together(x, plain_mean, *ordered(factor_mean), context.out),
-            lambda: plan.together(x, plain, *ordered(own)),
-            {**state, made: plan.kept(state[made], made, factor_mean)},
-            lambda given: plan.subtract_contribution(given, plain, *ordered(own)),
-        )
+        times = plan.times_rows if even else plan.times_columns
+        m, plain, own = times(fixed, x, context.residual)
+        plain, own = (self._rounded(one, context.size) for one in (plain, own))
+        plain_mean, mean = yield from self._means(plain, own, context)
+        new = {**state, made: plan.kept(state[made], made, mean)}
+        theirs, ours = ((mean, fixed), (own, fixed)) if even else ((fixed, mean), (fixed, own))
+        return plan.result(x, m, (plain_mean, *theirs), (plain, *ours), new, context)
 
     def _rounded(self, own: Tensor, size: int) -> Tensor:
         """What of this rank's values is summed, n times: they are rounded when they are divided by n."""
@@ -243,6 +238,37 @@ class _Plan:
         out = torch.empty(self.plain.ends[1], device=x.device, dtype=torch.float32)
         move(x, out, self.plain)
         return out
+
+    def times_rows(self, q: Tensor, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``M``, which is x and the residual, where there is one; what of it goes as it is; and ``M Q`` of
+        each matrix, multiplied in the pass that adds."""
+        if residual is None:
+            return x, self.plain_of(x), lowrank.each_times_rows(q, x, self.products)
+        m, plain = memory.empty(x.numel(), x.device), self.plain_of(x).add_(self.plain_of(residual))
+        move(plain, m, self.plain.back)
+        return m, plain, lowrank.each_times_rows(q, x, self.products, (residual, m))
+
+    def times_columns(self, p: Tensor, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with ``M^T P``."""
+        m = x if residual is None else torch.add(x, residual, out=memory.empty(x.numel(), x.device))
+        return m, self.plain_of(m), lowrank.each_times_columns(p, m, self.products)
+
+    def result(
+        self, x: Tensor, m: Tensor, theirs: Sent, ours: Sent, state: State, context: StepContext
+    ) -> AggregateResult:
+        """The estimate of what all sent, this rank's contribution, and what of ``m`` it then owes, where a
+        residual was added."""
+        estimate, owed = self.together(x, *theirs, context.out), None
+        if context.residual is not None:
+            self.subtract_contribution(m, *ours)
+            owed = m
+        return AggregateResult(
+            estimate,
+            lambda: self.together(x, *ours),
+            state,
+            lambda given: self.subtract_contribution(given, *ours),
+            owed,
+        )
 
     def together(
         self, like: Tensor, plain: Tensor, p: Tensor, q: Tensor, out: Tensor | None = None

@@ -32,6 +32,7 @@ class Aggregation:
 
     def __init__(self, method: Aggregator, x: Tensor, state: State, context: StepContext) -> None:
         self.watch = not method.propagates_nonfinite
+        self._shown_by_sums = isinstance(method, Method) and method.sums_nonfinite
         self.before = state
         """The state that it began from: what is kept where a rank was not finite."""
         self._x = x
@@ -73,7 +74,7 @@ class Aggregation:
         """Take in the answer to the last request; return the next one, or None when the exchange is over."""
         try:
             if self._rounds is None:
-                if self.watch:
+                if self.watch and not self._shown_by_sums:
                     # Before the method sees x: a mask, a clamp or a top-k may hide a NaN from the rest.
                     self.finite = finite_flag(self._x)
                 self._rounds = self._method.aggregate(self._x, self.before, self._context)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from distcomp.collectives import all_reduce_sent_bytes
 from distcomp.errors import DistcompError
 from distcomp.layout import Layout, ParamSlice
-from distcomp.methods import ErrorFeedback, PowerSGD, parse, powersgd
+from distcomp.methods import AggregateResult, ErrorFeedback, PowerSGD, StepContext, parse, powersgd
 from distcomp.randomness import Key
 from distcomp.schedule import Schedule
 from tests.buffers import by_name, draw, groups
@@ -219,3 +222,35 @@ def test_what_it_cannot_do_is_refused() -> None:
         with pytest.raises(DistcompError):
             refused()
     assert isinstance(powersgd(), ErrorFeedback)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("one_round", [False, True])
+@pytest.mark.parametrize("values", ["fp32", "bf16"])
+def test_a_residual_that_it_adds_is_one_that_was_added_before(
+    step: int, one_round: bool, values: str
+) -> None:
+    """Bit for bit, and what it then owes is what its contribution leaves; neither tensor is changed."""
+    method = PowerSGD(2, one_round=one_round, values=values)
+    x, residual = (torch.randn(NET.numel, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    given = x.clone(), residual.clone()
+    context = StepContext(0, 2, NET, step, Key.of(3))
+    plainly = with_a_twin(method, x + residual, context)
+    added = with_a_twin(method, x, replace(context, error_feedback=True, residual=residual))
+    assert added.owed is not None
+    assert torch.equal(added.estimate, plainly.estimate)
+    assert torch.equal(added.owed, plainly.residual(x + residual))
+    assert torch.equal(x, given[0])
+    assert torch.equal(residual, given[1])
+
+
+def with_a_twin(method: PowerSGD, x: Tensor, context: StepContext) -> AggregateResult:
+    """The exchange of two ranks that hold the same."""
+    rounds = method.aggregate(x, method.init(context.layout), context)
+    try:
+        request = next(rounds)
+        while True:
+            request = rounds.send(2 * request.x)
+    except StopIteration as stop:
+        result: AggregateResult = stop.value
+        return result

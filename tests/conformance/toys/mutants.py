@@ -203,6 +203,16 @@ class HidesNaN(Mean):
         return (yield from super().aggregate(x.nan_to_num(0, 0, 0), state, context))
 
 
+@breaks("test_a_non_finite_value_reaches_every_rank_wherever_it_was")
+class HidesNaNFromTheSum(Mean):
+    """Replace what is not finite, and say that the sum will show it."""
+
+    sums_nonfinite = True
+
+    def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        return (yield from super().aggregate(x.nan_to_num(0, 0, 0), state, context))
+
+
 @breaks("test_every_finite_magnitude_stays_finite")
 class SquaresOverflow(Mean):
     """Pass through the square root of the square."""
