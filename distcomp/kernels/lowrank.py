@@ -30,8 +30,8 @@ ALIGNED_BYTES = 64
 def times_rows(q: Tensor, matrix: Tensor, adding: Adding | None = None) -> Tensor:
     """``q M^T``, ``[rank, a]``.
 
-    With ``adding``, a residual and memory for a sum, each shaped as the matrix, ``M`` is matrix plus residual,
-    and is left in the sum: added in the pass in which it is multiplied."""
+    With ``adding``, a residual and memory for a sum, each shaped as the matrix, ``M`` is matrix plus
+    residual, and is left in the sum: added in the pass in which it is multiplied."""
     _check(q, matrix.shape[1], "q", matrix)
     cpu = _extension(q, matrix, *(adding or ()))
     if cpu is None:
@@ -197,8 +197,8 @@ class Products:
 def each_times_rows(q: Tensor, x: Tensor, products: Products, adding: Adding | None = None) -> Tensor:
     """:func:`times_rows` of each matrix in the flat buffer ``x``: all factors p, laid end to end.
 
-    With ``adding``, a residual and memory for a sum, both as long as ``x``, of each matrix of their sum, which
-    is left there; what lies between matrices is left alone."""
+    With ``adding``, a residual and memory for a sum, both as long as ``x``, of each matrix of their sum,
+    which is left there; what lies between matrices is left alone."""
     if _in_one_call(products, q=q, m=x, **dict(zip(("m, residual", "m, sum"), adding or (), strict=False))):
         out = torch.empty(products.numels["p"], dtype=torch.float32)
         _run("rows", products, q=q, m=x, out=out, adding=adding)

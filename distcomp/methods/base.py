@@ -115,8 +115,8 @@ class Method(Written, ABC):
     where it is not, every ``x`` is checked, and each request announces a non-finite one."""
 
     sums_nonfinite: bool = False
-    """Whether a NaN or an infinity in ``x``, wherever it is, makes a rank's first sum non-finite: all learn it
-    from that sum, and ``x`` is not looked at before. Declared, never guessed."""
+    """Whether a NaN or an infinity in ``x``, wherever it is, makes a rank's first sum non-finite: all learn
+    it from that sum, and ``x`` is not looked at before. Declared, never guessed."""
 
     needs: frozenset[str] = frozenset()
     """What a method must know of parameters beside their values, each as a few words (:data:`NAMES`,

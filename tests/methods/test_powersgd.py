@@ -227,7 +227,7 @@ def test_what_it_cannot_do_is_refused() -> None:
 @pytest.mark.parametrize("step", [0, 1])
 @pytest.mark.parametrize("one_round", [False, True])
 @pytest.mark.parametrize("values", ["fp32", "bf16"])
-def test_a_residual_that_it_adds_is_one_that_was_added_before(
+def test_a_residual_is_added_as_if_before(
     step: int, one_round: bool, values: str
 ) -> None:
     """Bit for bit, and what it then owes is what its contribution leaves; neither tensor is changed."""
