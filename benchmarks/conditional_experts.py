@@ -5,10 +5,11 @@
 
 ``--links``: eight experts of 128 x 256, two of them for each token, on two ranks; the break-even is at 1,024
 tokens of a rank and step. What is predicted with all experts on each rank starts from zeros that are sent on
-the same ranks (``distcomp.advice.calibrate``); with experts spread over the ranks, from the same steps on an
-unshaped link, and from nothing else but the link's rate (``distcomp.advice.waiting``). Each
-rank keeps to a core of its own. The links take turns, and the fastest round counts (what else a machine does
-only adds).
+the same ranks (``distcomp.advice.calibrate``); with experts spread over the ranks, from the same steps on a
+link without limits and on one that only delays, and from nothing else but the link's rate
+(``distcomp.advice.waiting``). Each rank keeps to a core of its own. Links take turns; how fast the machine is
+at the moment is told by a step without exchanges, by which what was observed on one link is scaled to the
+other. Medians over the rounds.
 
 ``--study``: eight clusters, each with a linear classifier of its own.
 Controls: a dense network with the same products for each token, and one with as many parameters; the mixture
@@ -29,7 +30,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
-from benchmarks._common import Cells, arguments_of, gathered, on_fabric, start
+from benchmarks._common import Cells, arguments_of, gathered, median, on_fabric, start
 from benchmarks._conditional_tasks import clustered
 from distcomp import calls
 from distcomp.advice.calibrate import calibrate
@@ -44,10 +45,17 @@ from distcomp.network.shape import burst_bytes
 
 WIDTH, HIDDEN, EXPERTS, K = 128, 256, 8, 2
 TOKENS = (256, 4096)
-RATES = ("unshaped", "1gbit", "100mbit")
+DELAY_S = 5e-3
+LINKS = {
+    "unshaped": Fabric.uniform(2),
+    "delayed": Fabric.uniform(2, delay=f"{DELAY_S}s"),
+    "1gbit": Fabric.uniform(2, "1gbit"),
+    "100mbit": Fabric.uniform(2, "100mbit"),
+}
+RATES = ("1gbit", "100mbit")
 CODECS = ("identity", "qsgd:bits=8")
 KINDS = tuple((codec, spread) for codec in CODECS for spread in (False, True))
-STEPS, WARM_UP, ROUNDS = {256: 61, 4096: 21}, 5, 3
+STEPS, WARM_UP, ROUNDS = {256: 31, 4096: 11}, 3, 5
 CORES = sorted(os.sched_getaffinity(0))
 SIZES = (1 << 10, 16 << 10, 128 << 10, 512 << 10, 1 << 20, 2 << 20)
 ROWS = ("identity", "bf16", "qsgd:bits=8", "qsgd:bits=4", "mxfp8")
@@ -74,13 +82,23 @@ def stepping(spread: bool, codec: str, tokens: int) -> Iterator[Callable[[], Non
 
 
 def made(tokens: int, options: dict[str, Any]) -> tuple[DistributedDataParallel, Callable[[], None]]:
-    """One mixture and its step."""
+    """One mixture among ranks, and its step."""
+    moe, _ = mixture(tokens, options)
+    keep_experts_local(moe)
+    model = DistributedDataParallel(moe)
+    return model, stepped(model, moe, tokens)
+
+
+def mixture(tokens: int, options: dict[str, Any]) -> tuple[MixtureOfExperts, Callable[[], None]]:
+    """One mixture, and its step without gradients of others."""
     torch.manual_seed(0)
     moe = MixtureOfExperts(WIDTH, HIDDEN, EXPERTS, K, **options)
     with torch.no_grad():
         moe.gate.clean.normal_(generator=torch.Generator().manual_seed(1))
-    keep_experts_local(moe)
-    model = DistributedDataParallel(moe)
+    return moe, stepped(moe, moe, tokens)
+
+
+def stepped(model: nn.Module, moe: MixtureOfExperts, tokens: int) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank())).requires_grad_()
 
@@ -90,7 +108,7 @@ def made(tokens: int, options: dict[str, Any]) -> tuple[DistributedDataParallel,
         (model(x).square().mean() + moe.balance_loss).backward()
         optimizer.step()
 
-    return model, step
+    return step
 
 
 def keep_to_one_core() -> None:
@@ -104,19 +122,20 @@ def keep_to_one_core() -> None:
 def link_rank(settings: dict[str, Any]) -> dict[str, Any]:
     """All kinds of steps on one link, in turn; what is predicted of them comes first."""
     keep_to_one_core()
-    found: dict[str, dict[str, Any]] = {"step_s": {}, "waits": {}, "predicted_s": {}}
+    found: dict[str, dict[str, Any]] = {"step_s": {}, "alone_s": {}, "waits": {}, "predicted_s": {}}
     for tokens in TOKENS:
-        if settings["rate"] != "unshaped":
-            for codec, seconds in foretold(tokens, settings["rate"]).items():
+        if settings["link"] in RATES:
+            for codec, seconds in foretold(tokens, settings["link"]).items():
                 found["predicted_s"][f"data-parallel|{codec}|{tokens}"] = seconds
         for codec, spread in KINDS:  # memory and code of all of them are warm when the first is timed
             with stepping(spread, codec, tokens) as step:
                 timed(step, WARM_UP)
         for codec, spread in KINDS:
             name = f"{'expert' if spread else 'data'}-parallel|{codec}|{tokens}"
+            found["alone_s"][name], _ = timed(mixture(tokens, {})[1], STEPS[tokens])
             with stepping(spread, codec, tokens) as step:
                 found["step_s"][name], _ = timed(step, STEPS[tokens])
-                if spread and settings["rate"] == "unshaped":
+                if spread and settings["link"] == "unshaped":
                     seen = observe_waits(step, STEPS[tokens])
                     found["waits"][name] = [written(wait) for wait in seen.waits]
     calls.disconnect()
@@ -146,43 +165,47 @@ def read(cell: dict[str, Any]) -> Wait:
     return Wait(ask, cell["after_s"], cell["took_s"])
 
 
-def chained_s(unshaped: dict[str, Any], name: str, rate: str) -> float:
-    """Seconds of a step with experts spread over ranks, from the same step on an unshaped link."""
-    step = WaitingStep(unshaped["step_s"][name], tuple(map(read, unshaped["waits"][name])))
+def chained_s(cells: dict[str, dict[str, Any]], name: str, rate: str) -> float:
+    """Seconds of a step with experts spread over ranks, from the same step on links without a limit."""
+
+    def scaled_s(link: str, waited_s: float = 0.0) -> float:
+        """Of a step there, had the machine been as fast as it was when this link was measured."""
+        speed = cells[rate]["alone_s"][name] / cells[link]["alone_s"][name]
+        return waited_s + speed * float(cells[link]["step_s"][name] - waited_s)
+
+    waits = tuple(map(read, cells["unshaped"]["waits"][name]))
+    step = WaitingStep(scaled_s("unshaped"), waits)
+    step = step.delayed(scaled_s("delayed", len(waits) * DELAY_S), DELAY_S)
     bps = parse_rate(rate)
-    return waiting_step_s(step, Fabric.uniform(2, rate), burst_s=8 * burst_bytes(bps) / bps)
+    return waiting_step_s(step, LINKS[rate], burst_s=8 * burst_bytes(bps) / bps)
 
 
 def links(cells: Cells) -> None:
-    """Every round on every link; then the fastest round of each, as what else a machine does only adds, and
-    what was predicted from them."""
-    rounds: dict[str, list[dict[str, Any]]] = {rate: [] for rate in RATES}
-    for turn in range(ROUNDS):
-        for rate in RATES:
-            fabric = Fabric.uniform(2) if rate == "unshaped" else Fabric.uniform(2, rate)
-            rounds[rate].append(
-                cells.get(
-                    f"round {turn}|{rate}",
-                    lambda fabric=fabric, rate=rate: on_fabric("conditional_experts", fabric, {"rate": rate}),
-                )
+    """Every round on every link; medians over the rounds of what was measured and of what was predicted."""
+    rounds = [
+        {
+            link: cells.get(
+                f"round {turn}|{link}",
+                lambda link=link: on_fabric("conditional_experts", LINKS[link], {"link": link}),
             )
-    for rate in RATES[1:]:
-        of_rate = rounds[rate]
-        predicted = {
-            name: min(
-                [
-                    one["predicted_s"][name] if name.startswith("data") else chained_s(plain, name, rate)
-                    for one, plain in zip(of_rate, rounds["unshaped"], strict=True)
-                ]
-            )
-            for name in of_rate[0]["step_s"]
+            for link in LINKS
         }
-        measured = {name: min(one["step_s"][name] for one in of_rate) for name in predicted}
-        cells.document["cells"][f"links|{rate}"] = {"step_s": measured, "predicted_s": predicted}
-        for name, seconds in predicted.items():
-            print(
-                f"{rate} {name:<34}{seconds:9.4f}{measured[name]:9.4f} s{seconds / measured[name] - 1:+8.1%}"
+        for turn in range(ROUNDS)
+    ]
+    for rate in RATES:
+        step_s: dict[str, float] = {}
+        predicted_s: dict[str, float] = {}
+        for name in rounds[0][rate]["step_s"]:
+            chained = name.startswith("expert")
+            step_s[name] = median([one[rate]["step_s"][name] for one in rounds])
+            predicted_s[name] = median(
+                [chained_s(one, name, rate) if chained else one[rate]["predicted_s"][name] for one in rounds]
             )
+            found = (
+                f"{predicted_s[name]:9.4f}{step_s[name]:9.4f} s{predicted_s[name] / step_s[name] - 1:+8.1%}"
+            )
+            print(f"{rate} {name:<34}{found}")
+        cells.document["cells"][f"links|{rate}"] = {"step_s": step_s, "predicted_s": predicted_s}
     cells.write()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
@@ -31,6 +31,15 @@ class WaitingStep:
 
     step_s: float
     waits: tuple[Wait, ...]
+    wake_s: float = 0.0
+    """What computing loses after a wait that a network makes longer: by then the core has gone idle, and its
+    caches are somebody else's. Told by a step with delays (:meth:`delayed`); 0 where nobody measured it."""
+
+    def delayed(self, step_s: float, delay_s: float) -> WaitingStep:
+        """With ``wake_s`` from the same step, which took ``step_s`` on a network that delays all messages."""
+        waited_s = len(self.waits) * delay_s
+        wake_s = (step_s - waited_s - self.step_s) / len(self.waits) if self.waits else 0.0
+        return replace(self, wake_s=max(0.0, wake_s))
 
     @property
     def least_s(self) -> float:

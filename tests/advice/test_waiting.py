@@ -62,6 +62,20 @@ def test_without_limits_it_is_what_was_observed(found, step_s):
     assert waiting_step_s(WaitingStep(step_s, ()), Fabric.uniform(2, "1mbit")) == step_s
 
 
+@given(waits, rates, seconds, seconds)
+def test_what_a_delay_costs_beyond_itself_is_paid_by_each_wait_that_is_longer(found, bps, delay_s, wake_s):
+    step = WaitingStep(1.0, tuple(found))
+    told = step.delayed(1.0 + len(found) * (delay_s + wake_s), delay_s)
+    assert told.wake_s == pytest.approx(wake_s, abs=1e-9)
+    assert step.delayed(1.0, delay_s).wake_s == 0
+    without_s, with_s = (waiting_step_s(one, Fabric((bps, bps))) for one in (step, told))
+    assert without_s <= with_s <= without_s + len(found) * (wake_s + 1e-9)
+    assert with_s <= without_s + (without_s - 1.0) + 1e-9
+    far = Fabric((1e12, 1e12), 1.0)
+    longer_s = waiting_step_s(told, far) - waiting_step_s(step, far)
+    assert longer_s == pytest.approx(len(found) * wake_s, abs=1e-8)
+
+
 def test_rows_there_and_back_by_hand():
     """Carrying takes 2 ms where the wire takes 8: 6 ms more each, and what the smallest message takes; the
     busier direction counts, in whichever it is."""

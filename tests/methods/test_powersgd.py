@@ -227,9 +227,7 @@ def test_what_it_cannot_do_is_refused() -> None:
 @pytest.mark.parametrize("step", [0, 1])
 @pytest.mark.parametrize("one_round", [False, True])
 @pytest.mark.parametrize("values", ["fp32", "bf16"])
-def test_a_residual_is_added_as_if_before(
-    step: int, one_round: bool, values: str
-) -> None:
+def test_a_residual_is_added_as_if_before(step: int, one_round: bool, values: str) -> None:
     """Bit for bit, and what it then owes is what its contribution leaves; neither tensor is changed."""
     method = PowerSGD(2, one_round=one_round, values=values)
     x, residual = (torch.randn(NET.numel, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
