@@ -9,7 +9,7 @@ the same ranks (``distcomp.advice.calibrate``); with experts spread over the ran
 link without limits and on one that only delays, and from nothing else but the link's rate
 (``distcomp.advice.waiting``). Each rank keeps to a core of its own. Links take turns; how fast the machine is
 at the moment is told by a step without exchanges, by which what was observed on one link is scaled to the
-other. Medians over the rounds.
+other. Medians over the rounds, of ratios, too.
 
 ``--study``: eight clusters, each with a linear classifier of its own.
 Controls: a dense network with the same products for each token, and one with as many parameters; the mixture
@@ -180,8 +180,24 @@ def chained_s(cells: dict[str, dict[str, Any]], name: str, rate: str) -> float:
     return waiting_step_s(step, LINKS[rate], burst_s=8 * burst_bytes(bps) / bps)
 
 
+def compared(rounds: list[dict[str, dict[str, Any]]], name: str, rate: str) -> dict[str, float]:
+    """Medians over the rounds: of what was measured, of what was predicted, and of the ratio of the two in
+    each round, as the machine changes from one to the next."""
+    measured_s = [one[rate]["step_s"][name] for one in rounds]
+    predicted_s = [
+        one[rate]["predicted_s"][name] if name.startswith("data") else chained_s(one, name, rate)
+        for one in rounds
+    ]
+    ratios = [predicted / measured for predicted, measured in zip(predicted_s, measured_s, strict=True)]
+    return {
+        "step_s": median(measured_s),
+        "predicted_s": median(predicted_s),
+        "predicted_over_measured": median(ratios),
+    }
+
+
 def links(cells: Cells) -> None:
-    """Every round on every link; medians over the rounds of what was measured and of what was predicted."""
+    """Every round on every link, one after the other."""
     rounds = [
         {
             link: cells.get(
@@ -193,19 +209,11 @@ def links(cells: Cells) -> None:
         for turn in range(ROUNDS)
     ]
     for rate in RATES:
-        step_s: dict[str, float] = {}
-        predicted_s: dict[str, float] = {}
-        for name in rounds[0][rate]["step_s"]:
-            chained = name.startswith("expert")
-            step_s[name] = median([one[rate]["step_s"][name] for one in rounds])
-            predicted_s[name] = median(
-                [chained_s(one, name, rate) if chained else one[rate]["predicted_s"][name] for one in rounds]
-            )
-            found = (
-                f"{predicted_s[name]:9.4f}{step_s[name]:9.4f} s{predicted_s[name] / step_s[name] - 1:+8.1%}"
-            )
-            print(f"{rate} {name:<34}{found}")
-        cells.document["cells"][f"links|{rate}"] = {"step_s": step_s, "predicted_s": predicted_s}
+        found = {name: compared(rounds, name, rate) for name in rounds[0][rate]["step_s"]}
+        cells.document["cells"][f"links|{rate}"] = found
+        for name, row in found.items():
+            both = f"{row['predicted_s']:9.4f}{row['step_s']:9.4f} s"
+            print(f"{rate} {name:<34}{both}{row['predicted_over_measured'] - 1:+8.1%}")
     cells.write()
 
 

@@ -67,22 +67,11 @@ def experts() -> str:
     found = result("conditional_experts")
     lines = []
     for rate in ("100mbit", "1gbit"):
-        cell = found["cells"][f"links|{rate}"]
-        for name, measured_s in cell["step_s"].items():
+        for name, row in found["cells"][f"links|{rate}"].items():
             kind, codec, tokens = name.split("|")
-            predicted_s = cell["predicted_s"][name]
-            off = predicted_s / measured_s - 1
-            lines.append(
-                [
-                    rate,
-                    tokens,
-                    kind,
-                    f"`{codec}`",
-                    f"{measured_s * 1e3:.0f}",
-                    f"{predicted_s * 1e3:.0f}",
-                    f"{off:+.0%}",
-                ]
-            )
+            both_ms = [f"{row[which] * 1e3:.0f}" for which in ("step_s", "predicted_s")]
+            off = row["predicted_over_measured"] - 1
+            lines.append([rate, tokens, kind, f"`{codec}`", *both_ms, f"{off:+.0%}"])
     head = ["link", "tokens", "experts", "codec", "ms a step", "predicted", "off"]
     return "\n\n".join([markdown(head, lines), source(found, "conditional_experts.py")])
 
