@@ -13,6 +13,7 @@ from torch import Tensor
 from distcomp.compressors.base import Compressor
 from distcomp.compressors.grid import keys_of_signs
 from distcomp.errors import DistcompError
+from distcomp.kernels import memory
 from distcomp.kernels import minifloat as kernel
 from distcomp.kernels.minifloat import Minifloat, Spans
 from distcomp.kernels.rotation import SIDE, rotate, rotation_lines
@@ -93,8 +94,9 @@ class BlockFloat(Compressor):
         if self.hadamard:
             bits = key.fold("rotate").bits
             payload["seed"].fill_(bits - 2**64 if bits >= 2**63 else bits)
-            x = x.clone(memory_format=torch.contiguous_format)
-            rotate_parameters(x, layout, payload["seed"])
+            rotated = memory.empty(x.numel(), x.device)
+            rotate_parameters(x.contiguous(), layout, payload["seed"], out=rotated)
+            x = rotated
         x = x.contiguous()
         inverses = self.write_scales(kernel.block_maxima(x, spans), payload, layout)
         keys = key.fold_each(layout.names) if self.rounding == "stochastic" else []
@@ -122,15 +124,29 @@ class BlockFloat(Compressor):
 # ----------------------------------------------------------------------------------------------- the rotation
 
 
-def rotate_parameters(x: Tensor, layout: Layout, seed: Tensor, back: bool = False) -> None:
-    """Rotate every ``SIDE`` values of each parameter, in place: :func:`distcomp.kernels.rotation.rotate`.
+def rotate_parameters(
+    x: Tensor, layout: Layout, seed: Tensor, back: bool = False, out: Tensor | None = None
+) -> None:
+    """Rotate every ``SIDE`` values of each parameter: :func:`distcomp.kernels.rotation.rotate`, in place or
+    into ``out``, as long.
 
     The signs are a function of ``seed`` (int64, one number, on the device), the parameter's name and the
     place in it. Fewer values than a side, at the end of a parameter, stay as they are: padded, they would be
     sent as so many.
     """
     lines = layout.remember((rotate_parameters, "lines"), lambda: _lines(layout))
-    rotate(x, lines, keys_of_signs(layout, seed), back)
+    rotate(x, lines, keys_of_signs(layout, seed), back, out)
+    if out is not None:
+        rest = layout.remember((rotate_parameters, "rest"), lambda: _rest(layout)).to(x.device)
+        out.index_copy_(0, rest, x.index_select(0, rest))
+
+
+def _rest(layout: Layout) -> Tensor:
+    """Where the values are that are in no row (int64)."""
+    places = [torch.empty(0, dtype=torch.int64)]
+    for param, at in zip(layout.slices, layout.offsets, strict=True):
+        places.append(torch.arange(at + param.numel - param.numel % SIDE, at + param.numel))
+    return torch.cat(places)
 
 
 def _lines(layout: Layout) -> Tensor:

@@ -140,17 +140,8 @@ class Microscaling(BlockFloat):
         return (Part("scales", torch.uint8, rows),)
 
     def write_scales(self, maxima: Tensor, payload: Payload, layout: Layout) -> Tensor:
-        bits = maxima.view(torch.int32)
-        code = (bits >> 23) - self.kind.largest_exponent
-        if self.rounding == "stochastic":
-            # The smallest power of two that clamps nothing: what is clamped is not right in the mean.
-            highest = torch.full_like(maxima, self.kind.largest).view(torch.int32) & 0x7FFFFF
-            code = code + ((bits & 0x7FFFFF) > highest).to(torch.int32)
-        # 2^-127 is subnormal, and its reciprocal is near the end of the range: nothing is lost without it.
-        code = code.clamp_(min=1)
-        payload["scales"].copy_(torch.where(bits >= 0x7F800000, 255, code))
-        inverses = ((254 - code) << 23).view(torch.float32)
-        return torch.where(bits >= 0x7F800000, 0.0, inverses)
+        # Rounded at random, what is clamped is not right in the mean.
+        return kernel.power_scales(maxima, payload["scales"], self.kind, up=self.rounding == "stochastic")
 
     def units(self, payload: Payload, layout: Layout) -> Tensor:
         code = payload["scales"].to(torch.int32)

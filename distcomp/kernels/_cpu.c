@@ -349,6 +349,8 @@ static PyMethodDef methods[] = {
     {"entropy_encode", py_entropy_encode, METH_VARARGS,
      "data, out, lengths, periods, sizes of the four, first block, blocks"},
     {"entropy_decode", py_entropy_decode, METH_VARARGS, "coded, out, sizes of the two, first block, blocks -> bool"},
+    {"power_scales", py_power_scales, METH_VARARGS,
+     "maxima, codes, inverses, how many, exponent of the largest number, mantissa up to which that is enough"},
     {"block_maxima", py_block_maxima, METH_VARARGS, "x, maxima, sizes of the two, table, spans, block"},
     {"minifloat_encode", py_minifloat_encode, METH_VARARGS,
      "x, codes, inverses, sizes of the three, table, spans, block, (width, mantissa, bias, largest, infinity, nan, finite), "
@@ -365,7 +367,7 @@ static PyMethodDef methods[] = {
      "sizes of the four"},
     {"dct", py_dct, METH_VARARGS,
      "kind (the largest, put, all), x, values, places, sizes of the three, table, lines, factors, how many, sign"},
-    {"rotate", py_rotate, METH_VARARGS, "x, its size, table, lines, keys, how many, back"},
+    {"rotate", py_rotate, METH_VARARGS, "x, values, size of both, table, lines, keys, how many, back"},
     {"two_level_scales", py_two_level_scales, METH_VARARGS,
      "maxima, scales, codes, inverses, (blocks, groups), table, parameters, per, (outer, inner, least), up"},
     {"two_level_units", py_two_level_units, METH_VARARGS,

@@ -26,18 +26,44 @@ typedef struct {
     int sign; /* of what is put */
 } Buffers;
 
+typedef int32_t Index8 __attribute__((vector_size(4 * COLUMNS)));
+
+/* As many rows as there are columns become columns, `stride` apart: halves of rows change places, then quarters, then
+ * neighbours. */
+BODY void lay_on_side(const Row8 *y, float *to, size_t stride) {
+    Row8 fours[COLUMNS], twos[COLUMNS];
+    for (size_t i = 0; i < 4; i++) {
+        fours[i] = __builtin_shuffle(y[i], y[i + 4], (Index8){0, 1, 2, 3, 8, 9, 10, 11});
+        fours[i + 4] = __builtin_shuffle(y[i], y[i + 4], (Index8){4, 5, 6, 7, 12, 13, 14, 15});
+    }
+    for (size_t i = 0; i < COLUMNS; i += 4)
+        for (size_t j = i; j < i + 2; j++) {
+            twos[j] = __builtin_shuffle(fours[j], fours[j + 2], (Index8){0, 1, 8, 9, 4, 5, 12, 13});
+            twos[j + 2] = __builtin_shuffle(fours[j], fours[j + 2], (Index8){2, 3, 10, 11, 6, 7, 14, 15});
+        }
+    for (size_t i = 0; i < COLUMNS; i += 2) {
+        *(Row8 *)(to + i * stride) = __builtin_shuffle(twos[i], twos[i + 1], (Index8){0, 8, 2, 10, 4, 12, 6, 14});
+        *(Row8 *)(to + (i + 1) * stride) = __builtin_shuffle(twos[i], twos[i + 1], (Index8){1, 9, 3, 11, 5, 13, 7, 15});
+    }
+}
+
 /* Transform the n rows of `from`, m columns of them, into `to`, laid on its side: [m][n]. a and b are room for n rows. */
 BODY void turned_body(const float *restrict from, size_t stride, size_t n, size_t m, float *restrict to,
                       const float *factors, Row8 *a, Row8 *b, int inverse) {
     for (size_t at = 0; at < m; at += COLUMNS) {
         size_t columns = smaller(COLUMNS, m - at);
-        for (size_t i = 0; i < n; i++) {
-            if (columns < COLUMNS) a[i] = (Row8){0};
-            memcpy(a + i, from + i * stride + at, sizeof(float) * columns);
-        }
+        if (columns == COLUMNS)
+            for (size_t i = 0; i < n; i++) a[i] = *(const Row8 *)(from + i * stride + at);
+        else
+            for (size_t i = 0; i < n; i++) {
+                a[i] = (Row8){0};
+                memcpy(a + i, from + i * stride + at, sizeof(float) * columns);
+            }
         const Row8 *y = (const Row8 *)(inverse ? inverse_columns(a, b, n, factors) : dct_columns(a, b, n, factors));
+        size_t k = 0;
+        for (; columns == COLUMNS && k + COLUMNS <= n; k += COLUMNS) lay_on_side(y + k, to + at * n + k, n);
         for (size_t c = 0; c < columns; c++)
-            for (size_t k = 0; k < n; k++) to[(at + c) * n + k] = y[k][c];
+            for (size_t i = k; i < n; i++) to[(at + c) * n + i] = y[i][c];
     }
 }
 

@@ -23,8 +23,21 @@ static size_t factors_of(size_t n) {
 }
 
 /* out[k] = sum over j of matrix[k][j] in[j], in rising order; transposed: of matrix[j][k]. */
+#define HALF (BASE / 2)
 BODY void product(Row8 *restrict out, size_t stride, const Row8 *restrict in, size_t in_stride,
                   const float *restrict matrix, size_t m, int transposed) {
+    if (m == HALF) { /* the usual one, unrolled: its rows stay in registers */
+        Row8 rows[HALF];
+        for (size_t j = 0; j < HALF; j++) rows[j] = in[j * in_stride];
+#pragma GCC unroll 8
+        for (size_t k = 0; k < HALF; k++) {
+            Row8 sum = rows[0] * matrix[transposed ? k : k * HALF];
+#pragma GCC unroll 8
+            for (size_t j = 1; j < HALF; j++) sum += rows[j] * matrix[transposed ? j * HALF + k : k * HALF + j];
+            out[k * stride] = sum;
+        }
+        return;
+    }
     for (size_t k = 0; k < m; k++) {
         Row8 sum = in[0] * matrix[transposed ? k : k * m];
         for (size_t j = 1; j < m; j++) sum += in[j * in_stride] * matrix[transposed ? j * m + k : k * m + j];

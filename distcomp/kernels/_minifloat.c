@@ -174,16 +174,42 @@ BODY void maxima_body(const float *x, float *maxima, size_t numel, size_t block)
 }
 
 typedef struct {
+    const float *maxima;
+    float *inverses;
+    uint8_t *codes;
+    size_t numel;
+    int exponent, highest;
+} Powers;
+
+/* The exponent of each block's scale, which is a power of two, and one over the scale; 255 and 0 of inf and NaN. */
+BODY void powers_body(const Powers *p) {
+    const float *restrict maxima = p->maxima;
+    float *restrict inverses = p->inverses;
+    uint8_t *restrict codes = p->codes;
+    const int32_t exponent = p->exponent, highest = p->highest;
+    for (size_t i = 0; i < p->numel; i++) {
+        int32_t bits = (int32_t)bits_of(maxima[i]);
+        int32_t code = (bits >> 23) - exponent + ((bits & 0x7fffff) > highest);
+        code = code > 1 ? code : 1;
+        int bad = bits >= 0x7f800000;
+        codes[i] = (uint8_t)(bad ? 255 : code);
+        inverses[i] = float_of(bad ? 0 : (uint32_t)(254 - code) << 23);
+    }
+}
+
+typedef struct {
     void (*encode)(const Encode *, const Format *);
     void (*decode)(const Decode *, const Format *);
     void (*maxima)(const float *, float *, size_t, size_t);
+    void (*powers)(const Powers *);
 } Variant;
 
 #define VARIANT(name, TARGET) \
     TARGET static void encode_##name(const Encode *e, const Format *f) { encode_body(e, f); } \
     TARGET static void decode_##name(const Decode *d, const Format *f) { decode_body(d, f); } \
     TARGET static void maxima_##name(const float *x, float *m, size_t n, size_t b) { maxima_body(x, m, n, b); } \
-    static const Variant name##_variant = {encode_##name, decode_##name, maxima_##name};
+    TARGET static void powers_##name(const Powers *p) { powers_body(p); } \
+    static const Variant name##_variant = {encode_##name, decode_##name, maxima_##name, powers_##name};
 
 #include "_variants.h"
 
@@ -299,6 +325,24 @@ PyObject *py_block_maxima(PyObject *self, PyObject *args) {
     for (Py_ssize_t i = 0; i < all.spans; i++, span++)
         variant->maxima((const float *)(uintptr_t)all.values + span->at, (float *)(uintptr_t)all.rows + span->row,
                         (size_t)span->numel, (size_t)all.block);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject *py_power_scales(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long maxima, codes, inverses;
+    Py_ssize_t numel;
+    Powers p;
+    if (!PyArg_ParseTuple(args, "KKKnii", &maxima, &codes, &inverses, &numel, &p.exponent, &p.highest)) return NULL;
+    if (numel < 0) return refused("fewer blocks than none");
+    p.maxima = (const float *)(uintptr_t)maxima;
+    p.codes = (uint8_t *)(uintptr_t)codes;
+    p.inverses = (float *)(uintptr_t)inverses;
+    p.numel = (size_t)numel;
+    const Variant *variant = serving(instruction_set());
+    Py_BEGIN_ALLOW_THREADS
+    variant->powers(&p);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

@@ -8,20 +8,13 @@
 #include "_inside.h"
 #include "_twolevel.h"
 
-#define MOST 0x7E /* the code of 448, e4m3's largest number */
-
-/* A number from 2^-6 to 448 as e4m3, where all exponents are normal: to the nearest, ties to even; or up. */
-static uint8_t e4m3_of(float ratio, int up) {
-    uint32_t bits = bits_of(ratio);
-    if (ratio != ratio) return (uint8_t)(0x7F | bits >> 31 << 7);
-    uint32_t code = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3);
-    return (uint8_t)(code + (up && code < MOST && float_of((code + (120 << 3)) << 20) < ratio));
-}
+#define MOST 0x7Eu         /* the code of 448, e4m3's largest number */
+#define NORMAL (120u << 3) /* from e4m3's exponent to float32's, as codes of e4m3 */
 
 static float of_e4m3(uint8_t code) {
     uint32_t magnitude = code & 0x7F, sign = (uint32_t)(code >> 7) << 31;
     if (magnitude == 0x7F) return float_of(0x7FF00000u | sign);
-    if (magnitude >= 8) return float_of(((magnitude + (120 << 3)) << 20) | sign);
+    if (magnitude >= 8) return float_of(((magnitude + NORMAL) << 20) | sign);
     float small = (float)magnitude * 0x1p-9f;
     return code >> 7 ? -small : small;
 }
@@ -34,26 +27,47 @@ typedef struct {
     int up;
 } Encode;
 
-/* One group of blocks. */
-static void encode_group(const Encode *e, size_t group, size_t at, size_t count) {
+/* One group of blocks. A ratio, from 2^-6 to 448, is an e4m3 whose exponent is normal: to the nearest, ties to even; or
+ * up. Where a ratio is a NaN the whole group is not usable. */
+BODY void group_body(const Encode *e, size_t group, size_t at, size_t count) {
+    const float *restrict maxima = e->maxima + at;
+    float *restrict inverses = e->inverses + at;
+    uint8_t *restrict codes = e->codes + at;
     int32_t most = 0;
-    for (size_t i = at; i < at + count; i++) {
-        int32_t bits = (int32_t)bits_of(e->maxima[i]); /* as integers a NaN is the largest */
-        if (bits > most) most = bits;
+    for (size_t i = 0; i < count; i++) {
+        int32_t bits = (int32_t)bits_of(maxima[i]); /* as integers a NaN is the largest */
+        most = bits > most ? bits : most;
     }
     float largest = float_of((uint32_t)most);
     if (largest < e->smallest) largest = 0.0f;
-    float outer = largest / e->outer_units, given = outer > 0 ? outer : 1.0f, inverse = 1 / given;
-    int usable = outer > 0 && bits_of(outer) != 0x7F800000u;
+    const float outer = largest / e->outer_units, given = outer > 0 ? outer : 1.0f, inner_units = e->inner_units;
+    const float inverse = 1 / given;
+    const int usable = outer > 0 && bits_of(outer) != 0x7F800000u;
+    const int up = e->up;
     e->scales[group] = outer;
-    for (size_t i = at; i < at + count; i++) {
-        float ratio = e->maxima[i] / e->inner_units / given;
-        if (ratio < 0x1p-6f) ratio = 0x1p-6f;
-        if (ratio > 448.0f) ratio = 448.0f;
-        e->codes[i] = e4m3_of(ratio, e->up);
-        e->inverses[i] = usable ? inverse / of_e4m3(e->codes[i]) : 0.0f;
+    for (size_t i = 0; i < count; i++) {
+        float ratio = maxima[i] / inner_units / given;
+        ratio = ratio < 0x1p-6f ? 0x1p-6f : ratio;
+        ratio = ratio > 448.0f ? 448.0f : ratio;
+        uint32_t bits = bits_of(ratio), code = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - NORMAL;
+        code += up & (code < MOST) & (float_of((code + NORMAL) << 20) < ratio);
+        codes[i] = (uint8_t)(ratio == ratio ? code : 0x7F | bits >> 31 << 7);
+        float found = inverse / float_of((code + NORMAL) << 20);
+        inverses[i] = usable ? found : 0.0f;
     }
 }
+
+typedef struct {
+    void (*group)(const Encode *, size_t, size_t, size_t);
+} Variant;
+
+#define VARIANT(name, TARGET) \
+    TARGET static void group_##name(const Encode *e, size_t group, size_t at, size_t count) { \
+        group_body(e, group, at, count); \
+    } \
+    static const Variant name##_variant = {group_##name};
+
+#include "_variants.h"
 
 /* The groups of parameters that have so many blocks each; NULL with an error where they reach outside. */
 static int blocks_fit(const int64_t *blocks, Py_ssize_t parameters, Py_ssize_t per, Py_ssize_t rows, Py_ssize_t groups) {
@@ -82,12 +96,13 @@ PyObject *py_two_level_scales(PyObject *self, PyObject *args) {
     e.scales = (float *)(uintptr_t)scales;
     e.codes = (uint8_t *)(uintptr_t)codes;
     e.inverses = (float *)(uintptr_t)inverses;
+    const Variant *variant = serving(instruction_set());
     Py_BEGIN_ALLOW_THREADS
     size_t row = 0, group = 0;
     for (Py_ssize_t i = 0; i < parameters; i++)
         for (int64_t left = blocks[i]; left > 0; left -= per, group++) {
             size_t count = (size_t)(left < per ? left : per);
-            encode_group(&e, group, row, count);
+            variant->group(&e, group, row, count);
             row += count;
         }
     Py_END_ALLOW_THREADS

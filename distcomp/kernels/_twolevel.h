@@ -2,5 +2,6 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+const char *instruction_set(void); /* of _cpu.c: the one in use */
 PyObject *py_two_level_scales(PyObject *self, PyObject *args);
 PyObject *py_two_level_units(PyObject *self, PyObject *args);

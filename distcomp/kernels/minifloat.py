@@ -27,6 +27,8 @@ from distcomp.kernels.tables import check_tensor, lines_of
 SPAN = 1 << 16
 """Elements: a longer piece is cut in several spans, which threads may share."""
 LINE_BYTES = 40
+MANTISSA, INFINITY = 0x7FFFFF, 0x7F800000
+"""Of a float32: the bits behind the point, and an infinity's; a NaN's are above these."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,42 @@ class Spans:
 
 
 # ---------------------------------------------------------------------------------------------- for everybody
+
+
+def power_scales(maxima: Tensor, codes: Tensor, kind: Minifloat, up: bool) -> Tensor:
+    """Write the exponent of each block's scale, a power of two (uint8, plus 127; 255 of an infinity or NaN),
+    and return what values are multiplied by: one over the scale (float32; 0 of such a block).
+
+    ``maxima``: float32, one a block, none negative. ``up``: the smallest scale that clamps nothing, else the
+    one that brings the largest magnitude into the binade of the largest number.
+    """
+    highest = _mantissa_of(kind.largest) if up else MANTISSA
+    if not _served(maxima):
+        return reference_power_scales(maxima, codes, kind.largest_exponent, highest)
+    from distcomp.kernels import _cpu
+
+    check_tensor("codes", codes, torch.uint8, maxima.numel())
+    maxima, inverses = maxima.contiguous(), torch.empty_like(maxima)
+    at = maxima.data_ptr(), codes.data_ptr(), inverses.data_ptr()
+    _cpu.power_scales(*at, maxima.numel(), kind.largest_exponent, highest)
+    return inverses
+
+
+def reference_power_scales(maxima: Tensor, codes: Tensor, exponent: int, highest: int) -> Tensor:
+    """The specification of :func:`power_scales`; ``highest``: the mantissa above which the next power is
+    taken."""
+    bits = maxima.view(torch.int32)
+    code = (bits >> 23) - exponent + ((bits & MANTISSA) > highest).to(torch.int32)
+    # 2^-127 is subnormal, and its reciprocal is near the end of the range: nothing is lost without it.
+    code = code.clamp_(min=1)
+    codes.copy_(torch.where(bits >= INFINITY, 255, code))
+    inverses = ((254 - code) << 23).view(torch.float32)
+    return torch.where(bits >= INFINITY, 0.0, inverses)
+
+
+def _mantissa_of(x: float) -> int:
+    """The bits of a float32 behind its point."""
+    return int(torch.tensor(x, dtype=torch.float32).view(torch.int32)) & MANTISSA
 
 
 def block_maxima(x: Tensor, spans: Spans) -> Tensor:

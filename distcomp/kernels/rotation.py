@@ -33,36 +33,40 @@ def rotation_lines(places: Sequence[tuple[int, int, int]]) -> Tensor:
     return torch.tensor(lines, dtype=torch.int64).reshape(-1, 4)
 
 
-def rotate(x: Tensor, lines: Tensor, keys: Tensor, back: bool = False) -> None:
+def rotate(x: Tensor, lines: Tensor, keys: Tensor, back: bool = False, out: Tensor | None = None) -> None:
     """``H D x`` of every row, in place, or ``D H x``, which takes it back. H: orthonormal. ``D``: signs, a
     function of the parameter's key (int64, ``[parameters]``, on ``x``'s device) and the place in it.
 
-    ``x``: float32, contiguous. On every backend the same bits. Raises DistcompError for another tensor.
+    ``x``: float32, contiguous. ``out``: as long, where the rows are left then, and nothing of what is in no
+    row. On every backend the same bits. Raises DistcompError for another tensor.
     """
+    out = x if out is None else out
     check_tensor("values", x, torch.float32, 0)
+    check_tensor("rotated values", out, torch.float32, x.numel())
     check_tensor("keys", keys, torch.int64, 0)
     table, count = lines_of(lines, LINE_BYTES)
     if not count:
         return
     if x.device.type != "cpu" or backend("cpu") != "cpu":
-        reference_rotate(x, lines, keys, back)
+        reference_rotate(x, lines, keys, back, out)
         return
     from distcomp.kernels import _cpu, cpu
 
+    at = x.data_ptr(), out.data_ptr()
     rest = (keys.data_ptr(), keys.numel(), back)
     cpu.shared(
-        lambda start, some: _cpu.rotate(x.data_ptr(), x.numel(), table + LINE_BYTES * start, some, *rest),
+        lambda start, some: _cpu.rotate(*at, x.numel(), table + LINE_BYTES * start, some, *rest),
         count, 1, 4 * x.numel() // count,
     )  # fmt: skip
 
 
-def reference_rotate(x: Tensor, lines: Tensor, keys: Tensor, back: bool) -> None:
+def reference_rotate(x: Tensor, lines: Tensor, keys: Tensor, back: bool, out: Tensor) -> None:
     """The specification of :func:`rotate`."""
     for at, count, first, owner in lines.tolist():
-        rows = x[at : at + SIDE * count].view(-1, SIDE)
+        rows, to = (one[at : at + SIDE * count].view(-1, SIDE) for one in (x, out))
         drawn = uniform(rows.numel(), keys[owner], first, x.device).view_as(rows)
         signs = torch.where(drawn < 0.5, -torch.ones_like(drawn), 1.0)
-        rows.copy_(hadamard(rows) * signs if back else hadamard(rows * signs))
+        to.copy_(hadamard(rows) * signs if back else hadamard(rows * signs))
 
 
 def hadamard(rows: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ instruction set, wherever a tensor begins and however many threads share it."""
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -283,3 +284,34 @@ def test_triton_equals_the_reference_in_its_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@given(
+    st.lists(
+        st.sampled_from([0.0, math.inf, math.nan, 2.0**-126, 2.0**-149, 3e38, 6.0, 448.0, 1.75, 1.5])
+        | st.floats(0, 2.0**127, width=32),
+        max_size=40,
+    ),
+    st.sampled_from([E2M1, E4M3, E5M2]),
+    st.booleans(),
+)
+def test_powers_of_two_as_scales(
+    instruction_sets: list[str], drawn: list[float], kind: Minifloat, up: bool
+) -> None:
+    """C and torch alike; and rounded up, a scale clamps nothing."""
+    maxima, found = torch.tensor(drawn, dtype=torch.float32), []
+    for name in (*instruction_sets, "torch"):
+        codes = torch.full((len(drawn),), 7, dtype=torch.uint8)
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "torch":
+                patch.setattr(minifloat, "_served", lambda x: False)
+            else:
+                _cpu.use(name)
+            inverses = minifloat.power_scales(maxima, codes, kind, up)
+        found.append((codes, inverses.view(torch.int32)))
+    assert all(torch.equal(a, b) for one in found for a, b in zip(one, found[-1], strict=True))
+    usable = codes < 255
+    assert torch.equal(usable, maxima.isfinite())
+    scaled = maxima[usable].double() * inverses[usable].double()
+    assert (scaled <= (kind.largest if up else 2.0 ** (kind.largest_exponent + 1))).all()
+    assert (scaled[codes[usable] > 1] >= 2.0**kind.largest_exponent / (2 if up else 1)).all()

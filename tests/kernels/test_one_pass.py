@@ -98,9 +98,15 @@ def test_rotations(instruction_set, monkeypatch_context, pieces, seed, back) -> 
         rotation.rotate(theirs, lines, keys, back)
     assert same_bits(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
     assert torch.equal(ours.isnan(), theirs.isnan())
+    elsewhere, given = torch.full_like(x, 5.0), x.clone()
+    rotation.rotate(given, lines, keys, back, elsewhere)
+    assert same_bits(given, x)
     for at, numel, _ in places:
-        tail = slice(at + numel // rotation.SIDE * rotation.SIDE, at + numel)
+        whole = slice(at, at + numel // rotation.SIDE * rotation.SIDE)
+        tail = slice(whole.stop, at + numel)
         assert same_bits(ours[tail], x[tail])
+        assert same_bits(elsewhere[whole], ours[whole])
+        assert (elsewhere[tail] == 5.0).all()
 
 
 def test_a_rotation_is_a_product_with_the_matrix_of_hadamard() -> None:

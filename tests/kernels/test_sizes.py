@@ -149,4 +149,4 @@ def test_rows_that_are_rotated_lie_inside() -> None:
     ):
         line = torch.tensor([[at, rows, 0, owner]])
         with pytest.raises(ValueError, match="line 0 reaches outside"):
-            _cpu.rotate(x.data_ptr(), numel, line.data_ptr(), 1, key.data_ptr(), 1, False)
+            _cpu.rotate(*2 * (x.data_ptr(),), numel, line.data_ptr(), 1, key.data_ptr(), 1, False)
