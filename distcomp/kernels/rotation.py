@@ -52,12 +52,13 @@ def rotate(x: Tensor, lines: Tensor, keys: Tensor, back: bool = False, out: Tens
         return
     from distcomp.kernels import _cpu, cpu
 
-    at = x.data_ptr(), out.data_ptr()
-    rest = (keys.data_ptr(), keys.numel(), back)
-    cpu.shared(
-        lambda start, some: _cpu.rotate(*at, x.numel(), table + LINE_BYTES * start, some, *rest),
-        count, 1, 4 * x.numel() // count,
-    )  # fmt: skip
+    at, size = (x.data_ptr(), out.data_ptr()), x.numel()
+    keys_at, known = keys.data_ptr(), keys.numel()
+
+    def run(start: int, some: int) -> None:
+        _cpu.rotate(*at, size, table + LINE_BYTES * start, some, keys_at, known, back)
+
+    cpu.shared(run, count, 1, 4 * size // count)
 
 
 def reference_rotate(x: Tensor, lines: Tensor, keys: Tensor, back: bool, out: Tensor) -> None:
