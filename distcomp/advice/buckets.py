@@ -68,11 +68,11 @@ class BucketAdvice:
 
     @property
     def best(self) -> BucketRow:
-        """The fastest, of several alike that of the fewest buckets; what the model has, where nothing is
-        faster by 5 % and by more than the noise."""
+        """The fastest, of several alike that of the fewest buckets, of these the default's; what the model
+        has, where nothing is faster by 5 % and by more than the noise."""
         fastest_s = min(row.step_s for row in self.rows)
         alike = [row for row in self.rows if row.step_s <= ALIKE * fastest_s]
-        best = min(alike, key=lambda row: (row.buckets, row.step_s))
+        best = min(alike, key=lambda row: (row.buckets, row.cap_mb is not None, row.step_s))
         worth = max(WORTH, 1 + self.noise)
         return best if self.now.step_s >= worth * best.step_s else self.now
 

@@ -253,6 +253,12 @@ def test_the_sentence_names_the_size_and_both_times() -> None:
     assert said(noise=0.3).as_json()["bucket_cap_mb"] is None
 
 
+def test_of_as_many_buckets_alike_the_default_is_advised() -> None:
+    """However the noise of the moment falls: both may be the same buckets, predicted twice."""
+    now, default, named = BucketRow(0.001, 8, 0.4), BucketRow(None, 1, 0.1001), BucketRow(0.5, 1, 0.1)
+    assert BucketAdvice("bf16", (default, named), now, False).best is default
+
+
 LOOP = """\
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
