@@ -8,7 +8,6 @@
 #include "_inside.h"
 #include "_twolevel.h"
 
-#define MOST 0x7Eu         /* the code of 448, e4m3's largest number */
 #define NORMAL (120u << 3) /* from e4m3's exponent to float32's, as codes of e4m3 */
 
 static float of_e4m3(uint8_t code) {
@@ -50,7 +49,7 @@ BODY void group_body(const Encode *e, size_t group, size_t at, size_t count) {
         ratio = ratio < 0x1p-6f ? 0x1p-6f : ratio;
         ratio = ratio > 448.0f ? 448.0f : ratio;
         uint32_t bits = bits_of(ratio), code = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - NORMAL;
-        code += up & (code < MOST) & (float_of((code + NORMAL) << 20) < ratio);
+        code += up & (float_of((code + NORMAL) << 20) < ratio); /* 448, the largest, is below none */
         codes[i] = (uint8_t)(ratio == ratio ? code : 0x7F | bits >> 31 << 7);
         float found = inverse / float_of((code + NORMAL) << 20);
         inverses[i] = usable ? found : 0.0f;
