@@ -93,15 +93,25 @@ def averaging_step(
     host: Host = ALONE,
     slowness: float = 1.0,
 ) -> StepTime:
-    """The mean step of a model that is averaged in some steps, after the step; nothing overlaps."""
-    costs = [
-        (profile.share, round_.ask.exchange(fabric).cost(fabric, host))
-        for profile in profiles
-        for round_ in profile.rounds
+    """The mean step of a model that is averaged in some steps, after the step; on one rank nothing overlaps.
+
+    Of neighbours only a share ``held_up`` waits for the busiest link; the others go on ``slack`` before, and
+    work meanwhile. On shared cores those work beside fewer, then::
+
+        step = wire + busy - min((1 - held_up) busy, slack),    busy = step without averaging + work
+    """
+    exchanges = [
+        (profile.share, round_.ask.exchange(fabric)) for profile in profiles for round_ in profile.rounds
     ]
+    costs = [(share, exchange.cost(fabric, host)) for share, exchange in exchanges]
     wire_s = sum(share * max(cost.seconds, host.oversubscription * cost.core_s) for share, cost in costs)
     work_s = slowness * sum(profile.share * profile.work_s for profile in profiles)
-    return StepTime(timing.step_s + wire_s + work_s, wire_s + work_s, wire_s, work_s)
+    busy_s = timing.step_s + work_s
+    # Nobody is faster than on a core of its own.
+    beside = max(max((one.held_up for _, one in exchanges), default=1.0), 1 / host.oversubscription)
+    slack_s = sum(share * exchange.slack_s for share, exchange in exchanges)
+    exposed_s = wire_s + work_s - min((1 - beside) * busy_s, slack_s)
+    return StepTime(timing.step_s + exposed_s, exposed_s, wire_s, work_s)
 
 
 def _costs(profiles: Sequence[ProfiledExchange], fabric: Fabric, host: Host) -> list[list[Cost]]:

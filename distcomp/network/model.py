@@ -138,13 +138,16 @@ class Cost:
 @dataclass(frozen=True, eq=False)
 class ExchangeLoad:
     """What an exchange asks of a network: loads one behind the other, hops of ``delay_s``, messages per rank.
-    ``around``: its hops wait for each other, as on a ring."""
+    ``around``: its hops wait for each other, as on a ring. ``held_up``: the share of the ranks that wait for
+    the busiest link; where ranks wait for neighbours alone, the others go on ``slack_s`` before."""
 
     stages: tuple[Load, ...] = ()
     hops: int = 0
     delay_s: float = 0.0
     messages: int = 0
     around: bool = False
+    held_up: float = 1.0
+    slack_s: float = 0.0
 
     def cost(self, fabric: Fabric, host: Host = ALONE) -> Cost:
         """Its seconds, with the network to itself. A ring keeps whoever carries it busy throughout: its hops
@@ -342,8 +345,23 @@ def neighbor_exchange(nbytes: float, edges: Iterable[Edge], fabric: Fabric) -> E
     both = [pair for i, j in edges for pair in ((i, j), (j, i))]
     if not both:
         return ExchangeLoad()
-    degree = int(np.bincount([i for i, _ in both]).max())
-    return ExchangeLoad((along(dict.fromkeys(both, nbytes), fabric),), 1, delay_s(both, fabric), degree)
+    degree, load = int(np.bincount([i for i, _ in both]).max()), along(dict.fromkeys(both, nbytes), fabric)
+    waits_s = _waits_s(both, occupied_s(load, fabric), fabric)
+    held_up = waits_s >= waits_s.max()
+    slack_s = 0.0 if held_up.all() else float(waits_s.max() - waits_s[~held_up].max())
+    return ExchangeLoad((load,), 1, delay_s(both, fabric), degree, False, float(held_up.mean()), slack_s)
+
+
+def _waits_s(pairs: Sequence[Edge], links_s: LinkBytes, fabric: Fabric) -> LinkBytes:
+    """Of each rank, how long the busiest link is occupied that a message to or from it crosses."""
+    n, racks, rack_of = fabric.ranks, max(1, len(fabric.racks)), places(fabric)
+    out, into, up, down = np.split(links_s, [n, 2 * n, 2 * n + racks])
+    waits_s = np.zeros(n)
+    for source, target in pairs:
+        a, b = rack_of[source], rack_of[target]
+        crossed_s = [out[source], into[target], *((up[a], down[b]) if a != b else ())]
+        waits_s[[source, target]] = np.maximum(waits_s[[source, target]], max(crossed_s))
+    return waits_s
 
 
 def broadcast_load(nbytes: float, group: Group, fabric: Fabric) -> ExchangeLoad:
