@@ -12,6 +12,7 @@ rank makes the whole answer NaN on every rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -266,11 +267,20 @@ def _pieces(given: Tensor | Sequence[Tensor], count: int, like: Tensor) -> list[
 
 def _method(chosen: CodecLike, dtype: torch.dtype) -> Method | None:
     """How it is summed; None for the exact sum in the tensor's own dtype."""
-    if isinstance(chosen, str) and lookup(METHODS, split_call(chosen, "method")[0]) is not None:
-        chosen = parse(chosen)
-    method = chosen if isinstance(chosen, Method) else from_compressor(compressor_of(chosen))
+    method = _method_named(chosen) if isinstance(chosen, str) else _method_of(chosen)
     method.check(None)
     if method == from_compressor(Identity()):
         return None
     check_lossy(method, dtype)
     return method
+
+
+@functools.lru_cache(maxsize=64)
+def _method_named(text: str) -> Method:
+    """Read once: a loop gives the same few texts in every call, and methods have no state."""
+    named = lookup(METHODS, split_call(text, "method")[0]) is not None
+    return _method_of(parse(text) if named else text)
+
+
+def _method_of(chosen: CodecLike) -> Method:
+    return chosen if isinstance(chosen, Method) else from_compressor(compressor_of(chosen))

@@ -7,6 +7,7 @@ from importlib import metadata
 import pytest
 import torch
 
+from distcomp.calls import collectives
 from distcomp.calls.codec import codec_for
 from distcomp.errors import DistcompError
 from distcomp.plugins import lookup
@@ -36,3 +37,14 @@ def test_a_text_stands_for_the_same_codec_each_time() -> None:
     for _ in range(2):
         with pytest.raises(DistcompError, match="qsgd has no setting"):
             codec_for("qsgd:bitts=4", torch.float32)
+
+
+def test_a_method_is_read_from_its_text_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    collectives._method_named.cache_clear()
+    read: list[str] = []
+    parse = collectives.parse
+    monkeypatch.setattr(collectives, "parse", lambda text: read.append(text) or parse(text))
+    asked = [collectives._method(text, torch.float32) for text in ("topk:ratio=0.25", "topk:ratio=0.5") * 2]
+    assert asked[:2] == asked[2:]
+    assert asked[0] != asked[1]
+    assert read == ["topk:ratio=0.25", "topk:ratio=0.5"]
