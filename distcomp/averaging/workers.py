@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from distcomp.averaging.base import Averaging, InFlight, MultiLevel, fragment_states, gather, known, scatter
@@ -76,10 +78,9 @@ class Workers:
         for fragments, model in zip(self.fragments, self.models, strict=True):
             fragment, views = fragments[number], self._views(model)
             if fragment.in_flight is not None and fragment.in_flight.at <= self.steps:
+                now = partial(gather, views, fragment.layout)
                 scatter(
-                    views,
-                    fragment.layout,
-                    fragment.apply_result(fragment.in_flight.result(), gather(views, fragment.layout)),
+                    views, fragment.layout, fragment.apply_result(fragment.in_flight.result(), now)
                 )
 
     def _average_moments(self) -> None:
