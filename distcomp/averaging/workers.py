@@ -79,9 +79,7 @@ class Workers:
             fragment, views = fragments[number], self._views(model)
             if fragment.in_flight is not None and fragment.in_flight.at <= self.steps:
                 now = partial(gather, views, fragment.layout)
-                scatter(
-                    views, fragment.layout, fragment.apply_result(fragment.in_flight.result(), now)
-                )
+                scatter(views, fragment.layout, fragment.apply_result(fragment.in_flight.result(), now))
 
     def _average_moments(self) -> None:
         whole, size = Layout.of([("moment", (self.layout.numel,))]), len(self.models)

@@ -1,5 +1,5 @@
-"""Neighbours whose messages cross no busy link work while the others wait: against ranks on shared cores, on the
-clock."""
+"""Neighbours whose messages cross no busy link work while the others wait: against ranks on shared cores, on
+the clock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ TWO_RACKS = Fabric((1e8,) * N, 0.0, (Rack((0, 1, 2, 3), 5e7), Rack((4, 5, 6, 7),
 NBYTES = 2e6
 
 
-def on_the_clock(cores: int, core_s: float, message_s: dict[tuple[int, int], float], steps: int = 60) -> float:
+def on_the_clock(
+    cores: int, core_s: float, message_s: dict[tuple[int, int], float], steps: int = 60
+) -> float:
     """Seconds of a step of ranks in a ring: each works ``core_s`` of a core, as fast as all who work share
     them, sends to both neighbours, and goes on when both of theirs are there."""
     left_s, step, now_s = [core_s] * N, [0] * N, 0.0
@@ -36,7 +38,9 @@ def on_the_clock(cores: int, core_s: float, message_s: dict[tuple[int, int], flo
         busy = [rank for rank in range(N) if left_s[rank] > 0]
         pace = min(1.0, cores / max(1, len(busy)))
         waiting = [begins_s(rank) for rank in range(N) if left_s[rank] == 0]
-        passed_s = min([left_s[rank] / pace for rank in busy] + [at - now_s for at in waiting if at is not None])
+        passed_s = min(
+            [left_s[rank] / pace for rank in busy] + [at - now_s for at in waiting if at is not None]
+        )
         now_s += max(0.0, passed_s)
         for rank in busy:
             left_s[rank] -= pace * passed_s
@@ -57,7 +61,9 @@ def on_the_clock(cores: int, core_s: float, message_s: dict[tuple[int, int], flo
 @pytest.mark.parametrize("cores", [2, 4, 8])
 @pytest.mark.parametrize("fabric", [TWO_RACKS, Fabric.uniform(N, "100mbit")], ids=["two racks", "uniform"])
 def test_who_has_slack_works_while_the_others_wait(fabric: Fabric, cores: int, core_s: float) -> None:
-    profile = ProfiledExchange((ProfiledRound(0.0, RequestSizes("neighbor_exchange", (NBYTES,), edges=RING)),), 0.0)
+    profile = ProfiledExchange(
+        (ProfiledRound(0.0, RequestSizes("neighbor_exchange", (NBYTES,), edges=RING)),), 0.0
+    )
     exchange = neighbor_exchange(NBYTES, RING, fabric)
     slow_s = exchange.cost(fabric).seconds
     racked = bool(fabric.racks)
@@ -74,7 +80,9 @@ def test_who_has_slack_works_while_the_others_wait(fabric: Fabric, cores: int, c
 def test_the_slack_is_that_between_the_busiest_link_and_the_next_one_that_others_wait_for() -> None:
     """Two messages each way through an uplink of half a rank's rate; a rank sends and receives two."""
     exchange = neighbor_exchange(NBYTES, RING, TWO_RACKS)
-    (rank_s,) = (neighbor_exchange(NBYTES, RING, Fabric.uniform(N, 1e8)).cost(Fabric.uniform(N, 1e8)).seconds,)
+    (rank_s,) = (
+        neighbor_exchange(NBYTES, RING, Fabric.uniform(N, 1e8)).cost(Fabric.uniform(N, 1e8)).seconds,
+    )
     assert exchange.held_up == 0.5  # ranks 0, 3, 4 and 7
     assert exchange.cost(TWO_RACKS).seconds == pytest.approx(2 * rank_s)
     assert exchange.slack_s == pytest.approx(rank_s)
