@@ -353,14 +353,15 @@ def neighbor_exchange(nbytes: float, edges: Iterable[Edge], fabric: Fabric) -> E
 
 
 def _waits_s(pairs: Sequence[Edge], links_s: LinkBytes, fabric: Fabric) -> LinkBytes:
-    """Of each rank, how long the busiest link is occupied that a message to or from it crosses."""
+    """Of each rank, how long the busiest link is occupied that a message of it crosses; pairs are both ways,
+    and so are links."""
     n, racks, rack_of = fabric.ranks, max(1, len(fabric.racks)), places(fabric)
     out, into, up, down = np.split(links_s, [n, 2 * n, 2 * n + racks])
     waits_s = np.zeros(n)
     for source, target in pairs:
         a, b = rack_of[source], rack_of[target]
         crossed_s = [out[source], into[target], *((up[a], down[b]) if a != b else ())]
-        waits_s[[source, target]] = np.maximum(waits_s[[source, target]], max(crossed_s))
+        waits_s[source] = max(waits_s[source], *crossed_s)
     return waits_s
 
 
