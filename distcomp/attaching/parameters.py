@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -218,8 +218,9 @@ class ParameterSync(Sync):
         if fragment.in_flight is None or (fragment.in_flight.at > self.iterations and not early):
             return
         result = fragment.in_flight.result()
-        now = partial(self._weights.read, fragment.layout)
-        self._weights.write(fragment.layout, fragment.apply_result(result, now))
+        self._weights.write(
+            fragment.layout, fragment.apply_result(result, self._weights.read(fragment.layout))
+        )
         if not fragment.first:
             return
         if fragment.averaging.buffers == "average":

@@ -153,17 +153,13 @@ class Averaging(Written, ABC):
         """The fragments of the model, which are averaged one after the other."""
         return (layout,)
 
-    def merge(self, now: Callable[[], Tensor], estimate: Tensor) -> Tensor:
-        """The model after an exchange, from the worker's model as it is by then (a function, because few
-        ask for it) and what was agreed."""
+    def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
+        """The model after an exchange, from the worker's model as it is by then and what was agreed."""
         return estimate
 
 
 def agreed(model: Tensor, state: State) -> AggregateResult:
-    """The result of an averaging: the new model and the state. There is no residual.
-
-    Both may be one tensor: whoever takes the model copies it, for training writes into it.
-    """
+    """The result of an averaging: the new model and the state. There is no residual."""
     return AggregateResult(model, lambda: model, state)
 
 
@@ -264,8 +260,8 @@ class FragmentState:
         model, self.departs_with = self.departs_with, None
         return model
 
-    def apply_result(self, result: AggregateResult, now: Callable[[], Tensor]) -> Tensor:
-        """Take the result in; return this worker's model, to be copied. ``now``: the model as it is."""
+    def apply_result(self, result: AggregateResult, now: Tensor) -> Tensor:
+        """Take the result in; return this worker's model."""
         self.state = result.state
         self.in_flight = None
         return self.averaging.merge(now, result.estimate)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,9 +88,9 @@ class Eager(Averaging):
         kept = {**state, "stale": FlatBuffer(stale, context.layout), "method": result.state}
         return agreed(stale, kept)
 
-    def merge(self, now: Callable[[], Tensor], estimate: Tensor) -> Tensor:
+    def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
         """The model stays as it is: what has come is used at the next departure."""
-        return now()
+        return now
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
         assert isinstance(self.period, int)

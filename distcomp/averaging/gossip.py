@@ -156,7 +156,7 @@ class DPSGD(Gossip):
         if adapt_first:
             return agreed(model, state)
         model += x - mine  # the local update, made at the model that was mixed
-        return agreed(model, {"model": FlatBuffer(model, context.layout)})
+        return agreed(model, {"model": FlatBuffer(model.clone(), context.layout)})
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class DCD(Gossip):
         for j, payload in messages.items():
             replicas[j] = self.advance(replicas[j], payload, context.layout)
         state = {"model": FlatBuffer(model, context.layout), "replicas": buffers(replicas, context.layout)}
-        return agreed(model, state)
+        return agreed(model.clone(), state)
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
         numbers = super().conditions(layout, size)

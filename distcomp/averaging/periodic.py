@@ -6,7 +6,7 @@ and their quantized or sparse relatives are its settings (:mod:`distcomp.averagi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -153,7 +153,7 @@ class Periodic(Averaging):
         result = yield from self.method.aggregate(learnt, state["method"], context)
         anchor, outer = self.outer.step(anchor, result.estimate, state["outer"])
         state = {"anchor": FlatBuffer(anchor, context.layout), "outer": outer, "method": result.state}
-        return agreed(anchor, state)
+        return agreed(anchor.clone(), state)  # a copy: training writes into the model, and the anchor stays
 
     def common(self, state: State) -> State:
         """The part of a state that all workers have alike: what a newcomer is handed. Residuals are not."""
@@ -163,9 +163,9 @@ class Periodic(Averaging):
         """``own`` with what all have in common; residuals stay."""
         return {**common, "method": _with_elements(common["method"], own["method"])}
 
-    def merge(self, now: Callable[[], Tensor], estimate: Tensor) -> Tensor:
+    def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
         """``alpha`` of what was computed meanwhile, the rest of what was agreed."""
-        return torch.lerp(estimate, now(), self.alpha) if self.alpha else estimate
+        return torch.lerp(estimate, now, self.alpha) if self.alpha else estimate
 
     def fragments_of(self, layout: Layout) -> tuple[Layout, ...]:
         """By ``cut``; those that would be empty are left out."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
 from distcomp.averaging.base import Averaging, InFlight, MultiLevel, fragment_states, gather, known, scatter
@@ -78,8 +76,11 @@ class Workers:
         for fragments, model in zip(self.fragments, self.models, strict=True):
             fragment, views = fragments[number], self._views(model)
             if fragment.in_flight is not None and fragment.in_flight.at <= self.steps:
-                now = partial(gather, views, fragment.layout)
-                scatter(views, fragment.layout, fragment.apply_result(fragment.in_flight.result(), now))
+                scatter(
+                    views,
+                    fragment.layout,
+                    fragment.apply_result(fragment.in_flight.result(), gather(views, fragment.layout)),
+                )
 
     def _average_moments(self) -> None:
         whole, size = Layout.of([("moment", (self.layout.numel,))]), len(self.models)

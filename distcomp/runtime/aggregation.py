@@ -95,9 +95,7 @@ class Aggregation:
         estimate = result.estimate
         if estimate.device.type == "cpu":
             if not self.finite:
-                # In the buffer that was given for it; else it may be what the state holds, too.
-                out = estimate if self._context.out is not None else torch.empty_like(estimate)
-                estimate = out.fill_(float("nan"))
+                estimate = estimate.fill_(float("nan"))
         else:
             estimate = torch.where(self.finite, estimate, torch.full_like(estimate, float("nan")))
         return replace(result, estimate=estimate)
