@@ -119,10 +119,12 @@ ROWS: tuple[Row, ...] = (
     DDP,
     Row(NEVER, CONTROL),
     Row("diloco:period=50", RARE, OUTER),
+    Row("muloco:period=7", RARE, OUTER, "Muon"),
     Row("demo:k=16,values=onebit", EVERY_STEP, DECAYS, "SGD", 2e-3),
     Row("sparse_loco:period=25", RARE, SPARSE),
     Row("qsgd:bits=4", EVERY_STEP),
     Row(ALONE, CONTROL),
+    Row("identity", CONTROL, inner="Muon"),
     Row("diloco:period=50,compressor=qsgd:bits=1", RARE, OUTER),
     Row("topk:ratio=0.005,values=int4", EVERY_STEP),
     Row("diloco:period=200,compressor=qsgd:bits=4", RARE, OUTER),
@@ -140,8 +142,8 @@ ROWS: tuple[Row, ...] = (
     Row("qsgd:bits=2", EVERY_STEP),
     Row("pqasgd:period=50,bits=2", RARE),
     Row("muloco:period=100", RARE, OUTER, "Muon"),
-    Row("identity", CONTROL, inner="Muon"),
     Row("choco", GOSSIP),
+    Row("diloco:period=10,compressor=qsgd:bits=1", RARE, OUTER, "Muon"),
     Row("sparse_loco:period=50", RARE, SPARSE),
     Row("des_loc:period=50", RARE),
     Row("noloco:period=50", GOSSIP),
@@ -152,6 +154,8 @@ ROWS: tuple[Row, ...] = (
     Row("qsgd:bits=8", EVERY_STEP),
 )  # fmt: skip
 """In order of what they are worth to the questions: a study that is stopped has the first ones."""
+SEVERAL_SEEDS = 9
+"""So many of them have all their seeds before the others have one."""
 TRAINED: tuple[str, ...] = (
     NEVER, "diloco:period=50", "sparse_loco:period=25", "diloco:period=50,compressor=qsgd:bits=1", ALONE,
     "diloco:period=200,compressor=qsgd:bits=4", "local_sgd:period=50", "streaming_diloco:period=50",
