@@ -154,7 +154,7 @@ ROWS: tuple[Row, ...] = (
     Row("qsgd:bits=8", EVERY_STEP),
 )  # fmt: skip
 """In order of what they are worth to the questions: a study that is stopped has the first ones."""
-SEVERAL_SEEDS = 9
+SEVERAL_SEEDS = 10
 """So many of them have all their seeds before the others have one."""
 TRAINED: tuple[str, ...] = (
     NEVER, "diloco:period=50", "sparse_loco:period=25", "diloco:period=50,compressor=qsgd:bits=1", ALONE,
