@@ -238,7 +238,7 @@ def rows_of(regime: str) -> tuple[Row, ...]:
     if regime == "scratch":
         return ROWS
     named, besides = (APART, ONLY_APART) if regime == "apart" else (TRAINED, ())
-    return (*(row for row in ROWS if row.spec in named and row.inner == "AdamW"), *besides)
+    return (*(row for row in ROWS if row.name in named), *besides)
 
 
 def tabulate(cells: dict[str, Found]) -> dict[str, dict[str, Found]]:
