@@ -82,6 +82,9 @@ INNER: dict[str, Callable[[list[Tensor], float], torch.optim.Optimizer]] = {
 """Optimizers that workers step with. SGD is for methods whose estimate is a step already."""
 
 
+MUON = " (Muon inside)"
+
+
 @dataclass(frozen=True)
 class Row:
     """A method, its family, and what is tried for it: learning rates from ``rate`` on, then ``settings``,
@@ -96,7 +99,7 @@ class Row:
     @property
     def name(self) -> str:
         """What a table calls it."""
-        return f"{self.spec} (Muon inside)" if self.inner == "Muon" else self.spec
+        return f"{self.spec}{MUON}" if self.inner == "Muon" else self.spec
 
     def text(self, setting: str) -> str:
         """The method with a setting, as ``parse`` reads it."""
@@ -118,12 +121,17 @@ DDP = Row("identity", CONTROL)
 ROWS: tuple[Row, ...] = (
     DDP,
     Row(NEVER, CONTROL),
+    Row("muloco:period=7", RARE, OUTER, "Muon"),
+    Row(ALONE, CONTROL),
+    Row("identity", CONTROL, inner="Muon"),
+    Row(NEVER, CONTROL, inner="Muon"),
+    Row(ALONE, CONTROL, inner="Muon"),
     Row("diloco:period=50", RARE, OUTER),
+    Row("diloco:period=50,compressor=qsgd:bits=1", RARE, OUTER),
+    Row("muloco:period=72", RARE, OUTER, "Muon"),
     Row("demo:k=16,values=onebit", EVERY_STEP, DECAYS, "SGD", 2e-3),
     Row("sparse_loco:period=25", RARE, SPARSE),
     Row("qsgd:bits=4", EVERY_STEP),
-    Row(ALONE, CONTROL),
-    Row("diloco:period=50,compressor=qsgd:bits=1", RARE, OUTER),
     Row("topk:ratio=0.005,values=int4", EVERY_STEP),
     Row("diloco:period=200,compressor=qsgd:bits=4", RARE, OUTER),
     Row("local_sgd:period=50", RARE),
@@ -140,8 +148,8 @@ ROWS: tuple[Row, ...] = (
     Row("qsgd:bits=2", EVERY_STEP),
     Row("pqasgd:period=50,bits=2", RARE),
     Row("muloco:period=100", RARE, OUTER, "Muon"),
-    Row("identity", CONTROL, inner="Muon"),
     Row("choco", GOSSIP),
+    Row("diloco:period=10,compressor=qsgd:bits=1", RARE, OUTER, "Muon"),
     Row("sparse_loco:period=50", RARE, SPARSE),
     Row("des_loc:period=50", RARE),
     Row("noloco:period=50", GOSSIP),
@@ -152,8 +160,11 @@ ROWS: tuple[Row, ...] = (
     Row("qsgd:bits=8", EVERY_STEP),
 )  # fmt: skip
 """In order of what they are worth to the questions: a study that is stopped has the first ones."""
+SEVERAL_SEEDS = 9
+"""So many of them have all their seeds before the others have one."""
 TRAINED: tuple[str, ...] = (
-    NEVER, "diloco:period=50", "sparse_loco:period=25", "diloco:period=50,compressor=qsgd:bits=1", ALONE,
+    *(f"{name}{inner}" for name in (NEVER, ALONE) for inner in ("", MUON)), f"muloco:period=72{MUON}",
+    "diloco:period=50", "sparse_loco:period=25", "diloco:period=50,compressor=qsgd:bits=1",
     "diloco:period=200,compressor=qsgd:bits=4", "local_sgd:period=50", "streaming_diloco:period=50",
     "pqasgd:period=50,bits=2", "sparse_loco:period=50", "diloco:period=200",
 )  # fmt: skip

@@ -135,7 +135,6 @@ STUDY: dict[str, tuple[Run, ...]] = {
         adamw(DDP, LONG), adamw(f"diloco:period=10,{HALF}", LONG), adamw("diloco:period=10", LONG),
         adamw("noloco:period=10", LONG), adamw(NEVER, LONG), adamw(f"{EAGER},{HALF}", LONG),
     ),
-    "batch, between": tuple(text(carrier, batch)[0] for batch in (4, 2) for carrier in (DDP, DILOCO, NEVER)),
     "muon": (
         muon(DDP, LONG), muon(f"muloco:period=10,{HALF}", LONG), muon(f"diloco:period=10,{HALF}", LONG),
     ),
@@ -147,11 +146,12 @@ STUDY: dict[str, tuple[Run, ...]] = {
         gossip("CHOCO | top 1%", LONGER), gossip("CHOCO | random 10%", LONGER),
         gossip("CHOCO | 2 bits, L2", LONGER), gossip("D-PSGD | fp32", LONGER),
     ),
+    "ecd": (gossip("ECD | 8 bits, max", LONGER), gossip("ECD | absolute grid", LONGER)),
+    "batch, between": tuple(text(carrier, batch)[0] for batch in (4, 2) for carrier in (DDP, DILOCO, NEVER)),
     "batch, other rates": tuple(
         text(carrier, batch)[1] for batch in BATCHES for carrier in (DDP, DILOCO, NEVER)
     ),
     "batch, compressed": tuple(text(carrier, batch)[0] for carrier in (ONE_BIT, DEMO) for batch in BATCHES),
-    "ecd": (gossip("ECD | 8 bits, max", LONGER), gossip("ECD | absolute grid", LONGER)),
 }  # fmt: skip
 """By claim, what is trained for it; the first ones are worth most."""
 

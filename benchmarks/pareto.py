@@ -36,7 +36,18 @@ from benchmarks import _library_lm
 from benchmarks._common import Cells, shows_only
 from benchmarks._crowd import Oversubscription, Plan, Task
 from benchmarks._library_lm import library_model
-from benchmarks._pareto_rows import ALONE, APART, DDP, INNER, ONLY_APART, RARE, ROWS, TRAINED, Row
+from benchmarks._pareto_rows import (
+    ALONE,
+    APART,
+    DDP,
+    INNER,
+    ONLY_APART,
+    RARE,
+    ROWS,
+    SEVERAL_SEEDS,
+    TRAINED,
+    Row,
+)
 from benchmarks._pareto_table import table, verdicts
 from distcomp.methods.base import all_reduce_bytes
 
@@ -208,11 +219,13 @@ def study(cells: Cells) -> None:
 
 
 def plan() -> Iterator[tuple[str, Row, int]]:
-    """Every cell but those of tuning, in order: a seed of everything, then another; a row from scratch and,
-    where it is asked for, from a trained model and with packages of each worker's own."""
-    for seed in range(SEEDS):
-        for row in (*ROWS, *ONLY_APART):
-            yield from ((regime, row, seed) for regime in REGIMES if row in rows_of(regime))
+    """Every cell but those of tuning, in order: a seed of the first rows, then another, then of all others; a
+    row from scratch and, where it is asked for, from a trained model and with packages of each worker's
+    own."""
+    for rows in (ROWS[:SEVERAL_SEEDS], (*ROWS[SEVERAL_SEEDS:], *ONLY_APART)):
+        for seed in range(SEEDS):
+            for row in rows:
+                yield from ((regime, row, seed) for regime in REGIMES if row in rows_of(regime))
 
 
 def parent_of(regime: str) -> str:
@@ -225,7 +238,7 @@ def rows_of(regime: str) -> tuple[Row, ...]:
     if regime == "scratch":
         return ROWS
     named, besides = (APART, ONLY_APART) if regime == "apart" else (TRAINED, ())
-    return (*(row for row in ROWS if row.spec in named and row.inner == "AdamW"), *besides)
+    return (*(row for row in ROWS if row.name in named), *besides)
 
 
 def tabulate(cells: dict[str, Found]) -> dict[str, dict[str, Found]]:

@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks._pareto_rows import DDP as DDP_ROW
-from benchmarks._pareto_rows import EVERY_STEP, OUTER, ROWS, UNNAMED, Row
+from benchmarks._pareto_rows import EVERY_STEP, MUON, OUTER, ROWS, UNNAMED, Row
 from benchmarks._tables import Block, markdown, result, source
 from benchmarks.claims_revisited import ALONE, AT_THE_END, DDP, DEMO, DILOCO, ONE_BIT, STUDY, Run
 from benchmarks.pareto import SETTING_STEPS, STEPS, TUNING_STEPS, tuning_name
@@ -120,7 +120,8 @@ def lengths() -> dict[str, tuple[float, float]]:
             and there.get("relative_loss", 9) < 2
             and there["spec"] == row.text(row.settings[0])
         ):
-            found[there["spec"]] = (100 * short(row) / ddp - 100, 100 * there["relative_loss"] - 100)
+            gaps = (100 * short(row) / ddp - 100, 100 * there["relative_loss"] - 100)
+            found[there["spec"] + MUON * (row.inner == "Muon")] = gaps
     return found
 
 
@@ -129,7 +130,8 @@ def length() -> str:
     lines = []
     for spec, (short, long) in sorted(lengths().items(), key=lambda one: one[1][1]):
         power = math.log(short / long) / math.log(STEPS / TUNING_STEPS) if min(short, long) > 0 else math.nan
-        name = spec if spec in UNNAMED else f"`{spec}`"
+        text = spec.removesuffix(MUON)
+        name = spec if text in UNNAMED else f"`{text}`{spec.removeprefix(text)}"
         lines.append([name, f"{short:+.1f} %", f"{long:+.1f} %", f"{power:.2f}"])
     head = ["", f"{TUNING_STEPS:,} steps", f"{STEPS:,} steps", "falls as steps to the power of minus"]
     return f"{markdown(head, lines)}\n\n{source(result('pareto'), 'pareto.py')}"
@@ -146,8 +148,9 @@ def draw_gaps() -> Figure:
             left.plot(list(points), list(points.values()), style, **along)
     sizes = [int(size) for size in table[DDP]]
     for spec, gaps in lengths().items():
-        if gaps[1] < HIGHEST or spec in UNNAMED:
-            color = "#888888" if spec in UNNAMED else "#4477aa" if spec in EVERY else "#cc6677"
+        control = spec.removesuffix(MUON) in UNNAMED
+        if gaps[1] < HIGHEST or control:
+            color = "#888888" if control else "#4477aa" if spec in EVERY else "#cc6677"
             right.plot((TUNING_STEPS, STEPS), gaps, "-o", markersize=3, linewidth=1, color=color)
             label = spec.partition(",outer")[0]
             beside = {"xytext": (5, 0), "textcoords": "offset points", "fontsize": 5, "va": "center"}

@@ -28,6 +28,8 @@ from benchmarks._pareto_rows import (
     CONTROL,
     CORRECTIONS,
     DDP,
+    EVERY_STEP,
+    MUON,
     NEVER,
     ONLY_APART,
     RARE,
@@ -35,7 +37,7 @@ from benchmarks._pareto_rows import (
     Row,
 )
 from benchmarks._pareto_table import line, more_steps, table, verdicts
-from benchmarks.pareto import Training, WarmUpStableDecay, tune
+from benchmarks.pareto import Found, Training, WarmUpStableDecay, tune
 from distcomp.attaching.weights import Weights
 
 DILOCO = Row("diloco:period=2,compressor=qsgd:bits=4", RARE)
@@ -206,6 +208,9 @@ def test_controls_are_derived_and_targets_need_their_bytes() -> None:
         NEVER: (Row(NEVER, CONTROL), never),
         ALONE: (Row(ALONE, CONTROL), alone),
         "near": (Row("near", RARE), {0: {**rare, "sent_bytes": 999.0}}),
+        "often": (Row("often", EVERY_STEP), {0: {"test_loss": 1.01, "sent_bytes": 1e6 / 85}}),
+        "often, more": (Row("often, more", EVERY_STEP), {0: {"test_loss": 1.01, "sent_bytes": 1e6 / 84}}),
+        "worse": (Row("worse", EVERY_STEP), {0: {"test_loss": 1.011, "sent_bytes": 1.0}}),
         "dear": (Row("dear", RARE), {0: {**rare, "sent_bytes": 1001.0}}),
         "late": (Row("late", RARE), {}),
     }
@@ -215,7 +220,25 @@ def test_controls_are_derived_and_targets_need_their_bytes() -> None:
     assert found[ALONE]["times_fewer_bytes"] is None
     met = verdicts({"scratch": found})
     assert met["rare"] == ["scratch | near"]
+    assert met["equal steps"] == ["scratch | near", "scratch | often", "scratch | dear"]
+    assert met["every step"] == ["scratch | often"]
     assert met["controls"] == [f"scratch | {NEVER}", "scratch | DDP fp32, a quarter of the steps"]
+
+
+def test_with_muon_inside_a_row_is_held_against_both() -> None:
+    def run(loss: float) -> Found:
+        return {"test_loss": loss, "sent_bytes": 1e6}
+
+    rows = {
+        "identity": (DDP, {0: run(1.0), 1: run(1.0)}),
+        f"identity{MUON}": (Row("identity", CONTROL, inner="Muon"), {0: run(0.8)}),
+        f"rare{MUON}": (Row("rare", RARE, inner="Muon"), {0: run(1.0), 1: run(1.0)}),
+        "rare": (Row("rare", RARE), {0: run(1.0)}),
+    }
+    found = table(rows, rows["identity"][1], 4000, 0)
+    assert found[f"rare{MUON}"]["relative"] == [1.0, 1.0]
+    assert found[f"rare{MUON}"]["relative_to_same_inside"] == [pytest.approx(1.25)]
+    assert "relative_to_same_inside" not in found["rare"]
 
 
 def test_every_row_can_be_made() -> None:
