@@ -36,7 +36,9 @@ def carried(rank: int, size: int, name: str, lines: Any, spoilt: int | None = No
     heartbeat = Heartbeat(group.get_group_store(), rank, size, name)
     transport = CARRIERS[name](group, heartbeat, 60.0)
     try:
-        return script.over(transport, lines, script.NOT_FINITE if rank == spoilt else script.FINITE)
+        answers = script.over(transport, lines, script.NOT_FINITE if rank == spoilt else script.FINITE)
+        dist.barrier()  # rank 0 holds the store in which others may still be making the last group
+        return answers
     finally:
         transport.close()
         heartbeat.close()
