@@ -80,9 +80,8 @@ def test_who_has_slack_works_while_the_others_wait(fabric: Fabric, cores: int, c
 def test_the_slack_is_that_between_the_busiest_link_and_the_next_one_that_others_wait_for() -> None:
     """Two messages each way through an uplink of half a rank's rate; a rank sends and receives two."""
     exchange = neighbor_exchange(NBYTES, RING, TWO_RACKS)
-    (rank_s,) = (
-        neighbor_exchange(NBYTES, RING, Fabric.uniform(N, 1e8)).cost(Fabric.uniform(N, 1e8)).seconds,
-    )
+    alike = Fabric.uniform(N, 1e8)
+    rank_s = neighbor_exchange(NBYTES, RING, alike).cost(alike).seconds
     assert exchange.held_up == 0.5  # ranks 0, 3, 4 and 7
     assert exchange.cost(TWO_RACKS).seconds == pytest.approx(2 * rank_s)
     assert exchange.slack_s == pytest.approx(rank_s)
