@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks._gpu_place import Place
 from benchmarks.compressors import SUBJECTS
 from distcomp import compressors, kernels
-from distcomp.kernels import minifloat, packing, reference
+from distcomp.kernels import dispatch, minifloat, packing, reference
 from distcomp.kernels.packing import Coding
 from distcomp.layout import Layout
 from distcomp.randomness import Key
@@ -284,12 +284,14 @@ def _by_triton(place: Place) -> Iterator[None]:
         return
     before = os.environ.get("DISTCOMP_KERNELS")
     os.environ["DISTCOMP_KERNELS"] = "triton"
+    dispatch.forced.cache_clear()
     try:
         yield
     finally:
         del os.environ["DISTCOMP_KERNELS"]
         if before is not None:
             os.environ["DISTCOMP_KERNELS"] = before
+        dispatch.forced.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------ bytes by the seco

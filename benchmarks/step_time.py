@@ -3,9 +3,11 @@ network.
 
     python -m benchmarks.step_time --rate 100mbit --ranks 4        # writes results/step_time_100mbit.json
 
-Each rank's gradient is about 17 MB in several buckets. The exchange's time runs from the first encode to the
-last decode; the prediction is what the queue must be charged (payloads and headers) over the rate. Bytes are
-counted three times: by the ledger (payloads), by the prediction (with headers), and by the kernel's queue.
+Each rank's gradient is about 17 MB in several buckets, and lies ready: a backward that computes would be
+measured with the exchange, four times over on the cores that the ranks share here, and a rank that came to it
+first would wait for the others. The exchange's time runs from the first encode to the last decode; the
+prediction is what the queue must be charged (payloads and headers) over the rate. Bytes are counted three
+times: by the ledger (payloads), by the prediction (with headers), and by the kernel's queue.
 
 ``--bounds`` takes other methods, and sets each against its bound: the larger of its wire time and of the CPU
 time of all ranks on the cores they share, plus the floor, which is the same exchange of a model of next to
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distcomp
@@ -45,10 +47,44 @@ def model(side: int = SIDE) -> DistributedDataParallel:
     """Matrices that cost little to go through, next to what they weigh: ranks share the cores. A bucket
     each."""
     torch.manual_seed(0)
-    layers = [nn.Linear(side, side) for _ in range(LAYERS)]
-    return DistributedDataParallel(
-        nn.Sequential(*layers), bucket_cap_mb=4 * side**2 / 2**20, gradient_as_bucket_view=True
-    )
+    return wrapped(nn.Sequential(*[nn.Linear(side, side) for _ in range(LAYERS)]), side)
+
+
+def wrapped(module: nn.Module, side: int) -> DistributedDataParallel:
+    """A bucket for each matrix of that side."""
+    return DistributedDataParallel(module, bucket_cap_mb=4 * side**2 / 2**20, gradient_as_bucket_view=True)
+
+
+class Given(torch.autograd.Function):
+    """Nothing of a parameter, whose gradient is given."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return parameter.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return ctx.gradient, None
+
+
+class GradientsReady(nn.Module):
+    """The parameters of ``module``, whose gradients are random numbers that were drawn before."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.gradients = [torch.randn(p.shape) for p in module.parameters()]
+
+    def forward(self) -> Tensor:
+        pairs = zip(self.module.parameters(), self.gradients, strict=True)
+        return torch.stack([Given.apply(*pair) for pair in pairs]).sum()
+
+
+def ready(side: int = SIDE) -> DistributedDataParallel:
+    """As :func:`model`, with gradients that need not be computed."""
+    torch.manual_seed(dist.get_rank())
+    return wrapped(GradientsReady(nn.Sequential(*[nn.Linear(side, side) for _ in range(LAYERS)])), side)
 
 
 def queue_bytes() -> int | None:
@@ -65,14 +101,14 @@ def queue_bytes() -> int | None:
 def measure(ddp: DistributedDataParallel, method: str, steps: int) -> list[dict[str, float | None]]:
     """Some steps with ``method``; the first is a warm-up and is not reported."""
     optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
-    x = torch.randn(1, ddp.module[0].in_features)
     found: list[dict[str, float | None]] = []
     with distcomp.attach(ddp, optimizer, method) as handle:
         for step in range(steps + 1):
             optimizer.zero_grad()
+            nothing = ddp()
             dist.barrier()
             before, cpu_before_s = queue_bytes(), time.process_time()
-            ddp(x).square().mean().backward()
+            nothing.backward()
             cpu_s = time.process_time() - cpu_before_s
             optimizer.step()
             dist.barrier()
@@ -92,7 +128,7 @@ def measure(ddp: DistributedDataParallel, method: str, steps: int) -> list[dict[
 
 
 def rank_main(settings: Any) -> dict[str, Any]:
-    ddp, tiny = model(), model(TINY)
+    ddp, tiny = ready(), ready(TINY)
     mine: dict[str, list[dict[str, float | None]]] = {method: [] for method in settings["methods"]}
     floor: dict[str, list[float]] = {method: [] for method in settings["methods"]}
     for _ in range(settings["turns"]):

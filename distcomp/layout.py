@@ -9,7 +9,7 @@ so that cutting or regrouping a flat buffer changes no value.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -162,6 +162,12 @@ def chunk_views(buffer: Tensor, chunks: Iterable[Layout]) -> list[Tensor]:
         views.append(buffer[at : at + chunk.numel])
         at += chunk.numel
     return views
+
+
+def chunk_view(buffer: Tensor, chunks: Sequence[Layout], index: int) -> Tensor:
+    """One of :func:`chunk_views`."""
+    begin = sum(chunk.numel for chunk in chunks[:index])
+    return buffer[begin : begin + chunks[index].numel]
 
 
 @dataclass(frozen=True, eq=False)

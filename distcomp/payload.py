@@ -131,13 +131,12 @@ class PayloadHeader:
 
 def write_header(payload: Payload, agreed: PayloadHeader, finite: Tensor) -> None:
     """Write the header. ``finite`` (a bool of no dimensions) lies on the payload's device."""
-    body = payload.body
-    if body.device.type == "cpu":
-        header = _header(agreed, bool(finite), body.numel(), checksum(body))
-        payload.wire[: HEADER.size].numpy()[:] = bytearray(header)
+    if payload.wire.device.type == "cpu":
+        fields = _header(agreed, bool(finite), payload, checksum(payload.body))
+        HEADER.pack_into(payload.wire.numpy().data, 0, *fields)
         return
     # The checksum would have to come to the host before it can be written: there is none.
-    header = _header(agreed, True, body.numel(), 0)
+    header = HEADER.pack(*_header(agreed, True, payload, 0))
     payload.wire[: HEADER.size] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     # On the payload's device, after the rest: the flag is the only part that the host may not know yet.
     payload.wire[NON_FINITE_AT] = ~finite
@@ -150,12 +149,11 @@ def check_header(payload: Payload, expected: PayloadHeader) -> Tensor:
     Raises :class:`CorruptPayload` naming the first check that fails. On a GPU nothing waits for the device: a
     header that is not the expected one makes the answer count as non-finite, and there is no checksum.
     """
-    body = payload.body
-    if body.device.type != "cpu":
+    if payload.wire.device.type != "cpu":
         return _unseal_on_device(payload, expected)
-    got = HEADER.unpack(payload.wire[: HEADER.size].numpy().tobytes())
+    got = HEADER.unpack_from(payload.wire.numpy().data)
     finite = bool(got[2])
-    wanted = HEADER.unpack(_header(expected, finite, body.numel(), checksum(body)))
+    wanted = _header(expected, finite, payload, checksum(payload.body))
     if got == wanted:
         return FINITE if finite else NON_FINITE
     what, is_there, was_due = next(
@@ -168,12 +166,13 @@ def check_header(payload: Payload, expected: PayloadHeader) -> Tensor:
     )
 
 
-def _header(agreed: PayloadHeader, finite: bool, length: int, check: int) -> bytes:
+def _header(agreed: PayloadHeader, finite: bool, payload: Payload, check: int) -> tuple[bytes | int, ...]:
+    """Its fields, in order."""
     about = agreed.rank, agreed.fingerprint, agreed.exchange
-    return HEADER.pack(MAGIC, not finite, finite, *about, length, check)
+    return MAGIC, int(not finite), int(finite), *about, body_bytes(payload.parts), check
 
 
 def _unseal_on_device(payload: Payload, expected: PayloadHeader) -> Tensor:
-    header = _header(expected, True, payload.body.numel(), 0)
+    header = HEADER.pack(*_header(expected, True, payload, 0))
     wanted = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(payload.wire.device, non_blocking=True)
     return (payload.wire[: HEADER.size] == wanted).all()

@@ -86,13 +86,16 @@ def all_finite(x: Tensor) -> bool:
 
 def checksum(data: Tensor) -> int:
     """See :func:`distcomp.kernels.checksum`; a run from word k on adds k sums to the weighted one."""
-    at = data.data_ptr()
+    at, nbytes = data.data_ptr(), data.numel()
+    if _threads_for(nbytes) == 1:
+        total, weighted = _cpu.checksum(at, nbytes)
+        return weighted << 32 | total
 
     def run(start: int, count: int) -> tuple[int, int]:
         total, weighted = _cpu.checksum(at + start, count)
         return total, weighted + start // 4 * total
 
-    sums = shared(run, data.numel(), 4, 1)
+    sums = shared(run, nbytes, 4, 1)
     return (sum(w for _, w in sums) & MASK) << 32 | sum(s for s, _ in sums) & MASK
 
 
@@ -128,12 +131,16 @@ def scale_by_exponents(codes: Tensor, out: Tensor) -> None:
 
 def shared(run: Callable[[int, int], T], numel: int, block: int, element_bytes: int) -> list[T]:
     """run(start, count) for consecutive runs of whole blocks, a thread each; the results in order."""
-    threads = torch.get_num_threads() if numel * element_bytes > ALONE_BYTES else 1
+    threads = _threads_for(numel * element_bytes)
     if threads == 1:
         return [run(0, numel)]
     pieces = list(_runs(numel, block, threads))
     others = [_pool(threads).submit(run, *piece) for piece in pieces[1:]]
     return [run(*pieces[0]), *(other.result() for other in others)]
+
+
+def _threads_for(nbytes: int) -> int:
+    return torch.get_num_threads() if nbytes > ALONE_BYTES else 1
 
 
 def _runs(numel: int, block: int, count: int) -> Iterator[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 A CPU tensor goes to the C extension, a CUDA tensor to Triton. Where the one meant for a device is missing,
 the reference serves it and one warning says so and how to mend it. ``DISTCOMP_KERNELS`` forces a backend;
-then a missing one is an error.
+then a missing one is an error. It is read once: a step asks dozens of times.
 """
 
 from __future__ import annotations
@@ -53,18 +53,29 @@ class Backend(Protocol):
 
 def backend(device: str | torch.device = "cpu") -> str:
     """Name of the backend that serves tensors on ``device``: "cpu", "triton" or "reference"."""
-    return _choose(torch.device(device).type, os.environ.get("DISTCOMP_KERNELS", ""))
+    return _choose(torch.device(device).type, forced())
 
 
 def implementation(device: torch.device) -> Backend:
     """The module behind :func:`backend`."""
-    return _load(_choose(device.type, os.environ.get("DISTCOMP_KERNELS", "")))
+    return _load(_choose(device.type, forced()))
+
+
+def served_by_c(x: Tensor) -> bool:
+    """Whether the C extension serves this tensor."""
+    return x.device.type == "cpu" and _choose("cpu", forced()) == "cpu"
 
 
 @cache
-def _choose(device_type: str, forced: str) -> str:
-    if forced:
-        return _forced(device_type, forced)
+def forced() -> str:
+    """The backend that the environment names; empty where it names none."""
+    return os.environ.get("DISTCOMP_KERNELS", "")
+
+
+@cache
+def _choose(device_type: str, named: str) -> str:
+    if named:
+        return _forced(device_type, named)
     meant = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
     if meant is None:
         return "reference"

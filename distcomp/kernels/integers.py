@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distcomp.kernels import reference
-from distcomp.kernels.dispatch import backend
+from distcomp.kernels.dispatch import served_by_c
 from distcomp.kernels.packing import block_bytes
 from distcomp.kernels.tables import check_tensor, lines_of
 
@@ -31,7 +31,7 @@ def integer_bytes(numel: int, bits: int) -> int:
 
 def pack_integers(codes: Tensor, bits: int) -> Tensor:
     """int64 codes in ``0 .. 2^bits - 1``, ``[numel]`` -> uint8 ``[integer_bytes]``; up to 31 bits."""
-    if _served(codes):
+    if served_by_c(codes):
         from distcomp.kernels import _cpu
 
         codes = codes.contiguous()
@@ -48,7 +48,7 @@ def pack_integers(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_integers(packed: Tensor, numel: int, bits: int) -> Tensor:
     """What :func:`pack_integers` was given: int64 ``[numel]``."""
-    if _served(packed):
+    if served_by_c(packed):
         from distcomp.kernels import _cpu
 
         packed, codes = packed.contiguous(), torch.empty(numel, dtype=torch.int64)
@@ -77,7 +77,7 @@ def grid_encode(
     """
     check_tensor("values", x, torch.float32, x.numel())
     check_tensor("codes", codes, torch.uint8, integer_bytes(x.numel(), bits))
-    if _served(x):
+    if served_by_c(x):
         from distcomp.kernels import _cpu
 
         held = array("Q", keys)
@@ -98,7 +98,7 @@ def grid_decode(codes: Tensor, out: Tensor, spacing: float, bits: int, sign: int
     """Write into ``out`` what :func:`grid_encode` rounded to; ``sign`` +1 adds it, -1 subtracts it."""
     check_tensor("values", out, torch.float32, out.numel())
     check_tensor("codes", codes, torch.uint8, integer_bytes(out.numel(), bits))
-    if _served(out):
+    if served_by_c(out):
         from distcomp.kernels import _cpu
 
         _cpu.grid_decode(out.data_ptr(), codes.data_ptr(), (out.numel(), codes.numel()), spacing, bits, sign)
@@ -110,7 +110,3 @@ def grid_decode(codes: Tensor, out: Tensor, spacing: float, bits: int, sign: int
 
 def _low_bytes(bits: int) -> int:
     return -(-max(0, bits - WIDEST_PLANES) // 8)
-
-
-def _served(x: Tensor) -> bool:
-    return x.device.type == "cpu" and backend("cpu") == "cpu"

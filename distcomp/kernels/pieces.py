@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distcomp import kernels
 from distcomp.errors import DistcompError
-from distcomp.kernels.dispatch import backend
+from distcomp.kernels.dispatch import served_by_c
 from distcomp.kernels.packing import NORMS, Coding, packed_bytes, scale_count
 from distcomp.kernels.tables import check_tensor, lines_of
 
@@ -75,26 +75,19 @@ class Pieces:
     def scale_count(self) -> int:
         return sum(scale_count(piece.numel, self.block) for piece in self.each)
 
-    @cached_property
-    def small(self) -> tuple[int, ...]:
-        """Which of them share one call."""
-        return tuple(i for i, piece in enumerate(self.each) if piece.numel <= LARGE)
+    @property
+    def calls(self) -> Calls:
+        """One call for all, where a single thread does them; else large ones are calls of their own."""
+        return self._in_one if torch.get_num_threads() == 1 else self._large_apart
 
     @cached_property
-    def large(self) -> tuple[int, ...]:
-        return tuple(i for i, piece in enumerate(self.each) if piece.numel > LARGE)
+    def _in_one(self) -> Calls:
+        return Calls((), tuple(range(len(self.each))), self)
 
     @cached_property
-    def table(self) -> Tensor:
-        """The small ones for C: at, numel, codes, scales, first."""
-        rows = [self.each[i] for i in self.small]
-        lines = [(one.at, one.numel, one.codes, one.scales, one.first) for one in rows]
-        return torch.tensor(lines, dtype=torch.int64).reshape(-1, 5)
-
-    @cached_property
-    def lines(self) -> tuple[int, int]:
-        """Where the table lies, and how many lines it has."""
-        return lines_of(self.table, PIECE_BYTES)
+    def _large_apart(self) -> Calls:
+        large = tuple(i for i, piece in enumerate(self.each) if piece.numel > LARGE)
+        return Calls(large, tuple(sorted({*range(len(self.each))} - {*large})), self)
 
     def views(self, index: int, x: Tensor, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One piece's values, codes and scales."""
@@ -108,6 +101,18 @@ class Pieces:
             codes[one.codes : one.codes + code_bytes],
             scales[one.scales : one.scales + blocks],
         )
+
+
+class Calls:
+    """Which pieces are calls of C of their own (``large``), and which share one (``small``)."""
+
+    def __init__(self, large: tuple[int, ...], small: tuple[int, ...], pieces: Pieces) -> None:
+        self.large, self.small = large, small
+        rows = [pieces.each[i] for i in small]
+        lines = [(one.at, one.numel, one.codes, one.scales, one.first) for one in rows]
+        self._table = torch.tensor(lines, dtype=torch.int64).reshape(-1, 5)
+        self.lines = lines_of(self._table, PIECE_BYTES)
+        """Where the table of the small ones lies, and how many lines it has."""
 
 
 def quantize(
@@ -124,8 +129,8 @@ def quantize(
     random)."""
     _check(x, codes, scales, pieces)
     _check_keys(keys, pieces)
-    served = _served(x)
-    for i in pieces.large if served else range(len(pieces.each)):
+    calls = pieces.calls if served_by_c(x) else None
+    for i in calls.large if calls else range(len(pieces.each)):
         kernels.quantize(
             *pieces.views(i, x, codes, scales),
             block=pieces.block,
@@ -136,7 +141,7 @@ def quantize(
             norm=norm,
             powers=pieces.powers,
         )
-    if served and pieces.small:
+    if calls and calls.small:
         _quantize_small(x, codes, scales, pieces, keys, (stochastic, NORMS.index(norm)), (0, 0))
 
 
@@ -159,7 +164,7 @@ def quantize_owing(
     residual, owed = owing
     for what, tensor in (("residual's values", residual), ("values owed", owed)):
         check_tensor(what, tensor, torch.float32, x.numel())
-    if not _served(x):
+    if not served_by_c(x):
         torch.add(x, residual, out=owed)
         quantize(owed, codes, scales, pieces, keys, stochastic=stochastic, norm=norm)
         dequantize(codes, scales, owed, pieces, subtract=True)
@@ -168,7 +173,8 @@ def quantize_owing(
     _check_keys(keys, pieces)
     from distcomp.kernels import cpu
 
-    for i in pieces.large:
+    calls = pieces.calls
+    for i in calls.large:
         one, key = pieces.each[i], keys[i] if keys else 0
         place = slice(one.at, one.at + one.numel)
         cpu.quantize(
@@ -176,7 +182,7 @@ def quantize_owing(
             block=pieces.block, bits=pieces.bits, key=key, first=one.first,
             coding=Coding(stochastic, norm, pieces.powers), owing=(residual[place], owed[place]),
         )  # fmt: skip
-    if pieces.small:
+    if calls.small:
         addresses = residual.data_ptr(), owed.data_ptr()
         _quantize_small(x, codes, scales, pieces, keys, (stochastic, NORMS.index(norm)), addresses)
 
@@ -193,9 +199,10 @@ def _quantize_small(
     """All small pieces in one call of C."""
     from distcomp.kernels import _cpu, cpu
 
-    all_keys = array("Q", [keys[i] for i in pieces.small] if keys else bytes(8 * len(pieces.small)))
+    calls = pieces.calls
+    all_keys = array("Q", [keys[i] for i in calls.small] if keys else bytes(8 * len(calls.small)))
     coded, keys_at = _coded(x, codes, scales), all_keys.buffer_info()[0]
-    table_at, count_of_all = pieces.lines
+    table_at, count_of_all = calls.lines
 
     def run(start: int, count: int) -> None:
         _cpu.quantize_pieces(
@@ -219,19 +226,19 @@ def dequantize(
     _check(out, codes, scales, pieces)
     if add and subtract:
         raise DistcompError("dequantize was asked to add and to subtract at once; choose one")
-    served = _served(out)
-    for i in pieces.large if served else range(len(pieces.each)):
+    calls = pieces.calls if served_by_c(out) else None
+    for i in calls.large if calls else range(len(pieces.each)):
         piece_out, piece_codes, piece_scales = pieces.views(i, out, codes, scales)
         kernels.dequantize(
             piece_codes, piece_scales, piece_out,
             block=pieces.block, bits=pieces.bits, powers=pieces.powers, add=add, subtract=subtract,
         )  # fmt: skip
-    if not served or not pieces.small:
+    if not calls or not calls.small:
         return
     from distcomp.kernels import _cpu, cpu
 
     coded, sign = _coded(out, codes, scales), int(add) - int(subtract)
-    table_at, count_of_all = pieces.lines
+    table_at, count_of_all = calls.lines
 
     def run(start: int, count: int) -> None:
         _cpu.dequantize_pieces(
@@ -289,7 +296,7 @@ def move(source: Tensor, target: Tensor, moves: Moves) -> None:
     """Copy the pieces (float32, contiguous) to their places in ``target``."""
     check_tensor("source's values of a move", source, torch.float32, moves.ends[0])
     check_tensor("target's values of a move", target, torch.float32, moves.ends[1])
-    if _served(source) and target.device.type == "cpu":
+    if served_by_c(source) and target.device.type == "cpu":
         from distcomp.kernels import _cpu
 
         sizes = source.numel(), target.numel()
@@ -302,10 +309,6 @@ def move(source: Tensor, target: Tensor, moves: Moves) -> None:
 def _check_keys(keys: Sequence[int], pieces: Pieces) -> None:
     if keys and len(keys) != len(pieces.each):
         raise DistcompError(f"{len(keys)} keys were given for {len(pieces.each)} pieces; give one for each")
-
-
-def _served(x: Tensor) -> bool:
-    return x.device.type == "cpu" and backend("cpu") == "cpu"
 
 
 def _check(x: Tensor, codes: Tensor, scales: Tensor, pieces: Pieces) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distcomp import kernels
-from distcomp.kernels.dispatch import backend
+from distcomp.kernels.dispatch import served_by_c
 from distcomp.kernels.packing import packed_bytes
 from distcomp.kernels.reference import lane_sum
 from distcomp.kernels.tables import check_tensor, lines_of
@@ -87,7 +87,7 @@ def means(x: Tensor, units: Units, scales: Tensor) -> None:
     """
     check_tensor("values", x, torch.float32, units.numel)
     check_tensor("scales", scales, torch.float32, units.scale_count)
-    if _served(x):
+    if served_by_c(x):
         from distcomp.kernels import _cpu
 
         _cpu.two_means(x.data_ptr(), scales.data_ptr(), (x.numel(), scales.numel()), *_table(units))
@@ -105,7 +105,7 @@ def put(codes: Tensor, units: Units, scales: Tensor, out: Tensor, sign: int) -> 
     check_tensor("values", out, torch.float32, units.numel)
     check_tensor("codes", codes, torch.uint8, packed_bytes(units.numel, SIGNS, 1))
     check_tensor("scales", scales, torch.float32, units.scale_count)
-    if _served(out):
+    if served_by_c(out):
         from distcomp.kernels import _cpu
 
         sizes = units.numel, codes.numel(), scales.numel()  # of the signs' last block, too
@@ -138,7 +138,3 @@ def _chunked_sum(rows: Tensor) -> Tensor:
 
 def _table(units: Units) -> tuple[int, int]:
     return lines_of(units.table, LINE_BYTES)
-
-
-def _served(x: Tensor) -> bool:
-    return x.device.type == "cpu" and backend("cpu") == "cpu"

@@ -28,7 +28,7 @@ from distcomp.compressors.identity import Identity
 from distcomp.compressors.quantize import Quantize
 from distcomp.errors import DistcompError
 from distcomp.kernels import memory
-from distcomp.layout import Layout, chunk_views
+from distcomp.layout import Layout, chunk_view, chunk_views
 from distcomp.methods.base import AggregateResult, Method, State, StepContext, all_reduce_bytes
 from distcomp.payload import Payload, body_bytes
 
@@ -195,11 +195,11 @@ class ReduceScatterMean(Method):
         c, second = self.compressor, self.second or self.compressor
         chunks = self._chunks(context.layout, context.size)
         mine = chunks[context.rank]
-        own = chunk_views(x, chunks)[context.rank] if context.error_feedback else None
+        own = chunk_view(x, chunks, context.rank) if context.error_feedback else None
         owed = None if context.residual is None else memory.empty(x.numel(), x.device)
         if context.residual is not None:
             assert own is not None  # error feedback alone has a residual
-            own = own + chunk_views(context.residual, chunks)[context.rank]
+            own = own + chunk_view(context.residual, chunks, context.rank)
         sent = self._encoded(x, chunks, context, owed)
         received: list[Payload] = yield AllToAll(sent)
         chunk_mean = mean_of(c, received, mine, own, context.rank)
@@ -223,13 +223,13 @@ class ReduceScatterMean(Method):
 
         def subtract_second_error_(view: Tensor) -> None:
             # n times: a contribution is n times what of it stands in the mean.
-            own_estimate = chunk_views(estimate, chunks)[context.rank]
+            own_estimate = chunk_view(estimate, chunks, context.rank)
             view.sub_(own_estimate - chunk_mean, alpha=context.size)
 
         def contribution() -> Tensor:
             given = _decoded(c, sent, chunks, x, own, context.rank)
-            own_estimate = chunk_views(estimate, chunks)[context.rank]
-            chunk_views(given, chunks)[context.rank].add_(own_estimate - chunk_mean, alpha=context.size)
+            own_estimate = chunk_view(estimate, chunks, context.rank)
+            chunk_view(given, chunks, context.rank).add_(own_estimate - chunk_mean, alpha=context.size)
             return given
 
         if owed is not None and own is not None:
@@ -261,7 +261,7 @@ class ReduceScatterMean(Method):
                 return empty()
             if owed is None or context.residual is None:
                 return c.encode(view, chunk, key)
-            residual, left = (chunk_views(one, chunks)[rank] for one in (context.residual, owed))
+            residual, left = (chunk_view(one, chunks, rank) for one in (context.residual, owed))
             return c.encode_owing(view, residual, left, chunk, key)
 
         views = chunk_views(x, chunks)

@@ -134,7 +134,10 @@ def test_one_bad_value_is_found_wherever_it_is(instruction_set: str, dtype: torc
 @given(st.binary(max_size=300))
 def test_checksum_equals_the_reference(instruction_set: str, data: bytes) -> None:
     tensor = torch.tensor(list(data), dtype=torch.uint8)
-    assert cpu.checksum(tensor) == reference.checksum(tensor)
+    for alone_bytes in (0, 1 << 20):  # shared between threads, and by one alone
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "ALONE_BYTES", alone_bytes)
+            assert cpu.checksum(tensor) == reference.checksum(tensor)
 
 
 def test_checksum_tells_a_changed_and_an_exchanged_word() -> None:

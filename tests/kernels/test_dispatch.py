@@ -18,11 +18,12 @@ from distcomp.kernels import dispatch
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No choice remembered from before, and none left behind."""
     monkeypatch.delenv("DISTCOMP_KERNELS", raising=False)
-    dispatch._choose.cache_clear()
-    dispatch._load.cache_clear()
+    caches = dispatch.forced, dispatch._choose, dispatch._load
+    for each in caches:
+        each.cache_clear()
     yield
-    dispatch._choose.cache_clear()
-    dispatch._load.cache_clear()
+    for each in caches:
+        each.cache_clear()
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
@@ -35,6 +36,12 @@ def test_the_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("DISTCOMP_KERNELS", "reference")
     assert kernels.backend() == "reference"
     assert kernels.backend("cuda") == "reference"
+
+
+def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = kernels.backend()
+    monkeypatch.setenv("DISTCOMP_KERNELS", "fortran")
+    assert kernels.backend() == before
 
 
 def test_without_the_extension_the_reference_serves_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from distcomp.compressors import Compressor, NonUniform, Quantize, TopK
 from distcomp.compressors.sparse import rows_of
 from distcomp.errors import DistcompError
-from distcomp.kernels import _cpu
+from distcomp.kernels import _cpu, dispatch
 from distcomp.kernels import pieces as many
 from distcomp.kernels.pieces import Moves, Pieces, move
 from distcomp.layout import Layout
@@ -22,6 +25,17 @@ from tests.kernels.draws import same_bits
 
 KEY = Key.of("many")
 SIZES = st.lists(st.integers(0, 90), min_size=1, max_size=12)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many for as long as it lasts."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def laid_out(sizes: list[int]) -> Layout:
@@ -52,7 +66,7 @@ def test_pieces_quantize_to_the_bytes_of_each_alone(monkeypatch_context, sizes, 
         out, plain_out = torch.ones_like(x), torch.ones_like(x)
         compressor.decode_into(out, compiled, layout, add=add)
         with monkeypatch_context() as patch:
-            patch.setenv("DISTCOMP_KERNELS", "reference")
+            patch.setattr(dispatch, "forced", lambda: "reference")
             reference = compressor.encode(x, layout, KEY)
             compressor.decode_into(plain_out, reference, layout, add=add)
         assert torch.equal(compiled.body, reference.body)
@@ -77,12 +91,32 @@ def test_a_step_of_error_feedback_is_its_three_steps(monkeypatch_context, sizes,
         compressor = Quantize(bits, 16, norm, rounding, ("bias",) if kind == "plain" else ())
     owed, left = torch.empty_like(x), torch.empty_like(x)
     wanted = Compressor.encode_owing(compressor, x, residual, owed, layout, KEY)
-    with monkeypatch_context() as patch:
+    with monkeypatch_context() as patch, threads(2 if large else 1):  # one alone does all in one call
         patch.setattr(many, "LARGE", 8 if large else many.LARGE)
         laid_anew = laid_out(sizes)
         payload = compressor.encode_owing(x, residual, left, laid_anew, KEY)
     assert torch.equal(payload.body, wanted.body)
     assert same_bits(left, owed)
+
+
+@pytest.mark.parametrize(("count", "apart"), [(1, 0), (2, 2)])
+def test_large_pieces_are_calls_of_their_own_where_threads_may_share_them(monkeypatch, count, apart) -> None:
+    layout, x = laid_out([5, many.LARGE + 3, 70, many.LARGE + 1]), drawn(2 * many.LARGE + 79)
+    pieces, _ = Quantize(4, 16)._pieces(layout)
+    alone: list[int] = []
+    own = many.kernels.quantize
+    monkeypatch.setattr(
+        many.kernels, "quantize", lambda x, *rest, **more: (alone.append(len(x)), own(x, *rest, **more))
+    )
+    codes, scales = torch.empty(pieces.code_bytes, dtype=torch.uint8), torch.empty(pieces.scale_count)
+    with threads(count):
+        many.quantize(x, codes, scales, pieces, [1, 2, 3, 4])
+    assert len(alone) == apart
+    expected = torch.empty_like(codes), torch.empty_like(scales)
+    monkeypatch.setattr(dispatch, "forced", lambda: "reference")
+    many.quantize(x, *expected, pieces, [1, 2, 3, 4])
+    assert torch.equal(codes, expected[0])
+    assert same_bits(scales, expected[1])
 
 
 @settings(deadline=None)
@@ -97,7 +131,7 @@ def test_rows_are_chosen_and_written_as_torch_does_it(monkeypatch_context, sizes
     noise = torch.randint(0, 256, (rows.code_bytes,), dtype=torch.uint8)
     compiled = rows.largest(x), rows.encode(rows.largest(x)), rows.decode(noise)
     with monkeypatch_context() as patch:
-        patch.setenv("DISTCOMP_KERNELS", "reference")
+        patch.setattr(dispatch, "forced", lambda: "reference")
         reference = rows.largest(x), rows.encode(rows.largest(x)), rows.decode(noise)
     for ours, theirs in zip(compiled, reference, strict=True):
         assert ours.tolist() == theirs.tolist()
@@ -111,14 +145,14 @@ def test_a_long_row_among_short_ones_is_chosen_and_written_as_torch_does_it(monk
     compressor = TopK(0.01)
     compiled = compressor.encode(x, layout, KEY)
     found = compressor.positions(compiled, layout)
-    monkeypatch.setenv("DISTCOMP_KERNELS", "reference")
+    monkeypatch.setattr(dispatch, "forced", lambda: "reference")
     assert torch.equal(compiled.body, compressor.encode(x, layout, KEY).body)
     assert torch.equal(found, compressor.positions(compiled, layout))
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_moves_go_there_and_back(monkeypatch, name):
-    monkeypatch.setenv("DISTCOMP_KERNELS", name)
+    monkeypatch.setattr(dispatch, "forced", lambda: name)
     x, out, again = torch.arange(10.0), torch.zeros(6), torch.full((10,), -1.0)
     moves = Moves(((7, 0, 2), (9, 2, 1), (2, 4, 0), (0, 3, 3)))
     move(x, out, moves)

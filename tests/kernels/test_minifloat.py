@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distcomp.errors import DistcompError
-from distcomp.kernels import minifloat
+from distcomp.kernels import dispatch, minifloat
 from distcomp.kernels.minifloat import E2M1, E4M3, E5M2, Minifloat, Spans
 from distcomp.kernels.reference import uniform
 from tests.kernels import minifloats
@@ -162,9 +162,9 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Spans, Minifloat, list[in
 def both(patched: pytest.MonkeyPatch, run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     """What C makes, then the reference."""
     ours = run()
-    patched.setenv("DISTCOMP_KERNELS", "reference")
-    theirs = run()
-    patched.delenv("DISTCOMP_KERNELS")
+    with patched.context() as patch:
+        patch.setattr(dispatch, "forced", lambda: "reference")
+        theirs = run()
     return ours, theirs
 
 

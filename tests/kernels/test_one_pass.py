@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distcomp.kernels import dct, integers, packed_bytes, rotation, rows, two_means
+from distcomp.kernels import dct, dispatch, integers, packed_bytes, rotation, rows, two_means
 from distcomp.kernels.dct import Grid, Grids
 from distcomp.kernels.rows import RowTable
 from distcomp.kernels.two_means import SIGNS, Units
@@ -59,14 +59,14 @@ def test_two_means(instruction_set, monkeypatch_context, pieces, seed, sign) -> 
     ours, theirs = torch.full((units.scale_count,), 7.0), torch.full((units.scale_count,), 7.0)
     two_means.means(x, units, ours)
     with monkeypatch_context() as patch:
-        patch.setenv("DISTCOMP_KERNELS", "reference")
+        patch.setattr(dispatch, "forced", lambda: "reference")
         two_means.means(x, units, theirs)
     assert same_bits(ours, theirs)
     codes = torch.randint(0, 256, (packed_bytes(units.numel, SIGNS, 1),), dtype=torch.uint8)
     put, plain = x.clone(), x.clone()
     two_means.put(codes, units, ours, put, sign)
     with monkeypatch_context() as patch:
-        patch.setenv("DISTCOMP_KERNELS", "reference")
+        patch.setattr(dispatch, "forced", lambda: "reference")
         two_means.put(codes, units, ours, plain, sign)
     assert same_bits(put, plain)
 
@@ -94,7 +94,7 @@ def test_rotations(instruction_set, monkeypatch_context, pieces, seed, back) -> 
     ours, theirs = x.clone(), x.clone()
     rotation.rotate(ours, lines, keys, back)
     with monkeypatch_context() as patch:
-        patch.setenv("DISTCOMP_KERNELS", "reference")
+        patch.setattr(dispatch, "forced", lambda: "reference")
         rotation.rotate(theirs, lines, keys, back)
     assert same_bits(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
     assert torch.equal(ours.isnan(), theirs.isnan())
@@ -147,7 +147,7 @@ def test_packed_integers(instruction_set, monkeypatch_context, numel, bits, seed
     packed = integers.pack_integers(codes, bits)
     assert torch.equal(integers.unpack_integers(packed, numel, bits), codes)
     with monkeypatch_context() as patch:
-        patch.setenv("DISTCOMP_KERNELS", "reference")
+        patch.setattr(dispatch, "forced", lambda: "reference")
         assert torch.equal(packed, integers.pack_integers(codes, bits))
 
 
@@ -173,7 +173,7 @@ def test_grids(instruction_set, monkeypatch_context, sizes, bits, spacing, seed,
     integers.grid_encode(x, codes, lines, keys, spacing, bits)
     integers.grid_decode(codes, out, spacing, bits, sign)
     with monkeypatch_context() as patch:
-        patch.setenv("DISTCOMP_KERNELS", "reference")
+        patch.setattr(dispatch, "forced", lambda: "reference")
         integers.grid_encode(x, plain, lines, keys, spacing, bits)
         integers.grid_decode(plain, plain_out, spacing, bits, sign)
     assert torch.equal(codes, plain)
@@ -259,7 +259,7 @@ def test_cosine_coefficients(instruction_set, monkeypatch_context, chunks, seed,
     x = torch.randn(chunks.numel, generator=torch.Generator().manual_seed(seed))
     y, back = dct.transform(x, chunks), dct.inverse(x, chunks)
     with monkeypatch_context() as patch:
-        patch.setenv("DISTCOMP_KERNELS", "reference")
+        patch.setattr(dispatch, "forced", lambda: "reference")
         assert same_bits(y, dct.transform(x, chunks))
         assert same_bits(back, dct.inverse(x, chunks))
     values, places = torch.empty(chunks.count), torch.empty(chunks.count, dtype=torch.int64)

@@ -9,7 +9,7 @@ from hypothesis import given
 from torch import Tensor
 
 from distcomp.errors import DistcompError
-from distcomp.kernels import subspace
+from distcomp.kernels import dispatch, subspace
 from distcomp.kernels.subspace import Known, Sliced
 
 _cpu = pytest.importorskip("distcomp.kernels._cpu", reason="the C extension was not built (no C compiler?)")
@@ -72,7 +72,7 @@ def test_the_bits_do_not_depend_on_by_whom(instruction_sets: list[str], case: Ca
     known, x, mean, bases, _ = case
     out = torch.zeros_like(x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DISTCOMP_KERNELS", "reference")
+        patch.setattr(dispatch, "forced", lambda: "reference")
         subspace.restore(first[0], bases, mean, out, known)
     assert torch.equal(out, first[1])
 

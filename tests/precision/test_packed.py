@@ -11,6 +11,7 @@ from torch import nn
 
 from distcomp import kernels, precision
 from distcomp.errors import DistcompError
+from distcomp.kernels import dispatch
 from distcomp.kernels.binary import binary_conv2d, binary_linear, pack_filters, unpack_filters
 
 sizes = st.sampled_from([1, 3, 63, 64, 65, 130])
@@ -39,7 +40,7 @@ def drawn(seed: int, *shape: int) -> torch.Tensor:
 def served(request, monkeypatch):
     """By the best instruction set, the plain one, and plain torch."""
     if request.param == "reference":
-        monkeypatch.setenv("DISTCOMP_KERNELS", "reference")
+        monkeypatch.setattr(dispatch, "forced", lambda: "reference")
         yield
         return
     if kernels.backend() != "cpu":
