@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #include "_cpu.h"
+#include "_above.h"
 #include "_inside.h"
 #include "_rows.h"
 #include "_top.h"
@@ -47,31 +48,51 @@ BODY size_t count_kept(const int32_t *m, size_t n, int32_t threshold) {
     return found;
 }
 
+#define BLOCK 64 /* words of bits that are looked at together */
+#define OFTEN 2  /* ones of a word that are written unasked: most have no more, and nothing is mispredicted */
+
+/* The places of the ones of a word, from `place` on. Returns how many. */
+BODY size_t ones_of(uint64_t word, int64_t place, int64_t *out) {
+    size_t count = (size_t)__builtin_popcountll(word);
+    for (size_t i = 0; i < OFTEN; i++, word &= word - 1)
+        out[i] = place + __builtin_ctzll(word | (uint64_t)1 << (WORD - 1));
+    for (size_t i = OFTEN; i < count; i++, word &= word - 1) out[i] = place + __builtin_ctzll(word);
+    return count;
+}
+
 /* What is above the threshold, rising by place. Returns how many; the search ends where there are more than `most`. */
-BODY size_t gather(const float *x, size_t n, int32_t threshold, const Search *s, size_t most) {
-    size_t found = 0;
-    for (size_t start = 0; start < n && found <= most; start += LANES) {
-        size_t end = smaller(start + LANES, n);
-        int32_t any = end - start < LANES;
-        if (!any)
-            for (size_t j = 0; j < LANES; j++) any |= magnitude_of(x[start + j]) > threshold;
-        if (!any) continue;
-        for (size_t j = start; j < end; j++) { /* written always, kept where it counts: nothing to mispredict */
-            s->magnitudes[found] = magnitude_of(x[j]);
-            s->places[found] = (int64_t)j;
-            found += s->magnitudes[found] > threshold;
-        }
+BODY size_t gather(const float *x, size_t n, int32_t threshold, const Search *s, size_t most, Above above) {
+    size_t found = 0, start = 0;
+    uint64_t bits[BLOCK];
+    while (start + WORD <= n) {
+        size_t words = smaller((n - start) / WORD, BLOCK), before = found, total = 0;
+        above(x + start, words, threshold, bits);
+        for (size_t i = 0; i < words; i++) total += (size_t)__builtin_popcountll(bits[i]);
+        if (found + total > most) return found + total;
+        for (size_t i = 0; i < words; i++) found += ones_of(bits[i], (int64_t)(start + i * WORD), s->places + found);
+        for (size_t i = before; i < found; i++) s->magnitudes[i] = magnitude_of(x[s->places[i]]);
+        start += words * WORD;
+    }
+    for (; start < n && found <= most; start++) {
+        s->magnitudes[found] = magnitude_of(x[start]);
+        s->places[found] = (int64_t)start;
+        found += s->magnitudes[found] > threshold;
     }
     return found;
 }
 
-/* The largest number that `count` or more of m reach, which is the count-th largest: by halving what it can be.
- * Fewer than `count` are above it. */
-BODY int32_t edge_of(const int32_t *m, size_t n, size_t count) {
-    int64_t low = -1, high = INT32_MAX; /* `count` or more are above low, and fewer above high */
+/* A number that exactly `count` of m are above; or, where ties allow none, the largest that `count` or more reach. All
+ * are above `low`. Found by halving what it can be. */
+BODY int32_t edge_of(const int32_t *m, size_t n, size_t count, int64_t low) {
+    int32_t largest = -1;
+    for (size_t j = 0; j < n; j++) largest = m[j] > largest ? m[j] : largest;
+    if (n == count) return (int32_t)low;
+    int64_t high = largest; /* more than `count` are above low, and fewer above high */
     while (high - low > 1) {
         int64_t middle = low + (high - low) / 2;
-        if (count_kept(m, n, (int32_t)middle) >= count)
+        size_t kept = count_kept(m, n, (int32_t)middle);
+        if (kept == count) return (int32_t)middle;
+        if (kept > count)
             low = middle;
         else
             high = middle;
@@ -86,7 +107,7 @@ BODY int32_t sampled_guess(const float *x, size_t n, size_t count, const Search 
         for (size_t j = start; j < start + LANES; j++) s->magnitudes[sample++] = magnitude_of(x[j]);
     /* As dense in the sample as in the row, and a quarter and a few more: too low costs little, too high a pass. */
     size_t due = (size_t)((double)count / (double)n * (double)sample * 1.25) + 16;
-    return due < sample ? edge_of(s->magnitudes, sample, due) : -1;
+    return due < sample ? edge_of(s->magnitudes, sample, due, -1) : -1;
 }
 
 /* From a guess that failed: a threshold that `count` to `most` are above; or, where ties allow none, the largest that
@@ -111,12 +132,13 @@ BODY int32_t narrowed(const float *x, size_t n, size_t count, size_t most, int32
 #define TAKE(n, magnitude, place) \
     for (size_t j = 0, taken = 0; taken < count && j < (n); j++) { \
         int32_t m = (magnitude); \
-        if (m < edge || (m == edge && !ties)) continue; \
-        ties -= m == edge; \
-        out[taken++] = row->start + (place); \
+        size_t tie = (m == edge) & (ties > 0); \
+        out[taken] = row->start + (place); /* written always, kept where it counts */ \
+        ties -= tie; \
+        taken += tie | (m > edge); \
     }
 
-BODY void top_row_body(const float *all, const Row *row, Search *s, int64_t *places) {
+BODY void top_row_body(const float *all, const Row *row, Search *s, int64_t *places, Above above) {
     const float *x = all + row->start;
     size_t n = (size_t)row->length, count = (size_t)row->count;
     int64_t *out = places + row->place;
@@ -125,10 +147,10 @@ BODY void top_row_body(const float *all, const Row *row, Search *s, int64_t *pla
     if (count == n || !count) return;
     size_t most = 2 * count + (n > SAMPLED_FROM ? 64 * STRIDE : 64);
     if (n > SAMPLED_FROM) s->guess = sampled_guess(x, n, count, s);
-    size_t found = gather(x, n, s->guess, s, most);
+    size_t found = gather(x, n, s->guess, s, most, above);
     if (found < count || found > most) {
         s->guess = narrowed(x, n, count, most, s->guess);
-        found = gather(x, n, s->guess, s, most);
+        found = gather(x, n, s->guess, s, most, above);
     }
     if (found > most) { /* more equal the edge than there is room for */
         int32_t edge = s->guess + 1;
@@ -136,14 +158,14 @@ BODY void top_row_body(const float *all, const Row *row, Search *s, int64_t *pla
         TAKE(n, magnitude_of(x[j]), (int64_t)j)
         return;
     }
-    int32_t edge = edge_of(s->magnitudes, found, count);
+    int32_t edge = edge_of(s->magnitudes, found, count, s->guess);
     size_t ties = count - count_kept(s->magnitudes, found, edge);
     TAKE(found, s->magnitudes[j], s->places[j])
 }
 
 #define VARIANT(name, TARGET) \
     TARGET static void top_row_##name(const float *x, const Row *row, Search *s, int64_t *places) { \
-        top_row_body(x, row, s, places); \
+        top_row_body(x, row, s, places, above_##name); \
     }
 
 VARIANT(generic, )
