@@ -9,7 +9,6 @@
 #include <stdlib.h>
 
 #include "_cpu.h"
-#include "_dct.h"
 #include "_dct_chunks.h"
 #include "_inside.h"
 #include "_top.h"
@@ -27,17 +26,80 @@ typedef struct {
     int sign; /* of what is put */
 } Buffers;
 
-typedef int32_t Index8 __attribute__((vector_size(4 * COLUMNS)));
+/* --------------------------------------------------------------------------------------------------- one side */
 
-/* As many rows as there are columns become columns, column c in the row of `n` that place[c] says: neighbours change
- * places, then pairs of them, then halves. */
-BODY void lay_on_side(const Row8 *y, float *to, size_t n, const size_t *place) {
-    Row8 twos[COLUMNS], fours[COLUMNS];
-    for (size_t i = 0; i < COLUMNS; i += 2) {
-        twos[i] = __builtin_shuffle(y[i], y[i + 1], (Index8){0, 8, 1, 9, 4, 12, 5, 13});
-        twos[i + 1] = __builtin_shuffle(y[i], y[i + 1], (Index8){2, 10, 3, 11, 6, 14, 7, 15});
+#define SIDE 64      /* the usual one, all of whose steps are laid out for the compiler */
+#define MOST_LANES 16 /* columns that are transformed side by side, at most */
+
+enum { II, III, IV };                          /* kinds of transforms, */
+#define FIRST(kind) ((kind) == III ? III : II) /* and what their halves are */
+#define SECOND(kind) ((kind) == IV ? II : IV)
+
+/* Rows that a transform of n ends in, after halving. */
+static size_t base_of(size_t n) {
+    while (n % 2 == 0) n /= 2;
+    return n;
+}
+
+/* Numbers of a table: of every halving the n/2 cosines and sines, two matrices of the odd rest, and n scales. */
+static size_t factors_of(size_t n) {
+    size_t base = base_of(n);
+    return 2 * (n - base) + 2 * base * base + n;
+}
+
+/* n rows of m columns, and how far apart the rows are. */
+typedef struct {
+    const float *from;
+    size_t stride, n, m;
+    const float *factors;
+} Rows;
+
+/* Room for n rows of MOST_LANES each: two for the transform, one for columns that do not fill a row, one for what comes
+ * out. */
+typedef struct {
+    float *a, *b, *some, *done;
+} Room;
+
+typedef void (*Columns)(const float *, size_t, float *, size_t, size_t, const float *, const Room *);
+
+typedef struct {
+    void (*turned)(const Rows *, float *, const size_t *, const Room *);
+    void (*straight)(const Rows *, float *, size_t, int, const Room *);
+} Way;
+
+typedef struct {
+    size_t lanes;
+    Way forward, backward;
+} Variant;
+
+typedef float Row4 __attribute__((vector_size(16), aligned(4)));
+typedef float Row8 __attribute__((vector_size(32), aligned(4)));
+typedef int32_t Index4 __attribute__((vector_size(16)));
+typedef int32_t Index8 __attribute__((vector_size(32)));
+
+/* Column c of four rows becomes the row of n that place[c] says: neighbours change places, then pairs of them. */
+BODY void lay_4(const float *y, size_t stride, float *to, size_t n, const size_t *place) {
+    Row4 rows[4], twos[4];
+    for (size_t i = 0; i < 4; i++) rows[i] = *(const Row4 *)(y + i * stride);
+    for (size_t i = 0; i < 4; i += 2) {
+        twos[i] = __builtin_shuffle(rows[i], rows[i + 1], (Index4){0, 4, 1, 5});
+        twos[i + 1] = __builtin_shuffle(rows[i], rows[i + 1], (Index4){2, 6, 3, 7});
     }
-    for (size_t i = 0; i < COLUMNS; i += 4)
+    for (size_t j = 0; j < 2; j++) {
+        *(Row4 *)(to + place[2 * j] * n) = __builtin_shuffle(twos[j], twos[j + 2], (Index4){0, 1, 4, 5});
+        *(Row4 *)(to + place[2 * j + 1] * n) = __builtin_shuffle(twos[j], twos[j + 2], (Index4){2, 3, 6, 7});
+    }
+}
+
+/* The same of eight: at last halves change places, too. */
+BODY void lay_8(const float *y, size_t stride, float *to, size_t n, const size_t *place) {
+    Row8 rows[8], twos[8], fours[8];
+    for (size_t i = 0; i < 8; i++) rows[i] = *(const Row8 *)(y + i * stride);
+    for (size_t i = 0; i < 8; i += 2) {
+        twos[i] = __builtin_shuffle(rows[i], rows[i + 1], (Index8){0, 8, 1, 9, 4, 12, 5, 13});
+        twos[i + 1] = __builtin_shuffle(rows[i], rows[i + 1], (Index8){2, 10, 3, 11, 6, 14, 7, 15});
+    }
+    for (size_t i = 0; i < 8; i += 4)
         for (size_t j = 0; j < 2; j++) {
             fours[i + 2 * j] = __builtin_shuffle(twos[i + j], twos[i + j + 2], (Index8){0, 1, 8, 9, 4, 5, 12, 13});
             fours[i + 2 * j + 1] = __builtin_shuffle(twos[i + j], twos[i + j + 2], (Index8){2, 3, 10, 11, 6, 7, 14, 15});
@@ -49,91 +111,72 @@ BODY void lay_on_side(const Row8 *y, float *to, size_t n, const size_t *place) {
     }
 }
 
-/* n rows of m columns, and how far apart the rows are. */
-typedef struct {
-    const float *from;
-    size_t stride, n, m;
-    const float *factors;
-} Rows;
-
-/* Room for n rows each: two for the transform, one for columns that do not fill a row, one for what comes out. */
-typedef struct {
-    Row8 *a, *b, *some, *done;
-} Room;
-
-typedef void (*Columns)(const float *, size_t, float *, size_t, size_t, const float *, const Room *);
-
-/* The columns from `at` on, transformed, into `to`. Returns how many they are. */
-BODY size_t eight(const Rows *x, size_t at, float *to, size_t to_stride, const Room *room, Columns columns) {
-    size_t count = smaller(COLUMNS, x->m - at), stride = x->stride;
+/* The columns from `at` on, at most `lanes`, transformed, into `to`. Returns how many they are. */
+BODY size_t some_columns(const Rows *x, size_t at, float *to, size_t to_stride, const Room *room, size_t lanes,
+                         Columns columns) {
+    size_t count = smaller(lanes, x->m - at), stride = x->stride;
     const float *from = x->from + at;
-    if (count < COLUMNS) {
-        memset(room->some, 0, sizeof(Row8) * x->n);
-        for (size_t i = 0; i < x->n; i++) memcpy(room->some + i, from + i * stride, sizeof(float) * count);
-        from = (const float *)room->some;
-        stride = COLUMNS;
+    if (count < lanes) {
+        memset(room->some, 0, sizeof(float) * lanes * x->n);
+        for (size_t i = 0; i < x->n; i++) memcpy(room->some + i * lanes, from + i * stride, sizeof(float) * count);
+        from = room->some;
+        stride = lanes;
     }
     columns(from, stride, to, to_stride, x->n, x->factors, room);
     return count;
 }
 
 /* The transform of the rows, laid on its side: column c becomes row place[c] of n. */
-BODY void turned_body(const Rows *x, float *to, const size_t *place, const Room *room, Columns columns) {
-    const Row8 *y = room->done;
-    size_t n = x->n;
-    for (size_t at = 0; at < x->m; at += COLUMNS) {
-        size_t count = eight(x, at, (float *)room->done, COLUMNS, room, columns), k = 0;
-        for (; count == COLUMNS && k + COLUMNS <= n; k += COLUMNS) lay_on_side(y + k, to + k, n, place + at);
+BODY void turned_body(const Rows *x, float *to, const size_t *place, const Room *room, size_t lanes, Columns columns) {
+    const float *y = room->done;
+    size_t n = x->n, tile = lanes > 8 ? 8 : lanes;
+    for (size_t at = 0; at < x->m; at += lanes) {
+        size_t count = some_columns(x, at, room->done, lanes, room, lanes, columns), k = 0;
+        for (; count == lanes && k + tile <= n; k += tile)
+            for (size_t c = 0; c < lanes; c += tile)
+                (tile == 4 ? lay_4 : lay_8)(y + k * lanes + c, lanes, to + k, n, place + at + c);
         for (size_t c = 0; c < count; c++)
-            for (size_t i = k; i < n; i++) to[place[at + c] * n + i] = y[i][c];
+            for (size_t i = k; i < n; i++) to[place[at + c] * n + i] = y[i * lanes + c];
     }
 }
 
 /* The transform of the rows as it is, written, added (sign 1) or subtracted (-1). */
-BODY void straight_body(const Rows *x, float *to, size_t stride, int sign, const Room *room, Columns columns) {
-    for (size_t at = 0; at < x->m; at += COLUMNS) {
-        if (!sign && at + COLUMNS <= x->m) {
-            eight(x, at, to + at, stride, room, columns);
+BODY void straight_body(const Rows *x, float *to, size_t stride, int sign, const Room *room, size_t lanes,
+                        Columns columns) {
+    for (size_t at = 0; at < x->m; at += lanes) {
+        if (!sign && at + lanes <= x->m) {
+            some_columns(x, at, to + at, stride, room, lanes, columns);
             continue;
         }
-        size_t count = eight(x, at, (float *)room->done, COLUMNS, room, columns);
+        size_t count = some_columns(x, at, room->done, lanes, room, lanes, columns);
         for (size_t i = 0; i < x->n; i++) {
-            const float *value = (const float *)(room->done + i);
-            float *out = to + i * stride + at;
-            for (size_t j = 0; j < count; j++) out[j] = sign > 0 ? out[j] + value[j] : sign < 0 ? out[j] - value[j] : value[j];
+            const float *restrict y = room->done + i * lanes;
+            float *restrict out = to + i * stride + at;
+            for (size_t j = 0; j < count; j++) out[j] = sign > 0 ? out[j] + y[j] : sign < 0 ? out[j] - y[j] : y[j];
         }
     }
 }
 
-typedef struct {
-    void (*turned)(const Rows *, float *, const size_t *, const Room *);
-    void (*straight)(const Rows *, float *, size_t, int, const Room *);
-} Way;
+#define NAMED(name) name##_generic
+#define TARGET
+#define COLUMNS 4
+#include "_dct.h"
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define AVX512 "avx2,avx512f,avx512bw,avx512dq,avx512vl"
+#define NAMED(name) name##_avx2
+#define TARGET __attribute__((target("avx2")))
+#define COLUMNS 8
+#include "_dct.h"
+#define NAMED(name) name##_avx512
+#define TARGET __attribute__((target(AVX512)))
+#define COLUMNS 16
+#include "_dct.h"
+#endif
 
-typedef struct {
-    Way forward, backward;
-} Variant;
-
-#define WAY(way, kind, name, TARGET) \
-    TARGET static void way##_columns_##name(const float *from, size_t stride, float *to, size_t to_stride, size_t n, \
-                                            const float *factors, const Room *room) { \
-        columns_body(kind, from, stride, to, to_stride, n, factors, room->a, room->b, along_##name); \
-    } \
-    TARGET static void way##_turned_##name(const Rows *x, float *to, const size_t *place, const Room *room) { \
-        turned_body(x, to, place, room, way##_columns_##name); \
-    } \
-    TARGET static void way##_straight_##name(const Rows *x, float *to, size_t stride, int sign, const Room *room) { \
-        straight_body(x, to, stride, sign, room, way##_columns_##name); \
-    }
 #define VARIANT(name, TARGET) \
-    TARGET static void along_##name(int kind, Row8 *x, Row8 *y, size_t n, const float *factors) { \
-        along_body(kind, x, y, n, factors, along_##name); \
-    } \
-    WAY(forward, II, name, TARGET) \
-    WAY(backward, III, name, TARGET) \
-    static const Variant name##_variant = {{forward_turned_##name, forward_straight_##name}, \
+    static const Variant name##_variant = {sizeof(Lanes_##name) / sizeof(float), \
+                                           {forward_turned_##name, forward_straight_##name}, \
                                            {backward_turned_##name, backward_straight_##name}};
-
 #include "_variants.h"
 
 /* ----------------------------------------------------------------------------------------------------- chunks */
@@ -203,7 +246,7 @@ static size_t lay_out(const float *values, const int64_t *places, int64_t count,
             s->slot[k] = (int64_t)used++;
         }
     }
-    size_t m = (used + COLUMNS - 1) / COLUMNS * COLUMNS;
+    size_t lanes = s->variant->lanes, m = (used + lanes - 1) / lanes * lanes;
     for (size_t c = used; c < m; c++) s->place[c] = high; /* a row of s->turned that nobody reads */
     memset(s->chunk, 0, sizeof(float) * m * wide);
     if (used < high) memset(s->turned, 0, sizeof(float) * size);
@@ -274,13 +317,13 @@ static void *taken(char **next, size_t *total, size_t bytes) {
 
 /* Everything in a scratch, for chunks of `size` and sides of `side`, with room for `found` in a search. */
 static size_t lay_scratch(Scratch *s, char *block, size_t size, size_t side, size_t found) {
-    size_t total = 0, rows = sizeof(Row8) * side, wider = side + COLUMNS;
+    size_t total = 0, rows = sizeof(float) * MOST_LANES * side, wider = side + MOST_LANES;
     s->room.a = taken(&block, &total, rows);
     s->room.b = taken(&block, &total, rows);
     s->room.some = taken(&block, &total, rows);
     s->room.done = taken(&block, &total, rows);
     s->turned = taken(&block, &total, sizeof(float) * (size + side)); /* and the row that nobody reads */
-    s->chunk = taken(&block, &total, sizeof(float) * (size + COLUMNS * side));
+    s->chunk = taken(&block, &total, sizeof(float) * (size + MOST_LANES * side));
     s->each = taken(&block, &total, sizeof(size_t) * wider);
     s->place = taken(&block, &total, sizeof(size_t) * wider);
     s->slot = taken(&block, &total, sizeof(int64_t) * wider);
