@@ -233,28 +233,45 @@ static void top_chunks(const Buffers *all, const Line *line, Scratch *s) {
     }
 }
 
-/* Lay `count` values at places from `start` on, of a chunk of `size`, into the columns of s->chunk that have any.
- * Returns how many columns these are, filled up to whole rows of them; the others come to zero. */
+/* Which row of a chunk laid on its side a place is in; `shift` is the logarithm of `high`, or -1. */
+BODY size_t row_of(size_t at, size_t high, int shift) { return shift < 0 ? at / high : at >> shift; }
+
+static int logarithm(size_t n) { return n & (n - 1) ? -1 : __builtin_ctzll(n); }
+
+/* Lay `count` values at places from `start` on into the columns of s->chunk that have any, which is zero before: the
+ * `used` columns of it are s->place. Returns how far apart its rows are: a multiple of what is transformed together. */
 static size_t lay_out(const float *values, const int64_t *places, int64_t count, int64_t start, const Line *line,
-                      const Scratch *s) {
-    size_t high = (size_t)line->high, wide = (size_t)line->wide, size = high * wide, used = 0;
+                      const Scratch *s, size_t *used) {
+    size_t high = (size_t)line->high, size = high * (size_t)line->wide, lanes = s->variant->lanes;
+    int shift = logarithm(high);
+    *used = 0;
     for (size_t k = 0; k < high; k++) s->slot[k] = -1;
     for (int64_t i = 0; i < count; i++) {
-        size_t at = (size_t)(places[i] - start), k = at % high;
+        size_t at = (size_t)(places[i] - start), k = at - row_of(at, high, shift) * high;
         if (at < size && s->slot[k] < 0) {
-            s->place[used] = k;
-            s->slot[k] = (int64_t)used++;
+            s->place[*used] = k;
+            s->slot[k] = (int64_t)(*used)++;
         }
     }
-    size_t lanes = s->variant->lanes, m = (used + lanes - 1) / lanes * lanes;
-    for (size_t c = used; c < m; c++) s->place[c] = high; /* a row of s->turned that nobody reads */
-    memset(s->chunk, 0, sizeof(float) * m * wide);
-    if (used < high) memset(s->turned, 0, sizeof(float) * size);
+    size_t m = (*used + lanes - 1) / lanes * lanes;
+    for (size_t c = *used; c < m; c++) s->place[c] = high; /* a row of s->turned that nobody reads */
     for (int64_t i = 0; i < count; i++) {
-        size_t at = (size_t)(places[i] - start);
-        if (at < size) s->chunk[at / high * m + (size_t)s->slot[at % high]] = values[i];
+        size_t at = (size_t)(places[i] - start), row = row_of(at, high, shift);
+        if (at < size) s->chunk[row * m + (size_t)s->slot[at - row * high]] = values[i];
     }
     return m;
+}
+
+/* All zero again, for the next chunk. */
+static void cleared(const int64_t *places, int64_t count, int64_t start, const Line *line, const Scratch *s, size_t used,
+                    size_t m) {
+    size_t high = (size_t)line->high, wide = (size_t)line->wide;
+    int shift = logarithm(high);
+    for (size_t c = 0; c < used; c++) memset(s->turned + s->place[c] * wide, 0, sizeof(float) * wide);
+    for (int64_t i = 0; i < count; i++) {
+        size_t at = (size_t)(places[i] - start), row = row_of(at, high, shift);
+        if (at < high * wide) s->chunk[row * m + (size_t)s->slot[at - row * high]] = 0.0f;
+    }
 }
 
 /* The elements of chunks whose coefficients are `values` at `places`, and zero elsewhere. */
@@ -262,8 +279,10 @@ static void put_chunks(const Buffers *all, const Line *line, Scratch *s) {
     int64_t size = line->high * line->wide, count = line->count;
     EACH_CHUNK(line, number, row, column) {
         int64_t place = line->place + (int64_t)number * count, start = line->at + (int64_t)number * size;
-        size_t m = lay_out(all->values + place, all->places + place, count, start, line, s);
+        const int64_t *places = all->places + place;
+        size_t used, m = lay_out(all->values + place, places, count, start, line, s, &used);
         backward_chunk(all->x, line, row, column, all->factors, m, s->place, s, all->sign);
+        cleared(places, count, start, line, s, used, m);
     }
 }
 
