@@ -1,24 +1,28 @@
 /* Which of many values are above a threshold, as bits: compilers know no portable way from lanes to bits.
  *
  * above_NAME(x, words, threshold, bits): bit j of bits[i] is whether the magnitude of x[64 i + j], as the integer that its
- * bits are, is above the threshold. */
+ * bits are, is above the threshold. Returns how many are. */
 #define WORD 64
 
-typedef void (*Above)(const float *x, size_t words, int32_t threshold, uint64_t *bits);
+typedef size_t (*Above)(const float *x, size_t words, int32_t threshold, uint64_t *bits);
 
-static void above_generic(const float *x, size_t words, int32_t threshold, uint64_t *bits) {
+static size_t above_generic(const float *x, size_t words, int32_t threshold, uint64_t *bits) {
+    size_t total = 0;
     for (size_t i = 0; i < words; i++, x += WORD) {
         uint64_t word = 0;
         for (size_t j = 0; j < WORD; j++) word |= (uint64_t)((int32_t)(bits_of(x[j]) & 0x7fffffffu) > threshold) << j;
         bits[i] = word;
+        total += (size_t)__builtin_popcountll(word);
     }
+    return total;
 }
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
 
-__attribute__((target("avx2"))) static void above_avx2(const float *x, size_t words, int32_t threshold, uint64_t *bits) {
+__attribute__((target("avx2"))) static size_t above_avx2(const float *x, size_t words, int32_t threshold, uint64_t *bits) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), least = _mm256_set1_epi32(threshold);
+    size_t total = 0;
     for (size_t i = 0; i < words; i++) {
         uint64_t word = 0;
         for (int part = 0; part < WORD; part += 8, x += 8) {
@@ -27,12 +31,15 @@ __attribute__((target("avx2"))) static void above_avx2(const float *x, size_t wo
             word |= (uint64_t)found << part;
         }
         bits[i] = word;
+        total += (size_t)__builtin_popcountll(word);
     }
+    return total;
 }
 
-__attribute__((target("avx512f"))) static void above_avx512(const float *x, size_t words, int32_t threshold,
+__attribute__((target("avx512f"))) static size_t above_avx512(const float *x, size_t words, int32_t threshold,
                                                             uint64_t *bits) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), least = _mm512_set1_epi32(threshold);
+    size_t total = 0;
     for (size_t i = 0; i < words; i++) {
         uint64_t word = 0;
         for (int part = 0; part < WORD; part += 16, x += 16) {
@@ -40,6 +47,8 @@ __attribute__((target("avx512f"))) static void above_avx512(const float *x, size
             word |= (uint64_t)_mm512_cmpgt_epi32_mask(m, least) << part;
         }
         bits[i] = word;
+        total += (size_t)__builtin_popcountll(word);
     }
+    return total;
 }
 #endif

@@ -65,9 +65,8 @@ BODY size_t gather(const float *x, size_t n, int32_t threshold, const Search *s,
     size_t found = 0, start = 0;
     uint64_t bits[BLOCK];
     while (start + WORD <= n) {
-        size_t words = smaller((n - start) / WORD, BLOCK), before = found, total = 0;
-        above(x + start, words, threshold, bits);
-        for (size_t i = 0; i < words; i++) total += (size_t)__builtin_popcountll(bits[i]);
+        size_t words = smaller((n - start) / WORD, BLOCK), before = found;
+        size_t total = above(x + start, words, threshold, bits);
         if (found + total > most) return found + total;
         for (size_t i = 0; i < words; i++) found += ones_of(bits[i], (int64_t)(start + i * WORD), s->places + found);
         for (size_t i = before; i < found; i++) s->magnitudes[i] = magnitude_of(x[s->places[i]]);
@@ -145,7 +144,7 @@ BODY void top_row_body(const float *all, const Row *row, Search *s, int64_t *pla
     if (count == n)
         for (size_t j = 0; j < n; j++) out[j] = row->start + (int64_t)j;
     if (count == n || !count) return;
-    size_t most = 2 * count + (n > SAMPLED_FROM ? 64 * STRIDE : 64);
+    size_t most = count + count / 2 + (n > SAMPLED_FROM ? 64 * STRIDE : 32);
     if (n > SAMPLED_FROM) s->guess = sampled_guess(x, n, count, s);
     size_t found = gather(x, n, s->guess, s, most, above);
     if (found < count || found > most) {
