@@ -220,7 +220,7 @@ def _along(numbers: Tensor, x: Tensor) -> Tensor:
 
 @cache
 def _factors(n: int) -> tuple[Tensor, ...]:
-    """Of every halving the rotation, then the matrices of the odd rest, then the scale of each coefficient."""
+    """Of every halving the rotation, then the matrices of the odd rest, then each coefficient's scale."""
     parts: list[Tensor] = []
     size = n
     while size % 2 == 0:
