@@ -36,6 +36,7 @@ setup(
             depends=[
                 "distcomp/kernels/_cpu.h",
                 "distcomp/kernels/_select.h",
+                "distcomp/kernels/_above.h",
                 "distcomp/kernels/_top.h",
                 "distcomp/kernels/_binary.h",
                 "distcomp/kernels/_dct.h",

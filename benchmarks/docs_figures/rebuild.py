@@ -13,7 +13,10 @@ FINER = "the second of two stages, which every rank shares, has a bit more than 
 OMEGA = "damped by the omega of a quantizer by the largest value, which was bounded twelve times too high"
 EXACT = "the extrapolation is computed as the model plus its change: what stands still is exact"
 
+ROTATIONS = "the cosine transform is one of rotations, and its coefficients lie column by column"
+
 REASONS = {
+    r"demo": ROTATIONS,
     r"ecd.*allow_relative": EXACT,
     r"ecd": "the grid lies around the model that all began with, and widens: it clamped weights above 1",
     r"deepsqueeze": "damped by 1/(1 + omega) of its compressor, as choco and dcd are",

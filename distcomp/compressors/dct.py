@@ -33,7 +33,8 @@ class DctTopK(Sparsifier):
     Biased.
 
     On the wire, per chunk: 4 k bytes of values and about ``k (2 + log2(chunk/k))`` bits of indices (9 each
-    for 32 of 4096). The payload: ``values``, float32, k a chunk; ``indices``, uint8.
+    for 32 of 4096); coefficients are counted column by column, and so ties go. The payload: ``values``,
+    float32, k a chunk; ``indices``, uint8.
 
     Source: Peng et al., "DeMo: decoupled momentum optimization", 2024. We differ: packed indices (the
     reference sends 64 bits each); tensors of more than two dimensions are matrices.
@@ -71,7 +72,7 @@ class DctTopK(Sparsifier):
         return layout.remember((self, "rows"), lambda: RowSet(tuple(map(_rows, self._grids(layout).each))))
 
     def transform(self, x: Tensor, layout: Layout) -> Tensor:
-        """The coefficients of a flat buffer: chunk after chunk, each flat."""
+        """The coefficients of a flat buffer: chunk after chunk, each flat, column by column."""
         return kernel.transform(x, self._grids(layout))
 
     def inverse(self, y: Tensor, layout: Layout) -> Tensor:

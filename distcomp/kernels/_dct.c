@@ -1,14 +1,14 @@
 /* Chunks of matrices as their largest cosine coefficients: one chunk at a time, which stays in the cache.
  *
  * A line of the table is a matrix of `down` x `across` chunks of `high` x `wide` elements. A chunk's coefficients are
- * those of its columns, then of its rows; between the two it is laid on its side.
+ * those of its columns, laid on their side, then of what are columns now: [wide][high], and so they stay. Back it goes
+ * the same way: what few coefficients there are lie in few columns, and only these are transformed.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdlib.h>
 
 #include "_cpu.h"
-#include "_dct.h"
 #include "_dct_chunks.h"
 #include "_inside.h"
 #include "_top.h"
@@ -26,63 +26,157 @@ typedef struct {
     int sign; /* of what is put */
 } Buffers;
 
-typedef int32_t Index8 __attribute__((vector_size(4 * COLUMNS)));
+/* --------------------------------------------------------------------------------------------------- one side */
 
-/* As many rows as there are columns become columns, `stride` apart: halves of rows change places, then quarters, then
- * neighbours. */
-BODY void lay_on_side(const Row8 *y, float *to, size_t stride) {
-    Row8 fours[COLUMNS], twos[COLUMNS];
-    for (size_t i = 0; i < 4; i++) {
-        fours[i] = __builtin_shuffle(y[i], y[i + 4], (Index8){0, 1, 2, 3, 8, 9, 10, 11});
-        fours[i + 4] = __builtin_shuffle(y[i], y[i + 4], (Index8){4, 5, 6, 7, 12, 13, 14, 15});
-    }
-    for (size_t i = 0; i < COLUMNS; i += 4)
-        for (size_t j = i; j < i + 2; j++) {
-            twos[j] = __builtin_shuffle(fours[j], fours[j + 2], (Index8){0, 1, 8, 9, 4, 5, 12, 13});
-            twos[j + 2] = __builtin_shuffle(fours[j], fours[j + 2], (Index8){2, 3, 10, 11, 6, 7, 14, 15});
-        }
-    for (size_t i = 0; i < COLUMNS; i += 2) {
-        *(Row8 *)(to + i * stride) = __builtin_shuffle(twos[i], twos[i + 1], (Index8){0, 8, 2, 10, 4, 12, 6, 14});
-        *(Row8 *)(to + (i + 1) * stride) = __builtin_shuffle(twos[i], twos[i + 1], (Index8){1, 9, 3, 11, 5, 13, 7, 15});
-    }
+#define SIDE 64      /* the usual one, all of whose steps are laid out for the compiler */
+#define MOST_LANES 16 /* columns that are transformed side by side, at most */
+
+enum { II, III, IV };                          /* kinds of transforms, */
+#define FIRST(kind) ((kind) == III ? III : II) /* and what their halves are */
+#define SECOND(kind) ((kind) == IV ? II : IV)
+
+/* Rows that a transform of n ends in, after halving. */
+static size_t base_of(size_t n) {
+    while (n % 2 == 0) n /= 2;
+    return n;
 }
 
-/* Transform the n rows of `from`, m columns of them, into `to`, laid on its side: [m][n]. a and b are room for n rows. */
-BODY void turned_body(const float *restrict from, size_t stride, size_t n, size_t m, float *restrict to,
-                      const float *factors, Row8 *a, Row8 *b, int inverse) {
-    for (size_t at = 0; at < m; at += COLUMNS) {
-        size_t columns = smaller(COLUMNS, m - at);
-        if (columns == COLUMNS)
-            for (size_t i = 0; i < n; i++) a[i] = *(const Row8 *)(from + i * stride + at);
-        else
-            for (size_t i = 0; i < n; i++) {
-                a[i] = (Row8){0};
-                memcpy(a + i, from + i * stride + at, sizeof(float) * columns);
-            }
-        const Row8 *y = (const Row8 *)(inverse ? inverse_columns(a, b, n, factors) : dct_columns(a, b, n, factors));
-        size_t k = 0;
-        for (; columns == COLUMNS && k + COLUMNS <= n; k += COLUMNS) lay_on_side(y + k, to + at * n + k, n);
-        for (size_t c = 0; c < columns; c++)
-            for (size_t i = k; i < n; i++) to[(at + c) * n + i] = y[i][c];
-    }
+/* Numbers of a table: of every halving the n/2 cosines and sines, two matrices of the odd rest, and n scales. */
+static size_t factors_of(size_t n) {
+    size_t base = base_of(n);
+    return 2 * (n - base) + 2 * base * base + n;
 }
 
-typedef void (*Turned)(const float *, size_t, size_t, size_t, float *, const float *, Row8 *, Row8 *);
+/* n rows of m columns, and how far apart the rows are. */
+typedef struct {
+    const float *from;
+    size_t stride, n, m;
+    const float *factors;
+} Rows;
+
+/* Room for n rows of MOST_LANES each: two for the transform, one for columns that do not fill a row, one for what comes
+ * out. */
+typedef struct {
+    float *a, *b, *some, *done;
+} Room;
+
+typedef void (*Columns)(const float *, size_t, float *, size_t, size_t, const float *, const Room *);
 
 typedef struct {
-    Turned forward, backward;
+    void (*turned)(const Rows *, float *, const size_t *, const Room *);
+    void (*straight)(const Rows *, float *, size_t, int, const Room *);
+} Way;
+
+typedef struct {
+    size_t lanes;
+    Way forward, backward;
 } Variant;
 
-#define TURNED(way, name, TARGET, inverse) \
-    TARGET static void way##_##name(const float *from, size_t stride, size_t n, size_t m, float *to, \
-                                    const float *factors, Row8 *a, Row8 *b) { \
-        turned_body(from, stride, n, m, to, factors, a, b, inverse); \
-    }
-#define VARIANT(name, TARGET) \
-    TURNED(forward, name, TARGET, 0) \
-    TURNED(backward, name, TARGET, 1) \
-    static const Variant name##_variant = {forward_##name, backward_##name};
+typedef float Row4 __attribute__((vector_size(16), aligned(4)));
+typedef float Row8 __attribute__((vector_size(32), aligned(4)));
+typedef int32_t Index4 __attribute__((vector_size(16)));
+typedef int32_t Index8 __attribute__((vector_size(32)));
 
+/* Column c of four rows becomes the row of n that place[c] says: neighbours change places, then pairs of them. */
+BODY void lay_4(const float *y, size_t stride, float *to, size_t n, const size_t *place) {
+    Row4 rows[4], twos[4];
+    for (size_t i = 0; i < 4; i++) rows[i] = *(const Row4 *)(y + i * stride);
+    for (size_t i = 0; i < 4; i += 2) {
+        twos[i] = __builtin_shuffle(rows[i], rows[i + 1], (Index4){0, 4, 1, 5});
+        twos[i + 1] = __builtin_shuffle(rows[i], rows[i + 1], (Index4){2, 6, 3, 7});
+    }
+    for (size_t j = 0; j < 2; j++) {
+        *(Row4 *)(to + place[2 * j] * n) = __builtin_shuffle(twos[j], twos[j + 2], (Index4){0, 1, 4, 5});
+        *(Row4 *)(to + place[2 * j + 1] * n) = __builtin_shuffle(twos[j], twos[j + 2], (Index4){2, 3, 6, 7});
+    }
+}
+
+/* The same of eight: at last halves change places, too. */
+BODY void lay_8(const float *y, size_t stride, float *to, size_t n, const size_t *place) {
+    Row8 rows[8], twos[8], fours[8];
+    for (size_t i = 0; i < 8; i++) rows[i] = *(const Row8 *)(y + i * stride);
+    for (size_t i = 0; i < 8; i += 2) {
+        twos[i] = __builtin_shuffle(rows[i], rows[i + 1], (Index8){0, 8, 1, 9, 4, 12, 5, 13});
+        twos[i + 1] = __builtin_shuffle(rows[i], rows[i + 1], (Index8){2, 10, 3, 11, 6, 14, 7, 15});
+    }
+    for (size_t i = 0; i < 8; i += 4)
+        for (size_t j = 0; j < 2; j++) {
+            fours[i + 2 * j] = __builtin_shuffle(twos[i + j], twos[i + j + 2], (Index8){0, 1, 8, 9, 4, 5, 12, 13});
+            fours[i + 2 * j + 1] = __builtin_shuffle(twos[i + j], twos[i + j + 2], (Index8){2, 3, 10, 11, 6, 7, 14, 15});
+        }
+    for (size_t i = 0; i < 4; i++) {
+        *(Row8 *)(to + place[i] * n) = __builtin_shuffle(fours[i], fours[i + 4], (Index8){0, 1, 2, 3, 8, 9, 10, 11});
+        *(Row8 *)(to + place[i + 4] * n) =
+            __builtin_shuffle(fours[i], fours[i + 4], (Index8){4, 5, 6, 7, 12, 13, 14, 15});
+    }
+}
+
+/* The columns from `at` on, at most `lanes`, transformed, into `to`. Returns how many they are. */
+BODY size_t some_columns(const Rows *x, size_t at, float *to, size_t to_stride, const Room *room, size_t lanes,
+                         Columns columns) {
+    size_t count = smaller(lanes, x->m - at), stride = x->stride;
+    const float *from = x->from + at;
+    if (count < lanes) {
+        memset(room->some, 0, sizeof(float) * lanes * x->n);
+        for (size_t i = 0; i < x->n; i++) memcpy(room->some + i * lanes, from + i * stride, sizeof(float) * count);
+        from = room->some;
+        stride = lanes;
+    }
+    columns(from, stride, to, to_stride, x->n, x->factors, room);
+    return count;
+}
+
+/* The transform of the rows, laid on its side: column c becomes row place[c] of n. */
+BODY void turned_body(const Rows *x, float *to, const size_t *place, const Room *room, size_t lanes, Columns columns) {
+    const float *y = room->done;
+    size_t n = x->n, tile = lanes > 8 ? 8 : lanes;
+    for (size_t at = 0; at < x->m; at += lanes) {
+        size_t count = some_columns(x, at, room->done, lanes, room, lanes, columns), k = 0;
+        for (; count == lanes && k + tile <= n; k += tile)
+            for (size_t c = 0; c < lanes; c += tile)
+                (tile == 4 ? lay_4 : lay_8)(y + k * lanes + c, lanes, to + k, n, place + at + c);
+        for (size_t c = 0; c < count; c++)
+            for (size_t i = k; i < n; i++) to[place[at + c] * n + i] = y[i * lanes + c];
+    }
+}
+
+/* The transform of the rows as it is, written, added (sign 1) or subtracted (-1). */
+BODY void straight_body(const Rows *x, float *to, size_t stride, int sign, const Room *room, size_t lanes,
+                        Columns columns) {
+    for (size_t at = 0; at < x->m; at += lanes) {
+        if (!sign && at + lanes <= x->m) {
+            some_columns(x, at, to + at, stride, room, lanes, columns);
+            continue;
+        }
+        size_t count = some_columns(x, at, room->done, lanes, room, lanes, columns);
+        for (size_t i = 0; i < x->n; i++) {
+            const float *restrict y = room->done + i * lanes;
+            float *restrict out = to + i * stride + at;
+            for (size_t j = 0; j < count; j++) out[j] = sign > 0 ? out[j] + y[j] : sign < 0 ? out[j] - y[j] : y[j];
+        }
+    }
+}
+
+#define NAMED(name) name##_generic
+#define TARGET
+#define COLUMNS 4
+#include "_dct.h"
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define AVX512 "avx2,avx512f,avx512bw,avx512dq,avx512vl"
+#define NAMED(name) name##_avx2
+#define TARGET __attribute__((target("avx2")))
+#define COLUMNS 8
+#include "_dct.h"
+#define NAMED(name) name##_avx512
+#define TARGET __attribute__((target(AVX512)))
+#define COLUMNS 16
+#include "_dct.h"
+#endif
+
+#define VARIANT(name, TARGET) \
+    static const Variant name##_variant = {sizeof(Lanes_##name) / sizeof(float), \
+                                           {forward_turned_##name, forward_straight_##name}, \
+                                           {backward_turned_##name, backward_straight_##name}};
 #include "_variants.h"
 
 /* ----------------------------------------------------------------------------------------------------- chunks */
@@ -90,7 +184,9 @@ typedef struct {
 /* Room for one chunk, and what works on it. */
 typedef struct {
     float *turned, *chunk;
-    Row8 *a, *b;
+    size_t *each, *place; /* 0, 1, 2, ...; which columns of a chunk have coefficients */
+    int64_t *slot;        /* and the other way round: -1 for the others */
+    Room room;
     Search search;
     const Variant *variant;
     TopRow top_row;
@@ -100,28 +196,22 @@ typedef struct {
 static void forward_chunk(const float *x, const Line *line, size_t row, size_t column, const float *factors,
                           const Scratch *s) {
     size_t high = (size_t)line->high, wide = (size_t)line->wide, stride = (size_t)line->across * wide;
-    x += (size_t)line->at + row * high * stride + column * wide;
-    s->variant->forward(x, stride, high, wide, s->turned, factors + line->high_factors, s->a, s->b);
-    s->variant->forward(s->turned, high, wide, high, s->chunk, factors + line->wide_factors, s->a, s->b);
+    Rows rows = {x + (size_t)line->at + row * high * stride + column * wide, stride, high, wide,
+                 factors + line->high_factors};
+    Rows columns = {s->turned, high, wide, high, factors + line->wide_factors};
+    s->variant->forward.turned(&rows, s->turned, s->each, &s->room);
+    s->variant->forward.straight(&columns, s->chunk, high, 0, &s->room);
 }
 
-/* From the coefficients in s->chunk back to elements, put into the matrix. */
-static void backward_chunk(float *x, const Line *line, size_t row, size_t column, const float *factors,
-                           const Scratch *s, int sign) {
+/* From the coefficients in s->chunk, m columns of them, back to elements, put into the matrix. */
+static void backward_chunk(float *x, const Line *line, size_t row, size_t column, const float *factors, size_t m,
+                           const size_t *place, const Scratch *s, int sign) {
     size_t high = (size_t)line->high, wide = (size_t)line->wide, stride = (size_t)line->across * wide;
-    x += (size_t)line->at + row * high * stride + column * wide;
-    s->variant->backward(s->chunk, wide, high, wide, s->turned, factors + line->high_factors, s->a, s->b);
-    s->variant->backward(s->turned, high, wide, high, s->chunk, factors + line->wide_factors, s->a, s->b);
-    for (size_t i = 0; i < high; i++) {
-        const float *restrict value = s->chunk + i * wide;
-        float *restrict out = x + i * stride;
-        if (sign > 0)
-            for (size_t j = 0; j < wide; j++) out[j] += value[j];
-        else if (sign < 0)
-            for (size_t j = 0; j < wide; j++) out[j] -= value[j];
-        else
-            memcpy(out, value, sizeof(float) * wide);
-    }
+    Rows columns = {s->chunk, m, wide, m, factors + line->wide_factors};
+    Rows rows = {s->turned, wide, high, wide, factors + line->high_factors};
+    s->variant->backward.turned(&columns, s->turned, place, &s->room);
+    s->variant->backward.straight(&rows, x + (size_t)line->at + row * high * stride + column * wide, stride, sign,
+                                  &s->room);
 }
 
 #define EACH_CHUNK(line, number, row, column) \
@@ -143,17 +233,56 @@ static void top_chunks(const Buffers *all, const Line *line, Scratch *s) {
     }
 }
 
+/* Which row of a chunk laid on its side a place is in; `shift` is the logarithm of `high`, or -1. */
+BODY size_t row_of(size_t at, size_t high, int shift) { return shift < 0 ? at / high : at >> shift; }
+
+static int logarithm(size_t n) { return n & (n - 1) ? -1 : __builtin_ctzll(n); }
+
+/* Lay `count` values at places from `start` on into the columns of s->chunk that have any, which is zero before: the
+ * `used` columns of it are s->place. Returns how far apart its rows are: a multiple of what is transformed together. */
+static size_t lay_out(const float *values, const int64_t *places, int64_t count, int64_t start, const Line *line,
+                      const Scratch *s, size_t *used) {
+    size_t high = (size_t)line->high, size = high * (size_t)line->wide, lanes = s->variant->lanes;
+    int shift = logarithm(high);
+    *used = 0;
+    for (size_t k = 0; k < high; k++) s->slot[k] = -1;
+    for (int64_t i = 0; i < count; i++) {
+        size_t at = (size_t)(places[i] - start), k = at - row_of(at, high, shift) * high;
+        if (at < size && s->slot[k] < 0) {
+            s->place[*used] = k;
+            s->slot[k] = (int64_t)(*used)++;
+        }
+    }
+    size_t m = (*used + lanes - 1) / lanes * lanes;
+    for (size_t c = *used; c < m; c++) s->place[c] = high; /* a row of s->turned that nobody reads */
+    for (int64_t i = 0; i < count; i++) {
+        size_t at = (size_t)(places[i] - start), row = row_of(at, high, shift);
+        if (at < size) s->chunk[row * m + (size_t)s->slot[at - row * high]] = values[i];
+    }
+    return m;
+}
+
+/* All zero again, for the next chunk. */
+static void cleared(const int64_t *places, int64_t count, int64_t start, const Line *line, const Scratch *s, size_t used,
+                    size_t m) {
+    size_t high = (size_t)line->high, wide = (size_t)line->wide;
+    int shift = logarithm(high);
+    for (size_t c = 0; c < used; c++) memset(s->turned + s->place[c] * wide, 0, sizeof(float) * wide);
+    for (int64_t i = 0; i < count; i++) {
+        size_t at = (size_t)(places[i] - start), row = row_of(at, high, shift);
+        if (at < high * wide) s->chunk[row * m + (size_t)s->slot[at - row * high]] = 0.0f;
+    }
+}
+
 /* The elements of chunks whose coefficients are `values` at `places`, and zero elsewhere. */
 static void put_chunks(const Buffers *all, const Line *line, Scratch *s) {
     int64_t size = line->high * line->wide, count = line->count;
     EACH_CHUNK(line, number, row, column) {
         int64_t place = line->place + (int64_t)number * count, start = line->at + (int64_t)number * size;
-        memset(s->chunk, 0, sizeof(float) * (size_t)size);
-        for (int64_t i = place; i < place + count; i++) {
-            int64_t at = all->places[i] - start;
-            if (at >= 0 && at < size) s->chunk[at] = all->values[i];
-        }
-        backward_chunk(all->x, line, row, column, all->factors, s, all->sign);
+        const int64_t *places = all->places + place;
+        size_t used, m = lay_out(all->values + place, places, count, start, line, s, &used);
+        backward_chunk(all->x, line, row, column, all->factors, m, s->place, s, all->sign);
+        cleared(places, count, start, line, s, used, m);
     }
 }
 
@@ -167,7 +296,7 @@ static void dense_chunks(const Buffers *all, const Line *line, Scratch *s) {
             memcpy(y, s->chunk, sizeof(float) * size);
         } else {
             memcpy(s->chunk, y, sizeof(float) * size);
-            backward_chunk(all->x, line, row, column, all->factors, s, 0);
+            backward_chunk(all->x, line, row, column, all->factors, (size_t)line->high, s->each, s, 0);
         }
     }
 }
@@ -196,30 +325,51 @@ static int line_is_inside(const All *all, const Line *line, int kind) {
                              inside(line->place, number, all->places_size));
 }
 
-/* Room for the largest chunk of any line. Returns 0, with an error, where there is none. */
-static int make_scratch(Scratch *s, const Line *line, Py_ssize_t lines) {
-    size_t size = 1, side = 1, room = 1;
+/* `bytes` of a block of memory that `next` goes through; only counted where there is no block yet. */
+static void *taken(char **next, size_t *total, size_t bytes) {
+    size_t whole = (bytes + 63) / 64 * 64;
+    char *here = *next;
+    if (here) *next += whole;
+    *total += whole;
+    return here;
+}
+
+/* Everything in a scratch, for chunks of `size` and sides of `side`, with room for `found` in a search. */
+static size_t lay_scratch(Scratch *s, char *block, size_t size, size_t side, size_t found) {
+    size_t total = 0, rows = sizeof(float) * MOST_LANES * side, wider = side + MOST_LANES;
+    s->room.a = taken(&block, &total, rows);
+    s->room.b = taken(&block, &total, rows);
+    s->room.some = taken(&block, &total, rows);
+    s->room.done = taken(&block, &total, rows);
+    s->turned = taken(&block, &total, sizeof(float) * (size + side)); /* and the row that nobody reads */
+    s->chunk = taken(&block, &total, sizeof(float) * (size + MOST_LANES * side));
+    s->each = taken(&block, &total, sizeof(size_t) * wider);
+    s->place = taken(&block, &total, sizeof(size_t) * wider);
+    s->slot = taken(&block, &total, sizeof(int64_t) * wider);
+    s->search.places = taken(&block, &total, sizeof(int64_t) * found);
+    s->search.magnitudes = taken(&block, &total, sizeof(int32_t) * found);
+    return total;
+}
+
+/* Room for the largest chunk of any line, in one block that is returned; NULL, with an error, where there is none. */
+static char *make_scratch(Scratch *s, const Line *line, Py_ssize_t lines) {
+    size_t size = 1, side = 1, found = 1;
     for (Py_ssize_t i = 0; i < lines; i++) {
         size_t high = (size_t)line[i].high, wide = (size_t)line[i].wide;
         size_t wanted = room_for(high * wide, (size_t)line[i].count) + LANES, longer = high > wide ? high : wide;
         if (high * wide > size) size = high * wide;
         if (longer > side) side = longer;
-        if (wanted > room) room = wanted;
+        if (wanted > found) found = wanted;
     }
-    size_t floats = 2 * size + 2 * COLUMNS * side;
-    char *all = calloc(room * (sizeof(int64_t) + sizeof(int32_t)) + floats * sizeof(float) + 64, 1);
-    if (!all) {
+    char *block = calloc(lay_scratch(s, NULL, size, side, found) + 64, 1);
+    if (!block) {
         PyErr_NoMemory();
-        return 0;
+        return NULL;
     }
-    s->search.places = (int64_t *)all;
-    s->search.magnitudes = (int32_t *)(s->search.places + room);
+    lay_scratch(s, block + (64 - (uintptr_t)block % 64), size, side, found);
+    for (size_t i = 0; i < side; i++) s->each[i] = i;
     s->search.guess = -1;
-    s->a = (Row8 *)(s->search.magnitudes + room);
-    s->b = s->a + side;
-    s->turned = (float *)(s->b + side);
-    s->chunk = s->turned + size;
-    return 1;
+    return block;
 }
 
 PyObject *py_dct(PyObject *self, PyObject *args) {
@@ -235,7 +385,8 @@ PyObject *py_dct(PyObject *self, PyObject *args) {
     for (Py_ssize_t i = 0; i < all.lines; i++)
         if (!line_is_inside(&all, line + i, kind)) return outside("line", i);
     Scratch scratch;
-    if (!make_scratch(&scratch, line, all.lines)) return NULL;
+    char *block = make_scratch(&scratch, line, all.lines);
+    if (!block) return NULL;
     Buffers buffers = {(float *)(uintptr_t)all.x, (float *)(uintptr_t)all.values, (int64_t *)(uintptr_t)all.places,
                        (const float *)(uintptr_t)all.factors, sign};
     void (*chunks)(const Buffers *, const Line *, Scratch *) =
@@ -245,6 +396,6 @@ PyObject *py_dct(PyObject *self, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t i = 0; i < all.lines; i++) chunks(&buffers, line + i, &scratch);
     Py_END_ALLOW_THREADS
-    free(scratch.search.places);
+    free(block);
     Py_RETURN_NONE;
 }

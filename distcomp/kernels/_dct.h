@@ -1,144 +1,142 @@
 /* The cosine transform of many columns at once, and its inverse: dct.py's reference once more.
  *
- * A transform of an even number of rows is two of half as many: of the sums of rows from both ends, which are every
- * second coefficient, and of their differences over twice a cosine, whose neighbours added are the others (Lee, 1984).
- * From BASE rows down it is a product with a matrix, in two halves for the same reason. The inverse goes the same way
- * backwards. Every addition has its place: the same bits on any machine.
+ * A transform of an even number of rows is two of half as many (Plonka & Tasche, 2005): the second kind is one of the
+ * second and one of the fourth, of sums and of differences of rows from both ends; the fourth is two of the second, of
+ * rotated pairs; the third, which is the inverse, is the second backwards. An odd number of rows is a product with a
+ * matrix. Every addition has its place: the same bits on any machine.
+ *
+ * Included by _dct.c once for each instruction set, with COLUMNS, which are transformed side by side and fill a register,
+ * and NAMED and TARGET for its functions.
  */
-#define BASE 16
-#define COLUMNS 8 /* that are transformed side by side */
+typedef float NAMED(Lanes) __attribute__((vector_size(4 * COLUMNS), aligned(4)));
+#define LANE NAMED(Lanes) /* one row of them */
 
-typedef float Row8 __attribute__((vector_size(4 * COLUMNS), aligned(4))); /* one row of them */
-
-/* Rows that a transform of n ends in, after halving. */
-static size_t base_of(size_t n) {
-    while (n > BASE && n % 2 == 0) n /= 2;
-    return n;
-}
-
-/* Numbers of a table: of every halving the n/2 factors, the base's matrices, and the scale of each coefficient. */
-static size_t factors_of(size_t n) {
-    size_t base = base_of(n);
-    return n - base + (base % 2 ? base * base : base * base / 2) + n;
-}
-
-/* out[k] = sum over j of matrix[k][j] in[j], in rising order; transposed: of matrix[j][k]. */
-#define HALF (BASE / 2)
-BODY void product(Row8 *restrict out, size_t stride, const Row8 *restrict in, size_t in_stride,
-                  const float *restrict matrix, size_t m, int transposed) {
-    if (m == HALF) { /* the usual one, unrolled: its rows stay in registers */
-        Row8 rows[HALF];
-        for (size_t j = 0; j < HALF; j++) rows[j] = in[j * in_stride];
-#pragma GCC unroll 8
-        for (size_t k = 0; k < HALF; k++) {
-            Row8 sum = rows[0] * matrix[transposed ? k : k * HALF];
-#pragma GCC unroll 8
-            for (size_t j = 1; j < HALF; j++) sum += rows[j] * matrix[transposed ? j * HALF + k : k * HALF + j];
-            out[k * stride] = sum;
-        }
+/* Rows i and n-1-i of x become rows i of two halves; of the third kind, two neighbours do. */
+BODY void NAMED(split)(int kind, const LANE *x, LANE *y, size_t n, const float *factors, size_t i) {
+    size_t h = n / 2;
+    if (kind == III) {
+        y[i] = x[2 * i];
+        y[h + i] = x[2 * i + 1];
         return;
     }
+    LANE u = x[i], v = x[n - 1 - i];
+    if (kind == II) {
+        y[i] = u + v;
+        y[h + i] = u - v;
+    } else {
+        float c = factors[i], s = factors[h + i];
+        y[i] = u * c + v * s;
+        y[h + i] = i % 2 ? v * c - u * s : u * s - v * c;
+    }
+}
+
+/* Two rows of y from the halves, transformed. */
+BODY void NAMED(join)(int kind, const LANE *x, LANE *y, size_t n, size_t i) {
+    size_t h = n / 2;
+    if (kind == III) {
+        y[i] = x[i] + x[h + i];
+        y[n - 1 - i] = x[i] - x[h + i];
+    } else if (kind == II) {
+        y[2 * i] = x[i];
+        y[2 * i + 1] = x[h + i];
+    } else if (i == 0) {
+        y[0] = x[0];
+        y[n - 1] = x[h];
+    } else {
+        y[2 * i - 1] = x[i] + x[n - i];
+        y[2 * i] = x[i] - x[n - i];
+    }
+}
+
+/* From x into y; both are written. The number of rows is known to the compiler, which keeps what it can in registers. */
+BODY void NAMED(steps_1)(int kind, LANE *x, LANE *y, const float *factors) {
+    *y = kind == IV ? *x * factors[1] : *x;
+}
+
+#define STEPS(n, half) \
+    BODY void NAMED(steps_##n)(int kind, LANE *x, LANE *y, const float *factors) { \
+        _Pragma("GCC unroll 32") for (size_t i = 0; i < half; i++) NAMED(split)(kind, x, y, n, factors, i); \
+        NAMED(steps_##half)(FIRST(kind), y, x, factors + n); \
+        NAMED(steps_##half)(SECOND(kind), y + half, x + half, factors + n); \
+        _Pragma("GCC unroll 32") for (size_t i = 0; i < half; i++) NAMED(join)(kind, x, y, n, i); \
+    }
+STEPS(2, 1)
+STEPS(4, 2)
+STEPS(8, 4)
+STEPS(16, 8)
+STEPS(32, 16)
+STEPS(64, 32)
+#undef STEPS
+
+/* out[k] = sum over j of matrix[k][j] in[j], in rising order; transposed: of matrix[j][k]. */
+BODY void NAMED(product)(const LANE *restrict in, LANE *restrict out, const float *restrict matrix, size_t m, int transposed) {
     for (size_t k = 0; k < m; k++) {
-        Row8 sum = in[0] * matrix[transposed ? k : k * m];
-        for (size_t j = 1; j < m; j++) sum += in[j * in_stride] * matrix[transposed ? j * m + k : k * m + j];
-        out[k * stride] = sum;
+        LANE sum = in[0] * matrix[transposed ? k : k * m];
+        for (size_t j = 1; j < m; j++) sum += in[j] * matrix[transposed ? j * m + k : k * m + j];
+        out[k] = sum;
     }
 }
 
-/* Row i of the first half and of the second: the sum of a[i] and a[m-1-i], and their difference. */
-BODY void butterfly(const Row8 *restrict a, Row8 *restrict b, size_t m, const float *factor) {
-    size_t half = m / 2;
-    for (size_t i = 0; i < half; i++) {
-        Row8 u = a[i], v = a[m - 1 - i];
-        b[i] = u + v;
-        b[half + i] = factor ? (u - v) * factor[i] : u - v;
+/* The same of any number of rows, in memory. */
+TARGET static void NAMED(along)(int kind, LANE *x, LANE *y, size_t n, const float *factors) {
+    if (n % 2) {
+        NAMED(product)(x, y, kind == IV ? factors + n * n : factors, n, kind == III);
+        return;
     }
+    if (n == 16) {
+        if (kind == II) NAMED(steps_16)(II, x, y, factors);
+        if (kind == III) NAMED(steps_16)(III, x, y, factors);
+        if (kind == IV) NAMED(steps_16)(IV, x, y, factors);
+        return;
+    }
+    size_t half = n / 2;
+    for (size_t i = 0; i < half; i++) NAMED(split)(kind, x, y, n, factors, i);
+    NAMED(along)(FIRST(kind), y, x, half, factors + n);
+    NAMED(along)(SECOND(kind), y + half, x + half, half, factors + n);
+    for (size_t i = 0; i < half; i++) NAMED(join)(kind, x, y, n, i);
 }
 
-BODY void butterfly_back(const Row8 *restrict a, Row8 *restrict b, size_t m, const float *factor) {
-    size_t half = m / 2;
-    for (size_t i = 0; i < half; i++) {
-        Row8 u = a[i], v = factor ? a[half + i] * factor[i] : a[half + i];
-        b[i] = u + v;
-        b[m - 1 - i] = u - v;
+#define ROW(x, stride, i) (*(LANE *)((x) + (i) * (stride)))
+#define CONST_ROW(x, stride, i) (*(const LANE *)((x) + (i) * (stride)))
+
+/* n rows of COLUMNS columns: their coefficients (kind II), or from those to the rows (III). */
+BODY void NAMED(columns_body)(int kind, const float *from, size_t stride, float *to, size_t to_stride, size_t n,
+                              const float *factors, const Room *room) {
+    const float *scale = factors + factors_of(n) - n;
+    if (n == SIDE) {
+        LANE x[SIDE], y[SIDE];
+#pragma GCC unroll 64
+        for (size_t i = 0; i < SIDE; i++)
+            x[i] = kind == III ? CONST_ROW(from, stride, i) * scale[i] : CONST_ROW(from, stride, i);
+        NAMED(steps_64)(kind, x, y, factors);
+#pragma GCC unroll 64
+        for (size_t i = 0; i < SIDE; i++) ROW(to, to_stride, i) = kind == II ? y[i] * scale[i] : y[i];
+        return;
     }
+    LANE *a = (LANE *)room->a, *b = (LANE *)room->b;
+    for (size_t i = 0; i < n; i++)
+        a[i] = kind == III ? CONST_ROW(from, stride, i) * scale[i] : CONST_ROW(from, stride, i);
+    NAMED(along)(kind, a, b, n, factors);
+    for (size_t i = 0; i < n; i++) ROW(to, to_stride, i) = kind == II ? b[i] * scale[i] : b[i];
 }
 
-/* The halves' coefficients in turn: from the second, the sum of two neighbours. */
-BODY void interleaved(const Row8 *restrict a, Row8 *restrict b, size_t m) {
-    size_t half = m / 2;
-    for (size_t k = 0; k < half; k++) {
-        b[2 * k] = a[k];
-        b[2 * k + 1] = k + 1 < half ? a[half + k] + a[half + k + 1] : a[half + k];
+#define WAY(way, kind) \
+    TARGET static void NAMED(way##_columns)(const float *from, size_t stride, float *to, size_t to_stride, size_t n, \
+                                            const float *factors, const Room *room) { \
+        NAMED(columns_body)(kind, from, stride, to, to_stride, n, factors, room); \
+    } \
+    TARGET static void NAMED(way##_turned)(const Rows *x, float *to, const size_t *place, const Room *room) { \
+        turned_body(x, to, place, room, COLUMNS, NAMED(way##_columns)); \
+    } \
+    TARGET static void NAMED(way##_straight)(const Rows *x, float *to, size_t stride, int sign, const Room *room) { \
+        straight_body(x, to, stride, sign, room, COLUMNS, NAMED(way##_columns)); \
     }
-}
-
-BODY void interleaved_back(const Row8 *restrict a, Row8 *restrict b, size_t m) {
-    size_t half = m / 2;
-    for (size_t k = 0; k < half; k++) {
-        b[k] = a[2 * k];
-        b[half + k] = k ? a[2 * k + 1] + a[2 * k - 1] : a[1];
-    }
-}
-
-BODY void swap(Row8 **a, Row8 **b) {
-    Row8 *c = *a;
-    *a = *b;
-    *b = c;
-}
-
-/* n rows in a, and room for as many in b; returns the one of the two that holds the coefficients. */
-BODY Row8 *dct_columns(Row8 *a, Row8 *b, size_t n, const float *factors) {
-    size_t base = base_of(n);
-    for (size_t m = n; m > base; m /= 2) {
-        for (size_t at = 0; at < n; at += m) butterfly((const Row8 *)(a + at), b + at, m, factors);
-        swap(&a, &b);
-        factors += m / 2;
-    }
-    for (size_t at = 0; at < n; at += base) {
-        if (base % 2) {
-            product(b + at, 1, (const Row8 *)(a + at), 1, factors, base, 0);
-            continue;
-        }
-        Row8 halves[BASE];
-        butterfly((const Row8 *)(a + at), halves, base, NULL);
-        product(b + at, 2, (const Row8 *)halves, 1, factors, base / 2, 0);
-        product(b + at + 1, 2, (const Row8 *)(halves + base / 2), 1, factors + base * base / 4, base / 2, 0);
-    }
-    swap(&a, &b);
-    for (size_t m = 2 * base; m <= n; m *= 2) {
-        for (size_t at = 0; at < n; at += m) interleaved((const Row8 *)(a + at), b + at, m);
-        swap(&a, &b);
-    }
-    const float *scale = factors + (base % 2 ? base * base : base * base / 2);
-    for (size_t k = 0; k < n; k++) a[k] *= scale[k];
-    return a;
-}
-
-BODY Row8 *inverse_columns(Row8 *a, Row8 *b, size_t n, const float *factors) {
-    size_t base = base_of(n);
-    const float *matrices = factors + (n - base), *scale = matrices + (base % 2 ? base * base : base * base / 2);
-    for (size_t k = 0; k < n; k++) a[k] *= scale[k];
-    for (size_t m = n; m > base; m /= 2) {
-        for (size_t at = 0; at < n; at += m) interleaved_back((const Row8 *)(a + at), b + at, m);
-        swap(&a, &b);
-    }
-    for (size_t at = 0; at < n; at += base) {
-        if (base % 2) {
-            product(b + at, 1, (const Row8 *)(a + at), 1, matrices, base, 1);
-            continue;
-        }
-        Row8 halves[BASE];
-        product(halves, 1, (const Row8 *)(a + at), 2, matrices, base / 2, 1);
-        product(halves + base / 2, 1, (const Row8 *)(a + at + 1), 2, matrices + base * base / 4, base / 2, 1);
-        butterfly_back((const Row8 *)halves, b + at, base, NULL);
-    }
-    swap(&a, &b);
-    const float *factor = matrices;
-    for (size_t m = 2 * base; m <= n; m *= 2) {
-        factor -= m / 2;
-        for (size_t at = 0; at < n; at += m) butterfly_back((const Row8 *)(a + at), b + at, m, factor);
-        swap(&a, &b);
-    }
-    return a;
-}
+WAY(forward, II)
+WAY(backward, III)
+#undef WAY
+#undef ROW
+#undef CONST_ROW
+#undef LANE
+#undef NAMED
+#undef TARGET
+#undef COLUMNS

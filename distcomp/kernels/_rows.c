@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #include "_cpu.h"
+#include "_above.h"
 #include "_inside.h"
 #include "_rows.h"
 #include "_top.h"
@@ -47,31 +48,50 @@ BODY size_t count_kept(const int32_t *m, size_t n, int32_t threshold) {
     return found;
 }
 
+#define BLOCK 64 /* words of bits that are looked at together */
+#define OFTEN 2  /* ones of a word that are written unasked: most have no more, and nothing is mispredicted */
+
+/* The places of the ones of a word, from `place` on. Returns how many. */
+BODY size_t ones_of(uint64_t word, int64_t place, int64_t *out) {
+    size_t count = (size_t)__builtin_popcountll(word);
+    for (size_t i = 0; i < OFTEN; i++, word &= word - 1)
+        out[i] = place + __builtin_ctzll(word | (uint64_t)1 << (WORD - 1));
+    for (size_t i = OFTEN; i < count; i++, word &= word - 1) out[i] = place + __builtin_ctzll(word);
+    return count;
+}
+
 /* What is above the threshold, rising by place. Returns how many; the search ends where there are more than `most`. */
-BODY size_t gather(const float *x, size_t n, int32_t threshold, const Search *s, size_t most) {
-    size_t found = 0;
-    for (size_t start = 0; start < n && found <= most; start += LANES) {
-        size_t end = smaller(start + LANES, n);
-        int32_t any = end - start < LANES;
-        if (!any)
-            for (size_t j = 0; j < LANES; j++) any |= magnitude_of(x[start + j]) > threshold;
-        if (!any) continue;
-        for (size_t j = start; j < end; j++) { /* written always, kept where it counts: nothing to mispredict */
-            s->magnitudes[found] = magnitude_of(x[j]);
-            s->places[found] = (int64_t)j;
-            found += s->magnitudes[found] > threshold;
-        }
+BODY size_t gather(const float *x, size_t n, int32_t threshold, const Search *s, size_t most, Above above) {
+    size_t found = 0, start = 0;
+    uint64_t bits[BLOCK];
+    while (start + WORD <= n) {
+        size_t words = smaller((n - start) / WORD, BLOCK), before = found;
+        size_t total = above(x + start, words, threshold, bits);
+        if (found + total > most) return found + total;
+        for (size_t i = 0; i < words; i++) found += ones_of(bits[i], (int64_t)(start + i * WORD), s->places + found);
+        for (size_t i = before; i < found; i++) s->magnitudes[i] = magnitude_of(x[s->places[i]]);
+        start += words * WORD;
+    }
+    for (; start < n && found <= most; start++) {
+        s->magnitudes[found] = magnitude_of(x[start]);
+        s->places[found] = (int64_t)start;
+        found += s->magnitudes[found] > threshold;
     }
     return found;
 }
 
-/* The largest number that `count` or more of m reach, which is the count-th largest: by halving what it can be.
- * Fewer than `count` are above it. */
-BODY int32_t edge_of(const int32_t *m, size_t n, size_t count) {
-    int64_t low = -1, high = INT32_MAX; /* `count` or more are above low, and fewer above high */
+/* A number that exactly `count` of m are above; or, where ties allow none, the largest that `count` or more reach. All
+ * are above `low`. Found by halving what it can be. */
+BODY int32_t edge_of(const int32_t *m, size_t n, size_t count, int64_t low) {
+    int32_t largest = -1;
+    for (size_t j = 0; j < n; j++) largest = m[j] > largest ? m[j] : largest;
+    if (n == count) return (int32_t)low;
+    int64_t high = largest; /* more than `count` are above low, and fewer above high */
     while (high - low > 1) {
         int64_t middle = low + (high - low) / 2;
-        if (count_kept(m, n, (int32_t)middle) >= count)
+        size_t kept = count_kept(m, n, (int32_t)middle);
+        if (kept == count) return (int32_t)middle;
+        if (kept > count)
             low = middle;
         else
             high = middle;
@@ -86,7 +106,7 @@ BODY int32_t sampled_guess(const float *x, size_t n, size_t count, const Search 
         for (size_t j = start; j < start + LANES; j++) s->magnitudes[sample++] = magnitude_of(x[j]);
     /* As dense in the sample as in the row, and a quarter and a few more: too low costs little, too high a pass. */
     size_t due = (size_t)((double)count / (double)n * (double)sample * 1.25) + 16;
-    return due < sample ? edge_of(s->magnitudes, sample, due) : -1;
+    return due < sample ? edge_of(s->magnitudes, sample, due, -1) : -1;
 }
 
 /* From a guess that failed: a threshold that `count` to `most` are above; or, where ties allow none, the largest that
@@ -111,24 +131,25 @@ BODY int32_t narrowed(const float *x, size_t n, size_t count, size_t most, int32
 #define TAKE(n, magnitude, place) \
     for (size_t j = 0, taken = 0; taken < count && j < (n); j++) { \
         int32_t m = (magnitude); \
-        if (m < edge || (m == edge && !ties)) continue; \
-        ties -= m == edge; \
-        out[taken++] = row->start + (place); \
+        size_t tie = (m == edge) & (ties > 0); \
+        out[taken] = row->start + (place); /* written always, kept where it counts */ \
+        ties -= tie; \
+        taken += tie | (m > edge); \
     }
 
-BODY void top_row_body(const float *all, const Row *row, Search *s, int64_t *places) {
+BODY void top_row_body(const float *all, const Row *row, Search *s, int64_t *places, Above above) {
     const float *x = all + row->start;
     size_t n = (size_t)row->length, count = (size_t)row->count;
     int64_t *out = places + row->place;
     if (count == n)
         for (size_t j = 0; j < n; j++) out[j] = row->start + (int64_t)j;
     if (count == n || !count) return;
-    size_t most = 2 * count + (n > SAMPLED_FROM ? 64 * STRIDE : 64);
+    size_t most = count + count / 2 + (n > SAMPLED_FROM ? 64 * STRIDE : 32);
     if (n > SAMPLED_FROM) s->guess = sampled_guess(x, n, count, s);
-    size_t found = gather(x, n, s->guess, s, most);
+    size_t found = gather(x, n, s->guess, s, most, above);
     if (found < count || found > most) {
         s->guess = narrowed(x, n, count, most, s->guess);
-        found = gather(x, n, s->guess, s, most);
+        found = gather(x, n, s->guess, s, most, above);
     }
     if (found > most) { /* more equal the edge than there is room for */
         int32_t edge = s->guess + 1;
@@ -136,14 +157,14 @@ BODY void top_row_body(const float *all, const Row *row, Search *s, int64_t *pla
         TAKE(n, magnitude_of(x[j]), (int64_t)j)
         return;
     }
-    int32_t edge = edge_of(s->magnitudes, found, count);
+    int32_t edge = edge_of(s->magnitudes, found, count, s->guess);
     size_t ties = count - count_kept(s->magnitudes, found, edge);
     TAKE(found, s->magnitudes[j], s->places[j])
 }
 
 #define VARIANT(name, TARGET) \
     TARGET static void top_row_##name(const float *x, const Row *row, Search *s, int64_t *places) { \
-        top_row_body(x, row, s, places); \
+        top_row_body(x, row, s, places, above_##name); \
     }
 
 VARIANT(generic, )
@@ -167,55 +188,64 @@ static size_t unary_bits(const Row *row) {
     return (size_t)(row->count + ((row->length - 1) >> row->width));
 }
 
-/* Bit `place` of `bits` packed ones: in planes, as packing.py has it. */
-static void set_bit(uint8_t *out, size_t bits, size_t place) {
-    size_t height = bytes_of(bits);
-    out[place % height] |= (uint8_t)(1u << place / height);
+/* Where bit after bit is set, of packed ones: in planes, as packing.py has it. */
+typedef struct {
+    uint8_t *out;
+    size_t height, first; /* bytes, and the place of the plane's first bit */
+    int plane;
+} Planes;
+
+static Planes planes_of(uint8_t *out, size_t bits) { return (Planes){out, bytes_of(bits), 0, 0}; }
+
+static void set_bit(Planes *to, size_t place) {
+    if (place < to->first) to->first = 0, to->plane = 0; /* not the usual: they rise */
+    while (place - to->first >= to->height) to->first += to->height, to->plane++;
+    to->out[place - to->first] |= (uint8_t)(1u << to->plane);
+}
+
+/* Bit `plane` of each of 8 bytes, side by side: the product brings that of byte j to bit 56 + j, and no two together. */
+static uint64_t plane_of_8(uint64_t bytes, int plane) {
+    return ((bytes >> plane & 0x0101010101010101u) * 0x0102040810204080u) >> 56;
 }
 
 /* The places of the first `count` ones, rising; 0 for those that are missing. */
 static void ones(const uint8_t *in, size_t bits, size_t count, int64_t *out) {
     size_t height = bytes_of(bits), found = 0;
-    for (size_t place = 0; place < bits && found < count;) {
-        size_t plane = place / height, end = (plane + 1) * height < bits ? (plane + 1) * height : bits;
-        for (const uint8_t *byte = in; place < end && found < count; place++, byte++)
-            if (*byte >> plane & 1) out[found++] = (int64_t)place;
-    }
+    for (int plane = 0; plane < 8; plane++)
+        for (size_t start = 0; start < height; start += WORD) {
+            size_t end = smaller(start + WORD, height), place = (size_t)plane * height + start;
+            uint64_t word = 0;
+            for (size_t j = start; j < end; j += 8) {
+                uint64_t bytes = 0;
+                memcpy(&bytes, in + j, smaller(8, end - j));
+                word |= plane_of_8(bytes, plane) << (j - start);
+            }
+            for (; word && found < count; word &= word - 1) {
+                size_t one = place + (size_t)__builtin_ctzll(word);
+                if (one < bits) out[found++] = (int64_t)one;
+            }
+        }
     for (; found < count; found++) out[found] = 0;
 }
 
-/* The low `width` bits of each index, as parts of 8, 4, 2 and 1 bits in planes. Returns the bytes. */
-static size_t write_low(const int64_t *places, const Row *row, uint8_t *out) {
+/* The low `width` bits of each index, as parts of 8, 4, 2 and 1 bits in planes. `code` is room for a row's. Returns the
+ * bytes. */
+static size_t write_low(const int64_t *places, const Row *row, uint8_t *code, uint8_t *out) {
     size_t count = (size_t)row->count, at = 0;
-    int shift = 0;
-    for (int part = 8; part; part /= 2) {
-        if (!(row->width & part)) continue;
-        size_t height = bytes_of(count * (size_t)part), j = 0;
-        int place = 0;
-        for (size_t i = 0; i < count; i++) {
-            uint64_t index = (uint64_t)(places[i] - row->start);
-            out[at + j] |= (uint8_t)((index >> shift & ((1u << part) - 1)) << place);
-            if (++j == height) j = 0, place += part;
-        }
-        at += height;
-        shift += part;
+    for (int shift = 0; shift < row->width; shift += 8) {
+        int bits = row->width - shift < 8 ? (int)row->width - shift : 8;
+        for (size_t i = 0; i < count; i++) code[i] = (uint8_t)((uint64_t)(places[i] - row->start) >> shift);
+        at += pack(code, out + at, count, bits);
     }
     return at;
 }
 
-static size_t read_low(const uint8_t *in, const Row *row, int64_t *places) {
+static size_t read_low(const uint8_t *in, const Row *row, uint8_t *code, int64_t *places) {
     size_t count = (size_t)row->count, at = 0;
-    int shift = 0;
-    for (int part = 8; part; part /= 2) {
-        if (!(row->width & part)) continue;
-        size_t height = bytes_of(count * (size_t)part), j = 0;
-        int place = 0;
-        for (size_t i = 0; i < count; i++) {
-            places[i] += (int64_t)(in[at + j] >> place & ((1 << part) - 1)) << shift;
-            if (++j == height) j = 0, place += part;
-        }
-        at += height;
-        shift += part;
+    for (int shift = 0; shift < row->width; shift += 8) {
+        int bits = row->width - shift < 8 ? (int)row->width - shift : 8;
+        at += unpack(in + at, code, count, bits);
+        for (size_t i = 0; i < count; i++) places[i] += (int64_t)code[i] << shift;
     }
     return at;
 }
@@ -228,7 +258,7 @@ static size_t low_bytes(const Row *row) {
 }
 
 /* Returns 0, and writes nothing, where a place is not one of the row's. */
-static int write_row(const int64_t *all, const Row *row, uint8_t *codes) {
+static int write_row(const int64_t *all, const Row *row, uint8_t *code, uint8_t *codes) {
     const int64_t *places = all + row->place;
     uint8_t *out = codes + row->code;
     size_t count = (size_t)row->count;
@@ -237,18 +267,19 @@ static int write_row(const int64_t *all, const Row *row, uint8_t *codes) {
     if (row->width == NOTHING) return 1;
     if (row->width == BITMAP) {
         memset(out, 0, bytes_of((size_t)row->length));
-        for (size_t i = 0; i < count; i++) set_bit(out, (size_t)row->length, (size_t)(places[i] - row->start));
+        Planes all_bits = planes_of(out, (size_t)row->length);
+        for (size_t i = 0; i < count; i++) set_bit(&all_bits, (size_t)(places[i] - row->start));
         return 1;
     }
     size_t bits = unary_bits(row), low = low_bytes(row);
     memset(out, 0, low + bytes_of(bits));
-    write_low(places, row, out);
-    for (size_t i = 0; i < count; i++)
-        set_bit(out + low, bits, (size_t)((places[i] - row->start) >> row->width) + i);
+    write_low(places, row, code, out);
+    Planes unary = planes_of(out + low, bits);
+    for (size_t i = 0; i < count; i++) set_bit(&unary, (size_t)((places[i] - row->start) >> row->width) + i);
     return 1;
 }
 
-static void read_row(const uint8_t *codes, const Row *row, int64_t *all) {
+static void read_row(const uint8_t *codes, const Row *row, uint8_t *code, int64_t *all) {
     const uint8_t *in = codes + row->code;
     int64_t *places = all + row->place;
     size_t count = (size_t)row->count;
@@ -261,7 +292,7 @@ static void read_row(const uint8_t *codes, const Row *row, int64_t *all) {
     } else {
         ones(in + low_bytes(row), unary_bits(row), count, places);
         for (size_t i = 0; i < count; i++) places[i] = (places[i] - (int64_t)i) * ((int64_t)1 << row->width);
-        read_low(in, row, places);
+        read_low(in, row, code, places);
     }
     for (size_t i = 0; i < count; i++) { /* bytes that no encoder made give legal places, too */
         int64_t index = places[i] < 0 ? 0 : places[i] >= row->length ? row->length - 1 : places[i];
@@ -277,7 +308,7 @@ typedef struct {
     Py_ssize_t x_size, places_size, codes_size, rows;
 } Rows;
 
-#define TABLE(all) (const Row *)(uintptr_t)(all).table
+#define TABLE(all) ((const Row *)(uintptr_t)(all).table)
 #define PLACES(all) (int64_t *)(uintptr_t)(all).places
 #define CODES(all) (uint8_t *)(uintptr_t)(all).codes
 
@@ -338,15 +369,28 @@ static int parsed(PyObject *args, Rows *all) {
            are_inside(all, code_row_is_inside);
 }
 
+/* Room for the indices' low bits of the longest row. NULL, with an error, where there is none. */
+static uint8_t *room_for_codes(const Rows *all) {
+    size_t most = 0;
+    for (Py_ssize_t i = 0; i < all->rows; i++)
+        if ((size_t)TABLE(*all)[i].count > most) most = (size_t)TABLE(*all)[i].count;
+    uint8_t *code = malloc(most + 8);
+    if (!code) PyErr_NoMemory();
+    return code;
+}
+
 PyObject *py_write_rows(PyObject *self, PyObject *args) {
     (void)self;
     Rows all = {0};
     if (!parsed(args, &all)) return NULL;
     const Row *row = TABLE(all);
     Py_ssize_t written = 0;
+    uint8_t *code = room_for_codes(&all);
+    if (!code) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    while (written < all.rows && write_row(PLACES(all), &row[written], CODES(all))) written++;
+    while (written < all.rows && write_row(PLACES(all), &row[written], code, CODES(all))) written++;
     Py_END_ALLOW_THREADS
+    free(code);
     if (written < all.rows) return outside("a place in row", written);
     Py_RETURN_NONE;
 }
@@ -356,9 +400,12 @@ PyObject *py_read_rows(PyObject *self, PyObject *args) {
     Rows all = {0};
     if (!parsed(args, &all)) return NULL;
     const Row *row = TABLE(all);
+    uint8_t *code = room_for_codes(&all);
+    if (!code) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t i = 0; i < all.rows; i++) read_row(CODES(all), &row[i], PLACES(all));
+    for (Py_ssize_t i = 0; i < all.rows; i++) read_row(CODES(all), &row[i], code, PLACES(all));
     Py_END_ALLOW_THREADS
+    free(code);
     Py_RETURN_NONE;
 }
 

@@ -5,21 +5,26 @@
     y = C_a X C_b^T,    C_s[k, j] = sqrt(2/s) cos(pi (2j+1) k / 2s),  row 0 times sqrt(1/2)
 
 Torch says it here, C does it chunk by chunk in the cache (``_dct.c``), bit for bit alike. A transform of an
-even number n of rows is two of half as many::
+even number n of rows is two of half as many, h = n/2: one of its own kind and one of the fourth kind, which
+is two of the second after a rotation::
 
-    C(2k)   = sum_i (x_i + x_{n-1-i}) cos(pi (2i+1) k / n)
-    C(2k+1) = B(k) + B(k+1),  B(k) = sum_i (x_i - x_{n-1-i}) / (2 cos(pi (2i+1) / 2n)) cos(pi (2i+1) k / n)
+    II(x)[2k]   = II(u)[k],  u_i = x_i + x_{n-1-i}        II(x)[k]  = sum_i x_i cos(pi (2i+1) k / 2n)
+    II(x)[2k+1] = IV(v)[k],  v_i = x_i - x_{n-1-i}        IV(x)[k]  = sum_i x_i cos(pi (2i+1) (2k+1) / 4n)
 
-From 16 rows down it is a product with a matrix, in two halves for the same reason.
+    IV(x)[2k-1], IV(x)[2k] = II(a)[k] + II(b)[h-k], II(a)[k] - II(b)[h-k],    t_i = pi (2i+1) / 4n
+    a_i = x_i cos t_i + x_{n-1-i} sin t_i,    b_i = (-1)^i (x_i sin t_i - x_{n-1-i} cos t_i)
 
-Source: Lee, "A new algorithm to compute the discrete cosine transform", IEEE ASSP 1984. We differ: products
-at the end, which lose less to rounding than halving further.
+An odd number of rows is a product with the matrix. The inverse of II is its transpose, the same steps
+backwards (III); IV is its own.
+
+Source: Plonka & Tasche, "Fast and numerically stable algorithms for discrete cosine transforms", Linear
+Algebra and its Applications 2005; Wang 1984. Rotations lose less to rounding than Lee's halves of 1984, which
+divide by small cosines. We differ: scaled once, at the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -29,8 +34,6 @@ from torch import Tensor
 from distcomp.kernels.dispatch import backend
 from distcomp.kernels.tables import check_tensor, lines_of
 
-BASE = 16
-"""Rows from which on a transform is a product with a matrix."""
 LINE_BYTES = 72
 TOP, PUT, DENSE = 0, 1, 2
 """What C is asked for."""
@@ -53,17 +56,16 @@ class Grid:
         return self.down * self.high * self.across * self.wide
 
     def forward(self, piece: Tensor) -> Tensor:
-        """The coefficients of the matrix: chunk after chunk, each flat."""
-        chunks = piece.view(self.down, self.high, self.across, self.wide).transpose(1, 2)
-        columns = _forward(chunks.movedim(2, 0), self.high)  # the transformed side comes first
-        return _forward(columns.movedim(3, 0), self.wide).movedim((0, 1), (3, 2)).reshape(-1)
+        """The coefficients of the matrix: chunk after chunk, each flat, laid on its side ``[wide, high]``."""
+        chunks = piece.view(self.down, self.high, self.across, self.wide)
+        columns = _forward(chunks.movedim(1, 0), self.high)  # the transformed side comes first
+        return _forward(columns.movedim(3, 0), self.wide).permute(2, 3, 0, 1).reshape(-1)
 
     def backward(self, piece: Tensor) -> Tensor:
         """The matrix of these coefficients."""
-        chunks = piece.view(self.down, self.across, self.high, self.wide)
-        columns = _backward(chunks.movedim(2, 0), self.high)
-        rows = _backward(columns.movedim(3, 0), self.wide).movedim((0, 1), (3, 2))
-        return rows.transpose(1, 2).reshape(-1)
+        chunks = piece.view(self.down, self.across, self.wide, self.high)
+        rows = _backward(chunks.movedim(2, 0), self.wide)
+        return _backward(rows.movedim(3, 0), self.high).permute(2, 0, 3, 1).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def serves(device: torch.device) -> bool:
 
 
 def transform(x: Tensor, grids: Grids) -> Tensor:
-    """The coefficients of a flat buffer (float32): chunk after chunk, each flat."""
+    """The coefficients of a flat buffer (float32): chunk after chunk, each flat, laid on its side."""
     if serves(x.device):
         x, y = x.contiguous(), torch.empty_like(x)
         _run(DENSE, x, y, None, grids, 1)
@@ -157,47 +159,49 @@ def _concatenated(pieces: list[Tensor], like: Tensor) -> Tensor:
 def _forward(x: Tensor, n: int) -> Tensor:
     """The transform along the first dimension, of ``n``."""
     *_, scale = _factors(n)
-    return _unscaled(x, n) * _along(scale, x)
-
-
-def _unscaled(x: Tensor, n: int) -> Tensor:
-    """The sums alone."""
-    if n % 2:
-        (matrix,) = _matrices(n)
-        return _product(matrix, x)
-    first, last = x[: n // 2], x[n // 2 :].flip(0)
-    if n <= BASE:
-        even, odd = (
-            _product(matrix, half)
-            for matrix, half in zip(_matrices(n), (first + last, first - last), strict=True)
-        )
-    else:
-        even = _unscaled(first + last, n // 2)
-        odd = _unscaled((first - last) * _along(_cosines(n), first), n // 2)
-        odd = torch.cat([odd[:-1] + odd[1:], odd[-1:]])
-    return torch.stack([even, odd], 1).flatten(0, 1)
+    return _second(x, n) * _along(scale, x)
 
 
 def _backward(y: Tensor, n: int) -> Tensor:
     """The inverse, which is the transpose, along the first dimension."""
     *_, scale = _factors(n)
-    return _transposed(y * _along(scale, y), n)
+    return _third(y * _along(scale, y), n)
 
 
-def _transposed(y: Tensor, n: int) -> Tensor:
+def _second(x: Tensor, n: int) -> Tensor:
+    """The sums alone."""
     if n % 2:
-        (matrix,) = _matrices(n)
-        return _product(matrix.T, y)
-    even, odd = y[0::2], y[1::2]
-    if n <= BASE:
-        first, last = (
-            _product(matrix.T, half) for matrix, half in zip(_matrices(n), (even, odd), strict=True)
-        )
-    else:
-        odd = torch.cat([odd[:1], odd[1:] + odd[:-1]])
-        first = _transposed(even, n // 2)
-        last = _transposed(odd, n // 2) * _along(_cosines(n), even)
-    return torch.cat([first + last, (first - last).flip(0)])
+        return _product(_matrices(n)[0], x)
+    first, last = _ends(x)
+    even, odd = _second(first + last, n // 2), _fourth(first - last, n // 2)
+    return torch.stack([even, odd], 1).flatten(0, 1)
+
+
+def _third(y: Tensor, n: int) -> Tensor:
+    """The transpose of :func:`_second`."""
+    if n % 2:
+        return _product(_matrices(n)[0].T, y)
+    even, odd = _third(y[0::2], n // 2), _fourth(y[1::2], n // 2)
+    return torch.cat([even + odd, (even - odd).flip(0)])
+
+
+def _fourth(x: Tensor, n: int) -> Tensor:
+    """The sums with half a frequency more; their matrix is symmetric."""
+    if n % 2:
+        return _product(_matrices(n)[1], x)
+    first, last = _ends(x)
+    cos, sin = (_along(part, first) for part in _rotation(n))
+    turns = _along(1.0 - 2.0 * (torch.arange(n // 2, dtype=torch.float32) % 2), first)
+    a = _second(first * cos + last * sin, n // 2)
+    b = _second(first * (turns * sin) - last * (turns * cos), n // 2).flip(0)
+    pairs = torch.stack([a[1:] + b[:-1], a[1:] - b[:-1]], 1).flatten(0, 1)
+    return torch.cat([a[:1], pairs, b[-1:]])
+
+
+def _ends(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The first half of the rows, and the last, from the end."""
+    half = x.shape[0] // 2
+    return x[:half], x[half:].flip(0)
 
 
 def _product(matrix: Tensor, x: Tensor) -> Tensor:
@@ -216,10 +220,11 @@ def _along(numbers: Tensor, x: Tensor) -> Tensor:
 
 @cache
 def _factors(n: int) -> tuple[Tensor, ...]:
-    """Of every halving the factors, then the matrices of the base, then the scale of each coefficient."""
-    parts, size = [], n
-    while size > BASE and size % 2 == 0:
-        parts.append(_cosines(size))
+    """Of every halving the rotation, then the matrices of the odd rest, then each coefficient's scale."""
+    parts: list[Tensor] = []
+    size = n
+    while size % 2 == 0:
+        parts += _rotation(size)
         size //= 2
     scale = torch.full((n,), math.sqrt(2 / n), dtype=torch.float64)
     scale[0] = math.sqrt(1 / n)
@@ -227,22 +232,15 @@ def _factors(n: int) -> tuple[Tensor, ...]:
 
 
 @cache
-def _cosines(n: int) -> Tensor:
-    """``1 / (2 cos(pi (2i+1) / 2n))``, in float64, rounded once."""
-    i = torch.arange(n // 2, dtype=torch.float64)
-    return (0.5 / torch.cos(torch.pi * (2 * i + 1) / (2 * n))).float()
+def _rotation(n: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of ``pi (2i+1) / 4n``, in float64, rounded once."""
+    angle = torch.pi * (2 * torch.arange(n // 2, dtype=torch.float64) + 1) / (4 * n)
+    return torch.cos(angle).float(), torch.sin(angle).float()
 
 
 @cache
-def _matrices(n: int) -> tuple[Tensor, ...]:
-    """``cos(pi (2j+1) k / 2n)``: of an odd n whole; of an even one for even k and for odd ones, j < n/2."""
+def _matrices(n: int) -> tuple[Tensor, Tensor]:
+    """``cos(pi (2j+1) k / 2n)`` and ``cos(pi (2j+1) (2k+1) / 4n)``, in float64, rounded once."""
     k, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
-    matrix = torch.cos(torch.pi * (2 * j + 1) * k / (2 * n)).float()
-    if n % 2:
-        return (matrix,)
-    return tuple(half.contiguous() for half in _halves(matrix, n))
-
-
-def _halves(matrix: Tensor, n: int) -> Iterator[Tensor]:
-    yield matrix[0::2, : n // 2]
-    yield matrix[1::2, : n // 2]
+    second, fourth = (2 * j + 1) * k / (2 * n), (2 * j + 1) * (2 * k + 1) / (4 * n)
+    return torch.cos(torch.pi * second).float(), torch.cos(torch.pi * fourth).float()
