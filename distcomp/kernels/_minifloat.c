@@ -12,22 +12,11 @@
 #include "_inside.h"
 #include "_minifloat.h"
 
-/* Blocks of the usual lengths in loops of a length that the compiler knows: it need not ask after every few values. */
-#define IN_SHORT_BLOCKS(LOOP, m) \
-    do { \
-        if ((m) == 16) \
-            LOOP(16); \
-        else if ((m) == 32) \
-            LOOP(32); \
-        else \
-            LOOP(m); \
-    } while (0)
-
 #include "_rotation.h"
 #include "_codes.h"
 #include "_scales.h"
 
-#define STRETCH 4096 /* values, or more where blocks, groups and rows do not end there: these are not cut */
+#define TOGETHER 1024 /* values, or more where blocks, groups and rows do not end there: these are not cut */
 
 /* A span of values, and the codes, blocks' and groups' scales that are its own or begin with its own. */
 typedef struct {
@@ -51,8 +40,10 @@ typedef struct {
 BODY void encode_body(const Piece *p, const Work *w) {
     for (size_t start = 0; start < p->numel; start += w->stretch) {
         size_t count = smaller(w->stretch, p->numel - start), row = start / w->block;
-        Encode e = {p->values + start, w->factors, p->codes + (w->format.width == 8 ? start : start / 2), count,
-                    w->block, w->stochastic, draws_from(p->noise, start)};
+        size_t left = p->numel - start - count;
+        const float *x = p->values + start;
+        Encode e = {x, w->factors, left < count ? x : x + count, p->codes + (w->format.width == 8 ? start : start / 2),
+                    count, w->block, w->stochastic, draws_from(p->noise, start)};
         if (w->turned) {
             turn_rows(e.x, w->values, count, draws_from(p->signs, start), w->unit);
             e.x = w->values;
@@ -146,7 +137,8 @@ static int work_is_possible(const Spans *all, const Work *w) {
 
 static size_t common_divisor(size_t a, size_t b) { return b ? common_divisor(b, a % b) : a; }
 
-/* How long a stretch is, and room for it; 0 with an error where there is none. */
+/* How long a stretch is, which ends with a block, a group and a row, and room for it; 0 with an error where there is
+ * none. */
 static int make_room(const Spans *all, Work *w) {
     const Span *span = (const Span *)(uintptr_t)all->table;
     size_t longest = 1, group = (size_t)(all->block * all->per);
@@ -154,7 +146,7 @@ static int make_room(const Spans *all, Work *w) {
         if ((size_t)span[i].numel > longest) longest = (size_t)span[i].numel;
     size_t rows = w->turned ? SIDE / common_divisor(group, SIDE) : 1;
     w->stretch = group < longest ? smaller(group * rows, longest) : longest;
-    if (w->stretch < STRETCH) w->stretch *= STRETCH / w->stretch;
+    if (w->stretch < TOGETHER) w->stretch *= TOGETHER / w->stretch;
     size_t values = w->turned ? smaller(w->stretch, longest) : 0, blocks = smaller(w->stretch, longest) / w->block + 1;
     w->values = malloc(sizeof(float) * (values + blocks));
     w->factors = w->values ? w->values + values : NULL;

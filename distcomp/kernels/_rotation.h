@@ -16,15 +16,21 @@ typedef struct {
 
 BODY Draws draws_from(Draws draws, size_t start) { return (Draws){draws.counter + (uint32_t)start, draws.high}; }
 
-/* v becomes -v where random_24, of which this is the highest bit, is below a half. */
+/* v becomes -v where random_24, of which this is the highest bit, is below a half. The row is `at` values from the
+ * first one. */
 BODY void turn_signs(Lanes8 *v, Draws draws, size_t at) {
-    Words8 x = (Words8){0, 1, 2, 3, 4, 5, 6, 7} + (draws.counter + (uint32_t)at);
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= draws.high;
-    x ^= x >> 15;
-    x *= 0x846ca68bu;
-    *v = (Lanes8)((Words8)*v ^ (~x & 0x80000000u));
+    const Words8 first = (Words8){0, 1, 2, 3, 4, 5, 6, 7} + (draws.counter + (uint32_t)at);
+    const Words8 high = (Words8){0} + draws.high;
+#pragma GCC unroll 16
+    for (size_t i = 0; i < ROW; i++) {
+        Words8 x = first + 8 * (uint32_t)i;
+        x ^= x >> 16;
+        x *= 0x7feb352du;
+        x ^= high;
+        x ^= x >> 15;
+        x *= 0x846ca68bu;
+        v[i] = (Lanes8)((Words8)v[i] ^ (~x & 0x80000000u));
+    }
 }
 
 /* From vectors u and w their values of which one bit of the place is 0, and those of which it is 1; sums into u,
@@ -76,10 +82,8 @@ BODY void turn_rows(const float *restrict x, float *restrict values, size_t nume
     for (; at + SIDE <= numel; at += SIDE) {
         Lanes8 v[ROW];
 #pragma GCC unroll 16
-        for (size_t i = 0; i < ROW; i++) {
-            v[i] = *(const Lanes8 *)(x + at + 8 * i);
-            turn_signs(v + i, draws, at + 8 * i);
-        }
+        for (size_t i = 0; i < ROW; i++) v[i] = *(const Lanes8 *)(x + at + 8 * i);
+        turn_signs(v, draws, at);
         transform(v, unit);
 #pragma GCC unroll 16
         for (size_t i = 0; i < ROW; i++) *(Lanes8 *)(values + at + 8 * i) = v[i];
@@ -96,10 +100,10 @@ BODY void put_turned_back(const float *restrict values, float *restrict out, siz
 #pragma GCC unroll 16
         for (size_t i = 0; i < ROW; i++) v[i] = *(const Lanes8 *)(values + at + 8 * i);
         transform(v, unit);
+        turn_signs(v, draws, at);
 #pragma GCC unroll 16
         for (size_t i = 0; i < ROW; i++) {
             Lanes8 *to = (Lanes8 *)(out + at + 8 * i);
-            turn_signs(v + i, draws, at + 8 * i);
             if (sign > 0) *to += v[i];
             else if (sign < 0) *to -= v[i];
             else *to = v[i];

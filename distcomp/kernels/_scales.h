@@ -22,12 +22,17 @@ BODY float largest_magnitude(const float *x, size_t m) {
     return float_of((uint32_t)largest);
 }
 
-BODY void block_maxima(const float *restrict x, float *restrict maxima, size_t numel, size_t block) {
-    for (size_t start = 0, row = 0; start < numel; start += block, row++) {
-        size_t m = smaller(block, numel - start);
-#define LARGEST(m) maxima[row] = largest_magnitude(x + start, m)
-        IN_SHORT_BLOCKS(LARGEST, m);
-    }
+BODY void maxima_of_blocks(const float *restrict x, float *restrict maxima, size_t numel, size_t block) {
+    size_t whole = numel / block;
+    for (size_t row = 0; row < whole; row++) maxima[row] = largest_magnitude(x + row * block, block);
+    if (numel % block) maxima[whole] = largest_magnitude(x + whole * block, numel % block);
+}
+
+BODY void block_maxima(const float *x, float *maxima, size_t numel, size_t block) {
+    if (block == 16) maxima_of_blocks(x, maxima, numel, 16);
+    else if (block == 32) maxima_of_blocks(x, maxima, numel, 32);
+    else if (block == 128) maxima_of_blocks(x, maxima, numel, 128);
+    else maxima_of_blocks(x, maxima, numel, block);
 }
 
 /* The exponent of each block's scale, which is a power of two, and one over the scale; 255 and 0 of inf and NaN. */
@@ -54,7 +59,8 @@ BODY void float_scales(float *restrict factors, float *restrict scales, size_t r
 
 /* One group of blocks. A ratio, from 2^-6 to 448, is an e4m3 whose exponent is normal: to the nearest, ties to even; or
  * up. Where a ratio is a NaN the whole group is not usable. Returns the group's scale. */
-BODY float group_scales(float *restrict factors, uint8_t *restrict codes, size_t rows, float units, const Rule *rule) {
+BODY float group_scales(float *restrict factors, uint8_t *restrict codes, size_t rows, float units,
+                        const Rule *rule) {
     int32_t most = 0;
     for (size_t i = 0; i < rows; i++) {
         int32_t bits = (int32_t)bits_of(factors[i]); /* as integers a NaN is the largest */

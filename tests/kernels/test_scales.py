@@ -1,5 +1,5 @@
-"""Scales of blocks: what each rule says of a block, and that C, in one pass with a rotation and the codes, says
-the same bits as the reference in many."""
+"""Scales of blocks: what each rule says of a block, and that C, in one pass with a rotation and the codes,
+says the same bits as the reference in many."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ _cpu = pytest.importorskip("distcomp.kernels._cpu", reason="no C extension could
 from distcomp.kernels import cpu  # noqa: E402  (only where the extension is)
 
 LEAST = 2.0**-100
-STRETCH = 4096  # of _minifloat.c
 magnitudes = st.one_of(
     st.sampled_from([0.0, math.inf, math.nan, 2.0**-126, 2.0**-149, 2.0**-100, 3e38, 448 * 6, 6.0, 1.75]),
     st.floats(2.0**-130, 2.0**127, width=32),
@@ -145,7 +144,7 @@ def test_neither_groups_nor_rotated_rows_are_cut() -> None:
     assert len(Spans.of([(0, 1_000_000, 0)], 16, 4, 1 << 26).each) == 1
 
 
-# ------------------------------------------------------------------------------------- what is said of a block
+# ------------------------------------------------------------------------------------ what is said of a block
 
 
 def written(maxima: Tensor, kind: Minifloat, rule: str, up: bool, per: int = 1) -> Scales:
