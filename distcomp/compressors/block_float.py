@@ -13,10 +13,9 @@ from torch import Tensor
 from distcomp.compressors.base import Compressor
 from distcomp.compressors.grid import keys_of_signs
 from distcomp.errors import DistcompError
-from distcomp.kernels import memory
 from distcomp.kernels import minifloat as kernel
-from distcomp.kernels.minifloat import Minifloat, Spans
-from distcomp.kernels.rotation import SIDE, rotate, rotation_lines
+from distcomp.kernels.minifloat import Minifloat, Scales, Spans
+from distcomp.kernels.rotation import SIDE
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
 from distcomp.randomness import Key
@@ -53,13 +52,13 @@ class BlockFloat(Compressor):
         """The scales in a payload, of ``rows`` blocks."""
 
     @abstractmethod
-    def write_scales(self, maxima: Tensor, payload: Payload, layout: Layout) -> Tensor:
-        """Write the scales of blocks with these largest magnitudes; return what values are multiplied
-        with."""
+    def scales(self, payload: Payload, layout: Layout) -> Scales:
+        """The rule of the scales, and where in a payload they are."""
 
-    @abstractmethod
-    def units(self, payload: Payload, layout: Layout) -> Tensor:
-        """What the numbers of each block are multiplied with when they are decoded."""
+    @property
+    def per(self) -> int:
+        """Blocks of a group."""
+        return 1
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]
@@ -71,13 +70,14 @@ class BlockFloat(Compressor):
 
     def spans(self, layout: Layout) -> Spans:
         """Where the blocks of each parameter lie, and their codes."""
-        return layout.remember((type(self), self.span, self.kind.width), lambda: self._laid_out(layout))
+        what = (type(self), self.span, self.per, self.kind.width, self.hadamard)
+        return layout.remember(what, lambda: self._laid_out(layout))
 
     def _laid_out(self, layout: Layout) -> Spans:
         places = [
             (at, param.numel, param.start) for param, at in zip(layout.slices, layout.offsets, strict=True)
         ]
-        return Spans.of(places, self.span, self.kind.width)
+        return Spans.of(places, self.span, self.kind.width, self.per, self.hadamard)
 
     def parts(self, layout: Layout) -> Parts:
         return layout.remember((self, "parts"), lambda: self._parts(layout))
@@ -94,13 +94,11 @@ class BlockFloat(Compressor):
         if self.hadamard:
             bits = key.fold("rotate").bits
             payload["seed"].fill_(bits - 2**64 if bits >= 2**63 else bits)
-            rotated = memory.empty(x.numel(), x.device)
-            rotate_parameters(x.contiguous(), layout, payload["seed"], out=rotated)
-            x = rotated
-        x = x.contiguous()
-        inverses = self.write_scales(kernel.block_maxima(x, spans), payload, layout)
         keys = key.fold_each(layout.names) if self.rounding == "stochastic" else []
-        kernel.encode(x, inverses, payload["codes"], spans, self.kind, keys)
+        kernel.encode(
+            x.contiguous(), payload["codes"], spans, self.kind, self.scales(payload, layout), keys,
+            self._signs(payload, layout),
+        )  # fmt: skip
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
@@ -110,49 +108,14 @@ class BlockFloat(Compressor):
         self._decode(out, payload, layout, -1)
 
     def _decode(self, out: Tensor, payload: Payload, layout: Layout, sign: int) -> None:
-        codes, units = payload["codes"], self.units(payload, layout)
-        if not self.hadamard:
-            kernel.decode(codes, units, out, self.spans(layout), self.kind, sign)
-            return
-        values = torch.empty_like(out) if sign else out
-        kernel.decode(codes, units, values, self.spans(layout), self.kind)
-        rotate_parameters(values, layout, payload["seed"], back=True)
-        if sign:
-            out.add_(values, alpha=sign)
+        kernel.decode(
+            payload["codes"], out, self.spans(layout), self.kind, self.scales(payload, layout), sign,
+            self._signs(payload, layout),
+        )  # fmt: skip
 
-
-# ----------------------------------------------------------------------------------------------- the rotation
-
-
-def rotate_parameters(
-    x: Tensor, layout: Layout, seed: Tensor, back: bool = False, out: Tensor | None = None
-) -> None:
-    """Rotate every ``SIDE`` values of each parameter: :func:`distcomp.kernels.rotation.rotate`, in place or
-    into ``out``, as long.
-
-    The signs are a function of ``seed`` (int64, one number, on the device), the parameter's name and the
-    place in it. Fewer values than a side, at the end of a parameter, stay as they are: padded, they would be
-    sent as so many.
-    """
-    lines = layout.remember((rotate_parameters, "lines"), lambda: _lines(layout))
-    rotate(x, lines, keys_of_signs(layout, seed), back, out)
-    if out is not None:
-        rest = layout.remember((rotate_parameters, "rest"), lambda: _rest(layout)).to(x.device)
-        out.index_copy_(0, rest, x.index_select(0, rest))
-
-
-def _rest(layout: Layout) -> Tensor:
-    """Where the values are that are in no row (int64)."""
-    places = [torch.empty(0, dtype=torch.int64)]
-    for param, at in zip(layout.slices, layout.offsets, strict=True):
-        places.append(torch.arange(at + param.numel - param.numel % SIDE, at + param.numel))
-    return torch.cat(places)
-
-
-def _lines(layout: Layout) -> Tensor:
-    return rotation_lines(
-        [(at, param.numel, param.start) for param, at in zip(layout.slices, layout.offsets, strict=True)]
-    )
+    def _signs(self, payload: Payload, layout: Layout) -> Tensor | None:
+        """What the signs of each parameter's rotation are drawn by: the seed that was sent, and its name."""
+        return keys_of_signs(layout, payload["seed"]) if self.hadamard else None
 
 
 # ------------------------------------------------------------------------------------------------- the bounds

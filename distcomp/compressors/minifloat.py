@@ -6,20 +6,17 @@ float32 of many. What is alike stands in :mod:`distcomp.compressors.block_float`
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from distcomp.compressors.base import register_compressor
 from distcomp.compressors.block_float import BlockFloat, nearest_error, rounding_variance
 from distcomp.errors import DistcompError
 from distcomp.kernels import minifloat as kernel
-from distcomp.kernels import two_level
-from distcomp.kernels.minifloat import E2M1, E4M3, E5M2, Minifloat, Spans
+from distcomp.kernels.minifloat import E2M1, E4M3, E5M2, Minifloat, Scales, Spans
 from distcomp.kernels.rotation import SIDE
-from distcomp.kernels.two_level import BlockGroups
+from distcomp.kernels.scales import Floats, Given, Powers, TwoLevels
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
 
@@ -98,23 +95,16 @@ class Float8(BlockFloat):
         return Spans.of([(0, layout.numel, 0)], PLAIN_BLOCK, self.kind.width)
 
     def spans(self, layout: Layout) -> Spans:
-        return layout.remember((Float8, self.block), lambda: self._laid_out(layout))
+        return layout.remember((Float8, self.block, self.hadamard), lambda: self._laid_out(layout))
 
     def scale_parts(self, layout: Layout, rows: int) -> Parts:
         return (Part("scales", torch.float32, rows),) if self.block else ()
 
-    def write_scales(self, maxima: Tensor, payload: Payload, layout: Layout) -> Tensor:
-        if not self.block:
-            return torch.ones_like(maxima)
-        maxima = torch.where(maxima < SMALLEST_MAXIMUM, 0.0, maxima)
-        scales = payload["scales"].copy_(maxima / torch.full_like(maxima, self.kind.largest))
-        return torch.where(scales > 0, 1 / scales, 0.0)
-
-    def units(self, payload: Payload, layout: Layout) -> Tensor:
+    def scales(self, payload: Payload, layout: Layout) -> Scales:
         if self.block:
-            return payload["scales"]
+            return Floats(payload["scales"], SMALLEST_MAXIMUM)
         rows = self.spans(layout).rows
-        return torch.ones(rows, dtype=torch.float32, device=payload.wire.device)
+        return Given(torch.ones(rows, dtype=torch.float32, device=payload.wire.device))
 
     def omega(self, numel: int) -> float | None:
         """:func:`rounding_variance`: the largest magnitude is the largest float."""
@@ -139,13 +129,9 @@ class Microscaling(BlockFloat):
     def scale_parts(self, layout: Layout, rows: int) -> Parts:
         return (Part("scales", torch.uint8, rows),)
 
-    def write_scales(self, maxima: Tensor, payload: Payload, layout: Layout) -> Tensor:
+    def scales(self, payload: Payload, layout: Layout) -> Scales:
         # Rounded at random, what is clamped is not right in the mean.
-        return kernel.power_scales(maxima, payload["scales"], self.kind, up=self.rounding == "stochastic")
-
-    def units(self, payload: Payload, layout: Layout) -> Tensor:
-        code = payload["scales"].to(torch.int32)
-        return torch.where(code == 255, math.nan, (code << 23).view(torch.float32))
+        return Powers(payload["scales"], up=self.rounding == "stochastic")
 
     def omega(self, numel: int) -> float | None:
         """:func:`rounding_variance`: half the largest float or more is what the largest magnitude becomes."""
@@ -266,6 +252,10 @@ class NVFP4(BlockFloat):
         return 16
 
     @property
+    def per(self) -> int:
+        return self.group // self.span
+
+    @property
     def grid(self) -> int:
         return self.group
 
@@ -273,20 +263,9 @@ class NVFP4(BlockFloat):
         groups = layout.block_count(self.group)
         return (Part("scales", torch.float32, groups), Part("block_scales", torch.uint8, rows))
 
-    def _groups(self, layout: Layout) -> BlockGroups:
-        def made() -> BlockGroups:
-            blocks = tuple(-(-param.numel // self.span) for param in layout.slices)
-            return BlockGroups(blocks, self.group // self.span)
-
-        return layout.remember((self, "groups"), made)
-
-    def write_scales(self, maxima: Tensor, payload: Payload, layout: Layout) -> Tensor:
-        scales, codes = payload["scales"], payload["block_scales"]
+    def scales(self, payload: Payload, layout: Layout) -> Scales:
         up = self.rounding == "stochastic"
-        return two_level.write_scales(maxima, scales, codes, self._groups(layout), SMALLEST_MAXIMUM, up)
-
-    def units(self, payload: Payload, layout: Layout) -> Tensor:
-        return two_level.units(payload["scales"], payload["block_scales"], self._groups(layout))
+        return TwoLevels(payload["block_scales"], payload["scales"], SMALLEST_MAXIMUM, up)
 
     def _floor(self, numel: int) -> float:
         """What blocks below the smallest scale may err by, relative to the group's square: half of their

@@ -15,11 +15,9 @@
 #include "_integers.h"
 #include "_lowrank.h"
 #include "_minifloat.h"
-#include "_rotation.h"
 #include "_rows.h"
 #include "_select.h"
 #include "_subspace.h"
-#include "_twolevel.h"
 #include "_twomeans.h"
 #include "_words.h"
 
@@ -349,15 +347,14 @@ static PyMethodDef methods[] = {
     {"entropy_encode", py_entropy_encode, METH_VARARGS,
      "data, out, lengths, periods, sizes of the four, first block, blocks"},
     {"entropy_decode", py_entropy_decode, METH_VARARGS, "coded, out, sizes of the two, first block, blocks -> bool"},
-    {"power_scales", py_power_scales, METH_VARARGS,
-     "maxima, codes, inverses, how many, exponent of the largest number, mantissa up to which that is enough"},
-    {"block_maxima", py_block_maxima, METH_VARARGS, "x, maxima, sizes of the two, table, spans, block"},
     {"minifloat_encode", py_minifloat_encode, METH_VARARGS,
-     "x, codes, inverses, sizes of the three, table, spans, block, (width, mantissa, bias, largest, infinity, nan, finite), "
-     "keys, how many, stochastic"},
+     "(x, codes, blocks' scales, groups' scales), sizes of the four, table, spans, block, "
+     "(width, mantissa, bias, largest, infinity, nan, finite), (rule, blocks of a group, least, up), "
+     "(keys, how many), (keys of signs, how many)"},
     {"minifloat_decode", py_minifloat_decode, METH_VARARGS,
-     "out, codes, units, sizes of the three, table, spans, block, "
-     "(width, mantissa, bias, largest, infinity, nan, finite), sign"},
+     "(out, codes, blocks' scales, groups' scales), sizes of the four, table, spans, block, "
+     "(width, mantissa, bias, largest, infinity, nan, finite), (rule, blocks of a group, least, up), "
+     "(keys of signs, how many), sign"},
     {"pack_signs", py_pack_signs, METH_VARARGS, "x, words, sizes of the two, samples, channels, places, plain"},
     {"binary_conv", py_binary_conv, METH_VARARGS,
      "x, weight, scale, bias, out, sizes of the five, samples, (channels, height, width), "
@@ -367,11 +364,6 @@ static PyMethodDef methods[] = {
      "sizes of the four"},
     {"dct", py_dct, METH_VARARGS,
      "kind (the largest, put, all), x, values, places, sizes of the three, table, lines, factors, how many, sign"},
-    {"rotate", py_rotate, METH_VARARGS, "x, values, size of both, table, lines, keys, how many, back"},
-    {"two_level_scales", py_two_level_scales, METH_VARARGS,
-     "maxima, scales, codes, inverses, (blocks, groups), table, parameters, per, (outer, inner, least), up"},
-    {"two_level_units", py_two_level_units, METH_VARARGS,
-     "scales, codes, units, (blocks, groups), table, parameters, per"},
     {"two_means", py_two_means, METH_VARARGS, "x, scales, sizes of the two, table, lines"},
     {"put_two_means", py_put_two_means, METH_VARARGS, "out, codes, scales, sizes of the three, table, lines, sign"},
     {"grid_encode", py_grid_encode, METH_VARARGS, "x, codes, sizes of the two, table, lines, keys, spacing, bits"},

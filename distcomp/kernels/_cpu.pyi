@@ -1,5 +1,7 @@
 Coded = tuple[int, int, int]
 """Sizes in elements: of values, codes and scales."""
+Four = tuple[int, int, int, int]
+"""Of values, codes, scales of blocks and scales of groups: where they are, or how many elements."""
 
 def quantize(
     x: int,
@@ -97,32 +99,27 @@ def entropy_encode(
     /,
 ) -> None: ...
 def entropy_decode(coded: int, out: int, sizes: tuple[int, int], first: int, count: int, /) -> bool: ...
-def block_maxima(
-    x: int, maxima: int, sizes: tuple[int, int], table: int, spans: int, block: int, /
-) -> None: ...
 def minifloat_encode(
-    x: int,
-    codes: int,
-    inverses: int,
-    sizes: Coded,
+    at: Four,
+    sizes: Four,
     table: int,
     spans: int,
     block: int,
     format: tuple[int, int, int, float, int, int, int],
-    keys: int,
-    keys_size: int,
-    stochastic: bool,
+    rule: tuple[int, int, float, bool],
+    keys: tuple[int, int],
+    signs: tuple[int, int],
     /,
 ) -> None: ...
 def minifloat_decode(
-    out: int,
-    codes: int,
-    units: int,
-    sizes: Coded,
+    at: Four,
+    sizes: Four,
     table: int,
     spans: int,
     block: int,
     format: tuple[int, int, int, float, int, int, int],
+    rule: tuple[int, int, float, bool],
+    signs: tuple[int, int],
     sign: int,
     /,
 ) -> None: ...
@@ -163,28 +160,6 @@ def lowrank(
 ) -> None: ...
 def use(name: str, /) -> None: ...
 def instruction_set() -> str: ...
-def power_scales(
-    maxima: int, codes: int, inverses: int, numel: int, exponent: int, highest: int, /
-) -> None: ...
-def rotate(
-    x: int, values: int, size: int, table: int, lines: int, keys: int, keys_size: int, back: bool, /
-) -> None: ...
-def two_level_scales(
-    maxima: int,
-    scales: int,
-    codes: int,
-    inverses: int,
-    sizes: tuple[int, int],
-    table: int,
-    parameters: int,
-    per: int,
-    constants: tuple[float, float, float],
-    up: bool,
-    /,
-) -> None: ...
-def two_level_units(
-    scales: int, codes: int, units: int, sizes: tuple[int, int], table: int, parameters: int, per: int, /
-) -> None: ...
 def two_means(x: int, scales: int, sizes: tuple[int, int], table: int, lines: int, /) -> None: ...
 def put_two_means(
     out: int, codes: int, scales: int, sizes: tuple[int, int, int], table: int, lines: int, sign: int, /

@@ -1,242 +1,121 @@
-/* Floats of 4 and 8 bits: minifloat.py's reference once more, in loops that a compiler vectorizes.
+/* Floats of 4 and 8 bits whose blocks share a scale: minifloat.py's reference once more, in loops that a compiler
+ * vectorizes, a stretch of values from beginning to end while it lies in the cache.
  *
  * Built with -ffp-contract=off. Every operation rounds on its own, so that each instruction set gives the same bits.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <math.h>
 #include <stdlib.h>
 
 #include "_cpu.h"
 #include "_inside.h"
 #include "_minifloat.h"
 
-#define CHUNK 1024 /* codes that are made before they are packed: a multiple of the eight that are packed at a time */
+#include "_rotation.h"
+#include "_codes.h"
+#include "_scales.h"
 
-/* Blocks of the usual lengths in loops of a length that the compiler knows: it need not ask after every few values. */
-#define IN_SHORT_BLOCKS(LOOP, m) \
-    do { \
-        if ((m) == 16) \
-            LOOP(16); \
-        else if ((m) == 32) \
-            LOOP(32); \
-        else \
-            LOOP(m); \
-    } while (0)
+#define TOGETHER 1024 /* values, or more where blocks, groups and rows do not end there: these are not cut */
 
-/* A sign, `width - 1 - mantissa` bits of exponent and `mantissa` bits behind the point. */
+/* A span of values, and the codes, blocks' and groups' scales that are its own or begin with its own. */
 typedef struct {
-    int width, mantissa, bias;
-    float largest;
-    int infinity, nan; /* their codes, or that of the largest number where there are none */
-    int finite;        /* how many magnitudes are numbers: from here on codes are infinity and NaN */
-} Format;
-
-typedef struct {
-    const float *x, *inverses; /* one factor for each block */
+    float *values;
     uint8_t *codes;
-    size_t numel, block;
-    int stochastic;
-    uint32_t key_low, key_high, first;
-} Encode;
-
-typedef struct {
-    const uint8_t *codes;
-    const float *units; /* one for each block */
-    float *out;
-    size_t numel, block;
-    int sign;
-} Decode;
-
-/* |x| times inverse, as a multiple of the distance between neighbours in its binade, rounded; then its code. */
-BODY void encode_block(const float *restrict x, uint8_t *restrict code, size_t m, float inverse, const Format *f,
-                       const Encode *e, uint32_t counter, int stochastic) {
-    const int mantissa = f->mantissa, sign_at = f->width - 1, lowest = 128 - f->bias;
-    const float largest = f->largest;
-    const int infinity = f->infinity, nan = f->nan;
-    const uint32_t key_high = e->key_high;
-    counter += e->key_low;
-#pragma GCC unroll 1 /* 16 values at full length would be a row of scalars */
-    for (size_t j = 0; j < m; j++) {
-        uint32_t bits = bits_of(x[j]), magnitude = bits & 0x7fffffffu;
-        float y = float_of(magnitude) * inverse;
-        y = y < largest ? y : largest; /* a NaN, too, for now */
-        int32_t exponent = (int32_t)(bits_of(y) >> 23);
-        exponent = exponent > lowest ? exponent : lowest;
-        float steps = y * float_of((uint32_t)(254 + mantissa - exponent) << 23);
-        int32_t n;
-        if (stochastic)
-            n = (int32_t)(((uint32_t)(int32_t)(steps * 0x1p24f) + random_24(counter + (uint32_t)j, key_high)) >> 24);
-        else
-            n = rounded(steps);
-        int32_t c = ((exponent - lowest) << mantissa) + n;
-        c = magnitude == 0x7f800000u ? infinity : c;
-        c = magnitude > 0x7f800000u ? nan : c;
-        code[j] = (uint8_t)(c | (int32_t)(bits >> 31 << sign_at));
-    }
-}
-
-/* Two codes of 4 bits to a byte, the first in the low half. */
-BODY void pack_pairs(const uint8_t *restrict code, uint8_t *restrict out, size_t m) {
-    size_t pairs = m / 2;
-    for (size_t j = 0; j < pairs; j++) out[j] = (uint8_t)(code[2 * j] | code[2 * j + 1] << 4);
-    if (m % 2) out[pairs] = code[m - 1];
-}
-
-BODY void unpack_pairs(const uint8_t *restrict in, uint8_t *restrict code, size_t m) {
-    size_t pairs = m / 2;
-    for (size_t j = 0; j < pairs; j++) {
-        code[2 * j] = in[j] & 15;
-        code[2 * j + 1] = in[j] >> 4;
-    }
-    if (m % 2) code[m - 1] = in[pairs] & 15;
-}
-
-BODY void encode_codes(const Encode *e, const Format *f, size_t start, size_t count, uint8_t *code, int stochastic) {
-    size_t row = start / e->block;
-    for (size_t at = start; at < start + count; row++) {
-        size_t m = smaller((row + 1) * e->block, start + count) - at;
-#define ENCODE(m) \
-    encode_block(e->x + at, code + (at - start), m, e->inverses[row], f, e, e->first + (uint32_t)at, stochastic)
-        IN_SHORT_BLOCKS(ENCODE, m);
-        at += m;
-    }
-}
-
-BODY void encode_body(const Encode *e, const Format *f) {
-    uint8_t scratch[CHUNK];
-    for (size_t start = 0; start < e->numel; start += CHUNK) {
-        size_t count = smaller(CHUNK, e->numel - start);
-        uint8_t *code = f->width == 8 ? e->codes + start : scratch;
-        if (e->stochastic)
-            encode_codes(e, f, start, count, code, 1);
-        else
-            encode_codes(e, f, start, count, code, 0);
-        if (f->width == 4) pack_pairs(scratch, e->codes + start / 2, count);
-    }
-}
-
-BODY float value_of(int32_t code, int mantissa, int bias, int infinity, int finite, int sign_at) {
-    int32_t magnitude = code & ((1 << sign_at) - 1), field = magnitude >> mantissa;
-    int32_t n = (magnitude & ((1 << mantissa) - 1)) | (field > 0) << mantissa;
-    int32_t exponent = field > 0 ? field : 1;
-    float value = (float)n * float_of((uint32_t)(exponent - bias - mantissa + 127) << 23);
-    uint32_t bits = bits_of(value);
-    bits = magnitude >= finite ? (magnitude == infinity ? 0x7f800000u : 0x7fc00000u) : bits;
-    return float_of(bits | (uint32_t)(code >> sign_at) << 31);
-}
-
-BODY void put_values(const uint8_t *restrict code, float *restrict out, size_t m, float unit, const Format *f,
-                     int sign) {
-    const int mantissa = f->mantissa, bias = f->bias, finite = f->finite, sign_at = f->width - 1;
-    const int infinity = f->infinity < f->nan ? f->infinity : -1;
-#pragma GCC unroll 1
-    for (size_t j = 0; j < m; j++) {
-        float value = value_of(code[j], mantissa, bias, infinity, finite, sign_at) * unit;
-        out[j] = sign > 0 ? out[j] + value : sign < 0 ? out[j] - value : value;
-    }
-}
-
-BODY void decode_spans(const Decode *d, const Format *f, int sign) {
-    uint8_t scratch[CHUNK];
-    for (size_t start = 0; start < d->numel; start += CHUNK) {
-        size_t end = start + smaller(CHUNK, d->numel - start), row = start / d->block;
-        const uint8_t *code = f->width == 8 ? d->codes + start : scratch;
-        if (f->width == 4) unpack_pairs(d->codes + start / 2, scratch, end - start);
-        for (size_t at = start; at < end; row++) {
-            size_t m = smaller((row + 1) * d->block, end) - at;
-#define PUT(m) put_values(code + (at - start), d->out + at, m, d->units[row], f, sign)
-            IN_SHORT_BLOCKS(PUT, m);
-            at += m;
-        }
-    }
-}
-
-BODY void decode_body(const Decode *d, const Format *f) {
-    if (d->sign > 0)
-        decode_spans(d, f, 1);
-    else if (d->sign < 0)
-        decode_spans(d, f, -1);
-    else
-        decode_spans(d, f, 0);
-}
-
-/* The largest magnitude of each block by the order of the integers that bits are: a NaN is above an infinity. */
-BODY void maxima_body(const float *x, float *maxima, size_t numel, size_t block) {
-    for (size_t start = 0, row = 0; start < numel; start += block, row++) {
-        size_t m = smaller(block, numel - start);
-        int32_t largest = 0;
-        for (size_t j = 0; j < m; j++) {
-            int32_t magnitude = (int32_t)(bits_of(x[start + j]) & 0x7fffffffu);
-            largest = magnitude > largest ? magnitude : largest;
-        }
-        maxima[row] = float_of((uint32_t)largest);
-    }
-}
-
-typedef struct {
-    const float *maxima;
-    float *inverses;
-    uint8_t *codes;
+    void *blocks;
+    float *groups;
     size_t numel;
-    int exponent, highest;
-} Powers;
+    Draws noise, signs;
+} Piece;
 
-/* The exponent of each block's scale, which is a power of two, and one over the scale; 255 and 0 of inf and NaN. */
-BODY void powers_body(const Powers *p) {
-    const float *restrict maxima = p->maxima;
-    float *restrict inverses = p->inverses;
-    uint8_t *restrict codes = p->codes;
-    const int32_t exponent = p->exponent, highest = p->highest;
-    for (size_t i = 0; i < p->numel; i++) {
-        int32_t bits = (int32_t)bits_of(maxima[i]);
-        int32_t code = (bits >> 23) - exponent + ((bits & 0x7fffff) > highest);
-        code = code > 1 ? code : 1;
-        int bad = bits >= 0x7f800000;
-        codes[i] = (uint8_t)(bad ? 255 : code);
-        inverses[i] = float_of(bad ? 0 : (uint32_t)(254 - code) << 23);
+/* What all spans have in common, and room for the values of a stretch and a number of each of its blocks. */
+typedef struct {
+    Format format;
+    Rule rule;
+    size_t block, stretch;
+    int stochastic, turned, sign;
+    float unit, *values, *factors;
+} Work;
+
+BODY void encode_body(const Piece *p, const Work *w) {
+    for (size_t start = 0; start < p->numel; start += w->stretch) {
+        size_t count = smaller(w->stretch, p->numel - start), row = start / w->block;
+        size_t left = p->numel - start - count;
+        const float *x = p->values + start;
+        Encode e = {x, w->factors, left < count ? x : x + count, p->codes + (w->format.width == 8 ? start : start / 2),
+                    count, w->block, w->stochastic, draws_from(p->noise, start)};
+        if (w->turned) {
+            turn_rows(e.x, w->values, count, draws_from(p->signs, start), w->unit);
+            e.x = w->values;
+        }
+        if (w->rule.rule == FACTORS) {
+            e.factors = (const float *)p->blocks + row;
+        } else {
+            block_maxima(e.x, w->factors, count, w->block);
+            write_scales(w->factors, p->blocks, p->groups, row, (count + w->block - 1) / w->block, &w->rule,
+                         w->format.largest);
+        }
+        encode_values(&e, &w->format);
+    }
+}
+
+BODY void decode_body(const Piece *p, const Work *w) {
+    for (size_t start = 0; start < p->numel; start += w->stretch) {
+        size_t count = smaller(w->stretch, p->numel - start), row = start / w->block;
+        Decode d = {p->codes + (w->format.width == 8 ? start : start / 2),
+                    units_of(p->blocks, p->groups, row, (count + w->block - 1) / w->block, &w->rule, w->factors),
+                    w->turned ? w->values : p->values + start, count, w->block, w->turned ? 0 : w->sign};
+        decode_values(&d, &w->format);
+        if (!w->turned) continue;
+        Draws signs = draws_from(p->signs, start);
+        if (w->sign)
+            put_turned_back(w->values, p->values + start, count, signs, w->unit, w->sign);
+        else
+            put_turned_back(w->values, p->values + start, count, signs, w->unit, 0);
     }
 }
 
 typedef struct {
-    void (*encode)(const Encode *, const Format *);
-    void (*decode)(const Decode *, const Format *);
-    void (*maxima)(const float *, float *, size_t, size_t);
-    void (*powers)(const Powers *);
+    void (*encode)(const Piece *, const Work *);
+    void (*decode)(const Piece *, const Work *);
 } Variant;
 
 #define VARIANT(name, TARGET) \
-    TARGET static void encode_##name(const Encode *e, const Format *f) { encode_body(e, f); } \
-    TARGET static void decode_##name(const Decode *d, const Format *f) { decode_body(d, f); } \
-    TARGET static void maxima_##name(const float *x, float *m, size_t n, size_t b) { maxima_body(x, m, n, b); } \
-    TARGET static void powers_##name(const Powers *p) { powers_body(p); } \
-    static const Variant name##_variant = {encode_##name, decode_##name, maxima_##name, powers_##name};
+    TARGET static void encode_##name(const Piece *p, const Work *w) { encode_body(p, w); } \
+    TARGET static void decode_##name(const Piece *p, const Work *w) { decode_body(p, w); } \
+    static const Variant name##_variant = {encode_##name, decode_##name};
 
 #include "_variants.h"
 
 /* ---------------------------------------------------------------------------------------------- Python's side */
 
-/* One line of the table of minifloat.py's Spans: where values, code bytes and blocks begin. */
+/* One line of the table of minifloat.py's Spans: where values, code bytes, blocks and groups begin; the first value's
+ * place in its parameter, and which parameter that is. */
 typedef struct {
-    int64_t at, numel, codes, row, first;
+    int64_t at, numel, codes, row, group, first, owner;
 } Span;
 
 /* The buffers that a table speaks of, and how many elements each has. */
 typedef struct {
-    unsigned long long values, codes, rows, table, keys;
-    Py_ssize_t values_size, codes_size, rows_size, spans, keys_size, block;
+    unsigned long long values, codes, blocks, groups, keys, signs, table;
+    Py_ssize_t values_size, codes_size, blocks_size, groups_size, keys_size, signs_size, spans, block, per;
 } Spans;
 
-static int spans_are_inside(const Spans *all, int width) {
+static int spans_are_inside(const Spans *all, const Work *w) {
     const Span *span = (const Span *)(uintptr_t)all->table;
-    if (all->block < 1 || (width != 4 && width != 8) || (width == 4 && all->block % 2) || all->spans < 0) {
-        refused("this block or width of codes");
-        return 0;
-    }
-    for (Py_ssize_t i = 0; i < all->spans; i++) {
-        int64_t numel = span[i].numel;
-        if (!inside(span[i].at, numel, all->values_size) ||
-            !inside(span[i].codes, width == 8 ? numel : numel / 2 + numel % 2, all->codes_size) ||
-            !inside(span[i].row, numel / all->block + !!(numel % all->block), all->rows_size)) {
+    for (Py_ssize_t i = 0; i < all->spans; i++, span++) {
+        int64_t numel = span->numel;
+        if (!inside(span->at, numel, all->values_size) ||
+            !inside(span->codes, w->format.width == 8 ? numel : numel / 2 + numel % 2, all->codes_size)) {
+            outside("span", i);
+            return 0;
+        }
+        int64_t rows = numel / all->block + !!(numel % all->block);
+        if (!inside(span->row, rows, all->blocks_size) ||
+            (w->rule.rule == TWO_LEVELS &&
+             !inside(span->group, rows / all->per + !!(rows % all->per), all->groups_size)) ||
+            (w->stochastic && !inside(span->owner, 1, all->keys_size)) ||
+            (w->turned && !inside(span->owner, 1, all->signs_size))) {
             outside("span", i);
             return 0;
         }
@@ -244,105 +123,94 @@ static int spans_are_inside(const Spans *all, int width) {
     return 1;
 }
 
-static int format_is_possible(const Format *f) {
+static int work_is_possible(const Spans *all, const Work *w) {
+    const Format *f = &w->format;
     int exponents = f->width - 1 - f->mantissa;
-    if ((f->width == 4 || f->width == 8) && f->mantissa >= 1 && exponents >= 1 && f->bias >= 0 && f->bias < 32)
-        return 1;
-    refused("this format");
-    return 0;
+    if ((f->width != 4 && f->width != 8) || f->mantissa < 1 || exponents < 1 || f->bias < 0 || f->bias >= 32)
+        return refused("this format") != NULL;
+    if (all->block < 1 || (f->width == 4 && all->block % 2) || all->spans < 0)
+        return refused("this block or width of codes") != NULL;
+    if (w->rule.rule < FACTORS || w->rule.rule > TWO_LEVELS || all->per < 1 || all->per > PY_SSIZE_T_MAX / all->block)
+        return refused("this rule of scales") != NULL;
+    return spans_are_inside(all, w);
+}
+
+static size_t common_divisor(size_t a, size_t b) { return b ? common_divisor(b, a % b) : a; }
+
+/* How long a stretch is, which ends with a block, a group and a row, and room for it; 0 with an error where there is
+ * none. */
+static int make_room(const Spans *all, Work *w) {
+    const Span *span = (const Span *)(uintptr_t)all->table;
+    size_t longest = 1, group = (size_t)(all->block * all->per);
+    for (Py_ssize_t i = 0; i < all->spans; i++)
+        if ((size_t)span[i].numel > longest) longest = (size_t)span[i].numel;
+    size_t rows = w->turned ? SIDE / common_divisor(group, SIDE) : 1;
+    w->stretch = group < longest ? smaller(group * rows, longest) : longest;
+    if (w->stretch < TOGETHER) w->stretch *= TOGETHER / w->stretch;
+    size_t values = w->turned ? smaller(w->stretch, longest) : 0, blocks = smaller(w->stretch, longest) / w->block + 1;
+    w->values = malloc(sizeof(float) * (values + blocks));
+    w->factors = w->values ? w->values + values : NULL;
+    return w->values || PyErr_NoMemory() != NULL;
+}
+
+static Draws draws_of(unsigned long long keys, const Span *span) {
+    uint64_t key = ((const uint64_t *)(uintptr_t)keys)[span->owner];
+    return (Draws){(uint32_t)key + (uint32_t)span->first, (uint32_t)(key >> 32)};
+}
+
+static Piece piece_of(const Spans *all, const Span *span, const Work *w) {
+    Piece p = {.values = (float *)(uintptr_t)all->values + span->at,
+               .codes = (uint8_t *)(uintptr_t)all->codes + span->codes,
+               .numel = (size_t)span->numel};
+    size_t scale_bytes = w->rule.rule == POWERS || w->rule.rule == TWO_LEVELS ? 1 : sizeof(float);
+    p.blocks = (char *)(uintptr_t)all->blocks + scale_bytes * (size_t)span->row;
+    if (w->rule.rule == TWO_LEVELS) p.groups = (float *)(uintptr_t)all->groups + span->group;
+    if (w->stochastic) p.noise = draws_of(all->keys, span);
+    if (w->turned) p.signs = draws_of(all->signs, span);
+    return p;
+}
+
+/* Each span through one of the variant's loops, without the interpreter's lock. */
+static PyObject *run(const Spans *all, Work *w, int decoding) {
+    w->block = (size_t)all->block;
+    w->rule.per = (size_t)all->per;
+    w->turned = all->signs_size > 0;
+    w->unit = (float)(1 / sqrt((double)SIDE));
+    if (!work_is_possible(all, w) || !make_room(all, w)) return NULL;
+    const Variant *variant = serving(instruction_set());
+    const Span *span = (const Span *)(uintptr_t)all->table;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < all->spans; i++, span++) {
+        Piece p = piece_of(all, span, w);
+        (decoding ? variant->decode : variant->encode)(&p, w);
+    }
+    Py_END_ALLOW_THREADS
+    free(w->values);
+    Py_RETURN_NONE;
 }
 
 #define FORMAT(f) &(f).width, &(f).mantissa, &(f).bias, &(f).largest, &(f).infinity, &(f).nan, &(f).finite
 #define SPANS(all) \
-    &(all).values, &(all).codes, &(all).rows, &(all).values_size, &(all).codes_size, &(all).rows_size, &(all).table, \
-        &(all).spans, &(all).block
+    &(all).values, &(all).codes, &(all).blocks, &(all).groups, &(all).values_size, &(all).codes_size, \
+        &(all).blocks_size, &(all).groups_size, &(all).table, &(all).spans, &(all).block
 
 PyObject *py_minifloat_encode(PyObject *self, PyObject *args) {
     (void)self;
     Spans all = {0};
-    Format f;
-    Encode e = {0};
-    if (!PyArg_ParseTuple(args, "KKK(nnn)Knn(iiifiii)Knp", SPANS(all), FORMAT(f), &all.keys, &all.keys_size,
-                          &e.stochastic) ||
-        !format_is_possible(&f) || !spans_are_inside(&all, f.width))
+    Work w = {0};
+    if (!PyArg_ParseTuple(args, "(KKKK)(nnnn)Knn(iiifiii)(infp)(Kn)(Kn)", SPANS(all), FORMAT(w.format), &w.rule.rule,
+                          &all.per, &w.rule.least, &w.rule.up, &all.keys, &all.keys_size, &all.signs, &all.signs_size))
         return NULL;
-    if (e.stochastic && all.keys_size < all.spans) return refused("fewer keys than spans");
-    const Span *span = (const Span *)(uintptr_t)all.table;
-    const uint64_t *keys = (const uint64_t *)(uintptr_t)all.keys;
-    const Variant *variant = serving(instruction_set());
-    e.block = (size_t)all.block;
-    Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t i = 0; i < all.spans; i++, span++) {
-        e.x = (const float *)(uintptr_t)all.values + span->at;
-        e.codes = (uint8_t *)(uintptr_t)all.codes + span->codes;
-        e.inverses = (const float *)(uintptr_t)all.rows + span->row;
-        e.numel = (size_t)span->numel;
-        e.first = (uint32_t)span->first;
-        if (e.stochastic) {
-            e.key_low = (uint32_t)keys[i];
-            e.key_high = (uint32_t)(keys[i] >> 32);
-        }
-        variant->encode(&e, &f);
-    }
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    w.stochastic = all.keys_size > 0;
+    return run(&all, &w, 0);
 }
 
 PyObject *py_minifloat_decode(PyObject *self, PyObject *args) {
     (void)self;
     Spans all = {0};
-    Format f;
-    Decode d = {0};
-    if (!PyArg_ParseTuple(args, "KKK(nnn)Knn(iiifiii)i", SPANS(all), FORMAT(f), &d.sign) || !format_is_possible(&f) ||
-        !spans_are_inside(&all, f.width))
+    Work w = {0};
+    if (!PyArg_ParseTuple(args, "(KKKK)(nnnn)Knn(iiifiii)(infp)(Kn)i", SPANS(all), FORMAT(w.format), &w.rule.rule,
+                          &all.per, &w.rule.least, &w.rule.up, &all.signs, &all.signs_size, &w.sign))
         return NULL;
-    const Span *span = (const Span *)(uintptr_t)all.table;
-    const Variant *variant = serving(instruction_set());
-    d.block = (size_t)all.block;
-    Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t i = 0; i < all.spans; i++, span++) {
-        d.out = (float *)(uintptr_t)all.values + span->at;
-        d.codes = (const uint8_t *)(uintptr_t)all.codes + span->codes;
-        d.units = (const float *)(uintptr_t)all.rows + span->row;
-        d.numel = (size_t)span->numel;
-        variant->decode(&d, &f);
-    }
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
-
-PyObject *py_block_maxima(PyObject *self, PyObject *args) {
-    (void)self;
-    Spans all = {0};
-    if (!PyArg_ParseTuple(args, "KK(nn)Knn", &all.values, &all.rows, &all.values_size, &all.rows_size, &all.table,
-                          &all.spans, &all.block))
-        return NULL;
-    all.codes_size = PY_SSIZE_T_MAX; /* no codes are read or written */
-    if (!spans_are_inside(&all, 8)) return NULL;
-    const Span *span = (const Span *)(uintptr_t)all.table;
-    const Variant *variant = serving(instruction_set());
-    Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t i = 0; i < all.spans; i++, span++)
-        variant->maxima((const float *)(uintptr_t)all.values + span->at, (float *)(uintptr_t)all.rows + span->row,
-                        (size_t)span->numel, (size_t)all.block);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
-
-PyObject *py_power_scales(PyObject *self, PyObject *args) {
-    (void)self;
-    unsigned long long maxima, codes, inverses;
-    Py_ssize_t numel;
-    Powers p;
-    if (!PyArg_ParseTuple(args, "KKKnii", &maxima, &codes, &inverses, &numel, &p.exponent, &p.highest)) return NULL;
-    if (numel < 0) return refused("fewer blocks than none");
-    p.maxima = (const float *)(uintptr_t)maxima;
-    p.codes = (uint8_t *)(uintptr_t)codes;
-    p.inverses = (float *)(uintptr_t)inverses;
-    p.numel = (size_t)numel;
-    const Variant *variant = serving(instruction_set());
-    Py_BEGIN_ALLOW_THREADS
-    variant->powers(&p);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return run(&all, &w, 1);
 }

@@ -5,5 +5,3 @@
 const char *instruction_set(void); /* of _cpu.c: the one in use */
 PyObject *py_minifloat_encode(PyObject *self, PyObject *args);
 PyObject *py_minifloat_decode(PyObject *self, PyObject *args);
-PyObject *py_power_scales(PyObject *self, PyObject *args);
-PyObject *py_block_maxima(PyObject *self, PyObject *args);

@@ -1,8 +1,8 @@
 """Floats of 4 and 8 bits, of which blocks share a scale: to codes and back, bit for bit alike anywhere.
 
 A number of a :class:`Minifloat` is ``(-1)^sign 2^(E - bias) (1 + M / 2^mantissa)``, below the smallest
-exponent ``2^(1 - bias) M / 2^mantissa``. The scales themselves are a matter for
-:mod:`distcomp.compressors.minifloat`: what comes here is one factor for each block.
+exponent ``2^(1 - bias) M / 2^mantissa``. What a block's scale is, a rule of :mod:`distcomp.kernels.scales`
+says.
 
 The functions named ``reference_*`` are the specification, in plain torch. ``_minifloat.c`` (CPU) and
 :mod:`distcomp.kernels.triton_minifloat` (GPU) equal it bit for bit.
@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,13 +23,12 @@ from torch import Tensor
 from distcomp.errors import DistcompError
 from distcomp.kernels.dispatch import backend
 from distcomp.kernels.reference import round_at_random, uniform
+from distcomp.kernels.rotation import SIDE, reference_put_back, reference_rotate
 from distcomp.kernels.tables import check_tensor, lines_of
 
 SPAN = 1 << 16
 """Elements: a longer piece is cut in several spans, which threads may share."""
-LINE_BYTES = 40
-MANTISSA, INFINITY = 0x7FFFFF, 0x7F800000
-"""Of a float32: the bits behind the point, and an infinity's; a NaN's are above these."""
+LINE_BYTES = 56
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,43 @@ Decoder = Callable[[Tensor, Tensor, Tensor, int, Minifloat, int], None]
 """Of one span: codes, units, values, block, format, sign."""
 
 
+class Scales(Protocol):
+    """What blocks' scales are: a rule, and the tensors that hold them (:mod:`distcomp.kernels.scales`)."""
+
+    @property
+    def blocks(self) -> Tensor:
+        """What is sent of each block."""
+
+    @property
+    def groups(self) -> Tensor | None:
+        """What is sent of each group of blocks, where there is anything."""
+
+    @property
+    def for_c(self) -> tuple[int, float, bool]:
+        """The rule's number, from which magnitude on values count, whether scales are rounded up."""
+
+    def check(self, spans: Spans) -> None:
+        """Raise DistcompError where the tensors are others than these spans need."""
+
+    def write(self, maxima: Tensor, spans: Spans, kind: Minifloat) -> Tensor:
+        """Write them from the largest magnitude of each block (float32, none negative), and return what
+        values are multiplied by (float32, a finite number of each block, not negative)."""
+
+    def units(self, spans: Spans) -> Tensor:
+        """What the numbers of each block are multiplied by when they are decoded (float32)."""
+
+
 @dataclass(frozen=True)
 class Span:
     """``numel`` elements at ``at`` of a flat buffer, the first of which is element ``first`` of parameter
     number ``owner``; their codes begin at byte ``codes``, their blocks are number ``row`` and those after
-    it."""
+    it, their groups number ``group`` and those after it."""
 
     at: int
     numel: int
     codes: int
     row: int
+    group: int
     first: int
     owner: int
 
@@ -100,23 +127,30 @@ class Spans:
 
     each: tuple[Span, ...]
     block: int
+    per: int
     width: int
     numel: int
     code_bytes: int
     rows: int
+    groups: int
 
     @staticmethod
-    def of(places: Sequence[tuple[int, int, int]], block: int, width: int) -> Spans:
-        """From ``(at, numel, first)`` of each parameter; codes and blocks follow one another.
+    def of(
+        places: Sequence[tuple[int, int, int]], block: int, width: int, per: int = 1, rotated: bool = False
+    ) -> Spans:
+        """From ``(at, numel, first)`` of each parameter; codes and blocks follow one another. ``per`` blocks
+        of a parameter are a group, its last one's fewer. No group is cut, nor, where they are ``rotated``, a
+        row of ``SIDE`` values.
 
         Raises DistcompError where a parameter was cut within a block, or blocks within a byte.
         """
-        if block < 1 or width not in (4, 8) or (width == 4 and block % 2):
+        if block < 1 or per < 1 or width not in (4, 8) or (width == 4 and block % 2):
             raise DistcompError(
                 f"blocks of {block} codes of {width} bits are none; take 8 bits, or 4 and an even block"
             )
-        step = block * max(1, SPAN // block)
-        spans, codes, rows = [], 0, 0
+        whole = math.lcm(block * per, SIDE) if rotated else block * per
+        step = whole * max(1, SPAN // whole)
+        spans, codes, rows, groups = [], 0, 0, 0
         for owner, (at, numel, first) in enumerate(places):
             if first % block:
                 raise DistcompError(
@@ -125,21 +159,37 @@ class Spans:
             for start in range(0, numel, step):
                 count = min(step, numel - start)
                 code, row = codes + start * width // 8, rows + start // block
-                spans.append(Span(at + start, count, code, row, first + start, owner))
+                group = groups + start // (block * per)
+                spans.append(Span(at + start, count, code, row, group, first + start, owner))
             codes += -(-numel * width // 8)
             rows += -(-numel // block)
+            groups += -(-numel // (block * per))
         end = max((at + numel for at, numel, _ in places), default=0)
-        return Spans(tuple(spans), block, width, end, codes, rows)
+        return Spans(tuple(spans), block, per, width, end, codes, rows, groups)
 
     @cached_property
     def table(self) -> Tensor:
-        """For C: at, numel, codes, row, first."""
-        lines = [(one.at, one.numel, one.codes, one.row, one.first) for one in self.each]
-        return torch.tensor(lines, dtype=torch.int64).reshape(-1, 5)
+        """For C: at, numel, codes, row, group, first, owner."""
+        lines = [
+            (one.at, one.numel, one.codes, one.row, one.group, one.first, one.owner) for one in self.each
+        ]
+        return torch.tensor(lines, dtype=torch.int64).reshape(-1, 7)
+
+    @property
+    def places(self) -> list[tuple[int, int, int, int]]:
+        """Of each span, at, numel, first and owner."""
+        return [(one.at, one.numel, one.first, one.owner) for one in self.each]
 
     def rows_of(self, span: Span) -> slice:
         """Which blocks are a span's."""
         return slice(span.row, span.row + -(-span.numel // self.block))
+
+    def groups_of_blocks(self, device: torch.device) -> Tensor:
+        """int64 ``[rows]``: the group that each block is in."""
+        numbers = [torch.empty(0, dtype=torch.int64)]
+        for span in self.each:
+            numbers.append(torch.arange(-(-span.numel // self.block)) // self.per + span.group)
+        return torch.cat(numbers).to(device)
 
     def codes_of(self, span: Span) -> slice:
         """Which bytes are a span's."""
@@ -149,94 +199,48 @@ class Spans:
 # ---------------------------------------------------------------------------------------------- for everybody
 
 
-def power_scales(maxima: Tensor, codes: Tensor, kind: Minifloat, up: bool) -> Tensor:
-    """Write the exponent of each block's scale, a power of two (uint8, plus 127; 255 of an infinity or NaN),
-    and return what values are multiplied by: one over the scale (float32; 0 of such a block).
-
-    ``maxima``: float32, one a block, none negative. ``up``: the smallest scale that clamps nothing, else the
-    one that brings the largest magnitude into the binade of the largest number.
-    """
-    highest = _mantissa_of(kind.largest) if up else MANTISSA
-    if not _served(maxima):
-        return reference_power_scales(maxima, codes, kind.largest_exponent, highest)
-    from distcomp.kernels import _cpu
-
-    check_tensor("codes", codes, torch.uint8, maxima.numel())
-    maxima, inverses = maxima.contiguous(), torch.empty_like(maxima)
-    at = maxima.data_ptr(), codes.data_ptr(), inverses.data_ptr()
-    _cpu.power_scales(*at, maxima.numel(), kind.largest_exponent, highest)
-    return inverses
-
-
-def reference_power_scales(maxima: Tensor, codes: Tensor, exponent: int, highest: int) -> Tensor:
-    """The specification of :func:`power_scales`; ``highest``: the mantissa above which the next power is
-    taken."""
-    bits = maxima.view(torch.int32)
-    code = (bits >> 23) - exponent + ((bits & MANTISSA) > highest).to(torch.int32)
-    # 2^-127 is subnormal, and its reciprocal is near the end of the range: nothing is lost without it.
-    code = code.clamp_(min=1)
-    codes.copy_(torch.where(bits >= INFINITY, 255, code))
-    inverses = ((254 - code) << 23).view(torch.float32)
-    return torch.where(bits >= INFINITY, 0.0, inverses)
-
-
-def _mantissa_of(x: float) -> int:
-    """The bits of a float32 behind its point."""
-    return int(torch.tensor(x, dtype=torch.float32).view(torch.int32)) & MANTISSA
-
-
-def block_maxima(x: Tensor, spans: Spans) -> Tensor:
-    """The largest magnitude of each block (float32, ``[spans.rows]``); a NaN is above an infinity.
-
-    ``x``: float32, contiguous. On every backend the same bits. Raises DistcompError for another tensor.
-    """
-    check_tensor("values", x, torch.float32, spans.numel)
-    maxima = torch.empty(spans.rows, dtype=torch.float32, device=x.device)
-    if _served(x):
-        from distcomp.kernels import _cpu
-
-        _share(spans, x, lambda at, count, _: _cpu.block_maxima(
-            x.data_ptr(), maxima.data_ptr(), (x.numel(), maxima.numel()), at, count, spans.block
-        ))  # fmt: skip
-        return maxima
-    for span in spans.each:
-        rows = _padded(x[span.at : span.at + span.numel], spans.block)
-        maxima[spans.rows_of(span)] = (rows.view(torch.int32) & 0x7FFFFFFF).amax(1).view(torch.float32)
-    return maxima
-
-
 def encode(
-    x: Tensor, inverses: Tensor, codes: Tensor, spans: Spans, kind: Minifloat, keys: Sequence[int] = ()
+    x: Tensor,
+    codes: Tensor,
+    spans: Spans,
+    kind: Minifloat,
+    scales: Scales,
+    keys: Sequence[int] = (),
+    signs: Tensor | None = None,
 ) -> None:
-    """Write the code of ``x_j`` times the factor of its block, clamped to the largest number.
+    """Write the scales of each block, and the code of ``x_j`` in units of its block's, clamped to the largest
+    number. In C a stretch of a few thousand values goes through all of it while it lies in the cache;
+    elsewhere it is a pass for each step.
 
     Args:
         x: float32, contiguous, ``[spans.numel]`` or more.
-        inverses: float32 ``[spans.rows]``, a finite number of each block, not negative.
         codes: uint8 ``[spans.code_bytes]``; two codes of 4 bits share a byte, the first in its low half.
+        scales: the rule they are made by, and where they are written.
         keys: one for each parameter: rounded at random, ``E[decoded] = x`` where nothing was clamped. None:
             to the nearest, ties to even.
+        signs: int64, on ``x``'s device, a key for each parameter: its whole rows are rotated first
+            (:mod:`distcomp.kernels.rotation`).
 
-    A NaN becomes a NaN and an infinity an infinity, where ``kind`` has them. Raises DistcompError for tensors
-    of another type or size.
+    A NaN becomes a NaN and an infinity an infinity, where ``kind`` has them. On every backend the same bits.
+    Raises DistcompError for tensors of another type or size.
     """
     check_tensor("values", x, torch.float32, spans.numel)
-    check_tensor("factors", inverses, torch.float32, spans.rows)
     check_tensor("codes", codes, torch.uint8, spans.code_bytes)
-    if _served(x):
+    scales.check(spans)
+    if served(x):
         from distcomp.kernels import _cpu
 
-        each = array("Q", [keys[span.owner] for span in spans.each] if keys else [])
-        keys_at = each.buffer_info()[0]
-        at = x.data_ptr(), codes.data_ptr(), inverses.data_ptr()
-        sizes = x.numel(), codes.numel(), inverses.numel()
-
-        def run(table: int, count: int, start: int) -> None:
-            here, left = (keys_at + 8 * start, len(each) - start) if keys else (0, 0)
-            _cpu.minifloat_encode(*at, sizes, table, count, spans.block, kind.for_c, here, left, bool(keys))
-
-        _share(spans, x, run)
+        drawn = array("Q", keys)
+        keys_of = drawn.buffer_info()
+        at, sizes = _buffers(x, codes, scales)
+        rule, turned = _rule(scales, spans), _keys_of_signs(signs, spans)
+        _share(spans, x, lambda table, lines: _cpu.minifloat_encode(
+            at, sizes, table, lines, spans.block, kind.for_c, rule, keys_of if keys else (0, 0), turned
+        ))  # fmt: skip
         return
+    if signs is not None:
+        x = reference_rotate(x, spans.places, signs, back=False)
+    inverses = scales.write(block_maxima(x, spans), spans, kind)
     span_encode, _ = _twins(x)
     for span in spans.each:
         span_encode(
@@ -245,29 +249,47 @@ def encode(
         )  # fmt: skip
 
 
-def decode(codes: Tensor, units: Tensor, out: Tensor, spans: Spans, kind: Minifloat, sign: int = 0) -> None:
-    """Write the number of each code times the unit of its block into ``out``; add it (``sign=1``) or subtract
-    it (``sign=-1``). Shapes, types and errors as in :func:`encode`."""
+def decode(
+    codes: Tensor,
+    out: Tensor,
+    spans: Spans,
+    kind: Minifloat,
+    scales: Scales,
+    sign: int = 0,
+    signs: Tensor | None = None,
+) -> None:
+    """Write the number of each code times the unit of its block into ``out``, rotated back; add it
+    (``sign=1``) or subtract it (``sign=-1``). Shapes, types and errors as in :func:`encode`."""
     check_tensor("values", out, torch.float32, spans.numel)
-    check_tensor("units", units, torch.float32, spans.rows)
     check_tensor("codes", codes, torch.uint8, spans.code_bytes)
-    if _served(out):
+    scales.check(spans)
+    if served(out):
         from distcomp.kernels import _cpu
 
-        at = out.data_ptr(), codes.data_ptr(), units.data_ptr()
-        sizes = out.numel(), codes.numel(), units.numel()
-
-        def run(table: int, count: int, start: int) -> None:
-            _cpu.minifloat_decode(*at, sizes, table, count, spans.block, kind.for_c, sign)
-
-        _share(spans, out, run)
+        at, sizes = _buffers(out, codes, scales)
+        rule, turned = _rule(scales, spans), _keys_of_signs(signs, spans)
+        _share(spans, out, lambda table, lines: _cpu.minifloat_decode(
+            at, sizes, table, lines, spans.block, kind.for_c, rule, turned, sign
+        ))  # fmt: skip
         return
+    values, units = out if signs is None else torch.empty_like(out), scales.units(spans)
     _, span_decode = _twins(out)
     for span in spans.each:
         span_decode(
-            codes[spans.codes_of(span)], units[spans.rows_of(span)], out[span.at : span.at + span.numel],
-            spans.block, kind, sign,
+            codes[spans.codes_of(span)], units[spans.rows_of(span)], values[span.at : span.at + span.numel],
+            spans.block, kind, sign if signs is None else 0,
         )  # fmt: skip
+    if signs is not None:
+        reference_put_back(values, out, spans.places, signs, sign)
+
+
+def block_maxima(x: Tensor, spans: Spans) -> Tensor:
+    """The largest magnitude of each block (float32, ``[spans.rows]``); a NaN is above an infinity."""
+    maxima = torch.empty(spans.rows, dtype=torch.float32, device=x.device)
+    for span in spans.each:
+        rows = _padded(x[span.at : span.at + span.numel], spans.block)
+        maxima[spans.rows_of(span)] = (rows.view(torch.int32) & 0x7FFFFFFF).amax(1).view(torch.float32)
+    return maxima
 
 
 # ------------------------------------------------------------------------------------------ the specification
@@ -326,20 +348,43 @@ def _padded(x: Tensor, block: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.numel() % block)).view(-1, block)
 
 
-def _served(x: Tensor) -> bool:
+def served(x: Tensor) -> bool:
+    """Whether C serves this tensor."""
     return x.device.type == "cpu" and backend("cpu") == "cpu"
 
 
-def _share(spans: Spans, x: Tensor, run: Callable[[int, int, int], None]) -> None:
-    """``run(address of the first line, lines, number of the first)``, shared between threads."""
+def _buffers(
+    values: Tensor, codes: Tensor, scales: Scales
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Where values, codes, blocks' and groups' scales are, and how many there are of each."""
+    blocks, groups = scales.blocks, scales.groups
+    of_groups = (0, 0) if groups is None else (groups.data_ptr(), groups.numel())
+    at = values.data_ptr(), codes.data_ptr(), blocks.data_ptr(), of_groups[0]
+    return at, (values.numel(), codes.numel(), blocks.numel(), of_groups[1])
+
+
+def _rule(scales: Scales, spans: Spans) -> tuple[int, int, float, bool]:
+    """What C is told of it: also how many blocks a group has."""
+    rule, least, up = scales.for_c
+    return rule, spans.per, least, up
+
+
+def _keys_of_signs(signs: Tensor | None, spans: Spans) -> tuple[int, int]:
+    """Where they are, and how many."""
+    if signs is None:
+        return 0, 0
+    check_tensor("keys of signs", signs, torch.int64, spans.each[-1].owner + 1 if spans.each else 0)
+    return signs.data_ptr(), signs.numel()
+
+
+def _share(spans: Spans, x: Tensor, run: Callable[[int, int], None]) -> None:
+    """``run(address of the first line, lines)``, shared between threads."""
     from distcomp.kernels import cpu
 
     if not spans.each:
         return
     table, lines = lines_of(spans.table, LINE_BYTES)
-    cpu.shared(
-        lambda start, count: run(table + LINE_BYTES * start, count, start), lines, 1, 4 * x.numel() // lines
-    )
+    cpu.shared(lambda start, count: run(table + LINE_BYTES * start, count), lines, 1, 4 * x.numel() // lines)
 
 
 def _twins(x: Tensor) -> tuple[Encoder, Decoder]:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distcomp.compressors import MXFP4, MXFP8, NVFP4, Compressor, Float8, parse_compressor
-from distcomp.compressors.block_float import rotate_parameters
+from distcomp.compressors.grid import keys_of_signs
 from distcomp.errors import DistcompError
-from distcomp.kernels.rotation import SIDE
+from distcomp.kernels.rotation import SIDE, reference_rotate
 from distcomp.layout import Layout
 from distcomp.payload import Payload
 from distcomp.randomness import Key
@@ -267,9 +267,8 @@ def test_to_the_nearest_what_is_declared_holds_where_values_err_most(c: Compress
 
 
 def rotated(x: Tensor, layout: Layout, seed: Tensor, back: bool = False) -> Tensor:
-    out = x.clone()
-    rotate_parameters(out, layout, seed, back)
-    return out
+    keys = keys_of_signs(layout, seed)
+    return reference_rotate(x, MXFP4(hadamard=True).spans(layout).places, keys, back)
 
 
 def test_a_rotation_is_taken_back_and_spreads_an_outlier() -> None:

@@ -3,7 +3,6 @@ instruction set, wherever a tensor begins and however many threads share it."""
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from distcomp.errors import DistcompError
 from distcomp.kernels import dispatch, minifloat
 from distcomp.kernels.minifloat import E2M1, E4M3, E5M2, Minifloat, Spans
 from distcomp.kernels.reference import uniform
+from distcomp.kernels.scales import Given
 from tests.kernels import minifloats
 from tests.kernels.draws import same_bits
 
@@ -171,15 +171,15 @@ def both(patched: pytest.MonkeyPatch, run: Callable[[], list[Tensor]]) -> tuple[
 def there_and_back(
     x: Tensor, factors: Tensor, spans: Spans, kind: Minifloat, keys: list[int]
 ) -> list[Tensor]:
-    """Codes, maxima, and what is decoded, added and subtracted: from outputs that held rubbish."""
+    """Codes, and what is decoded, added and subtracted: from outputs that held rubbish."""
     codes = torch.full((spans.code_bytes,), 0xA5, dtype=torch.uint8)
-    minifloat.encode(x, factors, codes, spans, kind, keys)
+    minifloat.encode(x, codes, spans, kind, Given(factors), keys)
     decoded = []
     for sign in (0, 1, -1):
         out = x.flip(0).contiguous()
-        minifloat.decode(codes, factors, out, spans, kind, sign)
+        minifloat.decode(codes, out, spans, kind, Given(factors), sign)
         decoded.append(out)
-    return [codes.float(), minifloat.block_maxima(x, spans), *decoded]
+    return [codes.float(), *decoded]
 
 
 @settings(max_examples=60)
@@ -234,8 +234,9 @@ def test_nothing_beside_the_outputs_is_touched() -> None:
         spans = Spans.of([(0, 101, 0)], 16, kind.width)
         codes = torch.full((spans.code_bytes + 64,), 0xA5, dtype=torch.uint8)
         out = torch.full((101 + 16,), 7.0)
-        minifloat.encode(x, torch.ones(spans.rows), codes[32:-32], spans, kind)
-        minifloat.decode(codes[32:-32], torch.ones(spans.rows), out[8:-8], spans, kind)
+        ones = Given(torch.ones(spans.rows))
+        minifloat.encode(x, codes[32:-32], spans, kind, ones)
+        minifloat.decode(codes[32:-32], out[8:-8], spans, kind, ones)
         assert codes[:32].eq(0xA5).all()
         assert codes[-32:].eq(0xA5).all()
         assert out[:8].eq(7).all()
@@ -243,34 +244,81 @@ def test_nothing_beside_the_outputs_is_touched() -> None:
 
 
 def test_what_reaches_outside_its_buffers_is_refused() -> None:
-    x, factors = torch.zeros(64), torch.ones(2)
+    x, factors = torch.zeros(64), Given(torch.ones(2))
     spans = Spans.of([(0, 64, 0)], 32, 8)
     with pytest.raises(DistcompError, match="elements"):
-        minifloat.encode(x[:63], factors, torch.empty(64, dtype=torch.uint8), spans, E4M3)
+        minifloat.encode(x[:63], torch.empty(64, dtype=torch.uint8), spans, E4M3, factors)
     with pytest.raises(DistcompError, match="elements"):
-        minifloat.encode(x, factors, torch.empty(63, dtype=torch.uint8), spans, E4M3)
+        minifloat.encode(x, torch.empty(63, dtype=torch.uint8), spans, E4M3, factors)
     with pytest.raises(DistcompError, match="elements"):
-        minifloat.decode(torch.empty(64, dtype=torch.uint8), factors[:1], x, spans, E4M3)
+        minifloat.decode(torch.empty(64, dtype=torch.uint8), x, spans, E4M3, Given(torch.ones(1)))
     with pytest.raises(DistcompError, match="multiple of block"):
         Spans.of([(0, 64, 5)], 32, 8)
     with pytest.raises(DistcompError, match="even block"):
         Spans.of([(0, 64, 0)], 31, 4)
-    at = [torch.zeros(64).data_ptr()] * 3
-    line = torch.tensor([[0, 64, 0, 0, 0]])
-    table = line.data_ptr()
-    for sizes in ((63, 64, 2), (64, 63, 2), (64, 64, 1)):
+
+
+FACTORS, TWO_LEVELS = (0, 1, 0.0, False), (3, 2, 0.0, False)
+ROOM = [torch.zeros(64) for _ in range(4)]
+FITS = (64, 64, 2, 1)
+
+
+def call(
+    sizes: tuple[int, int, int, int] = FITS,
+    line: tuple[int, ...] = (0, 64, 0, 0, 0, 0, 0),
+    block: int = 32,
+    kind: tuple[int, int, int, float, int, int, int] = E4M3.for_c,
+    rule: tuple[int, int, float, bool] = TWO_LEVELS,
+    known: tuple[int, int] = (1, 1),
+    decode: bool = False,
+) -> None:
+    """C, called past Python's checks: with buffers said to be so long, one line of a table, so many keys."""
+    first, second, third, fourth = (one.data_ptr() for one in ROOM)
+    at, table = (first, second, third, fourth), torch.tensor([line], dtype=torch.int64)
+    keys, signs = ((torch.zeros(4, dtype=torch.int64).data_ptr(), count) for count in known)
+    if decode:
+        _cpu.minifloat_decode(at, sizes, table.data_ptr(), 1, block, kind, rule, signs, 0)
+    else:
+        _cpu.minifloat_encode(at, sizes, table.data_ptr(), 1, block, kind, rule, keys, signs)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_c_refuses_a_table_that_reaches_outside(decode: bool) -> None:
+    call(decode=decode)
+    for sizes in ((63, 64, 2, 1), (64, 63, 2, 1), (64, 64, 1, 1), (64, 64, 2, 0)):
         with pytest.raises(ValueError, match="outside its buffers"):
-            _cpu.minifloat_encode(*at, sizes, table, 1, 32, E4M3.for_c, 0, 0, False)
-        with pytest.raises(ValueError, match="outside its buffers"):
-            _cpu.minifloat_decode(*at, sizes, table, 1, 32, E4M3.for_c, 0)
-    for call in (
-        lambda: _cpu.minifloat_encode(*at, (64, 64, 2), table, 1, 32, E4M3.for_c, 0, 0, True),
-        lambda: _cpu.minifloat_encode(*at, (64, 64, 2), table, 1, 31, E2M1.for_c, 0, 0, False),
-        lambda: _cpu.minifloat_encode(*at, (64, 64, 2), table, 1, 32, (8, 8, 7, 1.0, 0, 0, 0), 0, 0, False),
-        lambda: _cpu.block_maxima(at[0], at[1], (64, 2), table, 1, 0),
+            call(sizes, decode=decode)
+    call((64, 64, 2, 0), rule=FACTORS, decode=decode)  # which knows no groups
+    for column in range(5):
+        for place in (1, -1, 2**62, -(2**62)):
+            line = [0, 64, 0, 0, 0, 0, 0]
+            line[column] += place
+            if column == 1 and place == -1:
+                continue  # a value fewer
+            with pytest.raises(ValueError, match="outside its buffers"):
+                call(line=tuple(line), decode=decode)
+    for owner in (1, -1, 2**62):
+        for known in ((0, 1),) if decode else ((0, 1), (1, 0), (1, 1)):
+            with pytest.raises(ValueError, match="outside its buffers"):
+                call(line=(0, 64, 0, 0, 0, 0, owner), known=known, decode=decode)
+        call(line=(0, 64, 0, 0, 0, 0, owner), known=(0, 0), decode=decode)  # neither noise nor signs
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_c_refuses_what_no_format_block_or_rule_is(decode: bool) -> None:
+    for run in (
+        lambda: call(block=31, kind=E2M1.for_c, decode=decode),
+        lambda: call(block=0, decode=decode),
+        lambda: call(block=-32, decode=decode),
+        lambda: call(kind=(8, 8, 7, 1.0, 0, 0, 0), decode=decode),
+        lambda: call(kind=(16, 3, 7, 1.0, 0, 0, 0), decode=decode),
+        lambda: call(rule=(4, 1, 0.0, False), decode=decode),
+        lambda: call(rule=(-1, 1, 0.0, False), decode=decode),
+        lambda: call(rule=(3, 0, 0.0, False), decode=decode),
+        lambda: call(rule=(3, 2**62, 0.0, False), decode=decode),
     ):
         with pytest.raises(ValueError, match="cannot be"):
-            call()
+            run()
 
 
 # ----------------------------------------------------------------------------------------------------- Triton
@@ -284,34 +332,3 @@ def test_triton_equals_the_reference_in_its_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-@given(
-    st.lists(
-        st.sampled_from([0.0, math.inf, math.nan, 2.0**-126, 2.0**-149, 3e38, 6.0, 448.0, 1.75, 1.5])
-        | st.floats(0, 2.0**127, width=32),
-        max_size=40,
-    ),
-    st.sampled_from([E2M1, E4M3, E5M2]),
-    st.booleans(),
-)
-def test_powers_of_two_as_scales(
-    instruction_sets: list[str], drawn: list[float], kind: Minifloat, up: bool
-) -> None:
-    """C and torch alike; and rounded up, a scale clamps nothing."""
-    maxima, found = torch.tensor(drawn, dtype=torch.float32), []
-    for name in (*instruction_sets, "torch"):
-        codes = torch.full((len(drawn),), 7, dtype=torch.uint8)
-        with pytest.MonkeyPatch.context() as patch:
-            if name == "torch":
-                patch.setattr(minifloat, "_served", lambda x: False)
-            else:
-                _cpu.use(name)
-            inverses = minifloat.power_scales(maxima, codes, kind, up)
-        found.append((codes, inverses.view(torch.int32)))
-    assert all(torch.equal(a, b) for one in found for a, b in zip(one, found[-1], strict=True))
-    usable = codes < 255
-    assert torch.equal(usable, maxima.isfinite())
-    scaled = maxima[usable].double() * inverses[usable].double()
-    assert (scaled <= (kind.largest if up else 2.0 ** (kind.largest_exponent + 1))).all()
-    assert (scaled[codes[usable] > 1] >= 2.0**kind.largest_exponent / (2 if up else 1)).all()
