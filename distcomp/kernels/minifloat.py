@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distcomp.errors import DistcompError
-from distcomp.kernels.dispatch import backend
+from distcomp.kernels.dispatch import backend, served_by_c
 from distcomp.kernels.reference import round_at_random, uniform
 from distcomp.kernels.rotation import SIDE, reference_put_back, reference_rotate
 from distcomp.kernels.tables import check_tensor, lines_of
@@ -227,7 +227,7 @@ def encode(
     check_tensor("values", x, torch.float32, spans.numel)
     check_tensor("codes", codes, torch.uint8, spans.code_bytes)
     scales.check(spans)
-    if served(x):
+    if served_by_c(x):
         from distcomp.kernels import _cpu
 
         drawn = array("Q", keys)
@@ -263,7 +263,7 @@ def decode(
     check_tensor("values", out, torch.float32, spans.numel)
     check_tensor("codes", codes, torch.uint8, spans.code_bytes)
     scales.check(spans)
-    if served(out):
+    if served_by_c(out):
         from distcomp.kernels import _cpu
 
         at, sizes = _buffers(out, codes, scales)
@@ -346,11 +346,6 @@ def _pairs(code: Tensor) -> Tensor:
 def _padded(x: Tensor, block: int) -> Tensor:
     """Blocks as rows; the last one padded with zeros."""
     return torch.nn.functional.pad(x, (0, -x.numel() % block)).view(-1, block)
-
-
-def served(x: Tensor) -> bool:
-    """Whether C serves this tensor."""
-    return x.device.type == "cpu" and backend("cpu") == "cpu"
 
 
 def _buffers(

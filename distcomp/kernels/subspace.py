@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distcomp.errors import DistcompError
-from distcomp.kernels.dispatch import backend
+from distcomp.kernels.dispatch import served_by_c
 from distcomp.kernels.tables import check_tensor, lines_of
 
 LINE_BYTES, PIECE_BYTES = 72, 16
@@ -190,7 +190,7 @@ def squared_distances(x: Tensor, mean: Tensor, pieces: Tensor) -> Tensor:
 
 def _served(x: Tensor, bases: Sequence[Tensor] = ()) -> bool:
     rounded = all(basis.dtype == torch.bfloat16 for basis in bases)
-    return rounded and x.device.type == "cpu" and backend("cpu") == "cpu"
+    return rounded and served_by_c(x)
 
 
 def _check(x: Tensor, known: Known, bases: Sequence[Tensor], offsets: Sequence[Tensor] = ()) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distcomp.errors import DistcompError
-from distcomp.kernels import minifloat
+from distcomp.kernels import dispatch, minifloat
 from distcomp.kernels.minifloat import E2M1, E4M3, E5M2, Minifloat, Scales, Spans
 from distcomp.kernels.scales import Floats, Given, Powers, TwoLevels
 from tests.kernels.draws import same_bits
@@ -45,7 +45,7 @@ def served_by(name: str) -> Iterator[None]:
     """An instruction set, or "reference"."""
     with pytest.MonkeyPatch.context() as patch:
         if name == "reference":
-            patch.setenv("DISTCOMP_KERNELS", "reference")
+            patch.setattr(dispatch, "forced", lambda: "reference")
         else:
             _cpu.use(name)
         yield
