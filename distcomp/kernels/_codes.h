@@ -48,7 +48,7 @@ BODY void encode_block(const float *restrict x, uint32_t *restrict code, size_t 
         float y = float_of(magnitude) * factor;
         y = y < largest ? y : largest; /* a NaN, too */
         int32_t exponent = (int32_t)bits_of(y);
-        exponent = (exponent > lowest ? exponent : lowest) & 0x7f800000; /* left in its place: no shift there and back */
+        exponent = (exponent > lowest ? exponent : lowest) & 0x7f800000; /* in its place: no shift there and back */
         float steps = y * float_of(one_step - (uint32_t)exponent); /* at random with 24 bits behind the point */
         int32_t n;
         if (stochastic)

@@ -83,7 +83,8 @@ BODY float group_scales(float *restrict factors, uint8_t *restrict codes, size_t
     return outer;
 }
 
-/* Blocks' scales (float32 of the rules FACTORS and FLOATS, else bytes) and groups', from `row` on; `row` begins a group. */
+/* Blocks' scales (float32 of the rules FACTORS and FLOATS, else bytes) and groups', from `row` on, which begins a
+ * group. */
 BODY void write_scales(float *factors, void *blocks, float *groups, size_t row, size_t rows, const Rule *rule,
                        float largest) {
     if (rule->rule == FLOATS) float_scales(factors, (float *)blocks + row, rows, largest, rule->least);
