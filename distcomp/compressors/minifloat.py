@@ -47,7 +47,7 @@ class Float8(BlockFloat):
     (where torch 2.13 makes it 448).
 
     ``hadamard`` rotates every 128 values of a parameter at random first and back after decoding
-    (:func:`~distcomp.kernels.rotation.rotate`).
+    (:func:`~distcomp.kernels.rotation.reference_rotate`).
 
     On the wire: 1 byte per value and 4 per block (none with ``block=0``), 8 for the seed of a rotation. The
     payload: ``seed``, int64, one if there is a rotation; ``scales``, float32, one a block; ``codes``, uint8.

@@ -75,57 +75,20 @@ def test_two_means(instruction_set, monkeypatch_context, pieces, seed, sign) -> 
 # ---------------------------------------------------------------------------------------------- rotations
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    pieces=st.lists(
-        st.tuples(st.integers(0, 1000) | st.sampled_from([127, 128, 70_000]), st.integers(0, 2**33)),
-        min_size=1,
-        max_size=4,
-    ),
-    seed=st.integers(0, 99),
-    back=st.booleans(),
-)
-def test_rotations(instruction_set, monkeypatch_context, pieces, seed, back) -> None:
-    places, at = [], 0
-    for numel, first in pieces:
-        places.append((at, numel, first))
-        at += numel
-    keys = torch.randint(-(2**62), 2**62, (len(pieces),), generator=torch.Generator().manual_seed(seed))
-    x, lines = awkward(at, seed), rotation.rotation_lines(places)
-    ours, theirs = x.clone(), x.clone()
-    rotation.rotate(ours, lines, keys, back)
-    with monkeypatch_context() as patch:
-        patch.setattr(dispatch, "forced", lambda: "reference")
-        rotation.rotate(theirs, lines, keys, back)
-    assert same_bits(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
-    assert torch.equal(ours.isnan(), theirs.isnan())
-    elsewhere, given = torch.full_like(x, 5.0), x.clone()
-    rotation.rotate(given, lines, keys, back, elsewhere)
-    assert same_bits(given, x)
-    for at, numel, _ in places:
-        whole = slice(at, at + numel // rotation.SIDE * rotation.SIDE)
-        tail = slice(whole.stop, at + numel)
-        assert same_bits(ours[tail], x[tail])
-        assert same_bits(elsewhere[whole], ours[whole])
-        assert (elsewhere[tail] == 5.0).all()
-
-
 def test_a_rotation_is_a_product_with_the_matrix_of_hadamard() -> None:
     """Sylvester's: ``H_2n = [[H, H], [H, -H]]``; the signs come off where the same is rotated back."""
     matrix = np.ones((1, 1))
     while len(matrix) < rotation.SIDE:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     x, keys = awkward(3 * rotation.SIDE, 0), torch.tensor([5])
-    lines = rotation.rotation_lines([(0, x.numel(), 0)])
-    turned, both = x.clone(), x.clone()
-    rotation.rotate(turned, lines, keys)
+    places = [(0, x.numel(), 0, 0)]
+    turned = rotation.reference_rotate(x, places, keys, back=False)
     signed = turned.view(3, -1).double().numpy() @ matrix / np.sqrt(rotation.SIDE)
     np.testing.assert_allclose(np.abs(signed), x.view(3, -1).abs().numpy(), atol=1e-5)
     signs = np.sign(signed * x.view(3, -1).numpy())
     assert 150 < (signs > 0).sum() < 234
-    rotation.rotate(both, lines, keys)
-    rotation.rotate(both, lines, keys, back=True)
-    torch.testing.assert_close(both, x, atol=1e-5, rtol=0)
+    again = rotation.reference_rotate(turned, places, keys, back=True)
+    torch.testing.assert_close(again, x, atol=1e-5, rtol=0)
 
 
 def test_the_two_means_are_means() -> None:

@@ -132,21 +132,3 @@ def test_one_tensor_that_reaches_further_than_its_buffers_is_refused_in_c() -> N
             _cpu.quantize(*at, sizes, numel, 8, 4, 0, 0, False, 0, False, (0, 0))
         with pytest.raises(ValueError, match="outside its buffers"):
             _cpu.dequantize(*at, sizes, numel, 8, 4, False, 0, 1.0)
-
-
-def test_rows_that_are_rotated_lie_inside() -> None:
-    x = torch.zeros(256, dtype=torch.float32)
-    key = torch.zeros(1, dtype=torch.int64)
-    for numel, at, rows, owner in (
-        (127, 0, 1, 0),
-        (256, 0, 3, 0),
-        (256, 129, 1, 0),
-        (256, 0, -1, 0),
-        (256, 0, 1 << 60, 0),
-        (256, -1, 1, 0),
-        (256, 0, 1, 1),
-        (256, 0, 1, -1),
-    ):
-        line = torch.tensor([[at, rows, 0, owner]])
-        with pytest.raises(ValueError, match="line 0 reaches outside"):
-            _cpu.rotate(*2 * (x.data_ptr(),), numel, line.data_ptr(), 1, key.data_ptr(), 1, False)
