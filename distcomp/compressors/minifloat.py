@@ -16,7 +16,7 @@ from distcomp.errors import DistcompError
 from distcomp.kernels import minifloat as kernel
 from distcomp.kernels.minifloat import E2M1, E4M3, E5M2, Minifloat, Scales, Spans
 from distcomp.kernels.rotation import SIDE
-from distcomp.kernels.scales import Floats, Given, Powers, TwoLevels
+from distcomp.kernels.scales import FloatScales, GivenScales, PowerScales, TwoLevelScales
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
 
@@ -102,9 +102,9 @@ class Float8(BlockFloat):
 
     def scales(self, payload: Payload, layout: Layout) -> Scales:
         if self.block:
-            return Floats(payload["scales"], SMALLEST_MAXIMUM)
+            return FloatScales(payload["scales"], SMALLEST_MAXIMUM)
         rows = self.spans(layout).rows
-        return Given(torch.ones(rows, dtype=torch.float32, device=payload.wire.device))
+        return GivenScales(torch.ones(rows, dtype=torch.float32, device=payload.wire.device))
 
     def omega(self, numel: int) -> float | None:
         """:func:`rounding_variance`: the largest magnitude is the largest float."""
@@ -131,7 +131,7 @@ class Microscaling(BlockFloat):
 
     def scales(self, payload: Payload, layout: Layout) -> Scales:
         # Rounded at random, what is clamped is not right in the mean.
-        return Powers(payload["scales"], up=self.rounding == "stochastic")
+        return PowerScales(payload["scales"], up=self.rounding == "stochastic")
 
     def omega(self, numel: int) -> float | None:
         """:func:`rounding_variance`: half the largest float or more is what the largest magnitude becomes."""
@@ -265,7 +265,7 @@ class NVFP4(BlockFloat):
 
     def scales(self, payload: Payload, layout: Layout) -> Scales:
         up = self.rounding == "stochastic"
-        return TwoLevels(payload["block_scales"], payload["scales"], SMALLEST_MAXIMUM, up)
+        return TwoLevelScales(payload["block_scales"], payload["scales"], SMALLEST_MAXIMUM, up)
 
     def _floor(self, numel: int) -> float:
         """What blocks below the smallest scale may err by, relative to the group's square: half of their

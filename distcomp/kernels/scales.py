@@ -24,7 +24,7 @@ SMALLEST = 2.0**-6
 
 
 @dataclass(frozen=True)
-class Rule:
+class ScaleRule:
     """What rules have in common that know no groups."""
 
     blocks: Tensor
@@ -36,7 +36,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Given(Rule):
+class GivenScales(ScaleRule):
     """float32 of each block, which is what values are multiplied by when they are encoded, and numbers when
     they are decoded."""
 
@@ -59,7 +59,7 @@ class Given(Rule):
 
 
 @dataclass(frozen=True)
-class Powers(Rule):
+class PowerScales(ScaleRule):
     """The exponent of a power of two (uint8, plus 127; 255 of an infinity or NaN, and never below 1).
 
     ``up``: the smallest scale that clamps nothing, else the one that brings the largest magnitude into the
@@ -96,7 +96,7 @@ class Powers(Rule):
 
 
 @dataclass(frozen=True)
-class Floats(Rule):
+class FloatScales(ScaleRule):
     """The largest magnitude over the largest number, a float32; 0 of a block below ``least``."""
 
     least: float
@@ -122,7 +122,7 @@ class Floats(Rule):
 
 
 @dataclass(frozen=True)
-class TwoLevels:
+class TwoLevelScales:
     """A float32 for each group of blocks, and an e4m3 (uint8) for each block, L being the largest number::
 
     S = max / (448 L)         of a group, 0 below ``least``

@@ -20,7 +20,7 @@ from distcomp.errors import DistcompError
 from distcomp.kernels import dispatch, minifloat
 from distcomp.kernels.minifloat import E2M1, E4M3, E5M2, Minifloat, Spans
 from distcomp.kernels.reference import uniform
-from distcomp.kernels.scales import Given
+from distcomp.kernels.scales import GivenScales
 from tests.kernels import minifloats
 from tests.kernels.draws import same_bits
 
@@ -173,11 +173,11 @@ def there_and_back(
 ) -> list[Tensor]:
     """Codes, and what is decoded, added and subtracted: from outputs that held rubbish."""
     codes = torch.full((spans.code_bytes,), 0xA5, dtype=torch.uint8)
-    minifloat.encode(x, codes, spans, kind, Given(factors), keys)
+    minifloat.encode(x, codes, spans, kind, GivenScales(factors), keys)
     decoded = []
     for sign in (0, 1, -1):
         out = x.flip(0).contiguous()
-        minifloat.decode(codes, out, spans, kind, Given(factors), sign)
+        minifloat.decode(codes, out, spans, kind, GivenScales(factors), sign)
         decoded.append(out)
     return [codes.float(), *decoded]
 
@@ -234,7 +234,7 @@ def test_nothing_beside_the_outputs_is_touched() -> None:
         spans = Spans.of([(0, 101, 0)], 16, kind.width)
         codes = torch.full((spans.code_bytes + 64,), 0xA5, dtype=torch.uint8)
         out = torch.full((101 + 16,), 7.0)
-        ones = Given(torch.ones(spans.rows))
+        ones = GivenScales(torch.ones(spans.rows))
         minifloat.encode(x, codes[32:-32], spans, kind, ones)
         minifloat.decode(codes[32:-32], out[8:-8], spans, kind, ones)
         assert codes[:32].eq(0xA5).all()
@@ -244,14 +244,14 @@ def test_nothing_beside_the_outputs_is_touched() -> None:
 
 
 def test_what_reaches_outside_its_buffers_is_refused() -> None:
-    x, factors = torch.zeros(64), Given(torch.ones(2))
+    x, factors = torch.zeros(64), GivenScales(torch.ones(2))
     spans = Spans.of([(0, 64, 0)], 32, 8)
     with pytest.raises(DistcompError, match="elements"):
         minifloat.encode(x[:63], torch.empty(64, dtype=torch.uint8), spans, E4M3, factors)
     with pytest.raises(DistcompError, match="elements"):
         minifloat.encode(x, torch.empty(63, dtype=torch.uint8), spans, E4M3, factors)
     with pytest.raises(DistcompError, match="elements"):
-        minifloat.decode(torch.empty(64, dtype=torch.uint8), x, spans, E4M3, Given(torch.ones(1)))
+        minifloat.decode(torch.empty(64, dtype=torch.uint8), x, spans, E4M3, GivenScales(torch.ones(1)))
     with pytest.raises(DistcompError, match="multiple of block"):
         Spans.of([(0, 64, 5)], 32, 8)
     with pytest.raises(DistcompError, match="even block"):

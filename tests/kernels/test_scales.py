@@ -16,7 +16,7 @@ from torch import Tensor
 from distcomp.errors import DistcompError
 from distcomp.kernels import dispatch, minifloat
 from distcomp.kernels.minifloat import E2M1, E4M3, E5M2, Minifloat, Scales, Spans
-from distcomp.kernels.scales import Floats, Given, Powers, TwoLevels
+from distcomp.kernels.scales import FloatScales, GivenScales, PowerScales, TwoLevelScales
 from tests.kernels.draws import same_bits
 
 _cpu = pytest.importorskip("distcomp.kernels._cpu", reason="no C extension could be built here")
@@ -31,10 +31,10 @@ magnitudes = st.one_of(
 )
 
 RULES: dict[str, Callable[[Spans, bool], Scales]] = {
-    "given": lambda spans, up: Given(torch.linspace(0.0, 3.0, max(1, spans.rows))),
-    "powers": lambda spans, up: Powers(torch.full((spans.rows,), 7, dtype=torch.uint8), up),
-    "floats": lambda spans, up: Floats(torch.full((spans.rows,), 7.0), LEAST),
-    "two levels": lambda spans, up: TwoLevels(
+    "given": lambda spans, up: GivenScales(torch.linspace(0.0, 3.0, max(1, spans.rows))),
+    "powers": lambda spans, up: PowerScales(torch.full((spans.rows,), 7, dtype=torch.uint8), up),
+    "floats": lambda spans, up: FloatScales(torch.full((spans.rows,), 7.0), LEAST),
+    "two levels": lambda spans, up: TwoLevelScales(
         torch.full((spans.rows,), 7, dtype=torch.uint8), torch.full((spans.groups,), 7.0), LEAST, up
     ),
 }
@@ -178,7 +178,7 @@ def test_every_e4m3_is_a_unit() -> None:
     """Subnormal ones too, and NaN: a group's scale of 1 times each, seen through numbers of 1."""
     blocks = torch.arange(256).to(torch.uint8)
     spans, out = Spans.of([(0, 512, 0)], 2, 4, 256), torch.empty(512)
-    scales = TwoLevels(blocks, torch.ones(1), LEAST, True)
+    scales = TwoLevelScales(blocks, torch.ones(1), LEAST, True)
     minifloat.decode(torch.full((256,), 0x22, dtype=torch.uint8), out, spans, E2M1, scales)
     assert same_bits(out[::2], blocks.view(torch.float8_e4m3fn).float())
     assert same_bits(out[1::2], out[::2].contiguous())
@@ -200,16 +200,16 @@ def test_tensors_that_are_too_short_are_refused() -> None:
     spans = Spans.of([(0, 64, 0)], 16, 4, 2)
     x, codes, bytes_ = torch.zeros(64), torch.zeros(32, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
     for scales in (
-        Given(torch.ones(3)),
-        Powers(bytes_[:3], True),
-        Floats(torch.ones(3), LEAST),
-        Floats(bytes_, LEAST),
-        TwoLevels(bytes_[:3], torch.ones(2), LEAST, True),
-        TwoLevels(bytes_, torch.ones(1), LEAST, True),
+        GivenScales(torch.ones(3)),
+        PowerScales(bytes_[:3], True),
+        FloatScales(torch.ones(3), LEAST),
+        FloatScales(bytes_, LEAST),
+        TwoLevelScales(bytes_[:3], torch.ones(2), LEAST, True),
+        TwoLevelScales(bytes_, torch.ones(1), LEAST, True),
     ):
         with pytest.raises(DistcompError, match="elements"):
             minifloat.encode(x, codes, spans, E2M1, scales)
         with pytest.raises(DistcompError, match="elements"):
             minifloat.decode(codes, x, spans, E2M1, scales)
     with pytest.raises(DistcompError, match="keys of signs"):
-        minifloat.encode(x, codes, spans, E2M1, Powers(bytes_, True), signs=torch.zeros(1))
+        minifloat.encode(x, codes, spans, E2M1, PowerScales(bytes_, True), signs=torch.zeros(1))
