@@ -15,6 +15,7 @@ from distcomp.compressors.topk import Sparsifier
 from distcomp.errors import DistcompError
 from distcomp.kernels import dct as kernel
 from distcomp.kernels.dct import Grid, Grids
+from distcomp.kernels.dispatch import served_by_c
 from distcomp.layout import Layout, ParamSlice
 from distcomp.payload import Part, Payload
 from distcomp.randomness import Key
@@ -81,7 +82,7 @@ class DctTopK(Sparsifier):
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload, rows = Payload.empty(self.parts(layout), x.device), self._rows(layout)
-        if kernel.serves(x.device):
+        if served_by_c(x):
             places = torch.empty(rows.count, dtype=torch.int64)
             kernel.top(x.contiguous(), self._grids(layout), payload["values"], places)
         else:
@@ -97,7 +98,7 @@ class DctTopK(Sparsifier):
 
     def put(self, out: Tensor, values: Tensor, payload: Payload, layout: Layout, scale: int) -> None:
         places = self.positions(payload, layout)
-        if kernel.serves(out.device) and out.is_contiguous():
+        if served_by_c(out) and out.is_contiguous():
             kernel.put(values.contiguous(), places, self._grids(layout), out, scale)
             return
         # Into a buffer of coefficients: adding must wait until they are elements again.
@@ -106,7 +107,7 @@ class DctTopK(Sparsifier):
         out.add_(self.inverse(y, layout), alpha=scale)
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
-        if kernel.serves(out.device) and not add:  # every element is written: nothing to begin with
+        if served_by_c(out) and not add:  # every element is written: nothing to begin with
             places = self.positions(payload, layout)
             kernel.put(payload["values"], places, self._grids(layout), out, 0)
         else:

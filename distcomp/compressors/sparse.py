@@ -13,6 +13,7 @@ from distcomp import kernels
 from distcomp.errors import DistcompError
 from distcomp.kernels import reference
 from distcomp.kernels import rows as kernel
+from distcomp.kernels.dispatch import served_by_c
 from distcomp.kernels.packing import block_bytes
 from distcomp.kernels.rows import BITMAP, NOTHING, RowTable
 from distcomp.layout import Layout
@@ -193,7 +194,7 @@ class RowSet:
 
     def largest(self, x: Tensor) -> Tensor:
         """Where the largest magnitudes of each row are in a flat buffer (int64), row after row, rising."""
-        if not kernel.serves(x.device):
+        if not served_by_c(x):
             return _concatenated(
                 [rows.in_buffer(top_indices(rows.view(x), rows.count)) for rows in self.each], x
             )
@@ -203,7 +204,7 @@ class RowSet:
 
     def encode(self, places: Tensor) -> Tensor:
         """The bytes (uint8) that say which elements of the flat buffer ``places`` are."""
-        if kernel.serves(places.device):
+        if served_by_c(places):
             codes = torch.empty(self.code_bytes, dtype=torch.uint8)
             kernel.write_indices(places.contiguous(), self._table, codes)
             return codes
@@ -216,7 +217,7 @@ class RowSet:
 
     def decode(self, codes: Tensor) -> Tensor:
         """What :meth:`encode` was given."""
-        if kernel.serves(codes.device):
+        if served_by_c(codes):
             places = torch.empty(self.count, dtype=torch.int64)
             kernel.read_indices(codes.contiguous(), self._table, places)
             return places

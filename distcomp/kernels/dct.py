@@ -31,7 +31,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from distcomp.kernels.dispatch import backend
+from distcomp.kernels.dispatch import served_by_c
 from distcomp.kernels.tables import check_tensor, lines_of
 
 LINE_BYTES = 72
@@ -100,14 +100,9 @@ class Grids:
         return torch.tensor(lines, dtype=torch.int64).reshape(-1, 9), torch.cat(factors)
 
 
-def serves(device: torch.device) -> bool:
-    """Whether the C extension serves tensors on this device."""
-    return device.type == "cpu" and backend("cpu") == "cpu"
-
-
 def transform(x: Tensor, grids: Grids) -> Tensor:
     """The coefficients of a flat buffer (float32): chunk after chunk, each flat, laid on its side."""
-    if serves(x.device):
+    if served_by_c(x):
         x, y = x.contiguous(), torch.empty_like(x)
         _run(DENSE, x, y, None, grids, 1)
         return y
@@ -116,7 +111,7 @@ def transform(x: Tensor, grids: Grids) -> Tensor:
 
 def inverse(y: Tensor, grids: Grids) -> Tensor:
     """The flat buffer of these coefficients."""
-    if serves(y.device):
+    if served_by_c(y):
         x, y = torch.empty_like(y), y.contiguous()
         _run(DENSE, x, y, None, grids, -1)
         return x

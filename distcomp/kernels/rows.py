@@ -12,7 +12,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from distcomp.kernels.dispatch import backend
 from distcomp.kernels.tables import check_tensor, lines_of
 
 BITMAP, NOTHING = -1, -2
@@ -34,11 +33,6 @@ class RowTable:
             return 0, 0
         start, length, count, place, *_ = self.lines.unbind(1)
         return int((start + length).max()), int((place + count).max())
-
-
-def serves(device: torch.device) -> bool:
-    """Whether the C extension serves tensors on this device."""
-    return device.type == "cpu" and backend("cpu") == "cpu"
 
 
 def top(x: Tensor, table: RowTable, places: Tensor) -> None:

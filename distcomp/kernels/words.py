@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distcomp.errors import DistcompError
-from distcomp.kernels.rows import serves
+from distcomp.kernels.dispatch import served_by_c
 
 WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes of a word: what it is viewed as."""
@@ -30,7 +30,7 @@ def changed_words(before: Tensor, after: Tensor) -> Tensor:
             f"{before.numel()} words of {before.dtype} cannot be compared with {after.numel()} of "
             f"{after.dtype}; pass two of a size"
         )
-    if not (serves(before.device) and serves(after.device)):
+    if not (served_by_c(before) and served_by_c(after)):
         return (before != after.to(before.device)).nonzero().view(-1).cpu()
     from distcomp.kernels import _cpu, cpu
 
@@ -58,7 +58,7 @@ def fingerprint(words: Tensor, *, seed: int, first: int = 0) -> int:
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
     _check_words(words)
-    if not serves(words.device):
+    if not served_by_c(words):
         places = torch.arange(words.numel(), dtype=torch.int64, device=words.device) + first
         return fingerprint_at(words, places, seed=seed)
     from distcomp.kernels import _cpu, cpu

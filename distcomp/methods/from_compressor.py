@@ -233,7 +233,7 @@ class ReduceScatterMean(Method):
             return given
 
         if owed is not None and own is not None:
-            view = chunk_views(owed, chunks)[context.rank]
+            view = chunk_view(owed, chunks, context.rank)
             torch.sub(own, own, out=view)  # sent to oneself as it is; a NaN stays one
             subtract_second_error_(view)
         return AggregateResult(estimate, contribution, state, subtract_contribution_, owed)
