@@ -3,11 +3,11 @@ network.
 
     python -m benchmarks.step_time --rate 100mbit --ranks 4        # writes results/step_time_100mbit.json
 
-Each rank's gradient is about 17 MB in several buckets, and lies ready: a backward that computes would be
-measured with the exchange, four times over on the cores that the ranks share here, and a rank that came to it
-first would wait for the others. The exchange's time runs from the first encode to the last decode; the
-prediction is what the queue must be charged (payloads and headers) over the rate. Bytes are counted three
-times: by the ledger (payloads), by the prediction (with headers), and by the kernel's queue.
+Each rank's gradient is about 17 MB in several buckets, and lies ready in them: a backward that computes, or
+copies, would be measured with the exchange, four times over on the cores that the ranks share here, and a
+rank that came to it first would wait for the others. The exchange's time runs from the first encode to the
+last decode; the prediction is what the queue must be charged (payloads and headers) over the rate. Bytes are
+counted three times: by the ledger (payloads), by the prediction (with headers), and by the kernel's queue.
 
 ``--bounds`` takes other methods, and sets each against its bound: the larger of its wire time and of the CPU
 time of all ranks on the cores they share, plus the floor, which is the same exchange of a model of next to
@@ -55,30 +55,35 @@ def wrapped(module: nn.Module, side: int) -> DistributedDataParallel:
     return DistributedDataParallel(module, bucket_cap_mb=4 * side**2 / 2**20, gradient_as_bucket_view=True)
 
 
-class Given(torch.autograd.Function):
-    """Nothing of a parameter, whose gradient is given."""
+class InItsBucket(torch.autograd.Function):
+    """Nothing of a parameter, whose gradient is where it should be already."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, gradient: Tensor) -> Tensor:
-        ctx.gradient = gradient
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
         return parameter.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        return ctx.gradient, None
+    def backward(ctx: Any, *_: Tensor) -> None:
+        return None
 
 
 class GradientsReady(nn.Module):
-    """The parameters of ``module``, whose gradients are random numbers that were drawn before."""
+    """The parameters of ``module``, whose gradients are random numbers: :meth:`draw` before each backward."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
         self.gradients = [torch.randn(p.shape) for p in module.parameters()]
 
+    def draw(self) -> None:
+        """Put the gradients where DistributedDataParallel has them: into the buckets, from the second on."""
+        for parameter, gradient in zip(self.module.parameters(), self.gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad.copy_(gradient)
+
     def forward(self) -> Tensor:
-        pairs = zip(self.module.parameters(), self.gradients, strict=True)
-        return torch.stack([Given.apply(*pair) for pair in pairs]).sum()
+        return torch.stack([InItsBucket.apply(p) for p in self.module.parameters()]).sum()
 
 
 def ready(side: int = SIDE) -> DistributedDataParallel:
@@ -104,7 +109,7 @@ def measure(ddp: DistributedDataParallel, method: str, steps: int) -> list[dict[
     found: list[dict[str, float | None]] = []
     with distcomp.attach(ddp, optimizer, method) as handle:
         for step in range(steps + 1):
-            optimizer.zero_grad()
+            ddp.module.draw()
             nothing = ddp()
             dist.barrier()
             before, cpu_before_s = queue_bytes(), time.process_time()

@@ -40,6 +40,7 @@ FRAME_PAYLOAD_BYTES = 1448
 _BURST_S = 1e-3
 _QUEUE_BYTES = 256 << 20  # never full, for the ranks' windows are bounded: the switch loses nothing
 _LARGEST_BUNDLE_BYTES = 64 << 10
+_BUNDLE_SHARE = 1 / 2  # of the bucket: what crosses as one piece
 _MOST_RANKS = 1000  # a Linux bridge has 1024 ports
 _FASTEST_BPS = 8 * 0xFFFFFFFF  # tbf's rate is a 32-bit number of bytes
 _ROOT, _CHILD, _INNER = 0x10000, 0x10001, 0x100000  # tc's 1:, 1:1 and 10:
@@ -195,12 +196,14 @@ def _shape(route: Any, name: str, rate_bps: float, delay_s: float) -> None:
 
 
 def _segment(route: Any, name: str, rate_bps: float) -> None:
-    """Keep what crosses as one piece small against the bucket: single frames below some 200 Mbit/s.
+    """Keep what crosses as one piece small against the bucket: single frames below some 48 Mbit/s.
 
-    Above that, 1/8 ms of the rate may travel as one bundle. The queue still charges every frame and header of
-    it; and without bundles two cores cannot carry 4 x 1 Gbit/s, and lose packets where no queue counts them.
+    Above that, 1/2 ms of the rate may travel as one bundle, as network cards take and deliver it. The queue
+    still charges every frame and header of it. Without bundles the ranks' cores work for the emulation (each
+    frame of each rank passes two queues with a timer of its own), and two cores cannot carry 4 x 1 Gbit/s,
+    and lose packets where no queue counts them.
     """
-    bundle_bytes = int(min(burst_bytes(rate_bps) / 8, _LARGEST_BUNDLE_BYTES))
+    bundle_bytes = int(min(burst_bytes(rate_bps) * _BUNDLE_SHARE, _LARGEST_BUNDLE_BYTES))
     bundles = bundle_bytes >= 2 * FRAME_BYTES
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         for command, on in ((_STSO, bundles), (_SGSO, bundles), (_SGRO, False)):

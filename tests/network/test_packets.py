@@ -141,12 +141,12 @@ def test_the_queue_counts_frames_with_their_headers(rate: str, any_way: bool) ->
     assert sender.sent.dropped_packets == receiver.received.dropped_packets == 0
 
 
-@pytest.mark.parametrize(("rate", "bundled"), [("10mbit", False), ("100mbit", False), ("1gbit", True)])
+@pytest.mark.parametrize(("rate", "bundled"), [("10mbit", False), ("100mbit", True), ("1gbit", True)])
 def test_what_crosses_in_one_piece_is_small_against_the_rate(rate: str, bundled: bool, any_way: bool) -> None:
     with emulate(Fabric.uniform(1, rate), True, selftest=False, force_rootless=any_way) as net:
         tso, gso, gro, largest_bytes = map(int, ask(net, OFFLOADS)[0].split())
     assert (tso, gso, gro) == (bundled, bundled, False)
-    assert not bundled or 2 * FRAME_BYTES <= largest_bytes <= burst_bytes(parse_rate(rate)) / 8
+    assert not bundled or 2 * FRAME_BYTES <= largest_bytes <= burst_bytes(parse_rate(rate)) / 2
 
 
 def test_a_cable_can_be_pulled_and_pushed_in_again(rootless: bool) -> None:
