@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -69,6 +69,18 @@ class Compressor(ABC):
         out = memory.empty(layout.numel, payload.wire.device)
         self.decode_into(out, payload, layout)
         return out
+
+    def mean_into(
+        self, out: Tensor, payloads: Sequence[Payload], layout: Layout, own: tuple[int, Tensor] | None = None
+    ) -> None:
+        """Write the mean of what the payloads decode to into ``out`` (float32, ``[layout.numel]``), added in
+        the order given; the one of number ``own[0]`` stands for ``own[1]``, and is not read."""
+        for index, payload in enumerate(payloads):
+            if own is not None and index == own[0]:
+                torch.add(own[1], out if index else 0.0, out=out)
+            else:
+                self.decode_into(out, payload, layout, add=index > 0)
+        out.mul_(1.0 / len(payloads))
 
     def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
         """Subtract the decoded flat buffer from ``out`` (float32, ``[layout.numel]``): what error feedback

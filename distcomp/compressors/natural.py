@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -147,6 +148,12 @@ class NonUniform(Compressor):
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
         many.dequantize(payload["codes"], payload["scales"], out, self._pieces(layout), add=add)
+
+    def mean_into(
+        self, out: Tensor, payloads: Sequence[Payload], layout: Layout, own: tuple[int, Tensor] | None = None
+    ) -> None:
+        coded = [(one["codes"], one["scales"]) for one in payloads]
+        many.dequantize_mean(coded, out, self._pieces(layout), own)
 
     def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
         many.dequantize(payload["codes"], payload["scales"], out, self._pieces(layout), subtract=True)

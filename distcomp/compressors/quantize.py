@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -145,6 +146,15 @@ class Quantize(Compressor):
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
         self._decode(out, payload, layout, add=add)
+
+    def mean_into(
+        self, out: Tensor, payloads: Sequence[Payload], layout: Layout, own: tuple[int, Tensor] | None = None
+    ) -> None:
+        pieces, plain = self._pieces(layout)
+        if plain.each:
+            super().mean_into(out, payloads, layout, own)
+        else:
+            many.dequantize_mean([(one["codes"], one["scales"]) for one in payloads], out, pieces, own)
 
     def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
         self._decode(out, payload, layout, subtract=True)

@@ -26,6 +26,7 @@ typedef struct {
     const char *name;
     void (*quantize)(const Quantize *);
     void (*dequantize)(const Dequantize *);
+    void (*mean)(const Mean *);
     int (*all_finite_32)(const uint32_t *, size_t);
     int (*all_finite_16)(const uint16_t *, size_t, uint16_t);
     Sums (*checksum)(const uint8_t *, size_t);
@@ -37,6 +38,7 @@ typedef struct {
 #define VARIANT(name, TARGET) \
     TARGET static void quantize_##name(const Quantize *q) { quantize_body(q); } \
     TARGET static void dequantize_##name(const Dequantize *d) { dequantize_body(d); } \
+    TARGET static void mean_##name(const Mean *m) { mean_body(m); } \
     TARGET static int all_finite_32_##name(const uint32_t *x, size_t n) { return all_finite_32_body(x, n); } \
     TARGET static int all_finite_16_##name(const uint16_t *x, size_t n, uint16_t e) { \
         return all_finite_16_body(x, n, e); \
@@ -52,7 +54,7 @@ typedef struct {
         scale_by_exponents_body(codes, out, n); \
     } \
     static const Variant name##_variant = { \
-        #name, quantize_##name, dequantize_##name, all_finite_32_##name, all_finite_16_##name, \
+        #name, quantize_##name, dequantize_##name, mean_##name, all_finite_32_##name, all_finite_16_##name, \
         checksum_##name, permuted_##name, exponents_##name, scale_by_exponents_##name};
 
 VARIANT(generic, )
@@ -171,21 +173,39 @@ static PyObject *dequantize_all(const Coded *all, const Piece *piece, Py_ssize_t
     Py_RETURN_NONE;
 }
 
+static PyObject *mean_all(const Coded *all, const Piece *piece, Py_ssize_t count, Mean mean) {
+    if (mean.each.powers && all->bits < 2) return refused("these levels");
+    mean.each.scratch = scratch_for(all, piece, count);
+    if (!mean.each.scratch) return NULL;
+    mean.each.block = (size_t)all->block;
+    mean.each.bits = all->bits;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < count; i++, piece++) {
+        mean.at = (size_t)piece->at;
+        mean.codes = (size_t)piece->codes;
+        mean.row = (size_t)piece->scales;
+        mean.each.out = (float *)(uintptr_t)all->values + piece->at;
+        mean.each.numel = (size_t)piece->numel;
+        chosen->mean(&mean);
+    }
+    Py_END_ALLOW_THREADS
+    free(mean.each.scratch);
+    Py_RETURN_NONE;
+}
+
 #define CODED(all) \
     &(all).values, &(all).codes, &(all).scales, &(all).values_size, &(all).codes_size, &(all).scales_size
 
 static PyObject *py_quantize(PyObject *self, PyObject *args) {
     (void)self;
-    unsigned long long key, residual, owed;
+    unsigned long long key;
     Py_ssize_t numel;
     unsigned int first;
     Coded all;
     Quantize q = {0};
-    if (!PyArg_ParseTuple(args, "KKK(nnn)nniKIpip(KK)", CODED(all), &numel, &all.block, &all.bits, &key, &first,
-                          &q.stochastic, &q.norm, &q.powers, &residual, &owed))
+    if (!PyArg_ParseTuple(args, "KKK(nnn)nniKIpip", CODED(all), &numel, &all.block, &all.bits, &key, &first,
+                          &q.stochastic, &q.norm, &q.powers))
         return NULL;
-    q.residual = (const float *)(uintptr_t)residual;
-    q.owed = (float *)(uintptr_t)owed;
     Piece piece = {.numel = numel, .first = first};
     uint64_t keys[1] = {key};
     return quantize_all(&all, &piece, 1, keys, q);
@@ -227,6 +247,22 @@ static PyObject *py_dequantize_pieces(PyObject *self, PyObject *args) {
                           &d.sign, &d.times))
         return NULL;
     return dequantize_all(&all, (const Piece *)(uintptr_t)table, pieces, d);
+}
+
+static PyObject *py_dequantize_mean(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long sources, table;
+    Py_ssize_t count, pieces;
+    Coded all = {0};
+    Mean mean = {0};
+    if (!PyArg_ParseTuple(args, "KKn(nnn)Knnipf", &all.values, &sources, &count, &all.values_size, &all.codes_size,
+                          &all.scales_size, &table, &pieces, &all.block, &all.bits, &mean.each.powers,
+                          &mean.each.times))
+        return NULL;
+    if (count < 1) return refused("the mean of nothing");
+    mean.sources = (const Source *)(uintptr_t)sources;
+    mean.count = (size_t)count;
+    return mean_all(&all, (const Piece *)(uintptr_t)table, pieces, mean);
 }
 
 static PyObject *py_all_finite(PyObject *self, PyObject *args) {
@@ -323,13 +359,16 @@ static PyObject *py_instruction_set(PyObject *self, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"quantize", py_quantize, METH_VARARGS,
-     "x, codes, scales, sizes of the three, numel, block, bits, key, first, stochastic, norm, powers, (residual, owed) or zeros"},
+     "x, codes, scales, sizes of the three, numel, block, bits, key, first, stochastic, norm, powers"},
     {"dequantize", py_dequantize, METH_VARARGS,
      "out, codes, scales, sizes of the three, numel, block, bits, powers, sign, times"},
     {"quantize_pieces", py_quantize_pieces, METH_VARARGS,
      "x, codes, scales, sizes of the three, table, pieces, keys, block, bits, stochastic, norm, powers, (residual, owed) or zeros"},
     {"dequantize_pieces", py_dequantize_pieces, METH_VARARGS,
      "out, codes, scales, sizes of the three, table, pieces, block, bits, powers, sign, times"},
+    {"dequantize_mean", py_dequantize_mean, METH_VARARGS,
+     "out, sources (codes and scales, or values and 0), how many, sizes of values, codes and scales of each, table, "
+     "pieces, block, bits, powers, times"},
     {"top_rows", py_top_rows, METH_VARARGS, "x, places, sizes of the two, table, rows"},
     {"write_rows", py_write_rows, METH_VARARGS, "places, codes, sizes of the two, table, rows"},
     {"read_rows", py_read_rows, METH_VARARGS, "places, codes, sizes of the two, table, rows"},

@@ -38,6 +38,19 @@ typedef struct {
     float times;
 } Dequantize;
 
+/* Where codes and their scales lie; or values as they are, and no scales. */
+typedef struct {
+    const void *codes;
+    const float *scales;
+} Source;
+
+/* Codes and scales of a piece begin at these places of every source, values and what is written at `at`. */
+typedef struct {
+    Dequantize each;
+    const Source *sources;
+    size_t count, codes, row, at;
+} Mean;
+
 typedef struct {
     uint32_t sum, weighted;
 } Sums;
@@ -281,6 +294,30 @@ BODY void dequantize_body(const Dequantize *d) {
         size_t m = smaller(d->block, d->numel - start);
         in += unpack(in, d->scratch, m, d->bits);
         put_block(d->scratch, d->out + start, m, d->scales[row], d);
+    }
+}
+
+BODY void put_values(const float *restrict x, float *restrict out, size_t m, int add, float times) {
+    for (size_t j = 0; j < m; j++) out[j] = (x[j] + (add ? out[j] : 0.0f)) * times;
+}
+
+/* Block by block: each lies in the cache until all sources are added to it. */
+BODY void mean_body(const Mean *mean) {
+    Dequantize d = mean->each;
+    size_t codes = mean->codes;
+    for (size_t start = 0, row = mean->row; start < d.numel; start += d.block, row++) {
+        size_t m = smaller(d.block, d.numel - start), bytes = 0;
+        for (size_t i = 0; i < mean->count; i++) {
+            const Source *from = mean->sources + i;
+            d.sign = i > 0;
+            d.times = i + 1 < mean->count ? 1.0f : mean->each.times;
+            if (from->scales) {
+                bytes = unpack((const uint8_t *)from->codes + codes, d.scratch, m, d.bits);
+                put_block(d.scratch, d.out + start, m, from->scales[row], &d);
+            } else
+                put_values((const float *)from->codes + mean->at + start, d.out + start, m, d.sign, d.times);
+        }
+        codes += bytes;
     }
 }
 

@@ -16,7 +16,6 @@ def quantize(
     stochastic: bool,
     norm: int,
     powers: bool,
-    owing: tuple[int, int],
     /,
 ) -> None: ...
 def dequantize(
@@ -59,6 +58,19 @@ def dequantize_pieces(
     bits: int,
     powers: bool,
     sign: int,
+    times: float,
+    /,
+) -> None: ...
+def dequantize_mean(
+    out: int,
+    sources: int,
+    count: int,
+    sizes: Coded,
+    table: int,
+    pieces: int,
+    block: int,
+    bits: int,
+    powers: bool,
     times: float,
     /,
 ) -> None: ...

@@ -30,18 +30,14 @@ T = TypeVar("T")
 def quantize(
     x: Tensor, codes: Tensor, scales: Tensor, *,
     block: int, bits: int, key: int, first: int, coding: Coding,
-    owing: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`distcomp.kernels.quantize`; in the same pass, what is owed."""
+    """See :func:`distcomp.kernels.quantize`."""
     coded = _coded(x, codes, scales, block, bits)
     stochastic, norm, powers = coding
-    residual, owed = (one.data_ptr() for one in owing) if owing else (0, 0)
+    how = stochastic, NORMS.index(norm), powers
 
     def run(start: int, count: int) -> None:
-        at = first + start & MASK
-        there = (residual + 4 * start, owed + 4 * start) if owing else (0, 0)
-        how = stochastic, NORMS.index(norm), powers, there
-        _cpu.quantize(*coded(start), count, block, bits, key, at, *how)
+        _cpu.quantize(*coded(start), count, block, bits, key, first + start & MASK, *how)
 
     shared(run, x.numel(), block, 4)
 

@@ -7,9 +7,11 @@ extension does not serve, that is what it is. The tables that say where pieces l
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -17,11 +19,11 @@ from torch import Tensor
 from distcomp import kernels
 from distcomp.errors import DistcompError
 from distcomp.kernels.dispatch import served_by_c
-from distcomp.kernels.packing import NORMS, Coding, packed_bytes, scale_count
+from distcomp.kernels.packing import NORMS, block_bytes, packed_bytes, scale_count
 from distcomp.kernels.tables import check_tensor, lines_of
 
 LARGE = 1 << 18
-"""Elements: a piece of more than these is a call of its own, which several threads may share."""
+"""Elements: a piece of more is several lines of the table."""
 PIECE_BYTES, MOVE_BYTES = 40, 24
 """A line of the tables that C reads."""
 
@@ -75,19 +77,20 @@ class Pieces:
     def scale_count(self) -> int:
         return sum(scale_count(piece.numel, self.block) for piece in self.each)
 
-    @property
-    def calls(self) -> Calls:
-        """One call for all, where a single thread does them; else large ones are calls of their own."""
-        return self._in_one if torch.get_num_threads() == 1 else self._large_apart
-
     @cached_property
-    def _in_one(self) -> Calls:
-        return Calls((), tuple(range(len(self.each))), self)
+    def lines(self) -> Lines:
+        """The table that C reads: large pieces are several lines, which threads may share."""
+        cut = [(index, part) for index, one in enumerate(self.each) for part in self._cut(one)]
+        return Lines(tuple(index for index, _ in cut), tuple(part for _, part in cut))
 
-    @cached_property
-    def _large_apart(self) -> Calls:
-        large = tuple(i for i, piece in enumerate(self.each) if piece.numel > LARGE)
-        return Calls(large, tuple(sorted({*range(len(self.each))} - {*large})), self)
+    def _cut(self, one: Piece) -> Iterator[Piece]:
+        """Parts of a piece, of whole blocks."""
+        rows = max(1, LARGE // self.block)
+        code_bytes = rows * block_bytes(self.block, self.bits)
+        for number, start in enumerate(range(0, one.numel, rows * self.block)):
+            numel = min(rows * self.block, one.numel - start)
+            codes, scales = one.codes + number * code_bytes, one.scales + number * rows
+            yield Piece(one.at + start, numel, codes, scales, one.first + start)
 
     def views(self, index: int, x: Tensor, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One piece's values, codes and scales."""
@@ -103,16 +106,27 @@ class Pieces:
         )
 
 
-class Calls:
-    """Which pieces are calls of C of their own (``large``), and which share one (``small``)."""
+class Lines:
+    """Parts of pieces as C reads them, and of which piece each is."""
 
-    def __init__(self, large: tuple[int, ...], small: tuple[int, ...], pieces: Pieces) -> None:
-        self.large, self.small = large, small
-        rows = [pieces.each[i] for i in small]
-        lines = [(one.at, one.numel, one.codes, one.scales, one.first) for one in rows]
-        self._table = torch.tensor(lines, dtype=torch.int64).reshape(-1, 5)
-        self.lines = lines_of(self._table, PIECE_BYTES)
-        """Where the table of the small ones lies, and how many lines it has."""
+    def __init__(self, owners: tuple[int, ...], parts: tuple[Piece, ...]) -> None:
+        self.owners = owners
+        rows = [(one.at, one.numel, one.codes, one.scales, one.first) for one in parts]
+        self._table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
+        self._at, _ = lines_of(self._table, PIECE_BYTES)
+        *self._starts, self._numel = accumulate((one.numel for one in parts), initial=0)
+
+    def shared(self, run: Callable[[int, int, int], None]) -> None:
+        """``run(table, lines, first)`` for all lines from the address of one on, a thread for nearly equal
+        shares of their elements."""
+        from distcomp.kernels import cpu
+
+        def share(start: int, count: int) -> None:
+            first, end = (bisect_left(self._starts, place) for place in (start, start + count))
+            if first < end:
+                run(self._at + PIECE_BYTES * first, end - first, first)
+
+        cpu.shared(share, self._numel, 1, 4)
 
 
 def quantize(
@@ -129,8 +143,10 @@ def quantize(
     random)."""
     _check(x, codes, scales, pieces)
     _check_keys(keys, pieces)
-    calls = pieces.calls if served_by_c(x) else None
-    for i in calls.large if calls else range(len(pieces.each)):
+    if served_by_c(x):
+        _quantize_in_c(x, codes, scales, pieces, keys, (stochastic, NORMS.index(norm)), (0, 0))
+        return
+    for i in range(len(pieces.each)):
         kernels.quantize(
             *pieces.views(i, x, codes, scales),
             block=pieces.block,
@@ -141,8 +157,6 @@ def quantize(
             norm=norm,
             powers=pieces.powers,
         )
-    if calls and calls.small:
-        _quantize_small(x, codes, scales, pieces, keys, (stochastic, NORMS.index(norm)), (0, 0))
 
 
 def quantize_owing(
@@ -171,23 +185,11 @@ def quantize_owing(
         return
     _check(x, codes, scales, pieces)
     _check_keys(keys, pieces)
-    from distcomp.kernels import cpu
-
-    calls = pieces.calls
-    for i in calls.large:
-        one, key = pieces.each[i], keys[i] if keys else 0
-        place = slice(one.at, one.at + one.numel)
-        cpu.quantize(
-            *pieces.views(i, x, codes, scales),
-            block=pieces.block, bits=pieces.bits, key=key, first=one.first,
-            coding=Coding(stochastic, norm, pieces.powers), owing=(residual[place], owed[place]),
-        )  # fmt: skip
-    if calls.small:
-        addresses = residual.data_ptr(), owed.data_ptr()
-        _quantize_small(x, codes, scales, pieces, keys, (stochastic, NORMS.index(norm)), addresses)
+    addresses = residual.data_ptr(), owed.data_ptr()
+    _quantize_in_c(x, codes, scales, pieces, keys, (stochastic, NORMS.index(norm)), addresses)
 
 
-def _quantize_small(
+def _quantize_in_c(
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
@@ -196,21 +198,19 @@ def _quantize_small(
     how: tuple[bool, int],
     owing: tuple[int, int],
 ) -> None:
-    """All small pieces in one call of C."""
-    from distcomp.kernels import _cpu, cpu
+    """All pieces in one call, or one of each thread."""
+    from distcomp.kernels import _cpu
 
-    calls = pieces.calls
-    all_keys = array("Q", [keys[i] for i in calls.small] if keys else bytes(8 * len(calls.small)))
+    lines = pieces.lines
+    all_keys = array("Q", [keys[i] for i in lines.owners] if keys else bytes(8 * len(lines.owners)))
     coded, keys_at = _coded(x, codes, scales), all_keys.buffer_info()[0]
-    table_at, count_of_all = calls.lines
 
-    def run(start: int, count: int) -> None:
+    def run(table: int, count: int, first: int) -> None:
         _cpu.quantize_pieces(
-            *coded, table_at + PIECE_BYTES * start, count, keys_at + 8 * start,
-            pieces.block, pieces.bits, *how, pieces.powers, owing,
-        )  # fmt: skip
+            *coded, table, count, keys_at + 8 * first, pieces.block, pieces.bits, *how, pieces.powers, owing
+        )
 
-    cpu.shared(run, count_of_all, 1, 4 * x.numel() // count_of_all)
+    lines.shared(run)
 
 
 def dequantize(
@@ -226,26 +226,59 @@ def dequantize(
     _check(out, codes, scales, pieces)
     if add and subtract:
         raise DistcompError("dequantize was asked to add and to subtract at once; choose one")
-    calls = pieces.calls if served_by_c(out) else None
-    for i in calls.large if calls else range(len(pieces.each)):
-        piece_out, piece_codes, piece_scales = pieces.views(i, out, codes, scales)
-        kernels.dequantize(
-            piece_codes, piece_scales, piece_out,
-            block=pieces.block, bits=pieces.bits, powers=pieces.powers, add=add, subtract=subtract,
-        )  # fmt: skip
-    if not calls or not calls.small:
+    if not served_by_c(out):
+        for i in range(len(pieces.each)):
+            piece_out, piece_codes, piece_scales = pieces.views(i, out, codes, scales)
+            kernels.dequantize(
+                piece_codes, piece_scales, piece_out,
+                block=pieces.block, bits=pieces.bits, powers=pieces.powers, add=add, subtract=subtract,
+            )  # fmt: skip
         return
-    from distcomp.kernels import _cpu, cpu
+    from distcomp.kernels import _cpu
 
     coded, sign = _coded(out, codes, scales), int(add) - int(subtract)
-    table_at, count_of_all = calls.lines
 
-    def run(start: int, count: int) -> None:
-        _cpu.dequantize_pieces(
-            *coded, table_at + PIECE_BYTES * start, count, pieces.block, pieces.bits, pieces.powers, sign, 1.0
-        )
+    def run(table: int, count: int, _: int) -> None:
+        _cpu.dequantize_pieces(*coded, table, count, pieces.block, pieces.bits, pieces.powers, sign, 1.0)
 
-    cpu.shared(run, count_of_all, 1, 4 * out.numel() // count_of_all)
+    pieces.lines.shared(run)
+
+
+def dequantize_mean(
+    sources: Sequence[tuple[Tensor, Tensor]],
+    out: Tensor,
+    pieces: Pieces,
+    own: tuple[int, Tensor] | None = None,
+) -> None:
+    """The mean of what several codes and scales stand for, added in the order given; the one of number
+    ``own[0]`` is ``own[1]`` as it is. In C one pass."""
+    for codes, scales in sources:
+        _check(out, codes, scales, pieces)
+    if own is not None:
+        check_tensor("own values", own[1], torch.float32, pieces.numel)
+    if not served_by_c(out):
+        for index, (codes, scales) in enumerate(sources):
+            if own is not None and index == own[0]:
+                torch.add(own[1], out if index else 0.0, out=out)
+            else:
+                dequantize(codes, scales, out, pieces, add=index > 0)
+        out.mul_(1.0 / len(sources))
+        return
+    from distcomp.kernels import _cpu
+
+    places = [(codes.data_ptr(), scales.data_ptr()) for codes, scales in sources]
+    if own is not None:
+        places[own[0]] = own[1].data_ptr(), 0
+    addresses = array("Q", chain.from_iterable(places))
+    sizes = out.numel(), *(min(one.numel() for one in kind) for kind in zip(*sources, strict=True))
+
+    def run(table: int, count: int, _: int) -> None:
+        _cpu.dequantize_mean(
+            out.data_ptr(), addresses.buffer_info()[0], len(places), sizes, table, count,
+            pieces.block, pieces.bits, pieces.powers, 1.0 / len(places),
+        )  # fmt: skip
+
+    pieces.lines.shared(run)
 
 
 def _coded(values: Tensor, codes: Tensor, scales: Tensor) -> tuple[int, int, int, tuple[int, int, int]]:

@@ -233,9 +233,9 @@ class ReduceScatterMean(Method):
             return given
 
         if owed is not None and own is not None:
-            view = chunk_view(owed, chunks, context.rank)
-            torch.sub(own, own, out=view)  # sent to oneself as it is; a NaN stays one
-            subtract_second_error_(view)
+            # The chunk itself was sent as it is; a NaN in it is one in both of these.
+            own_estimate = chunk_view(estimate, chunks, context.rank)
+            torch.sub(chunk_mean, own_estimate, out=chunk_view(owed, chunks, context.rank)).mul_(context.size)
         return AggregateResult(estimate, contribution, state, subtract_contribution_, owed)
 
     def _chunks(self, layout: Layout, size: int) -> tuple[Layout, ...]:
@@ -394,9 +394,5 @@ def mean_of(
     """The mean of what the payloads decode to, added in the order given; that of ``rank`` is ``own`` where
     that is given."""
     out = memory.empty(layout.numel, payloads[0].wire.device) if out is None else out
-    for index, payload in enumerate(payloads):
-        if own is not None and index == rank:
-            torch.add(own, out if index else 0.0, out=out)
-        else:
-            compressor.decode_into(out, payload, layout, add=index > 0)
-    return out.mul_(1.0 / len(payloads))
+    compressor.mean_into(out, payloads, layout, None if own is None else (rank, own))
+    return out

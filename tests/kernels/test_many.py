@@ -99,24 +99,69 @@ def test_a_step_of_error_feedback_is_its_three_steps(monkeypatch_context, sizes,
     assert same_bits(left, owed)
 
 
-@pytest.mark.parametrize(("count", "apart"), [(1, 0), (2, 2)])
-def test_large_pieces_are_calls_of_their_own_where_threads_may_share_them(monkeypatch, count, apart) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_threads_share_large_pieces_and_change_no_byte(monkeypatch, count) -> None:
     layout, x = laid_out([5, many.LARGE + 3, 70, many.LARGE + 1]), drawn(2 * many.LARGE + 79)
     pieces, _ = Quantize(4, 16)._pieces(layout)
-    alone: list[int] = []
-    own = many.kernels.quantize
-    monkeypatch.setattr(
-        many.kernels, "quantize", lambda x, *rest, **more: (alone.append(len(x)), own(x, *rest, **more))
-    )
+    calls: list[int] = []
+    own = _cpu.quantize_pieces
+    monkeypatch.setattr(_cpu, "quantize_pieces", lambda *all: (calls.append(all[5]), own(*all)))
     codes, scales = torch.empty(pieces.code_bytes, dtype=torch.uint8), torch.empty(pieces.scale_count)
     with threads(count):
         many.quantize(x, codes, scales, pieces, [1, 2, 3, 4])
-    assert len(alone) == apart
+    assert pieces.lines.owners == (0, 1, 1, 2, 3, 3)
+    assert sorted(calls) == ([6] if count == 1 else [2, 4])
     expected = torch.empty_like(codes), torch.empty_like(scales)
     monkeypatch.setattr(dispatch, "forced", lambda: "reference")
     many.quantize(x, *expected, pieces, [1, 2, 3, 4])
     assert torch.equal(codes, expected[0])
     assert same_bits(scales, expected[1])
+
+
+@settings(deadline=None)
+@given(
+    sizes=SIZES,
+    compressor=st.sampled_from(
+        [Quantize(1, 16), Quantize(4, 13), Quantize(7, 16, plain=("bias",)), NonUniform(3, 16)]
+    ),
+    ranks=st.integers(1, 4),
+    own=st.booleans(),
+    large=st.booleans(),
+)
+def test_the_mean_in_one_pass_is_sums_in_rank_order(
+    monkeypatch_context, sizes, compressor, ranks, own, large
+):
+    layout, tensors = laid_out(sizes), [drawn(sum(sizes)) * (1 + rank) for rank in range(ranks)]
+    payloads = [compressor.encode(x.nan_to_num(), layout, KEY.fold(i)) for i, x in enumerate(tensors)]
+    as_it_is = (ranks - 1, tensors[-1]) if own else None
+    wanted, got = torch.empty_like(tensors[0]), torch.empty_like(tensors[0])
+    Compressor.mean_into(compressor, wanted, payloads, layout, as_it_is)
+    with monkeypatch_context() as patch, threads(2 if large else 1):
+        patch.setattr(many, "LARGE", 8 if large else many.LARGE)
+        compressor.mean_into(got, payloads, laid_out(sizes), as_it_is)
+    assert same_bits(got, wanted)
+    with monkeypatch_context() as patch:
+        patch.setattr(dispatch, "forced", lambda: "reference")
+        compressor.mean_into(got, payloads, layout, as_it_is)
+    assert same_bits(got, wanted)
+
+
+def test_the_mean_reads_and_writes_nothing_that_is_not_its_own() -> None:
+    pieces = Pieces.of([(0, 40, 0)], 16, 4)
+    coded = torch.zeros(pieces.code_bytes, dtype=torch.uint8), torch.zeros(pieces.scale_count)
+    with pytest.raises(DistcompError, match="values have 39 elements"):
+        many.dequantize_mean([coded], torch.empty(39), pieces)
+    with pytest.raises(DistcompError, match="own values have 39 elements"):
+        many.dequantize_mean([coded], torch.empty(40), pieces, own=(0, torch.empty(39)))
+    for short in ((coded[0][:-1], coded[1]), (coded[0], coded[1][:-1])):
+        with pytest.raises(DistcompError, match="pass a contiguous tensor of that size"):
+            many.dequantize_mean([coded, short], torch.empty(40), pieces)
+    table = torch.tensor([[0, 40, 0, 0, 0]]).data_ptr()
+    with pytest.raises(ValueError, match="the mean of nothing"):
+        _cpu.dequantize_mean(0, 0, 0, (40, 20, 3), table, 1, 16, 4, False, 1.0)
+    for sizes in ((39, 20, 3), (40, 19, 3), (40, 20, 2)):
+        with pytest.raises(ValueError, match="piece 0"):
+            _cpu.dequantize_mean(0, 0, 1, sizes, table, 1, 16, 4, False, 1.0)
 
 
 @settings(deadline=None)

@@ -64,8 +64,8 @@ def test_numbers_that_cannot_be_are_refused_in_c() -> None:
     image, kernel = (3, 4, 4), (8, 3, 3, 1, 0)
     two, three, conv = (64, 64), (64, 64, 64), (48, 72, 8, 8, 32)
     for call in (
-        lambda: _cpu.quantize(x, x, x, three, 8, 0, 4, 0, 0, False, 0, False, (0, 0)),
-        lambda: _cpu.quantize(x, x, x, three, 8, 8, 9, 0, 0, False, 0, False, (0, 0)),
+        lambda: _cpu.quantize(x, x, x, three, 8, 0, 4, 0, 0, False, 0, False),
+        lambda: _cpu.quantize(x, x, x, three, 8, 8, 9, 0, 0, False, 0, False),
         lambda: _cpu.dequantize(x, x, x, three, 8, -8, 4, False, 1, 1.0),
         lambda: _cpu.dequantize(x, x, x, three, 8, 8, 0, False, 1, 1.0),
         lambda: _cpu.dequantize_pieces(x, x, x, three, x, -1, 8, 4, False, 1, 1.0),
@@ -122,13 +122,13 @@ def test_one_tensor_that_reaches_further_than_its_buffers_is_refused_in_c() -> N
     """A tensor of 20 elements in blocks of 8: 3 scales; 4-bit codes take 4 + 4 + 2 bytes."""
     x, codes, scales = (torch.zeros(8 * size, dtype=torch.uint8) for size in (20, 10, 3))
     at = [one.data_ptr() for one in (x, codes, scales)]
-    _cpu.quantize(*at, (20, 10, 3), 20, 8, 4, 0, 0, False, 0, False, (0, 0))
+    _cpu.quantize(*at, (20, 10, 3), 20, 8, 4, 0, 0, False, 0, False)
     _cpu.dequantize(*at, (20, 10, 3), 20, 8, 4, False, 0, 1.0)
     for sizes, numel in (
         ((19, 10, 3), 20), ((20, 9, 3), 20), ((20, 10, 2), 20), ((20, 10, 3), -1), ((20, 10, -3), 20),
         ((20, 10, 3), 2**63 - 1), ((2**63 - 1, 2**63 - 1, 2**63 - 1), 2**63 - 1),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="outside its buffers"):
-            _cpu.quantize(*at, sizes, numel, 8, 4, 0, 0, False, 0, False, (0, 0))
+            _cpu.quantize(*at, sizes, numel, 8, 4, 0, 0, False, 0, False)
         with pytest.raises(ValueError, match="outside its buffers"):
             _cpu.dequantize(*at, sizes, numel, 8, 4, False, 0, 1.0)
