@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rate", default="100mbit")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--bounds", action="store_true", help="other methods, each against its bound")
     parser.add_argument("--json", action="store_true", help="print the result instead of a table")
