@@ -24,8 +24,8 @@ typedef struct {
     size_t a, b, rank;
     size_t p_stride, stride, out_stride; /* from a row of p, of M, of out to the next */
     int subtract;
-    const float *residual; /* where it is given, M is m + residual, */
-    float *sum;            /* and is left here, too */
+    const float *residual, *given; /* where there is a residual, M is what is given and it, */
+    float *sum;                    /* and is left here, which is m, too */
 } Product;
 
 typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -85,6 +85,16 @@ BODY void accumulate(const Product *x, size_t i, size_t k, const size_t rows, co
         for (size_t f = 0; f < factors; f++) sums[t * per_row + f] = (Halves){low[t][f], high[t][f]};
 }
 
+/* Rows of M, before they are multiplied with the first factors: in the first cache they are read again. */
+BODY void add_residual(const Product *x, size_t i, size_t rows) {
+    const float *given = x->given + i * x->stride, *residual = x->residual + i * x->stride;
+    float *sum = x->sum + i * x->stride;
+    const size_t size = rows * x->stride;
+    size_t j = 0;
+    for (; j + LANES <= size; j += LANES) store(sum + j, load(given + j) + load(residual + j));
+    for (; j < size; j++) sum[j] = given[j] + residual[j];
+}
+
 /* out[k + f][i + t] = sum_j q[k + f][j] m[i + t][j] for up to BLOCK / factors rows; the last columns, too few for
  * LANES, are added last. */
 BODY void dots(const Product *x, size_t i, size_t k, size_t rows, const size_t factors) {
@@ -92,7 +102,8 @@ BODY void dots(const Product *x, size_t i, size_t k, size_t rows, const size_t f
     Halves sums[BLOCK];
     float totals[BLOCK];
     if (rows * factors < BLOCK) memset(sums, 0, sizeof sums);
-    for (size_t t = 0; t < rows; t += 2)
+    for (size_t t = 0; t < rows; t += 2) {
+        if (x->residual && k == 0) add_residual(x, i + t, rows - t < 2 ? 1 : 2);
         for (size_t f = 0; f < factors; f += 2) {
             Halves *at = sums + t * factors + f;
             if (factors == 1 && rows - t == 1) accumulate(x, i + t, k + f, 1, 1, factors, at);
@@ -100,6 +111,7 @@ BODY void dots(const Product *x, size_t i, size_t k, size_t rows, const size_t f
             else if (rows - t == 1) accumulate(x, i + t, k + f, 1, 2, factors, at);
             else accumulate(x, i + t, k + f, 2, 2, factors, at);
         }
+    }
     add_up(sums, totals);
     for (size_t t = 0; t < rows; t++)
         for (size_t f = 0; f < factors; f++) {
@@ -124,25 +136,8 @@ BODY void times_some_rows(const Product *x, size_t i, size_t end) {
     if (k < x->rank) dots_of_all(x, i, end, k, 1);
 }
 
-BODY void add_residual(const Product *x, size_t i, size_t end, float *to) {
-    const float *m = x->m + i * x->stride, *residual = x->residual + i * x->stride;
-    const size_t size = (end - i) * x->stride;
-    size_t j = 0;
-    for (; j + LANES <= size; j += LANES) store(to + j, load(m + j) + load(residual + j));
-    for (; j < size; j++) to[j] = m[j] + residual[j];
-}
-
 BODY void times_rows_body(const Product *x) {
-    for (size_t i = 0; i < x->a; i += BLOCK) {
-        size_t end = x->a - i < BLOCK ? x->a : i + BLOCK;
-        if (!x->residual) times_some_rows(x, i, end);
-        else {
-            Product added = *x;
-            added.m = x->sum;
-            add_residual(x, i, end, x->sum + i * x->stride);
-            times_some_rows(&added, i, end);
-        }
-    }
+    for (size_t i = 0; i < x->a; i += BLOCK) times_some_rows(x, i, x->a - i < BLOCK ? x->a : i + BLOCK);
 }
 
 /* out[k][j] += sum over a few rows i of p[k][i] m[i][j], row after row, for the columns from j to end. */
@@ -173,7 +168,9 @@ BODY void add_rows(const Product *x, size_t i, const size_t rows, size_t k, cons
 BODY void add_rows_of_all(const Product *x, size_t i, const size_t rows, size_t j, size_t end) {
     size_t k = 0;
     for (; k + FACTORS <= x->rank; k += FACTORS) add_rows(x, i, rows, k, FACTORS, j, end);
-    for (; k < x->rank; k++) add_rows(x, i, rows, k, 1, j, end);
+    if (x->rank - k == 3) add_rows(x, i, rows, k, 3, j, end);
+    else if (x->rank - k == 2) add_rows(x, i, rows, k, 2, j, end);
+    else if (k < x->rank) add_rows(x, i, rows, k, 1, j, end);
 }
 
 BODY void times_columns_body(const Product *x) {
@@ -228,6 +225,7 @@ BODY void outer_body(const Product *x) { /* the usual ranks unrolled */
     switch (x->rank) {
     case 1: OUTER(1); break;
     case 2: OUTER(2); break;
+    case 3: OUTER(3); break;
     case 4: OUTER(4); break;
     default: OUTER(x->rank);
     }
@@ -313,7 +311,8 @@ PyObject *py_lowrank(PyObject *self, PyObject *args) {
         return PyErr_Format(PyExc_ValueError, "a product of rank %zd with %zd x %zd reaches outside its buffers",
                             rank, a, b);
     Product x = {
-        .p = (const float *)(uintptr_t)p, .q = (const float *)(uintptr_t)q, .m = (const float *)(uintptr_t)m,
+        .p = (const float *)(uintptr_t)p, .q = (const float *)(uintptr_t)q,
+        .m = (const float *)(uintptr_t)(residual ? sum : m), .given = (const float *)(uintptr_t)m,
         .out = (float *)(uintptr_t)out, .a = (size_t)a, .b = (size_t)b, .rank = (size_t)rank,
         .p_stride = (size_t)p_stride, .stride = (size_t)stride, .out_stride = (size_t)out_stride,
         .subtract = subtract, .residual = (const float *)(uintptr_t)residual, .sum = (float *)(uintptr_t)sum};
@@ -357,7 +356,8 @@ PyObject *py_lowrank_pieces(PyObject *self, PyObject *args) {
     for (Py_ssize_t i = 0; i < pieces; i++, line++) {
         Product x = {
             .p = (const float *)(uintptr_t)p + line->p, .q = (const float *)(uintptr_t)q + line->q,
-            .m = (const float *)(uintptr_t)m + line->m, .out = (float *)(uintptr_t)out + line->out,
+            .m = (const float *)(uintptr_t)(residual ? sum : m) + line->m,
+            .given = (const float *)(uintptr_t)m + line->m, .out = (float *)(uintptr_t)out + line->out,
             .a = (size_t)line->a, .b = (size_t)line->b, .rank = (size_t)line->rank, .p_stride = (size_t)line->a,
             .stride = (size_t)line->b, .out_stride = (size_t)out_stride_of(&kind, line), .subtract = subtract,
             .residual = residual ? (const float *)(uintptr_t)residual + line->m : NULL,
