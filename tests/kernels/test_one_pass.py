@@ -96,6 +96,19 @@ def test_threads_that_share_two_means_change_nothing(threads, monkeypatch_contex
     assert same_bits(found[0][1], found[1][1])
 
 
+def test_values_are_added_in_the_lanes_of_their_places_in_the_unit(instruction_set) -> None:
+    """A unit that lacks its first eight: what is too small beside ``2^60`` shares a lane with it and is lost;
+    in another lane it would add up, and the mean would no longer be half-way between two floats."""
+    x = torch.full((56,), -1.0)
+    x[2:9] = x[20:32] = x[36:44] = 0.0
+    x[0], x[1], x[16], x[32], x[48] = 2.0**60, 2.0**36, 2.0**7, 2.0**7, 2.0**7
+    units = units_of([(56, 8, 64)])
+    codes, scales = torch.empty(7, dtype=torch.uint8), torch.empty(2)
+    two_means.encode(x, units, codes, scales)
+    assert int((x >= 0).sum()) == 32
+    assert scales.tolist() == [2.0**55, -1.0]
+
+
 @pytest.mark.parametrize("numel", [0, 1, 2, 7, 8, 9, 15, 4095, 4096, 4097, 8191, 8205])
 def test_a_sign_is_a_bit_of_its_plane_and_nothing_else_is_touched(instruction_set, numel: int) -> None:
     """The oracle: bit p of byte j of a block of m is its element ``j + p * ceil(m / 8)``."""
