@@ -129,6 +129,21 @@ def test_a_sign_is_a_bit_of_its_plane_and_nothing_else_is_touched(instruction_se
     assert scales[8 + scale_count :].eq(7).all()
 
 
+def test_a_run_of_two_means_writes_what_begins_in_it_and_nothing_else(instruction_set) -> None:
+    x, table = torch.ones(5000), units_of([(5000, 0, 500)]).table
+    runs = (((0, 4096), slice(0, 9), slice(0, 512)), ((4096, 904), slice(9, 10), slice(512, 625)))
+    for run, units, signs in runs:
+        codes, scales = torch.zeros(625, dtype=torch.uint8), torch.full((20,), 7.0)
+        at = x.data_ptr(), codes.data_ptr(), scales.data_ptr()
+        _cpu.encode_two_means(*at, (5000, 625, 20), table.data_ptr(), 1, *run)
+        wanted = torch.zeros(625, dtype=torch.uint8)
+        wanted[signs] = 0xFF
+        assert torch.equal(codes, wanted)
+        means = torch.full((2, 10), 7.0)
+        means[:, units] = torch.tensor([[1.0], [0.0]])
+        assert torch.equal(scales.view(2, 10), means)
+
+
 def test_two_means_that_reach_outside_their_buffers_are_refused() -> None:
     """5000 values are 4096 and 904: 512 and 113 bytes of signs; two units of 2500, four means."""
     x, codes, scales = torch.zeros(5000), torch.zeros(625, dtype=torch.uint8), torch.zeros(4)
