@@ -102,9 +102,7 @@ class OneBit(Compressor):
 
     def encode(self, x: Tensor, layout: Layout, key: Key) -> Payload:
         payload = Payload.empty(self.parts(layout), x.device)
-        x = x.contiguous()
-        pack_signs(x, payload["codes"])
-        two_means.means(x, self._units(layout), payload["scales"])
+        two_means.encode(x.contiguous(), self._units(layout), payload["codes"], payload["scales"])
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:

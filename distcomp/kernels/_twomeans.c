@@ -27,55 +27,124 @@ BODY void fold(double *lane) {
         for (size_t i = 0; i < half; i++) lane[i] += lane[i + half];
 }
 
-#define PART 256 /* elements that are told apart before they are added: a multiple of the lanes */
+typedef float Floats4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t Masks4 __attribute__((vector_size(16)));
+typedef double Doubles4 __attribute__((vector_size(32)));
 
-/* Add the m elements of a part to their lanes, the first of which is in lane `lane`. */
-BODY void add_part(const float *restrict part, size_t lane, size_t m, double *restrict sums) {
-    size_t head = smaller((LANES - lane) % LANES, m), j = 0;
-    for (; j < head; j++) sums[lane + j] += (double)part[j];
-    for (; j + LANES <= m; j += LANES)
-        for (size_t i = 0; i < LANES; i++) sums[i] += (double)part[j + i];
-    for (size_t i = 0; j < m; j++, i++) sums[i] += (double)part[j];
+/* Those of four values that a mask has all bits of, the others 0. */
+#define WHERE(mask, v) (Floats4)((mask) & (Masks4)(v))
+#define ADD(to, v) to += (Doubles4){(v)[0], (v)[1], (v)[2], (v)[3]}
+
+/* Add m elements, a multiple of the lanes, the first of them in lane 0: lanes and counts stay in registers. */
+BODY void add_whole(const float *x, size_t m, double *high, double *low, Sums2 *sums) {
+    Doubles4 highs[LANES / 4], lows[LANES / 4];
+    Masks4 above = {0}, below = {0};
+    const Floats4 zero = {0};
+    memcpy(highs, high, sizeof highs);
+    memcpy(lows, low, sizeof lows);
+    for (size_t j = 0; j < m; j += LANES) {
+#pragma GCC unroll 4
+        for (size_t i = 0; i < LANES / 4; i++) {
+            Floats4 v = *(const Floats4 *)(x + j + 4 * i);
+            Floats4 positive = WHERE(v >= zero, v), negative = WHERE(v < zero, v);
+            ADD(highs[i], positive);
+            ADD(lows[i], negative);
+            above -= v >= zero;
+            below -= v < zero;
+        }
+    }
+    memcpy(high, highs, sizeof highs);
+    memcpy(low, lows, sizeof lows);
+    sums->above += (size_t)(above[0] + above[1] + above[2] + above[3]);
+    sums->below += (size_t)(below[0] + below[1] + below[2] + below[3]);
+}
+
+/* The same of fewer than LANES elements, each to the lane of its place. */
+BODY void add_few(const float *x, size_t m, double *high, double *low, Sums2 *sums) {
+    for (size_t j = 0; j < m; j++) {
+        high[j] += x[j] >= 0.0f ? (double)x[j] : 0.0;
+        low[j] += x[j] < 0.0f ? (double)x[j] : 0.0;
+        sums->above += x[j] >= 0.0f;
+        sums->below += x[j] < 0.0f;
+    }
 }
 
 /* m elements of one chunk, the first of which is number `first` in it. */
 BODY void add_chunk(const float *x, size_t first, size_t m, Sums2 *sums) {
     double high[LANES] = {0}, low[LANES] = {0};
-    uint32_t above = 0, below = 0;
-    for (size_t start = 0; start < m; start += PART) {
-        float positive[PART], negative[PART];
-        size_t count = smaller(PART, m - start), lane = (first + start) % LANES;
-        for (size_t j = 0; j < count; j++) positive[j] = x[start + j] >= 0.0f ? x[start + j] : 0.0f;
-        for (size_t j = 0; j < count; j++) negative[j] = x[start + j] < 0.0f ? x[start + j] : 0.0f;
-        for (size_t j = 0; j < count; j++) above += x[start + j] >= 0.0f;
-        for (size_t j = 0; j < count; j++) below += x[start + j] < 0.0f;
-        add_part(positive, lane, count, high);
-        add_part(negative, lane, count, low);
-    }
+    size_t lane = first % LANES, head = smaller((LANES - lane) % LANES, m), whole = (m - head) / LANES * LANES;
+    add_few(x, head, high + lane, low + lane, sums);
+    add_whole(x + head, whole, high, low, sums);
+    add_few(x + head + whole, m - head - whole, high, low, sums);
     fold(high);
     fold(low);
     sums->high += high[0];
     sums->low += low[0];
-    sums->above += above;
-    sums->below += below;
 }
 
-BODY void means_body(const float *x, const Line *line, float *scales) {
-    size_t length = (size_t)line->length, before = (size_t)line->before, numel = (size_t)line->numel;
-    float *high = scales + line->scale, *low = high + line->units;
-    size_t unit = 0;
-    x += line->at;
-    for (size_t at = before; at < before + numel; unit++) {
-        size_t end = smaller((unit + 1) * length, before + numel);
-        Sums2 sums = {0, 0, 0, 0};
-        while (at < end) {
-            size_t place = at - unit * length, m = smaller(CHUNK - place % CHUNK, end - at);
-            add_chunk(x + (at - before), place % CHUNK, m, &sums);
-            at += m;
-        }
-        high[unit] = (float)(sums.high / (double)(sums.above ? sums.above : 1));
-        low[unit] = (float)(sums.low / (double)(sums.below ? sums.below : 1));
+/* The signs of a block, m of them in eight planes: a byte has a bit of each. */
+BODY void pack_block(const float *restrict x, uint8_t *restrict out, size_t m) {
+    const size_t height = (m + 7) / 8, full = m > 7 * height ? m - 7 * height : 0; /* bytes with all their planes */
+    for (size_t j = 0; j < full; j++) {
+        uint32_t byte = 0;
+        for (size_t p = 0; p < 8; p++) byte |= x[j + p * height] >= 0.0f ? 1u << p : 0;
+        out[j] = (uint8_t)byte;
     }
+    for (size_t j = full; j < height; j++) {
+        uint32_t byte = 0;
+        for (size_t p = 0; j + p * height < m; p++) byte |= x[j + p * height] >= 0.0f ? 1u << p : 0;
+        out[j] = (uint8_t)byte;
+    }
+}
+
+/* A run of values of a buffer of `total`, which begins with a block of signs: units and blocks that begin in it. */
+typedef struct {
+    const float *x;
+    uint8_t *codes;
+    float *scales;
+    size_t start, end, total;
+    size_t packed; /* up to here there are signs */
+} Run;
+
+/* The signs of the blocks that end up to `end`: of what has just been added up, and lies in the cache. */
+BODY void pack_up_to(Run *run, size_t end) {
+    while (run->packed < run->end) {
+        size_t m = smaller(SIGNS, run->total - run->packed);
+        if (run->packed + m > end) return;
+        pack_block(run->x + run->packed, run->codes + run->packed / 8, m);
+        run->packed += m;
+    }
+}
+
+/* One unit's values, from `at` to `end` of its line, and its two means. */
+BODY void encode_unit(Run *run, const Line *line, size_t unit, size_t at, size_t end) {
+    Sums2 sums = {0, 0, 0, 0};
+    const size_t line_at = (size_t)line->at;
+    for (size_t place = at + (size_t)line->before - unit * (size_t)line->length, m; at < end; at += m, place += m) {
+        m = smaller(CHUNK - place % CHUNK, end - at);
+        add_chunk(run->x + line_at + at, place % CHUNK, m, &sums);
+        pack_up_to(run, line_at + at + m);
+    }
+    float *high = run->scales + line->scale + unit, *low = high + line->units;
+    *high = (float)(sums.high / (double)(sums.above ? sums.above : 1));
+    *low = (float)(sums.low / (double)(sums.below ? sums.below : 1));
+}
+
+BODY void encode_line(Run *run, const Line *line) {
+    const size_t length = (size_t)line->length, before = (size_t)line->before, numel = (size_t)line->numel;
+    const size_t line_at = (size_t)line->at;
+    /* Of the units, which begin at 0 and at every unit * length - before, the first that does not before the run. */
+    size_t unit = run->start > line_at ? (run->start - line_at + before + length - 1) / length : 0;
+    for (size_t at = unit ? unit * length - before : 0; at < numel && line_at + at < run->end; unit++) {
+        size_t end = smaller((unit + 1) * length - before, numel);
+        encode_unit(run, line, unit, at, end);
+        at = end;
+    }
+}
+
+BODY void encode_body(Run *run, const Line *line, size_t lines) {
+    for (size_t i = 0; i < lines; i++) encode_line(run, line + i);
+    pack_up_to(run, run->total);
 }
 
 BODY void put_bits(const uint8_t *restrict in, size_t plane, float *restrict out, size_t m, float high, float low,
@@ -115,16 +184,16 @@ BODY void put_body(const uint8_t *codes, float *out, const Line *line, const flo
 }
 
 typedef struct {
-    void (*means)(const float *, const Line *, float *);
+    void (*encode)(Run *, const Line *, size_t);
     void (*put)(const uint8_t *, float *, const Line *, const float *, size_t, int);
 } Variant;
 
 #define VARIANT(name, TARGET) \
-    TARGET static void means_##name(const float *x, const Line *line, float *s) { means_body(x, line, s); } \
+    TARGET static void encode_##name(Run *run, const Line *line, size_t lines) { encode_body(run, line, lines); } \
     TARGET static void put_##name(const uint8_t *c, float *out, const Line *line, const float *s, size_t n, int sign) { \
         put_body(c, out, line, s, n, sign); \
     } \
-    static const Variant name##_variant = {means_##name, put_##name};
+    static const Variant name##_variant = {encode_##name, put_##name};
 
 #include "_variants.h"
 
@@ -154,17 +223,27 @@ static int lines_are_inside(const All *all) {
     return 1;
 }
 
-PyObject *py_two_means(PyObject *self, PyObject *args) {
+static int signs_are_inside(const All *all) {
+    int64_t whole = all->values_size / SIGNS, rest = all->values_size % SIGNS;
+    return (all->values_size >= 0 && inside(0, whole * (SIGNS / 8) + (rest + 7) / 8, all->codes_size)) ||
+           refused("more values than signs") != NULL;
+}
+
+PyObject *py_encode_two_means(PyObject *self, PyObject *args) {
     (void)self;
     All all = {0};
-    if (!PyArg_ParseTuple(args, "KK(nn)Kn", &all.values, &all.scales, &all.values_size, &all.scales_size, &all.table,
-                          &all.lines) ||
-        !lines_are_inside(&all))
+    Py_ssize_t start, count;
+    if (!PyArg_ParseTuple(args, "KKK(nnn)Knnn", &all.values, &all.codes, &all.scales, &all.values_size, &all.codes_size,
+                          &all.scales_size, &all.table, &all.lines, &start, &count) ||
+        !lines_are_inside(&all) || !signs_are_inside(&all))
         return NULL;
+    if (!inside(start, count, all.values_size) || start % SIGNS || (count % SIGNS && start + count < all.values_size))
+        return refused("a run of values that cuts a block of signs");
+    Run run = {(const float *)(uintptr_t)all.values, (uint8_t *)(uintptr_t)all.codes, (float *)(uintptr_t)all.scales,
+               (size_t)start, (size_t)(start + count), (size_t)all.values_size, (size_t)start};
     const Variant *variant = serving(instruction_set());
     Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t i = 0; i < all.lines; i++)
-        variant->means((const float *)(uintptr_t)all.values, TABLE(all) + i, (float *)(uintptr_t)all.scales);
+    variant->encode(&run, TABLE(all), (size_t)all.lines);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -175,11 +254,8 @@ PyObject *py_put_two_means(PyObject *self, PyObject *args) {
     int sign;
     if (!PyArg_ParseTuple(args, "KKK(nnn)Kni", &all.values, &all.codes, &all.scales, &all.values_size, &all.codes_size,
                           &all.scales_size, &all.table, &all.lines, &sign) ||
-        !lines_are_inside(&all))
+        !lines_are_inside(&all) || !signs_are_inside(&all))
         return NULL;
-    int64_t whole = all.values_size / SIGNS, rest = all.values_size % SIGNS;
-    if (all.values_size < 0 || !inside(0, whole * (SIGNS / 8) + (rest + 7) / 8, all.codes_size))
-        return refused("more values than signs");
     const Variant *variant = serving(instruction_set());
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t i = 0; i < all.lines; i++)

@@ -3,5 +3,5 @@
 #include <Python.h>
 
 const char *instruction_set(void); /* of _cpu.c: the one in use */
-PyObject *py_two_means(PyObject *self, PyObject *args);
+PyObject *py_encode_two_means(PyObject *self, PyObject *args);
 PyObject *py_put_two_means(PyObject *self, PyObject *args);

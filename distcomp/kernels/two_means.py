@@ -1,8 +1,8 @@
-"""Two means for each unit of a weight: of what is not negative, and of what is.
+"""Two means for each unit of a weight: of what is not negative, and of what is; and which value is which.
 
-Torch says it here, C does it in one pass over the buffer (``_twomeans.c``), bit for bit alike. Units are the
-rows of a parameter; a piece of a parameter may begin and end within one. Signs are packed in blocks of
-:data:`SIGNS` of the whole buffer.
+Torch says it here, C does it in one pass over the buffer (``_twomeans.c``), bit for bit alike: signs are
+packed while what was added up lies in the cache. Units are the rows of a parameter; a piece of a parameter
+may begin and end within one. Signs are packed in blocks of :data:`SIGNS` of the whole buffer.
 """
 
 from __future__ import annotations
@@ -80,18 +80,28 @@ class Units:
             yield padded.view(one.units, one.length), one
 
 
-def means(x: Tensor, units: Units, scales: Tensor) -> None:
-    """Write into ``scales`` (float32) the two means of each unit of ``x`` (float32): 0 of no values.
+def encode(x: Tensor, units: Units, codes: Tensor, scales: Tensor) -> None:
+    """Write into ``codes`` (uint8) the bit ``x_j >= 0`` of each value (float32), in blocks of :data:`SIGNS`,
+    and into ``scales`` (float32) the two means of each unit: 0 of no values.
 
-    Sums are in float64. A NaN is neither negative nor not, and counts in neither.
+    Sums are in float64. A NaN is neither negative nor not, and counts in neither; its bit is 0. Raises
+    DistcompError for tensors of another type or size.
     """
     check_tensor("values", x, torch.float32, units.numel)
+    check_tensor("codes", codes, torch.uint8, packed_bytes(x.numel(), SIGNS, 1))
     check_tensor("scales", scales, torch.float32, units.scale_count)
     if served_by_c(x):
-        from distcomp.kernels import _cpu
+        from distcomp.kernels import _cpu, cpu
 
-        _cpu.two_means(x.data_ptr(), scales.data_ptr(), (x.numel(), scales.numel()), *_table(units))
+        sizes = x.numel(), codes.numel(), scales.numel()
+        at = x.data_ptr(), codes.data_ptr(), scales.data_ptr()
+        table = _table(units)
+        cpu.shared(
+            lambda start, count: _cpu.encode_two_means(*at, sizes, *table, start, count), x.numel(), SIGNS, 4
+        )
         return
+    ignored = torch.empty(-(-x.numel() // SIGNS), dtype=torch.float32, device=x.device)
+    kernels.quantize(x, codes, ignored, block=SIGNS, bits=1)
     for rows, line in units.rows(x):
         both = scales[line.scale : line.scale + 2 * line.units].view(2, -1)
         for chosen, mean in ((rows >= 0, both[0]), (rows < 0, both[1])):

@@ -11,16 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distcomp.compressors.sparse import Rows, RowSet
+from distcomp.errors import DistcompError
 from distcomp.kernels import dct, dispatch, integers, packed_bytes, rotation, rows, two_means
 from distcomp.kernels.dct import Grid, Grids
 from distcomp.kernels.rows import RowTable
 from distcomp.kernels.two_means import SIGNS, Units
 from tests.compressors import oracles
 from tests.kernels.draws import AWKWARD, same_bits
-from tests.kernels.test_cpu import bit_patterns, instruction_set
+from tests.kernels.test_cpu import bit_patterns, instruction_set, threads
 from tests.kernels.test_many import monkeypatch_context
 
-__all__ = ["instruction_set", "monkeypatch_context"]  # fixtures
+__all__ = ["instruction_set", "monkeypatch_context", "threads"]  # fixtures
+
+_cpu = pytest.importorskip("distcomp.kernels._cpu", reason="the C extension was not built (no C compiler?)")
 
 
 def awkward(numel: int, seed: int, magnitude: float = 1.0) -> torch.Tensor:
@@ -58,10 +61,12 @@ def test_two_means(instruction_set, monkeypatch_context, pieces, seed, sign) -> 
     units = units_of(pieces)
     x = awkward(units.numel, seed)
     ours, theirs = torch.full((units.scale_count,), 7.0), torch.full((units.scale_count,), 7.0)
-    two_means.means(x, units, ours)
+    codes, plain_codes = torch.full((2, packed_bytes(units.numel, SIGNS, 1)), 0xA5, dtype=torch.uint8)
+    two_means.encode(x, units, codes, ours)
     with monkeypatch_context() as patch:
         patch.setattr(dispatch, "forced", lambda: "reference")
-        two_means.means(x, units, theirs)
+        two_means.encode(x, units, plain_codes, theirs)
+    assert torch.equal(codes, plain_codes)
     assert same_bits(ours, theirs)
     codes = torch.randint(0, 256, (packed_bytes(units.numel, SIGNS, 1),), dtype=torch.uint8)
     put, plain = x.clone(), x.clone()
@@ -70,6 +75,108 @@ def test_two_means(instruction_set, monkeypatch_context, pieces, seed, sign) -> 
         patch.setattr(dispatch, "forced", lambda: "reference")
         two_means.put(codes, units, ours, plain, sign)
     assert same_bits(put, plain)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pieces=PIECES, seed=st.integers(0, 99))
+def test_threads_that_share_two_means_change_nothing(threads, monkeypatch_context, pieces, seed) -> None:
+    """Each takes the units that begin among its blocks of signs, whose ends are others."""
+    units = units_of(pieces)
+    x = awkward(units.numel, seed)
+    found = []
+    for how in ("shared", "reference"):
+        codes = torch.full((packed_bytes(units.numel, SIGNS, 1),), 0xA5, dtype=torch.uint8)
+        scales = torch.full((units.scale_count,), 7.0)
+        with monkeypatch_context() as patch:
+            if how == "reference":
+                patch.setattr(dispatch, "forced", lambda: "reference")
+            two_means.encode(x, units, codes, scales)
+        found.append((codes, scales))
+    assert torch.equal(found[0][0], found[1][0])
+    assert same_bits(found[0][1], found[1][1])
+
+
+def test_values_are_added_in_the_lanes_of_their_places_in_the_unit(instruction_set) -> None:
+    """A unit that lacks its first eight: what is too small beside ``2^60`` shares a lane with it and is lost;
+    in another lane it would add up, and the mean would no longer be half-way between two floats."""
+    x = torch.full((56,), -1.0)
+    x[2:9] = x[20:32] = x[36:44] = 0.0
+    x[0], x[1], x[16], x[32], x[48] = 2.0**60, 2.0**36, 2.0**7, 2.0**7, 2.0**7
+    units = units_of([(56, 8, 64)])
+    codes, scales = torch.empty(7, dtype=torch.uint8), torch.empty(2)
+    two_means.encode(x, units, codes, scales)
+    assert int((x >= 0).sum()) == 32
+    assert scales.tolist() == [2.0**55, -1.0]
+
+
+@pytest.mark.parametrize("numel", [0, 1, 2, 7, 8, 9, 15, 4095, 4096, 4097, 8191, 8205])
+def test_a_sign_is_a_bit_of_its_plane_and_nothing_else_is_touched(instruction_set, numel: int) -> None:
+    """The oracle: bit p of byte j of a block of m is its element ``j + p * ceil(m / 8)``."""
+    x = awkward(numel, 4)
+    units = units_of([(numel, 3, 1000)])
+    count, scale_count = packed_bytes(numel, SIGNS, 1), units.scale_count
+    codes, scales = torch.full((count + 64,), 0xA5, dtype=torch.uint8), torch.full((scale_count + 16,), 7.0)
+    two_means.encode(x, units, codes[32 : 32 + count], scales[8 : 8 + scale_count])
+    wanted = bytearray(count)
+    for k, value in enumerate(x.tolist()):
+        block, place = divmod(k, SIGNS)
+        height = -(-min(SIGNS, numel - block * SIGNS) // 8)
+        wanted[block * SIGNS // 8 + place % height] |= (value >= 0) << place // height
+    assert bytes(codes[32 : 32 + count].tolist()) == bytes(wanted)
+    assert codes[:32].eq(0xA5).all()
+    assert codes[32 + count :].eq(0xA5).all()
+    assert scales[:8].eq(7).all()
+    assert scales[8 + scale_count :].eq(7).all()
+
+
+def test_a_run_of_two_means_writes_what_begins_in_it_and_nothing_else(instruction_set) -> None:
+    x, table = torch.ones(5000), units_of([(5000, 0, 500)]).table
+    runs = (((0, 4096), slice(0, 9), slice(0, 512)), ((4096, 904), slice(9, 10), slice(512, 625)))
+    for run, units, signs in runs:
+        codes, scales = torch.zeros(625, dtype=torch.uint8), torch.full((20,), 7.0)
+        at = x.data_ptr(), codes.data_ptr(), scales.data_ptr()
+        _cpu.encode_two_means(*at, (5000, 625, 20), table.data_ptr(), 1, *run)
+        wanted = torch.zeros(625, dtype=torch.uint8)
+        wanted[signs] = 0xFF
+        assert torch.equal(codes, wanted)
+        means = torch.full((2, 10), 7.0)
+        means[:, units] = torch.tensor([[1.0], [0.0]])
+        assert torch.equal(scales.view(2, 10), means)
+
+
+def test_two_means_that_reach_outside_their_buffers_are_refused() -> None:
+    """5000 values are 4096 and 904: 512 and 113 bytes of signs; two units of 2500, four means."""
+    x, codes, scales = torch.zeros(5000), torch.zeros(625, dtype=torch.uint8), torch.zeros(4)
+    units, fits = units_of([(5000, 0, 2500)]), (5000, 625, 4)
+
+    def call(sizes=fits, line=(0, 5000, 0, 2500, 0, 2), run=(0, 5000)) -> None:
+        table = torch.tensor([line], dtype=torch.int64)
+        at = x.data_ptr(), codes.data_ptr(), scales.data_ptr()
+        _cpu.encode_two_means(*at, sizes, table.data_ptr(), 1, *run)
+
+    for run in ((0, 5000), (0, 4096), (4096, 904), (4096, 0)):
+        call(run=run)
+    for sizes, what in (
+        ((4999, 625, 4), "outside its buffers"), ((5000, 624, 4), "more values than signs"),
+        ((5000, 625, 3), "outside its buffers"), ((-1, 625, 4), "outside its buffers"),
+        ((2**63 - 1, 625, 4), "more values than signs"), ((5000, -1, 4), "more values than signs"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=what):
+            call(sizes)
+    for column in range(6):
+        for place in (1, -1, 2**62, -(2**62)):
+            line = [0, 5000, 0, 2500, 0, 2]
+            line[column] += place
+            if (column, place) in ((1, -1), (3, 1)):
+                continue  # a value fewer, or units that are longer by one
+            with pytest.raises(ValueError, match="outside its buffers"):
+                call(line=tuple(line))
+    for run in ((1, 4999), (-4096, 4096), (0, 4095), (4096, 905), (8192, 0), (0, -1), (0, 2**63 - 1)):
+        with pytest.raises(ValueError, match="cuts a block of signs"):
+            call(run=run)
+    for wrong in ((x[:4999], codes, scales), (x, codes[:624], scales), (x, codes, scales[:3])):
+        with pytest.raises(DistcompError, match="are needed"):
+            two_means.encode(wrong[0], units, *wrong[1:])
 
 
 # ---------------------------------------------------------------------------------------------- rotations
@@ -94,8 +201,8 @@ def test_a_rotation_is_a_product_with_the_matrix_of_hadamard() -> None:
 def test_the_two_means_are_means() -> None:
     x = awkward(3 * 5000, 0)
     units = units_of([(15_000, 0, 5000)])
-    scales = torch.empty(6)
-    two_means.means(x, units, scales)
+    codes, scales = torch.empty(packed_bytes(15_000, SIGNS, 1), dtype=torch.uint8), torch.empty(6)
+    two_means.encode(x, units, codes, scales)
     for row, high, low in zip(x.view(3, 5000).double(), scales[:3], scales[3:], strict=True):
         assert float(high) == pytest.approx(float(row[row >= 0].mean()), rel=1e-6)
         assert float(low) == pytest.approx(float(row[row < 0].mean()), rel=1e-6)
