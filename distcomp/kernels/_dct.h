@@ -65,7 +65,6 @@ STEPS(4, 2)
 STEPS(8, 4)
 STEPS(16, 8)
 STEPS(32, 16)
-STEPS(64, 32)
 #undef STEPS
 
 /* out[k] = sum over j of matrix[k][j] in[j], in rising order; transposed: of matrix[j][k]. */
@@ -99,18 +98,45 @@ TARGET static void NAMED(along)(int kind, LANE *x, LANE *y, size_t n, const floa
 #define ROW(x, stride, i) (*(LANE *)((x) + (i) * (stride)))
 #define CONST_ROW(x, stride, i) (*(const LANE *)((x) + (i) * (stride)))
 
+/* SIDE rows of COLUMNS columns. Each half is scaled where it is read, and written where it is done: registers are few. */
+BODY void NAMED(side)(int kind, const float *from, size_t stride, float *to, size_t to_stride, const float *factors,
+                      const float *scale) {
+    const size_t half = SIDE / 2;
+    LANE x[SIDE], y[SIDE];
+    if (kind == II) {
+#pragma GCC unroll 32
+        for (size_t i = 0; i < half; i++) {
+            LANE u = CONST_ROW(from, stride, i), v = CONST_ROW(from, stride, SIDE - 1 - i);
+            x[i] = u + v;
+            x[half + i] = u - v;
+        }
+        NAMED(steps_32)(II, x, y, factors + SIDE);
+#pragma GCC unroll 32
+        for (size_t i = 0; i < half; i++) ROW(to, to_stride, 2 * i) = y[i] * scale[2 * i];
+        NAMED(steps_32)(IV, x + half, y + half, factors + SIDE);
+#pragma GCC unroll 32
+        for (size_t i = 0; i < half; i++) ROW(to, to_stride, 2 * i + 1) = y[half + i] * scale[2 * i + 1];
+        return;
+    }
+#pragma GCC unroll 32
+    for (size_t i = 0; i < half; i++) x[half + i] = CONST_ROW(from, stride, 2 * i + 1) * scale[2 * i + 1];
+    NAMED(steps_32)(IV, x + half, y + half, factors + SIDE);
+#pragma GCC unroll 32
+    for (size_t i = 0; i < half; i++) x[i] = CONST_ROW(from, stride, 2 * i) * scale[2 * i];
+    NAMED(steps_32)(III, x, y, factors + SIDE);
+#pragma GCC unroll 32
+    for (size_t i = 0; i < half; i++) {
+        ROW(to, to_stride, i) = y[i] + y[half + i];
+        ROW(to, to_stride, SIDE - 1 - i) = y[i] - y[half + i];
+    }
+}
+
 /* n rows of COLUMNS columns: their coefficients (kind II), or from those to the rows (III). */
 BODY void NAMED(columns_body)(int kind, const float *from, size_t stride, float *to, size_t to_stride, size_t n,
                               const float *factors, const Room *room) {
     const float *scale = factors + factors_of(n) - n;
     if (n == SIDE) {
-        LANE x[SIDE], y[SIDE];
-#pragma GCC unroll 64
-        for (size_t i = 0; i < SIDE; i++)
-            x[i] = kind == III ? CONST_ROW(from, stride, i) * scale[i] : CONST_ROW(from, stride, i);
-        NAMED(steps_64)(kind, x, y, factors);
-#pragma GCC unroll 64
-        for (size_t i = 0; i < SIDE; i++) ROW(to, to_stride, i) = kind == II ? y[i] * scale[i] : y[i];
+        NAMED(side)(kind, from, stride, to, to_stride, factors, scale);
         return;
     }
     LANE *a = (LANE *)room->a, *b = (LANE *)room->b;

@@ -159,7 +159,14 @@ BODY void top_row_body(const float *all, const Row *row, Search *s, int64_t *pla
     }
     int32_t edge = edge_of(s->magnitudes, found, count, s->guess);
     size_t ties = count - count_kept(s->magnitudes, found, edge);
-    TAKE(found, s->magnitudes[j], s->places[j])
+    if (ties) {
+        TAKE(found, s->magnitudes[j], s->places[j])
+        return;
+    }
+    for (size_t j = 0, taken = 0; taken < count; j++) { /* the usual, in which no place waits for another's tie */
+        out[taken] = row->start + s->places[j];
+        taken += s->magnitudes[j] > edge;
+    }
 }
 
 #define VARIANT(name, TARGET) \

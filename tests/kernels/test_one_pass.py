@@ -273,7 +273,7 @@ def table_of(shapes: list[tuple[int, int]]) -> RowTable:
     data=st.data(),
     lengths=st.lists(st.integers(0, 300) | st.sampled_from([4096, 4097]), min_size=1, max_size=4),
     seed=st.integers(0, 99),
-    kind=st.sampled_from(["any bits", "few values", "one value", "gaussian"]),
+    kind=st.sampled_from(["any bits", "few values", "one value", "neighbours", "gaussian"]),
 )
 def test_the_largest_of_each_row(instruction_set, data, lengths, seed, kind) -> None:
     shapes = [(length, data.draw(st.integers(0, length) | st.just(length // 100))) for length in lengths]
@@ -281,6 +281,12 @@ def test_the_largest_of_each_row(instruction_set, data, lengths, seed, kind) -> 
     x = bit_patterns(numel, seed) if kind == "any bits" else awkward(numel, seed)
     if kind in ("few values", "one value"):
         x = torch.randint(0, 3 if kind == "few values" else 1, (numel,)).float() - 1
+    if kind == "neighbours":  # no two alike, and nothing between the edge and the next
+        x = (
+            torch.randperm(numel, generator=torch.Generator().manual_seed(seed))
+            .to(torch.int32)
+            .view(torch.float32)
+        )
     table = table_of(shapes)
     places = torch.full((table.ends[1],), -1, dtype=torch.int64)
     rows.top(x, table, places)
