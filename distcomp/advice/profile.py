@@ -14,7 +14,7 @@ from torch import Tensor
 from distcomp.averaging.base import Averaging, FragmentState, MultiLevel, fragment_states, gather, scatter
 from distcomp.averaging.gossip import Gossip
 from distcomp.averaging.topology import resolve
-from distcomp.collectives import Request, Sealed
+from distcomp.collectives import Request
 from distcomp.layout import Layout
 from distcomp.methods import Method
 from distcomp.methods.base import AggregateResult, State, StepContext
@@ -28,8 +28,6 @@ from distcomp.runtime.ledger import Ledger
 from distcomp.schedule import at
 
 REPEATS, WARM_UP = 5, 2
-OTHERS = 7
-"""Of so many other ranks, at most, gradients of their own are compressed."""
 
 
 def clock() -> float:
@@ -85,7 +83,6 @@ def profiled(parts: Sequence[ToProfile], ranks: int) -> list[tuple[ProfiledExcha
     held: list[list[Held]] = [[] for _ in parts]
     states: list[Any] = [part.state for part in parts]
     buffers = [_gradient(part.layout) for part in parts]
-    said = [_said_by_others(part, ranks) for part in parts]
 
     def begin(index: int, rank: int, step: int) -> Aggregation:
         layout = parts[index].layout
@@ -96,7 +93,7 @@ def profiled(parts: Sequence[ToProfile], ranks: int) -> list[tuple[ProfiledExcha
     for step in range(WARM_UP + REPEATS):
         for index in range(len(parts)):
             profile = begin(index, 0, step)
-            held[index].append(_hold(profile, _Echo(0, ranks, said[index])))
+            held[index].append(_hold(profile, 0, ranks))
             states[index] = profile.finished().state
     last = WARM_UP + REPEATS
     exchanges = (
@@ -127,7 +124,7 @@ def _averaging_exchange(fragments: Sequence[FragmentState], ranks: int) -> Profi
     held = []
     for step in range(WARM_UP + REPEATS):  # noqa: B007
         profile = begin(0)
-        held.append(_hold(profile, _Echo(0, ranks, {})))
+        held.append(_hold(profile, 0, ranks))
         held[-1][-1] = (held[-1][-1][0] + _copying_s(fragments[0], profile.finished()), None)
     edges = resolve(averaging.topology, ranks).edges if isinstance(averaging, Gossip) else frozenset()
     return replace(_summary(held, begin, ranks, edges), share=1 / at(averaging.period, 0))
@@ -158,9 +155,7 @@ def _summary(
     ]
     columns: list[list[Request]] = [[] for _ in requests]
     if any(request.group or uneven(request, 0, ranks) for request in requests):
-        everyone = [
-            [request for _, request in _hold(begin(rank), _Echo(rank, ranks, {}))] for rank in range(ranks)
-        ]
+        everyone = [[request for _, request in _hold(begin(rank), rank, ranks)] for rank in range(ranks)]
         columns = [
             [request for request in column if request is not None] for column in zip(*everyone, strict=True)
         ][:-1]
@@ -175,23 +170,10 @@ def _summary(
     return ProfiledExchange(rounds, works_s[-1])
 
 
-def _said_by_others(part: ToProfile, ranks: int) -> Said:
-    """What ranks with gradients of their own send: what is sparse lies elsewhere on each of them, and to add
-    it up takes longer than where all lies in the same places."""
-    said: Said = {}
-    for other in range(1, min(ranks, 1 + OTHERS)):
-        context = StepContext(0, ranks, part.layout, 0, Key.of("rehearsal", 0))
-        gradient = _gradient(part.layout, other)
-        echo = _Echo(0, ranks, {})
-        _hold(Aggregation(part.aggregator, gradient, part.state, context), echo)
-        for place, wire in echo.sent.items():
-            said.setdefault(place, []).append(wire)
-    return said
-
-
 @torch.no_grad()
-def _hold(profile: Aggregation, echo: _Echo) -> Held:
+def _hold(profile: Aggregation, rank: int, ranks: int) -> Held:
     """Every request, with the seconds of arithmetic before it: thinking, sealing, opening and checking."""
+    echo = _Echo(rank, ranks)
     channel = Channel(echo, 0, Ledger())
     held: Held = []
     exchange = None
@@ -212,29 +194,17 @@ def _gradient(layout: Layout, seed: int = 0) -> Tensor:
     return torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
-Said = dict[tuple[int, int], list[Tensor]]
-"""Payloads of others, by the number of the request and their bytes."""
-
-
 class _Echo:
-    """A transport on which every rank sends what this one sends, or another of these bytes; where neither
-    fits, zeros."""
+    """A transport on which every rank sends what this one sends; where that does not fit, zeros."""
 
     started_s = finished_s = 0.0
 
-    def __init__(self, rank: int, size: int, said: Said) -> None:
+    def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-        self.exchange = self._number = 0
-        self.sent: dict[tuple[int, int], Tensor] = {}
-        """Of each request, what this rank sends to itself."""
-        self._said = said
+        self.exchange = 0
         self._answer: Any = None
 
     def start(self, request: Request) -> _Echo:
-        self._number += 1
-        if isinstance(request, Sealed):
-            wire = request.payload_to(request.position(self.rank)).wire
-            self.sent[self._number, wire.numel()] = wire.clone()
         self._answer = request.echo(self.rank, self.size, self._seal)
         return self
 
@@ -242,7 +212,4 @@ class _Echo:
         return self._answer
 
     def _seal(self, sender: int, said: Payload) -> None:
-        others = self._said.get((self._number, said.wire.numel()))
-        if others and sender != self.rank:
-            said.wire.copy_(others[sender % len(others)])
         write_header(said, PayloadHeader(sender, 0, self.exchange), TRUE)
