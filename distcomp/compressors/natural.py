@@ -15,6 +15,7 @@ from distcomp.compressors.grid import pack_signs, sign_bytes, unpack_signs
 from distcomp.compressors.quantize import worst_variance
 from distcomp.errors import DistcompError
 from distcomp.kernels import pieces as many
+from distcomp.kernels.dispatch import served_by_c
 from distcomp.kernels.pieces import Pieces
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
@@ -152,6 +153,9 @@ class NonUniform(Compressor):
     def mean_into(
         self, out: Tensor, payloads: Sequence[Payload], layout: Layout, own: tuple[int, Tensor] | None = None
     ) -> None:
+        if not served_by_c(out):
+            super().mean_into(out, payloads, layout, own)
+            return
         coded = [(one["codes"], one["scales"]) for one in payloads]
         many.dequantize_mean(coded, out, self._pieces(layout), own)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from distcomp.compressors.base import Compressor, register_compressor
 from distcomp.errors import DistcompError
 from distcomp.kernels import pieces as many
+from distcomp.kernels.dispatch import served_by_c
 from distcomp.kernels.pieces import Moves, Pieces
 from distcomp.layout import Layout
 from distcomp.payload import Part, Parts, Payload
@@ -151,7 +152,7 @@ class Quantize(Compressor):
         self, out: Tensor, payloads: Sequence[Payload], layout: Layout, own: tuple[int, Tensor] | None = None
     ) -> None:
         pieces, plain = self._pieces(layout)
-        if plain.each:
+        if plain.each or not served_by_c(out):
             super().mean_into(out, payloads, layout, own)
         else:
             many.dequantize_mean([(one["codes"], one["scales"]) for one in payloads], out, pieces, own)

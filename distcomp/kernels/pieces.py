@@ -251,19 +251,11 @@ def dequantize_mean(
     own: tuple[int, Tensor] | None = None,
 ) -> None:
     """The mean of what several codes and scales stand for, added in the order given; the one of number
-    ``own[0]`` is ``own[1]`` as it is. In C one pass."""
+    ``own[0]`` is ``own[1]`` as it is: one pass of C, which has to serve ``out``."""
     for codes, scales in sources:
         _check(out, codes, scales, pieces)
     if own is not None:
         check_tensor("own values", own[1], torch.float32, pieces.numel)
-    if not served_by_c(out):
-        for index, (codes, scales) in enumerate(sources):
-            if own is not None and index == own[0]:
-                torch.add(own[1], out if index else 0.0, out=out)
-            else:
-                dequantize(codes, scales, out, pieces, add=index > 0)
-        out.mul_(1.0 / len(sources))
-        return
     from distcomp.kernels import _cpu
 
     places = [(codes.data_ptr(), scales.data_ptr()) for codes, scales in sources]
