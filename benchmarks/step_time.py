@@ -1,7 +1,8 @@
 """How long does an exchange take, against the bytes it must send? Methods and DDP in turn, in one run, on one
 network.
 
-    python -m benchmarks.step_time --rate 100mbit --ranks 4        # writes results/step_time_100mbit.json
+    python -m benchmarks.step_time --rate 100mbit              # writes results/step_time_100mbit.json
+    python -m benchmarks.step_time --rate 100mbit --ranks 2    # writes results/step_time_100mbit_2_ranks.json
 
 Each rank's gradient is about 17 MB in several buckets, and lies ready in them: a backward that computes, or
 copies, would be measured with the exchange, four times over on the cores that the ranks share here, and a
@@ -40,6 +41,7 @@ OTHERS = (
     "ddp", "qsgd:bits=4", "qsgd:bits=1", "natural", "terngrad", "majority_vote", "ef_signsgd", "onebit",
     "shared_range", "topk:ratio=0.01", "random_k:ratio=0.01", "demo", "powersgd:rank=4",
 )  # fmt: skip
+RANKS = 4
 SIDE, LAYERS, TINY = 1024, 4, 32
 
 
@@ -188,7 +190,7 @@ def summarize(raw: dict[str, object], rate_bps: float) -> dict[str, dict[str, fl
 
 def main() -> None:
     parser = arguments_of(__doc__)
-    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--ranks", type=int, default=RANKS)
     parser.add_argument("--rate", default="100mbit")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
@@ -196,8 +198,9 @@ def main() -> None:
     parser.add_argument("--bounds", action="store_true", help="other methods, each against its bound")
     parser.add_argument("--json", action="store_true", help="print the result instead of a table")
     arguments = parser.parse_args()
+    methods = arguments.methods or (OTHERS if arguments.bounds else METHODS)
     settings = {
-        "methods": list(arguments.methods or (OTHERS if arguments.bounds else METHODS)),
+        "methods": list(dict.fromkeys(("ddp", *methods))),  # what the others are set against
         "turns": arguments.turns,
         "steps": arguments.steps,
         "floor": arguments.bounds,
@@ -209,7 +212,8 @@ def main() -> None:
         "ranks": arguments.ranks, "rate": arguments.rate, "network": raw["network"],
         "gradient_bytes": raw["gradient_bytes"], "methods": rows,
     }  # fmt: skip
-    path = write(f"step_{'bounds' if arguments.bounds else 'time'}_{arguments.rate}", result)
+    among = "" if arguments.ranks == RANKS else f"_{arguments.ranks}_ranks"
+    path = write(f"step_{'bounds' if arguments.bounds else 'time'}_{arguments.rate}{among}", result)
     if arguments.json:
         print(json.dumps(result, indent=1))
         return

@@ -71,9 +71,9 @@ def low_precision() -> tuple[list[list[str]], str]:
     )
 
 
-def exchanges(rate: str) -> str:
-    """Each method's exchange against the time of its bytes, and against DDP."""
-    found = result(f"step_time_{rate}")
+def exchanges(name: str, arguments: str) -> str:
+    """Each method's exchange against the time of its bytes, and against DDP, as ``arguments`` measured it."""
+    found = result(name)
     rows = [
         [
             f"`{method}`",
@@ -87,7 +87,7 @@ def exchanges(rate: str) -> str:
         for method, row in found["methods"].items()
     ]
     head = ["method", "payload", "its bytes take", "exchange", "ratio", "queue / predicted bytes", "over DDP"]
-    return f"{markdown(head, rows)}\n\n{source(found, f'step_time.py --rate {rate}')}"
+    return f"{markdown(head, rows)}\n\n{source(found, f'step_time.py {arguments}')}"
 
 
 def bounds() -> str:
@@ -195,11 +195,16 @@ def profile() -> str:
     return f"{markdown(head, rows)}\n\n{source(found, 'exchange_profile.py')}"
 
 
+def _exchanges(name: str, arguments: str) -> Block:
+    return Block(lambda: exchanges(name, arguments), name)
+
+
 README: dict[str, Block] = {"measured": Block(readme, "step_time_100mbit", "overhead", "digit_pairs")}
 
 BLOCKS: dict[str, Block] = {
-    "exchanges": Block(lambda: exchanges("100mbit"), "step_time_100mbit"),
-    "exchanges 1gbit": Block(lambda: exchanges("1gbit"), "step_time_1gbit"),
+    "exchanges": _exchanges("step_time_100mbit", "--rate 100mbit"),
+    "exchanges 2 ranks": _exchanges("step_time_100mbit_2_ranks", "--rate 100mbit --ranks 2"),
+    "exchanges 1gbit": _exchanges("step_time_1gbit", "--rate 1gbit"),
     "bounds": Block(bounds, "step_bounds_100mbit"),
     "attached": Block(attached, "overhead"),
     "profile": Block(profile, "exchange_profile"),
