@@ -14,9 +14,18 @@ OMEGA = "damped by the omega of a quantizer by the largest value, which was boun
 EXACT = "the extrapolation is computed as the model plus its change: what stands still is exact"
 
 ROTATIONS = "the cosine transform is one of rotations, and its coefficients lie column by column"
+SLICES = "slices are a convolution's filters, and bases are bfloat16, found from inner products"
+SQUARES = "squares are added up in the order of the kernel in C"
+MEANS = "the values of a mean are added up in the order of the kernel in C"
 
 REASONS = {
     r"demo": ROTATIONS,
+    r"gradiveq.* 2 ranks": SLICES,
+    r"gradiveq": f"{FINER}; {SLICES}",
+    r"qsgd:bits=4,norm=l2 . 2 ranks": SQUARES,
+    r"qsgd:bits=4,norm=l2": f"{FINER}; {SQUARES}",
+    r"onebit . 2 ranks|onebit:error_feedback=false": MEANS,
+    r"onebit . ": f"{OWNER}; {MEANS}",
     r"ecd.*allow_relative": EXACT,
     r"ecd": "the grid lies around the model that all began with, and widens: it clamped weights above 1",
     r"deepsqueeze": "damped by 1/(1 + omega) of its compressor, as choco and dcd are",
