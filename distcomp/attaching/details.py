@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from distcomp.errors import DistcompError
-from distcomp.layout import FlatBuffer, Layout
-from distcomp.methods.base import Method, State, map_state
+from distcomp.layout import Layout
+from distcomp.methods.base import Method, cut_state
+from distcomp.methods.feedback import owed
 from distcomp.recording import DETAIL_EVERY
 from distcomp.runtime.aggregation import Aggregation
 from distcomp.runtime.pipeline import Timeline
-
-OWED = "residual"
-"""The name under which a state keeps what was not sent."""
 
 
 def cadence() -> int:
@@ -35,9 +33,9 @@ def looked_at(aggregation: Aggregation, x: Tensor, method: Method, size: int) ->
     gradient and of what is owed after the step, and the compression error ``|v - C(v)| / |v|``, where ``v``
     is what was to be sent: the gradient and what was owed before. A number that is not finite is None."""
     result, layout = aggregation.finished(), aggregation.layout
-    wanted = x + sum(owed(aggregation.before), torch.zeros_like(x))
+    wanted = x + owed(cut_state(aggregation.before), layout, x)
     left = wanted - result.contribution()
-    remains = sum(owed(result.state), torch.zeros_like(x))
+    remains = owed(cut_state(result.state), layout, x)
     norms = [[float(piece.norm()) for _, piece in layout.pieces(one)] for one in (x, wanted, left, remains)]
     return {
         param.name: {
@@ -49,18 +47,6 @@ def looked_at(aggregation: Aggregation, x: Tensor, method: Method, size: int) ->
         }
         for param, gradient, whole, missing, later in zip(layout.slices, *norms, strict=True)
     }
-
-
-def owed(state: State) -> list[Tensor]:
-    """The residuals in a state, one inside the other where error feedback is nested."""
-    found: list[Tensor] = []
-
-    def buffer(path: str, leaf: FlatBuffer) -> None:
-        if path.rpartition("/")[2] == OWED:
-            found.append(leaf.data)
-
-    map_state(state, buffer, lambda _, leaf: None)
-    return found
 
 
 def spans_of(timeline: Timeline, ready_s: float) -> Mapping[str, Any]:

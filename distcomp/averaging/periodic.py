@@ -28,11 +28,10 @@ from distcomp.methods.base import (
     cut_state,
     map_state,
 )
+from distcomp.methods.feedback import RESIDUAL
 from distcomp.methods.from_compressor import from_compressor
 from distcomp.schedule import extremes
 
-OWED = "residual"
-"""The name under which error feedback keeps what was not sent."""
 POLICIES = ("keep", "reset", "average")
 """What becomes of the optimizer's state at an exchange."""
 FRAGMENT_ALIGNMENT = 512
@@ -126,7 +125,7 @@ class Periodic(Averaging):
             "always under way; use an overlap below period / fragments",
         )
         own = [path for leaves in cut_state(_elements(self.method)).values() for path in leaves]
-        odd = [path for path in own if path.rpartition("/")[2] != OWED]
+        odd = [path for path in own if path.rpartition("/")[2] != RESIDUAL]
         self._refuse(
             bool(odd),
             f"{self.method} keeps {', '.join(odd)} for every element, which a newcomer cannot be handed; use "

@@ -23,6 +23,7 @@ from distcomp.methods.base import (
     cut_state,
     map_state,
 )
+from distcomp.methods.feedback import owed
 from distcomp.payload import Part, Parts, Payload, wire_bytes
 
 RESIDUALS = ("keep", "drop")
@@ -108,7 +109,7 @@ class ActiveOnly(Method):
         if held is not None:
             after["held"] = FlatBuffer(active.complement(corrected), context.layout)
         if not keeps:
-            dropped = active.complement(_residual(cut_state(state["inner"]), context.layout, x))
+            dropped = active.complement(owed(cut_state(state["inner"]), context.layout, x))
             after["dropped"] = FlatBuffer(state["dropped"].data + dropped, context.layout)
         return replace(result, state=after)
 
@@ -307,13 +308,3 @@ def _on_device(state: State, device: torch.device) -> State:
 def _in_order(named: Mapping[str, Any], order: Iterable[str]) -> dict[str, Any]:
     """In the order given; what that lacks comes last."""
     return {name: named[name] for name in dict.fromkeys([*order, *named]) if name in named}
-
-
-def _residual(cut: ByParameter, layout: Layout, like: Tensor) -> Tensor:
-    """The sum of all residuals that a state holds, as one flat buffer."""
-    total = torch.zeros_like(like)
-    for param, piece in layout.pieces(total):
-        for path, leaf in cut.get(param.name, {}).items():
-            if path.split("/")[-1] == "residual":
-                piece.add_(leaf)
-    return total

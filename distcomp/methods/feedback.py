@@ -12,9 +12,26 @@ from distcomp.compressors.base import Compressor
 from distcomp.errors import DistcompError
 from distcomp.kernels import memory
 from distcomp.layout import Layout
-from distcomp.methods.base import AggregateResult, Method, State, StepContext
+from distcomp.methods.base import AggregateResult, ByParameter, Method, State, StepContext
 from distcomp.methods.residuals import check_form, kept
 from distcomp.randomness import Key
+
+RESIDUAL = "residual"
+"""The name under which a state keeps what was not sent."""
+
+
+def owed(cut: ByParameter, layout: Layout, like: Tensor) -> Tensor:
+    """What a state owes: the sum of its residuals, as one flat buffer (float32, ``[layout.numel]``).
+
+    ``cut``: the state by parameter, for methods keep residuals of some parameters only, each in a layout of
+    its own. A residual of other numbers than the parameter's (of values drawn from it) is none of the sum.
+    """
+    total = torch.zeros_like(like)
+    for param, piece in layout.pieces(total):
+        for path, leaf in cut.get(param.name, {}).items():
+            if path.rpartition("/")[2] == RESIDUAL and leaf.numel() == piece.numel():
+                piece.add_(leaf)
+    return total
 
 
 @dataclass(frozen=True)
@@ -74,7 +91,7 @@ class ErrorFeedback(Method):
     def init(self, layout: Layout) -> State:
         nothing = torch.zeros(layout.numel, dtype=torch.float32)
         return {
-            "residual": kept(nothing, layout, self.kept, Key.of(0)),
+            RESIDUAL: kept(nothing, layout, self.kept, Key.of(0)),
             "inner": self.inner.init(layout),
         }
 
@@ -82,7 +99,7 @@ class ErrorFeedback(Method):
         return {**self.init(layout), "inner": self.inner.assumed_state(layout, step)}
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        residual: Tensor = state["residual"].data
+        residual: Tensor = state[RESIDUAL].data
         # Not multiplied by 1: the same bits, and a tensor of the model's size less.
         e = residual if self.decay == 1 else residual * self.decay
         # An encoder adds the residual in the pass in which it encodes. A two-stage method inside may leave
@@ -106,8 +123,8 @@ class ErrorFeedback(Method):
             def contribution() -> Tensor:
                 return sent
 
-        owed = kept(residual, context.layout, self.kept, context.private)
-        new = {"residual": owed, "inner": result.state}
+        left = kept(residual, context.layout, self.kept, context.private)
+        new = {RESIDUAL: left, "inner": result.state}
         return AggregateResult(result.estimate, contribution, new)
 
     def sole_compressor(self) -> Compressor | None:
