@@ -90,7 +90,6 @@ class ParameterSync(Sync):
         for fragment in self._fragments:
             fragment.observe = observe
         self._gradients_until = max(level.gradients_until for level in averaging.levels())
-        self._gradient_bytes = 0
         beside = any(fragment.averaging.overlap for fragment in self._fragments)
         self._executor = Executor(session.channel, self._weights.device, beside)
         self._timeline = Timeline()
@@ -100,6 +99,7 @@ class ParameterSync(Sync):
         if target.ddp is not None:
             target.ddp.broadcast_buffers = False  # a global call in every forward
         self._begin_alike()
+        self._counted_bytes = self._channel.ledger.total_bytes
 
     def _exchanged_layout(self) -> Layout:
         """Of what is exchanged: the weights."""
@@ -119,9 +119,7 @@ class ParameterSync(Sync):
 
     def _average_gradients(self, buffer: Tensor) -> None:
         """Replace a bucket by its mean over the ranks, as DDP does."""
-        sent_before = self._channel.ledger.total_bytes
         buffer.copy_(self._mean(buffer.float(), Layout.of([("gradients", (buffer.numel(),))])))
-        self._gradient_bytes += self._channel.ledger.total_bytes - sent_before
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Backwards in this context are no iterations: gradients accumulate."""
@@ -161,7 +159,7 @@ class ParameterSync(Sync):
         if not self._pending:
             return
         self._pending = False
-        begin_s, sent_before = time.perf_counter(), self._channel.ledger.total_bytes
+        begin_s = time.perf_counter()
         self._timeline = Timeline()
         try:
             for fragment in self._fragments:
@@ -172,9 +170,12 @@ class ParameterSync(Sync):
             self.error = error
             raise
         self._warn_of_loss()
-        sent = self._channel.ledger.total_bytes - sent_before + self._gradient_bytes
-        self._gradient_bytes = 0
-        self.last = Iteration(self.iterations - 1, self._timeline, begin_s, sent)
+        self.last = Iteration(self.iterations - 1, self._timeline, begin_s, self._newly_sent_bytes())
+
+    def _newly_sent_bytes(self) -> int:
+        """Since the last iteration: also what an exchange beside the steps has sent meanwhile."""
+        before, self._counted_bytes = self._counted_bytes, self._channel.ledger.total_bytes
+        return self._counted_bytes - before
 
     def _warn_of_loss(self) -> None:
         """Say once, of each rank that is lost, that training goes on without it; and of one that is back."""

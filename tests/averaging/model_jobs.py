@@ -104,6 +104,18 @@ def trained(rank: int, size: int, kind: str, spec: Any, steps: int) -> tuple[Ten
     return own, flat(model), stats
 
 
+def counted(rank: int, size: int, spec: Any, steps: int) -> tuple[list[int], int]:
+    """The bytes of each step as they are recorded, and all that were sent from the first one on."""
+    model, optimizer, handle = start("plain", spec, rank)
+    begun, recorded = handle.stats()["payload_bytes"], []
+    handle.watch(lambda record: recorded.append(record["payload_bytes"]))
+    train(model, optimizer, rank, steps)
+    handle.state_dict()  # makes the last iteration's exchange
+    sent = handle.stats()["payload_bytes"] - begun  # before the average of models with which it ends
+    handle.detach()
+    return recorded, sent
+
+
 def resumed(rank: int, size: int, kind: str, spec: Any, at: int, steps: int) -> tuple[Tensor, Tensor]:
     """One run through, and one that is saved at step ``at`` and goes on in another model."""
     model, optimizer, handle = start(kind, spec, rank)

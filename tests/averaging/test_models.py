@@ -114,6 +114,17 @@ def test_bytes_on_the_wire_are_degree_times_payload(cluster: Clusters) -> None:
 
 
 @pytest.mark.parametrize(
+    "spec", ["ad_psgd", "streaming_diloco:period=4,fragments=2,overlap=2", "local_sgd:period=2"]
+)
+def test_what_is_sent_beside_the_steps_is_counted_in_a_step(spec: str, cluster: Clusters) -> None:
+    """All but what the last exchanges still send when the last step is recorded."""
+    steps = 24
+    for recorded, sent in cluster(2).run(jobs.counted, spec, steps):
+        assert len(recorded) == steps
+        assert 0.8 * sent < sum(recorded) <= sent
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "ecd",
