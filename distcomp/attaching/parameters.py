@@ -170,12 +170,9 @@ class ParameterSync(Sync):
             self.error = error
             raise
         self._warn_of_loss()
-        self.last = Iteration(self.iterations - 1, self._timeline, begin_s, self._newly_sent_bytes())
-
-    def _newly_sent_bytes(self) -> int:
-        """Since the last iteration: also what an exchange beside the steps has sent meanwhile."""
+        # Since the last iteration: also what an exchange beside the steps has sent meanwhile.
         before, self._counted_bytes = self._counted_bytes, self._channel.ledger.total_bytes
-        return self._counted_bytes - before
+        self.last = Iteration(self.iterations - 1, self._timeline, begin_s, self._counted_bytes - before)
 
     def _warn_of_loss(self) -> None:
         """Say once, of each rank that is lost, that training goes on without it; and of one that is back."""
