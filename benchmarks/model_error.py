@@ -11,7 +11,8 @@ in which zeros of a few sizes are sent, to all and around a ring (``distcomp.adv
 
 A step lasts from its start to the start of the next, in the mean over the ranks (what one rank is late in one
 step it makes up for in the next); the median of the steps of two seconds counts. ``slowest_rank_s`` is the
-median of what each step took on the rank where it took longest.
+median of what each step took on the rank where it took longest. Where many ranks share few cores (eight on
+two: ``--turns 3``, in racks 2) two seconds are too few steps for a steady median.
 """
 
 from __future__ import annotations
@@ -168,6 +169,7 @@ def cell(arguments: argparse.Namespace) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "ranks": arguments.ranks, "network": arguments.network, "described": found["network"],
+        "turns": arguments.turns,
         "gradient_bytes": 4 * LAYERS * settings["side"] * (settings["side"] + 1),
         "commit": surroundings(ROOT)["commit"], "machine": found["machine"], "methods": rows,
     }  # fmt: skip

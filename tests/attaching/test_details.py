@@ -24,6 +24,7 @@ SPECS = sorted(name for name, entry in METHODS.items() if entry.kind == "gradien
 SPECS += [
     "topk:ratio=1.0",
     "random_k:ratio=0.1,values=int4",
+    "random_k:ratio=0.1,values=(qsgd:bits=1)",  # a residual of the values that were drawn
     "qsgd:bits=1",
     "qsgd:bits=4,error_feedback=true",
 ]
