@@ -129,10 +129,8 @@ class Quantize(Compressor):
         return payload
 
     def encode_owing(self, x: Tensor, residual: Tensor, owed: Tensor, layout: Layout, key: Key) -> Payload:
-        pieces, plain = self._pieces(layout)
-        if plain.each:
-            return super().encode_owing(x, residual, owed, layout, key)
         payload = Payload.empty(self.parts(layout), x.device)
+        pieces, plain = self._pieces(layout)
         many.quantize_owing(
             x,
             payload["codes"],
@@ -143,6 +141,14 @@ class Quantize(Compressor):
             stochastic=self.rounding == "stochastic",
             norm=self.norm,
         )
+        if plain.each:
+            values = payload["plain"]
+            many.move(x, values, plain)
+            added = torch.empty_like(values)
+            many.move(residual, added, plain)
+            values.add_(added)
+            # Sent as it is, nothing is owed; infinity minus itself is a NaN, as everywhere else.
+            many.move(values - values, owed, plain.back)
         return payload
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
@@ -151,11 +157,20 @@ class Quantize(Compressor):
     def mean_into(
         self, out: Tensor, payloads: Sequence[Payload], layout: Layout, own: tuple[int, Tensor] | None = None
     ) -> None:
-        pieces, plain = self._pieces(layout)
-        if plain.each or not served_by_c(out):
+        if not served_by_c(out):
             super().mean_into(out, payloads, layout, own)
-        else:
-            many.dequantize_mean([(one["codes"], one["scales"]) for one in payloads], out, pieces, own)
+            return
+        pieces, plain = self._pieces(layout)
+        many.dequantize_mean([(one["codes"], one["scales"]) for one in payloads], out, pieces, own)
+        if plain.each:
+            sent = [one["plain"] for one in payloads]
+            if own is not None:
+                sent[own[0]] = torch.empty_like(sent[own[0]])
+                many.move(own[1], sent[own[0]], plain)
+            total = sent[0].clone()
+            for values in sent[1:]:
+                total += values
+            many.move(total.mul_(1.0 / len(sent)), out, plain.back)
 
     def subtract_from(self, out: Tensor, payload: Payload, layout: Layout) -> None:
         self._decode(out, payload, layout, subtract=True)

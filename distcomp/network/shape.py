@@ -75,6 +75,7 @@ def build(fabric: Fabric, netem: bool) -> list[EmulatedHost]:
     if fabric.ranks > _MOST_RANKS:
         raise DistcompError(f"{fabric.ranks} ranks do not fit on one bridge; give {_MOST_RANKS} or fewer")
     _quiet("all")
+    _unfiltered()
     with _netlink() as route:
         racks = [_bridge(route, f"rack{index}") for index in range(max(1, len(fabric.racks)))]
         core = _bridge(route, "core") if len(racks) > 1 else None
@@ -243,6 +244,14 @@ def _quiet(name: str) -> None:
     if switch.exists():
         with _needs("an IPv6 setting", "mount /proc/sys writable (in a container: --privileged)"):
             switch.write_text("1")
+
+
+def _unfiltered() -> None:
+    """What bridges forward is shown to no firewall: a switch has none, and the ranks' cores would work for
+    it."""
+    for switch in Path("/proc/sys/net/bridge").glob("bridge-nf-call-*"):  # where br_netfilter is loaded
+        with _needs("a bridge setting", "mount /proc/sys writable (in a container: --privileged)"):
+            switch.write_text("0")
 
 
 def _netlink() -> Any:

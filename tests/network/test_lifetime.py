@@ -179,3 +179,26 @@ except Refused as refusal:
     assert reason == refusal == unsupported
     assert "network namespaces are refused here" in refusal
     assert "run as root, or allow user namespaces" in refusal
+
+
+def test_no_firewall_sees_what_the_bridges_forward_and_the_machines_own_settings_stay(
+    rootless: bool,
+) -> None:
+    switches = sorted(Path("/proc/sys/net/bridge").glob("bridge-nf-call-*"))
+    if not switches:
+        pytest.skip("this kernel filters no bridge (br_netfilter is not loaded)")
+    before = [switch.read_text() for switch in switches]
+    program = f"""
+from pathlib import Path
+from distcomp.network import Fabric, netns, shape
+netns.isolate({rootless})
+print(*(Path(switch).read_text().strip() for switch in {[str(one) for one in switches]}))
+shape.build(Fabric.uniform(2, "10mbit"), netem=False)
+print(*(Path(switch).read_text().strip() for switch in {[str(one) for one in switches]}))
+"""
+    found = subprocess.run(light_python(program), capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    at_first, built = (line.split() for line in found.stdout.splitlines())
+    assert "1" in at_first  # the kernel's default in a new network
+    assert set(built) == {"0"}
+    assert [switch.read_text() for switch in switches] == before
