@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distcomp.compressors import Compressor, NonUniform, Quantize, TopK
@@ -119,6 +119,7 @@ def test_threads_share_large_pieces_and_change_no_byte(monkeypatch, count) -> No
 
 
 @settings(deadline=None)
+@example(sizes=[5, 40, 9], compressor=Quantize(7, 16, plain=("bias",)), ranks=3, own=True, large=False)
 @given(
     sizes=SIZES,
     compressor=st.sampled_from(
