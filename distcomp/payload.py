@@ -80,8 +80,8 @@ def wire_bytes(parts: Parts) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _places(parts: Parts) -> dict[str, tuple[int, int, torch.dtype]]:
-    """Where each kind begins and ends in the buffer, and its dtype."""
+def _places(parts: Parts) -> tuple[dict[str, tuple[int, int, torch.dtype]], int]:
+    """Where each kind begins and ends in the buffer, and its dtype; and where all of them end."""
     sizes = [part.dtype.itemsize for part in parts]
     if sizes != sorted(sizes, reverse=True):
         raise ValueError(f"parts must come in order of falling item size, to be aligned: {parts}")
@@ -89,7 +89,7 @@ def _places(parts: Parts) -> dict[str, tuple[int, int, torch.dtype]]:
     for part in parts:
         places[part.kind] = at, at + part.nbytes, part.dtype
         at += part.nbytes
-    return places
+    return places, at
 
 
 class Payload:
@@ -103,7 +103,7 @@ class Payload:
     def __init__(self, wire: Tensor, parts: Parts) -> None:
         self.wire = wire
         self.parts = parts
-        self._places = _places(parts)
+        self._places, self._end = _places(parts)
 
     @staticmethod
     def empty(parts: Parts, device: torch.device | None = None) -> Payload:
@@ -117,7 +117,12 @@ class Payload:
     @property
     def body(self) -> Tensor:
         """What follows the header (uint8), without padding: what the checksum covers."""
-        return self.wire[HEADER.size : HEADER.size + body_bytes(self.parts)]
+        return self.wire[HEADER.size : self._end]
+
+    @property
+    def body_bytes(self) -> int:
+        """How long that is."""
+        return self._end - HEADER.size
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ def check_header(payload: Payload, expected: PayloadHeader) -> Tensor:
 def _header(agreed: PayloadHeader, finite: bool, payload: Payload, check: int) -> tuple[bytes | int, ...]:
     """Its fields, in order."""
     about = agreed.rank, agreed.fingerprint, agreed.exchange
-    return MAGIC, int(not finite), int(finite), *about, body_bytes(payload.parts), check
+    return MAGIC, int(not finite), int(finite), *about, payload.body_bytes, check
 
 
 def _unseal_on_device(payload: Payload, expected: PayloadHeader) -> Tensor:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -306,6 +307,12 @@ def zeros(parts: Parts) -> Payload:
 
 def counted(parts: Parts, times: float) -> Bytes:
     """The bytes of a payload of these parts sent so many times; padding counts as header."""
+    return Counter(_counted(parts, times))
+
+
+@lru_cache(maxsize=4096)
+def _counted(parts: Parts, times: float) -> Bytes:
+    """As :func:`counted`, and the same for all who ask."""
     sent: Bytes = Counter(header=round((wire_bytes(parts) - body_bytes(parts)) * times))
     for part in parts:
         sent[part.kind] += round(part.nbytes * times)

@@ -202,7 +202,8 @@ class ReduceScatterMean(Method):
             own = own + chunk_view(context.residual, chunks, context.rank)
         sent = self._encoded(x, chunks, context, owed)
         received: list[Payload] = yield AllToAll(sent)
-        chunk_mean = mean_of(c, received, mine, own, context.rank)
+        left = None if owed is None else chunk_view(owed, chunks, context.rank)
+        chunk_mean = mean_of(c, received, mine, own, context.rank, out=left)
 
         # The shared key: the noise of a block must not depend on who owns it, for other buckets make other
         # owners.
@@ -219,23 +220,23 @@ class ReduceScatterMean(Method):
                     view.sub_(own)
                 else:
                     c.subtract_from(view, payload, chunk)
-            subtract_second_error_(views[context.rank])
+            views[context.rank].add_(second_error())
 
-        def subtract_second_error_(view: Tensor) -> None:
-            # n times: a contribution is n times what of it stands in the mean.
-            own_estimate = chunk_view(estimate, chunks, context.rank)
-            view.sub_(own_estimate - chunk_mean, alpha=context.size)
+        def second_error() -> Tensor:
+            """n times: a contribution is n times what of it stands in the mean."""
+            if left is not None:
+                return left
+            return (chunk_mean - chunk_view(estimate, chunks, context.rank)).mul_(context.size)
 
         def contribution() -> Tensor:
             given = _decoded(c, sent, chunks, x, own, context.rank)
-            own_estimate = chunk_view(estimate, chunks, context.rank)
-            chunk_view(given, chunks, context.rank).add_(own_estimate - chunk_mean, alpha=context.size)
+            chunk_view(given, chunks, context.rank).sub_(second_error())
             return given
 
-        if owed is not None and own is not None:
-            # The chunk itself was sent as it is; a NaN in it is one in both of these.
-            own_estimate = chunk_view(estimate, chunks, context.rank)
-            torch.sub(chunk_mean, own_estimate, out=chunk_view(owed, chunks, context.rank)).mul_(context.size)
+        if left is not None:
+            # The mean itself becomes what is owed of it: the chunk was sent as it is.
+            second.subtract_from(left, answer, mine)
+            left.mul_(context.size)
         return AggregateResult(estimate, contribution, state, subtract_contribution_, owed)
 
     def _chunks(self, layout: Layout, size: int) -> tuple[Layout, ...]:
