@@ -166,7 +166,9 @@ def chunk_views(buffer: Tensor, chunks: Iterable[Layout]) -> list[Tensor]:
 
 def chunk_view(buffer: Tensor, chunks: Sequence[Layout], index: int) -> Tensor:
     """One of :func:`chunk_views`."""
-    begin = sum(chunk.numel for chunk in chunks[:index])
+    begin = 0
+    for chunk in chunks[:index]:
+        begin += chunk.numel
     return buffer[begin : begin + chunks[index].numel]
 
 

@@ -132,10 +132,11 @@ class OpenRequest:
         transport, flags = self._channel.transport, list[Tensor]()
 
         def unsealed(sender: int, parts: Parts, wire: Tensor) -> Payload:
-            payload = Payload(wire[: wire_bytes(parts)], parts)
-            flags.append(
-                check_header(payload, PayloadHeader(sender, self._channel.fingerprint, self._number))
-            )
+            length = wire_bytes(parts)
+            payload = Payload(wire if wire.numel() == length else wire[:length], parts)
+            if sender != transport.rank:  # one's own has been nowhere, and its flag is known
+                header = PayloadHeader(sender, self._channel.fingerprint, self._number)
+                flags.append(check_header(payload, header))
             return payload
 
         value = self._request.open(self._waited, transport.rank, transport.size, unsealed)

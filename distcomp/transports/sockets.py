@@ -139,7 +139,7 @@ class SocketP2P(GlooP2P):
     ) -> Messages:
         """Post receives and sends, and keep their memory until they are through."""
         begin_s = time.perf_counter()
-        sends = [(peer, wire.cpu().contiguous()) for peer, wire in sends]
+        sends = [(peer, _sendable(wire)) for peer, wire in sends]
         marks = self._sockets.exchange(self._mesh, _lines(sends), _lines(receives))
         return self._kept_until_through(marks, [wire for _, wire in sends], received, begin_s)
 
@@ -188,6 +188,10 @@ class Messages:
         self._transport.settle(self)
         self.finished_s = time.perf_counter()
         return self._received
+
+
+def _sendable(wire: Tensor) -> Tensor:
+    return wire if wire.is_cpu and wire.is_contiguous() else wire.cpu().contiguous()
 
 
 def _lines(messages: list[tuple[int, Tensor]]) -> tuple[Line, ...]:

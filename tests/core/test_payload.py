@@ -27,6 +27,7 @@ AGREED = PayloadHeader(rank=2, fingerprint=0xDEADBEEF, exchange=41)
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 
 kinds = st.sampled_from([torch.int64, torch.float32, torch.int32, torch.bfloat16, torch.int16, torch.uint8])
+words = st.integers(0, 2**32 - 1)
 parts_lists = st.lists(st.tuples(kinds, st.integers(0, 9)), max_size=5).map(
     lambda drawn: tuple(
         Part(f"part{index}", dtype, numel)
@@ -152,3 +153,26 @@ def test_the_message_says_what_to_do() -> None:
     payload.wire[40] ^= 1
     with pytest.raises(CorruptPayload, match="no gradient was changed: restart from the last checkpoint"):
         check_header(payload, AGREED)
+
+
+@given(
+    parts_lists, st.booleans(), st.integers(0, 65535), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)
+)
+def test_c_and_python_write_and_read_the_same_header(
+    parts: Parts, finite: bool, rank: int, fingerprint: int, exchange: int
+) -> None:
+    pytest.importorskip("distcomp.kernels._cpu")
+    agreed = PayloadHeader(rank, fingerprint, exchange)
+    by_c, by_python = Payload.empty(parts), Payload.empty(parts)
+    by_c.wire.copy_(torch.arange(by_c.wire.numel()) % 251)
+    by_python.wire.copy_(by_c.wire)
+    write_header(by_c, agreed, torch.tensor(finite))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distcomp.kernels.dispatch.forced", lambda: "reference")
+        write_header(by_python, agreed, torch.tensor(finite))
+        assert bool(check_header(by_c, agreed)) is finite
+    assert torch.equal(by_c.wire, by_python.wire)
+    assert bool(check_header(by_python, agreed)) is finite
+    for other in (agreed._replace(rank=rank ^ 1), agreed._replace(exchange=exchange ^ 1)):
+        with pytest.raises(CorruptPayload):
+            check_header(by_c, other)

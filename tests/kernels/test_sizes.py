@@ -71,6 +71,8 @@ def test_numbers_that_cannot_be_are_refused_in_c() -> None:
         lambda: _cpu.dequantize_pieces(x, x, x, three, x, -1, 8, 4, False, 1, 1.0),
         lambda: _cpu.all_finite(x, -1, 0x7F800000),
         lambda: _cpu.checksum(x, -1),
+        lambda: _cpu.write_header(x, -1, 0, 0, 0, True),
+        lambda: _cpu.read_header(x, -1, 0, 0, 0),
         lambda: _cpu.permuted(x, 9, 8, 3, keys),
         lambda: _cpu.permuted(x, 2, 8, 64, keys),
         lambda: _cpu.permuted(x, 2, 9, 3, keys),
