@@ -11,6 +11,7 @@
 #include "_cpu.h"
 #include "_dct_chunks.h"
 #include "_entropy.h"
+#include "_header.h"
 #include "_inside.h"
 #include "_integers.h"
 #include "_lowrank.h"
@@ -295,64 +296,10 @@ static PyObject *py_checksum(PyObject *self, PyObject *args) {
     return Py_BuildValue("II", (unsigned int)sums.sum, (unsigned int)sums.weighted);
 }
 
-/* What distcomp/payload.py says of the header of a payload: 32 bytes, little-endian, before its body. */
-enum { HEADER = 32, FLAGS = 4 };
-
-typedef struct {
-    unsigned long long wire;
-    Py_ssize_t body;
-    unsigned int rank, fingerprint, exchange;
-    int finite;
-} Sealed;
-
-static void put_number(uint8_t *at, uint64_t number, int bytes) {
-    for (int i = 0; i < bytes; i++) at[i] = (uint8_t)(number >> 8 * i);
-}
-
-static void header_of(const Sealed *sealed, uint8_t header[HEADER]) {
-    Sums sums = chosen->checksum((const uint8_t *)(uintptr_t)sealed->wire + HEADER, (size_t)sealed->body);
-    memcpy(header, "dcp1", FLAGS);
-    header[FLAGS] = !sealed->finite;
-    header[FLAGS + 1] = !!sealed->finite;
-    put_number(header + 6, sealed->rank, 2);
-    put_number(header + 8, sealed->fingerprint, 4);
-    put_number(header + 12, sealed->exchange, 4);
-    put_number(header + 16, (uint64_t)sealed->body, 8);
-    put_number(header + 24, sums.sum, 4);
-    put_number(header + 28, sums.weighted, 4);
-}
-
-static PyObject *py_write_header(PyObject *self, PyObject *args) {
-    (void)self;
-    Sealed sealed;
-    if (!PyArg_ParseTuple(args, "KnIIIp", &sealed.wire, &sealed.body, &sealed.rank, &sealed.fingerprint,
-                          &sealed.exchange, &sealed.finite))
-        return NULL;
-    if (sealed.body < 0) return refused("a negative number of bytes");
-    Py_BEGIN_ALLOW_THREADS
-    header_of(&sealed, (uint8_t *)(uintptr_t)sealed.wire);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
-
-/* The flag of a header that is as agreed; None where it is another. */
-static PyObject *py_read_header(PyObject *self, PyObject *args) {
-    (void)self;
-    Sealed sealed;
-    uint8_t agreed[HEADER];
-    int same;
-    if (!PyArg_ParseTuple(args, "KnIII", &sealed.wire, &sealed.body, &sealed.rank, &sealed.fingerprint,
-                          &sealed.exchange))
-        return NULL;
-    if (sealed.body < 0) return refused("a negative number of bytes");
-    const uint8_t *there = (const uint8_t *)(uintptr_t)sealed.wire;
-    sealed.finite = !there[FLAGS];
-    Py_BEGIN_ALLOW_THREADS
-    header_of(&sealed, agreed);
-    same = memcmp(there, agreed, HEADER) == 0;
-    Py_END_ALLOW_THREADS
-    if (!same) Py_RETURN_NONE;
-    return PyBool_FromLong(sealed.finite);
+/* One number of both sums, as a header holds it. */
+uint64_t checksum_of(const uint8_t *data, size_t bytes) {
+    Sums sums = chosen->checksum(data, bytes);
+    return (uint64_t)sums.weighted << 32 | sums.sum;
 }
 
 static PyObject *py_permuted(PyObject *self, PyObject *args) {
@@ -440,7 +387,8 @@ static PyMethodDef methods[] = {
      "kind, p, q, m, out, table, pieces, subtract, sizes of the four"},
     {"all_finite", py_all_finite, METH_VARARGS, "x, numel, exponent mask -> bool"},
     {"checksum", py_checksum, METH_VARARGS, "data, bytes -> (sum, weighted sum)"},
-    {"write_header", py_write_header, METH_VARARGS, "wire, bytes behind the header, rank, fingerprint, exchange, finite"},
+    {"write_header", py_write_header, METH_VARARGS,
+     "wire, bytes behind the header, rank, fingerprint, exchange, finite"},
     {"read_header", py_read_header, METH_VARARGS,
      "wire, bytes behind the header, rank, fingerprint, exchange -> finite, None where it is not as agreed"},
     {"permuted", py_permuted, METH_VARARGS, "places, count, numel, bits, keys"},
