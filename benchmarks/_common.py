@@ -14,6 +14,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -101,6 +102,15 @@ def start(main: Callable[[], Any], rank_main: Callable[[Any], Mapping[str, Any]]
     # Gloo's threads that let go of Python objects while the interpreter ends abort the process now and then,
     # with FSDP2 by itself, too ("terminate called without an active exception"): what was measured stands.
     os._exit(0)
+
+
+def call(command: Sequence[str | Path], **options: Any) -> str:
+    """What a command prints. Ends the script with what it said where it fails."""
+    told = [str(one) for one in command]
+    done = subprocess.run(told, capture_output=True, text=True, **options)
+    if done.returncode:
+        sys.exit(f"{' '.join(told)} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return done.stdout
 
 
 def gathered(mine: Any) -> list[Any]:

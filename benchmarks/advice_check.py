@@ -10,13 +10,12 @@ the report tells.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import arguments_of, write
+from benchmarks._common import arguments_of, call, write
 from benchmarks._places import EXAMPLES
 from distcomp.advice.advise import METHODS
 
@@ -25,8 +24,7 @@ RANKS = "4"
 
 
 def distcomp(*arguments: str) -> str:
-    command = [sys.executable, "-m", "distcomp", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return call([sys.executable, "-m", "distcomp", *arguments])
 
 
 def checked(rate: str, steps: int) -> dict[str, Any]:

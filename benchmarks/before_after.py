@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import SETTINGS, arguments_of, median, write
+from benchmarks._common import SETTINGS, arguments_of, call, median, write
 from benchmarks._places import RESULTS, ROOT
 from distcomp.network import Fabric, emulate
 from distcomp.network.launch import show_nothing
@@ -75,11 +74,9 @@ def import_s(bytecode: str, checkout: Path) -> dict[str, float]:
     environ.pop("PYTHONDONTWRITEBYTECODE", None)
     code = "import distcomp; distcomp.attach; print(distcomp.__file__)"
     began_s = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, cwd="/", check=True, capture_output=True, text=True
-    )
+    file = call([sys.executable, "-c", code], env=environ, cwd="/").strip()
     took_s = time.perf_counter() - began_s
-    check_source(done.stdout.strip(), checkout)
+    check_source(file, checkout)
     return {"seconds": took_s}
 
 

@@ -14,15 +14,13 @@ import configparser
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import arguments_of, median, write
+from benchmarks._common import arguments_of, call, median, write
 from benchmarks._places import ROOT
 
 TORCH = re.search(r"torch==[\d.]+", (ROOT / "scripts" / "_venv.sh").read_text())[0]
@@ -43,15 +41,6 @@ distcomp.attach
 print(imported_s - began_s, time.perf_counter() - imported_s)
 assert not torch.cuda.is_initialized()
 """
-
-
-def call(command: Sequence[str | Path], **options: Any) -> str:
-    """What a command prints. Ends the script with what it said where it fails."""
-    told = [str(one) for one in command]
-    done = subprocess.run(told, capture_output=True, text=True, **options)
-    if done.returncode:
-        sys.exit(f"{' '.join(told)} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    return done.stdout
 
 
 def pip(python: Path, *arguments: str | Path) -> str:

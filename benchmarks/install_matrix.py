@@ -25,9 +25,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import arguments_of, write
+from benchmarks._common import arguments_of, call, write
 from benchmarks._places import RESULTS, ROOT
-from benchmarks.install import build, call, environment
+from benchmarks.install import build, environment
 
 PYTHONS = ("3.11", "3.12", "3.13")
 TESTS = (

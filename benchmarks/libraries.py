@@ -17,9 +17,9 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import arguments_of, write
+from benchmarks._common import arguments_of, call, write
 from benchmarks._places import RESULTS, ROOT
-from benchmarks.install import call, environment, pip
+from benchmarks.install import environment, pip
 from benchmarks.trackers import OFFLINE
 
 WATCHING, MATRIX = "tests/attaching/ddp/test_watching.py", "tests/launchers/test_matrix.py"

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
 import sys
 import time
 from typing import Any
 
 import numpy as np
 
-from benchmarks._common import arguments_of, rank_command, write
+from benchmarks._common import arguments_of, call, rank_command, write
 from benchmarks._places import EXAMPLES, RESULTS, ROOT
 
 RESULT = RESULTS / "simulate_scale.json"
@@ -95,8 +94,7 @@ def main() -> None:
             *rank_command("simulate_scale"), "--one", "--method", arguments.method,
             "--workers", str(workers), "--steps", str(arguments.steps),
         ]  # fmt: skip
-        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-        new = json.loads(done.stdout.splitlines()[-1])
+        new = json.loads(call(command, cwd=ROOT).splitlines()[-1])
         cells = [one for one in cells if (one["method"], one["workers"]) != (new["method"], workers)] + [new]
         result = {"what": (__doc__ or "").splitlines()[0], "fits": fits(cells), "cells": cells}
         write("simulate_scale", result)

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import arguments_of, write
+from benchmarks._common import arguments_of, call, write
 from benchmarks._places import RESULTS, ROOT
-from benchmarks.install import call, environment, pip
+from benchmarks.install import environment, pip
 
 TRACKERS = ("wandb", "mlflow", "trackio", "aim")
 OFFLINE = {
