@@ -83,7 +83,7 @@ def all_finite(x: Tensor) -> bool:
 def checksum(data: Tensor) -> int:
     """See :func:`distcomp.kernels.checksum`; a run from word k on adds k sums to the weighted one."""
     at, nbytes = data.data_ptr(), data.numel()
-    if _threads_for(nbytes) == 1:
+    if alone(nbytes):
         total, weighted = _cpu.checksum(at, nbytes)
         return weighted << 32 | total
 
@@ -133,6 +133,11 @@ def shared(run: Callable[[int, int], T], numel: int, block: int, element_bytes: 
     pieces = list(_runs(numel, block, threads))
     others = [_pool(threads).submit(run, *piece) for piece in pieces[1:]]
     return [run(*pieces[0]), *(other.result() for other in others)]
+
+
+def alone(nbytes: int) -> bool:
+    """Whether one thread does all."""
+    return _threads_for(nbytes) == 1
 
 
 def _threads_for(nbytes: int) -> int:

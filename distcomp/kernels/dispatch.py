@@ -63,7 +63,7 @@ def implementation(device: torch.device) -> Backend:
 
 def served_by_c(x: Tensor) -> bool:
     """Whether the C extension serves this tensor."""
-    return x.device.type == "cpu" and _choose("cpu", forced()) == "cpu"
+    return x.is_cpu and _choose("cpu", forced()) == "cpu"
 
 
 @cache
