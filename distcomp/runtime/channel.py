@@ -134,9 +134,8 @@ class OpenRequest:
         def unsealed(sender: int, parts: Parts, wire: Tensor) -> Payload:
             length = wire_bytes(parts)
             payload = Payload(wire if wire.numel() == length else wire[:length], parts)
-            if sender != transport.rank:  # one's own has been nowhere, and its flag is known
-                header = PayloadHeader(sender, self._channel.fingerprint, self._number)
-                flags.append(check_header(payload, header))
+            header = PayloadHeader(sender, self._channel.fingerprint, self._number)
+            flags.append(check_header(payload, header))  # one's own, too: it is decoded as what all others decode
             return payload
 
         value = self._request.open(self._waited, transport.rank, transport.size, unsealed)
