@@ -135,7 +135,7 @@ class OpenRequest:
             length = wire_bytes(parts)
             payload = Payload(wire if wire.numel() == length else wire[:length], parts)
             header = PayloadHeader(sender, self._channel.fingerprint, self._number)
-            flags.append(check_header(payload, header))  # one's own, too: it is decoded as what all others decode
+            flags.append(check_header(payload, header))  # one's own, too: it is decoded like all
             return payload
 
         value = self._request.open(self._waited, transport.rank, transport.size, unsealed)
