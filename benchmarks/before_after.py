@@ -1,6 +1,7 @@
 """Two checkouts side by side: is the newer one as fast? In turns, so that both meet one machine.
 
     python -m benchmarks.before_after ../old            # writes results/rebuild_speed.json
+    python -m benchmarks.before_after ../old --name before_after --only exchange  # another file
 
 Exchanges: 17 MB of gradients among 4 ranks on an emulated network of 100 Mbit/s; some steps of the old
 checkout, then some of the new, and so on; a time is the slowest rank's. Attaching: a training step of two
@@ -116,12 +117,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps of a process")
     parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--only", help="the rows whose names hold this; the file keeps its others")
+    parser.add_argument("--name", default="rebuild_speed", help="of the result file")
     parser.add_argument("--dry", action="store_true", help="print the rows and write nothing")
     asked = parser.parse_args()
     old = asked.old.resolve()
     result: dict[str, Any] = {"what": (__doc__ or "").splitlines()[0], "rows": {}}
-    if asked.only:
-        begun = json.loads((RESULTS / "rebuild_speed.json").read_text())
+    file = RESULTS / f"{asked.name}.json"
+    if asked.only and file.exists():
+        begun = json.loads(file.read_text())
         result |= {name: begun[name] for name in ("rows", "network")}
 
     def add(name: str, measure: Measure) -> None:
@@ -131,7 +134,7 @@ def main() -> None:
         row = result["rows"][name] = paired(measure, old, ROOT, asked.pairs)
         print(f"{name:<36}{row['before']:9.4f}{row['after']:9.4f}  ratio {row['ratio']:.3f}", flush=True)
         if not asked.dry:
-            write("rebuild_speed", result)
+            write(asked.name, result)
 
     with tempfile.TemporaryDirectory() as bytecode:
         for checkout in (old, ROOT):
