@@ -191,6 +191,7 @@ class Messages:
 
 
 def _sendable(wire: Tensor) -> Tensor:
+    """The bytes in one piece on the CPU; themselves where they are."""
     return wire if wire.is_cpu and wire.is_contiguous() else wire.cpu().contiguous()
 
 

@@ -155,9 +155,7 @@ def test_the_message_says_what_to_do() -> None:
         check_header(payload, AGREED)
 
 
-@given(
-    parts_lists, st.booleans(), st.integers(0, 65535), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)
-)
+@given(parts_lists, st.booleans(), st.integers(0, 2**16 - 1), words, words)
 def test_c_and_python_write_and_read_the_same_header(
     parts: Parts, finite: bool, rank: int, fingerprint: int, exchange: int
 ) -> None:
