@@ -220,17 +220,19 @@ class ReduceScatterMean(Method):
                     view.sub_(own)
                 else:
                     c.subtract_from(view, payload, chunk)
-            views[context.rank].add_(second_error())
+            add_second_error_(views[context.rank], -1)
 
-        def second_error() -> Tensor:
-            """n times: a contribution is n times what of it stands in the mean."""
+        def add_second_error_(view: Tensor, sign: int) -> None:
+            # n times: a contribution is n times what of it stands in the mean.
             if left is not None:
-                return left
-            return (chunk_mean - chunk_view(estimate, chunks, context.rank)).mul_(context.size)
+                view.sub_(left, alpha=sign)
+            else:
+                own_estimate = chunk_view(estimate, chunks, context.rank)
+                view.add_(own_estimate - chunk_mean, alpha=sign * context.size)
 
         def contribution() -> Tensor:
             given = _decoded(c, sent, chunks, x, own, context.rank)
-            chunk_view(given, chunks, context.rank).sub_(second_error())
+            add_second_error_(chunk_view(given, chunks, context.rank), 1)
             return given
 
         if left is not None:
