@@ -3,13 +3,9 @@ loopback."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import multiprocessing
 import os
-import random
 import signal
-import socket
 import threading
 import traceback
 from collections.abc import Callable
@@ -73,8 +69,9 @@ class Cluster:
     def results(self, job: Callable[..., Any], *arguments: Any, without: int | None = None) -> list[Any]:
         """As :meth:`run`, but a rank that raised or died gives a Failure; nobody waits for rank
         ``without``."""
-        port = free_port()
-        for pipe in self.pipes:
+        self.pipes[0].send((job, arguments, 0))
+        port = self._port()
+        for pipe in self.pipes[1:]:
             pipe.send((job, arguments, port))
         answers: list[Any] = [Failure("hung")] * self.size
         waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank != without}
@@ -91,6 +88,16 @@ class Cluster:
                 except (EOFError, ConnectionResetError):
                     answers[rank] = Failure("died")
         return answers
+
+    def _port(self) -> int | None:
+        """Where rank 0 listens, on a port that was free and is its own from then on; None if it is gone."""
+        if not self.pipes[0].poll(self.patience_s):
+            return None
+        try:
+            port: int = self.pipes[0].recv()
+        except (EOFError, ConnectionResetError):
+            return None
+        return port
 
     @property
     def usable(self) -> bool:
@@ -131,13 +138,16 @@ def _serve(rank: int, size: int, pipe: Connection) -> None:
             job, arguments, port = pipe.recv()
         except EOFError:
             return
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size)
-        )
         _EARLIER.clear()
         _EARLIER.update(threading.enumerate())
         try:
-            dist.init_process_group("gloo")
+            store = dist.TCPStore("127.0.0.1", port, size, rank == 0, wait_for_workers=False)
+            if rank == 0:
+                pipe.send(store.port)
+            os.environ.update(
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), RANK=str(rank), WORLD_SIZE=str(size)
+            )
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
             answer = job(rank, size, *arguments)
         except BaseException as error:
             answer = Failure(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
@@ -145,16 +155,3 @@ def _serve(rank: int, size: int, pipe: Connection) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
         pipe.send(answer)
-
-
-_PORTS = range(20000, 32000)
-"""Below those that the system hands out: nobody is given one between our look and rank 0's."""
-_next_port = itertools.count(random.Random(os.getpid()).randrange(len(_PORTS)))
-
-
-def free_port() -> int:
-    while True:
-        port = _PORTS[next(_next_port) % len(_PORTS)]
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

@@ -15,7 +15,7 @@ from distcomp.errors import DistcompError
 from distcomp.process_environment import ProcessEnvironment, read_environment
 from distcomp.transports.mpi.library import library
 from distcomp.transports.mpi.progress import take_off
-from distcomp.transports.types import HashStore, Store, TCPStore
+from distcomp.transports.types import HashStore, PrefixStore, Store, TCPStore
 
 LOOPBACK = "127.0.0.1"
 OF_MPI = ("Open MPI", "MPICH")
@@ -34,7 +34,8 @@ def init_process_group(backend: str = "gloo", *, timeout_s: float = 300.0) -> Pr
         timeout_s: how long to wait for all ranks to come.
 
     Raises:
-        DistcompError: nobody says where the ranks meet: set ``MASTER_ADDR`` and ``MASTER_PORT``.
+        DistcompError: nobody says where the ranks meet: set ``MASTER_ADDR`` and ``MASTER_PORT``; or the port
+            is taken on the host of rank 0.
     """
     here = read_environment()
     if dist.is_initialized():
@@ -60,12 +61,25 @@ def _store(here: ProcessEnvironment, patience: timedelta) -> Store | None:
         if here.launcher == "torchrun":
             return None
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return TCPStore(host, port, here.size, here.rank == 0, patience)
+        return _store_at(host, port, here, patience)
     if here.launcher in OF_MPI:
         return _store_by_mpi(here, patience)
     host, port = _meeting_place(here, os.environ)
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-    return TCPStore(host, port, here.size, here.rank == 0, patience)
+    # where another job came to the same number, its ranks and these share the port but no key
+    return PrefixStore(f"distcomp/{_job(os.environ)}", _store_at(host, port, here, patience))
+
+
+def _store_at(host: str, port: int, here: ProcessEnvironment, patience: timedelta) -> Store:
+    try:
+        return TCPStore(host, port, here.size, here.rank == 0, patience)
+    except dist.DistNetworkError as error:
+        if here.rank > 0 or "EADDRINUSE" not in str(error):
+            raise
+        raise DistcompError(
+            f"port {port}, where rank 0 listens for the others, is taken by another program on this host; "
+            "set MASTER_PORT to a free port, the same for all ranks"
+        ) from None
 
 
 def _store_by_mpi(here: ProcessEnvironment, patience: timedelta) -> Store:
@@ -92,8 +106,7 @@ def _store_by_mpi(here: ProcessEnvironment, patience: timedelta) -> Store:
 def _meeting_place(here: ProcessEnvironment, given: Mapping[str, str]) -> tuple[str, int]:
     """The host of rank 0, and a port that the job's own number chooses: nobody can ask anybody yet."""
     port = given.get("MASTER_PORT")
-    job = "".join(given.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", HOROVOD_PORT))
-    chosen = int(port) if port else 20_000 + zlib.crc32(job.encode()) % 12_000
+    chosen = int(port) if port else 20_000 + zlib.crc32(_job(given).encode()) % 12_000
     if "MASTER_ADDR" in given:
         return given["MASTER_ADDR"], chosen
     if here.on_one_host and here.launcher != "torchrun":
@@ -105,6 +118,10 @@ def _meeting_place(here: ProcessEnvironment, given: Mapping[str, str]) -> tuple[
             "the host of rank 0 and MASTER_PORT to a free port on it, the same for all"
         )
     return first_host(nodes), chosen
+
+
+def _job(given: Mapping[str, str]) -> str:
+    return "".join(given.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", HOROVOD_PORT))
 
 
 HOROVOD_PORT = "HOROVOD_GLOO_RENDEZVOUS_PORT"

@@ -1,11 +1,8 @@
 """The ranks of the tests themselves."""
 
-import itertools
 import os
-import socket
 import sys
 
-from tests import cluster as ranks
 from tests import forked
 
 
@@ -17,14 +14,6 @@ def test_a_rank_begins_with_all_that_it_would_import(cluster):
     """Where the process that ranks are forked from cannot import it, nobody says so: each does it anew."""
     for there in cluster(2).run(modules):
         assert {"tests.warm", "torch._dynamo", "torch.distributed.fsdp"} <= there
-
-
-def test_a_port_that_somebody_holds_is_passed_over(monkeypatch):
-    held = ranks.free_port()
-    monkeypatch.setattr(ranks, "_next_port", itertools.count(ranks._PORTS.index(held)))
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", held))
-        assert ranks.free_port() != held
 
 
 def test_a_forked_program_tells_its_status_and_what_it_wrote(tmp_path):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-
-from tests.cluster import free_port
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ROOT / "launchers"
@@ -183,6 +184,16 @@ def test_submitit(cluster: str, wanted: dict[str, torch.Tensor], tmp_path: Path)
     if cluster == "slurm":
         flags = set(re.findall(r"^#SBATCH --(.*)$", shown.read_text(), re.MULTILINE))
         assert {"nodes=1", "ntasks-per-node=2", "time=5", "partition=long"} <= flags
+
+
+def free_port() -> int:
+    """Below those that the system hands out, and those that Slurm's ranks choose."""
+    choices = random.Random(os.getpid())
+    while True:
+        port = choices.randrange(4_000, 10_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def test_skypilot(wanted: dict[str, torch.Tensor], tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from datetime import timedelta
+
 import pytest
 
 from distcomp.errors import DistcompError
 from distcomp.process_environment import ProcessEnvironment, read_environment
-from distcomp.transports.rendezvous import _meeting_place, first_host
+from distcomp.transports.rendezvous import _meeting_place, _store, first_host
+from distcomp.transports.types import TCPStore
 
 TOLD = {
     "torchrun": {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
@@ -69,3 +73,30 @@ def test_where_ranks_meet() -> None:
     assert _meeting_place(read_environment(told), told) == ("host0", 1234)
     with pytest.raises(DistcompError, match="set MASTER_ADDR"):
         _meeting_place(read_environment(TOLD["horovodrun"]), TOLD["horovodrun"])
+
+
+PATIENCE = timedelta(seconds=5)
+
+
+def test_a_port_that_another_program_holds_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = TCPStore("127.0.0.1", 0, None, True, PATIENCE, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(held.port))
+    with pytest.raises(DistcompError, match=f"port {held.port}, .* is taken .* set MASTER_PORT"):
+        _store(ProcessEnvironment(0, 2, 0, 2, "srun"), PATIENCE)
+
+
+def test_a_rank_that_comes_to_another_jobs_store_touches_none_of_its_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two jobs on one host came to the same port: the later one's rank 1 finds the earlier one's store."""
+    theirs = TCPStore("127.0.0.1", 0, None, True, PATIENCE, wait_for_workers=False)
+    monkeypatch.setattr(os, "environ", {"SLURM_JOB_ID": "41"})
+    monkeypatch.setattr(
+        "distcomp.transports.rendezvous._meeting_place", lambda *_: ("127.0.0.1", theirs.port)
+    )
+    ours = _store(ProcessEnvironment(1, 2, 1, 2, "srun"), PATIENCE)
+    assert ours is not None
+    theirs.set("rank 1", "theirs")
+    ours.set("rank 1", "ours")
+    assert (theirs.get("rank 1"), ours.get("rank 1")) == (b"theirs", b"ours")
