@@ -67,32 +67,41 @@ BODY void add_up(const Halves *sums, float *totals) {
     }
 }
 
+/* Of M where there is a residual: made, for up to two rows and the columns from j to end. */
+BODY void add_residual(const Product *x, size_t i, const size_t rows, size_t j, size_t end) {
+    for (size_t t = 0; t < rows; t++)
+        for (size_t c = (i + t) * x->stride + j; c < (i + t) * x->stride + end; c++)
+            x->sum[c] = x->given[c] + x->residual[c];
+}
+
+#define sum_of_eight(x, at) /* of M, left where it belongs */ \
+    ((Eight)(*(EightAnywhere *)((x)->sum + (at)) = \
+                 load_eight((x)->given + (at)) + load_eight((x)->residual + (at))))
+
 /* sums[t * per_row + f][l] = sum of q[k + f][j] m[i + t][j] over the columns j = l mod LANES up to the last whole
- * LANES: few enough of them that they stay in registers. */
+ * LANES: few enough of them that they stay in registers. `adding`: M is made by the way. */
 BODY void accumulate(const Product *x, size_t i, size_t k, const size_t rows, const size_t factors,
-                     const size_t per_row, Halves *sums) {
+                     const size_t per_row, const int adding, Halves *sums) {
     const float *m = x->m + i * x->stride, *q = x->q + k * x->b;
     Eight low[2][2] = {0}, high[2][2] = {0};
-    for (size_t j = 0; j + LANES <= x->b; j += LANES)
+    for (size_t j = 0; j + LANES <= x->b; j += LANES) {
+        Eight row_low[2], row_high[2];
+        for (size_t t = 0; t < rows; t++) {
+            size_t at = t * x->stride + j, in = i * x->stride + at;
+            row_low[t] = adding ? sum_of_eight(x, in) : load_eight(m + at);
+            row_high[t] = adding ? sum_of_eight(x, in + 8) : load_eight(m + at + 8);
+        }
         for (size_t f = 0; f < factors; f++) {
             Eight factor_low = load_eight(q + f * x->b + j), factor_high = load_eight(q + f * x->b + j + 8);
             for (size_t t = 0; t < rows; t++) {
-                low[t][f] += factor_low * load_eight(m + t * x->stride + j);
-                high[t][f] += factor_high * load_eight(m + t * x->stride + j + 8);
+                low[t][f] += factor_low * row_low[t];
+                high[t][f] += factor_high * row_high[t];
             }
         }
+    }
+    if (adding) add_residual(x, i, rows, x->b - x->b % LANES, x->b);
     for (size_t t = 0; t < rows; t++)
         for (size_t f = 0; f < factors; f++) sums[t * per_row + f] = (Halves){low[t][f], high[t][f]};
-}
-
-/* Rows of M, before they are multiplied with the first factors: in the first cache they are read again. */
-BODY void add_residual(const Product *x, size_t i, size_t rows) {
-    const float *given = x->given + i * x->stride, *residual = x->residual + i * x->stride;
-    float *sum = x->sum + i * x->stride;
-    const size_t size = rows * x->stride;
-    size_t j = 0;
-    for (; j + LANES <= size; j += LANES) store(sum + j, load(given + j) + load(residual + j));
-    for (; j < size; j++) sum[j] = given[j] + residual[j];
 }
 
 /* out[k + f][i + t] = sum_j q[k + f][j] m[i + t][j] for up to BLOCK / factors rows; the last columns, too few for
@@ -103,13 +112,18 @@ BODY void dots(const Product *x, size_t i, size_t k, size_t rows, const size_t f
     float totals[BLOCK];
     if (rows * factors < BLOCK) memset(sums, 0, sizeof sums);
     for (size_t t = 0; t < rows; t += 2) {
-        if (x->residual && k == 0) add_residual(x, i + t, rows - t < 2 ? 1 : 2);
         for (size_t f = 0; f < factors; f += 2) {
             Halves *at = sums + t * factors + f;
-            if (factors == 1 && rows - t == 1) accumulate(x, i + t, k + f, 1, 1, factors, at);
-            else if (factors == 1) accumulate(x, i + t, k + f, 2, 1, factors, at);
-            else if (rows - t == 1) accumulate(x, i + t, k + f, 1, 2, factors, at);
-            else accumulate(x, i + t, k + f, 2, 2, factors, at);
+            const int one = factors - f == 1, last = rows - t == 1;
+            if (x->residual && k + f == 0) { /* M is not there yet */
+                if (one && last) accumulate(x, i + t, k, 1, 1, factors, 1, at);
+                else if (one) accumulate(x, i + t, k, 2, 1, factors, 1, at);
+                else if (last) accumulate(x, i + t, k, 1, 2, factors, 1, at);
+                else accumulate(x, i + t, k, 2, 2, factors, 1, at);
+            } else if (one && last) accumulate(x, i + t, k + f, 1, 1, factors, 0, at);
+            else if (one) accumulate(x, i + t, k + f, 2, 1, factors, 0, at);
+            else if (last) accumulate(x, i + t, k + f, 1, 2, factors, 0, at);
+            else accumulate(x, i + t, k + f, 2, 2, factors, 0, at);
         }
     }
     add_up(sums, totals);
@@ -132,8 +146,9 @@ BODY void dots_of_all(const Product *x, size_t i, size_t end, size_t k, const si
 BODY void times_some_rows(const Product *x, size_t i, size_t end) {
     size_t k = 0;
     for (; k + FACTORS <= x->rank; k += FACTORS) dots_of_all(x, i, end, k, FACTORS);
-    for (; k + 2 <= x->rank; k += 2) dots_of_all(x, i, end, k, 2);
-    if (k < x->rank) dots_of_all(x, i, end, k, 1);
+    if (x->rank - k == 3) dots_of_all(x, i, end, k, 3);
+    else if (x->rank - k == 2) dots_of_all(x, i, end, k, 2);
+    else if (k < x->rank) dots_of_all(x, i, end, k, 1);
 }
 
 BODY void times_rows_body(const Product *x) {

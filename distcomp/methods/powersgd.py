@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from distcomp.schedule import Schedule, extremes, varying, whole
 VALUES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What factors, and all that is not compressed, may be sent in."""
 
+
+Both = tuple[Tensor, Tensor]
+"""What goes as it is, and factors."""
 
 Sent = tuple[Tensor, Tensor, Tensor]
 """Of a flat buffer: what goes as it is, all factors P and all Q."""
@@ -126,14 +130,13 @@ class PowerSGD(Method):
         # Orthonormal, where the paper leaves Q as it is: float32 holds a span best by an orthonormal basis.
         q = plan.starts(state["q"], "q", context)
         m, plain, p_own = plan.times_rows(q, x, context.residual)
-        plain, p_own = (self._rounded(own, context.size) for own in (plain, p_own))
-        plain_mean, p = yield from self._means(plain, p_own, context)
+        (plain, p_own), (plain_mean, p) = yield from self._means(plain, p_own, context)
         # Every rank does this to the same bits, so that P need not be sent a second time.
         p = plan.orthonormal(p, "p")
 
         # Q is left as it is, unlike P: the estimate is P Q^T, so Q carries the singular values.
-        q_own = self._rounded(lowrank.each_times_columns(p, m, plan.products), context.size)
-        _, q_mean = yield from self._means(x[:0], q_own, context)
+        q_own = lowrank.each_times_columns(p, m, plan.products)
+        (_, q_own), (_, q_mean) = yield from self._means(x[:0], q_own, context)
         new = {**state, "q": plan.kept(state["q"], "q", q_mean)}
         # The rank's own Q, not the mean's: what this rank's residual keeps is its own error alone.
         return plan.result(x, m, (plain_mean, p, q_mean), (plain, p, q_own), new, context)
@@ -146,29 +149,26 @@ class PowerSGD(Method):
         fixed = plan.starts(state[given], given, context)
         times = plan.times_rows if even else plan.times_columns
         m, plain, own = times(fixed, x, context.residual)
-        plain, own = (self._rounded(one, context.size) for one in (plain, own))
-        plain_mean, mean = yield from self._means(plain, own, context)
+        (plain, own), (plain_mean, mean) = yield from self._means(plain, own, context)
         new = {**state, made: plan.kept(state[made], made, mean)}
         theirs, ours = ((mean, fixed), (own, fixed)) if even else ((fixed, mean), (fixed, own))
         return plan.result(x, m, (plain_mean, *theirs), (plain, *ours), new, context)
 
-    def _rounded(self, own: Tensor, size: int) -> Tensor:
-        """What of this rank's values is summed, n times: they are rounded when they are divided by n."""
-        if self.values == "fp32":
-            return own
-        return (own * (1.0 / size)).to(VALUES[self.values]).float().mul_(size)
+    def _means(self, plain: Tensor, factors: Tensor, context: StepContext) -> Rounds[tuple[Both, Both]]:
+        """What is summed of this rank's, n times, and the means of both, by one all-reduce.
 
-    def _means(self, plain: Tensor, factors: Tensor, context: StepContext) -> Rounds[tuple[Tensor, Tensor]]:
-        """The means of both, by one all-reduce.
-
-        Factors get memory of their own: a product's last bits depend on how its operands are aligned.
+        Values are rounded when they are divided by n. The mean factors get memory of their own: a product's
+        last bits depend on how its operands are aligned.
         """
-        if plain.numel() + factors.numel() == 0:
-            return plain, factors
-        sent = torch.cat([plain, factors]) * (1.0 / context.size)
-        total: Tensor = yield AllReduce(sent.to(VALUES[self.values]))
-        total = total.float()
-        return total[: plain.numel()], total[plain.numel() :].clone()
+        own, at = torch.cat([plain, factors]) if plain.numel() else factors, plain.numel()
+        if own.numel() == 0:
+            return (plain, factors), (plain, factors)
+        sent = (own * (1.0 / context.size)).to(VALUES[self.values])
+        if self.values != "fp32":
+            own = sent.float().mul_(context.size)
+        total: Tensor = yield AllReduce(sent)
+        mean = total.float()
+        return (own[:at], own[at:]), (mean[:at], mean[at:].clone())
 
     def _ranks(self, layout: Layout, step: int) -> dict[str, int]:
         return _worth(layout, whole(self.rank, step), self.min_compression)
@@ -226,12 +226,15 @@ class _Plan:
     plain: Moves
     """From the flat buffer to the values that are not compressed, laid end to end."""
 
+    @cached_property
+    def _sizes(self) -> dict[str, list[int]]:
+        """The elements of each group's factors, by side."""
+        return {side: [math.prod(group.rows(side)) for group in self.groups] for side in ("p", "q")}
+
     def each_group(self, factors: Tensor, side: str) -> Iterator[tuple[_Group, Tensor]]:
         """The factors of each group, ``[matrices, rank, length]``: views."""
-        shapes = [group.rows(side) for group in self.groups]
-        sizes = [count * rank * length for count, rank, length in shapes]
-        for group, shape, part in zip(self.groups, shapes, torch.split(factors, sizes), strict=True):
-            yield group, part.view(shape)
+        for group, part in zip(self.groups, factors.split_with_sizes(self._sizes[side]), strict=True):
+            yield group, part.view(group.rows(side))
 
     def plain_of(self, x: Tensor) -> Tensor:
         """What is sent as it is."""
