@@ -138,15 +138,16 @@ def _serve(rank: int, size: int, pipe: Connection) -> None:
             job, arguments, port = pipe.recv()
         except EOFError:
             return
+        # A rank that cannot meet the others dies of it: what rank 0 sends first is a port.
+        store = dist.TCPStore("127.0.0.1", port, size, rank == 0, wait_for_workers=False)
+        if rank == 0:
+            pipe.send(store.port)
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), RANK=str(rank), WORLD_SIZE=str(size)
+        )
         _EARLIER.clear()
         _EARLIER.update(threading.enumerate())
         try:
-            store = dist.TCPStore("127.0.0.1", port, size, rank == 0, wait_for_workers=False)
-            if rank == 0:
-                pipe.send(store.port)
-            os.environ.update(
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), RANK=str(rank), WORLD_SIZE=str(size)
-            )
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
             answer = job(rank, size, *arguments)
         except BaseException as error:

@@ -104,6 +104,12 @@ BODY void accumulate(const Product *x, size_t i, size_t k, const size_t rows, co
         for (size_t f = 0; f < factors; f++) sums[t * per_row + f] = (Halves){low[t][f], high[t][f]};
 }
 
+#define ACCUMULATE(adding) \
+    if (one && last) accumulate(x, i + t, k + f, 1, 1, factors, adding, at); \
+    else if (one) accumulate(x, i + t, k + f, 2, 1, factors, adding, at); \
+    else if (last) accumulate(x, i + t, k + f, 1, 2, factors, adding, at); \
+    else accumulate(x, i + t, k + f, 2, 2, factors, adding, at)
+
 /* out[k + f][i + t] = sum_j q[k + f][j] m[i + t][j] for up to BLOCK / factors rows; the last columns, too few for
  * LANES, are added last. */
 BODY void dots(const Product *x, size_t i, size_t k, size_t rows, const size_t factors) {
@@ -115,15 +121,8 @@ BODY void dots(const Product *x, size_t i, size_t k, size_t rows, const size_t f
         for (size_t f = 0; f < factors; f += 2) {
             Halves *at = sums + t * factors + f;
             const int one = factors - f == 1, last = rows - t == 1;
-            if (x->residual && k + f == 0) { /* M is not there yet */
-                if (one && last) accumulate(x, i + t, k, 1, 1, factors, 1, at);
-                else if (one) accumulate(x, i + t, k, 2, 1, factors, 1, at);
-                else if (last) accumulate(x, i + t, k, 1, 2, factors, 1, at);
-                else accumulate(x, i + t, k, 2, 2, factors, 1, at);
-            } else if (one && last) accumulate(x, i + t, k + f, 1, 1, factors, 0, at);
-            else if (one) accumulate(x, i + t, k + f, 2, 1, factors, 0, at);
-            else if (last) accumulate(x, i + t, k + f, 1, 2, factors, 0, at);
-            else accumulate(x, i + t, k + f, 2, 2, factors, 0, at);
+            if (x->residual && k + f == 0) { ACCUMULATE(1); } /* M is not there yet */
+            else { ACCUMULATE(0); }
         }
     }
     add_up(sums, totals);

@@ -160,7 +160,8 @@ class PowerSGD(Method):
         Values are rounded when they are divided by n. The mean factors get memory of their own: a product's
         last bits depend on how its operands are aligned.
         """
-        own, at = torch.cat([plain, factors]) if plain.numel() else factors, plain.numel()
+        at = plain.numel()
+        own = torch.cat([plain, factors]) if at else factors
         if own.numel() == 0:
             return (plain, factors), (plain, factors)
         sent = (own * (1.0 / context.size)).to(VALUES[self.values])

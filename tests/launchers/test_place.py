@@ -86,7 +86,7 @@ def test_a_port_that_another_program_holds_is_named(monkeypatch: pytest.MonkeyPa
         _store(ProcessEnvironment(0, 2, 0, 2, "srun"), PATIENCE)
 
 
-def test_a_rank_that_comes_to_another_jobs_store_touches_none_of_its_keys(
+def test_a_rank_that_comes_to_another_jobs_store_overwrites_none_of_its_keys(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two jobs on one host came to the same port: the later one's rank 1 finds the earlier one's store."""
