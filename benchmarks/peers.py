@@ -4,9 +4,12 @@
     python -m benchmarks.peers 100mbit     # the median step on a link; also 10mbit, 1gbit, unshaped
     python -m benchmarks.peers table       # seconds = steps x median step
 
-Methods that exchange every few steps are timed over whole periods, and the mean step counts.
+A step is over when the slowest rank's is: times lie between such moments, of one clock. Methods that exchange
+every few steps are timed over whole periods, and the mean step counts; their loss is that of the model on
+which all agree, at the end of a period.
 Steps that differ from the rest, at the beginning (PyTorch's PowerSGD sends two in full, GradiVeQ learns), are
-timed apart: ``seconds`` leaves them out of the median, ``seconds_from_start`` counts them as they were.
+timed apart: ``seconds`` leaves them out of the median, ``seconds_from_start`` counts them as they were, from
+the call of ``attach`` on.
 
 Each call writes what it found into results/peers.json; ``table`` multiplies. Pairs of digits, 4 ranks, a
 small convolutional stem and two wide layers: 4.4 million parameters. All methods take turns in one run on
@@ -64,12 +67,18 @@ METHODS = {
         "gradiveq:learn=20,compressed=80,others=(powersgd:rank=2)"
     ),
     "PQASGD, every 8 steps in 8 bits": "pqasgd:period=8,bits=8",
+    "PQASGD, every 8 steps in 1 bit": "pqasgd:period=8,bits=1",
+    "SparseLoCo, every 4 steps": "sparse_loco:period=4",
     "no communication": "none",
 }
-PERIOD = {"PQASGD, every 8 steps in 8 bits": 8}
+PERIOD = {
+    "PQASGD, every 8 steps in 8 bits": 8,
+    "PQASGD, every 8 steps in 1 bit": 8,
+    "SparseLoCo, every 4 steps": 4,
+}
 BUILTIN_HOOKS = ("torch fp16", "torch PowerSGD, one bucket")
 SLOW = {"10mbit": ("ddp", "torch fp16", "bf16")}
-"""Timed over two steps there, not over many: one takes 10 to 20 seconds."""
+"""Timed over two steps there after the first, not over many: one takes 10 to 20 seconds."""
 
 
 def network() -> nn.Module:
@@ -113,15 +122,14 @@ def _pairs(
     return side_by_side.flatten(1), torch.maximum(labels[left], labels[right])
 
 
-def begin(label: str, one_bucket: bool) -> tuple[DistributedDataParallel, torch.optim.SGD, distcomp.Handle]:
+def begin(label: str, one_bucket: bool) -> tuple[DistributedDataParallel, torch.optim.SGD]:
     torch.manual_seed(0)
     cap_mb = ONE_BUCKET_MB if one_bucket else BUCKET_MB
     # Models are alike by the seed: to send each would take 20 s at 10 Mbit/s.
     model = DistributedDataParallel(
         network(), bucket_cap_mb=cap_mb, gradient_as_bucket_view=True, init_sync=False
     )
-    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
-    return model, optimizer, distcomp.attach(model, optimizer, METHODS[label])
+    return model, torch.optim.SGD(model.parameters(), LR, momentum=0.9)
 
 
 def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, step: int) -> None:
@@ -133,13 +141,16 @@ def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, st
 
 def count(label: str, task: Task) -> dict[str, Any]:
     """Steps until the test loss, averaged over the last few tests, has come down to the target."""
-    model, optimizer, handle = begin(label, one_bucket=label == BUILTIN_HOOKS[1])
+    model, optimizer = begin(label, one_bucket=label == BUILTIN_HOOKS[1])
+    handle = distcomp.attach(model, optimizer, METHODS[label])
     losses: list[float] = []
-    reached = None
+    reached, sent = None, 0
     for step in range(MOST_STEPS if METHODS[label] != "none" else EVAL_EVERY):  # alone nobody gets there
         step_once(model, optimizer, task, step)
-        if (step + 1) % EVAL_EVERY:
+        if (step + 1) % PERIOD.get(label, EVAL_EVERY):
             continue
+        handle.state_dict()  # makes the exchange that is due: models are then alike, or gradients were
+        sent = handle.stats()["payload_bytes"]
         found = torch.zeros(())
         if dist.get_rank() == 0:
             with torch.no_grad():
@@ -150,26 +161,27 @@ def count(label: str, task: Task) -> dict[str, Any]:
         if len(recent) == AVERAGED and sum(recent) / AVERAGED <= TARGET_LOSS:
             reached = step + 1
             break
-    sent = handle.stats()["payload_bytes"] / handle.stats()["iterations"]
     handle.detach()
-    return {"steps": reached, "losses": losses, "payload_bytes_per_step": sent}
+    return {"steps": reached, "losses": losses, "payload_bytes_per_step": sent / (step + 1)}
 
 
 def timed(label: str, task: Task, steps: int) -> list[float]:
-    """Seconds from the end of a step to the end of the next."""
-    model, optimizer, handle = begin(label, one_bucket=label == BUILTIN_HOOKS[1])
-    ends = []
-    for step in range(steps + 1):
+    """When it is attached, and when each step ends, in seconds of a clock that all ranks share."""
+    model, optimizer = begin(label, one_bucket=label == BUILTIN_HOOKS[1])
+    dist.barrier()
+    ends = [time.perf_counter()]
+    handle = distcomp.attach(model, optimizer, METHODS[label])
+    for step in range(steps):
         step_once(model, optimizer, task, step)
         ends.append(time.perf_counter())
     handle.detach()
-    return [after - before for before, after in itertools.pairwise(ends)]
+    return ends
 
 
 def counted(label: str, rate: str, steps: int) -> tuple[int, int]:
     """How many steps are timed apart, and how many then: whole periods."""
     if label in SLOW.get(rate, ()):
-        return 0, 2
+        return 1, 2
     period = PERIOD.get(label, 1)
     return 22 if "GradiVeQ" in label else 3 if period == 1 else period, -(-steps // period) * period
 
@@ -187,8 +199,9 @@ def rank_main(asked: Any) -> dict[str, Any]:
         first, then = counted(label, asked["what"], asked["steps"])
         mine = timed(label, task, first + then)
         everyone = gathered(mine)
-        slowest = [max(one) for one in zip(*everyone, strict=True)]
-        found[label] = {"first": slowest[:first], "then": slowest[first:]}
+        over = [max(one) for one in zip(*everyone, strict=True)]
+        step_s = [after - before for before, after in itertools.pairwise(over)]
+        found[label] = {"first": step_s[:first], "then": step_s[first:]}
     parameters = sum(p.numel() for p in network().parameters())
     return {"parameters": parameters, "found": found}
 

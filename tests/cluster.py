@@ -9,6 +9,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from typing import Any
@@ -106,7 +107,8 @@ class Cluster:
     def close(self) -> None:
         for process in self.processes:
             if process.pid is not None and process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has just died by itself
+                    os.kill(process.pid, signal.SIGKILL)
         for process in self.processes:
             process.join()
 

@@ -131,13 +131,13 @@ def _averaging_exchange(fragments: Sequence[FragmentState], ranks: int) -> Profi
 
 
 def _copying_s(fragment: FragmentState, result: AggregateResult) -> float:
-    """To read the weights before an exchange and after it, and to write them."""
+    """To read the weights before an exchange, after it where that is asked for, and to write them."""
     flat = torch.zeros(fragment.layout.numel, dtype=torch.float32)
     views = {param.name: piece for param, piece in fragment.layout.pieces(flat)}
     whole = Layout(tuple(replace(param, start=0) for param in fragment.layout.slices))
     begin_s = clock()
     gather(views, whole)
-    scatter(views, whole, fragment.apply_result(result, gather(views, whole)))
+    scatter(views, whole, fragment.apply_result(result, lambda: gather(views, whole)))
     return clock() - begin_s
 
 

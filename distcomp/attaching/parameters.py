@@ -216,9 +216,8 @@ class ParameterSync(Sync):
         if fragment.in_flight is None or (fragment.in_flight.at > self.iterations and not early):
             return
         result = fragment.in_flight.result()
-        self._weights.write(
-            fragment.layout, fragment.apply_result(result, self._weights.read(fragment.layout))
-        )
+        model = fragment.apply_result(result, lambda: self._weights.read(fragment.layout))
+        self._weights.write(fragment.layout, model)
         if not fragment.first:
             return
         if fragment.averaging.buffers == "average":
@@ -272,7 +271,7 @@ class ParameterSync(Sync):
         return mean if present == size else mean * (size / present)
 
     def _begin_alike(self) -> None:
-        """Take rank 0's weights and buffers, and start all fragment states from them."""
+        """Take rank 0's weights and buffers, where any differ, and start all fragment states from them."""
         weights = self._weights
         weights.write(weights.layout, self._ask(FromFirst(), weights.read(weights.layout), weights.layout))
         weights.write_buffers(self._ask(FromFirst(), weights.read_buffers(), weights.buffers))

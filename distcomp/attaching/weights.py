@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distcomp.attaching.slices import slices_of
 from distcomp.errors import DistcompError
+from distcomp.kernels import memory
 from distcomp.layout import Layout
 
 SHOWN = 8  # names of parameters in an error
@@ -129,8 +130,10 @@ def _refuse(name: str, tensor: Tensor) -> None:
 
 
 def _read(tensors: Mapping[str, Tensor], layout: Layout, device: torch.device) -> Tensor:
-    pieces = [tensors[s.name].detach().reshape(-1)[s.start : s.stop].to(device) for s in layout.slices]
-    return torch.cat(pieces).float() if pieces else torch.empty(0, device=device, dtype=torch.float32)
+    flat = memory.empty(layout.numel, device)
+    for param, piece in layout.pieces(flat):
+        piece.copy_(tensors[param.name].detach().reshape(-1)[param.start : param.stop])
+    return flat
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -69,9 +70,9 @@ class ADPSGD(Pairs):
         theirs = {j: self.compressor.decode(payload, context.layout) for j, payload in messages.items()}
         return agreed(weighted(row, mine, theirs) - mine, state)
 
-    def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
+    def merge(self, now: Callable[[], Tensor], estimate: Tensor) -> Tensor:
         """The model as it is by now, and half of what the partner had more."""
-        return now + estimate
+        return now() + estimate
 
 
 @register(

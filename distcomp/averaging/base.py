@@ -29,6 +29,7 @@ from distcomp.methods.base import AggregateResult, State, StepContext, map_state
 from distcomp.payload import Payload
 from distcomp.randomness import Key
 from distcomp.runtime.aggregation import Aggregation
+from distcomp.runtime.unanimous import digest_of_values, numbers_of_all
 from distcomp.schedule import Varying, extremes, whole
 
 
@@ -85,7 +86,8 @@ class Averaging(Written, ABC):
     def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
         """Exchange ``x``, this worker's model (float32, ``[context.layout.numel]``).
 
-        The result's estimate is its new model. Does not change ``x`` or ``state``.
+        The result's estimate is its new model, which may lie in the result's state: it is copied from.
+        Does not change ``x`` or ``state``.
         """
 
     def depart(self, x: Tensor, state: State, context: AveragingContext) -> Departure | None:
@@ -153,8 +155,9 @@ class Averaging(Written, ABC):
         """The fragments of the model, which are averaged one after the other."""
         return (layout,)
 
-    def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
-        """The model after an exchange, from the worker's model as it is by then and what was agreed."""
+    def merge(self, now: Callable[[], Tensor], estimate: Tensor) -> Tensor:
+        """The model after an exchange, from the worker's model as it is by then (a copy, made where it is
+        asked for) and what was agreed."""
         return estimate
 
 
@@ -180,11 +183,18 @@ class MultiLevel(Written):
 
 @dataclass(frozen=True)
 class FromFirst:
-    """Everybody takes what rank 0 has."""
+    """Everybody takes what rank 0 has.
+
+    On the wire: a digest of 8 bytes to every other rank; where they differ, rank 0's buffer. Ranks that made
+    their models from one seed, or that DistributedDataParallel made alike, send no model.
+    """
 
     propagates_nonfinite: bool = True
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
+        digests = yield from numbers_of_all([digest_of_values(x)], x.device)
+        if (digests == digests[0]).all():
+            return agreed(x, state)
         identity = Identity()
         payload: Payload = yield Broadcast(identity.encode(x, context.layout, context.shared), source=0)
         return agreed(identity.decode(payload, context.layout), state)
@@ -260,8 +270,9 @@ class FragmentState:
         model, self.departs_with = self.departs_with, None
         return model
 
-    def apply_result(self, result: AggregateResult, now: Tensor) -> Tensor:
-        """Take the result in; return this worker's model."""
+    def apply_result(self, result: AggregateResult, now: Callable[[], Tensor]) -> Tensor:
+        """Take the result in; return this worker's model, to be copied from: it may lie in the state. ``now``
+        reads the model as it is."""
         self.state = result.state
         self.in_flight = None
         return self.averaging.merge(now, result.estimate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +80,7 @@ class Eager(Averaging):
         eager = own / context.size + state["stale"].data
         anchor, outer = self.outer.step(state["anchor"].data, eager, state["outer"])
         moved = {**state, "anchor": FlatBuffer(anchor, context.layout), "outer": outer}
-        return Departure(own, anchor.clone(), moved)
+        return Departure(own, anchor, moved)
 
     def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
         """``x`` is what was learnt; the result is kept until the next departure."""
@@ -88,9 +89,9 @@ class Eager(Averaging):
         kept = {**state, "stale": FlatBuffer(stale, context.layout), "method": result.state}
         return agreed(stale, kept)
 
-    def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
+    def merge(self, now: Callable[[], Tensor], estimate: Tensor) -> Tensor:
         """The model stays as it is: what has come is used at the next departure."""
-        return now
+        return now()
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
         assert isinstance(self.period, int)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distcomp.errors import DistcompError
+from distcomp.kernels import memory
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import State
 
@@ -49,8 +50,12 @@ class Outer:
         """The new anchor and the new state."""
         # Without momentum there is nothing to keep: plain averaging has no state but the anchor.
         if not self.momentum:
-            return torch.sub(anchor, gradient, alpha=self.lr), state
+            return _descended(anchor, gradient, self.lr), state
         old = state["momentum"]
         momentum = old.data * self.momentum + gradient
         direction = gradient + self.momentum * momentum if self.nesterov else momentum
-        return torch.sub(anchor, direction, alpha=self.lr), {"momentum": FlatBuffer(momentum, old.layout)}
+        return _descended(anchor, direction, self.lr), {"momentum": FlatBuffer(momentum, old.layout)}
+
+
+def _descended(anchor: Tensor, direction: Tensor, lr: float) -> Tensor:
+    return torch.sub(anchor, direction, alpha=lr, out=memory.empty(anchor.numel(), anchor.device))

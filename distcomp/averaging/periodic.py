@@ -6,7 +6,7 @@ and their quantized or sparse relatives are its settings (:mod:`distcomp.averagi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from distcomp.averaging.outer import Outer
 from distcomp.collectives import Group, Rounds
 from distcomp.compressors import Identity
 from distcomp.errors import DistcompError
+from distcomp.kernels import memory
 from distcomp.layout import FlatBuffer, Layout, ParamSlice
 from distcomp.methods.base import (
     AggregateResult,
@@ -146,13 +147,13 @@ class Periodic(Averaging):
     def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
         anchor = state["anchor"].data
         # anchor - x has a gradient's sign: an outer optimizer that descends moves to the workers' mean.
-        learnt = anchor - x
+        learnt = torch.sub(anchor, x, out=memory.empty(x.numel(), x.device))
         if context.share != 1.0:
-            learnt = learnt * context.share
+            learnt *= context.share
         result = yield from self.method.aggregate(learnt, state["method"], context)
         anchor, outer = self.outer.step(anchor, result.estimate, state["outer"])
         state = {"anchor": FlatBuffer(anchor, context.layout), "outer": outer, "method": result.state}
-        return agreed(anchor.clone(), state)  # a copy: training writes into the model, and the anchor stays
+        return agreed(anchor, state)
 
     def common(self, state: State) -> State:
         """The part of a state that all workers have alike: what a newcomer is handed. Residuals are not."""
@@ -162,9 +163,9 @@ class Periodic(Averaging):
         """``own`` with what all have in common; residuals stay."""
         return {**common, "method": _with_elements(common["method"], own["method"])}
 
-    def merge(self, now: Tensor, estimate: Tensor) -> Tensor:
+    def merge(self, now: Callable[[], Tensor], estimate: Tensor) -> Tensor:
         """``alpha`` of what was computed meanwhile, the rest of what was agreed."""
-        return torch.lerp(estimate, now, self.alpha) if self.alpha else estimate
+        return torch.lerp(estimate, now(), self.alpha) if self.alpha else estimate
 
     def fragments_of(self, layout: Layout) -> tuple[Layout, ...]:
         """By ``cut``; those that would be empty are left out."""

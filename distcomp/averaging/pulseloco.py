@@ -88,7 +88,7 @@ class PulseLoCo(Averaging):
             "outer": outer,
             "sent": _count(sent, context),
         }
-        return agreed(anchor.clone(), kept)
+        return agreed(anchor, kept)
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
         """At most: where nearly everything is seen, and a bitmap says what is not."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from distcomp.averaging.base import Averaging, InFlight, MultiLevel, fragment_states, gather, known, scatter
@@ -79,7 +81,9 @@ class Workers:
                 scatter(
                     views,
                     fragment.layout,
-                    fragment.apply_result(fragment.in_flight.result(), gather(views, fragment.layout)),
+                    fragment.apply_result(
+                        fragment.in_flight.result(), partial(gather, views, fragment.layout)
+                    ),
                 )
 
     def _average_moments(self) -> None:

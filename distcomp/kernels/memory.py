@@ -19,7 +19,7 @@ from distcomp.private_torch import storage_is_shared
 
 SMALLEST_BYTES = 1 << 20
 """Below, the C library keeps what is freed."""
-MOST = 4
+MOST = 8
 """Pieces of one size at most: more at once are of somebody who keeps them."""
 
 _storages: dict[int, list[torch.UntypedStorage]] = {}

@@ -99,26 +99,24 @@ class ErrorFeedback(Method):
         return {**self.init(layout), "inner": self.inner.assumed_state(layout, step)}
 
     def aggregate(self, x: Tensor, state: State, context: StepContext) -> Rounds[AggregateResult]:
-        residual: Tensor = state[RESIDUAL].data
-        # Not multiplied by 1: the same bits, and a tensor of the model's size less.
-        e = residual if self.decay == 1 else residual * self.decay
+        old: Tensor = state[RESIDUAL].data
         # An encoder adds the residual in the pass in which it encodes. A two-stage method inside may leave
         # its second error with the owner of the chunk.
-        added = self.beta == 1 and self.inner.adds_residual
-        corrected = x if added else torch.add(x, e, out=memory.empty(x.numel(), x.device))
-        inner = replace(context, error_feedback=True, residual=e if added else None)
+        added = self.beta == 1 and self.decay == 1 and self.inner.adds_residual
+        corrected = x if added else torch.add(x, old, alpha=self.decay, out=memory.empty(x.numel(), x.device))
+        inner = replace(context, error_feedback=True, residual=old if added else None)
         result = yield from self.inner.aggregate(corrected, state["inner"], inner)
         if self.beta == 1:
             # Else in place: a model's size less of memory.
             residual = result.owed if result.owed is not None else result.residual(corrected)
 
             def contribution() -> Tensor:
-                return x + e - residual
+                return torch.add(x, old, alpha=self.decay) - residual
 
         else:
             # The filter needs both what was sent and what came in: nothing can be done in place.
             sent = result.contribution()
-            residual = (1 - self.beta) * e + self.beta * (corrected - sent)
+            residual = (1 - self.beta) * self.decay * old + self.beta * (corrected - sent)
 
             def contribution() -> Tensor:
                 return sent

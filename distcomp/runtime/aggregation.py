@@ -95,7 +95,7 @@ class Aggregation:
         estimate = result.estimate
         if estimate.device.type == "cpu":
             if not self.finite:
-                estimate = estimate.fill_(float("nan"))
+                estimate = torch.full_like(estimate, float("nan"))  # not in place: a state may hold it
         else:
             estimate = torch.where(self.finite, estimate, torch.full_like(estimate, float("nan")))
         return replace(result, estimate=estimate)

@@ -64,7 +64,16 @@ def unanimous(
 
 def digest_of_words(words: str) -> int:
     """A number of 56 bits."""
-    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")
+    return _digest(words.encode())
+
+
+def digest_of_values(x: Tensor) -> int:
+    """A number of 56 bits: of the bytes of a tensor, which is contiguous."""
+    return _digest(x.detach().cpu().view(torch.uint8).numpy().data)
+
+
+def _digest(of: bytes | memoryview) -> int:
+    return int.from_bytes(hashlib.sha256(of).digest()[:7], "little")
 
 
 def same_words(

@@ -116,6 +116,15 @@ def counted(rank: int, size: int, spec: Any, steps: int) -> tuple[list[int], int
     return recorded, sent
 
 
+def begun(rank: int, size: int, seeds: tuple[int, ...]) -> tuple[int, Tensor]:
+    """The bytes that a rank sends when it is attached, and what all then begin with."""
+    model = network(seeds[rank])
+    handle = distcomp.attach(model, sgd(model), "local_sgd:period=4")
+    sent, begins_with = handle.stats()["payload_bytes"], flat(model)
+    handle.detach()
+    return sent, begins_with
+
+
 def resumed(rank: int, size: int, kind: str, spec: Any, at: int, steps: int) -> tuple[Tensor, Tensor]:
     """One run through, and one that is saved at step ``at`` and goes on in another model."""
     model, optimizer, handle = start(kind, spec, rank)

@@ -78,6 +78,16 @@ def test_on_a_ring_of_four_as_well(name: str, cluster: Clusters) -> None:
         assert torch.equal(own[: expected[rank].numel()], expected[rank]), rank
 
 
+@pytest.mark.parametrize("seeds", [(0, 0, 0), (0, 0, 1)], ids=["alike", "one differs"])
+def test_models_are_sent_at_the_beginning_where_one_differs(
+    seeds: tuple[int, ...], cluster: Clusters
+) -> None:
+    first = jobs.flat(jobs.network(seeds[0]))
+    found = cluster(3).run(jobs.begun, seeds)
+    assert all(torch.equal(begins_with, first) for _, begins_with in found)
+    assert (sum(sent for sent, _ in found) > 4 * first.numel()) == (len(set(seeds)) > 1)
+
+
 def test_gossip_inside_groups_talks_to_neighbours_of_its_own_group(cluster: Clusters) -> None:
     expected = in_process(jobs.InPairs(Quantize(8)), 4, 3)
     assert torch.equal(in_process(DCD(Quantize(8)), 2, 3)[1], expected[1])  # the first pair is alone
