@@ -16,10 +16,12 @@ EXACT = "the extrapolation is computed as the model plus its change: what stands
 ROTATIONS = "the cosine transform is one of rotations, and its coefficients lie column by column"
 SLICES = "slices are a convolution's filters, and bases are bfloat16, found from inner products"
 SQUARES = "squares are added up in the order of the kernel in C"
+FADING = "a residual that fades is faded and added with one rounding in the place of two"
 MEANS = "the values of a mean are added up in the order of the kernel in C"
 
 REASONS = {
     r"demo": ROTATIONS,
+    r"sparse_loco": FADING,
     r"gradiveq.* 2 ranks": SLICES,
     r"gradiveq": f"{FINER}; {SLICES}",
     r"qsgd:bits=4,norm=l2 . 2 ranks": SQUARES,
