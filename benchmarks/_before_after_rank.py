@@ -64,6 +64,31 @@ def exchanges(method: str, steps: int) -> dict[str, Any]:
     return {"seconds": seconds, "payload_bytes": sent_bytes}
 
 
+def cores(method: str, steps: int) -> dict[str, Any]:
+    """Seconds of a core that a rank spends in an exchange, with all its threads: a step with the method, less
+    a step of the same model that sends nothing, in turns. Of each pair the mean over ranks; the first three
+    are warm-ups."""
+    silent, attached = model(), model()
+    optimizers = [torch.optim.SGD(ddp.parameters(), lr=1e-3) for ddp in (silent, attached)]
+    x, mine = torch.randn(1, SIDE), []
+    with distcomp.attach(attached, optimizers[1], asked_for(method)) as handle:
+        for _ in range(steps + 3):
+            with silent.no_sync():
+                alone_s = core_s(silent, optimizers[0], x)
+            mine.append(core_s(attached, optimizers[1], x) - alone_s)
+        sent_bytes = handle.stats()["last"]["payload_bytes"]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine[3:])
+    seconds = [sum(times) / len(times) for times in zip(*everyone, strict=True)]
+    return {"seconds": seconds, "payload_bytes": sent_bytes}
+
+
+def core_s(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> float:
+    began_s = time.process_time()
+    step_s(ddp, optimizer, x)
+    return time.process_time() - began_s
+
+
 def overheads(method: str, steps: int) -> dict[str, Any]:
     """A step with the method over a bare step, pair by pair; the first three are warm-ups."""
     bare, attached = model(), model()
@@ -82,7 +107,7 @@ def main() -> None:
         raise SystemExit(f"{distcomp.__file__} is not in {settings['source']}; check PYTHONPATH")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    measure = {"exchange": exchanges, "overhead": overheads}[settings["what"]]
+    measure = {"exchange": exchanges, "core": cores, "overhead": overheads}[settings["what"]]
     measured = measure(settings["method"], settings["steps"])
     if dist.get_rank() == 0:
         print(json.dumps(measured))

@@ -4,9 +4,11 @@
     python -m benchmarks.before_after ../old --name before_after --only exchange  # another file
 
 Exchanges: 17 MB of gradients among 4 ranks on an emulated network of 100 Mbit/s; some steps of the old
-checkout, then some of the new, and so on; a time is the slowest rank's. Attaching: a training step of two
-ranks on an unshaped network, with ``identity`` attached, over the same step bare. Importing: a new process
-that asks for ``distcomp.attach``, with bytecode cached, as every import but a machine's first finds it.
+checkout, then some of the new, and so on; a time is the slowest rank's. Cores: the same at 1 Gbit/s, and a
+time is what a rank's threads spend on a core for an exchange, over a step that sends nothing. Attaching: a
+training step of two ranks on an unshaped network, with ``identity`` attached, over the same step bare.
+Importing: a new process that asks for ``distcomp.attach``, with bytecode cached, as every import but a
+machine's first finds it.
 Each row holds the median of each checkout and the median of the ratios, pair by pair; an exchange's also what
 a rank sent, for where a method's numbers were corrected meanwhile it sends more or less, and the ratio of the
 times per byte; qsgd's mean is rounded to more bits than it was, and a row has it as it was. Every process
@@ -122,6 +124,7 @@ def main() -> None:
     asked = parser.parse_args()
     old = asked.old.resolve()
     result: dict[str, Any] = {"what": (__doc__ or "").splitlines()[0], "rows": {}}
+    older = surroundings(old)["commit"]
     file = RESULTS / f"{asked.name}.json"
     if asked.only and file.exists():
         begun = json.loads(file.read_text())
@@ -131,7 +134,7 @@ def main() -> None:
         """Measure one row and write what there is: a run that is stopped loses one row, not all."""
         if asked.only and asked.only not in name:
             return
-        row = result["rows"][name] = paired(measure, old, ROOT, asked.pairs)
+        row = result["rows"][name] = {"before_commit": older, **paired(measure, old, ROOT, asked.pairs)}
         print(f"{name:<36}{row['before']:9.4f}{row['after']:9.4f}  ratio {row['ratio']:.3f}", flush=True)
         if not asked.dry:
             write(asked.name, result)
@@ -147,6 +150,9 @@ def main() -> None:
         result["network"] = net.describe()
         for method in asked.methods:
             add(f"exchange, {method}", partial(on_ranks, net, "exchange", method, asked.steps))
+    with emulate(Fabric.uniform(4, "1gbit")) as net:
+        for method in asked.methods:
+            add(f"core, {method}", partial(on_ranks, net, "core", method, 2 * asked.steps))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ typedef void (*Columns)(const float *, size_t, float *, size_t, size_t, const fl
 
 typedef struct {
     void (*turned)(const Rows *, float *, const size_t *, const Room *);
-    void (*straight)(const Rows *, float *, size_t, int, const Room *);
+    void (*straight)(const Rows *, float *, size_t, const Room *);
 } Way;
 
 typedef struct {
@@ -140,20 +140,16 @@ BODY void turned_body(const Rows *x, float *to, const size_t *place, const Room 
     }
 }
 
-/* The transform of the rows as it is, written, added (sign 1) or subtracted (-1). */
-BODY void straight_body(const Rows *x, float *to, size_t stride, int sign, const Room *room, size_t lanes,
-                        Columns columns) {
+/* The transform of the rows as it is. */
+BODY void straight_body(const Rows *x, float *to, size_t stride, const Room *room, size_t lanes, Columns columns) {
     for (size_t at = 0; at < x->m; at += lanes) {
-        if (!sign && at + lanes <= x->m) {
+        if (at + lanes <= x->m) {
             some_columns(x, at, to + at, stride, room, lanes, columns);
             continue;
         }
         size_t count = some_columns(x, at, room->done, lanes, room, lanes, columns);
-        for (size_t i = 0; i < x->n; i++) {
-            const float *restrict y = room->done + i * lanes;
-            float *restrict out = to + i * stride + at;
-            for (size_t j = 0; j < count; j++) out[j] = sign > 0 ? out[j] + y[j] : sign < 0 ? out[j] - y[j] : y[j];
-        }
+        for (size_t i = 0; i < x->n; i++)
+            memcpy(to + i * stride + at, room->done + i * lanes, sizeof(float) * count);
     }
 }
 
@@ -183,6 +179,7 @@ BODY void straight_body(const Rows *x, float *to, size_t stride, int sign, const
 
 /* Room for one chunk, and what works on it. */
 typedef struct {
+    float *near; /* its elements: rows of a matrix lie a power of two apart, and would push each other out of the cache */
     float *turned, *chunk;
     size_t *each, *place; /* 0, 1, 2, ...; which columns of a chunk have coefficients */
     int64_t *slot;        /* and the other way round: -1 for the others */
@@ -192,26 +189,44 @@ typedef struct {
     TopRow top_row;
 } Scratch;
 
+/* Where the elements of chunk (row, column) of a matrix begin. */
+static size_t chunk_start(const Line *line, size_t row, size_t column) {
+    size_t wide = (size_t)line->wide, stride = (size_t)line->across * wide;
+    return (size_t)line->at + row * (size_t)line->high * stride + column * wide;
+}
+
 /* Of chunk (row, column) of a matrix: its coefficients, in s->chunk. */
 static void forward_chunk(const float *x, const Line *line, size_t row, size_t column, const float *factors,
                           const Scratch *s) {
-    size_t high = (size_t)line->high, wide = (size_t)line->wide, stride = (size_t)line->across * wide;
-    Rows rows = {x + (size_t)line->at + row * high * stride + column * wide, stride, high, wide,
+    size_t high = (size_t)line->high, wide = (size_t)line->wide;
+    Rows rows = {x + chunk_start(line, row, column), (size_t)line->across * wide, high, wide,
                  factors + line->high_factors};
     Rows columns = {s->turned, high, wide, high, factors + line->wide_factors};
     s->variant->forward.turned(&rows, s->turned, s->each, &s->room);
-    s->variant->forward.straight(&columns, s->chunk, high, 0, &s->room);
+    s->variant->forward.straight(&columns, s->chunk, high, &s->room);
+}
+
+/* The elements in s->near written (sign 0), added (1) or subtracted (-1). */
+static void put_near(float *to, const Line *line, int sign, const Scratch *s) {
+    size_t high = (size_t)line->high, wide = (size_t)line->wide, stride = (size_t)line->across * wide;
+    for (size_t i = 0; i < high; i++) {
+        const float *restrict y = s->near + i * wide;
+        float *restrict out = to + i * stride;
+        if (!sign) memcpy(out, y, sizeof(float) * wide);
+        for (size_t j = 0; sign > 0 && j < wide; j++) out[j] += y[j];
+        for (size_t j = 0; sign < 0 && j < wide; j++) out[j] -= y[j];
+    }
 }
 
 /* From the coefficients in s->chunk, m columns of them, back to elements, put into the matrix. */
 static void backward_chunk(float *x, const Line *line, size_t row, size_t column, const float *factors, size_t m,
                            const size_t *place, const Scratch *s, int sign) {
-    size_t high = (size_t)line->high, wide = (size_t)line->wide, stride = (size_t)line->across * wide;
+    size_t high = (size_t)line->high, wide = (size_t)line->wide;
     Rows columns = {s->chunk, m, wide, m, factors + line->wide_factors};
     Rows rows = {s->turned, wide, high, wide, factors + line->high_factors};
     s->variant->backward.turned(&columns, s->turned, place, &s->room);
-    s->variant->backward.straight(&rows, x + (size_t)line->at + row * high * stride + column * wide, stride, sign,
-                                  &s->room);
+    s->variant->backward.straight(&rows, s->near, wide, &s->room);
+    put_near(x + chunk_start(line, row, column), line, sign, s);
 }
 
 #define EACH_CHUNK(line, number, row, column) \
@@ -341,6 +356,7 @@ static size_t lay_scratch(Scratch *s, char *block, size_t size, size_t side, siz
     s->room.b = taken(&block, &total, rows);
     s->room.some = taken(&block, &total, rows);
     s->room.done = taken(&block, &total, rows);
+    s->near = taken(&block, &total, sizeof(float) * size);
     s->turned = taken(&block, &total, sizeof(float) * (size + side)); /* and the row that nobody reads */
     s->chunk = taken(&block, &total, sizeof(float) * (size + MOST_LANES * side));
     s->each = taken(&block, &total, sizeof(size_t) * wider);

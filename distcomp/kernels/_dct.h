@@ -154,8 +154,8 @@ BODY void NAMED(columns_body)(int kind, const float *from, size_t stride, float 
     TARGET static void NAMED(way##_turned)(const Rows *x, float *to, const size_t *place, const Room *room) { \
         turned_body(x, to, place, room, COLUMNS, NAMED(way##_columns)); \
     } \
-    TARGET static void NAMED(way##_straight)(const Rows *x, float *to, size_t stride, int sign, const Room *room) { \
-        straight_body(x, to, stride, sign, room, COLUMNS, NAMED(way##_columns)); \
+    TARGET static void NAMED(way##_straight)(const Rows *x, float *to, size_t stride, const Room *room) { \
+        straight_body(x, to, stride, room, COLUMNS, NAMED(way##_columns)); \
     }
 WAY(forward, II)
 WAY(backward, III)
