@@ -1,7 +1,7 @@
 """One rank of before_after.py, started by path: it imports the distcomp that PYTHONPATH names and nothing of
 this package, for an older checkout has none."""
 
-from __future__ import annotations
+# No "from __future__ import annotations" here: DDP compares a hook's annotations with the types themselves.
 
 import importlib.util
 import json
@@ -66,21 +66,27 @@ def exchanges(method: str, steps: int) -> dict[str, Any]:
 
 def cores(method: str, steps: int) -> dict[str, Any]:
     """Seconds of a core that a rank spends in an exchange, with all its threads: a step with the method, less
-    a step of the same model that sends nothing, in turns. Of each pair the mean over ranks; the first three
-    are warm-ups."""
+    a step of the same model whose buckets are filled and sent nowhere, in turns. Of each pair the mean over
+    ranks; the first three are warm-ups."""
     silent, attached = model(), model()
+    silent.register_comm_hook(None, sent_nowhere)
     optimizers = [torch.optim.SGD(ddp.parameters(), lr=1e-3) for ddp in (silent, attached)]
     x, mine = torch.randn(1, SIDE), []
     with distcomp.attach(attached, optimizers[1], asked_for(method)) as handle:
         for _ in range(steps + 3):
-            with silent.no_sync():
-                alone_s = core_s(silent, optimizers[0], x)
+            alone_s = core_s(silent, optimizers[0], x)
             mine.append(core_s(attached, optimizers[1], x) - alone_s)
         sent_bytes = handle.stats()["last"]["payload_bytes"]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine[3:])
     seconds = [sum(times) / len(times) for times in zip(*everyone, strict=True)]
     return {"seconds": seconds, "payload_bytes": sent_bytes}
+
+
+def sent_nowhere(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 def core_s(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> float:
