@@ -151,6 +151,7 @@ def main() -> None:
         for method in asked.methods:
             add(f"exchange, {method}", partial(on_ranks, net, "exchange", method, asked.steps))
     with emulate(Fabric.uniform(4, "1gbit")) as net:
+        result["network"] += net.describe()
         for method in asked.methods:
             add(f"core, {method}", partial(on_ranks, net, "core", method, 2 * asked.steps))
 

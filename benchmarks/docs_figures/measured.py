@@ -195,6 +195,23 @@ def profile() -> str:
     return f"{markdown(head, rows)}\n\n{source(found, 'exchange_profile.py')}"
 
 
+def cores() -> str:
+    """Seconds of a core that an exchange costs a rank, before and after."""
+    found = result("exchange_cores")
+    rows = [
+        [
+            f"`{name.removeprefix('core, ')}`",
+            f"{1e3 * row['before']:.1f}",
+            f"{1e3 * row['after']:.1f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for name, row in found["rows"].items()
+    ]
+    (older,) = {row["before_commit"] for row in found["rows"].values()}
+    head = ["method", f"commit {older}", "now", "ratio"]
+    return f"{markdown(head, rows)}\n\n{source(found, 'before_after.py')}"
+
+
 def _exchanges(name: str, arguments: str) -> Block:
     return Block(lambda: exchanges(name, arguments), name)
 
@@ -208,6 +225,7 @@ BLOCKS: dict[str, Block] = {
     "bounds": Block(bounds, "step_bounds_100mbit"),
     "attached": Block(attached, "overhead"),
     "profile": Block(profile, "exchange_profile"),
+    "cores": Block(cores, "exchange_cores"),
     "losses": Block(losses, "digit_pairs"),
     "codecs": Block(codecs, "compressors"),
 }
