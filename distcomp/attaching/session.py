@@ -22,6 +22,7 @@ from distcomp.runtime.ledger import Ledger
 from distcomp.transports.agreement import Agreement
 from distcomp.transports.backends import carrier_of, pair_of
 from distcomp.transports.bounded import Result, ask_store, bounded
+from distcomp.transports.ending import wait_for_threads
 from distcomp.transports.gloo_p2p import GlooP2P
 from distcomp.transports.heartbeat import Heartbeat
 from distcomp.transports.mpi.transport import MPITransport
@@ -31,6 +32,8 @@ from distcomp.transports.torchdist import TorchDist
 from distcomp.transports.types import Store
 
 Carrier = TorchDist | GlooP2P | MPITransport | ResilientP2P
+
+atexit.register(wait_for_threads)  # before the handlers of sessions, which Python calls first at the end
 
 
 class Meeting:

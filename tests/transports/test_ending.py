@@ -12,7 +12,7 @@ GLOO = """
 import threading
 from datetime import timedelta
 import torch, torch.distributed as dist
-import distcomp.transports
+import distcomp.attaching.session
 
 class Slow:
     def __del__(self):
@@ -46,7 +46,7 @@ freeing.wait()
 OURS = """
 import threading
 import torch
-import distcomp.transports
+import distcomp.attaching.session
 
 begun = threading.Event()
 
