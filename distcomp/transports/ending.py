@@ -11,6 +11,7 @@ PATIENCE_S = 5.0
 """So long the end of a process waits; a thread may be at work for a peer that never comes."""
 
 LOOK_S = 0.002
+"""Between two looks; who waited for the interpreter's lock has it meanwhile."""
 
 _GLOO = "pt_gloo_runloop"
 _OURS = "distcomp-"
