@@ -3,8 +3,8 @@
     python -m benchmarks.before_after ../old            # writes results/rebuild_speed.json
     python -m benchmarks.before_after ../old --name before_after --only exchange  # another file
     python -m benchmarks.before_after ../old --name exchange_cores --only core, --pairs 5 \\
-        --methods qsgd:bits=8 qsgd:bits=4 qsgd:bits=1 powersgd:rank=4 topk:ratio=0.01 pqasgd:period=1,bits=4 \\
-        choco
+        --methods qsgd:bits=8 qsgd:bits=4 qsgd:bits=1 powersgd:rank=4 topk:ratio=0.01 \\
+        pqasgd:period=1,bits=4 choco
 
 Exchanges: 17 MB of gradients among 4 ranks on an emulated network of 100 Mbit/s; some steps of the old
 checkout, then some of the new, and so on; a time is the slowest rank's. Cores: the same at 1 Gbit/s, and a
