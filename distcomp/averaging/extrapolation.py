@@ -102,7 +102,7 @@ class ECD(Gossip):
         for j, payload in answers.items():
             replicas[j] = now.averaged(replicas[j], payload, context.layout, 2 / t)
         return agreed(
-            model.clone(),
+            model,
             {
                 **state,
                 "model": FlatBuffer(model, context.layout),

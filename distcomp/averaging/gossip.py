@@ -24,6 +24,7 @@ from distcomp.collectives import NeighborExchange, Rounds
 from distcomp.compressors import Compressor, Identity
 from distcomp.compressors.contraction import measured_contraction, relative_error
 from distcomp.errors import DistcompError
+from distcomp.kernels.mixing import mix, pull
 from distcomp.layout import FlatBuffer, Layout
 from distcomp.methods.base import AggregateResult, State
 from distcomp.payload import Payload
@@ -87,13 +88,7 @@ class Gossip(Averaging):
 
     def advance(self, base: Tensor, payload: Payload, layout: Layout, times: float = 1.0) -> Tensor:
         """``base + times C(z)``: the one place where owner and neighbours apply the same bytes."""
-        # Decoding straight into the copy saves a model's size; both ends take the same branch, so that their
-        # bits agree.
-        if times == 1.0:
-            moved = base.clone()
-            self.compressor.decode_into(moved, payload, layout, add=True)
-            return moved
-        return torch.add(base, self.compressor.decode(payload, layout), alpha=times)
+        return self.compressor.decode_onto(base, payload, layout, times)
 
     def public(self, state: State) -> FlatBuffer | None:
         """What the neighbours keep replicas of."""
@@ -156,7 +151,7 @@ class DPSGD(Gossip):
         if adapt_first:
             return agreed(model, state)
         model += x - mine  # the local update, made at the model that was mixed
-        return agreed(model, {"model": FlatBuffer(model.clone(), context.layout)})
+        return agreed(model, {"model": FlatBuffer(model, context.layout)})
 
 
 @dataclass(frozen=True)
@@ -194,7 +189,7 @@ class DCD(Gossip):
         for j, payload in messages.items():
             replicas[j] = self.advance(replicas[j], payload, context.layout)
         state = {"model": FlatBuffer(model, context.layout), "replicas": buffers(replicas, context.layout)}
-        return agreed(model.clone(), state)
+        return agreed(model, state)
 
     def conditions(self, layout: Layout, size: int) -> dict[str, Any]:
         numbers = super().conditions(layout, size)
@@ -248,8 +243,9 @@ class Choco(Gossip):
     def aggregate(self, x: Tensor, state: State, context: AveragingContext) -> Rounds[AggregateResult]:
         gamma, a = self.tuned(context.layout)
         public, replicas = state["public"].data, tensors(state["replicas"])
-        model = x + gamma * (weighted(self.row(context), public, replicas) - public)
-        sent = self.encode(model - public, context)
+        # x + gamma (sum_j W_ij x^_j - x^_i), and how far that is from x^_i
+        model, difference = pull(x, public, *in_order(self.row(context), public, replicas), gamma)
+        sent = self.encode(difference, context)
         _, messages = yield from self.send(sent, context)
         # Owner and neighbours move their copies of the model by the same bytes: they stay bit-equal.
         public = self.advance(public, sent, context.layout, a)
@@ -308,7 +304,7 @@ class DeepSqueeze(Gossip):
         theirs = {j: self.damped(payload, context.layout, damping) for j, payload in messages.items()}
         # Around one's own c, not x: what is added is then a difference of compressed models, which vanishes
         # where all agree, and the sum over workers stays what it was.
-        model = x + self.eta * (weighted(row, mine, theirs) - mine)
+        model, _ = pull(x, mine, *in_order(row, mine, theirs), self.eta)
         return agreed(model, {"residual": FlatBuffer(v - mine, context.layout)})
 
     def damped(self, payload: Payload, layout: Layout, damping: float) -> Tensor:
@@ -335,13 +331,14 @@ def weighted(row: MixingRow, own: Tensor, theirs: Mapping[int, Tensor]) -> Tenso
     Summed as ``x_k + sum_j W_ij (x_j - x_k)`` with *k* the lowest rank, because weights need not sum to 1 in
     float32: three times a third is more, and after a million steps models would have grown by some per cent.
     """
+    return mix(*in_order(row, own, theirs))
+
+
+def in_order(row: MixingRow, own: Tensor, theirs: Mapping[int, Tensor]) -> tuple[list[Tensor], list[float]]:
+    """The models that are mixed, in rank order, and the weights of all but the first."""
     weights = dict(zip(row.neighbours, row.weights, strict=True)) | {row.rank: row.own}
     models = {**theirs, row.rank: own}
-    lowest, *others = sorted(weights)
-    total = models[lowest].clone()
-    for j in others:
-        total.add_(models[j] - models[lowest], alpha=weights[j])
-    return total
+    return [models[j] for j in sorted(weights)], [weights[j] for j in sorted(weights)[1:]]
 
 
 def copies(x: Tensor, row: MixingRow, layout: Layout) -> dict[str, FlatBuffer]:

@@ -74,7 +74,7 @@ class NoLoCo(Pairs):
             "slow": FlatBuffer(slow, context.layout),
             "momentum": FlatBuffer(momentum, context.layout),
         }
-        return agreed(slow.clone(), kept)
+        return agreed(slow, kept)
 
     def _mean(self, x: Tensor, context: AveragingContext) -> Rounds[Tensor]:
         """The pair's mean, the same bits on both."""

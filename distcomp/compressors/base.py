@@ -70,6 +70,14 @@ class Compressor(ABC):
         self.decode_into(out, payload, layout)
         return out
 
+    def decode_onto(self, base: Tensor, payload: Payload, layout: Layout, times: float = 1.0) -> Tensor:
+        """``base + times C(x)``, a new tensor; product and sum are rounded once."""
+        if times != 1.0:
+            return torch.add(base, self.decode(payload, layout), alpha=times)
+        moved = memory.empty(layout.numel, base.device).copy_(base)
+        self.decode_into(moved, payload, layout, add=True)
+        return moved
+
     def mean_into(
         self, out: Tensor, payloads: Sequence[Payload], layout: Layout, own: tuple[int, Tensor] | None = None
     ) -> None:

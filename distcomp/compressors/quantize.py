@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distcomp.compressors.base import Compressor, register_compressor
 from distcomp.errors import DistcompError
+from distcomp.kernels import memory
 from distcomp.kernels import pieces as many
 from distcomp.kernels.dispatch import served_by_c
 from distcomp.kernels.pieces import Moves, Pieces
@@ -153,6 +154,14 @@ class Quantize(Compressor):
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
         self._decode(out, payload, layout, add=add)
+
+    def decode_onto(self, base: Tensor, payload: Payload, layout: Layout, times: float = 1.0) -> Tensor:
+        pieces, plain = self._pieces(layout)
+        if plain.each or not served_by_c(base):
+            return super().decode_onto(base, payload, layout, times)
+        out = memory.empty(layout.numel)
+        many.dequantize_onto(base, payload["codes"], payload["scales"], out, pieces, times)
+        return out
 
     def mean_into(
         self, out: Tensor, payloads: Sequence[Payload], layout: Layout, own: tuple[int, Tensor] | None = None

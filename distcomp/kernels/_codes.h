@@ -40,7 +40,8 @@ BODY void encode_block(const float *restrict x, uint32_t *restrict code, size_t 
     const int down = 23 - f->mantissa, sign_down = 32 - f->width, behind = stochastic ? 24 : 0;
     const int32_t lowest = (128 - f->bias) << 23, infinity = f->infinity, nan = f->nan;
     const uint32_t one_step = (uint32_t)(254 + behind + f->mantissa) << 23, sign = 0x80000000u >> sign_down;
-    const uint32_t counter = noise.counter, key_high = noise.high;
+    const uint32_t key_high = noise.high;
+    uint32_t counter = noise.counter;
     const float largest = f->largest;
 #pragma GCC unroll 1 /* 16 values at full length would be a row of scalars */
     for (size_t j = 0; j < m; j++) {
@@ -52,7 +53,7 @@ BODY void encode_block(const float *restrict x, uint32_t *restrict code, size_t 
         float steps = y * float_of(one_step - (uint32_t)exponent); /* at random with 24 bits behind the point */
         int32_t n;
         if (stochastic)
-            n = (int32_t)(((uint32_t)(int32_t)steps + random_24(counter + (uint32_t)j, key_high)) >> 24);
+            n = (int32_t)(((uint32_t)(int32_t)steps + random_24(counter++, key_high)) >> 24);
         else
             n = rounded(steps);
         int32_t c = ((exponent - lowest) >> down) + n;

@@ -16,6 +16,7 @@
 #include "_integers.h"
 #include "_lowrank.h"
 #include "_minifloat.h"
+#include "_mixing.h"
 #include "_rows.h"
 #include "_select.h"
 #include "_subspace.h"
@@ -161,8 +162,10 @@ static PyObject *dequantize_all(const Coded *all, const Piece *piece, Py_ssize_t
     if (!d.scratch) return NULL;
     d.block = (size_t)all->block;
     d.bits = all->bits;
+    const float *base = d.base;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t i = 0; i < count; i++, piece++) {
+        d.base = base ? base + piece->at : NULL;
         d.codes = (const uint8_t *)(uintptr_t)all->codes + piece->codes;
         d.scales = (const float *)(uintptr_t)all->scales + piece->scales;
         d.out = (float *)(uintptr_t)all->values + piece->at;
@@ -240,13 +243,14 @@ static PyObject *py_quantize_pieces(PyObject *self, PyObject *args) {
 
 static PyObject *py_dequantize_pieces(PyObject *self, PyObject *args) {
     (void)self;
-    unsigned long long table;
+    unsigned long long table, base;
     Py_ssize_t pieces;
     Coded all;
     Dequantize d = {0};
-    if (!PyArg_ParseTuple(args, "KKK(nnn)Knnipif", CODED(all), &table, &pieces, &all.block, &all.bits, &d.powers,
-                          &d.sign, &d.times))
+    if (!PyArg_ParseTuple(args, "KKK(nnn)KnnipifK", CODED(all), &table, &pieces, &all.block, &all.bits, &d.powers,
+                          &d.sign, &d.times, &base))
         return NULL;
+    d.base = (const float *)(uintptr_t)base; /* as long as the values */
     return dequantize_all(&all, (const Piece *)(uintptr_t)table, pieces, d);
 }
 
@@ -372,7 +376,7 @@ static PyMethodDef methods[] = {
     {"quantize_pieces", py_quantize_pieces, METH_VARARGS,
      "x, codes, scales, sizes of the three, table, pieces, keys, block, bits, stochastic, norm, powers, (residual, owed) or zeros"},
     {"dequantize_pieces", py_dequantize_pieces, METH_VARARGS,
-     "out, codes, scales, sizes of the three, table, pieces, block, bits, powers, sign, times"},
+     "out, codes, scales, sizes of the three, table, pieces, block, bits, powers, sign, times, base or 0"},
     {"dequantize_mean", py_dequantize_mean, METH_VARARGS,
      "out, sources (codes and scales, or values and 0), how many, sizes of values, codes and scales of each, table, "
      "pieces, block, bits, powers, times"},
@@ -405,6 +409,8 @@ static PyMethodDef methods[] = {
      "(out, codes, blocks' scales, groups' scales), sizes of the four, table, spans, block, "
      "(width, mantissa, bias, largest, infinity, nan, finite), (rule, blocks of a group, least, up), "
      "(keys of signs, how many), sign"},
+    {"mix", py_mix, METH_VARARGS,
+     "out, models, weights of all but the first, how many, (first element, end, size), (x, public, beyond, gamma) or zeros"},
     {"pack_signs", py_pack_signs, METH_VARARGS, "x, words, sizes of the two, samples, channels, places, plain"},
     {"binary_conv", py_binary_conv, METH_VARARGS,
      "x, weight, scale, bias, out, sizes of the five, samples, (channels, height, width), "

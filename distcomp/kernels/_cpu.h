@@ -36,6 +36,7 @@ typedef struct {
     size_t numel, block;
     int bits, powers, sign;
     float times;
+    const float *base; /* where there is one, out is base plus so many times the values */
 } Dequantize;
 
 /* Where codes and their scales lie; or values as they are, and no scales. */
@@ -136,7 +137,7 @@ BODY void stochastic_codes(const float *restrict x, uint8_t *restrict code, size
     counter += q->key_low;
     for (size_t j = 0; j < m; j++) {
         uint32_t y = (uint32_t)(int32_t)(clamped(x[j] * inverse, s) * 0x1p24f);
-        code[j] = (uint8_t)((y + middle + random_24(counter + (uint32_t)j, key_high)) >> 24);
+        code[j] = (uint8_t)((y + middle + random_24(counter++, key_high)) >> 24);
     }
 }
 
@@ -154,7 +155,7 @@ BODY void power_codes(const float *restrict x, uint8_t *restrict code, size_t m,
     for (size_t j = 0; j < m; j++) {
         float share = float_of(bits_of(x[j]) & 0x7fffffffu) / divisor;
         share = share < 1.0f ? share : 1.0f; /* a NaN, too */
-        uint32_t noise = random_24(counter + (uint32_t)j, key_high);
+        uint32_t noise = random_24(counter++, key_high);
         int32_t above = (int32_t)((bits_of(share) + (noise >> 1)) >> 23) - (127 - s);
         float small = share < lowest ? share : 0.0f;
         int32_t below = (int32_t)(((uint32_t)(int32_t)(small * inverse * 0x1p24f) + noise) >> 24);
@@ -272,6 +273,15 @@ BODY void put(const uint8_t *restrict code, float *restrict out, size_t m, float
     }
 }
 
+BODY void put_onto(const uint8_t *restrict code, const float *restrict base, float *restrict out, size_t m, float unit,
+                   const Dequantize *d, int powers) {
+    int bits = d->bits;
+    int32_t s = (int32_t)levels(bits);
+    float times = d->times;
+    for (size_t j = 0; j < m; j++)
+        out[j] = fmaf((powers ? power_value(code[j], s) : uniform_value(code[j], bits, s)) * unit, times, base[j]);
+}
+
 BODY void put_signed(const uint8_t *code, float *out, size_t m, float unit, const Dequantize *d, int powers) {
     if (d->sign > 0)
         put(code, out, m, unit, d, 1, powers);
@@ -293,7 +303,12 @@ BODY void dequantize_body(const Dequantize *d) {
     for (size_t start = 0, row = 0; start < d->numel; start += d->block, row++) {
         size_t m = smaller(d->block, d->numel - start);
         in += unpack(in, d->scratch, m, d->bits);
-        put_block(d->scratch, d->out + start, m, d->scales[row], d);
+        if (d->base && d->powers)
+            put_onto(d->scratch, d->base + start, d->out + start, m, d->scales[row], d, 1);
+        else if (d->base)
+            put_onto(d->scratch, d->base + start, d->out + start, m, d->scales[row] / levels(d->bits), d, 0);
+        else
+            put_block(d->scratch, d->out + start, m, d->scales[row], d);
     }
 }
 

@@ -93,7 +93,7 @@ BODY void grid_codes(const float *restrict x, uint32_t *restrict code, size_t m,
     for (size_t j = 0; j < m; j++) {
         float y = clamped(x[j] / spacing, s);
         int32_t whole = (int32_t)y, fixed = (int32_t)((y - (float)whole) * 0x1p24f);
-        int32_t noise = (int32_t)random_24(counter + (uint32_t)j, key_high);
+        int32_t noise = (int32_t)random_24(counter++, key_high);
         code[j] = (uint32_t)(whole + ((fixed + noise) >> 24) + middle);
     }
 }

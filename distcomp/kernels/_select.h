@@ -35,7 +35,7 @@ BODY void permuted_body(int64_t *places, size_t count, uint64_t numel, int bits,
 BODY void exponents_body(const uint32_t *restrict x, uint8_t *restrict codes, size_t numel, uint32_t counter,
                          uint32_t key_high) {
     for (size_t j = 0; j < numel; j++) {
-        uint32_t noise = random_24(counter + (uint32_t)j, key_high) >> 1;
+        uint32_t noise = random_24(counter++, key_high) >> 1;
         uint32_t code = ((x[j] & 0x7fffffffu) + noise) >> 23;
         codes[j] = (uint8_t)(code < 254 ? code : 254);
     }

@@ -243,7 +243,24 @@ def dequantize(
     coded, sign = _coded(out, codes, scales), int(add) - int(subtract)
 
     def run(table: int, count: int, _: int) -> None:
-        _cpu.dequantize_pieces(*coded, table, count, pieces.block, pieces.bits, pieces.powers, sign, 1.0)
+        _cpu.dequantize_pieces(*coded, table, count, pieces.block, pieces.bits, pieces.powers, sign, 1.0, 0)
+
+    pieces.lines.shared(run)
+
+
+def dequantize_onto(
+    base: Tensor, codes: Tensor, scales: Tensor, out: Tensor, pieces: Pieces, times: float
+) -> None:
+    """``out = base + times * values``, product and sum rounded once, of what codes and scales stand for: one
+    pass of C, which has to serve ``out``; ``base`` is another tensor."""
+    _check(out, codes, scales, pieces)
+    check_tensor("base's values", base, torch.float32, out.numel())
+    from distcomp.kernels import _cpu
+
+    coded, about = _coded(out, codes, scales), (pieces.block, pieces.bits, pieces.powers)
+
+    def run(table: int, count: int, _: int) -> None:
+        _cpu.dequantize_pieces(*coded, table, count, *about, 0, times, base.data_ptr())
 
     pieces.lines.shared(run)
 

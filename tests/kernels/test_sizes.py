@@ -68,7 +68,7 @@ def test_numbers_that_cannot_be_are_refused_in_c() -> None:
         lambda: _cpu.quantize(x, x, x, three, 8, 8, 9, 0, 0, False, 0, False),
         lambda: _cpu.dequantize(x, x, x, three, 8, -8, 4, False, 1, 1.0),
         lambda: _cpu.dequantize(x, x, x, three, 8, 8, 0, False, 1, 1.0),
-        lambda: _cpu.dequantize_pieces(x, x, x, three, x, -1, 8, 4, False, 1, 1.0),
+        lambda: _cpu.dequantize_pieces(x, x, x, three, x, -1, 8, 4, False, 1, 1.0, 0),
         lambda: _cpu.all_finite(x, -1, 0x7F800000),
         lambda: _cpu.checksum(x, -1),
         lambda: _cpu.write_header(x, -1, 0, 0, 0, True),

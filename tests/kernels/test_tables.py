@@ -89,7 +89,7 @@ def test_pieces(table, bits, block) -> None:
         _cpu.quantize_pieces(*at, (SIZE, SIZE, SIZE), lines_at, count, *given)
 
     def decode(lines_at: int, count: int) -> None:
-        _cpu.dequantize_pieces(*at, (SIZE, SIZE, SIZE), lines_at, count, block, bits, False, 1, 1.0)
+        _cpu.dequantize_pieces(*at, (SIZE, SIZE, SIZE), lines_at, count, block, bits, False, 1, 1.0, 0)
 
     for call in (encode, decode):
         if block > 0:

@@ -1,0 +1,71 @@
+"""Models mixed with their neighbours', in one pass over all of them.
+
+The plain-torch functions are the specification; C equals them bit for bit, and serves tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distcomp.kernels import memory
+from distcomp.kernels.dispatch import served_by_c
+from distcomp.kernels.tables import check_tensor
+
+
+def mix(models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """``x_0 + sum_j w_j (x_j - x_0)``, added in the order given; ``weights`` are those of all models but the
+    first.
+
+    Raises DistcompError for a model that is not float32, contiguous and as long as the first.
+    """
+    if _in_c(models):
+        out = memory.empty(models[0].numel())
+        _mix_in_c(models, weights, out)
+        return out
+    total = models[0].clone()
+    for model, weight in zip(models[1:], weights, strict=True):
+        total.add_(model - models[0], alpha=weight)
+    return total
+
+
+def pull(
+    x: Tensor, public: Tensor, models: Sequence[Tensor], weights: Sequence[float], gamma: float
+) -> tuple[Tensor, Tensor]:
+    """``y = x + gamma (mix(models) - public)``, and ``y - public``."""
+    if _in_c((*models, x, public)):
+        out, beyond = memory.empty(x.numel()), memory.empty(x.numel())
+        _mix_in_c(models, weights, out, (x, public, beyond), gamma)
+        return out, beyond
+    pulled = x + gamma * (mix(models, weights) - public)
+    return pulled, pulled - public
+
+
+def _in_c(models: Sequence[Tensor]) -> bool:
+    """Whether C serves them all, which are then looked at."""
+    numel = models[0].numel()
+    for model in models:
+        check_tensor("values of a model", model, torch.float32, numel)
+    return all(served_by_c(model) for model in models)
+
+
+def _mix_in_c(
+    models: Sequence[Tensor],
+    weights: Sequence[float],
+    out: Tensor,
+    pulled: tuple[Tensor, Tensor, Tensor] | None = None,
+    gamma: float = 0.0,
+) -> None:
+    from distcomp.kernels import _cpu, cpu
+
+    at, factors = array("Q", [model.data_ptr() for model in models]), array("f", weights)
+    tables = at.buffer_info()[0], factors.buffer_info()[0]
+    about = (*(one.data_ptr() for one in pulled), gamma) if pulled else (0, 0, 0, 0.0)
+
+    def run(start: int, count: int) -> None:
+        _cpu.mix(out.data_ptr(), *tables, len(models), (start, start + count, out.numel()), about)
+
+    cpu.shared(run, out.numel(), 1, 4)
