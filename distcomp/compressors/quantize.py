@@ -156,11 +156,15 @@ class Quantize(Compressor):
         self._decode(out, payload, layout, add=add)
 
     def decode_onto(self, base: Tensor, payload: Payload, layout: Layout, times: float = 1.0) -> Tensor:
-        pieces, plain = self._pieces(layout)
-        if plain.each or not served_by_c(base):
+        if not served_by_c(base):
             return super().decode_onto(base, payload, layout, times)
-        out = memory.empty(layout.numel)
+        (pieces, plain), out = self._pieces(layout), memory.empty(layout.numel)
         many.dequantize_onto(base, payload["codes"], payload["scales"], out, pieces, times)
+        if plain.each:
+            values = payload["plain"]
+            old = torch.empty_like(values)
+            many.move(base, old, plain)
+            many.move(torch.add(old, values, alpha=times), out, plain.back)
         return out
 
     def mean_into(
