@@ -59,6 +59,7 @@ def dequantize_pieces(
     powers: bool,
     sign: int,
     times: float,
+    base: int,
     /,
 ) -> None: ...
 def dequantize_mean(
@@ -139,6 +140,10 @@ def minifloat_decode(
     sign: int,
     /,
 ) -> None: ...
+def mix(
+    out: int, models: int, weights: int, count: int, span: tuple[int, int, int],
+    pulled: tuple[int, int, int, float], /,
+) -> None: ...  # fmt: skip
 def pack_signs(
     x: int, words: int, sizes: tuple[int, int], samples: int, channels: int, places: int, plain: bool, /
 ) -> None: ...
