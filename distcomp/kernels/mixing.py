@@ -63,9 +63,15 @@ def _mix_in_c(
 
     at, factors = array("Q", [model.data_ptr() for model in models]), array("f", weights)
     tables = at.buffer_info()[0], factors.buffer_info()[0]
-    about = (*(one.data_ptr() for one in pulled), gamma) if pulled else (0, 0, 0, 0.0)
+    x, public, beyond = (one.data_ptr() for one in pulled) if pulled else (0, 0, 0)
 
     def run(start: int, count: int) -> None:
-        _cpu.mix(out.data_ptr(), *tables, len(models), (start, start + count, out.numel()), about)
+        _cpu.mix(
+            out.data_ptr(),
+            *tables,
+            len(models),
+            (start, start + count, out.numel()),
+            (x, public, beyond, gamma),
+        )
 
     cpu.shared(run, out.numel(), 1, 4)
