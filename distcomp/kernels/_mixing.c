@@ -68,7 +68,7 @@ PyObject *py_mix(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "KKKn(nnn)(KKKf)", &out, &models, &weights, &count, &start, &end, &size, &x, &public,
                           &beyond, &mix.gamma))
         return NULL;
-    if (count < 1 || start < 0 || end > size) return refused("this number of models, or these elements,");
+    if (count < 1 || start < 0 || end < start || end > size) return refused("this number of models, or these elements,");
     mix.out = (float *)(uintptr_t)out;
     mix.models = (const float *const *)(uintptr_t)models;
     mix.weights = (const float *)(uintptr_t)weights;

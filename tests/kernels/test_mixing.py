@@ -82,10 +82,20 @@ def test_decoding_onto_a_model_equals_adding_what_was_decoded(
 
 def test_models_of_other_sizes_or_types_are_refused() -> None:
     x = torch.zeros(8)
-    for other in (torch.zeros(7), torch.zeros(8, dtype=torch.float64), torch.zeros(16)[::2]):
+    for other in (torch.zeros(7), torch.zeros(9), torch.zeros(8, dtype=torch.float64), torch.zeros(16)[::2]):
         with pytest.raises(DistcompError, match="values of a model"):
             mixing.mix([x, other], [0.5])
-    with pytest.raises(ValueError, match="number of models"):
-        _cpu.mix(0, 0, 0, 0, (0, 8, 8), (0, 0, 0, 0.0))
-    with pytest.raises(ValueError, match="these elements"):
-        _cpu.mix(0, 0, 0, 1, (0, 9, 8), (0, 0, 0, 0.0))
+        for given_ in ((other, x), (x, other)):
+            with pytest.raises(DistcompError, match="values of a model"):
+                mixing.pull(*given_, [x, x], [0.5], 0.5)
+    with pytest.raises(DistcompError, match="0 weights were given for 2 models"):
+        mixing.mix([x, x], [])
+
+
+@pytest.mark.parametrize(
+    ("count", "span"), [(0, (0, 8, 8)), (1, (0, 9, 8)), (1, (-1, 8, 8)), (1, (0, -1, 8))]
+)
+def test_numbers_that_reach_outside_are_refused_in_c(count, span) -> None:
+    model = torch.zeros(8).data_ptr()
+    with pytest.raises(ValueError, match="this number of models, or these elements"):
+        _cpu.mix(model, 0, 0, count, span, (0, 0, 0, 0.0))
