@@ -14,6 +14,7 @@ from distcomp.compressors.base import Compressor, register_compressor
 from distcomp.compressors.grid import pack_signs, sign_bytes, unpack_signs
 from distcomp.compressors.quantize import worst_variance
 from distcomp.errors import DistcompError
+from distcomp.kernels import memory
 from distcomp.kernels import pieces as many
 from distcomp.kernels.dispatch import served_by_c
 from distcomp.kernels.pieces import Pieces
@@ -149,6 +150,13 @@ class NonUniform(Compressor):
 
     def decode_into(self, out: Tensor, payload: Payload, layout: Layout, add: bool = False) -> None:
         many.dequantize(payload["codes"], payload["scales"], out, self._pieces(layout), add=add)
+
+    def decode_onto(self, base: Tensor, payload: Payload, layout: Layout, times: float = 1.0) -> Tensor:
+        if not served_by_c(base):
+            return super().decode_onto(base, payload, layout, times)
+        out = memory.empty(layout.numel)
+        many.dequantize_onto(base, payload["codes"], payload["scales"], out, self._pieces(layout), times)
+        return out
 
     def mean_into(
         self, out: Tensor, payloads: Sequence[Payload], layout: Layout, own: tuple[int, Tensor] | None = None

@@ -59,7 +59,14 @@ def test_threads_that_share_the_pass_change_nothing(
 
 
 COMPRESSORS = st.sampled_from(
-    [Quantize(4), Quantize(1), Quantize(8, block=7), Quantize(4, plain=("bias",)), NonUniform(4)]
+    [
+        Quantize(4),
+        Quantize(1),
+        Quantize(8, block=7),
+        Quantize(4, plain=("bias",)),
+        NonUniform(4),
+        NonUniform(4, block=5),
+    ]
 )
 
 
